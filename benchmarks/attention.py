@@ -1,0 +1,212 @@
+"""Attention back ends: do they compute the same, and what do they save in a YOLO12-S training step?
+
+    python benchmarks/attention.py --out benchmarks/results/attention.json      (about 3 minutes on one GPU)
+
+Each configuration of the step runs in a process of its own (stock Ultralytics must not see our seams), in two rounds,
+A B C A B C, so that a drifting clock shows. A step is forward, loss and backward of YOLO12-S at 640, fp16 autocast,
+channels_last, 25 random boxes an image, without data loading and without the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HEADS, HEAD_DIM = 4, 32
+TOKENS = (400, 1600)  # YOLOv12 at 640: 400 a area at P4 and at P5; 1600 is P4 undivided
+TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2, torch.float32: 1e-3}
+BOXES_PER_IMAGE = 25
+
+
+def step(variant: str, batch: int, deterministic: bool, steps: int) -> dict[str, Any]:
+    """Time one configuration in this process. `variant`: stock, sdpa or flash."""
+    if variant != "stock":
+        from yolov12 import autopatch
+        from yolov12.models import attention
+
+        autopatch.apply()
+        if variant == "sdpa":
+            attention._flash_attn_or_reason = lambda: "turned off for this measurement"  # type: ignore[assignment]
+    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.utils import DEFAULT_CFG
+
+    torch.manual_seed(0)
+    if deterministic:  # as Ultralytics' init_seeds does
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.deterministic = True
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    model = DetectionModel("yolo12s.yaml", nc=80, verbose=False).cuda().to(memory_format=torch.channels_last).train()
+    model.args = DEFAULT_CFG
+    boxes = batch * BOXES_PER_IMAGE
+    data = {
+        "img": torch.rand(batch, 3, 640, 640, device="cuda").contiguous(memory_format=torch.channels_last),
+        "batch_idx": torch.arange(boxes, device="cuda") // BOXES_PER_IMAGE,
+        "cls": torch.randint(0, 80, (boxes, 1), device="cuda").float(),
+        "bboxes": torch.rand(boxes, 4, device="cuda") * 0.3 + 0.2,
+    }
+    resident_bytes = torch.cuda.memory_allocated()
+
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.autocast("cuda", torch.float16):
+            loss, _ = model(data)
+        (loss.sum() * 128.0).backward()
+        model.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for _ in range(5):
+        run()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = [run() for _ in range(steps)]
+    peak_bytes = torch.cuda.max_memory_allocated()
+    return {
+        "variant": variant,
+        "deterministic": deterministic,
+        "batch": batch,
+        "images_per_s": batch / statistics.median(seconds),
+        "step_ms": {"median": 1e3 * statistics.median(seconds), "min": 1e3 * min(seconds), "max": 1e3 * max(seconds)},
+        "peak_mib": peak_bytes / 2**20,
+        "mb_per_image": (peak_bytes - resident_bytes) / batch / 1e6,
+    }
+
+
+def _functions() -> dict[str, Any]:
+    from yolov12.models import attention as module
+
+    def sdpa(q: Any, k: Any, v: Any) -> Any:
+        args = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*args).transpose(1, 2)
+
+    def fused(function: Any) -> Any:
+        return lambda q, k, v: function.apply(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    functions = {
+        "math": module._math,
+        "sdpa": sdpa,
+        "sdpa_deterministic_flash": fused(module._DeterministicFlash),
+        "sdpa_deterministic_efficient": fused(module._DeterministicEfficient),
+    }
+    found = module._flash_attn_or_reason()
+    if not isinstance(found, str):
+        functions["flash_attn"] = found
+        functions["flash_attn_deterministic"] = lambda q, k, v: found(q, k, v, deterministic=True)
+    return functions
+
+
+def accuracy() -> list[dict[str, Any]]:
+    """Relative error ‖x − ref‖ / ‖ref‖ of output and gradients against float64, and whether backward repeats."""
+    from yolov12.models import attention as module
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    rows = []
+    for dtype, tolerance in TOLERANCE.items():
+        for tokens in TOKENS:
+            torch.manual_seed(tokens)
+            qkv = torch.randn(8, tokens, HEADS, 3 * HEAD_DIM, device="cuda", dtype=dtype)
+            grad = torch.randn(8, tokens, HEADS, HEAD_DIM, device="cuda", dtype=dtype)
+
+            def evaluate(function: Any, qkv: Any, grad: Any) -> list[Any]:
+                leaf = qkv.clone().requires_grad_()
+                out = function(*leaf.split(HEAD_DIM, dim=3))  # the strided views the model passes
+                out.backward(grad)
+                return [out.detach(), leaf.grad]
+
+            reference = evaluate(module._math, qkv.double(), grad.double())
+            for name, function in _functions().items():
+                if dtype is torch.float32 and "flash" in name:
+                    continue
+                results = [evaluate(function, qkv, grad) for _ in range(5)]
+                errors = [
+                    ((x.double() - r).norm() / r.norm()).item() for x, r in zip(results[0], reference, strict=True)
+                ]
+                repeats = all(torch.equal(results[0][1], other[1]) for other in results[1:])
+                rows.append(
+                    {
+                        "backend": name,
+                        "dtype": str(dtype),
+                        "tokens": tokens,
+                        "error_out": errors[0],
+                        "error_grad": errors[1],
+                        "within": max(errors) <= tolerance,
+                        "backward_repeats_bit_for_bit": repeats,
+                    }
+                )
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--step", nargs=2, metavar=("VARIANT", "DETERMINISTIC"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.step:
+        variant, deterministic = options.step
+        print(json.dumps(step(variant, options.batch, deterministic == "1", options.steps)))
+        return 0
+
+    from yolov12.models.attention import _flash_attn_or_reason
+
+    found = _flash_attn_or_reason()
+    variants = ["stock", "sdpa"] + ([] if isinstance(found, str) else ["flash"])
+    steps = []
+    for round_ in range(options.rounds):
+        for deterministic in "01":
+            for variant in variants:
+                command = [sys.executable, __file__, "--out", "-", "--step", variant, deterministic]
+                command += ["--batch", str(options.batch), "--steps", str(options.steps)]
+                environment = {**os.environ, "YOLOV12_AUTOPATCH": "0"}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    print(done.stderr[-2000:], file=sys.stderr)
+                    return 1
+                steps.append({"round": round_, **json.loads(done.stdout.splitlines()[-1])})
+                print(steps[-1], flush=True)
+    ratios = [
+        {
+            "round": a["round"],
+            "deterministic": a["deterministic"],
+            "variant": a["variant"],
+            "images_per_s_over_stock": a["images_per_s"] / b["images_per_s"],
+            "peak_over_stock": a["peak_mib"] / b["peak_mib"],
+            "mb_per_image_over_stock": a["mb_per_image"] / b["mb_per_image"],
+        }
+        for a in steps
+        for b in steps
+        if a["variant"] != "stock" == b["variant"]
+        and (a["round"], a["deterministic"]) == (b["round"], b["deterministic"])
+    ]
+    import ultralytics
+
+    result = {
+        "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "flash_attn": found if isinstance(found, str) else __import__("flash_attn").__version__,
+        "ratios": ratios,
+        "steps": steps,
+        "accuracy": accuracy(),
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["ratios"], indent=1))
+    bad = [row for row in result["accuracy"] if not row["within"]]
+    print(f"{len(result['accuracy'])} accuracy rows, {len(bad)} out of tolerance", *bad, sep="\n")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

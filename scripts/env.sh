@@ -1,0 +1,56 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: puts a Python with this package and its locked requirements first on PATH.
+# Inside the image or an active `yolov12` environment that is the one used; otherwise .venv, made on first use.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+# Ultralytics keeps its settings, and where data sets and runs go, per user; here they belong to the clone.
+export YOLO_CONFIG_DIR=${YOLO_CONFIG_DIR:-$root/.ultralytics}
+mkdir -p "$YOLO_CONFIG_DIR"
+
+find_python() { # prints a Python that has wheels of torch 2.3.1
+  local name
+  for name in python3.11 python3.12 python3.10 python3; do
+    if "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+  echo "yolov12: Python 3.10, 3.11 or 3.12 is needed to make .venv, and none is on PATH" >&2
+  return 1
+}
+
+install_into() { # python, requirement files...
+  local python=$1 file
+  shift
+  for file in "$@"; do
+    "$python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$root/requirements/$file"
+  done
+}
+
+install_package() { # python
+  "$1" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e "$root"
+}
+
+make_venv() {
+  local stamp
+  stamp=$root/.venv/installed-$(cat "$root/requirements/lock.txt" "$root/pyproject.toml" | cksum | tr ' ' -)
+  if [ ! -e "$stamp" ]; then
+    echo "yolov12: making .venv from requirements/lock.txt (5.5 GB, a few minutes, once)" >&2
+    "$(find_python)" -m venv "$root/.venv" || {
+      echo "yolov12: making .venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
+      return 1
+    }
+    install_into "$root/.venv/bin/python" lock.txt
+    install_package "$root/.venv/bin/python"
+    rm -f "$root"/.venv/installed-*
+    touch "$stamp"
+  fi
+  export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
+}
+
+if [ "${CONDA_DEFAULT_ENV:-}" = yolov12 ]; then
+  python -c 'import yolov12.autopatch' 2>/dev/null || install_package python
+else
+  make_venv
+fi

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs every linter over everything it is for.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+cd "$root"
+install_into python lint.txt
+
+ruff check
+ruff format --check
+mypy
+git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x -P SCRIPTDIR
+git ls-files -z '*Dockerfile*' | xargs -0 -r hadolint
+echo "lint: nothing to complain about"

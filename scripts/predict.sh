@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Predicts. Without model=: the weights trained last, on their validation images.
+# Arguments are key=value, as in scripts/predict.sh device=0.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec yolov12 predict "$@"

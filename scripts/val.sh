@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Validates. Without model=: the weights trained last.
+# Arguments are key=value, as in scripts/val.sh device=0.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+exec yolov12 val "$@"

@@ -1,0 +1,154 @@
+import importlib
+import types
+
+import pytest
+import torch
+from yolov12.models import attention as module
+from yolov12.models.attention import attention, select_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+HAS_CUDA = torch.cuda.is_available()
+
+
+def qkv(dtype=torch.float32, device="cpu", tokens=50, grad=False):
+    """Strided views of one tensor, as the v1 layout makes them."""
+    torch.manual_seed(0)
+    x = torch.randn(3, tokens, 4, 3 * 32, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
+    return x, x.split(32, dim=3)
+
+
+def reference(q, k, v):
+    q, k, v = (x.double() for x in (q, k, v))
+    scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("bhnm,bmhd->bnhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_output_and_gradient_agree_with_the_definition(dtype):
+    x, parts = qkv(dtype, grad=True)
+    out = attention(*parts)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), reference(*parts), rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(out)
+    (mine,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+    (theirs,) = torch.autograd.grad(reference(*parts), x, grad.double())
+    torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_deterministic_mode_repeats_bit_for_bit_on_cpu():
+    x, _ = qkv(grad=True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        grads = [torch.autograd.grad(attention(*x.split(32, dim=3)).square().sum(), x)[0] for _ in range(5)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(grads[0], other) for other in grads[1:])
+
+
+def fake_gpu(monkeypatch, capability, flash_attn):
+    monkeypatch.setattr(module, "_capability", lambda device: capability)
+    monkeypatch.setattr(module, "_flash_attn_or_reason", lambda: flash_attn)
+
+
+@pytest.mark.parametrize(
+    ("capability", "flash_attn", "dtype", "expected", "reason"),
+    [
+        ((9, 0), print, torch.float16, "flash", "flash-attn is installed"),
+        ((8, 0), print, torch.bfloat16, "flash", "flash-attn is installed"),
+        ((9, 0), print, torch.float32, "sdpa", "fp16 or bf16"),
+        ((7, 5), print, torch.float16, "sdpa", "this GPU has 7.5"),
+        ((7, 5), print, torch.bfloat16, "math", "no fused kernel"),
+        ((9, 0), print, torch.float64, "math", "no fused kernel"),
+        ((8, 6), "flash-attn is not installed", torch.float16, "sdpa", "flash-attn is not installed"),
+    ],
+)
+def test_backend_is_chosen_by_device_and_dtype(monkeypatch, capability, flash_attn, dtype, expected, reason):
+    fake_gpu(monkeypatch, capability, flash_attn)
+    backend = select_backend(CUDA, dtype)
+    assert backend.name == expected
+    assert reason in backend.reason
+
+
+def test_cpu_never_uses_flash_attn_even_where_it_is_installed(monkeypatch):
+    fake_gpu(monkeypatch, (9, 0), print)
+    assert select_backend(CPU, torch.float16).name == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'flash_attn'"), "flash-attn is not installed"),
+        (ImportError("undefined symbol: _ZN3c10"), "does not load (undefined symbol: _ZN3c10)"),
+    ],
+)
+def test_a_flash_attn_that_cannot_be_used_is_reported_and_passed_over(monkeypatch, error, reason):
+    def import_module(name):
+        raise error
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    module._flash_attn_or_reason.cache_clear()
+    try:
+        assert reason in module._flash_attn_or_reason()
+    finally:
+        module._flash_attn_or_reason.cache_clear()
+
+
+def test_flash_attn_is_called_with_its_own_layout_and_the_deterministic_flag(monkeypatch):
+    calls = []
+
+    def flash_attn_func(q, k, v, deterministic):
+        calls.append((q.shape, q.dtype, deterministic))
+        return q
+
+    fake_gpu(monkeypatch, (9, 0), flash_attn_func)
+    monkeypatch.setattr(module, "select_backend", lambda device, dtype: select_backend(CUDA, dtype))
+    _, parts = qkv(torch.bfloat16)
+    assert attention(*parts) is parts[0]
+    assert calls == [((3, 50, 4, 32), torch.bfloat16, False)]
+
+
+def test_traced_graph_is_matmul_softmax_matmul():
+    _, parts = qkv()
+    traced = torch.jit.trace(attention, parts)
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert [kind for kind in kinds if kind in ("aten::matmul", "aten::softmax")] == [
+        "aten::matmul",
+        "aten::softmax",
+        "aten::matmul",
+    ]
+    assert "aten::scaled_dot_product_attention" not in kinds
+    assert "aten::max" not in kinds  # a max-subtraction of our own keeps TensorRT from fusing attention
+    torch.testing.assert_close(traced(*parts), attention(*parts), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-2), (torch.float32, 1e-3)])
+def test_gpu_backends_agree_with_float64(dtype, tolerance, deterministic):
+    x, parts = qkv(dtype, "cuda", tokens=400, grad=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    try:
+        out = attention(*parts)
+        grad = torch.randn_like(out)
+        (mine,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+        (again,) = torch.autograd.grad(attention(*x.split(32, dim=3)), x, grad)
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected = reference(*parts)
+    (theirs,) = torch.autograd.grad(expected, x, grad.double())
+    assert (out - expected).norm() / expected.norm() < tolerance
+    assert (mine - theirs).norm() / theirs.norm() < tolerance
+    if deterministic:
+        assert torch.equal(mine, again)
+
+
+def test_nothing_is_chosen_at_import(monkeypatch):
+    fresh = types.ModuleType("fresh_attention")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("asked for CUDA at import"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: pytest.fail("asked at import"))
+    monkeypatch.setitem(__import__("sys").modules, "fresh_attention", fresh)
+    spec = importlib.util.spec_from_file_location("fresh_attention", module.__file__)
+    importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)

@@ -1,0 +1,176 @@
+"""Expectations in data/turbo_official.json come from the official code, run once beside this project (see its `source`)."""
+
+import json
+import pickletools
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.nn.modules.block import AAttn
+from ultralytics.nn.tasks import DetectionModel
+from yolov12.models.layouts import layout_of
+
+OFFICIAL = json.loads((Path(__file__).parent / "data" / "turbo_official.json").read_text())
+TURBO_PARAMETERS = {"n": 2_553_904, "s": 9_127_424, "m": 19_670_784, "l": 26_506_496, "x": 59_414_176}
+# Ultralytics' own yolo12.yaml states these
+V1_PARAMETERS = {"n": 2_602_288, "s": 9_284_096, "m": 20_199_168, "l": 26_450_784, "x": 59_210_784}
+
+
+def parameters(name: str) -> int:
+    return sum(p.numel() for p in DetectionModel(name, verbose=False).parameters())
+
+
+def weights_by_name(state_dict):
+    """Weights that depend on their names alone, so that two codes can make the same ones."""
+    made = {}
+    for key, tensor in state_dict.items():
+        shape = tuple(tensor.shape)
+        rng = np.random.default_rng(zlib.crc32(key.encode()))
+        if "dfl" in key:
+            made[key] = tensor
+            continue
+        if key.endswith("num_batches_tracked"):
+            value = np.zeros(shape)
+        elif key.endswith("running_var"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif tensor.ndim > 1:
+            value = rng.normal(0, 1, shape) * (1.0 / np.prod(shape[1:])) ** 0.5
+        elif key.endswith(("weight", "gamma")):
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = rng.normal(0, 0.1, shape)
+        made[key] = torch.from_numpy(np.asarray(value)).to(tensor.dtype)
+    return made
+
+
+@pytest.mark.parametrize("scale", "nsmlx")
+def test_parameter_counts(scale):
+    assert parameters(f"yolov12{scale}.yaml") == TURBO_PARAMETERS[scale] == OFFICIAL["models"][scale]["parameters"]
+    assert parameters(f"yolov12{scale}-v1.yaml") == V1_PARAMETERS[scale]
+    assert parameters(f"yolo12{scale}.yaml") == V1_PARAMETERS[scale]
+
+
+@pytest.mark.parametrize("scale", "nl")  # without and with the residual that brings gamma and the MLP ratio 1.5
+def test_turbo_state_dict_has_the_official_names_and_shapes(scale):
+    ours = {key: list(value.shape) for key, value in DetectionModel(f"yolov12{scale}.yaml").state_dict().items()}
+    assert ours == OFFICIAL[f"state_dict_{scale}"]
+
+
+@pytest.mark.parametrize("scale", "nsmlx")
+def test_turbo_computes_what_the_official_code_computes(scale):
+    model = DetectionModel(f"yolov12{scale}.yaml", verbose=False).eval()
+    model.load_state_dict(weights_by_name(model.state_dict()))
+    images = np.random.default_rng(12).uniform(0, 1, (1, 3, 96, 160)).astype("float32")
+    with torch.no_grad():
+        out = model(torch.from_numpy(images))[0]
+    expected = OFFICIAL["models"][scale]
+    assert list(out.shape) == expected["output_shape"]
+    samples = torch.tensor(expected["output_samples"])
+    spread = expected["output_std"]
+    mine = out.flatten()[:: max(1, out.numel() // 64)][:64]
+    assert ((mine - samples).abs().max() / spread).item() < 1e-4
+    assert out.double().std().item() == pytest.approx(spread, rel=1e-4)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("area", [1, 4])
+def test_v1_attention_equals_stock(run_python, tmp_path, memory_format, area):
+    stock = tmp_path / "stock.pt"
+    run = run_python(
+        "-c",
+        f"""
+import torch
+from ultralytics.nn.modules.block import AAttn
+torch.manual_seed(0)
+m = AAttn(64, 2, {area}).train()
+x = torch.randn(3, 64, 8, 12, requires_grad=True)
+y = m(x)
+y.square().sum().backward()
+torch.save([m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.grad], {str(stock)!r})
+""",
+        YOLOV12_AUTOPATCH="0",
+    )
+    assert run.returncode == 0, run.stderr
+    weights, x, y, x_grad, w_grad = torch.load(stock)
+    ours = AAttn(64, 2, area).train()
+    # statistics were already updated by the stock pass; training mode does not read them
+    ours.load_state_dict(weights)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    out = ours(x)
+    out.square().sum().backward()
+    torch.testing.assert_close(out, y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, x_grad, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(ours.qkv.conv.weight.grad, w_grad, rtol=1e-3, atol=1e-3)
+    assert out.is_contiguous(memory_format=memory_format)
+
+
+def test_a_users_own_yaml_goes_before_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ours = YOLO("yolov12n.yaml").model.yaml
+    (tmp_path / "yolov12.yaml").write_text(json.dumps({**{k: ours[k] for k in ("scales", "backbone", "head")}, "nc": 3}))
+    assert YOLO("yolov12n.yaml").model.yaml["nc"] == 3
+
+
+def test_layout_is_told_by_content():
+    official = {"backbone": [[-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Conv", [128, 3, 2, 1, 2]]]}
+    paper = {"backbone": [[-1, 1, "Conv", [64, 3, 2]], [-1, 1, "Conv", [128, 3, 2]]]}
+    assert layout_of(official) == "turbo"
+    assert layout_of(paper) == "v1"
+    assert layout_of({**official, "layout": "v1"}) == "v1"
+
+
+def globals_in(file: Path) -> set[str]:
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+        data = archive.read(name)
+    return {arg.split()[0] for opcode, arg, _ in pickletools.genops(data) if opcode.name == "GLOBAL"}
+
+
+@pytest.mark.parametrize("name", ["yolov12n.yaml", "yolov12n-v1.yaml"])
+def test_saved_checkpoint_holds_no_class_of_ours_and_keeps_its_layout(name, tmp_path):
+    model = YOLO(name)
+    file = tmp_path / "saved.pt"
+    model.save(file)
+    assert not {g for g in globals_in(file) if g.startswith("yolov12")}
+    again = YOLO(file)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model.eval()(x)[0], model.model.half().float().eval()(x)[0])
+    assert again.model.yaml["layout"] == model.model.yaml["layout"]
+    rebuilt = DetectionModel(again.model.yaml, verbose=False)  # what training from it starts with
+    rebuilt.load_state_dict(again.model.state_dict())
+
+
+def test_official_turbo_checkpoint_is_recognised_by_its_modules(tmp_path):
+    """Official files name no layout, and v1.0 files carry the same file names as turbo ones."""
+    model = YOLO("yolov12n.yaml")
+    del model.model.yaml["layout"]
+    model.model.yaml["backbone"][1][3] = [128, 3, 2]  # not even the grouped convolutions are needed to tell
+    model.save(tmp_path / "yolov12n.pt")
+    assert YOLO(tmp_path / "yolov12n.pt").model.yaml["layout"] == "turbo"
+
+
+def test_v1_checkpoint_loads_in_stock_ultralytics(tmp_path, run_python):
+    model = YOLO("yolov12n-v1.yaml")
+    model.model.eval()
+    file, outputs = tmp_path / "v1.pt", tmp_path / "out.pt"
+    model.save(file)
+    code = f"""
+import sys, torch
+from ultralytics import YOLO
+torch.manual_seed(0)
+m = YOLO({str(file)!r}).model.eval()
+with torch.no_grad():
+    torch.save(m(torch.rand(1, 3, 64, 64))[0], {str(outputs)!r})
+assert not any(n.startswith("yolov12.models") for n in sys.modules)
+"""
+    run = run_python("-c", code, YOLOV12_AUTOPATCH="0")
+    assert run.returncode == 0, run.stderr
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ours = YOLO(file).model.eval()(torch.rand(1, 3, 64, 64))[0]
+    torch.testing.assert_close(ours, torch.load(outputs), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,96 @@
+import sys
+import types
+
+import pytest
+import yolov12
+from yolov12 import seams
+from yolov12.errors import SeamError
+
+PATCHED = "import ultralytics; from ultralytics.nn.modules.block import AAttn; print(AAttn.forward.__module__)"
+
+
+def test_import_hook_joins_whoever_imports_ultralytics(run_python):
+    assert run_python("-c", PATCHED).stdout.split()[-1] == "yolov12.models.layouts"
+
+
+def test_environment_variable_turns_it_off(run_python):
+    assert run_python("-c", PATCHED, YOLOV12_AUTOPATCH="0").stdout.split()[-1] == "ultralytics.nn.modules.block"
+
+
+@pytest.mark.parametrize(
+    "before", ["", "import ultralytics; ", "from ultralytics import YOLO; import ultralytics.engine.trainer; "]
+)
+def test_our_yolo_is_theirs_and_joined_even_when_they_were_imported_first(run_python, before):
+    code = (
+        before + "import yolov12, ultralytics; assert yolov12.YOLO is ultralytics.YOLO; "
+        "import ultralytics.engine.trainer as t, ultralytics.cfg as c; assert t.get_cfg is c.get_cfg; "
+        "assert c.get_cfg().recipe is True; assert hasattr(c.get_cfg, '__wrapped__'); print(yolov12.YOLO('yolov12n.yaml').model.yaml['layout'])"
+    )
+    run = run_python("-c", code, YOLOV12_AUTOPATCH="0")
+    assert run.stdout.split()[-1] == "turbo", run.stderr
+
+
+def test_spawned_processes_are_joined_too(run_python, tmp_path):
+    file = tmp_path / "spawn.py"
+    file.write_text(
+        "import multiprocessing\n"
+        "def joined():\n"
+        "    import ultralytics.cfg\n"
+        "    return hasattr(ultralytics.cfg.get_cfg, '__wrapped__')\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
+        "        print(pool.apply(joined))\n"
+    )
+    run = run_python(str(file))
+    assert run.stdout.strip() == "True", run.stderr
+
+
+def test_the_yolo_command_knows_our_arguments(run_python):
+    run = run_python("-m", "ultralytics.cfg.__init__", "train", "recip=False")
+    assert "recipe" in run.stderr
+
+
+def test_start_costs_less_than_5_ms(run_python):
+    def start_ms() -> float:
+        lines = run_python("-X", "importtime", "-c", "pass").stderr.splitlines()
+        (row,) = (line.split("|") for line in lines if line.endswith(" yolov12.autopatch"))
+        return int(row[1]) / 1e3  # what it imports counts too
+
+    assert min(start_ms() for _ in range(5)) < 5  # the least of five: other processes only ever add
+
+
+def test_hook_imports_nothing_heavy(run_python):
+    code = "import sys; print([m for m in ('torch', 'numpy', 'ultralytics', 'typing') if m in sys.modules])"
+    assert run_python("-I", "-c", code).stdout.strip() == "[]"
+
+
+def test_missing_seam_is_named():
+    module = types.ModuleType("ultralytics.nn.tasks")
+    module.parse_model = lambda *args: None
+    seams._joined.discard("ultralytics.nn.tasks")
+    try:
+        with pytest.raises(SeamError, match=r"no ultralytics\.nn\.tasks\.yaml_model_load.*==8\.4\.190.*AUTOPATCH=0"):
+            seams.join(module)
+    finally:
+        seams._joined.add("ultralytics.nn.tasks")
+
+
+def test_other_version_is_said_once():
+    said = []
+    module = types.ModuleType("ultralytics.utils")
+    module.__version__ = "9.0.0"
+    module.LOGGER = types.SimpleNamespace(warning=said.append)
+    module.DEFAULT_CFG_DICT, module.DEFAULT_CFG = {}, types.SimpleNamespace()
+    seams._joined.discard("ultralytics.utils")
+    seams.join(module)
+    seams.join(module)
+    assert len(said) == 1
+    assert "8.4.190" in said[0]
+    assert "9.0.0" in said[0]
+
+
+def test_public_surface():
+    assert yolov12.__all__ == ["YOLO", "__version__"]
+    assert yolov12.YOLO is sys.modules["ultralytics"].YOLO
+    with pytest.raises(AttributeError, match="no attribute 'YOLOX'"):
+        _ = yolov12.YOLOX

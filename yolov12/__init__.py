@@ -1,0 +1,19 @@
+"""YOLOv12 on Ultralytics, with training that does not run out of GPU memory.
+
+    from yolov12 import YOLO      # the same class as `from ultralytics import YOLO` in this environment
+"""
+
+__version__ = "0.1.0"
+__all__ = ["YOLO", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    # Loaded on first use: this package is imported at every interpreter start (see autopatch.py), so it imports nothing.
+    if name == "YOLO":
+        from yolov12 import autopatch
+
+        autopatch.apply()
+        from ultralytics import YOLO
+
+        return YOLO
+    raise AttributeError(f"module 'yolov12' has no attribute {name!r}")

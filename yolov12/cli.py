@@ -1,0 +1,165 @@
+"""`yolov12 train|val|predict|export|check key=value ...`: the grammar of Ultralytics' `yolo`.
+
+Missing arguments have useful defaults: `train` without `data` trains YOLOv12-N on the embedded data set, `val`,
+`predict` and `export` without `model` take the weights trained last. Exit status: 0, or 1 for a failure, or 2 for
+arguments that cannot work; then one line on stderr says what to do. `YOLOV12_TRACEBACK=1` shows where it happened.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from yolov12 import autopatch
+from yolov12.errors import ConfigError, WeightsError, YOLOv12Error
+
+__all__ = ["main"]
+
+# A demonstration, not a benchmark: about a minute on two CPU cores.
+DEMO_TRAINING: dict[str, Any] = {"data": "demo", "epochs": 3, "imgsz": 320, "batch": 16}
+
+# What a user can get wrong, by Ultralytics' own errors; anything else is a defect and shows its traceback.
+_USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError)
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run one command line.
+
+    Args:
+        args: The words after `yolov12`; those of this process if None.
+
+    Returns:
+        The exit status.
+    """
+    verb, *words = (sys.argv[1:] if args is None else args) or ["help"]
+    verb = verb.lstrip("-")
+    if verb in ("help", "h"):
+        print(__doc__)
+        return 0
+    try:
+        if verb == "check":
+            from yolov12 import check
+
+            return check.main(words)
+        if verb not in VERBS:
+            raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, 'check'])}")
+        autopatch.apply()
+        VERBS[verb](parse(words))
+    except _USER_ERRORS as error:
+        if os.environ.get("YOLOV12_TRACEBACK") == "1":
+            raise
+        print(f"yolov12: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """Read `key=value` words as `yolo` does.
+
+    Returns:
+        Argument name → value; the task, if one is named, as `task`.
+
+    Raises:
+        ConfigError: A word is no argument, or names one that does not exist.
+    """
+    from ultralytics.cfg import TASKS, _handle_deprecation, merge_equals_args, parse_key_value_pair
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    options: dict[str, Any] = {}
+    for word in merge_equals_args(words):
+        word = word.lstrip("-").rstrip(",")
+        if "=" in word:
+            try:
+                key, value = parse_key_value_pair(word)
+            except AssertionError:
+                raise ConfigError(f"'{word}' has no value, as in epochs=100") from None
+            options[key] = value
+        elif word in TASKS:
+            options["task"] = word
+        elif isinstance(DEFAULT_CFG_DICT.get(word), bool) or word in ("half", "int8", "nms", "resume"):
+            options[word] = True
+        else:
+            raise ConfigError(f"'{word}' is not an argument. Arguments are key=value, as in epochs=100")
+    options = _handle_deprecation(options)
+    for key in options.keys() - DEFAULT_CFG_DICT.keys() - {"save_dir"}:
+        near = get_close_matches(key, DEFAULT_CFG_DICT, n=1)
+        raise ConfigError(f"unknown argument '{key}'" + (f". Did you mean '{near[0]}'?" if near else ""))
+    return options
+
+
+def _train(options: dict[str, Any]) -> None:
+    if not options.get("data") and not options.get("resume") and not options.get("cfg"):
+        options = {**DEMO_TRAINING, **options}
+    model = _model(options, default="yolov12n.yaml")
+    model.train(**options)
+    trainer = model.trainer
+    print(
+        f"\nTrained. Everything is in {trainer.save_dir}\n"
+        f"  weights   {trainer.best}\n"
+        f"  curves    {trainer.save_dir / 'results.png'} (numbers: {trainer.csv})\n"
+        f"  pictures  {trainer.save_dir / 'val_batch0_pred.jpg'}, confusion_matrix.png and others\n"
+        f"Next: yolov12 val model={trainer.best}"
+    )
+
+
+def _val(options: dict[str, Any]) -> None:
+    _model(options).val(**options)
+
+
+def _predict(options: dict[str, Any]) -> None:
+    model = _model(options)
+    if "source" not in options:
+        options["source"] = _validation_images(model)
+    options.setdefault("save", True)
+    for _ in model.predict(stream=True, **options):  # streamed: results of a long source would fill the memory
+        pass
+
+
+def _export(options: dict[str, Any]) -> None:
+    options.setdefault("format", "onnx")
+    _model(options).export(**options)
+
+
+VERBS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "train": _train,
+    "val": _val,
+    "predict": _predict,
+    "export": _export,
+}
+
+
+def _model(options: dict[str, Any], default: str | None = None) -> Any:
+    from yolov12 import YOLO
+
+    name = options.pop("model", None) or default or _last_trained()
+    return YOLO(name, task=options.pop("task", None))
+
+
+def _last_trained() -> str:
+    from ultralytics.utils import SETTINGS
+
+    found = Path(SETTINGS["runs_dir"]).glob("**/weights/best.pt")
+    last = max(found, key=lambda file: file.stat().st_mtime, default=None)
+    if last is None:
+        raise WeightsError(f"no model= given, and nothing trained yet in {SETTINGS['runs_dir']}. Train first")
+    print(f"model={last} (trained last)")
+    return str(last)
+
+
+def _validation_images(model: Any) -> str:
+    from ultralytics.data.utils import check_det_dataset
+
+    data = model.overrides.get("data")
+    if not data:
+        raise ConfigError("source= is missing: a file, a folder, a video or a camera number")
+    images: str = check_det_dataset(data)["val"]
+    print(f"source={images} (the validation images this model was trained with)")
+    return images
+
+
+if __name__ == "__main__":
+    sys.exit(main())

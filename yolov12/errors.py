@@ -1,0 +1,33 @@
+"""Every way this package can refuse to go on. All messages say what happened and what to do.
+
+YOLOv12Error
+├── ConfigError            an argument that cannot work (also a ValueError)
+├── DataError              a data set that cannot be used (also a ValueError)
+├── WeightsError           a weight file that is missing or unreadable
+│   └── UntrustedWeights   a weight file that asks for code we do not run
+└── SeamError              the installed Ultralytics lacks something we join (also an ImportError)
+"""
+
+
+class YOLOv12Error(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(YOLOv12Error, ValueError):
+    """An argument is unknown, malformed, or cannot work on this machine."""
+
+
+class DataError(YOLOv12Error, ValueError):
+    """A data set is missing, empty, or malformed."""
+
+
+class WeightsError(YOLOv12Error):
+    """A weight file is missing, unreadable, or not a checkpoint."""
+
+
+class UntrustedWeights(WeightsError):
+    """A weight file refers to code outside the allow-list, so loading it would run that code."""
+
+
+class SeamError(YOLOv12Error, ImportError):
+    """The installed Ultralytics has no such function or class; the message names the seam."""

@@ -1,0 +1,149 @@
+"""The two YOLOv12 layouts as variants of Ultralytics' own classes.
+
+Checkpoints must hold stock classes only, so there is no `TurboAttention` here: `AAttn` and `A2C2f` stay the stock
+classes and get another `__init__` and `forward`. Which layout an instance has is told by what is in it.
+
+turbo  the official weights since 2025: `qk` and `v` projections, 5x5 `pe` on v, MLP ratio 1.5 for scales l and x
+v1     the paper's, and Ultralytics' `yolo12`: one `qkv` projection, 7x7 `pe`, MLP ratio 1.2 for scales l and x
+
+Source: https://github.com/sunsmarterjie/yolov12 and https://arxiv.org/abs/2502.12524
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolov12.models.attention import attention
+
+TURBO, V1 = "turbo", "v1"
+TURBO_MLP_RATIO = 1.5
+MODEL_DIR = Path(__file__).parents[1] / "cfg" / "models"
+
+_MODEL_YAML = re.compile(r"(?P<family>yolov12)(?P<scale>[nsmlx])?(?P<variant>-v1)?\.ya?ml")
+_building: ContextVar[str] = ContextVar("yolov12_layout", default=V1)
+
+
+def layout_of(model_yaml: Mapping[str, Any]) -> str:
+    """Tell the layout a model yaml describes: its `layout` key, else what sets the official turbo yaml apart.
+
+    The official turbo yaml names no layout; it is the one whose first strided convolutions have groups.
+    """
+    if layout := model_yaml.get("layout"):
+        return str(layout)
+    early = [args for _, _, module, args in model_yaml.get("backbone", [])[:5] if module == "Conv"]
+    return TURBO if any(len(args) > 4 and args[4] != 1 for args in early) else V1
+
+
+def mark_layout(model: nn.Module) -> None:
+    """Write the layout of a loaded model into its yaml, so that building it again gives the same layout."""
+    kinds = {TURBO if hasattr(m, "qk") else V1 for m in model.modules() if type(m).__name__ == "AAttn"}
+    if kinds and isinstance(model_yaml := getattr(model, "yaml", None), dict):
+        model_yaml["layout"] = TURBO if TURBO in kinds else V1
+
+
+@contextmanager
+def building(layout: str) -> Iterator[None]:
+    """While this is entered, new `AAttn` and `A2C2f` modules get `layout`."""
+    token = _building.set(layout)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def packaged_yaml(path: str | Path) -> tuple[Path, str] | None:
+    """Find the model yaml of this package for a name such as `yolov12s.yaml` or `yolov12s-v1.yaml`.
+
+    Returns:
+        The file and the scale letter (empty if the name has none), or None for any other name and where the user
+        has a file of that name, with or without the scale letter: Ultralytics looks for both.
+    """
+    match = _MODEL_YAML.fullmatch(str(path))
+    if match is None:
+        return None
+    own = f"{match['family']}{match['variant'] or ''}.yaml"
+    if Path(path).exists() or Path(own).exists():
+        return None
+    return MODEL_DIR / own, match["scale"] or ""
+
+
+def attention_init(stock_init: Callable[..., None]) -> Callable[..., None]:
+    """Make `AAttn.__init__`: the stock one, or the turbo layout while `building(TURBO)`."""
+
+    def __init__(self: Any, dim: int, num_heads: int, area: int = 1) -> None:
+        if _building.get() != TURBO:
+            stock_init(self, dim, num_heads, area)
+            return
+        from ultralytics.nn.modules.conv import Conv as conv
+
+        nn.Module.__init__(self)
+        self.area, self.num_heads, self.head_dim = area, num_heads, dim // num_heads
+        self.all_head_dim = hidden = self.head_dim * num_heads
+        self.qk = conv(dim, hidden * 2, 1, act=False)
+        self.v = conv(dim, hidden, 1, act=False)
+        self.proj = conv(hidden, dim, 1, act=False)
+        self.pe = conv(hidden, dim, 5, 1, 2, g=dim, act=False)
+
+    return __init__
+
+
+def a2c2f_init(stock_init: Callable[..., None]) -> Callable[..., None]:
+    """Make `A2C2f.__init__`: Ultralytics gives scales l and x (the residual ones) MLP ratio 1.2, turbo has 1.5."""
+
+    def __init__(
+        self: Any,
+        c1: int,
+        c2: int,
+        n: int = 1,
+        a2: bool = True,
+        area: int = 1,
+        residual: bool = False,
+        mlp_ratio: float = 2.0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if residual and _building.get() == TURBO:
+            mlp_ratio = TURBO_MLP_RATIO
+        stock_init(self, c1, c2, n, a2, area, residual, mlp_ratio, *args, **kwargs)
+
+    return __init__
+
+
+def attention_forward(self: Any, x: Tensor) -> Tensor:
+    """`AAttn.forward` for both layouts.
+
+    Args:
+        x: (batch, channels, height, width); height × width must be divisible by `area`.
+
+    Returns:
+        Same shape as `x`.
+    """
+    batch, _, height, width = x.shape
+    tokens = height * width
+    heads, head_dim = self.num_heads, self.head_dim
+    areas = batch * self.area, tokens // self.area, heads
+
+    def split_heads(y: Tensor, parts: int) -> Tensor:
+        # The fused kernels want each head's channels side by side, which is what channels_last already holds.
+        return y.flatten(2).transpose(1, 2).contiguous().view(*areas[:2], parts, -1)
+
+    def to_image(y: Tensor) -> Tensor:
+        y = y.reshape(batch, height, width, heads * head_dim).permute(0, 3, 1, 2)
+        return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+    if hasattr(self, "qk"):
+        v_image = self.v(x)
+        q, k = split_heads(self.qk(x), 2).view(*areas[:2], 2, heads, head_dim).unbind(2)
+        v = split_heads(v_image, heads)
+    else:
+        q, k, v = split_heads(self.qkv(x), heads).split(head_dim, dim=3)
+        v_image = to_image(v)
+    return self.proj(to_image(attention(q, k, v)) + self.pe(v_image))  # type: ignore[no-any-return]

@@ -1,0 +1,184 @@
+"""Every place where Ultralytics is joined, in one table, and the one function that joins it.
+
+A seam is a name in an Ultralytics module and a function that turns what stands there into what should. Nothing here
+imports Ultralytics: `join` is called with each of its modules right after that module has run (see autopatch.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from yolov12.errors import SeamError
+
+__all__ = ["PINNED", "SEAMS", "join"]
+
+PINNED = "8.4.190"
+"""The Ultralytics release these seams are made for and tested with."""
+
+ARGUMENTS: Mapping[str, Any] = {"recipe": True}
+"""Training arguments this package adds, with their defaults. All are booleans so far."""
+
+
+def _add_arguments(defaults: Any) -> Any:
+    (defaults if isinstance(defaults, dict) else vars(defaults)).update(ARGUMENTS)
+    return defaults
+
+
+def _draw_demo_data(get_cfg: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_cfg)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from yolov12 import demo
+
+        cfg = get_cfg(*args, **kwargs)
+        if demo.is_demo(getattr(cfg, "data", None)):
+            from ultralytics.utils import DATASETS_DIR
+
+            cfg.data = str(demo.ensure(cfg.data, DATASETS_DIR))
+        return cfg
+
+    return wrapper
+
+
+def _build_layout(parse_model: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(parse_model)
+    def wrapper(d: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        from yolov12.models import layouts, weights
+
+        weights.check_yaml(d)
+        with layouts.building(layouts.layout_of(d)):
+            return parse_model(d, *args, **kwargs)
+
+    return wrapper
+
+
+def _find_our_yaml(yaml_model_load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(yaml_model_load)
+    def wrapper(path: Any) -> Any:
+        from yolov12.models import layouts
+
+        found = layouts.packaged_yaml(path)
+        if found is None:
+            return yaml_model_load(path)
+        from ultralytics.utils import YAML
+
+        file, scale = found
+        return {**YAML.load(file), "scale": scale, "yaml_file": str(path)}
+
+    return wrapper
+
+
+def _load_safely(torch_safe_load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(torch_safe_load)
+    def wrapper(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        from yolov12.models import layouts, weights
+
+        checkpoint, file = weights.load(weight, trusted_loader=torch_safe_load)
+        for key in ("model", "ema"):
+            if checkpoint.get(key) is not None:
+                layouts.mark_layout(checkpoint[key])
+        return checkpoint, file
+
+    return wrapper
+
+
+def _attention_init(stock: Callable[..., None]) -> Callable[..., None]:
+    from yolov12.models import layouts
+
+    return layouts.attention_init(stock)
+
+
+def _attention_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    from yolov12.models import layouts
+
+    return layouts.attention_forward
+
+
+def _a2c2f_init(stock: Callable[..., None]) -> Callable[..., None]:
+    from yolov12.models import layouts
+
+    return layouts.a2c2f_init(stock)
+
+
+def _add_official_stems(stems: frozenset[str]) -> frozenset[str]:
+    from yolov12.models import weights
+
+    return stems | {name.removesuffix(".pt") for name in weights.OFFICIAL}
+
+
+def _prepare_training(train: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(train)
+    def wrapper(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        from yolov12.training import session
+
+        return session.train(train, self, trainer, kwargs)
+
+    return wrapper
+
+
+SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
+    "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
+    "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": _add_official_stems},
+    "ultralytics.cfg": {"CFG_BOOL_KEYS": lambda keys: keys | ARGUMENTS.keys(), "get_cfg": _draw_demo_data},
+    "ultralytics.nn.modules.block": {
+        "AAttn.__init__": _attention_init,
+        "AAttn.forward": _attention_forward,
+        "A2C2f.__init__": _a2c2f_init,
+    },
+    "ultralytics.nn.tasks": {
+        "parse_model": _build_layout,
+        "yaml_model_load": _find_our_yaml,
+        "torch_safe_load": _load_safely,
+    },
+    "ultralytics.engine.model": {"Model.train": _prepare_training},
+}
+
+_joined: set[str] = set()
+
+
+def join(module: ModuleType) -> None:
+    """Apply the seams of one Ultralytics module, once.
+
+    Raises:
+        SeamError: The installed Ultralytics has no such name; the message says which.
+    """
+    name = module.__name__
+    if name in _joined:
+        return
+    _joined.add(name)
+    if name == "ultralytics.utils" and module.__version__ != PINNED:
+        module.LOGGER.warning(
+            f"yolov12 is made for ultralytics {PINNED}, {module.__version__} is installed: "
+            f"pip install ultralytics=={PINNED}, or YOLOV12_AUTOPATCH=0 to use it unpatched"
+        )
+    for path, change in SEAMS.get(name, {}).items():
+        _replace(module, path, change)
+
+
+def _replace(module: ModuleType, path: str, change: Callable[[Any], Any]) -> None:
+    *parents, attribute = path.split(".")
+    owner: Any = module
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    if not hasattr(owner, attribute):
+        raise SeamError(
+            f"ultralytics has no {module.__name__}.{path}, which yolov12 joins: install ultralytics=={PINNED}, "
+            "or set YOLOV12_AUTOPATCH=0 to use Ultralytics unpatched"
+        )
+    old = getattr(owner, attribute)
+    new = change(old)
+    setattr(owner, attribute, new)
+    if owner is module and new is not old:
+        _rebind(old, new)
+
+
+def _rebind(old: Any, new: Any) -> None:
+    # Only for a module that others imported names from before we came: `apply()` after `import ultralytics`.
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "ultralytics":
+            for key, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, key, new)

@@ -1,0 +1,93 @@
+"""Checks of a training request that need no model and no run folder, so that a bad one leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from yolov12 import demo
+from yolov12.errors import ConfigError, DataError
+
+__all__ = ["check_training_arguments"]
+
+
+def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
+    """Refuse arguments that cannot train, before anything is written.
+
+    Args:
+        arguments: What the user set, by argument name; missing names are Ultralytics' defaults.
+        task: Ultralytics' task name, such as `detect`.
+
+    Raises:
+        ConfigError: The device is not there, or the image size is not a size.
+        DataError: The data set is not there, or has no images.
+    """
+    if (device := arguments.get("device")) is not None:
+        _check_device(device)
+    _check_image_size(arguments.get("imgsz", 640))
+    data = arguments.get("data")
+    if isinstance(data, (str, Path)) and task != "classify":
+        _check_data(str(data))
+
+
+def _check_device(device: Any) -> None:
+    import torch
+    from ultralytics.utils.torch_utils import parse_device
+
+    wanted = [] if "-1" in str(device) else parse_device(device).split(",")  # -1 asks Ultralytics to choose
+    missing = [index for index in wanted if index.isdigit() and int(index) >= torch.cuda.device_count()]
+    if missing:
+        count = torch.cuda.device_count()
+        there = f"only {count} GPU{'s are' if count > 1 else ' is'}" if count else "no GPU is"
+        raise ConfigError(
+            f"device={device}: {there} visible to PyTorch. `yolov12 check` says why; device=cpu trains without a GPU"
+        )
+
+
+def _check_image_size(imgsz: Any) -> None:
+    from ultralytics.utils.checks import check_imgsz
+
+    try:
+        sizes = check_imgsz(imgsz, stride=1, min_dim=2)
+    except (TypeError, ValueError):
+        sizes = []
+    if not sizes or imgsz in (0, "0") or "-" in str(imgsz):
+        raise ConfigError(f"imgsz={imgsz} is not an image size. Give pixels, as in imgsz=640")
+
+
+def _check_data(data: str) -> None:
+    from ultralytics.data.utils import check_det_dataset
+
+    if demo.is_demo(data):
+        demo.parse(data)
+        return
+    if "://" in data or data.endswith(".ndjson"):
+        return  # fetched, and checked after that, by Ultralytics
+    try:
+        found = check_det_dataset(data)
+    except FileNotFoundError as error:
+        raise DataError(f"data={data}: {_first_line(error)}. Give the path of a data set yaml, or data=demo") from error
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise DataError(f"data={data}: {_first_line(error)}") from error
+    for split in ("train", "val"):
+        folders = found[split] if isinstance(found[split], list) else [found[split]]
+        if not _has_images(folders):
+            raise DataError(f"data={data}: no images for '{split}' in {', '.join(folders)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _has_images(sources: Iterable[str]) -> bool:
+    from ultralytics.data.utils import IMG_FORMATS
+
+    for source in map(Path, sources):
+        if source.is_file():  # a list of paths, one a line
+            names: Iterable[Path] = map(Path, source.read_text(encoding="utf-8-sig").split("\n"))
+        else:
+            names = source.rglob("*.*")
+        if any(name.suffix[1:].strip().lower() in IMG_FORMATS for name in names):
+            return True
+    return False
