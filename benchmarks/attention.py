@@ -191,7 +191,8 @@ def main() -> int:
     import ultralytics
 
     result = {
-        "command": " ".join(["python", "benchmarks/attention.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/attention.py --out {options.out.name} --batch {options.batch} "
+        f"--steps {options.steps} --rounds {options.rounds}",
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -36,11 +36,14 @@ def weights_by_name(state_dict):
         if key.endswith("num_batches_tracked"):
             value = np.zeros(shape)
         elif key.endswith("running_var"):
-            value = rng.uniform(0.5, 1.5, shape)
+            value = rng.uniform(1, 2, shape)
         elif tensor.ndim > 1:
             value = rng.normal(0, 1, shape) * (1.0 / np.prod(shape[1:])) ** 0.5
-        elif key.endswith(("weight", "gamma")):
-            value = rng.uniform(0.5, 1.5, shape)
+        elif key.endswith("gamma"):
+            value = rng.uniform(0.1, 0.3, shape)
+        elif key.endswith("weight"):
+            # large queries and keys make attention pick, so that a mix-up of heads or of q and k shows
+            value = rng.uniform(0.5, 1, shape) * (6 if ".qk." in key else 2 if ".attn." in key else 1)
         else:
             value = rng.normal(0, 0.1, shape)
         made[key] = torch.from_numpy(np.asarray(value)).to(tensor.dtype)
@@ -60,20 +63,27 @@ def test_turbo_state_dict_has_the_official_names_and_shapes(scale):
     assert ours == OFFICIAL[f"state_dict_{scale}"]
 
 
-@pytest.mark.parametrize("scale", "nsmlx")
-def test_turbo_computes_what_the_official_code_computes(scale):
+def check_against_official(scale, dtype, tolerance):
     model = DetectionModel(f"yolov12{scale}.yaml", verbose=False).eval()
     model.load_state_dict(weights_by_name(model.state_dict()))
     images = np.random.default_rng(12).uniform(0, 1, (1, 3, 96, 160)).astype("float32")
     with torch.no_grad():
-        out = model(torch.from_numpy(images))[0]
+        out = model.to(dtype)(torch.from_numpy(images).to(dtype))[0]
     expected = OFFICIAL["models"][scale]
     assert list(out.shape) == expected["output_shape"]
-    samples = torch.tensor(expected["output_samples"])
-    spread = expected["output_std"]
-    mine = out.flatten()[:: max(1, out.numel() // 64)][:64]
-    assert ((mine - samples).abs().max() / spread).item() < 1e-4
-    assert out.double().std().item() == pytest.approx(spread, rel=1e-4)
+    samples = out.double().flatten()[:: out.numel() // 64][:64]
+    assert torch.allclose(samples, torch.tensor(expected["output_samples"]).double(), rtol=tolerance, atol=tolerance)
+    assert out.double().std().item() == pytest.approx(expected["output_std"], rel=tolerance)
+
+
+@pytest.mark.parametrize("scale", "nsmlx")
+def test_turbo_computes_what_the_official_code_computes(scale):
+    check_against_official(scale, torch.float64, 1e-6)
+
+
+@pytest.mark.parametrize("scale", "nsm")  # l and x amplify with these weights: fp32 is off by pixels in either code
+def test_turbo_computes_what_the_official_code_computes_in_fp32(scale):
+    check_against_official(scale, torch.float32, 1e-4)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

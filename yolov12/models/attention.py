@@ -78,7 +78,7 @@ def select_backend(device: torch.device, dtype: torch.dtype) -> Backend:
         return Backend("sdpa", f"flash kernels need compute capability 8.0, this GPU has {major}.{minor}")
     found = _flash_attn_or_reason()
     if isinstance(found, str):
-        return Backend("sdpa", f"{found}; PyTorch has a flash kernel of its own")
+        return Backend("sdpa", f"{found}; PyTorch has fused kernels of its own")
     return Backend("flash", "flash-attn is installed, and this GPU and dtype can use it")
 
 

@@ -1,0 +1,58 @@
+import pytest
+from yolov12 import cli
+from yolov12.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["epochs=3", "imgsz=320"], {"epochs": 3, "imgsz": 320}),
+        (["epochs", "=", "3"], {"epochs": 3}),
+        (["--lr0=0.1", "cos_lr"], {"lr0": 0.1, "cos_lr": True}),
+        (["detect", "name=007"], {"task": "detect", "name": "007"}),
+        (["half=True"], {"quantize": 16}),
+        (["recipe=False"], {"recipe": False}),
+        (["imgsz=[320,640]", "device=0,1"], {"imgsz": [320, 640], "device": (0, 1)}),
+    ],
+)
+def test_grammar_is_that_of_yolo(words, expected):
+    assert cli.parse(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["bathc=4"], "unknown argument 'bathc'. Did you mean 'batch'?"),
+        (["epochs="], "'epochs=' has no value"),
+        (["fast"], "'fast' is not an argument"),
+        (["epochs"], "'epochs' is not an argument"),
+    ],
+)
+def test_unusable_words_are_refused(words, message):
+    with pytest.raises(ConfigError) as error:
+        cli.parse(words)
+    assert message in str(error.value)
+
+
+def test_unknown_command_and_help(capsys):
+    assert cli.main(["trian"]) == 2
+    assert "unknown command 'trian'. Commands: train, val, predict, export, check" in capsys.readouterr().err
+    assert cli.main([]) == 0
+    assert "key=value" in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_a_traceback_is_there_for_the_asking(capsys, monkeypatch):
+    assert cli.main(["train", "bathc=4"]) == 2
+    err = capsys.readouterr().err
+    assert err == "yolov12: error: unknown argument 'bathc'. Did you mean 'batch'?\n"
+    monkeypatch.setenv("YOLOV12_TRACEBACK", "1")
+    with pytest.raises(ConfigError):
+        cli.main(["train", "bathc=4"])
+
+
+def test_val_without_weights_says_what_to_do(capsys, monkeypatch, tmp_path):
+    from ultralytics.utils import SETTINGS
+
+    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path))
+    assert cli.main(["val"]) == 1
+    assert f"nothing trained yet in {tmp_path}" in capsys.readouterr().err

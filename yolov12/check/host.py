@@ -1,0 +1,175 @@
+"""Reads the host: processors, memory, shared memory, installed versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped,unused-ignore]
+import torch
+
+from yolov12 import __version__
+from yolov12.check.report import Host
+
+__all__ = ["read_cgroup_memory", "read_host", "read_versions"]
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+# Limit, use, and the page cache within the use that is given up on demand: cgroup v2, then v1.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+# Distribution names that hold one thing; the first one found counts.
+_DISTRIBUTIONS = {
+    "ultralytics": ("ultralytics",),
+    "torchvision": ("torchvision",),
+    "flash-attn": ("flash-attn",),
+    "numpy": ("numpy",),
+    "onnx": ("onnx",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
+    # Another product than TensorRT, with nearly the same interface.
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12-libs", "tensorrt-rtx-cu13-libs"),
+}
+
+
+def read_host() -> Host:
+    """Read the host; never fails for want of a file."""
+    memory = psutil.virtual_memory()
+    total, available = int(memory.total), int(memory.available)
+    limit, limit_available = read_cgroup_memory() or (total, available)
+    shm = _shm()
+    return Host(
+        cpu_count=_cpu_count(),
+        ram_total_bytes=min(total, limit),
+        ram_available_bytes=min(available, limit_available),
+        ram_limited_by_cgroup=limit < total,
+        shm_total_bytes=shm and shm[0],
+        shm_free_bytes=shm and shm[1],
+        in_container=_in_container(),
+        has_gpu_device_files=any(
+            any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "nvidiactl", "nvhost-*gpu*", "nvgpu", "dxg")
+        ),
+        has_mps=torch.backends.mps.is_available(),
+    )
+
+
+def read_cgroup_memory(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
+    """Read the tightest memory limit on this process.
+
+    Args:
+        root: Where control groups are mounted.
+        membership: The file that says which groups this process is in.
+
+    Returns:
+        Bytes of the limit and bytes of it that are available; None without a limit.
+    """
+    found = []
+    for folder in _groups("memory", root, membership):
+        for limit_file, use_file, cache_name in _MEMORY_FILES:
+            limit, used = _number(folder / limit_file), _number(folder / use_file)
+            if limit is not None and used is not None:
+                found.append((limit, max(0, limit - used + _statistic(folder / "memory.stat", cache_name))))
+    if not found:
+        return None
+    return min(limit for limit, _ in found), min(available for _, available in found)
+
+
+def read_versions() -> dict[str, str | None]:
+    """Read what is installed, without importing it; None for what is not."""
+    versions: dict[str, str | None] = {
+        "yolov12": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "CUDA of torch": torch.version.cuda,
+        "cuDNN": _cudnn(),
+    }
+    return versions | {name: _installed(candidates) for name, candidates in _DISTRIBUTIONS.items()}
+
+
+def _installed(candidates: tuple[str, ...]) -> str | None:
+    for name in candidates:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _cudnn() -> str | None:
+    try:
+        number: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call,unused-ignore]
+    except RuntimeError as error:  # another cuDNN than PyTorch was built with stands first in the library path
+        return str(error).strip().split("\n")[0]
+    if not number:
+        return None
+    major = number // 10_000 if number >= 90_000 else number // 1000  # from 9.0 on it counts minors in hundreds
+    rest = number - major * (10_000 if number >= 90_000 else 1000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
+def _cpu_count() -> int:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _groups("cpu", _CGROUPS, Path("/proc/self/cgroup")):  # `docker run --cpus=2`
+        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
+        if (folder / "cpu.max").is_file():
+            quota, period = (_as_number(word) for word in (folder / "cpu.max").read_text().split())
+        if quota and period and quota > 0:
+            count = min(count, max(1, round(quota / period)))
+    return count
+
+
+def _shm() -> tuple[int, int] | None:
+    try:
+        stat = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):
+        return None
+    return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
+
+
+def _in_container() -> bool:
+    if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
+        return True
+    groups = _text(Path("/proc/1/cgroup"))
+    return any(word in groups for word in ("docker", "kubepods", "containerd", "lxc"))
+
+
+def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
+    # Every group from the root down: a limit on any of them holds. In a container the path may be the host's, which
+    # is not there; then the root is the container's own group.
+    for line in _text(membership).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder = root
+        elif controller in controllers.split(","):
+            folder = root / controller
+        else:
+            continue
+        yield folder
+        for part in filter(lambda part: part != "..", Path(path).parts[1:]):
+            folder = folder / part
+            yield folder
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    return _as_number(_text(file).strip())
+
+
+def _as_number(word: str) -> int | None:
+    return int(word) if word.lstrip("-").isdigit() else None  # "max" is no limit
+
+
+def _statistic(file: Path, name: str) -> int:
+    return next((int(line.split()[1]) for line in _text(file).splitlines() if line.startswith(f"{name} ")), 0)

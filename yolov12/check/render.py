@@ -1,0 +1,105 @@
+"""Writes a report as text for people or as JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+
+from yolov12.check.judge import format_bytes, problems, warnings
+from yolov12.check.report import Attention, Cuda, Gpu, Host, Report, TrainingStep
+
+__all__ = ["as_json", "as_text", "verdict"]
+
+# The driver and CUDA contexts of hidden processes; below this it is what every card holds back for itself.
+_UNSEEN_BYTES = 2**30
+
+
+def as_json(report: Report) -> str:
+    """Write the whole report as one JSON object, with `can_train`, `problems` and `warnings`; quantities in bytes."""
+    found = problems(report)
+    judged = {"can_train": not found, "problems": found, "warnings": warnings(report)}
+    return json.dumps(judged | dataclasses.asdict(report), indent=2)
+
+
+def as_text(report: Report) -> str:
+    """Write the report as a table; the last line says whether training can work."""
+    lines = ["GPU", *_indent(_cuda_lines(report.cuda)), *_indent(line for gpu in report.gpus for line in _gpu(gpu))]
+    if report.attention:
+        lines += ["Attention", *_indent(line for probe in report.attention for line in _attention(probe))]
+    if report.training:
+        lines += ["Training step", *_indent(map(_training, report.training))]
+    lines += ["Host", *_indent(_host(report.host))]
+    lines += ["Versions", *_indent(f"{name:14}{_found(value)}" for name, value in report.versions.items())]
+    if found := warnings(report):
+        lines += ["Warnings", *_indent(found)]
+    return "\n".join([*lines, "", verdict(report)])
+
+
+def verdict(report: Report) -> str:
+    """Say in one line whether training can work, and if not why."""
+    device = f"device={report.device}" if report.device else f"{', '.join(report.devices)} (default device)"
+    if found := problems(report):
+        return f"Training on {device} cannot work: {'; '.join(found)}"
+    return f"Training on {device} can work."
+
+
+def _cuda_lines(cuda: Cuda) -> Iterator[str]:
+    supports = f", supports CUDA {'.'.join(map(str, cuda.driver_cuda))}" if cuda.driver_cuda else ""
+    yield f"{'driver':14}{cuda.driver or ('version not available' if cuda.driver_cuda else 'none')}{supports}"
+    if cuda.error:
+        yield f"{'PyTorch':14}cannot use CUDA: {cuda.error}"
+
+
+def _gpu(gpu: Gpu) -> Iterator[str]:
+    capability = ".".join(map(str, gpu.capability or ())) or "unknown"
+    index = "-" if gpu.index is None else str(gpu.index)
+    yield f"{index:3}{gpu.name}, compute capability {capability}{', integrated' if gpu.integrated else ''}"
+    free, total = format_bytes(gpu.free_bytes), format_bytes(gpu.total_bytes)
+    yield f"   {'memory':11}{free} free of {total} ({gpu.memory_source})"
+    if gpu.index is None:
+        yield f"   {'PyTorch':11}does not see it (nvidia-smi: GPU {gpu.nvml_index})"
+    elif gpu.matched_by:
+        yield f"   {'nvidia-smi':11}GPU {'?' if gpu.nvml_index is None else gpu.nvml_index} (same {gpu.matched_by})"
+    else:
+        yield f"   {'nvidia-smi':11}not available"
+    if gpu.processes is None:
+        yield f"   {'others':11}not available"
+        return
+    for process in gpu.processes:
+        name = process.name or "name not available"
+        yield f"   {'others':11}{process.pid:<8}{format_bytes(process.used_bytes):>10}  {name}"
+    if not gpu.processes:
+        yield f"   {'others':11}no other process"
+    seen = gpu.own_bytes + sum(process.used_bytes or 0 for process in gpu.processes)
+    unseen = (gpu.total_bytes or 0) - (gpu.free_bytes or 0) - seen
+    if unseen > _UNSEEN_BYTES and gpu.memory_source == "NVML":
+        yield f"   {'':11}{format_bytes(unseen)} is held by what cannot be seen from here, such as other containers"
+
+
+def _attention(probe: Attention) -> Iterator[str]:
+    how = f"{probe.backend} ({probe.kernel} kernel)" if probe.kernel else probe.backend
+    works = f"BROKEN: {probe.failure}" if probe.failure else f"works, relative error {probe.relative_error:.1e}"
+    yield f"{probe.device} {probe.dtype}, {probe.use}: {how}, {works}"
+    yield f"   because {probe.reason}"
+
+
+def _training(step: TrainingStep) -> str:
+    return f"{step.device} {step.dtype}: {step.failure or f'works, {step.step_ms:.0f} ms with the start of the device'}"
+
+
+def _host(host: Host) -> Iterator[str]:
+    limited = " (limit of this container)" if host.ram_limited_by_cgroup else ""
+    yield f"{'CPUs':14}{host.cpu_count}"
+    available, total = format_bytes(host.ram_available_bytes), format_bytes(host.ram_total_bytes)
+    yield f"{'RAM':14}{available} available of {total}{limited}"
+    if host.shm_total_bytes is not None:
+        yield f"{'/dev/shm':14}{format_bytes(host.shm_free_bytes)} free of {format_bytes(host.shm_total_bytes)}"
+
+
+def _found(version: str | None) -> str:
+    return version or "not installed"
+
+
+def _indent(lines: Iterator[str] | list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
