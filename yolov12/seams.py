@@ -85,6 +85,17 @@ def _load_safely(torch_safe_load: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _check_before_stripping(strip_optimizer: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(strip_optimizer)
+    def wrapper(f: Any = "best.pt", *args: Any, **kwargs: Any) -> Any:
+        from yolov12.models import weights
+
+        weights.read(f)  # it loads without any restriction, and a resumed run folder may be a stranger's
+        return strip_optimizer(f, *args, **kwargs)
+
+    return wrapper
+
+
 def _attention_init(stock: Callable[..., None]) -> Callable[..., None]:
     from yolov12.models import layouts
 
@@ -121,6 +132,7 @@ def _prepare_training(train: Callable[..., Any]) -> Callable[..., Any]:
 
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
+    "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
     "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": _add_official_stems},
     "ultralytics.cfg": {"CFG_BOOL_KEYS": lambda keys: keys | ARGUMENTS.keys(), "get_cfg": _draw_demo_data},
     "ultralytics.nn.modules.block": {
