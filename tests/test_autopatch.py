@@ -2,6 +2,7 @@ import sys
 import types
 
 import pytest
+
 import yolov12
 from yolov12 import seams
 from yolov12.errors import SeamError
@@ -24,7 +25,8 @@ def test_our_yolo_is_theirs_and_joined_even_when_they_were_imported_first(run_py
     code = (
         before + "import yolov12, ultralytics; assert yolov12.YOLO is ultralytics.YOLO; "
         "import ultralytics.engine.trainer as t, ultralytics.cfg as c; assert t.get_cfg is c.get_cfg; "
-        "assert c.get_cfg().recipe is True; assert hasattr(c.get_cfg, '__wrapped__'); print(yolov12.YOLO('yolov12n.yaml').model.yaml['layout'])"
+        "assert c.get_cfg().recipe is True; assert hasattr(c.get_cfg, '__wrapped__'); "
+        "print(yolov12.YOLO('yolov12n.yaml').model.yaml['layout'])"
     )
     run = run_python("-c", code, YOLOV12_AUTOPATCH="0")
     assert run.stdout.split()[-1] == "turbo", run.stderr

@@ -1,4 +1,5 @@
 import pytest
+
 from yolov12 import cli
 from yolov12.errors import ConfigError
 

@@ -1,6 +1,6 @@
 """YOLOv12 on Ultralytics, with training that does not run out of GPU memory.
 
-    from yolov12 import YOLO      # the same class as `from ultralytics import YOLO` in this environment
+from yolov12 import YOLO      # the same class as `from ultralytics import YOLO` in this environment
 """
 
 __version__ = "0.1.0"
@@ -8,7 +8,7 @@ __all__ = ["YOLO", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    # Loaded on first use: this package is imported at every interpreter start (see autopatch.py), so it imports nothing.
+    # Loaded on first use: this module runs at every interpreter start (see autopatch.py), so it imports nothing.
     if name == "YOLO":
         from yolov12 import autopatch
 

@@ -1,11 +1,11 @@
 """Every way this package can refuse to go on. All messages say what happened and what to do.
 
 YOLOv12Error
-├── ConfigError            an argument that cannot work (also a ValueError)
-├── DataError              a data set that cannot be used (also a ValueError)
-├── WeightsError           a weight file that is missing or unreadable
-│   └── UntrustedWeights   a weight file that asks for code we do not run
-└── SeamError              the installed Ultralytics lacks something we join (also an ImportError)
+├── ConfigError                 an argument that cannot work (also a ValueError)
+├── DataError                   a data set that cannot be used (also a ValueError)
+├── WeightsError                a weight file that is missing or unreadable
+│   └── UntrustedWeightsError  a weight file that asks for code we do not run
+└── SeamError                   the installed Ultralytics lacks something we join (also an ImportError)
 """
 
 
@@ -25,7 +25,7 @@ class WeightsError(YOLOv12Error):
     """A weight file is missing, unreadable, or not a checkpoint."""
 
 
-class UntrustedWeights(WeightsError):
+class UntrustedWeightsError(WeightsError):
     """A weight file refers to code outside the allow-list, so loading it would run that code."""
 
 

@@ -3,6 +3,7 @@ import types
 
 import pytest
 import torch
+
 from yolov12.models import attention as module
 from yolov12.models.attention import attention, select_backend
 

@@ -1,4 +1,4 @@
-"""Expectations in data/turbo_official.json come from the official code, run once beside this project (see its `source`)."""
+"""data/turbo_official.json holds what the official code, run once beside this project, computed (see its `source`)."""
 
 import json
 import pickletools
@@ -12,6 +12,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.nn.modules.block import AAttn
 from ultralytics.nn.tasks import DetectionModel
+
 from yolov12.models.layouts import layout_of
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "turbo_official.json").read_text())
@@ -121,7 +122,9 @@ torch.save([m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.gr
 def test_a_users_own_yaml_goes_before_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ours = YOLO("yolov12n.yaml").model.yaml
-    (tmp_path / "yolov12.yaml").write_text(json.dumps({**{k: ours[k] for k in ("scales", "backbone", "head")}, "nc": 3}))
+    (tmp_path / "yolov12.yaml").write_text(
+        json.dumps({**{k: ours[k] for k in ("scales", "backbone", "head")}, "nc": 3})
+    )
     assert YOLO("yolov12n.yaml").model.yaml["nc"] == 3
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copyreg
 import io
+import os
 import pickle
 import re
 import struct
@@ -24,7 +25,7 @@ from ultralytics.nn import modules, tasks
 from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML, IterableSimpleNamespace, downloads
 from ultralytics.utils.loss import v8DetectionLoss
 
-from yolov12.errors import UntrustedWeights, WeightsError
+from yolov12.errors import UntrustedWeightsError, WeightsError
 from yolov12.models import weights
 
 # -- writing files, opcode by opcode ---------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def test_a_file_that_asks_for_code_is_refused_by_name_and_runs_nothing(
     copyreg.add_extension("posix", "system", 0x77)
     before = set(sys.modules), vars(modules.Conv).copy()
     try:
-        with pytest.raises(UntrustedWeights, match=re.escape(asked)) as caught:
+        with pytest.raises(UntrustedWeightsError, match=re.escape(asked)) as caught:
             weights.load(write(Path("evil.pt"), mapping(model=body)))
     finally:
         copyreg.remove_extension("posix", "system", 0x77)
@@ -211,7 +212,7 @@ class AlsoEvil:
 def test_the_refusal_names_everything_the_file_asked_for(zipped: bool) -> None:
     inside = {"model": nn.Sequential(nn.Conv2d(1, 1, 1)), "a": [Evil()], "b": {"c": AlsoEvil()}}
     torch.save(inside, "evil.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UntrustedWeights, match=r"posix\.system, subprocess\.check_call"):
+    with pytest.raises(UntrustedWeightsError, match=r"posix\.system, subprocess\.check_call"):
         weights.load("evil.pt")
     assert not Path("CANARY").exists()
 
@@ -476,7 +477,7 @@ def test_what_is_no_checkpoint_says_so_in_one_line(write: Callable[[], None], me
     write()
     with pytest.raises(WeightsError, match=message) as caught:
         weights.load("w.pt")
-    assert not isinstance(caught.value, UntrustedWeights)
+    assert not isinstance(caught.value, UntrustedWeightsError)
     assert len(str(caught.value).splitlines()) == 1
     assert not Path("CANARY").exists()
 
@@ -505,7 +506,7 @@ def test_a_data_set_elsewhere_is_not_taken_from_a_checkpoint(data: str | None, k
 
 def test_a_state_that_another_package_would_run_is_refused() -> None:
     torch.save({"model": nn.Identity(), "modelopt": {"modelopt": {}, "ranges": {}}}, "w.pt")
-    with pytest.raises(UntrustedWeights, match="ModelOpt"):
+    with pytest.raises(UntrustedWeightsError, match="ModelOpt"):
         weights.load("w.pt")
 
 
@@ -551,7 +552,7 @@ def test_activations_that_are_layers_pass(activation: str | None) -> None:
     ],
 )
 def test_other_activations_are_refused(activation: Any) -> None:
-    with pytest.raises(UntrustedWeights, match="activation"):
+    with pytest.raises(UntrustedWeightsError, match="activation"):
         weights.check_yaml({**ROWS, "activation": activation})
 
 
@@ -562,13 +563,13 @@ def test_other_activations_are_refused(activation: Any) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("part", ["backbone", "head"])
 def test_rows_that_name_no_layer_are_refused(part: str, layer: Any) -> None:
-    with pytest.raises(UntrustedWeights, match=f"Row 1 of '{part}'"):
+    with pytest.raises(UntrustedWeightsError, match=f"Row 1 of '{part}'"):
         weights.check_yaml({**ROWS, part: [*ROWS[part], [-1, 1, layer, []]]})
 
 
 @pytest.mark.parametrize("rows", [None, "Conv", nn.ModuleList(), [["Conv"]], [[-1, 1, "Conv", "x"]]])
 def test_a_yaml_of_another_shape_is_refused(rows: Any) -> None:
-    with pytest.raises(UntrustedWeights):
+    with pytest.raises(UntrustedWeightsError):
         weights.check_yaml({**ROWS, "head": rows})
 
 
@@ -673,3 +674,19 @@ def test_a_missing_file_is_one_error_without_the_network(missing: str) -> None:
     with pytest.raises(WeightsError, match="does not exist") as caught:
         weights.load(missing)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_ultralytics_own_files_fail_offline_as_its_mixed_precision_check_expects(home):
+    """`check_amp` runs before every training on a GPU and goes on without the file when this is a ConnectionError."""
+    with pytest.raises(ConnectionError):
+        weights.load(home / "weights" / "yolo26n.pt")
+
+
+def test_a_strangers_run_folder_cannot_smuggle_code_past_the_end_of_training(tmp_path):
+    """Ultralytics strips the optimizer from best.pt at the end, loading it without any restriction."""
+    from ultralytics.utils.torch_utils import strip_optimizer
+
+    file = tmp_path / "best.pt"
+    torch.save({"model": os.system}, file)
+    with pytest.raises(UntrustedWeightsError, match="system"):
+        strip_optimizer(file)

@@ -78,27 +78,27 @@ def packaged_yaml(path: str | Path) -> tuple[Path, str] | None:
 def attention_init(stock_init: Callable[..., None]) -> Callable[..., None]:
     """Make `AAttn.__init__`: the stock one, or the turbo layout while `building(TURBO)`."""
 
-    def __init__(self: Any, dim: int, num_heads: int, area: int = 1) -> None:
+    def init(self: Any, dim: int, num_heads: int, area: int = 1) -> None:
         if _building.get() != TURBO:
             stock_init(self, dim, num_heads, area)
             return
-        from ultralytics.nn.modules.conv import Conv as conv
+        from ultralytics.nn.modules.conv import Conv
 
         nn.Module.__init__(self)
         self.area, self.num_heads, self.head_dim = area, num_heads, dim // num_heads
         self.all_head_dim = hidden = self.head_dim * num_heads
-        self.qk = conv(dim, hidden * 2, 1, act=False)
-        self.v = conv(dim, hidden, 1, act=False)
-        self.proj = conv(hidden, dim, 1, act=False)
-        self.pe = conv(hidden, dim, 5, 1, 2, g=dim, act=False)
+        self.qk = Conv(dim, hidden * 2, 1, act=False)
+        self.v = Conv(dim, hidden, 1, act=False)
+        self.proj = Conv(hidden, dim, 1, act=False)
+        self.pe = Conv(hidden, dim, 5, 1, 2, g=dim, act=False)
 
-    return __init__
+    return init
 
 
 def a2c2f_init(stock_init: Callable[..., None]) -> Callable[..., None]:
     """Make `A2C2f.__init__`: Ultralytics gives scales l and x (the residual ones) MLP ratio 1.2, turbo has 1.5."""
 
-    def __init__(
+    def init(
         self: Any,
         c1: int,
         c2: int,
@@ -114,7 +114,7 @@ def a2c2f_init(stock_init: Callable[..., None]) -> Callable[..., None]:
             mlp_ratio = TURBO_MLP_RATIO
         stock_init(self, c1, c2, n, a2, area, residual, mlp_ratio, *args, **kwargs)
 
-    return __init__
+    return init
 
 
 def attention_forward(self: Any, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import nn
 
-from yolov12.errors import UntrustedWeights, WeightsError
+from yolov12.errors import UntrustedWeightsError, WeightsError
 from yolov12.models.names import OFFICIAL, resolve
 from yolov12.models.unpickle import Restricted
 from yolov12.models.yaml_check import check_yaml
@@ -40,7 +40,7 @@ def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -
         The checkpoint, whose `ema` or `model` is a module, and the path of the file.
 
     Raises:
-        UntrustedWeights: The file asks for something that would run code; the message lists all of it.
+        UntrustedWeightsError: The file asks for something that would run code; the message lists all of it.
         WeightsError: The file is missing, incomplete, or not a checkpoint.
     """
     file = resolve(weight)
@@ -58,7 +58,7 @@ def read(file: str | Path) -> Any:
     """Read a file as `torch.load(file, map_location="cpu")` does, without running what is in it.
 
     Raises:
-        UntrustedWeights: The file asks for something that would run code; the message lists all of it.
+        UntrustedWeightsError: The file asks for something that would run code; the message lists all of it.
         WeightsError: The file is missing, incomplete, or was not written by `torch.save`.
     """
     path = Path(file)
@@ -85,7 +85,7 @@ def read(file: str | Path) -> Any:
                 "Delete it and download or copy it again."
             ) from e
     if pickle_module.refused:
-        raise UntrustedWeights(
+        raise UntrustedWeightsError(
             f"{file} asks for {', '.join(pickle_module.refused)}, which no checkpoint of Ultralytics needs. None of it "
             f"was run. If you trust whoever made the file, set {TRUST}=1 to load it all the same."
         )
@@ -137,7 +137,7 @@ def _raise_without_model(file: str, found: Any) -> None:
 def _check_settings(file: str, checkpoint: dict[str, Any]) -> None:
     """Deal with what Ultralytics would act on later."""
     if checkpoint.get("modelopt"):
-        raise UntrustedWeights(
+        raise UntrustedWeightsError(
             f"{file} holds a state for NVIDIA ModelOpt, which installs and runs that package to restore it. If you "
             f"trust whoever made the file, set {TRUST}=1."
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from yolov12.errors import UntrustedWeights
+from yolov12.errors import UntrustedWeightsError
 
 
 def check_yaml(model_yaml: Mapping[str, Any]) -> None:
@@ -25,12 +25,12 @@ def check_yaml(model_yaml: Mapping[str, Any]) -> None:
         model_yaml: `activation` (optional), `backbone` and `head`, rows of [from, number, module, arguments].
 
     Raises:
-        UntrustedWeights: `activation` is not a call of a `torch.nn` class with literal arguments, or a row names
+        UntrustedWeightsError: `activation` is not a call of a `torch.nn` class with literal arguments, or a row names
             something that is not a layer.
     """
     activation = model_yaml.get("activation")
     if activation and not _is_activation(activation):
-        raise UntrustedWeights(
+        raise UntrustedWeightsError(
             f"The model yaml has activation {activation!r:.120}, which is not a torch.nn class called with plain "
             "values. It was not run. Write it like 'nn.SiLU()' or 'nn.LeakyReLU(0.1)'."
         )
@@ -38,7 +38,7 @@ def check_yaml(model_yaml: Mapping[str, Any]) -> None:
         rows = model_yaml.get(part)
         for number, row in enumerate(rows if type(rows) is list else [rows]):
             if type(row) not in (list, tuple) or len(row) != 4 or not _is_layer(row[2]) or type(row[3]) is not list:
-                raise UntrustedWeights(
+                raise UntrustedWeightsError(
                     f"Row {number} of '{part}' in the model yaml is {row!r:.120}, which is not [from, number, layer, "
                     "[arguments]] with a layer that Ultralytics, torch.nn or torchvision.ops has. It was not built."
                 )

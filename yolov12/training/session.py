@@ -59,7 +59,8 @@ def _recipe(model: Any, given: dict[str, Any]) -> dict[str, float]:
     recipe = recipe_for(getattr(model.model, "yaml", {}), given)
     if recipe:
         values = " ".join(f"{key}={value}" for key, value in recipe.items())
-        LOGGER.info(f"recipe: {values} (official YOLOv12-{model.model.yaml['scale'].upper()}; recipe=False turns it off)")
+        scale = model.model.yaml["scale"].upper()
+        LOGGER.info(f"recipe: {values} (official YOLOv12-{scale}; recipe=False turns it off)")
     return recipe
 
 
