@@ -74,4 +74,4 @@ def apply() -> None:
 
 def _watch() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Finder())

@@ -85,7 +85,8 @@ def select_backend(device: torch.device, dtype: torch.dtype) -> Backend:
 def _math(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
-    return (weights @ v).transpose(1, 2)
+    out: Tensor = (weights @ v).transpose(1, 2)
+    return out
 
 
 @functools.cache
@@ -137,7 +138,7 @@ class _DeterministicFlash(torch.autograd.Function):
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         *tensors, seed, offset = ctx.saved_tensors
         with _strictly_deterministic():
             return _aten._scaled_dot_product_flash_attention_backward(
@@ -155,7 +156,7 @@ class _DeterministicEfficient(torch.autograd.Function):
         return out  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, *rest = ctx.saved_tensors
         with _strictly_deterministic():
             *grads, _ = _aten._scaled_dot_product_efficient_attention_backward(
