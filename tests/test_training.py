@@ -19,7 +19,7 @@ from yolov12 import cli, demo
 from yolov12.errors import ConfigError, DataError
 from yolov12.training.recipes import recipe_for
 
-TINY = ["epochs=1", "imgsz=64", "batch=4", "fraction=0.1", "workers=0", "device=cpu"]
+TINY = ["epochs=1", "imgsz=96", "batch=4", "fraction=0.1", "workers=0", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def test_training_leaves_what_ultralytics_leaves(trained):
         file.name for file in trained.iterdir()
     }
     assert (trained / "weights" / "best.pt").is_file()
-    (row,) = csv.DictReader((trained / "results.csv").open())
-    assert float(row["train/box_loss"]) > 0
+    (row,) = csv.DictReader((trained / "results.csv").read_text().splitlines())
+    assert float(row["train/cls_loss"]) > 0
 
 
 def test_recipe_is_recorded_and_resumes(trained):
@@ -91,25 +91,35 @@ def test_recipe_follows_a_checkpoint(trained):
     assert arguments_of(YOLO(trained / "weights" / "best.pt"))["copy_paste"] == 0.1
 
 
-def test_predict_val_and_export_agree(trained, capsys):
+def test_val_and_predict_on_what_was_trained(trained):
     weights = trained / "weights" / "best.pt"
     assert cli.main(["val", f"model={weights}", "imgsz=64", "device=cpu", f"project={trained}", "name=val"]) == 0
     assert cli.main(["predict", f"model={weights}", "imgsz=64", f"project={trained}", "name=predict"]) == 0
     assert len(list((trained / "predict").glob("*.jpg"))) == 32  # the validation images of the demo
-    assert cli.main(["export", f"model={weights}", "imgsz=64"]) == 0
-    compare_torch_with_onnx(weights, imgsz=64)
 
 
-def compare_torch_with_onnx(weights, imgsz):
-    image = next((Path(SETTINGS["datasets_dir"])).glob("yolov12-demo*/images/val/*.jpg"))
-    # conf=0 keeps boxes of a model that has learned nothing, so that there is something to compare
-    settings = {"imgsz": imgsz, "conf": 0.0, "max_det": 50, "verbose": False, "device": "cpu", "rect": False}
-    torch_boxes = YOLO(weights).predict(image, **settings)[0].boxes
-    onnx_boxes = YOLO(weights.with_suffix(".onnx"), task="detect").predict(image, **settings)[0].boxes
-    assert len(torch_boxes) == len(onnx_boxes) == 50
-    torch.testing.assert_close(onnx_boxes.xyxy, torch_boxes.xyxy, rtol=0, atol=1e-3 * imgsz)
-    torch.testing.assert_close(onnx_boxes.conf, torch_boxes.conf, rtol=0, atol=1e-3)
-    assert torch.equal(onnx_boxes.cls, torch_boxes.cls)
+@pytest.mark.slow
+def test_demonstration_learns_and_its_export_finds_the_same_boxes(tmp_path):
+    """What scripts/train.sh and scripts/export.sh do without arguments."""
+    assert cli.main(["train", f"project={tmp_path}"]) == 0
+    run = tmp_path / "train"
+    rows = list(csv.DictReader((run / "results.csv").read_text().splitlines()))
+    assert float(rows[-1]["metrics/mAP50(B)"]) > 0
+    assert float(rows[-1]["train/cls_loss"]) < 0.7 * float(rows[0]["train/cls_loss"])
+
+    weights = run / "weights" / "best.pt"
+    assert cli.main(["export", f"model={weights}", "imgsz=256"]) == 0
+    images = sorted(Path(SETTINGS["datasets_dir"]).glob("yolov12-demo*-160-*/images/val/*.jpg"))[:8]
+    settings = {"imgsz": 256, "conf": 0.05, "verbose": False, "device": "cpu", "rect": False}
+    torch_model, onnx_model = YOLO(weights), YOLO(weights.with_suffix(".onnx"), task="detect")
+    found = 0
+    for image in images:
+        ours, theirs = (model.predict(image, **settings)[0].boxes for model in (torch_model, onnx_model))
+        found += len(ours)
+        torch.testing.assert_close(theirs.xyxy, ours.xyxy, rtol=0, atol=1e-3)  # pixels
+        torch.testing.assert_close(theirs.conf, ours.conf, rtol=0, atol=1e-3)
+        assert torch.equal(theirs.cls, ours.cls)
+    assert found > 20
 
 
 @pytest.mark.parametrize("name", ["yolov12n.yaml", "yolov12n-v1.yaml", "yolo12n.yaml"])
@@ -173,7 +183,11 @@ def train(capsys, tmp_path, *words):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["data=missing.yaml"], 1, "data=missing.yaml: 'missing.yaml' does not exist. Give the path of a data set yaml"),
+        (
+            ["data=missing.yaml"],
+            1,
+            "data=missing.yaml: 'missing.yaml' does not exist. Give the path of a data set yaml",
+        ),
         (["data=demo", "bathc=4"], 2, "unknown argument 'bathc'. Did you mean 'batch'?"),
         (["data=demo", "imgsz=abc"], 2, "imgsz=abc is not an image size"),
         (["data=demo", "device=7"], 2, "device=7: "),
@@ -248,5 +262,7 @@ def test_a_run_that_fails_later_keeps_its_folder(tmp_path):
     model = YOLO("yolov12n.yaml")
     model.add_callback("on_train_epoch_end", fail)
     with pytest.raises(RuntimeError, match="disk full"):
-        model.train(data="demo", epochs=1, imgsz=64, batch=4, fraction=0.05, device="cpu", project=tmp_path, plots=False)
+        model.train(
+            data="demo", epochs=1, imgsz=64, batch=4, fraction=0.05, device="cpu", project=tmp_path, plots=False
+        )
     assert (tmp_path / "train" / "args.yaml").is_file()

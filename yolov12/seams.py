@@ -35,9 +35,11 @@ def _draw_demo_data(get_cfg: Callable[..., Any]) -> Callable[..., Any]:
 
         cfg = get_cfg(*args, **kwargs)
         if demo.is_demo(getattr(cfg, "data", None)):
-            from ultralytics.utils import DATASETS_DIR
+            from pathlib import Path
 
-            cfg.data = str(demo.ensure(cfg.data, DATASETS_DIR))
+            from ultralytics.utils import SETTINGS
+
+            cfg.data = str(demo.ensure(cfg.data, Path(SETTINGS["datasets_dir"])))
         return cfg
 
     return wrapper
