@@ -3,7 +3,6 @@
 import csv
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,6 @@ import onnxruntime
 import pytest
 import torch
 import yaml
-from PIL import Image
 from ultralytics import YOLO
 from ultralytics.utils import SETTINGS
 
@@ -59,7 +57,7 @@ def test_recipe_per_scale_leaves_what_the_user_chose(name, chosen, expected):
     assert recipe_for(YOLO(name).model.yaml, chosen) == expected
 
 
-class Stop(Exception):
+class StopHereError(Exception):
     """Raised where the arguments of a training are known and its work has not begun."""
 
 
@@ -69,9 +67,9 @@ def arguments_of(model, **arguments):
 
     def trainer(overrides, _callbacks):
         seen.update(overrides)
-        raise Stop
+        raise StopHereError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopHereError):
         model.train(trainer=trainer, data="demo", **arguments)
     return seen
 
