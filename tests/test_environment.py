@@ -1,0 +1,136 @@
+"""The scripts' way to a Python with everything in it, with a stand-in for the five gigabytes; and the locks."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from yolov12.seams import PINNED
+
+ROOT = Path(__file__).parents[1]
+
+STAND_IN = """#!/usr/bin/env bash
+# Plays python, python -m venv and python -m pip, and writes down what it was asked.
+echo "$(basename "$0") $*" >>"$CALLS"
+case "$*" in
+  "-m venv "*)
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
+    ;;
+  "-m pip install"*"lock.txt") [ ! -e "$CALLS.offline" ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone in a folder with a space in its name, and a PATH whose only Python is the stand-in."""
+    root = tmp_path / "a clone"
+    for name in ("scripts", "requirements"):
+        shutil.copytree(ROOT / name, root / name)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    stand_in = tmp_path / "bin" / "python3.11"
+    stand_in.parent.mkdir()
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    return root
+
+
+def source_env(clone, **environment):
+    """Source scripts/env.sh from elsewhere; return the finished process and the calls of the stand-in."""
+    calls = clone.parent / "calls"
+    calls.write_text("")
+    env = {k: v for k, v in os.environ.items() if k not in ("CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "YOLO_CONFIG_DIR")}
+    env |= {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), **environment}
+    script = f'set -euo pipefail; . "{clone}/scripts/env.sh"; command -v python; echo "$YOLO_CONFIG_DIR"'
+    done = subprocess.run(["bash", "-c", script], cwd="/", env=env, capture_output=True, text=True, timeout=60)
+    return done, calls.read_text().splitlines()
+
+
+def test_first_use_makes_a_venv_and_the_second_finds_it(clone):
+    done, calls = source_env(clone)
+    assert done.stdout.splitlines() == [str(clone / ".venv/bin/python"), str(clone / ".ultralytics")], done.stderr
+    installs = [call for call in calls if "pip install" in call]
+    assert "--require-hashes" in installs[0]
+    assert installs[1].endswith(f"--no-deps --no-build-isolation --no-index -e {clone}")
+    done, calls = source_env(clone)
+    assert done.returncode == 0
+    assert not any("venv" in call or "pip" in call for call in calls)
+
+
+def test_an_interrupted_install_is_done_again(clone):
+    offline = clone.parent / "calls.offline"
+    offline.touch()
+    assert source_env(clone)[0].returncode != 0
+    offline.unlink()
+    done, calls = source_env(clone)
+    assert done.returncode == 0
+    assert any("lock.txt" in call for call in calls)
+
+
+def test_a_changed_lock_is_installed(clone):
+    source_env(clone)
+    with (clone / "requirements" / "lock.txt").open("a") as lock:
+        lock.write("# changed\n")
+    assert any("lock.txt" in call for call in source_env(clone)[1])
+
+
+def test_an_active_environment_is_used_as_it_is(clone):
+    python = Path(sys.executable)
+    done, _ = source_env(clone, CONDA_DEFAULT_ENV="yolov12", PATH=f"{python.parent}:/usr/bin:/bin")
+    assert done.stdout.splitlines()[0] == str(python)
+    assert not (clone / ".venv").exists()
+
+
+def test_no_suitable_python_is_said(clone):
+    (clone.parent / "bin" / "python3.11").write_text("#!/bin/sh\nexit 1\n")
+    for name in ("python3.12", "python3.10", "python3"):
+        shutil.copy(clone.parent / "bin" / "python3.11", clone.parent / "bin" / name)
+    done, _ = source_env(clone)
+    assert done.returncode != 0
+    assert "Python 3.10, 3.11 or 3.12 is needed" in done.stderr
+
+
+def requirements(name: str) -> dict[str, tuple[str, int]]:
+    """Package → (version, number of hashes) of a lock."""
+    text = (ROOT / "requirements" / name).read_text().replace("\\\n", " ")
+    found = {}
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            match = re.match(r"([\w.-]+)==(\S+)", line)
+            assert match, line
+            found[match[1]] = (match[2], line.count("--hash=sha256:"))
+    return found
+
+
+@pytest.mark.parametrize("name", ["lock.txt", "lint.txt", "gpu.txt"])
+def test_locks_have_hashes_and_no_addresses(name):
+    assert "://" not in (ROOT / "requirements" / name).read_text()
+    locked = requirements(name)
+    assert locked
+    assert all(hashes for _, hashes in locked.values())
+
+
+def test_versions_agree_wherever_they_are_written():
+    lock = requirements("lock.txt")
+    assert lock["ultralytics"][0] == PINNED
+    assert (lock["torch"][0], lock["torchvision"][0]) == ("2.3.1", "0.18.1")
+    assert f'"ultralytics=={PINNED}"' in (ROOT / "pyproject.toml").read_text()
+    assert requirements("gpu.txt").keys() == {"flash-attn", "tensorrt-cu12"}
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "yolov12"
+    assert "python=3.11" in environment["dependencies"]
+    (pip,) = (d["pip"] for d in environment["dependencies"] if isinstance(d, dict))
+    assert pip == ["-r requirements/lock.txt"]
+
+
+@pytest.mark.parametrize("command", ["train", "val", "predict", "export", "check"])
+def test_every_command_has_its_script(command):
+    script = ROOT / "scripts" / f"{command}.sh"
+    assert os.access(script, os.X_OK)
+    assert f'exec yolov12 {command} "$@"' in script.read_text()
