@@ -1,5 +1,6 @@
-"""data/turbo_official.json holds what the official code, run once beside this project, computed (see its `source`)."""
+"""data/official.json holds what the official code, run once beside this project, computed (see its `source`)."""
 
+import gzip
 import json
 import pickletools
 import zipfile
@@ -15,7 +16,8 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolov12.models.layouts import layout_of
 
-OFFICIAL = json.loads((Path(__file__).parent / "data" / "turbo_official.json").read_text())
+DATA = Path(__file__).parent / "data"
+OFFICIAL = json.loads((DATA / "official.json").read_text())
 TURBO_PARAMETERS = {"n": 2_553_904, "s": 9_127_424, "m": 19_670_784, "l": 26_506_496, "x": 59_414_176}
 # Ultralytics' own yolo12.yaml states these
 V1_PARAMETERS = {"n": 2_602_288, "s": 9_284_096, "m": 20_199_168, "l": 26_450_784, "x": 59_210_784}
@@ -44,7 +46,7 @@ def weights_by_name(state_dict):
             value = rng.uniform(0.1, 0.3, shape)
         elif key.endswith("weight"):
             # large queries and keys make attention pick, so that a mix-up of heads or of q and k shows
-            value = rng.uniform(0.5, 1, shape) * (6 if ".qk." in key else 2 if ".attn." in key else 1)
+            value = rng.uniform(0.5, 1, shape) * (6 if ".qk" in key else 2 if ".attn." in key else 1)
         else:
             value = rng.normal(0, 0.1, shape)
         made[key] = torch.from_numpy(np.asarray(value)).to(tensor.dtype)
@@ -64,13 +66,13 @@ def test_turbo_state_dict_has_the_official_names_and_shapes(scale):
     assert ours == OFFICIAL[f"state_dict_{scale}"]
 
 
-def check_against_official(scale, dtype, tolerance):
-    model = DetectionModel(f"yolov12{scale}.yaml", verbose=False).eval()
+def check_against_official(name, dtype, tolerance, model=None):
+    model = (model or DetectionModel(f"yolov12{name}.yaml", verbose=False)).eval()
     model.load_state_dict(weights_by_name(model.state_dict()))
     images = np.random.default_rng(12).uniform(0, 1, (1, 3, 96, 160)).astype("float32")
     with torch.no_grad():
         out = model.to(dtype)(torch.from_numpy(images).to(dtype))[0]
-    expected = OFFICIAL["models"][scale]
+    expected = OFFICIAL["models"][name]
     assert list(out.shape) == expected["output_shape"]
     samples = out.double().flatten()[:: out.numel() // 64][:64]
     assert torch.allclose(samples, torch.tensor(expected["output_samples"]).double(), rtol=tolerance, atol=tolerance)
@@ -80,6 +82,18 @@ def check_against_official(scale, dtype, tolerance):
 @pytest.mark.parametrize("scale", "nsmlx")
 def test_turbo_computes_what_the_official_code_computes(scale):
     check_against_official(scale, torch.float64, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("n", "turbo"), ("n-v1", "v1")])
+def test_files_the_official_code_wrote_are_told_apart_and_compute_what_they_did(name, layout, tmp_path):
+    """Written by the official code (Ultralytics 8.3.63), with zeros for weights so that they pack small."""
+    file = tmp_path / "yolov12n.pt"  # both releases use this name
+    file.write_bytes(gzip.decompress((DATA / f"official-{layout}-n.pt.gz").read_bytes()))
+    model = YOLO(file).model
+    assert model.yaml["layout"] == layout
+    check_against_official(name, torch.float64, 1e-6, model)
+    rebuilt = DetectionModel(model.yaml, verbose=False)  # what training from it starts with
+    check_against_official(name, torch.float64, 1e-6, rebuilt)
 
 
 @pytest.mark.parametrize("scale", "nsm")  # l and x amplify with these weights: fp32 is off by pixels in either code
