@@ -20,6 +20,15 @@ def test_grammar_is_that_of_yolo(words, expected):
     assert cli.parse(words) == expected
 
 
+def test_cfg_file_gives_way_to_words(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("model: yolov12s.yaml\nepochs: 7\nlr0: 0.1\n")
+    assert cli.parse(["epochs=3", f"cfg={file}"]) == {"model": "yolov12s.yaml", "epochs": 3, "lr0": 0.1}
+    file.write_text("epohcs: 7\n")
+    with pytest.raises(ConfigError, match="'epohcs'. Did you mean 'epochs'"):
+        cli.parse([f"cfg={file}"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -97,7 +97,10 @@ def parse(words: list[str]) -> dict[str, Any]:
                 key, value = parse_key_value_pair(word)
             except AssertionError:
                 raise ConfigError(f"'{word}' has no value, as in epochs=100") from None
-            options[key] = value
+            if key == "cfg" and value:
+                options = {**_from_file(value), **options}
+            else:
+                options[key] = value
         elif word in TASKS:
             options["task"] = word
         elif isinstance(DEFAULT_CFG_DICT.get(word), bool) or word in ("half", "int8", "nms", "resume"):
@@ -111,8 +114,15 @@ def parse(words: list[str]) -> dict[str, Any]:
     return options
 
 
+def _from_file(file: str) -> dict[str, Any]:
+    from ultralytics.utils import YAML
+    from ultralytics.utils.checks import check_yaml
+
+    return {key: value for key, value in YAML.load(check_yaml(file)).items() if key != "cfg"}
+
+
 def _train(options: dict[str, Any]) -> None:
-    if not options.get("data") and not options.get("resume") and not options.get("cfg"):
+    if not options.get("data") and not options.get("resume"):
         options = {**DEMO_TRAINING, **options}
     model = _model(options, default="yolov12n.yaml")
     model.train(**options)
