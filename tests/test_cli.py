@@ -25,7 +25,7 @@ def test_cfg_file_gives_way_to_words(tmp_path):
     file.write_text("model: yolov12s.yaml\nepochs: 7\nlr0: 0.1\n")
     assert cli.parse(["epochs=3", f"cfg={file}"]) == {"model": "yolov12s.yaml", "epochs": 3, "lr0": 0.1}
     file.write_text("epohcs: 7\n")
-    with pytest.raises(ConfigError, match="'epohcs'. Did you mean 'epochs'"):
+    with pytest.raises(ConfigError, match=r"'epohcs'\. Did you mean 'epochs'"):
         cli.parse([f"cfg={file}"])
 
 
