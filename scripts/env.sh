@@ -4,10 +4,6 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# Ultralytics keeps its settings, and where data sets and runs go, per user; here they belong to the clone.
-export YOLO_CONFIG_DIR=${YOLO_CONFIG_DIR:-$root/.ultralytics}
-mkdir -p "$YOLO_CONFIG_DIR"
-
 find_python() { # prints a Python that has wheels of torch 2.3.1
   local name
   for name in python3.11 python3.12 python3.10 python3; do
@@ -32,25 +28,43 @@ install_package() { # python
   "$1" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e "$root"
 }
 
-make_venv() {
-  local stamp
-  stamp=$root/.venv/installed-$(cat "$root/requirements/lock.txt" "$root/pyproject.toml" | cksum | tr ' ' -)
-  if [ ! -e "$stamp" ]; then
-    echo "yolov12: making .venv from requirements/lock.txt (5.5 GB, a few minutes, once)" >&2
-    "$(find_python)" -m venv "$root/.venv" || {
-      echo "yolov12: making .venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
-      return 1
-    }
-    install_into "$root/.venv/bin/python" lock.txt
-    install_package "$root/.venv/bin/python"
-    rm -f "$root"/.venv/installed-*
-    touch "$stamp"
-  fi
-  export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
+make_venv() { # unless this clone, in this place, has one with these requirements
+  local stamp python
+  stamp=$root/.venv/installed-$( (cat "$root/requirements/lock.txt" "$root/pyproject.toml" && echo "$root") | cksum | tr ' ' -)
+  [ ! -e "$stamp" ] || return 0
+  python=$(find_python) || return 1
+  echo "yolov12: making .venv from requirements/lock.txt (5.5 GB, a few minutes, once)" >&2
+  "$python" -m venv --clear "$root/.venv" || {
+    echo "yolov12: making .venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
+    return 1
+  }
+  install_into "$root/.venv/bin/python" lock.txt
+  install_package "$root/.venv/bin/python"
+  touch "$stamp"
 }
 
 if [ "${CONDA_DEFAULT_ENV:-}" = yolov12 ]; then
-  python -c 'import yolov12.autopatch' 2>/dev/null || install_package python
+  python -I -c 'import yolov12.autopatch' 2>/dev/null || install_package python # -I: not from the current folder
 else
+  if command -v flock >/dev/null; then # a second script waits for the first to finish making it
+    exec 9>"$root/.venv.lock"
+    flock 9
+  fi
   make_venv
+  exec 9>&-
+  export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
+fi
+
+# Ultralytics keeps its settings, among them where data sets and runs go, per user. Here they belong to the clone.
+if [ -z "${YOLO_CONFIG_DIR:-}" ]; then
+  export YOLO_CONFIG_DIR=$root/.ultralytics
+  if ! grep -qsF "\"$root/runs\"" "$YOLO_CONFIG_DIR/settings.json"; then
+    mkdir -p "$YOLO_CONFIG_DIR"
+    python - "$root" >/dev/null <<'PYTHON'
+import sys
+from ultralytics.utils import SETTINGS
+
+SETTINGS.update({f"{name}_dir": f"{sys.argv[1]}/{name}" for name in ("datasets", "weights", "runs")})
+PYTHON
+  fi
 fi

@@ -69,12 +69,9 @@ def test_hook_imports_nothing_heavy(run_python):
 def test_missing_seam_is_named():
     module = types.ModuleType("ultralytics.nn.tasks")
     module.parse_model = lambda *args: None
-    seams._joined.discard("ultralytics.nn.tasks")
-    try:
+    for _ in range(2):  # importing it again must not pass for joined
         with pytest.raises(SeamError, match=r"no ultralytics\.nn\.tasks\.yaml_model_load.*==8\.4\.190.*AUTOPATCH=0"):
             seams.join(module)
-    finally:
-        seams._joined.add("ultralytics.nn.tasks")
 
 
 def test_other_version_is_said_once():
@@ -83,12 +80,26 @@ def test_other_version_is_said_once():
     module.__version__ = "9.0.0"
     module.LOGGER = types.SimpleNamespace(warning=said.append)
     module.DEFAULT_CFG_DICT, module.DEFAULT_CFG = {}, types.SimpleNamespace()
-    seams._joined.discard("ultralytics.utils")
     seams.join(module)
     seams.join(module)
     assert len(said) == 1
     assert "8.4.190" in said[0]
     assert "9.0.0" in said[0]
+
+
+def test_a_reloaded_module_is_joined_again(run_python):
+    code = (
+        "import importlib, ultralytics.nn.tasks as t; importlib.reload(t); print(hasattr(t.parse_model, '__wrapped__'))"
+    )
+    assert run_python("-c", code).stdout.split()[-1] == "True"
+
+
+def test_processes_of_one_that_asked_for_us_are_joined(run_python):
+    code = (
+        "import subprocess, sys; from yolov12 import YOLO; "
+        f"print(subprocess.run([sys.executable, '-c', {PATCHED!r}], capture_output=True, text=True).stdout)"
+    )
+    assert run_python("-c", code, YOLOV12_AUTOPATCH="0").stdout.split()[-1] == "yolov12.models.layouts"
 
 
 def test_public_surface():

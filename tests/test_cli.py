@@ -60,6 +60,17 @@ def test_errors_are_one_line_and_a_traceback_is_there_for_the_asking(capsys, mon
         cli.main(["train", "bathc=4"])
 
 
+def test_help_for_a_command(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    assert "key=value" in capsys.readouterr().out
+
+
+def test_mode_cannot_contradict_the_command(capsys, tmp_path):
+    assert cli.main(["predict", "mode=val"]) == 2
+    (tmp_path / "copy.yaml").write_text("mode: train\ndata: null\nepochs: 4\n")  # as `yolo copy-cfg` writes it
+    assert cli.parse([f"cfg={tmp_path / 'copy.yaml'}"]) == {"epochs": 4}
+
+
 def test_val_without_weights_says_what_to_do(capsys, monkeypatch, tmp_path):
     from ultralytics.utils import SETTINGS
 

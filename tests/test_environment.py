@@ -14,14 +14,16 @@ from yolov12.seams import PINNED
 
 ROOT = Path(__file__).parents[1]
 
-STAND_IN = """#!/usr/bin/env bash
+STAND_IN = r"""#!/usr/bin/env bash
 # Plays python, python -m venv and python -m pip, and writes down what it was asked.
 echo "$(basename "$0") $*" >>"$CALLS"
 case "$*" in
-  "-m venv "*)
-    mkdir -p "$3/bin"
-    cp "$0" "$3/bin/python"
+  "-m venv --clear "*)
+    rm -rf "$4"
+    mkdir -p "$4/bin"
+    cp "$0" "$4/bin/python"
     ;;
+  "- "*) mkdir -p "$YOLO_CONFIG_DIR" && echo "\"$2/runs\"" >"$YOLO_CONFIG_DIR/settings.json" ;;
   "-m pip install"*"lock.txt") [ ! -e "$CALLS.offline" ] ;;
 esac
 """
@@ -41,14 +43,14 @@ def clone(tmp_path):
     return root
 
 
-def source_env(clone, **environment):
-    """Source scripts/env.sh from elsewhere; return the finished process and the calls of the stand-in."""
+def source_env(clone, cwd="/", **environment):
+    """Source scripts/env.sh; return the finished process and the calls of the stand-in."""
     calls = clone.parent / "calls"
     calls.write_text("")
     env = {k: v for k, v in os.environ.items() if k not in ("CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "YOLO_CONFIG_DIR")}
     env |= {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), **environment}
     script = f'set -euo pipefail; . "{clone}/scripts/env.sh"; command -v python; echo "$YOLO_CONFIG_DIR"'
-    done = subprocess.run(["bash", "-c", script], cwd="/", env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
     return done, calls.read_text().splitlines()
 
 
@@ -58,9 +60,10 @@ def test_first_use_makes_a_venv_and_the_second_finds_it(clone):
     installs = [call for call in calls if "pip install" in call]
     assert "--require-hashes" in installs[0]
     assert installs[1].endswith(f"--no-deps --no-build-isolation --no-index -e {clone}")
+    assert [call for call in calls if call.startswith("python - ")] == [f"python - {clone}"]  # settings, once
     done, calls = source_env(clone)
     assert done.returncode == 0
-    assert not any("venv" in call or "pip" in call for call in calls)
+    assert calls == []
 
 
 def test_an_interrupted_install_is_done_again(clone):
@@ -71,6 +74,16 @@ def test_an_interrupted_install_is_done_again(clone):
     done, calls = source_env(clone)
     assert done.returncode == 0
     assert any("lock.txt" in call for call in calls)
+
+
+def test_a_copy_of_a_clone_makes_its_own(clone):
+    """A virtual environment holds absolute paths: the copy would run the original's code."""
+    source_env(clone)
+    copy = clone.with_name("copy")
+    shutil.copytree(clone, copy)
+    _, calls = source_env(copy)
+    assert any(call.endswith(f"-e {copy}") for call in calls)
+    assert f"python - {copy}" in calls
 
 
 def test_a_changed_lock_is_installed(clone):
@@ -87,13 +100,25 @@ def test_an_active_environment_is_used_as_it_is(clone):
     assert not (clone / ".venv").exists()
 
 
+def test_an_active_environment_without_the_package_gets_it(clone):
+    """From the clone's own folder, where `import yolov12` would find the source."""
+    (clone / "yolov12").mkdir()
+    shutil.copy(ROOT / "yolov12" / "autopatch.py", clone / "yolov12")
+    python = clone.parent / "bin" / "python"
+    python.write_text(STAND_IN.replace("case", 'case "$*" in *"-I -c"*) exit 1 ;; "-c "*) exit 0 ;; esac\ncase', 1))
+    python.chmod(0o755)
+    done, calls = source_env(clone, cwd=clone, CONDA_DEFAULT_ENV="yolov12")
+    assert done.returncode == 0, done.stderr
+    assert any(call.endswith(f"-e {clone}") for call in calls)
+
+
 def test_no_suitable_python_is_said(clone):
     (clone.parent / "bin" / "python3.11").write_text("#!/bin/sh\nexit 1\n")
     for name in ("python3.12", "python3.10", "python3"):
         shutil.copy(clone.parent / "bin" / "python3.11", clone.parent / "bin" / name)
     done, _ = source_env(clone)
     assert done.returncode != 0
-    assert "Python 3.10, 3.11 or 3.12 is needed" in done.stderr
+    assert done.stderr.strip() == "yolov12: Python 3.10, 3.11 or 3.12 is needed to make .venv, and none is on PATH"
 
 
 def requirements(name: str) -> dict[str, tuple[str, int]]:

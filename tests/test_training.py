@@ -1,8 +1,12 @@
 """Whole jobs on the CPU, as a user runs them: small, but the real model on the real data set."""
 
 import csv
+import json
 import os
 import shutil
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ from ultralytics.utils import SETTINGS
 
 from yolov12 import cli, demo
 from yolov12.errors import ConfigError, DataError
+from yolov12.training.preflight import check_training_arguments
 from yolov12.training.recipes import recipe_for
 
 TINY = ["epochs=1", "imgsz=96", "batch=4", "fraction=0.1", "workers=0", "device=cpu"]
@@ -37,7 +42,7 @@ def test_training_leaves_what_ultralytics_leaves(trained):
     assert float(row["train/cls_loss"]) > 0
 
 
-def test_recipe_is_recorded_and_resumes(trained):
+def test_recipe_is_recorded(trained):
     args = yaml.safe_load((trained / "args.yaml").read_text())
     assert args["recipe"] is True
     assert (args["copy_paste"], args["warmup_bias_lr"], args["scale"]) == (0.1, 0.0, 0.5)
@@ -49,12 +54,13 @@ def test_recipe_is_recorded_and_resumes(trained):
         ("yolov12x.yaml", (), {"mosaic": 1.0, "scale": 0.9, "mixup": 0.2, "copy_paste": 0.6, "warmup_bias_lr": 0.0}),
         ("yolov12s-v1.yaml", (), {"mosaic": 1.0, "scale": 0.9, "mixup": 0.05, "copy_paste": 0.15, "warmup_bias_lr": 0}),
         ("yolov12m.yaml", ("scale", "mixup", "mosaic"), {"copy_paste": 0.4, "warmup_bias_lr": 0.0}),
+        ("yolov12.yaml", (), {"mosaic": 1.0, "scale": 0.5, "mixup": 0.0, "copy_paste": 0.1, "warmup_bias_lr": 0.0}),
         ("yolo12s.yaml", (), {}),
         ("yolo11n.yaml", (), {}),
     ],
 )
 def test_recipe_per_scale_leaves_what_the_user_chose(name, chosen, expected):
-    assert recipe_for(YOLO(name).model.yaml, chosen) == expected
+    assert recipe_for(YOLO(name).model.yaml, chosen)[1] == expected
 
 
 class StopHereError(Exception):
@@ -83,6 +89,13 @@ def test_recipe_is_applied_to_what_the_user_has_not_set(tmp_path):
     from_file = arguments_of(model, cfg=str(tmp_path / "cfg.yaml"))
     assert from_file["scale"] == 0.1
     assert from_file["copy_paste"] == 0.15
+
+
+def test_recipe_gives_way_to_overrides_and_reaches_a_start_that_was_no_resume():
+    model = YOLO("yolov12s.yaml")
+    assert arguments_of(model, resume=True)["copy_paste"] == 0.15  # Ultralytics warns, and starts anew
+    model.overrides["copy_paste"] = 0.77
+    assert arguments_of(model)["copy_paste"] == 0.77
 
 
 def test_recipe_follows_a_checkpoint(trained):
@@ -159,6 +172,58 @@ def test_a_turbo_checkpoint_is_trained_as_turbo(trained, tmp_path):
     torch.testing.assert_close(before[key].float(), after[key].float(), rtol=1e-2, atol=1e-3)
 
 
+def interrupted(tmp_path):
+    """A run that failed in its second of three epochs."""
+
+    def fail(trainer):
+        if trainer.epoch == 1:
+            raise RuntimeError("power cut")
+
+    model = YOLO("yolov12n.yaml")
+    model.add_callback("on_train_epoch_end", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        model.train(data="demo", epochs=3, imgsz=64, batch=4, fraction=0.05, device="cpu", project=tmp_path, mixup=0.33,
+                    plots=False, val=False)  # fmt: skip
+    return tmp_path / "train"
+
+
+def test_a_run_that_failed_keeps_its_folder_and_is_resumed_from_the_command_line(tmp_path, monkeypatch, capsys):
+    run = interrupted(tmp_path)
+    assert (run / "weights" / "last.pt").is_file()
+    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path))
+    assert cli.main(["train", "resume"]) == 0
+    assert [folder.name for folder in tmp_path.iterdir()] == ["train"]
+    assert yaml.safe_load((run / "args.yaml").read_text())["mixup"] == 0.33
+    assert len((run / "results.csv").read_text().splitlines()) == 1 + 3
+    capsys.readouterr()
+    assert cli.main(["train", "resume"]) == 1
+    assert "nothing to resume" in capsys.readouterr().err
+    assert [folder.name for folder in tmp_path.iterdir()] == ["train"]
+
+
+class Doubled(torch.nn.Module):
+    """A layer of a user's own."""
+
+    def forward(self, x):
+        return x * 2
+
+
+def test_a_users_own_layer_trains_to_the_end(tmp_path, monkeypatch):
+    from ultralytics.nn import tasks
+
+    monkeypatch.setitem(sys.modules, "layers_of_a_user", types.ModuleType("layers_of_a_user"))
+    monkeypatch.setattr(Doubled, "__module__", "layers_of_a_user")
+    sys.modules["layers_of_a_user"].Doubled = Doubled
+    monkeypatch.setattr(tasks, "Doubled", Doubled, raising=False)
+    stock = YOLO("yolov12n.yaml").model.yaml
+    head = [[-1, 1, "Doubled", []], [[-1, 8], 1, "Concat", [1]], [[4, 6, -1], 1, "Detect", ["nc"]]]
+    own = {"nc": 10, "scale": "n", "scales": stock["scales"], "backbone": stock["backbone"], "head": head}
+    (tmp_path / "own.yaml").write_text(json.dumps(own))
+    model = YOLO(tmp_path / "own.yaml")
+    model.train(data="demo", epochs=1, imgsz=64, batch=4, fraction=0.05, device="cpu", project=tmp_path, plots=False)
+    assert any(isinstance(layer, Doubled) for layer in YOLO(model.trainer.best).model.modules())
+
+
 # -- what users get wrong ---------------------------------------------------------------------------------------------
 
 
@@ -201,6 +266,68 @@ def test_bad_arguments_end_in_one_line_and_leave_nothing(capsys, tmp_path, words
     assert got[1].startswith("yolov12: error: ")
     assert message in got[1]
     assert not got[2]
+
+
+def test_what_ultralytics_accepts_is_accepted(tmp_path, data_set):
+    """Linked folders, another split for validation, sizes as text or too many."""
+    train_images = data_set / "images" / "train"
+    train_images.rename(tmp_path / "camera")
+    train_images.mkdir()
+    (train_images / "linked").symlink_to(tmp_path / "camera")
+    data = yaml.safe_load((data_set / "data.yaml").read_text())
+    (data_set / "test.yaml").write_text(json.dumps({**data, "val": "nothing/here", "test": "images/val"}))
+    for imgsz in (64, "64", [64], [64, 64, 3]):
+        check_training_arguments({"data": str(data_set / "test.yaml"), "split": "test", "imgsz": imgsz}, "detect")
+
+
+def test_a_data_set_without_validation_says_so(tmp_path, data_set):
+    data = yaml.safe_load((data_set / "data.yaml").read_text())
+    (data_set / "data.yaml").write_text(json.dumps({**data, "val": None}))
+    with pytest.raises(DataError, match="'val:'"):
+        check_training_arguments({"data": str(data_set / "data.yaml")}, "detect")
+
+
+def test_a_start_that_fails_leaves_the_users_files(tmp_path):
+    """`save_dir` may be a folder with more in it."""
+
+    def fail(trainer):
+        raise RuntimeError("no disk")
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("three years")
+    model = YOLO("yolov12n.yaml")
+    model.add_callback("on_pretrain_routine_end", fail)
+    with pytest.raises(RuntimeError, match="no disk"):
+        model.train(data="demo", save_dir=str(tmp_path / "mine"), epochs=1, imgsz=64, device="cpu", plots=False)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "three years"
+
+
+def test_a_run_whose_processes_did_the_work_is_kept(tmp_path, monkeypatch):
+    """With several GPUs the parent sees no epoch: its children do, and one may die late."""
+    from ultralytics.engine import trainer as module
+
+    model = YOLO("yolov12n.yaml")
+    trainer = model._smart_load("trainer")(
+        overrides={"model": "yolov12n.yaml", "data": "demo", "device": "cpu", "project": str(tmp_path), "mode": "train"}
+    )
+    trainer.ddp, trainer.world_size = True, 2
+
+    def run(cmd, check):
+        (trainer.wdir).mkdir(parents=True, exist_ok=True)
+        (trainer.wdir / "last.pt").write_bytes(b"fifty epochs")
+        raise subprocess.CalledProcessError(1, cmd)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(module, "generate_ddp_command", lambda trainer: (["python"], str(tmp_path / "file")))
+    with pytest.raises(subprocess.CalledProcessError):
+        trainer.train()
+    assert (trainer.wdir / "last.pt").read_bytes() == b"fifty epochs"
+
+
+def test_a_constructor_that_fails_leaves_no_folder(tmp_path):
+    with pytest.raises(RuntimeError, match="nothere"):
+        YOLO("yolo11n-cls.yaml").train(data=str(tmp_path / "nothere"), project=tmp_path / "runs", device="cpu")
+    assert not any((tmp_path / "runs").rglob("*"))
 
 
 def test_empty_data_set(capsys, tmp_path, data_set):
@@ -249,18 +376,3 @@ def test_errors_reach_python_callers_as_exceptions():
         model.train(data="missing.yaml")
     with pytest.raises(ConfigError, match="imgsz"):
         model.train(data="demo", imgsz="abc")
-
-
-def test_a_run_that_fails_later_keeps_its_folder(tmp_path):
-    """Only a start that never came to an epoch is cleared away."""
-
-    def fail(trainer):
-        raise RuntimeError("disk full")
-
-    model = YOLO("yolov12n.yaml")
-    model.add_callback("on_train_epoch_end", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
-        model.train(
-            data="demo", epochs=1, imgsz=64, batch=4, fraction=0.05, device="cpu", project=tmp_path, plots=False
-        )
-    assert (tmp_path / "train" / "args.yaml").is_file()

@@ -50,6 +50,7 @@ def _join_after_exec(spec: "ModuleSpec") -> None:
         exec_module(module)
         from yolov12 import seams
 
+        seams.forget(module)
         seams.join(module)
 
     loader.exec_module = exec_and_join  # type: ignore[method-assign]
@@ -62,7 +63,11 @@ def install() -> None:
 
 
 def apply() -> None:
-    """Join Ultralytics whatever the environment says: what was imported already, and what will be."""
+    """Join Ultralytics whatever the environment says: what was imported already, and what will be.
+
+    Processes started from here are joined too: Ultralytics hands them arguments that only we know.
+    """
+    os.environ.pop("YOLOV12_AUTOPATCH", None)
     _watch()
     if _UPSTREAM in sys.modules:
         from yolov12 import seams

@@ -33,7 +33,7 @@ DEMO_TRAINING: dict[str, Any] = {
 }
 
 # What a user can get wrong, by Ultralytics' own errors; anything else is a defect and shows its traceback.
-_USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError)
+_USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> int:
     """
     verb, *words = (sys.argv[1:] if args is None else args) or ["help"]
     verb = verb.lstrip("-")
-    if verb in ("help", "h"):
+    if verb in ("help", "h") or {"help", "-h", "--help"} & set(words):
         print(__doc__)
         return 0
     try:
@@ -59,7 +59,10 @@ def main(args: list[str] | None = None) -> int:
             raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, 'check'])}")
         _use_every_core()
         autopatch.apply()
-        VERBS[verb](parse(words))
+        options = parse(words)
+        if options.pop("mode", verb) != verb:
+            raise ConfigError(f"mode= contradicts the command, which is {verb}")
+        VERBS[verb](options)
     except _USER_ERRORS as error:
         if os.environ.get("YOLOV12_TRACEBACK") == "1":
             raise
@@ -118,11 +121,16 @@ def _from_file(file: str) -> dict[str, Any]:
     from ultralytics.utils import YAML
     from ultralytics.utils.checks import check_yaml
 
-    return {key: value for key, value in YAML.load(check_yaml(file)).items() if key != "cfg"}
+    # A copy of Ultralytics' defaults has every key: what is empty there is not set, and the command is the mode.
+    return {k: v for k, v in YAML.load(check_yaml(file)).items() if v is not None and k not in ("cfg", "mode")}
 
 
 def _train(options: dict[str, Any]) -> None:
-    if not options.get("data") and not options.get("resume"):
+    if options.get("resume"):
+        if options["resume"] is True:
+            options["resume"] = options.get("model") or _last_trained("last.pt")
+        options["model"] = options["resume"]
+    elif not options.get("data"):
         options = {**DEMO_TRAINING, **options}
     model = _model(options, default="yolov12n.yaml")
     model.train(**options)
@@ -165,14 +173,14 @@ VERBS: dict[str, Callable[[dict[str, Any]], None]] = {
 def _model(options: dict[str, Any], default: str | None = None) -> Any:
     from yolov12 import YOLO
 
-    name = options.pop("model", None) or default or _last_trained()
+    name = options.pop("model", None) or default or _last_trained("best.pt")
     return YOLO(name, task=options.pop("task", None))
 
 
-def _last_trained() -> str:
+def _last_trained(name: str) -> str:
     from ultralytics.utils import SETTINGS
 
-    found = Path(SETTINGS["runs_dir"]).glob("**/weights/best.pt")
+    found = Path(SETTINGS["runs_dir"]).glob(f"**/weights/{name}")
     last = max(found, key=lambda file: file.stat().st_mtime, default=None)
     if last is None:
         raise WeightsError(f"no model= given, and nothing trained yet in {SETTINGS['runs_dir']}. Train first")

@@ -14,10 +14,12 @@ from typing import Any
 
 from yolov12.errors import SeamError
 
-__all__ = ["PINNED", "SEAMS", "join"]
+__all__ = ["PINNED", "SEAMS", "forget", "join"]
 
 PINNED = "8.4.190"
 """The Ultralytics release these seams are made for and tested with."""
+
+_JOINED = "__yolov12_joined__"
 
 ARGUMENTS: Mapping[str, Any] = {"recipe": True}
 """Training arguments this package adds, with their defaults. All are booleans so far."""
@@ -132,6 +134,20 @@ def _prepare_training(train: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _clear_false_starts(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from yolov12.training import session
+
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException:
+            session.remove_false_start(getattr(self, "save_dir", None))
+            raise
+
+    return wrapper
+
+
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
     "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
@@ -147,10 +163,12 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
         "yaml_model_load": _find_our_yaml,
         "torch_safe_load": _load_safely,
     },
+    "ultralytics.engine.trainer": {
+        "BaseTrainer.__init__": _clear_false_starts,
+        "BaseTrainer.train": _clear_false_starts,
+    },
     "ultralytics.engine.model": {"Model.train": _prepare_training},
 }
-
-_joined: set[str] = set()
 
 
 def join(module: ModuleType) -> None:
@@ -160,9 +178,8 @@ def join(module: ModuleType) -> None:
         SeamError: The installed Ultralytics has no such name; the message says which.
     """
     name = module.__name__
-    if name in _joined:
+    if vars(module).get(_JOINED):
         return
-    _joined.add(name)
     if name == "ultralytics.utils" and module.__version__ != PINNED:
         module.LOGGER.warning(
             f"yolov12 is made for ultralytics {PINNED}, {module.__version__} is installed: "
@@ -170,6 +187,12 @@ def join(module: ModuleType) -> None:
         )
     for path, change in SEAMS.get(name, {}).items():
         _replace(module, path, change)
+    setattr(module, _JOINED, True)
+
+
+def forget(module: ModuleType) -> None:
+    """Take a module as new: it has just been run, perhaps again."""
+    vars(module).pop(_JOINED, None)
 
 
 def _replace(module: ModuleType, path: str, change: Callable[[Any], Any]) -> None:

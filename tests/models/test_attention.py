@@ -8,7 +8,7 @@ from yolov12.models import attention as module
 from yolov12.models.attention import attention, select_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-HAS_CUDA = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def qkv(dtype=torch.float32, device="cpu", tokens=50, grad=False):
@@ -123,7 +123,7 @@ def test_traced_graph_is_matmul_softmax_matmul():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 2e-2), (torch.float32, 1e-3)])
 def test_gpu_backends_agree_with_float64(dtype, tolerance, deterministic):
@@ -143,6 +143,18 @@ def test_gpu_backends_agree_with_float64(dtype, tolerance, deterministic):
     assert (mine - theirs).norm() / theirs.norm() < tolerance
     if deterministic:
         assert torch.equal(mine, again)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
+@pytest.mark.parametrize("name", ["yolov12n.yaml", "yolo12n.yaml"])
+def test_a_compiler_sees_one_graph(name, device):
+    """`train(compile=True)`: each break costs a launch and all fusion across it."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    model = DetectionModel(name, verbose=False).to(device)
+    torch._dynamo.reset()
+    found = torch._dynamo.explain(model)(torch.rand(1, 3, 64, 64, device=device))
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
 def test_nothing_is_chosen_at_import(monkeypatch):

@@ -14,6 +14,7 @@ from ultralytics import YOLO
 from ultralytics.nn.modules.block import AAttn
 from ultralytics.nn.tasks import DetectionModel
 
+from yolov12.errors import ConfigError
 from yolov12.models.layouts import layout_of
 
 DATA = Path(__file__).parent / "data"
@@ -148,6 +149,16 @@ def test_layout_is_told_by_content():
     assert layout_of(official) == "turbo"
     assert layout_of(paper) == "v1"
     assert layout_of({**official, "layout": "v1"}) == "v1"
+
+
+def test_a_misspelt_layout_is_refused():
+    with pytest.raises(ConfigError, match="layout: trubo"):
+        layout_of({"layout": "trubo"})
+
+
+def test_an_image_that_no_area_divides_is_refused_with_its_shape():
+    with pytest.raises(RuntimeError, match="shape"):
+        AAttn(64, 2, 4)(torch.rand(1, 64, 5, 5))
 
 
 def globals_in(file: Path) -> set[str]:

@@ -60,9 +60,26 @@ def named(thing: Any) -> str:
     return thing.name if isinstance(thing, Token) else f"a {type(thing).__name__}"
 
 
-@lru_cache(maxsize=1024)
 def known_class(full: str) -> type | None:
     """Return the class of this full name, if instances of it may be made."""
+    return _stock_class(full) or _layer_of_the_user(full)
+
+
+def _layer_of_the_user(full: str) -> type | None:
+    """Find a layer in a module from which the running program itself has added layers to Ultralytics' own."""
+    module, _, name = full.rpartition(".")
+    tasks = sys.modules.get("ultralytics.nn.tasks")
+    if tasks is None or module.partition(".")[0] in ("torch", "torchvision", "ultralytics"):
+        return None
+    added = (value for value in vars(tasks).values() if isinstance(value, type) and issubclass(value, nn.Module))
+    if module not in {layer.__module__ for layer in added} or module not in sys.modules:
+        return None
+    found = vars(sys.modules[module]).get(name)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+
+
+@lru_cache(maxsize=1024)
+def _stock_class(full: str) -> type | None:
     module, _, name = full.rpartition(".")
     home = next((p for p in (*_LAYERS, *_PARTS) if f"{module}.".startswith(f"{p}.")), None)
     if full in _PLAIN:

@@ -49,15 +49,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return _math(q, k, v)  # an exported graph must not depend on the exporting machine
-    backend = select_backend(q.device, q.dtype).name
     deterministic = torch.are_deterministic_algorithms_enabled()
+    if torch.compiler.is_compiling():  # a compiler sees through PyTorch's own attention, not through our choice
+        backend = "math" if deterministic and q.is_cuda else "sdpa"
+    else:
+        backend = select_backend(q.device, q.dtype).name
     if backend == "flash":
         out: Tensor = _flash_attn()(q, k, v, deterministic=deterministic)
         return out
     if backend == "math":
         return _math(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if deterministic and q.is_cuda:
+    if deterministic and q.is_cuda:  # never compiled
         fused = _DeterministicFlash if _has_flash_kernel(q.device, q.dtype) else _DeterministicEfficient
         out = fused.apply(q, k, v)  # type: ignore[no-untyped-call]
     else:

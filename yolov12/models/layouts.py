@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolov12.errors import ConfigError
 from yolov12.models.attention import attention
 
 TURBO, V1 = "turbo", "v1"
@@ -35,8 +36,15 @@ def layout_of(model_yaml: Mapping[str, Any]) -> str:
     """Tell the layout a model yaml describes: its `layout` key, else what sets the official turbo yaml apart.
 
     The official turbo yaml names no layout; it is the one whose first strided convolutions have groups.
+
+    Raises:
+        ConfigError: The `layout` key names neither.
     """
     if layout := model_yaml.get("layout"):
+        if layout not in (TURBO, V1):
+            raise ConfigError(
+                f"layout: {layout} in the model yaml is not known. Write {TURBO} or {V1}, or leave it out"
+            )
         return str(layout)
     early = [args for _, _, module, args in model_yaml.get("backbone", [])[:5] if module == "Conv"]
     return TURBO if any(len(args) > 4 and args[4] != 1 for args in early) else V1
@@ -129,11 +137,10 @@ def attention_forward(self: Any, x: Tensor) -> Tensor:
     batch, _, height, width = x.shape
     tokens = height * width
     heads, head_dim = self.num_heads, self.head_dim
-    areas = batch * self.area, tokens // self.area, heads
 
-    def split_heads(y: Tensor, parts: int) -> Tensor:
+    def split_heads(y: Tensor, *parts: int) -> Tensor:
         # The fused kernels want each head's channels side by side, which is what channels_last already holds.
-        return y.flatten(2).transpose(1, 2).contiguous().view(*areas[:2], parts, -1)
+        return y.flatten(2).transpose(1, 2).contiguous().view(batch * self.area, tokens // self.area, *parts)
 
     def to_image(y: Tensor) -> Tensor:
         y = y.reshape(batch, height, width, heads * head_dim).permute(0, 3, 1, 2)
@@ -141,9 +148,9 @@ def attention_forward(self: Any, x: Tensor) -> Tensor:
 
     if hasattr(self, "qk"):
         v_image = self.v(x)
-        q, k = split_heads(self.qk(x), 2).view(*areas[:2], 2, heads, head_dim).unbind(2)
-        v = split_heads(v_image, heads)
+        q, k = split_heads(self.qk(x), 2, heads, head_dim).unbind(2)
+        v = split_heads(v_image, heads, head_dim)
     else:
-        q, k, v = split_heads(self.qkv(x), heads).split(head_dim, dim=3)
+        q, k, v = split_heads(self.qkv(x), heads, 3 * head_dim).split(head_dim, dim=3)
         v_image = to_image(v)
     return self.proj(to_image(attention(q, k, v)) + self.pe(v_image))  # type: ignore[no-any-return]

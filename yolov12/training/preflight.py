@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
     _check_image_size(arguments.get("imgsz", 640))
     data = arguments.get("data")
     if isinstance(data, (str, Path)) and task != "classify":
-        _check_data(str(data))
+        _check_data(str(data), arguments.get("split") or "val")
 
 
 def _check_device(device: Any) -> None:
@@ -49,14 +50,16 @@ def _check_image_size(imgsz: Any) -> None:
     from ultralytics.utils.checks import check_imgsz
 
     try:
-        sizes = check_imgsz(imgsz, stride=1, min_dim=2)
+        sizes = check_imgsz(
+            imgsz, stride=1, min_dim=2, max_dim=3
+        )  # too many are reduced by the trainer, with a warning
     except (TypeError, ValueError):
         sizes = []
     if not sizes or imgsz in (0, "0") or "-" in str(imgsz):
         raise ConfigError(f"imgsz={imgsz} is not an image size. Give pixels, as in imgsz=640")
 
 
-def _check_data(data: str) -> None:
+def _check_data(data: str, val_split: str) -> None:
     from ultralytics.data.utils import check_det_dataset
 
     if demo.is_demo(data):
@@ -65,15 +68,17 @@ def _check_data(data: str) -> None:
     if "://" in data or data.endswith(".ndjson"):
         return  # fetched, and checked after that, by Ultralytics
     try:
-        found = check_det_dataset(data)
+        found = check_det_dataset(data, split=val_split)
     except FileNotFoundError as error:
         raise DataError(f"data={data}: {_first_line(error)}. Give the path of a data set yaml, or data=demo") from error
     except (SyntaxError, TypeError, ValueError) as error:
         raise DataError(f"data={data}: {_first_line(error)}") from error
-    for split in ("train", "val"):
-        folders = found[split] if isinstance(found[split], list) else [found[split]]
-        if not _has_images(folders):
-            raise DataError(f"data={data}: no images for '{split}' in {', '.join(folders)}")
+    for split in ("train", val_split):
+        sources = found[split] if isinstance(found[split], list) else [found[split]]
+        if not all(sources):
+            raise DataError(f"data={data}: '{split}:' names no images")
+        if not _has_images(sources):
+            raise DataError(f"data={data}: no images for '{split}' in {', '.join(sources)}")
 
 
 def _first_line(error: Exception) -> str:
@@ -83,11 +88,12 @@ def _first_line(error: Exception) -> str:
 def _has_images(sources: Iterable[str]) -> bool:
     from ultralytics.data.utils import IMG_FORMATS
 
-    for source in map(Path, sources):
-        if source.is_file():  # a list of paths, one a line
-            names: Iterable[Path] = map(Path, source.read_text(encoding="utf-8-sig").split("\n"))
+    for source in sources:
+        if Path(source).is_file():  # a list of paths, one a line
+            names: Iterable[str] = Path(source).read_text(encoding="utf-8-sig").splitlines()
         else:
-            names = source.rglob("*.*")
-        if any(name.suffix[1:].strip().lower() in IMG_FORMATS for name in names):
+            # not Path.rglob: it does not follow linked folders
+            names = glob.iglob(f"{glob.escape(source)}/**/*.*", recursive=True)  # noqa: PTH207
+        if any(name.strip().rpartition(".")[2].lower() in IMG_FORMATS for name in names):
             return True
     return False

@@ -9,7 +9,7 @@ from typing import Any
 _FILE = Path(__file__).parents[1] / "cfg" / "recipes.yaml"
 
 
-def recipe_for(model_yaml: Mapping[str, Any], chosen: Collection[str]) -> dict[str, float]:
+def recipe_for(model_yaml: Mapping[str, Any], chosen: Collection[str]) -> tuple[str, dict[str, float]]:
     """Values of the official recipe that the user has not set.
 
     Args:
@@ -17,13 +17,12 @@ def recipe_for(model_yaml: Mapping[str, Any], chosen: Collection[str]) -> dict[s
         chosen: Names of the arguments the user has set.
 
     Returns:
-        Argument name → value; empty for any other model.
+        The scale letter, and argument name → value; both empty for any other model.
     """
-    name = Path(str(model_yaml.get("yaml_file", ""))).name
-    scale = model_yaml.get("scale")
-    if not name.startswith("yolov12") or not scale:
-        return {}
+    if not Path(str(model_yaml.get("yaml_file", ""))).name.startswith("yolov12"):
+        return "", {}
     from ultralytics.utils import YAML
 
+    scale = model_yaml.get("scale") or next(iter(model_yaml.get("scales", {})), "")  # as parse_model chooses
     recipe: dict[str, float] = YAML.load(_FILE).get(scale, {})
-    return {key: value for key, value in recipe.items() if key not in chosen}
+    return scale, {key: value for key, value in recipe.items() if key not in chosen}

@@ -1,4 +1,4 @@
-"""What happens around one call of `YOLO.train`: checks before it, the recipe, and no litter after a false start."""
+"""What happens around one training: checks before it, the recipe, and no litter after a false start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Any
 from yolov12.training.preflight import check_training_arguments
 from yolov12.training.recipes import recipe_for
 
-__all__ = ["train"]
+__all__ = ["remove_false_start", "train"]
+
+# What Ultralytics writes before the first epoch.
+_BEFORE_THE_FIRST_EPOCH = {"args.yaml", "labels.jpg"}
 
 
 def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: dict[str, Any]) -> Any:
@@ -29,16 +32,27 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
         ConfigError, DataError: See `check_training_arguments`.
     """
     model._check_is_pytorch_model()
-    if not arguments.get("resume"):
-        given = {**_from_file(arguments.get("cfg")), **arguments}
+    if not _resumes(model, arguments):
+        given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
         check_training_arguments(given, model.task)
         arguments = {**_recipe(model, given), **arguments}
-    model.trainer = None
-    try:
-        return stock_train(model, trainer, **arguments)
-    except Exception:
-        _remove_false_start(model.trainer)
-        raise
+    return stock_train(model, trainer, **arguments)
+
+
+def remove_false_start(folder: Path | None) -> None:
+    """Remove a run folder that holds nothing but what is written before the first epoch: its name would stay taken."""
+    if folder is None or not folder.is_dir():
+        return
+    if all(file.name in _BEFORE_THE_FIRST_EPOCH for file in folder.rglob("*") if not file.is_dir()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _resumes(model: Any, arguments: dict[str, Any]) -> bool:
+    resume = arguments.get("resume", model.overrides.get("resume"))
+    if resume is True:  # Ultralytics starts anew where the model at hand is not an interrupted training
+        checkpoint = model.ckpt or {}
+        return checkpoint.get("epoch", -1) >= 0 and checkpoint.get("optimizer") is not None
+    return bool(resume)
 
 
 def _from_file(cfg: str | Path | None) -> dict[str, Any]:
@@ -56,16 +70,8 @@ def _recipe(model: Any, given: dict[str, Any]) -> dict[str, float]:
 
     if not given.get("recipe", DEFAULT_CFG_DICT["recipe"]):
         return {}
-    recipe = recipe_for(getattr(model.model, "yaml", {}), given)
+    scale, recipe = recipe_for(getattr(model.model, "yaml", {}), given)
     if recipe:
         values = " ".join(f"{key}={value}" for key, value in recipe.items())
-        scale = model.model.yaml["scale"].upper()
-        LOGGER.info(f"recipe: {values} (official YOLOv12-{scale}; recipe=False turns it off)")
+        LOGGER.info(f"recipe: {values} (official YOLOv12-{scale.upper()}; recipe=False turns it off)")
     return recipe
-
-
-def _remove_false_start(trainer: Any) -> None:
-    # A run that failed before its first epoch holds nothing but its own arguments, and its name would be taken.
-    if trainer is None or hasattr(trainer, "epoch") or trainer.resume or trainer.args.exist_ok:
-        return
-    shutil.rmtree(trainer.save_dir, ignore_errors=True)
