@@ -58,7 +58,7 @@ fi
 # Ultralytics keeps its settings, among them where data sets and runs go, per user. Here they belong to the clone.
 if [ -z "${YOLO_CONFIG_DIR:-}" ]; then
   export YOLO_CONFIG_DIR=$root/.ultralytics
-  if ! grep -qsF "\"$root/runs\"" "$YOLO_CONFIG_DIR/settings.json"; then
+  if ! grep -qsF "\"$root/runs\"" "$YOLO_CONFIG_DIR/Ultralytics/settings.json"; then
     mkdir -p "$YOLO_CONFIG_DIR"
     python - "$root" >/dev/null <<'PYTHON'
 import sys

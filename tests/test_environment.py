@@ -1,5 +1,6 @@
 """The scripts' way to a Python with everything in it, with a stand-in for the five gigabytes; and the locks."""
 
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,10 @@ case "$*" in
     mkdir -p "$4/bin"
     cp "$0" "$4/bin/python"
     ;;
-  "- "*) mkdir -p "$YOLO_CONFIG_DIR" && echo "\"$2/runs\"" >"$YOLO_CONFIG_DIR/settings.json" ;;
+  "- "*)
+    mkdir -p "$YOLO_CONFIG_DIR/Ultralytics"
+    echo "\"$2/runs\"" >"$YOLO_CONFIG_DIR/Ultralytics/settings.json"
+    ;;
   "-m pip install"*"lock.txt") [ ! -e "$CALLS.offline" ] ;;
 esac
 """
@@ -94,9 +98,16 @@ def test_a_changed_lock_is_installed(clone):
 
 
 def test_an_active_environment_is_used_as_it_is(clone):
+    """With the real Python: Ultralytics' settings are made for the clone, once."""
     python = Path(sys.executable)
-    done, _ = source_env(clone, CONDA_DEFAULT_ENV="yolov12", PATH=f"{python.parent}:/usr/bin:/bin")
-    assert done.stdout.splitlines()[0] == str(python)
+    for first in (True, False):
+        done, _ = source_env(clone, CONDA_DEFAULT_ENV="yolov12", PATH=f"{python.parent}:/usr/bin:/bin")
+        assert done.stdout.splitlines()[0] == str(python), done.stderr
+        settings = clone / ".ultralytics" / "Ultralytics" / "settings.json"
+        assert json.loads(settings.read_text())["datasets_dir"] == str(clone / "datasets")
+        if first:
+            made_ns = settings.stat().st_mtime_ns
+    assert settings.stat().st_mtime_ns == made_ns
     assert not (clone / ".venv").exists()
 
 
