@@ -32,7 +32,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "close_mosaic": 4,
 }
 
-# What a user can get wrong, by Ultralytics' own errors; anything else is a defect and shows its traceback.
+# What Ultralytics says by these is mostly something the user can mend; anything else shows its traceback at once.
 _USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
 
 
@@ -66,7 +66,8 @@ def main(args: list[str] | None = None) -> int:
     except _USER_ERRORS as error:
         if os.environ.get("YOLOV12_TRACEBACK") == "1":
             raise
-        print(f"yolov12: error: {' '.join(str(error).split())}", file=sys.stderr)  # Ultralytics' have several lines
+        hint = "" if isinstance(error, YOLOv12Error) else " (YOLOV12_TRACEBACK=1 shows where)"
+        print(f"yolov12: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)  # Ultralytics' have many lines
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 

@@ -5,6 +5,7 @@ import json
 import pickletools
 import zipfile
 import zlib
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ultralytics.nn.modules.block import AAttn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolov12.errors import ConfigError
-from yolov12.models.layouts import layout_of
+from yolov12.models.layouts import building, layout_of
 
 DATA = Path(__file__).parent / "data"
 OFFICIAL = json.loads((DATA / "official.json").read_text())
@@ -132,6 +133,33 @@ torch.save([m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.gr
     torch.testing.assert_close(x.grad, x_grad, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ours.qkv.conv.weight.grad, w_grad, rtol=1e-3, atol=1e-3)
     assert out.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 4e-2), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("layout", ["v1", "turbo"])
+def test_attention_block_on_a_gpu_agrees_with_float64(layout, dtype, tolerance, memory_format, deterministic):
+    """The module, not the function: its gradients reach the kernels with whatever strides the layout gives them."""
+    torch.manual_seed(0)
+    with building(layout):
+        block = AAttn(64, 2, 4).eval()
+    x = torch.randn(2, 64, 20, 20).contiguous(memory_format=memory_format)
+    results = []
+    for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        try:
+            copy = deepcopy(block).to(device, kind)
+            leaf = x.to(device, kind).requires_grad_()
+            out = copy(leaf)
+            out.backward(torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(device, kind))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([t.double().cpu() for t in (out.detach(), leaf.grad, copy.proj.conv.weight.grad)])
+    for reference, measured in zip(*results, strict=True):
+        assert (measured - reference).norm() / reference.norm() < tolerance
 
 
 def test_a_users_own_yaml_goes_before_ours(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention, softmax(q kᵀ / √d) v, in the inputs' own dtype.
 
     Args:
-        q, k, v: (batch, tokens, heads, head_dim) of one dtype and device; any strides.
+        q, k, v: (batch, tokens, heads, head_dim) of one dtype and device, each head's channels side by side.
 
     Returns:
         (batch, tokens, heads, head_dim), dtype of `q`.
