@@ -22,7 +22,7 @@ from torch import nn
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 from ultralytics import RTDETR, YOLO, YOLOE, YOLOWorld
 from ultralytics.nn import modules, tasks
-from ultralytics.utils import DEFAULT_CFG_DICT, ROOT, YAML, IterableSimpleNamespace, downloads
+from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 from ultralytics.utils.loss import v8DetectionLoss
 
 from yolov12.errors import UntrustedWeightsError, WeightsError
@@ -163,12 +163,6 @@ HOSTILE = {
     "other codec": (name("_codecs", "encode") + text("x") + text("zlib") + b"\x86R", "_codecs.encode"),
     "control characters": (name("evil\x1b[2J", "x"), r"evil\x1b[2J.x"),
 }
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("YOLOV12_TRUST_WEIGHTS", raising=False)
 
 
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
@@ -508,178 +502,6 @@ def test_a_state_that_another_package_would_run_is_refused() -> None:
     torch.save({"model": nn.Identity(), "modelopt": {"modelopt": {}, "ranges": {}}}, "w.pt")
     with pytest.raises(UntrustedWeightsError, match="ModelOpt"):
         weights.load("w.pt")
-
-
-# -- the model yaml ----------------------------------------------------------------------------------------------------
-
-ROWS: dict[str, Any] = {"backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]]}
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "cfg" / "models").rglob("*.yaml")), ids=lambda file: file.stem)
-def test_every_yaml_of_ultralytics_passes(file: Path) -> None:
-    weights.check_yaml(YAML.load(file))
-
-
-@pytest.mark.parametrize(
-    "activation", ["nn.SiLU()", " torch.nn.LeakyReLU(0.1)", "nn.LeakyReLU(negative_slope=-0.1, inplace=True)", "", None]
-)
-def test_activations_that_are_layers_pass(activation: str | None) -> None:
-    weights.check_yaml({**ROWS, "activation": activation})
-
-
-@pytest.mark.parametrize(
-    "activation",
-    [
-        CODE,
-        "nn.SiLU",
-        "nn.SiLU()()",
-        "nn.SiLU() or exec('x')",
-        "nn.LeakyReLU(exec('x'))",
-        "nn.LeakyReLU(*[exec('x')])",
-        "nn.LeakyReLU(**{'inplace': exec('x')})",
-        "nn.LeakyReLU(negative_slope=(lambda: 0)())",
-        "nn.init.zeros_(1)",
-        "nn.functional.relu(1)",
-        "nn.SiLU().__class__.__init__.__globals__.get('x')",
-        "torch.load('x')",
-        "torch.nn.modules.activation.SiLU()",
-        "os.nn.SiLU()",
-        "SiLU()",
-        "nn.SiLU(); x",
-        "(" * 500,
-        b"nn.SiLU()",
-        compile("1", "x", "eval"),
-    ],
-)
-def test_other_activations_are_refused(activation: Any) -> None:
-    with pytest.raises(UntrustedWeightsError, match="activation"):
-        weights.check_yaml({**ROWS, "activation": activation})
-
-
-@pytest.mark.parametrize(
-    "layer",
-    ["check_requirements", "load_checkpoint", "Path", "torch", "nn.init", "nn.functional", "nn.modules.conv.Conv2d",
-     "torchvision.ops.nms", "torchvision.ops.boxes", "os.system", "Convolution", "__builtins__", "nn.", 3, None],
-)  # fmt: skip
-@pytest.mark.parametrize("part", ["backbone", "head"])
-def test_rows_that_name_no_layer_are_refused(part: str, layer: Any) -> None:
-    with pytest.raises(UntrustedWeightsError, match=f"Row 1 of '{part}'"):
-        weights.check_yaml({**ROWS, part: [*ROWS[part], [-1, 1, layer, []]]})
-
-
-@pytest.mark.parametrize("rows", [None, "Conv", nn.ModuleList(), [["Conv"]], [[-1, 1, "Conv", "x"]]])
-def test_a_yaml_of_another_shape_is_refused(rows: Any) -> None:
-    with pytest.raises(UntrustedWeightsError):
-        weights.check_yaml({**ROWS, "head": rows})
-
-
-# -- names -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from ultralytics import utils
-
-    folder = tmp_path / "weights of mine"
-    monkeypatch.setattr(utils, "SETTINGS", {"weights_dir": folder})
-    return folder
-
-
-@pytest.fixture
-def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Addresses asked for; each download gives a file with the address in it."""
-    urls: list[str] = []
-
-    def safe_download(url: str, file: str, dir: str, **kwargs: Any) -> Path:
-        urls.append(url)
-        target = Path(dir) / file
-        target.write_text(url)
-        return target
-
-    monkeypatch.setattr(downloads, "safe_download", safe_download)
-    return urls
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        pytest.fail("asked the network")
-
-    monkeypatch.setattr(downloads, "safe_download", refuse)
-    monkeypatch.setattr(downloads, "get_github_assets", refuse)
-
-
-RELEASES = "https://github.com/sunsmarterjie/yolov12/releases/download"
-
-
-@pytest.mark.parametrize(
-    ("asked", "url"),
-    [
-        ("yolov12s.pt", f"{RELEASES}/turbo/yolov12s.pt"),
-        ("yolov12x.pt", f"{RELEASES}/turbo/yolov12x.pt"),
-        ("yolov12s-v1.pt", f"{RELEASES}/v1.0/yolov12s.pt"),
-    ],
-)
-def test_official_weights_are_fetched_once(asked: str, url: str, weights_dir: Path, fetched: list[str]) -> None:
-    assert weights.resolve(asked) == str(weights_dir / asked)
-    assert weights.resolve(asked) == str(weights_dir / asked)
-    assert fetched == [url]
-    assert (weights_dir / asked).read_text() == url
-    assert [file.name for file in weights_dir.iterdir()] == [asked]
-
-
-@pytest.mark.usefixtures("no_network")
-def test_a_file_here_comes_before_one_in_the_weights_folder(weights_dir: Path) -> None:
-    weights_dir.mkdir()
-    (weights_dir / "yolov12s.pt").touch()
-    (weights_dir / "mine.pt").touch()
-    assert weights.resolve("yolov12s.pt") == str(weights_dir / "yolov12s.pt")
-    assert weights.resolve("mine.pt") == str(weights_dir / "mine.pt")
-    Path("yolov12s.pt").touch()
-    assert weights.resolve("yolov12s.pt") == "yolov12s.pt"
-
-
-def test_a_failed_download_says_where_to_put_the_file_and_leaves_nothing(
-    weights_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(url: str, file: str, dir: str, **kwargs: Any) -> Path:
-        (Path(dir) / f".{file}.part").write_text("half")
-        raise ConnectionError("offline\nand more")
-
-    monkeypatch.setattr(downloads, "safe_download", fail)
-    with pytest.raises(WeightsError) as caught:
-        weights.resolve("yolov12m-v1.pt")
-    assert f"{RELEASES}/v1.0/yolov12m.pt" in str(caught.value)
-    assert str(weights_dir / "yolov12m-v1.pt") in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert list(weights_dir.iterdir()) == []
-
-
-def test_weights_of_ultralytics_are_left_to_ultralytics(weights_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def attempt(file: str) -> str:
-        asked.append(file)
-        Path(file).touch()
-        return file
-
-    monkeypatch.setattr(downloads, "attempt_download_asset", attempt)
-    assert weights.resolve("yolo11n.pt") == "yolo11n.pt"
-    assert asked == ["yolo11n.pt"]
-
-
-@pytest.mark.usefixtures("no_network", "weights_dir")
-@pytest.mark.parametrize("missing", ["best.pt", "runs/train/weights/best.pt", "weights/yolov12s.pt", "yolov12z.pt"])
-def test_a_missing_file_is_one_error_without_the_network(missing: str) -> None:
-    with pytest.raises(WeightsError, match="does not exist") as caught:
-        weights.load(missing)
-    assert len(str(caught.value).splitlines()) == 1
-
-
-def test_ultralytics_own_files_fail_offline_as_its_mixed_precision_check_expects(home):
-    """`check_amp` runs before every training on a GPU and goes on without the file when this is a ConnectionError."""
-    with pytest.raises(ConnectionError):
-        weights.load(home / "weights" / "yolo26n.pt")
 
 
 def test_a_strangers_run_folder_cannot_smuggle_code_past_the_end_of_training(tmp_path):
