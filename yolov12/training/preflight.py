@@ -50,9 +50,8 @@ def _check_image_size(imgsz: Any) -> None:
     from ultralytics.utils.checks import check_imgsz
 
     try:
-        sizes = check_imgsz(
-            imgsz, stride=1, min_dim=2, max_dim=3
-        )  # too many are reduced by the trainer, with a warning
+        # Up to three: the trainer reduces what is too many, with a warning.
+        sizes = check_imgsz(imgsz, stride=1, min_dim=2, max_dim=3)
     except (TypeError, ValueError):
         sizes = []
     if not sizes or imgsz in (0, "0") or "-" in str(imgsz):
