@@ -5,6 +5,7 @@ YOLOv12Error
 ├── DataError                   a data set that cannot be used (also a ValueError)
 ├── WeightsError                a weight file that is missing or unreadable
 │   └── UntrustedWeightsError  a weight file that asks for code we do not run
+├── DoesNotFitError             not even one image fits into memory (also a MemoryError)
 └── SeamError                   the installed Ultralytics lacks something we join (also an ImportError)
 """
 
@@ -27,6 +28,10 @@ class WeightsError(YOLOv12Error):
 
 class UntrustedWeightsError(WeightsError):
     """A weight file refers to code outside the allow-list, so loading it would run that code."""
+
+
+class DoesNotFitError(YOLOv12Error, MemoryError):
+    """Not even one image fits into the memory there is; the message says how much it needs and what to do."""
 
 
 class SeamError(YOLOv12Error, ImportError):

@@ -21,13 +21,20 @@ PINNED = "8.4.190"
 
 _JOINED = "__yolov12_joined__"
 
-ARGUMENTS: Mapping[str, Any] = {"recipe": True}
-"""Training arguments this package adds, with their defaults. All are booleans so far."""
+def _arguments() -> Mapping[str, Any]:
+    """Training arguments this package adds, with their defaults."""
+    from yolov12.mas.config import DEFAULTS
+
+    return {"recipe": True, **DEFAULTS}
 
 
 def _add_arguments(defaults: Any) -> Any:
-    (defaults if isinstance(defaults, dict) else vars(defaults)).update(ARGUMENTS)
+    (defaults if isinstance(defaults, dict) else vars(defaults)).update(_arguments())
     return defaults
+
+
+def _add_switches(keys: frozenset[str]) -> frozenset[str]:
+    return keys | {name for name, default in _arguments().items() if isinstance(default, bool)}
 
 
 def _draw_demo_data(get_cfg: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,11 +155,32 @@ def _clear_false_starts(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(check_resume)
+    def wrapper(self: Any, overrides: dict[str, Any]) -> None:
+        from yolov12.training import session
+
+        session.check_resume(check_resume, self, overrides)
+
+    return wrapper
+
+
+def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(setup_train)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        from yolov12.training import memory
+
+        setup_train(self, *args, **kwargs)
+        memory.attach(self)
+
+    return wrapper
+
+
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
     "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
     "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": _add_official_stems},
-    "ultralytics.cfg": {"CFG_BOOL_KEYS": lambda keys: keys | ARGUMENTS.keys(), "get_cfg": _draw_demo_data},
+    "ultralytics.cfg": {"CFG_BOOL_KEYS": _add_switches, "get_cfg": _draw_demo_data},
     "ultralytics.nn.modules.block": {
         "AAttn.__init__": _attention_init,
         "AAttn.forward": _attention_forward,
@@ -166,6 +194,8 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.engine.trainer": {
         "BaseTrainer.__init__": _clear_false_starts,
         "BaseTrainer.train": _clear_false_starts,
+        "BaseTrainer.check_resume": _resume_with_our_arguments,
+        "BaseTrainer._setup_train": _attach_engine,
     },
     "ultralytics.engine.model": {"Model.train": _prepare_training},
 }

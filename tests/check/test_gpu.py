@@ -51,7 +51,7 @@ def two_gpus(monkeypatch):
         ("mem_get_info", lambda index: (3 * GIB, 8 * GIB)),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(gpu, "_driver_api", FakeDriver)
+    monkeypatch.setattr(gpu, "driver_api", FakeDriver)
     answers = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,

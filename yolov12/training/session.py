@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from yolov12.mas.config import DEFAULTS, Config
 from yolov12.training.preflight import check_training_arguments
 from yolov12.training.recipes import recipe_for
 
-__all__ = ["remove_false_start", "train"]
+__all__ = ["check_resume", "remove_false_start", "train"]
 
 # What Ultralytics writes before the first epoch.
 _BEFORE_THE_FIRST_EPOCH = {"args.yaml", "labels.jpg"}
@@ -32,11 +34,37 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
         ConfigError, DataError: See `check_training_arguments`.
     """
     model._check_is_pytorch_model()
+    engine = {**_defaults(), **(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
+    Config.parse(engine)
+    if engine["mas"]:
+        # Micro-batches of many shapes leave holes in memory without it. Read when CUDA starts; a choice of the user stands.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not _resumes(model, arguments):
         given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
         check_training_arguments(given, model.task)
         arguments = {**_recipe(model, given), **arguments}
     return stock_train(model, trainer, **arguments)
+
+
+def check_resume(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
+    """Run Ultralytics' check of a resume, which restores all arguments, and let those change that only use memory.
+
+    Args:
+        stock_check_resume: Ultralytics' own method.
+        trainer: Gets the checkpoint's arguments.
+        overrides: What the user gave.
+    """
+    ours = {key: value for key, value in overrides.items() if key in DEFAULTS}
+    stock_check_resume(trainer, {key: value for key, value in overrides.items() if key not in ours})
+    if not trainer.resume:
+        return
+    for key, value in ours.items():
+        if key != "bn_group":  # another group is another training
+            setattr(trainer.args, key, value)
+        elif value != trainer.args.bn_group:
+            from ultralytics.utils import LOGGER
+
+            LOGGER.warning(f"bn_group={value}: a run keeps the group it began with, {trainer.args.bn_group}")
 
 
 def remove_false_start(folder: Path | None) -> None:
@@ -53,6 +81,12 @@ def _resumes(model: Any, arguments: dict[str, Any]) -> bool:
         checkpoint = model.ckpt or {}
         return checkpoint.get("epoch", -1) >= 0 and checkpoint.get("optimizer") is not None
     return bool(resume)
+
+
+def _defaults() -> dict[str, Any]:
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    return {key: DEFAULT_CFG_DICT[key] for key in DEFAULTS}
 
 
 def _from_file(cfg: str | Path | None) -> dict[str, Any]:

@@ -1,0 +1,383 @@
+"""The meters: on this machine's memory, on an invented card, on a replayed one, and on this machine's GPU."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pynvml
+import pytest
+import torch
+
+from yolov12.errors import ConfigError
+from yolov12.mas import host_memory, nvml
+from yolov12.mas.host_memory import HostMemory, HostMeter
+from yolov12.mas.meter import CudaMeter, Reading, ReplayMeter, meter_for
+from yolov12.mas.nvml import NvmlGpu, OnceASecond
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+GPU = torch.device("cuda:0")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+needs_linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc here")
+
+
+# The budget
+
+
+def test_budget_is_held_and_free_less_the_safety_share():
+    assert Reading(3 * GIB, 2 * GIB, 5 * GIB, 10 * GIB, None).budget_bytes(0.1) == 7 * GIB
+
+
+def test_limit_counts_as_a_card_of_that_size():
+    assert Reading(3 * GIB, 2 * GIB, 60 * GIB, 10 * GIB, None).budget_bytes(0.1) == 9 * GIB
+
+
+def test_budget_is_never_negative():
+    assert Reading(0, 0, GIB, 80 * GIB, None).budget_bytes(0.1) == 0
+
+
+# The host of this machine. Linux counts resident pages per processor and adds them up in steps: hence the 8 MiB.
+
+
+@needs_linux
+def test_host_peak_rises_by_what_was_allocated_and_falls_after_a_mark():
+    meter = meter_for(torch.device("cpu"))
+    live_bytes = meter.mark()
+    block = torch.ones(200 * MIB, dtype=torch.uint8)
+    assert meter.read().held_bytes >= live_bytes + 192 * MIB
+    del block
+    assert 192 * MIB <= meter.peak_bytes() - live_bytes <= 208 * MIB
+    live_bytes = meter.mark()
+    assert meter.peak_bytes() - live_bytes <= 8 * MIB
+    torch.ones(50 * MIB, dtype=torch.uint8)  # freed at once
+    assert 42 * MIB <= meter.peak_bytes() - live_bytes <= 58 * MIB
+
+
+@needs_linux
+@pytest.mark.skipif(not host_memory.trim_heap(), reason="the C library cannot give its heap back")
+def test_small_host_step_is_measured_after_a_large_one():
+    meter = HostMeter()
+    live_bytes = meter.mark()
+    blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(3200)]
+    assert meter.peak_bytes() - live_bytes >= 192 * MIB
+    last = blocks.pop()  # at the end of the heap, so that all below stays resident when it is freed
+    del blocks
+    live_bytes = meter.mark()
+    blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(800)]
+    assert 42 * MIB <= meter.peak_bytes() - live_bytes <= 66 * MIB
+    del last, blocks
+
+
+def test_host_of_this_machine():
+    meter = meter_for(torch.device("cpu"))
+    reading = meter.read()
+    assert 0 < reading.live_bytes <= reading.held_bytes < reading.total_bytes
+    assert 0 < reading.free_bytes < reading.total_bytes
+    assert meter_for(torch.device("cpu"), 0.5).read().total_bytes == reading.total_bytes // 2
+    assert meter_for(torch.device("cpu"), GIB).read().total_bytes == GIB
+    assert meter.busy_percent() is None
+    stopwatch = meter.stopwatch()
+    assert stopwatch.elapsed_ms() is None
+    stopwatch.stop()
+    assert stopwatch.elapsed_ms() >= 0
+
+
+def test_device_that_no_meter_reads():
+    with pytest.raises(ConfigError, match=r"'mps'.*device=cpu"):
+        meter_for(torch.device("mps"))
+
+
+# An invented host
+
+
+@pytest.fixture
+def invented(tmp_path):
+    """An invented host of 8 GiB, and the function that sets this process' resident size and its peak, in MiB."""
+    memory = HostMemory(tmp_path / "proc", tmp_path / "cgroup")
+    (memory.proc / "self").mkdir(parents=True)
+    (memory.proc / "self/clear_refs").mkdir()  # not permitted
+    (memory.proc / "meminfo").write_text(f"MemTotal: {8 * MIB} kB\nMemFree: 1 kB\nMemAvailable: {6 * MIB} kB\n")
+
+    def hold(now_mib, peak_mib):
+        text = f"Name:\tpython 3\nVmHWM:\t{peak_mib * KIB} kB\nVmRSS:\t{now_mib * KIB} kB\n"
+        (memory.proc / "self/status").write_text(text)
+
+    hold(1024, 1024)
+    return memory, hold
+
+
+def limit_group(folder, limit_bytes, used_bytes, cache_bytes, names=("memory.max", "memory.current", "inactive_file")):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit_bytes}\n")
+    (folder / names[1]).write_text(f"{used_bytes}\n")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} {cache_bytes}\n")
+
+
+def test_host_without_a_control_group(invented):
+    memory, _ = invented
+    assert HostMeter(memory=memory).read() == Reading(GIB, GIB, 6 * GIB, 8 * GIB, GIB)
+
+
+def test_host_in_nested_control_groups(invented):
+    memory, _ = invented
+    (memory.proc / "self/cgroup").write_text("0::/job/step\n")
+    limit_group(memory.cgroups / "job", 4 * GIB, 3 * GIB, GIB // 2)
+    limit_group(memory.cgroups / "job/step", "max", 3 * GIB, 0)
+    assert HostMeter(memory=memory).read() == Reading(GIB, GIB, 3 * GIB // 2, 4 * GIB, 3 * GIB // 2)
+    limited = HostMeter(2 * GIB, memory).read()
+    assert (limited.total_bytes, limited.others_bytes) == (2 * GIB, 3 * GIB // 2)
+
+
+def test_host_in_a_control_group_of_version_1(invented):
+    memory, _ = invented
+    (memory.proc / "self/cgroup").write_text("3:cpu:/x\n4:memory:/not/there\n0::/\n")
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit_group(memory.cgroups / "memory", 4 * GIB, 3 * GIB, GIB // 2, names)
+    assert HostMeter(memory=memory).read() == Reading(GIB, GIB, 3 * GIB // 2, 4 * GIB, 3 * GIB // 2)
+
+
+def test_host_whose_peak_cannot_be_reset_and_heap_not_be_given_back(invented, monkeypatch):
+    memory, hold = invented
+    monkeypatch.setattr(host_memory, "trim_heap", lambda: False)
+    meter = HostMeter(memory=memory)
+    assert meter.mark() == GIB
+    hold(1500, 3000)
+    assert meter.peak_bytes() == 3000 * MIB
+    assert meter.mark() == GIB  # 1500 MiB may be the C library's
+    hold(1800, 3000)  # what was highest is the step before
+    assert meter.peak_bytes() == 1800 * MIB
+    hold(900, 3200)
+    assert meter.peak_bytes() == 3200 * MIB
+    assert meter.read().live_bytes == 900 * MIB
+    assert meter.mark() == 900 * MIB
+
+
+def test_host_resident_size_without_proc(tmp_path):
+    now_bytes, peak_bytes = HostMemory(tmp_path, tmp_path).resident_bytes()
+    assert now_bytes == peak_bytes > 0
+    assert HostMemory(tmp_path, tmp_path).room_bytes()[0] == pytest.approx(HostMemory().machine_bytes()[0])
+
+
+# An invented card
+
+
+class Card:
+    """Stands for torch.cuda: 8 GiB, of which 3 are free, 2 ours, and 1 of those live."""
+
+    def __init__(self):
+        self.integrated, self.fractions, self.nvml = 0, [], {}
+        self.live, self.peak, self.held, self.free = GIB, 2 * GIB, 2 * GIB, 3 * GIB
+
+    def counters(self, device):
+        assert device == 0
+        allocated = {"current": self.live, "peak": self.peak, "allocated": 9, "freed": 9}
+        return {"allocated_bytes": {"all": allocated}, "reserved_bytes": {"all": {"current": self.held}}}
+
+    def reset(self, device):
+        self.peak = self.live
+
+    def ask(self, question, *arguments):
+        if question not in self.nvml:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return self.nvml[question]
+
+
+@pytest.fixture
+def card(monkeypatch):
+    card = Card()
+    for name, value in (
+        ("current_device", lambda: 0),
+        ("get_device_properties", lambda device: SimpleNamespace(is_integrated=card.integrated)),
+        ("mem_get_info", lambda device: (card.free, 8 * GIB)),
+        ("memory_stats_as_nested_dict", card.counters),
+        ("reset_peak_memory_stats", card.reset),
+        ("set_per_process_memory_fraction", lambda fraction, device: card.fractions.append((fraction, device))),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(nvml, "same_gpu", lambda index, driver: ("handle", "UUID"))
+    for name in [name for name in dir(pynvml) if name.startswith(("nvmlDeviceGet", "nvmlInit"))]:
+        monkeypatch.setattr(pynvml, name, lambda *arguments, name=name: card.ask(name, *arguments))
+    return card
+
+
+def test_card_where_nvml_refuses(card):
+    meter = meter_for(torch.device("cuda"))
+    assert meter.kind == "cuda"
+    assert meter.read() == Reading(2 * GIB, GIB, 3 * GIB, 8 * GIB, 3 * GIB)
+    assert meter.busy_percent() is None
+    assert card.fractions == [(1.0, 0)]  # a limit of an earlier run is gone
+
+
+def test_card_peak(card):
+    meter = meter_for(GPU)
+    assert meter.peak_bytes() == 2 * GIB
+    assert meter.mark() == GIB
+    assert meter.peak_bytes() == GIB
+
+
+@pytest.mark.parametrize(("limit", "total"), [(2 * GIB, 2 * GIB), (0.25, 2 * GIB), (1.0, 8 * GIB), (99 * GIB, 8 * GIB)])
+def test_limit_on_a_card_stops_the_allocator_too(card, limit, total):
+    reading = meter_for(GPU, limit).read()
+    assert reading == Reading(2 * GIB, GIB, 3 * GIB, total, 3 * GIB)
+    assert card.fractions == [(total / (8 * GIB), 0)]
+
+
+def test_own_context_is_not_others(card):
+    own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=2 * GIB + 300 * MIB)
+    card.nvml["nvmlDeviceGetComputeRunningProcesses"] = [own, SimpleNamespace(pid=2**30, usedGpuMemory=None)]
+    meter = meter_for(GPU)
+    assert meter.read().others_bytes == 3 * GIB - 300 * MIB
+    card.free -= GIB  # another process takes some
+    assert meter.read().others_bytes == 4 * GIB - 300 * MIB
+
+
+def test_process_numbers_of_another_namespace_tell_nothing(card):
+    card.nvml["nvmlDeviceGetComputeRunningProcesses"] = [SimpleNamespace(pid=2**30, usedGpuMemory=2 * GIB)]
+    assert meter_for(GPU).read().others_bytes == 3 * GIB
+
+
+def test_busy_percent(card):
+    card.nvml["nvmlDeviceGetUtilizationRates"] = SimpleNamespace(gpu=93, memory=10)
+    assert meter_for(GPU).busy_percent() == 93.0
+
+
+def test_question_is_asked_once_a_second():
+    now_s, answers = [5.0], iter("ab")
+    question = OnceASecond(lambda: next(answers), lambda: now_s[0])
+    assert question() == "a"
+    now_s[0] = 5.9
+    assert question() == "a"
+    now_s[0] = 6.0
+    assert question() == "b"
+
+
+def test_no_nvml_module(monkeypatch):
+    monkeypatch.setattr(nvml, "pynvml", None)
+    with nvml.nvml_session():
+        assert nvml.ask("nvmlDeviceGetCount") is None
+
+
+def test_integrated_card_has_what_the_host_has_available(card, invented):
+    card.integrated, (memory, _) = 1, invented
+    (memory.proc / "meminfo").write_text(f"MemTotal: {7 * MIB} kB\nMemAvailable: {4 * MIB} kB\n")
+    meter = CudaMeter(GPU, host=memory)
+    assert meter.kind == "integrated"
+    assert meter.read() == Reading(2 * GIB, GIB, 4 * GIB, 7 * GIB, GIB)
+    assert CudaMeter(GPU, 0.5, memory).read().total_bytes == 7 * GIB // 2
+    assert card.fractions == [(1.0, 0), (3.5 / 8, 0)]
+
+
+def test_stopwatch_waits_for_nothing(card, monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            self.stream = None
+
+        def record(self, stream):
+            self.stream = stream
+
+        def query(self):
+            return done
+
+        def elapsed_time(self, end):
+            assert (self.stream, end.stream) == ("stream 0", "stream 0")
+            return 7.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream {device}")
+    done = True
+    stopwatch = meter_for(GPU).stopwatch()
+    assert stopwatch.elapsed_ms() is None
+    stopwatch.stop()
+    done = False
+    assert stopwatch.elapsed_ms() is None
+    done = True
+    assert stopwatch.elapsed_ms() == 7.5
+
+
+# A replayed card
+
+
+def test_replay_of_an_invented_trace():
+    meter = ReplayMeter(10 * GIB, [0, 6 * GIB], live_bytes=GIB)
+    assert meter.read() == Reading(GIB, GIB, 9 * GIB, 10 * GIB, 0)
+    meter.use(9 * GIB)
+    assert meter.peak_bytes() == 10 * GIB
+    assert meter.mark() == meter.peak_bytes() == GIB
+    for _ in range(2):  # the last step stays
+        meter.advance()
+        assert meter.read().budget_bytes(0.1) == 3 * GIB
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^CUDA out of memory"):
+            meter.use(3 * GIB + 1)
+    assert meter.peak_bytes() == GIB
+    meter.use(3 * GIB)
+    assert meter.peak_bytes() == 4 * GIB
+
+
+def test_replay_with_a_limit():
+    meter = ReplayMeter(10 * GIB, [GIB], live_bytes=GIB, limit=0.4)
+    assert meter.read().budget_bytes(0.25) == 3 * GIB
+    meter.use(3 * GIB)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        meter.use(3 * GIB + 1)
+
+
+def test_replay_of_a_journal():
+    rows = [
+        {"held_mib": "2048.0", "free_mib": "6144.0", "budget_mib": "7168.0", "step": "0"},
+        {"held_mib": "2048.0", "free_mib": "1024.5", "budget_mib": "2048.5", "step": "1"},
+        {"held_mib": "2048.0", "free_mib": "9000.0", "budget_mib": "7168.0", "step": "2"},  # more than a limited run's
+    ]
+    meter = ReplayMeter.from_rows(rows, 8 * GIB, live_bytes=GIB)
+    assert meter.read().others_bytes == 0
+    meter.advance()
+    assert meter.read().others_bytes == 5 * GIB - MIB // 2
+    meter.advance()
+    assert meter.read().others_bytes == 0
+
+
+def test_replayed_clock():
+    meter = ReplayMeter(GIB, [0])
+    stopwatch = meter.stopwatch()
+    meter.tick(12.5)
+    assert stopwatch.elapsed_ms() is None
+    stopwatch.stop()
+    meter.tick(1)
+    assert stopwatch.elapsed_ms() == 12.5
+
+
+# This machine's GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_peak_on_a_gpu_is_what_was_allocated():
+    meter = meter_for(GPU)
+    meter.release()
+    live_bytes, stopwatch = meter.mark(), meter.stopwatch()
+    block = torch.ones(64 * MIB + 1, dtype=torch.uint8, device=GPU)
+    assert meter.read().live_bytes == meter.peak_bytes()
+    del block
+    # The allocator rounds up to 512 bytes, and leaves a rest of up to 1 MiB with the block.
+    assert 64 * MIB < meter.peak_bytes() - live_bytes <= 65 * MIB + 512
+    assert meter.mark() == meter.peak_bytes() == live_bytes
+    stopwatch.stop()
+    torch.cuda.synchronize()
+    assert stopwatch.elapsed_ms() > 0
+    assert NvmlGpu(0).matched_by == "UUID"
+    assert 0 <= meter.busy_percent() <= 100
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_limit_on_a_gpu_is_kept():
+    whole = meter_for(GPU)
+    whole.release()
+    try:
+        limited = meter_for(GPU, whole.read().held_bytes + 64 * MIB)
+        assert limited.read().budget_bytes(0) == limited.read().total_bytes
+        torch.empty(48 * MIB, dtype=torch.uint8, device=GPU)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(80 * MIB, dtype=torch.uint8, device=GPU)
+    finally:
+        meter_for(GPU)
+    torch.empty(80 * MIB, dtype=torch.uint8, device=GPU)

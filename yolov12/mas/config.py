@@ -1,0 +1,101 @@
+"""The engine's settings, read and checked in one place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from yolov12.errors import ConfigError
+
+__all__ = ["DEFAULTS", "Config"]
+
+DEFAULTS: Mapping[str, Any] = {
+    "mas": True,
+    "mem_safety_ratio": 0.10,
+    "mem_limit": None,
+    "bn_group": "auto",
+    "micro_batch": None,
+}
+"""Training arguments, as users write them."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the engine.
+
+    Raises:
+        ConfigError: A value is outside its range.
+    """
+
+    safety_ratio: float = DEFAULTS["mem_safety_ratio"]
+    """Share of the device that is never planned for, in [0, 0.9]."""
+    limit: int | float | None = None
+    """Most memory to use: bytes (int), or a share of the device (float in (0, 1))."""
+    bn_group: int | None = None
+    """Images that BatchNorm normalises together; 0: those of a micro-batch; None: the largest power of two up to 32."""
+    micro_batch: int | None = None
+    """Images at once; None: as memory allows."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.safety_ratio <= 0.9:
+            raise ConfigError(f"mem_safety_ratio={self.safety_ratio}: give a share of the memory from 0 to 0.9")
+        if self.limit is not None and not (0 < self.limit < 1 if isinstance(self.limit, float) else self.limit >= 1):
+            raise ConfigError(f"mem_limit={self.limit}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
+        if self.bn_group is not None and self.bn_group < 0:
+            raise ConfigError(f"bn_group={self.bn_group}: give auto, a number of images, or 0 to use the micro-batch")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ConfigError(f"micro_batch={self.micro_batch}: give a number of images, or leave it out")
+        if self.micro_batch and self.bn_group and self.micro_batch < self.bn_group:
+            raise ConfigError(
+                f"micro_batch={self.micro_batch} is smaller than bn_group={self.bn_group}, whose images are needed at once: "
+                f"set bn_group={self.micro_batch} too, or leave one of them out"
+            )
+
+    @classmethod
+    def parse(cls, arguments: Mapping[str, Any]) -> Config:
+        """Read training arguments; see `DEFAULTS` for their names.
+
+        Raises:
+            ConfigError: A value is malformed or outside its range.
+        """
+        values = {key: arguments.get(key, default) for key, default in DEFAULTS.items()}
+        return cls(
+            safety_ratio=_number(
+                "mem_safety_ratio", values["mem_safety_ratio"], float, "a share of the memory, as in 0.1"
+            ),
+            limit=_size(values["mem_limit"]),
+            bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),
+            micro_batch=_count("micro_batch", values["micro_batch"], "a number of images, or leave it out"),
+        )
+
+
+def _count(name: str, value: Any, wanted: str) -> int | None:
+    if value is None or str(value).lower() in ("auto", "none"):
+        return None
+    return int(_number(name, value, int, wanted))
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float], wanted: str) -> float:
+    try:
+        if isinstance(value, bool) or kind(value) != float(value):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name}={value} is not a number: give {wanted}") from None
+
+
+def _size(value: Any) -> int | float | None:
+    if value is None or str(value).lower() in ("none", ""):
+        return None
+    found = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
+    if found is None:
+        raise ConfigError(f"mem_limit={value}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
+    number, unit = float(found[1]), found[2].upper()
+    if not unit and not str(value).strip().upper().endswith("B") and number <= 1:
+        return number if number < 1 else None  # all of the device
+    return int(number * _UNITS[unit])

@@ -1,0 +1,234 @@
+"""The memory-aware engine: a training step that fits into whatever memory is free."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from yolov12.mas.config import Config
+from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.journal import Journal, Row, Summary
+from yolov12.mas.meter import Meter, Stopwatch, meter_for
+from yolov12.mas.planner import BatchPlanner, WaysOut
+from yolov12.mas.scheduler import CALM_BATCHES
+from yolov12.mas.step import Failure, Result, Step
+from yolov12.mas.task import Task, Workload
+from yolov12.mas.update import Undo, survive_first_update
+
+__all__ = ["Engine"]
+
+GROUPS = (32, 16, 8, 4, 2, 1)
+"""What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
+_REHEARSED = (1, 2, 4, 8)
+_log = logging.getLogger("yolov12.mas").info
+
+
+class Engine:
+    """Runs every batch in micro-batches that fit, and keeps a journal.
+
+    Args:
+        model: Its parameters are on the device to train on.
+        task: Joins the engine to the kind of training; `TensorTask` for batches that are tuples of tensors.
+        config: See there.
+        meter: Reads memory; by default that of the model's device.
+        journal: Where rows go; by default nowhere.
+        backward: Differentiates a scalar; with a `GradScaler`, `lambda loss: scaler.scale(loss).backward()`.
+        ways_out: See `planner.WaysOut`.
+        log: Takes lines for the user.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: Config | None = None,
+        *,
+        meter: Meter | None = None,
+        journal: Journal | None = None,
+        backward: Callable[[Tensor], None] = Tensor.backward,
+        ways_out: WaysOut = lambda share: (),
+        log: Callable[[str], None] = _log,
+    ) -> None:
+        self.config = config or Config()
+        self.meter = meter or meter_for(next(model.parameters()).device, self.config.limit)
+        self.journal = journal
+        self.bn_group = self.config.bn_group
+        """Images that BatchNorm normalises together; None until the first batch has told what fits."""
+        self.cost = CostModel()
+        self.epoch = 1
+        """For the journal."""
+        self.latest: BatchPlanner | None = None
+        """Of the last batch: its peak, budget and events."""
+        self.micro_batches: tuple[int, ...] = ()
+        """Of the last batch: images in each."""
+        self._task, self._ways_out, self._log = task, ways_out, log
+        self._step = Step(model, task, self.meter, backward)
+        self._gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self._allowance, self._calm = 0, CALM_BATCHES
+        self._done: list[_Done] = []  # since the last update
+        self._rows: list[tuple[Row, list[Stopwatch]]] = []  # whose time is not known yet
+        self._updates = 0
+
+    def step(self, batch: Any) -> Result:
+        """Run forward and backward of a batch; its gradient is then on the parameters, added to what was there.
+
+        Args:
+            batch: On the host, of the kind the task knows; pinned memory lets copying overlap with computing.
+
+        Raises:
+            DoesNotFitError: Not even one image fits. Gradients and running statistics are as before.
+        """
+        work = self._task.workload(batch)
+        if self.bn_group is None or not self._allowance:
+            self._get_to_know(batch, work)
+        planner = self._planner(work)
+        watch = self.meter.stopwatch()
+        try:
+            result = self._step.run(batch, work.images, planner)
+        except BaseException:
+            if self.journal is not None:
+                self.journal.lost(work.images)
+            raise
+        watch.stop()
+        self._allowance, self._calm = planner.allowance, planner.calm
+        self.latest, self.micro_batches = planner, result.micro_batches
+        self._done.append(_Done(work, planner, result.micro_batches, watch))
+        return result
+
+    def update(
+        self,
+        optimizer: Optimizer,
+        update: Callable[[], None] | None = None,
+        remember: Callable[[], Undo] = lambda: lambda: None,
+    ) -> None:
+        """Step the optimizer, and write the row of this step.
+
+        Args:
+            optimizer: Of the model's parameters.
+            update: What to do in place of `optimizer.step(); optimizer.zero_grad()`.
+            remember: See `update.survive_first_update`.
+        """
+
+        def plain() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        failures = 0
+        if self._updates or optimizer.state:
+            (update or plain)()
+        else:
+            failures = survive_first_update(update or plain, optimizer, self.meter.release, remember)
+        self._updates += 1
+        if self._done:
+            self._record(("out-of-memory in the optimizer",) * failures)
+
+    def close(self, updates_expected: int | None = None) -> Summary | None:
+        """Finish the journal, if there is one.
+
+        Args:
+            updates_expected: For the summary.
+        """
+        if self.journal is None:
+            return None
+        self._write(wait=True)
+        return self.journal.close(updates_expected=updates_expected)
+
+    def _get_to_know(self, batch: Any, work: Workload) -> None:
+        """Learn what a few images take, so that the first decision is no guess, and settle the group size."""
+        planner = self._planner(work)
+        if self.config.micro_batch is None or self.bn_group is None:
+            self._rehearse(batch, work, planner)
+        if self.bn_group is None:
+            self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
+            self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group), whatever a micro-batch holds")
+        elif self.bn_group and not self._holds(self.bn_group, work, planner):
+            self._log(
+                f"memory: {self.bn_group} images at once (bn_group) seem not to fit into the budget of "
+                f"{planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps where that is so"
+            )
+        self._allowance = self.config.micro_batch or max(self.bn_group, self.cost.largest)
+
+    def _rehearse(self, batch: Any, work: Workload, planner: BatchPlanner) -> None:
+        if self.meter.kind != "host":
+            self._step.rehearse(batch, 1)  # libraries load, and keep workspaces for good: not what an image takes
+        planner = self._planner(work)
+        for images in _REHEARSED:
+            if images > work.images or (self.cost.largest > 1 and not self._holds(images, work, planner)):
+                break
+            outcome = self._step.rehearse(batch, images)
+            if isinstance(outcome, Failure):
+                break  # the first batch will find its way, or say why there is none
+            live_bytes, peak_bytes = outcome
+            self.cost.observe(
+                Features(images, work.height, work.width, max(work.boxes[:images])), peak_bytes - live_bytes
+            )
+        self.meter.release()
+
+    def _holds(self, images: int, work: Workload, planner: BatchPlanner) -> bool:
+        if self.config.micro_batch is not None and images > self.config.micro_batch:
+            return False
+        features = Features(images, work.height, work.width, max(work.boxes))
+        needed_bytes = self.cost.predict(features) + self.cost.margin(features) + self._gradient_bytes
+        return planner.reading.live_bytes + needed_bytes <= planner.budget_bytes
+
+    def _planner(self, work: Workload) -> BatchPlanner:
+        return BatchPlanner(
+            work,
+            self.config,
+            self.bn_group or 0,
+            self.cost,
+            self.meter,
+            allowance=self._allowance,
+            calm=self._calm,
+            gradient_bytes=self._gradient_bytes,
+            ways_out=self._ways_out,
+        )
+
+    def _record(self, events: tuple[str, ...]) -> None:
+        works = [done.work for done in self._done]
+        planners = [done.planner for done in self._done]
+        row = Row(
+            step=self.journal.next_step + len(self._rows) if self.journal is not None else self._updates,
+            epoch=self.epoch,
+            images=sum(work.images for work in works),
+            micro_batches=tuple(size for done in self._done for size in done.micro_batches),
+            plan="",
+            image_size=f"{works[-1].height}x{works[-1].width}",
+            max_boxes=max(max(work.boxes) for work in works),
+            predicted_bytes=max(planner.predicted_bytes for planner in planners),
+            peak_bytes=max(planner.peak_bytes for planner in planners),
+            held_bytes=planners[-1].reading.held_bytes,
+            free_bytes=planners[-1].reading.free_bytes,
+            budget_bytes=planners[-1].budget_bytes,
+            step_ms=None,
+            events=tuple(event for planner in planners for event in planner.events) + events,
+        )
+        self._rows.append((row, [done.watch for done in self._done]))
+        self._done.clear()
+        self._write(wait=False)
+
+    def _write(self, *, wait: bool) -> None:
+        """Write the rows whose time is known: the device is a step behind."""
+        while self._rows:
+            row, watches = self._rows[0]
+            times = [watch.elapsed_ms() for watch in watches]
+            known = [time for time in times if time is not None]
+            if len(known) < len(times) and not wait:
+                return
+            del self._rows[0]
+            if self.journal is not None:
+                self.journal.add(replace(row, step_ms=sum(known) if len(known) == len(times) else None))
+                self.journal.busy(self.meter.busy_percent())
+
+
+@dataclass(frozen=True)
+class _Done:
+    work: Workload
+    planner: BatchPlanner
+    micro_batches: tuple[int, ...]
+    watch: Stopwatch

@@ -1,0 +1,83 @@
+"""Brings parts of a batch from the host to the device, the next one while this one computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from yolov12.mas.failures import is_out_of_memory
+
+__all__ = ["Feed"]
+
+
+class Feed:
+    """Copies ahead on a stream of its own.
+
+    The copy overlaps with computing where the batch lies in pinned memory, as a `DataLoader` with `pin_memory` leaves it.
+
+    Args:
+        device: Where to.
+        cut: Gives images `start` to `stop` of the batch, on the host.
+    """
+
+    def __init__(self, device: torch.device, cut: Callable[[int, int], Any]) -> None:
+        self._device, self._cut = device, cut
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: tuple[tuple[int, int], Any] | None = None
+
+    def get(self, start: int, stop: int) -> Any:
+        """Give images `start` to `stop` on the device, ready for the current stream.
+
+        Raises:
+            RuntimeError: Of whatever kind the allocation failed with.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == (start, stop):
+            part = ahead[1]
+        else:
+            part = self._copy(start, stop)
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return part
+
+    def look_ahead(self, start: int, stop: int) -> None:
+        """Begin to copy the part that will be asked for next; where memory does not allow it, later will do."""
+        if self._stream is None:
+            return
+        try:
+            self._ahead = (start, stop), self._copy(start, stop)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._ahead = None
+
+    def drop(self) -> None:
+        """Forget what was copied ahead."""
+        self._ahead = None
+
+    def _copy(self, start: int, stop: int) -> Any:
+        return _each_tensor(self._cut(start, stop), self._to_device)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self._stream is None or tensor.is_cuda:
+            return tensor.to(self._device)
+        # Allocated on the stream that will use it, so that freeing it needs no care; the copy must not begin before that
+        # stream has done with whatever lay there, which is the step before, not the one that computes meanwhile.
+        target = torch.empty_like(tensor, device=self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(tensor, non_blocking=True)
+        return target
+
+
+def _each_tensor(nest: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(nest, Tensor):
+        return change(nest)
+    if isinstance(nest, Mapping):
+        return {key: _each_tensor(value, change) for key, value in nest.items()}
+    if type(nest) in (list, tuple):
+        return type(nest)(_each_tensor(value, change) for value in nest)
+    return nest

@@ -1,0 +1,172 @@
+"""memory.png: what the engine did, step by step, for a person to see at a glance.
+
+Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart
+(https://jfly.uni-koeln.de/color/); markers differ in shape too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw", "save", "thin"]
+
+_Row = Mapping[str, str]
+
+_BLACK, _BLUE, _ORANGE, _SKY = "#000000", "#0072B2", "#E69F00", "#56B4E9"
+_VERMILION, _GREEN, _PURPLE = "#D55E00", "#009E73", "#CC79A7"
+_BINS = 600  # of up to three steps each: more lines than there are pixels would make a solid band
+_EPOCHS = 60  # with more lines than this there is nothing else to see
+_DOTTED_STEPS = 40  # up to here each step gets a dot; a line through one step alone would show nothing
+
+
+def save(rows: Sequence[_Row], path: Path) -> None:
+    """Write the picture as a PNG of 1200 x 800 pixels.
+
+    Args:
+        rows: As `read_rows` returns them; at least one.
+        path: Of the file to write.
+    """
+    draw(rows).savefig(path)
+
+
+def draw(rows: Sequence[_Row]) -> Figure:
+    """Draw memory in GiB, micro-batches and images a second, one below the other over the steps.
+
+    Args:
+        rows: As `read_rows` returns them; at least one.
+    """
+    # Here, for the engine needs no matplotlib; and not pyplot, which keeps figures and picks a window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 3))
+    epochs = _new_epochs(rows)
+    shown = thin(rows)
+    _memory(panels[0], shown)
+    _micro_batches(panels[1], shown)
+    _speed(panels[2], shown)
+    for axes in panels:
+        axes.grid(axis="y", color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        for step in epochs if len(epochs) < _EPOCHS else ():
+            axes.axvline(step - 0.5, color="0.85", linewidth=0.8, zorder=0)
+    panels[2].set_xlim(int(rows[0]["step"]) - 0.5, int(rows[-1]["step"]) + 0.5)
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    panels[2].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    lines = " (vertical lines: a new epoch)" if 0 < len(epochs) < _EPOCHS else ""
+    panels[2].set_xlabel(f"optimizer step{lines}")
+    return figure
+
+
+def thin(rows: Sequence[_Row], bins: int = _BINS) -> list[_Row]:
+    """Choose the rows to draw of a long run.
+
+    Of each of `bins` equal stretches stay the steps with the highest peak, the lowest budget and the middle speed, and
+    every step with an event. Whole rows are chosen, so that all that is drawn at a step happened at that step.
+    """
+    if len(rows) <= bins:
+        return list(rows)
+    width = math.ceil(len(rows) / bins)
+    chosen: set[int] = {index for index, row in enumerate(rows) if row["events"]}
+    for start in range(0, len(rows), width):
+        stretch = range(start, min(start + width, len(rows)))
+        chosen.add(max(stretch, key=lambda index: float(rows[index]["peak_mib"])))
+        chosen.add(min(stretch, key=lambda index: float(rows[index]["budget_mib"])))
+        timed = [index for index in stretch if rows[index]["images_per_s"]]
+        if timed:
+            chosen.add(sorted(timed, key=lambda index: float(rows[index]["images_per_s"]))[len(timed) // 2])
+    return [rows[index] for index in sorted(chosen)]
+
+
+def _memory(axes: Axes, rows: Sequence[_Row]) -> None:
+    steps = _steps(rows)
+    peak, predicted, held, budget = (
+        [float(row[f"{name}_mib"]) / 1024 for row in rows] for name in ("peak", "predicted", "held", "budget")
+    )
+    dot = _dot(rows)
+    axes.fill_between(steps, held, color=_SKY, alpha=0.22, linewidth=0, label="held, with the allocator's cache")
+    axes.plot(steps, budget, color=_BLACK, linewidth=1.6, marker=dot, label="budget (may be held)")
+    axes.plot(steps, peak, color=_BLUE, linewidth=1.4, marker=dot, label="measured peak")
+    axes.plot(steps, predicted, color=_ORANGE, linewidth=1.1, linestyle=(0, (4, 2)), marker=dot, label="predicted peak")
+    for step in (int(row["step"]) for row in rows if _has(row, "resumed")):
+        axes.axvline(step - 0.5, color=_GREEN, linewidth=1.2, linestyle=":", label="resumed")
+    _mark(axes, rows, "out-of-memory", peak, "X", _VERMILION, "out-of-memory, survived")
+    axes.set_ylim(0, max(*peak, *predicted, *held, *budget, 0.001) * 1.06)
+    _caption(axes, "Memory of this process", "GiB")
+
+
+def _micro_batches(axes: Axes, rows: Sequence[_Row]) -> None:
+    steps = _steps(rows)
+    sizes = [[int(size) for size in row["micro_batches"].split()] for row in rows]
+    largest, counts = [max(size) for size in sizes], [len(size) for size in sizes]
+    dot = _dot(rows)
+    axes.step(steps, counts, where="mid", color=_PURPLE, linewidth=1.1, marker=dot, label="micro-batches per step")
+    axes.step(steps, largest, where="mid", color=_BLUE, linewidth=1.8, marker=dot, label="images per micro-batch")
+    _mark(axes, rows, "shrunk", largest, "v", _VERMILION, "shrunk")
+    _mark(axes, rows, "grew", largest, "^", _GREEN, "grew")
+    # Both on one scale of powers of two: halving the one doubles the other, and it looks like that.
+    axes.set_yscale("log", base=2)
+    top = max(*largest, *counts)
+    powers = [2**power for power in range(math.ceil(math.log2(top)) + 1)]
+    axes.set_yticks(powers, [str(power) for power in powers])
+    axes.set_ylim(0.75, top * 1.6)
+    _caption(axes, "How each batch was split", "number")
+
+
+def _speed(axes: Axes, rows: Sequence[_Row]) -> None:
+    timed = [row for row in rows if row["images_per_s"]]
+    steps, speeds = _steps(timed), [float(row["images_per_s"]) for row in timed]
+    reach = max(2, len(timed) // 100)
+    if len(timed) > _DOTTED_STEPS:
+        smooth = [median(speeds[max(0, index - reach) : index + reach + 1]) for index in range(len(speeds))]
+        axes.plot(steps, speeds, color=_BLUE, alpha=0.3, linewidth=0.8, label="each step")
+        axes.plot(steps, smooth, color=_BLUE, linewidth=1.8, label="running median")
+    else:
+        axes.plot(steps, speeds, color=_BLUE, linewidth=1.4, marker=_dot(rows), label="each step")
+    axes.set_ylim(0, max(speeds, default=1) * 1.1)
+    _caption(axes, "Speed", "images/s")
+
+
+def _mark(
+    axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: str, label: str
+) -> None:
+    hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
+    if hits:
+        places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
+        axes.scatter(*places, s=60, marker=marker, color=color, edgecolor="white", linewidth=0.7, zorder=5, label=label)
+
+
+def _caption(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+    axes.set_ylabel(unit)
+    # Above the panel, beside its title, where it hides nothing.
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=5, frameon=False, fontsize=9)
+
+
+def _has(row: _Row, prefix: str) -> bool:
+    return any(event.startswith(prefix) for event in row["events"].split("; "))
+
+
+def _steps(rows: Sequence[_Row]) -> list[int]:
+    return [int(row["step"]) for row in rows]
+
+
+def _dot(rows: Sequence[_Row]) -> str:
+    return "o" if len(rows) <= _DOTTED_STEPS else ""
+
+
+def _new_epochs(rows: Sequence[_Row]) -> list[int]:
+    return [int(row["step"]) for last, row in pairwise(rows) if row["epoch"] != last["epoch"]]

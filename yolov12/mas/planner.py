@@ -1,0 +1,173 @@
+"""One batch's way through the engine: asks the scheduler, and knows what to do when an allocation failed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas.config import Config
+from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.failures import does_not_fit, tried_to_allocate
+from yolov12.mas.meter import Meter
+from yolov12.mas.normalize import cut
+from yolov12.mas.scheduler import Decision, Group, State, decide
+from yolov12.mas.step import Failure
+from yolov12.mas.task import Workload
+
+__all__ = ["BatchPlanner", "WaysOut"]
+
+WaysOut = Callable[[float], Sequence[str]]
+"""Given the share of one image's activations that would fit: what the user could do, cheapest first."""
+
+WAIT_S = 120
+"""How long to wait for other processes to give memory back before a run ends."""
+
+
+class BatchPlanner:
+    """Implements `step.Planner` for one batch.
+
+    Args:
+        work: What the batch is.
+        config: See there.
+        group: Images that BatchNorm normalises together; 0: those of a micro-batch.
+        cost: Is asked, and taught.
+        meter: Of the model's device.
+        allowance, calm: See `scheduler.State`; as attributes they are for the next batch.
+        gradient_bytes: Of all gradients of the model.
+        ways_out: See `WaysOut`.
+        sleep: Waits for so many seconds.
+    """
+
+    def __init__(
+        self,
+        work: Workload,
+        config: Config,
+        group: int,
+        cost: CostModel,
+        meter: Meter,
+        *,
+        allowance: int,
+        calm: int,
+        gradient_bytes: int,
+        ways_out: WaysOut = lambda share: (),
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._work, self._config, self._group, self._cost, self._meter = work, config, group, cost, meter
+        self._gradient_bytes, self._ways_out, self._sleep = gradient_bytes, ways_out, sleep
+        self._ceiling = config.micro_batch
+        self._failed_at = 0
+        self.allowance, self.calm = allowance, calm
+        self.reading = meter.read()
+        """When the batch began, or after the last failure."""
+        self.budget_bytes = self.reading.budget_bytes(config.safety_ratio)
+        self.predicted_bytes = self.peak_bytes = 0
+        self.events: list[str] = []
+
+    def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
+        """See `step.Planner.plan`."""
+        if failure is not None:
+            self._read()
+            self._learn(start, failure)
+        for waited in range(WAIT_S + 1):
+            group = self._group or 1
+            while self._ceiling != 0:
+                sizes = cut(self._work.images - start, group)
+                decision = decide(self._state(start, sizes), self._cost)
+                if decision.fits:
+                    if waited:
+                        self.events.append(f"waited {waited} s")
+                    return self._accept(decision, sizes, group)
+                if group == 1:
+                    break
+                group = max(sizes) // 2 or 1  # the last rung: BatchNorm sees fewer images than it should, for one batch
+            if not self._may_come_back(failure):
+                break
+            self._ceiling = self._config.micro_batch
+            self._sleep(1.0)
+            self._read()
+        raise self._error(failure)
+
+    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+        """See `step.Planner.done`."""
+        self._cost.observe(self._features(start, stop), peak_bytes - live_bytes)
+        self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        if self._failed_at == stop - start:
+            self.events.append(f"retried {self._failed_at}")
+        self._failed_at = 0
+
+    def _learn(self, start: int, failure: Failure) -> None:
+        self.events.append(f"out-of-memory at {failure.images}")
+        if self._failed_at != failure.images:  # false alarms exist: once more as it was, if it still seems to fit
+            self._failed_at = failure.images
+            return
+        needed_bytes = failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
+        self._cost.observe_failure(self._features(start, start + failure.images), needed_bytes)
+        self._failed_at = 0
+        self._ceiling = failure.images // 2
+        self._shrink_to(max(self._ceiling, 1))
+
+    def _accept(self, decision: Decision, sizes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
+        if group < self._group:
+            self.events.append(f"groups of {group}")
+        if decision.allowance < self.allowance:
+            self._shrink_to(decision.allowance)
+        elif decision.allowance > self.allowance:
+            self.events.append(f"grew {self.allowance} to {decision.allowance}")
+        self.allowance, self.calm, self.predicted_bytes = decision.allowance, decision.calm, decision.predicted_bytes
+        ends = accumulate(decision.micro_batches)
+        plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
+        return plan if self._group else [(sum(groups),) for groups in plan]
+
+    def _shrink_to(self, images: int) -> None:
+        if images < self.allowance:
+            self.events.append(f"shrunk {self.allowance} to {images}")
+        self.allowance, self.calm = min(self.allowance, images), 0
+
+    def _may_come_back(self, failure: Failure | None) -> bool:
+        """Whether one image would fit if no other process held any of the device."""
+        others_bytes = self.reading.others_bytes or 0
+        return others_bytes > 0 and self._needed_bytes(failure) <= self.budget_bytes + others_bytes
+
+    def _needed_bytes(self, failure: Failure | None) -> int:
+        predicted = self._cost.predict(self._features(0, 1)) + self._cost.margin(self._features(0, 1))
+        failed = failure.peak_bytes + tried_to_allocate(failure.message) if failure and failure.images == 1 else 0
+        return max(self.reading.live_bytes + predicted, failed)
+
+    def _error(self, failure: Failure | None) -> DoesNotFitError:
+        reading, needed = self.reading, self._needed_bytes(failure)
+        share = (self.budget_bytes - reading.live_bytes) / max(needed - reading.live_bytes, 1)
+        ways = list(self._ways_out(min(max(share, 0.0), 1.0)))
+        if reading.others_bytes and needed <= self.budget_bytes + reading.others_bytes:
+            ways.insert(
+                0, f"stop the other processes, which hold {reading.others_bytes / 2**20:,.0f} MiB of the device"
+            )
+        if needed <= min(reading.held_bytes + reading.free_bytes, reading.total_bytes):
+            ways.insert(0, f"give a mem_safety_ratio below {self._config.safety_ratio:g}")
+        if self._config.limit is not None:
+            ways.insert(0, f"give a mem_limit above {reading.total_bytes / 2**20:,.0f} MiB")
+        return does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
+
+    def _read(self) -> None:
+        self.reading = self._meter.read()
+        self.budget_bytes = self.reading.budget_bytes(self._config.safety_ratio)
+
+    def _state(self, start: int, sizes: tuple[int, ...]) -> State:
+        ends = [start + end for end in accumulate(sizes)]
+        boxes = self._work.boxes
+        return State(
+            groups=tuple(Group(size, max(boxes[end - size : end])) for size, end in zip(sizes, ends, strict=True)),
+            height=self._work.height,
+            width=self._work.width,
+            budget_bytes=self.budget_bytes,
+            live_bytes=self.reading.live_bytes,
+            gradient_bytes=0 if start else self._gradient_bytes,
+            allowance=self.allowance,
+            calm=self.calm,
+            ceiling=self._ceiling,
+            fixed=self._config.micro_batch is not None,
+        )
+
+    def _features(self, start: int, stop: int) -> Features:
+        return Features(stop - start, self._work.height, self._work.width, max(self._work.boxes[start:stop]))

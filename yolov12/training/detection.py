@@ -1,0 +1,120 @@
+"""Joins Ultralytics' detection-like trainings to the engine: how to cut a batch, and what the loss was divided by."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolov12.mas.failures import is_out_of_memory
+from yolov12.mas.task import Loss, Workload
+
+__all__ = ["DetectionTask"]
+
+# One row an object in these, one entry an image in the others.
+_OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
+
+
+class DetectionTask:
+    """Implements `mas.Task` for Ultralytics' trainings with boxes.
+
+    Detection and oriented boxes are exact: their losses are numerators over one sum S of target scores, clamped at 1, times
+    the number of images. S is read off the assigner's output. The masks of segment and the keypoints of pose are divided by
+    other things besides, as are the two heads of an end-to-end model; their parts are weighted by images.
+
+    Args:
+        model: Without wrappers.
+        preprocess: Ultralytics' `trainer.preprocess_batch`, which scales pixels and draws the size for `multi_scale`.
+        multi_scale: Whether it draws one.
+        overlapping_masks: Whether masks are one entry an image rather than one an object.
+    """
+
+    floor = 1.0
+
+    def __init__(
+        self, model: nn.Module, preprocess: Callable[[Any], Any], *, multi_scale: bool, overlapping_masks: bool
+    ) -> None:
+        self._preprocess, self._multi_scale = preprocess, multi_scale
+        self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
+        self._images = 0
+        self._draw: Any = None  # the state of `random` from which all parts of a batch draw the same size
+        criterion = getattr(model, "criterion", None)
+        if criterion is None:  # Ultralytics makes it with the first loss
+            criterion = model.criterion = model.init_criterion()
+        self.exact = type(criterion).__name__ in ("v8DetectionLoss", "v8OBBLoss")
+        """Whether the gradient does not depend on how a batch is cut."""
+
+    def workload(self, batch: Mapping[str, Any]) -> Workload:
+        """See `mas.Task`."""
+        images: Tensor = batch["img"]
+        self._images = len(images)
+        self._draw = random.getstate() if self._multi_scale else None
+        if self._multi_scale:
+            images = self._preprocess({"img": images[:1]})["img"]
+        boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
+        return Workload(images.shape[2], images.shape[3], tuple(boxes))
+
+    def part(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """See `mas.Task`."""
+        if stop - start == self._images:
+            return dict(batch)
+        image_of = batch["batch_idx"]
+        mine = (image_of >= start) & (image_of < stop)
+        part = {key: value[mine] if key in self._objects else value[start:stop] for key, value in batch.items()}
+        return {**part, "batch_idx": image_of[mine] - start}
+
+    def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
+        """See `mas.Task`."""
+        images = len(part["img"])
+        criterion: Any = model.criterion
+        with self._same_draw():
+            part = self._preprocess(part)
+        if self.exact:
+            with _target_scores(criterion.assigner) as sums:
+                loss, items = model(part)
+            normaliser: Tensor | float = sums[0]
+        else:
+            (loss, items), normaliser = model(part), float(images)
+        # The loss is times the images it is of; make it times those of the batch.
+        return Loss(loss if images == self._images else loss * (self._images / images), normaliser, items)
+
+    @contextmanager
+    def _same_draw(self) -> Iterator[None]:
+        if self._draw is None:
+            yield
+            return
+        now = random.getstate()
+        random.setstate(self._draw)
+        yield
+        random.setstate(now)
+
+
+@contextmanager
+def _target_scores(assigner: Any) -> Iterator[list[Tensor]]:
+    """Collect the sums of target scores an assigner gives out, and let its failed allocations be ours.
+
+    Ultralytics' assigner survives them by going image by image, every time again; a smaller micro-batch is faster.
+    """
+    sums: list[Tensor] = []
+    hook = assigner.register_forward_hook(lambda module, inputs, output: sums.append(output[2].sum()))
+    assign = assigner._forward
+
+    def assign_or_fail(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return assign(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error)
+        raise MemoryError(message)  # which is no RuntimeError, so it is not caught there
+
+    assigner._forward = assign_or_fail
+    try:
+        yield sums
+    finally:
+        del assigner._forward
+        hook.remove()
