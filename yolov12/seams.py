@@ -21,6 +21,7 @@ PINNED = "8.4.190"
 
 _JOINED = "__yolov12_joined__"
 
+
 def _arguments() -> Mapping[str, Any]:
     """Training arguments this package adds, with their defaults."""
     from yolov12.mas.config import DEFAULTS

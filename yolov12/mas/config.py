@@ -52,8 +52,8 @@ class Config:
             raise ConfigError(f"micro_batch={self.micro_batch}: give a number of images, or leave it out")
         if self.micro_batch and self.bn_group and self.micro_batch < self.bn_group:
             raise ConfigError(
-                f"micro_batch={self.micro_batch} is smaller than bn_group={self.bn_group}, whose images are needed at once: "
-                f"set bn_group={self.micro_batch} too, or leave one of them out"
+                f"micro_batch={self.micro_batch} is smaller than bn_group={self.bn_group}, whose images are needed at "
+                f"once: set bn_group={self.micro_batch} too, or leave one of them out"
             )
 
     @classmethod

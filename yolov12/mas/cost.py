@@ -4,8 +4,8 @@
 
 A micro-batch has its peak where all activations are kept and the backward pass begins, unless the matching of boxes to
 anchors, whose tables grow with images × anchors × boxes of the fullest image, needs more than that: a flat part and a
-rising one. The constants are least squares of relative errors over the last observations of every shape. Libraries choose
-workspaces by shape, in steps that no line follows, so each shape also keeps what it was off by.
+rising one. The constants are least squares of relative errors over the last observations of every shape. Libraries
+choose workspaces by shape, in steps that no line follows, so each shape also keeps what it was off by.
 """
 
 from __future__ import annotations

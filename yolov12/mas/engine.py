@@ -24,7 +24,7 @@ __all__ = ["Engine"]
 
 GROUPS = (32, 16, 8, 4, 2, 1)
 """What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
-_REHEARSED = (1, 2, 4, 8)
+_REHEARSED = (1, 2, 4)
 _log = logging.getLogger("yolov12.mas").info
 
 
@@ -142,7 +142,7 @@ class Engine:
         """Learn what a few images take, so that the first decision is no guess, and settle the group size."""
         planner = self._planner(work)
         if self.config.micro_batch is None or self.bn_group is None:
-            self._rehearse(batch, work, planner)
+            self._rehearse(batch, work)
         if self.bn_group is None:
             self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
             self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group), whatever a micro-batch holds")
@@ -153,20 +153,23 @@ class Engine:
             )
         self._allowance = self.config.micro_batch or max(self.bn_group, self.cost.largest)
 
-    def _rehearse(self, batch: Any, work: Workload, planner: BatchPlanner) -> None:
+    def _rehearse(self, batch: Any, work: Workload) -> None:
+        """Run a few of the first images, and as many around the fullest one, whose boxes cost as well."""
         if self.meter.kind != "host":
-            self._step.rehearse(batch, 1)  # libraries load, and keep workspaces for good: not what an image takes
+            self._step.rehearse(batch, 0, 1)  # libraries load, and keep workspaces for good: not what an image takes
         planner = self._planner(work)
+        fullest = work.boxes.index(max(work.boxes))
         for images in _REHEARSED:
             if images > work.images or (self.cost.largest > 1 and not self._holds(images, work, planner)):
                 break
-            outcome = self._step.rehearse(batch, images)
-            if isinstance(outcome, Failure):
-                break  # the first batch will find its way, or say why there is none
-            live_bytes, peak_bytes = outcome
-            self.cost.observe(
-                Features(images, work.height, work.width, max(work.boxes[:images])), peak_bytes - live_bytes
-            )
+            around = min(fullest, work.images - images)
+            for start in (0, around) if images == _REHEARSED[-1] and around else (0,):
+                outcome = self._step.rehearse(batch, start, start + images)
+                if isinstance(outcome, Failure):
+                    return  # the first batch will find its way, or say why there is none
+                live_bytes, peak_bytes = outcome
+                boxes = max(work.boxes[start : start + images])
+                self.cost.observe(Features(images, work.height, work.width, boxes), peak_bytes - live_bytes)
         self.meter.release()
 
     def _holds(self, images: int, work: Workload, planner: BatchPlanner) -> bool:

@@ -16,7 +16,8 @@ __all__ = ["Feed"]
 class Feed:
     """Copies ahead on a stream of its own.
 
-    The copy overlaps with computing where the batch lies in pinned memory, as a `DataLoader` with `pin_memory` leaves it.
+    The copy overlaps with computing where the batch lies in pinned memory, as a `DataLoader` with `pin_memory` leaves
+    it.
 
     Args:
         device: Where to.
@@ -35,10 +36,7 @@ class Feed:
             RuntimeError: Of whatever kind the allocation failed with.
         """
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == (start, stop):
-            part = ahead[1]
-        else:
-            part = self._copy(start, stop)
+        part = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._copy(start, stop)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return part
@@ -64,8 +62,8 @@ class Feed:
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._stream is None or tensor.is_cuda:
             return tensor.to(self._device)
-        # Allocated on the stream that will use it, so that freeing it needs no care; the copy must not begin before that
-        # stream has done with whatever lay there, which is the step before, not the one that computes meanwhile.
+        # Allocated on the stream that will use it, so that freeing it needs no care; the copy must not begin before
+        # that stream has done with whatever lay there, which is the step before, not the one that computes meanwhile.
         target = torch.empty_like(tensor, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):

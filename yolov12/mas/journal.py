@@ -113,7 +113,9 @@ class Summary:
         lost = _counted(self.images_lost, "image", "images")
         if self.peak_mean_mib is None:
             return f"memory: no steps were run, {lost} lost"
-        expected = "" if self.updates_expected is None else f" of {self.updates_expected:,}"
+        updates = _counted(self.updates, "update", "updates")
+        if self.updates_expected is not None:
+            updates = f"{self.updates:,} of {_counted(self.updates_expected, 'update', 'updates')}"
         repeated = f" ({self.updates_repeated:,} more were repeated after a resume)" if self.updates_repeated else ""
         budget = _span(self.budget_min_mib, self.budget_max_mib)
         error = self.prediction_error_percent
@@ -123,7 +125,7 @@ class Summary:
         busy = self.gpu_utilisation_percent
         return (
             f"memory: {_counted(self.out_of_memories, 'out-of-memory', 'out-of-memories')} survived, {lost} lost, "
-            f"{self.updates:,}{expected} updates{repeated}\n"
+            f"{updates}{repeated}\n"
             f"  peak {self.peak_mean_mib:,.0f} ± {self.peak_sd_mib:,.0f} MiB, at most {self.peak_max_mib:,.0f}, "
             f"of a budget of {budget} MiB" + (f"; predicted to {error:.1f} %" if error is not None else "") + "\n"
             f"  micro-batches of {sizes} images{middle}, {changes}"

@@ -1,12 +1,13 @@
 """Batch normalisation in groups of fixed size, so that cutting a batch into micro-batches cannot change its result.
 
-BatchNorm ties together the images it normalises: cut a batch otherwise, and the gradient is another one. Here every image
-is normalised with the images of its group, whatever shares its micro-batch, and micro-batches are made of whole groups.
-Several GPUs without synchronised BatchNorm do the same (a share each), and "ghost batch normalization" is this on one
-(Hoffer, Hubara, Soudry, 2017, https://arxiv.org/abs/1705.08741).
+BatchNorm ties together the images it normalises: cut a batch otherwise, and the gradient is another one. Here every
+image is normalised with the images of its group, whatever shares its micro-batch, and micro-batches are made of whole
+groups. Several GPUs without synchronised BatchNorm do the same (a share each), and "ghost batch normalization" is this
+on one (Hoffer, Hubara, Soudry, 2017, https://arxiv.org/abs/1705.08741).
 
 Running statistics move once a batch, by the mean over its groups, as `num_batches_tracked` says. Each group leaves its
-statistics in a row of its own, so doing a group again (after a failure, or to recompute it) overwrites and does not add.
+statistics in a row of its own, so doing a group again (after a failure, or to recompute it) overwrites and does not
+add.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from yolov12.mas import batchnorm_kernels
 
 __all__ = ["GroupedBatchNorm", "cut"]
 
@@ -36,8 +40,8 @@ def cut(images: int, group: int) -> tuple[int, ...]:
 class GroupedBatchNorm:
     """The BatchNorm layers of a model that are in training mode and keep running statistics.
 
-    The model is changed only inside `within`: it can be copied, saved and evaluated at any other time. A layer that is called
-    more than once in a forward pass keeps the statistics of its last call.
+    The model is changed only inside `within`: it can be copied, saved and evaluated at any other time. A layer that is
+    called more than once in a forward pass keeps the statistics of its last call.
 
     Raises:
         ValueError: A layer has `momentum=None` (a cumulative average), which has no meaning here.
@@ -53,17 +57,22 @@ class GroupedBatchNorm:
         if any(layer.momentum is None for layer in self._all):
             raise ValueError("BatchNorm with momentum=None cannot be split into groups: give it a momentum")
         self._layers: list[_BatchNorm] = []
-        self._rows: list[_Row] = []
+        self._offsets: list[int] = []  # of each layer's channels in a row
+        self._means = self._variances = torch.empty(0, 0)  # (groups, channels of all layers)
         self._called: set[int] = set()
 
     def begin(self) -> None:
         """Start a batch: forget what the groups of the one before left."""
         layers = [layer for layer in self._all if layer.training]
         if layers != self._layers:
-            self._layers, self._rows = layers, []
-        for row in self._rows:  # a value that is overwritten is multiplied by zero, and an overflow would survive that
-            row.mean.zero_()
-            row.variance.zero_()
+            self._layers = layers
+            self._offsets = [0, *accumulate(layer.num_features for layer in layers)]
+            like = layers[0].running_mean if layers else None
+            self._means = torch.empty(0) if like is None else like.new_zeros(0, self._offsets[-1])
+            self._variances = self._means.clone()
+        # A value that is overwritten is multiplied by zero first, which an overflow would survive.
+        self._means.zero_()
+        self._variances.zero_()
         self._called.clear()
 
     @contextmanager
@@ -74,11 +83,12 @@ class GroupedBatchNorm:
             groups: Images in each group of this micro-batch.
             first: Number of groups of the batch before it.
         """
-        while self._layers and len(self._rows) < first + len(groups):
-            self._rows.append(_Row(self._layers))
-        rows = self._rows[first : first + len(groups)]
+        stop = first + len(groups)
+        if self._layers and len(self._means) < stop:
+            more = self._means.new_zeros(stop - len(self._means), self._offsets[-1])
+            self._means, self._variances = torch.cat((self._means, more)), torch.cat((self._variances, more))
         for index, layer in enumerate(self._layers):
-            layer.forward = partial(self._forward, index, groups, rows)  # type: ignore[method-assign]
+            layer.forward = partial(self._forward, index, groups, slice(first, stop))  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -96,38 +106,27 @@ class GroupedBatchNorm:
         called = sorted(self._called)
         layers = [self._layers[index] for index in called]
         momenta = [float(layer.momentum or 0.0) for layer in layers]
-        weights = [size / sum(groups) for size in groups]
-        rows = self._rows[: len(groups)]
-        for name, new in (
-            ("running_mean", [row.mean for row in rows]),
-            ("running_var", [row.variance for row in rows]),
-        ):
+        shares = [size / sum(groups) for size in groups]
+        for name, rows in (("running_mean", self._means), ("running_var", self._variances)):
             running: list[Tensor] = [getattr(layer, name) for layer in layers]
-            torch._foreach_mul_(new, weights)
-            mean = torch.stack(new).sum(0).split([layer.num_features for layer in self._layers])
+            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
+            mean = rows[: len(groups)].sum(0).split([layer.num_features for layer in self._layers])
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
             torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index in called], momenta)))
-        counts: list[Tensor] = [getattr(layer, "num_batches_tracked") for layer in layers]
+        counts: list[Tensor] = [layer.num_batches_tracked for layer in layers]  # type: ignore[misc]
         torch._foreach_add_(counts, 1)
 
-    def _forward(self, index: int, groups: Sequence[int], rows: Sequence[_Row], x: Tensor) -> Tensor:
+    def _forward(self, index: int, groups: Sequence[int], rows: slice, x: Tensor) -> Tensor:
         self._called.add(index)
         layer = self._layers[index]
+        channels = slice(self._offsets[index], self._offsets[index + 1])
+        means, variances = self._means[rows, channels], self._variances[rows, channels]
         fold = len(x) // sum(groups)  # a layer may be given an image as several, one after the other
-        parts = x.split([size * fold for size in groups]) if len(groups) > 1 else (x,)
+        sizes = [size * fold for size in groups]
+        if len(sizes) > 1 and layer.affine and batchnorm_kernels.applies(x):
+            return batchnorm_kernels.grouped_batch_norm(x, layer.weight, layer.bias, means, variances, sizes, layer.eps)
         done = [
-            F.batch_norm(part, row.means[index], row.variances[index], layer.weight, layer.bias, True, 1.0, layer.eps)
-            for part, row in zip(parts, rows, strict=True)
+            F.batch_norm(part, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
+            for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
         ]
         return torch.cat(done) if len(done) > 1 else done[0]
-
-
-class _Row:
-    """Statistics of one group in every layer: one tensor each, seen as one a layer."""
-
-    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
-        like = layers[0].running_mean
-        assert like is not None
-        sizes = [layer.num_features for layer in layers]
-        self.mean, self.variance = like.new_zeros(sum(sizes)), like.new_zeros(sum(sizes))
-        self.means, self.variances = self.mean.split(sizes), self.variance.split(sizes)

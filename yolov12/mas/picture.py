@@ -97,12 +97,12 @@ def _memory(axes: Axes, rows: Sequence[_Row]) -> None:
         [float(row[f"{name}_mib"]) / 1024 for row in rows] for name in ("peak", "predicted", "held", "budget")
     )
     dot = _dot(rows)
-    axes.fill_between(steps, held, color=_SKY, alpha=0.22, linewidth=0, label="held, with the allocator's cache")
-    axes.plot(steps, budget, color=_BLACK, linewidth=1.6, marker=dot, label="budget (may be held)")
-    axes.plot(steps, peak, color=_BLUE, linewidth=1.4, marker=dot, label="measured peak")
-    axes.plot(steps, predicted, color=_ORANGE, linewidth=1.1, linestyle=(0, (4, 2)), marker=dot, label="predicted peak")
-    for step in (int(row["step"]) for row in rows if _has(row, "resumed")):
-        axes.axvline(step - 0.5, color=_GREEN, linewidth=1.2, linestyle=":", label="resumed")
+    axes.fill_between(steps, held, color=_SKY, alpha=0.22, linewidth=0, label="held, with cache")
+    axes.plot(steps, budget, color=_BLACK, linewidth=1.6, marker=dot, ms=4, label="budget")
+    axes.plot(steps, peak, color=_BLUE, linewidth=1.4, marker=dot, ms=4, label="measured peak")
+    axes.plot(steps, predicted, "--", color=_ORANGE, linewidth=1.1, marker=dot, ms=4, label="predicted peak")
+    if resumed := [int(row["step"]) - 0.5 for row in rows if _has(row, "resumed")]:
+        axes.vlines(resumed, 0, 1, _GREEN, ":", label="resumed", transform=axes.get_xaxis_transform())
     _mark(axes, rows, "out-of-memory", peak, "X", _VERMILION, "out-of-memory, survived")
     axes.set_ylim(0, max(*peak, *predicted, *held, *budget, 0.001) * 1.06)
     _caption(axes, "Memory of this process", "GiB")
@@ -113,8 +113,11 @@ def _micro_batches(axes: Axes, rows: Sequence[_Row]) -> None:
     sizes = [[int(size) for size in row["micro_batches"].split()] for row in rows]
     largest, counts = [max(size) for size in sizes], [len(size) for size in sizes]
     dot = _dot(rows)
-    axes.step(steps, counts, where="mid", color=_PURPLE, linewidth=1.1, marker=dot, label="micro-batches per step")
-    axes.step(steps, largest, where="mid", color=_BLUE, linewidth=1.8, marker=dot, label="images per micro-batch")
+    for values, color, width, label in (
+        (counts, _PURPLE, 1.1, "micro-batches per step"),
+        (largest, _BLUE, 1.8, "images in the largest micro-batch"),
+    ):
+        axes.step(steps, values, where="mid", color=color, linewidth=width, marker=dot, ms=4, label=label)
     _mark(axes, rows, "shrunk", largest, "v", _VERMILION, "shrunk")
     _mark(axes, rows, "grew", largest, "^", _GREEN, "grew")
     # Both on one scale of powers of two: halving the one doubles the other, and it looks like that.
@@ -135,7 +138,7 @@ def _speed(axes: Axes, rows: Sequence[_Row]) -> None:
         axes.plot(steps, speeds, color=_BLUE, alpha=0.3, linewidth=0.8, label="each step")
         axes.plot(steps, smooth, color=_BLUE, linewidth=1.8, label="running median")
     else:
-        axes.plot(steps, speeds, color=_BLUE, linewidth=1.4, marker=_dot(rows), label="each step")
+        axes.plot(steps, speeds, color=_BLUE, linewidth=1.4, marker=_dot(rows), ms=4, label="each step")
     axes.set_ylim(0, max(speeds, default=1) * 1.1)
     _caption(axes, "Speed", "images/s")
 
@@ -146,14 +149,14 @@ def _mark(
     hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
     if hits:
         places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
-        axes.scatter(*places, s=60, marker=marker, color=color, edgecolor="white", linewidth=0.7, zorder=5, label=label)
+        axes.scatter(*places, s=85, marker=marker, color=color, edgecolor="white", linewidth=0.7, zorder=5, label=label)
 
 
 def _caption(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.set_ylabel(unit)
     # Above the panel, beside its title, where it hides nothing.
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=5, frameon=False, fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9, columnspacing=1.5)
 
 
 def _has(row: _Row, prefix: str) -> bool:

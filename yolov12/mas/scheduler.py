@@ -1,9 +1,9 @@
 """Memory-feedback batching: how many images run at once, decided before every batch from the memory that is there.
 
-`decide` is a pure function of a `State` and a cost model, so a decision can be tested and replayed without a GPU. Its rule:
-the fewest micro-batches, as level as whole groups allow, whose predicted peak plus margin stays inside the budget. It
-shrinks at once. It grows back when the larger size has fitted, with room to spare, for several batches in a row, and never to
-more than four times what was ever observed.
+`decide` is a pure function of a `State` and a cost model, so a decision can be tested and replayed without a GPU. Its
+rule: the fewest micro-batches, as level as whole groups allow, whose predicted peak plus margin stays inside the
+budget. It shrinks at once. It grows back when the larger size has fitted, with room to spare, for several batches in a
+row, and never to more than four times what was ever observed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Decision:
     predicted_bytes: int
     """Peak of live bytes, without the margin."""
     fits: bool
-    """Whether peak and margin are inside the budget, and the size under the ceiling; if not, this is one group at a time."""
+    """Whether peak and margin are inside the budget and the size is under the ceiling; else this is group by group."""
     allowance: int
     calm: int
     """For the next state."""

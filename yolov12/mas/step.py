@@ -2,9 +2,9 @@
 
 The gradient is that of the whole batch at once, however it was cut and whatever failed on the way:
 
-- a loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of target
-  scores) is known only after its last micro-batch. So numerators are differentiated, divided by a first guess that keeps
-  half precision in range, and the gradient is multiplied by guess / normaliser at the end;
+- a loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of
+  target scores) is known only after its last micro-batch. So numerators are differentiated, divided by a first guess
+  that keeps half precision in range, and the gradient is multiplied by guess / normaliser at the end;
 - BatchNorm sees fixed groups of images (normalize.py);
 - a micro-batch computes its gradient on its own, and it is added when it is complete. A failed allocation costs the
   micro-batch it hit: its gradient is dropped, the random generators are set back, and what is left runs again, smaller.
@@ -126,19 +126,19 @@ class Step:
         gradients.give(self._parameters, gradients.add(before, total.finished_gradients()))
         return Result(total.loss(), total.items(), tuple(ran))
 
-    def rehearse(self, batch: Any, images: int, group: int = 0) -> tuple[int, int] | Failure:
-        """Run the first images of a batch and forget everything but what it took.
+    def rehearse(self, batch: Any, start: int, stop: int) -> tuple[int, int] | Failure:
+        """Run images `start` to `stop` of a batch and forget everything but what it took.
 
         Returns:
             Live bytes before it and at its peak, or the failure.
         """
         before = gradients.take(self._parameters)
-        feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
+        feed = Feed(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)
         self._norms.begin()
         try:
             live_bytes = self._meter.mark()
-            failure = self._attempt(feed, (0, images, images), (images,), 0, _Total(images, self._task.floor))
+            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, _Total(stop, self._task.floor))
             return failure or (live_bytes, self._meter.peak_bytes())
         finally:
             state.restore()

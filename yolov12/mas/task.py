@@ -38,14 +38,14 @@ class Loss:
     """The loss of part of a batch, and what it was divided by, so that parts can be put together exactly.
 
     The loss of a batch is numerator / max(normaliser, floor), and both are sums over its images. For a part, `value` is
-    numerator / max(normaliser, floor) of that part alone: what a loss function returns anyway. The engine multiplies the
-    division away, adds numerators and normalisers over all parts, and divides once.
+    numerator / max(normaliser, floor) of that part alone: what a loss function returns anyway. The engine multiplies
+    the division away, adds numerators and normalisers over all parts, and divides once.
     """
 
     value: Tensor
     """Any shape; its sum is differentiated."""
     normaliser: Tensor | float
-    """A sum over the part that the value was divided by, before the floor: a number of images, of pixels, of targets."""
+    """What the value was divided by, before the floor: a sum over the part, such as its number of images or targets."""
     items: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars to report, divided as the value was."""
 
@@ -60,7 +60,7 @@ class Task(Protocol):
         """Say what a batch on the host will cost memory for."""
 
     def part(self, batch: Any, start: int, stop: int) -> Any:
-        """Cut images `start` to `stop` out of a batch on the host; nested containers of tensors, views where possible."""
+        """Cut images `start` to `stop` out of a batch on the host: nested containers of tensors, views if possible."""
 
     def loss(self, model: nn.Module, part: Any) -> Loss:
         """Run forward and loss on a part that is now on the model's device."""

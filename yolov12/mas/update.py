@@ -1,7 +1,7 @@
 """The first optimizer step, which makes the optimizer's state and may run out of memory half way through it.
 
-Later steps find their memory: it is what the activations of the step before have left. So only the first is protected, by a
-copy on the host of all it changes; any optimizer will do, however it makes its state.
+Later steps find their memory: it is what the activations of the step before have left. So only the first is protected,
+by a copy on the host of all it changes; any optimizer will do, however it makes its state.
 """
 
 from __future__ import annotations

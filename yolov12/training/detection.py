@@ -22,9 +22,9 @@ _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
 class DetectionTask:
     """Implements `mas.Task` for Ultralytics' trainings with boxes.
 
-    Detection and oriented boxes are exact: their losses are numerators over one sum S of target scores, clamped at 1, times
-    the number of images. S is read off the assigner's output. The masks of segment and the keypoints of pose are divided by
-    other things besides, as are the two heads of an end-to-end model; their parts are weighted by images.
+    Detection and oriented boxes are exact: their losses are numerators over one sum S of target scores, clamped at 1,
+    times the number of images. S is read off the assigner's output. The masks of segment and the keypoints of pose are
+    divided by other things besides, as are the two heads of an end-to-end model; their parts are weighted by images.
 
     Args:
         model: Without wrappers.

@@ -1,7 +1,7 @@
 """Puts the memory-aware engine into an Ultralytics trainer that has just been set up.
 
-Nothing of Ultralytics is replaced: its loop calls `trainer.model`, `preprocess_batch`, `optimizer_step` and a few others, and
-on this one trainer they are now ours, and call its own.
+Nothing of Ultralytics is replaced: its loop calls `trainer.model`, `preprocess_batch`, `optimizer_step` and a few
+others, and on this one trainer they are now ours, and call its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,322 @@
+"""The memory-aware step on a GPU: limits, a hostile neighbour, injected failures, prediction, overhead.
+
+    python benchmarks/memory.py --out benchmarks/results/memory.json      (about 15 minutes on one large GPU)
+    python benchmarks/memory.py --out part.json --only limits overhead
+
+Every part runs in a process of its own; whole trainings are the command `yolov12 train`, beside stock Ultralytics where
+that is compared. Data is drawn (`data=demo`), 5 % of its images crowded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+LIMITS_GIB = (8, 16, 24, 40)
+BOXES_PER_IMAGE = 25
+
+
+# ---------------------------------------------------------------- one step, without data loading
+
+
+def _prepare(images: int = 256, size: int = 640, seed: int = 0) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """YOLOv12-S, its task, a scaler as it is in the course of a training, and a batch in pinned memory."""
+    import torch
+
+    from yolov12 import autopatch
+
+    autopatch.apply()
+    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.utils import DEFAULT_CFG
+
+    from yolov12.training.detection import DetectionTask
+
+    torch.manual_seed(seed)
+    model = DetectionModel("yolov12s.yaml", nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)
+    model.train().args = DEFAULT_CFG
+    counts = torch.randint(1, 2 * BOXES_PER_IMAGE, (images,))
+    boxes = int(counts.sum())
+    batch = {
+        "img": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8).pin_memory(),
+        "batch_idx": torch.repeat_interleave(torch.arange(images), counts).float(),
+        "cls": torch.randint(0, 80, (boxes, 1)).float(),
+        "bboxes": torch.rand(boxes, 4) * 0.3 + 0.2,
+    }
+
+    def preprocess(part: dict[str, Any]) -> dict[str, Any]:  # as Ultralytics' DetectionTrainer
+        part = {key: value.to("cuda", non_blocking=True) for key, value in part.items()}
+        return {**part, "img": part["img"].float() / 255}
+
+    task = DetectionTask(model, preprocess, multi_scale=False, overlapping_masks=True)
+    scaler = torch.cuda.amp.GradScaler(init_scale=128.0)
+    scaler.scale(torch.zeros((), device="cuda"))
+    return model, task, scaler, batch
+
+
+def _engine(model: Any, task: Any, scaler: Any, **settings: Any) -> Any:
+    from yolov12 import mas
+
+    return mas.Engine(model, task, mas.Config(**settings), backward=lambda loss: scaler.scale(loss).backward())
+
+
+def gradient() -> dict[str, Any]:
+    """The gradient of one batch at 8 GiB against that at 40 GiB, and what rounding alone does to it.
+
+    The noise of fp16 is what another order of summation makes of the same batch in the same micro-batches: a model in the
+    other memory layout. The weights are those after 60 steps of training, so that the assigner has something to go by.
+    """
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
+    model, task, scaler, batch = _prepare()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+    engine = _engine(model, task, scaler, bn_group=16)
+    for _ in range(60):
+        with torch.autocast("cuda", torch.float16):
+            engine.step(batch)
+        engine.update(optimizer)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found: dict[str, Any] = {}
+
+    def run(name: str, limit_gib: int, dtype: Any = torch.float16, layout: Any = torch.channels_last) -> None:
+        model.to(memory_format=layout)
+        engine = _engine(model, task, scaler, limit=limit_gib * GIB, bn_group=16)
+        for _ in range(3):  # the micro-batch settles
+            model.zero_grad()
+            model.load_state_dict(state)
+            with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+                result = engine.step(batch)
+        found[name] = {
+            "micro_batches": result.micro_batches,
+            "peak_mib": engine.latest.peak_bytes / 2**20,
+            "loss": float(result.loss.sum()),
+            "gradient": [p.grad.double() / scaler.get_scale() for p in model.parameters() if p.grad is not None],
+            "statistics": [value.double() for name, value in model.named_buffers() if "running" in name],
+        }
+        model.zero_grad()
+        torch.cuda.empty_cache()
+
+    run("8 GiB", 8)
+    run("40 GiB", 40)
+    run("8 GiB, other layout", 8, layout=torch.contiguous_format)
+    run("12 GiB, fp32", 12, torch.float32)
+    run("60 GiB, fp32", 60, torch.float32)
+
+    def off(a: str, b: str, what: str) -> float:
+        pairs = list(zip(found[a][what], found[b][what], strict=True))
+        return float(sum(((x - y) ** 2).sum() for x, y in pairs).sqrt() / sum((y**2).sum() for _, y in pairs).sqrt())
+
+    pairs = {
+        "limit": ("8 GiB", "40 GiB"),
+        "rounding": ("8 GiB, other layout", "8 GiB"),
+        "fp16 against fp32": ("8 GiB", "12 GiB, fp32"),
+        "limit, fp32": ("12 GiB, fp32", "60 GiB, fp32"),
+    }
+    return {
+        "runs": {name: {key: run[key] for key in ("micro_batches", "peak_mib", "loss")} for name, run in found.items()},
+        "relative_difference": {name: off(a, b, "gradient") for name, (a, b) in pairs.items()},
+        "running_statistics": {name: off(a, b, "statistics") for name, (a, b) in pairs.items()},
+    }
+
+
+def first_times() -> list[dict[str, float]]:
+    """How long a micro-batch takes that is the first of its size: libraries look for kernels then."""
+    import torch
+
+    model, task, scaler, batch = _prepare(images=64)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    rows = []
+    task.workload(batch)
+    for images in (1, 2, 4, 8, 16, 32, 15, 14, 24):
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            with torch.autocast("cuda", torch.float16):
+                loss, _ = model(task._preprocess(task.part(batch, 0, images)))
+            scaler.scale(loss.sum()).backward()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        rows.append({"images": images, "first_s": times[0], "second_s": times[1]})
+    return rows
+
+
+def overhead(steps: int = 12, rounds: int = 3) -> list[dict[str, Any]]:
+    """The engine against the bare loop at the same micro-batch: forward, loss, backward, optimizer."""
+    import torch
+
+    model, task, scaler, batch = _prepare()
+    images = len(batch["img"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+
+    def update() -> None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    def bare(micro: int) -> None:
+        with torch.autocast("cuda", torch.float16):
+            for start in range(0, images, micro):
+                part = task._preprocess(task.part(batch, start, start + micro))
+                loss, _ = model(part)
+                scaler.scale(loss.sum()).backward()
+        update()
+
+    def ours(engine: Any) -> None:
+        with torch.autocast("cuda", torch.float16):
+            engine.step(batch)
+        engine.update(optimizer, update)
+
+    def ms(run: Any) -> float:
+        times = []
+        for _ in range(steps):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+
+    rows = []
+    for micro, group in ((256, 256), (128, 128), (64, 64), (32, 32), (256, 32), (128, 32), (64, 32)):
+        engine = _engine(model, task, scaler, bn_group=group, micro_batch=micro)
+        runs = (functools.partial(bare, micro), functools.partial(ours, engine))
+        for run in 2 * runs:
+            run()
+        pairs = [(ms(runs[0]), ms(runs[1])) for _ in range(rounds)]
+        ratios = [b / a for a, b in pairs]
+        rows.append(
+            {
+                "micro_batch": micro,
+                "bn_group": group,
+                "bare_ms": statistics.median(a for a, _ in pairs),
+                "engine_ms": statistics.median(b for _, b in pairs),
+                "engine_over_bare": statistics.median(ratios),
+                "rounds": ratios,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def failures(steps: int = 200) -> dict[str, Any]:
+    """Real failed allocations at random places of 200 steps; the weights against those of an undisturbed run."""
+    import torch
+
+    out: dict[str, Any] = {}
+    weights = {}
+    for name, probability in (("undisturbed", 0.0), ("disturbed", 0.3)):
+        model, task, scaler, batch = _prepare(images=64, size=320)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        folder = Path(tempfile.mkdtemp())
+        from yolov12 import mas
+
+        engine = mas.Engine(
+            model,
+            task,
+            mas.Config(bn_group=16),
+            journal=mas.Journal(folder),
+            backward=lambda loss, scaler=scaler: scaler.scale(loss).backward(),
+        )
+        chance = random.Random(1)
+        modules = [module for module in model.modules() if not list(module.children())]
+        injected = 0
+
+        def fail(*_: Any) -> None:
+            torch.empty(2**50, device="cuda")  # more than any card has: the allocator's own error
+
+        order = torch.Generator().manual_seed(0)
+        for _ in range(steps):
+            mixed = torch.randperm(64, generator=order)
+            shuffled = {**batch, "img": batch["img"][mixed].pin_memory()}
+            hook = None
+            if chance.random() < probability:
+                module = chance.choice(modules)
+                count = chance.randint(1, 2)  # the second fails the retry too
+
+                def once(*_: Any, left: list[int] = [count]) -> None:  # noqa: B006 - a counter of its own each time
+                    nonlocal injected
+                    if left[0]:
+                        left[0] -= 1
+                        injected += 1
+                        fail()
+
+                hook = (
+                    module.register_forward_pre_hook(once)
+                    if chance.random() < 0.5
+                    else module.register_full_backward_hook(once)
+                )
+            with torch.autocast("cuda", torch.float16):
+                engine.step(shuffled)
+            if hook is not None:
+                hook.remove()
+            engine.update(optimizer)
+        summary = engine.close(updates_expected=steps)
+        weights[name] = [p.detach().double() for p in model.parameters()]
+        out[name] = {
+            "injected": injected,
+            "updates": summary.updates,
+            "images_lost": summary.images_lost,
+            "images": summary.images,
+            "out_of_memories": summary.out_of_memories,
+            "final_loss": None,
+        }
+        shutil.rmtree(folder)
+    a, b = weights["disturbed"], weights["undisturbed"]
+    out["weights_relative_difference"] = float(
+        sum(((x - y) ** 2).sum() for x, y in zip(a, b, strict=True)).sqrt() / sum((y**2).sum() for y in b).sqrt()
+    )
+    return out
+
+
+PARTS = {"gradient": gradient, "first_times": first_times, "overhead": overhead, "failures": failures}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        options.out.write_text(json.dumps(PARTS[options.part](), indent=1))
+        return 0
+    import torch
+    import ultralytics
+
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/memory.py --out {options.out.name}",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+    }
+    failed = 0
+    for part in options.only:
+        started = time.time()
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            command = [sys.executable, __file__, "--out", file.name, "--part", part]
+            done = subprocess.run(command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
+            failed |= done.returncode
+            result[part] = json.loads(Path(file.name).read_text() or "null")
+        print(f"{part}: {time.time() - started:.0f} s", flush=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""BatchNorm of several groups at once, against PyTorch's own, group by group."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from yolov12.mas import batchnorm_kernels
+from yolov12.mas.normalize import GroupedBatchNorm, cut
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here"),
+]
+
+SHAPES = [
+    ((8, 8), 64, 40),
+    ((3, 2, 3), 24, 20),
+    ((1, 1), 512, 5),
+    ((16, 15), 3, 33),
+    ((32,) * 4, 128, 80),
+    ((2, 2), 1, 1),
+]
+
+
+def by_group(x, weight, bias, sizes, eps):
+    means, variances = [], []
+    out = []
+    for part in x.split(sizes):
+        mean, variance = torch.zeros(2, x.shape[1], device="cuda", dtype=x.dtype)
+        out.append(F.batch_norm(part, mean, variance, weight, bias, True, 1.0, eps))
+        means.append(mean), variances.append(variance)
+    return torch.cat(out), torch.stack(means), torch.stack(variances)
+
+
+def off(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(("sizes", "channels", "side"), SHAPES)
+def test_same_as_group_by_group_in_float64(sizes, channels, side, dtype, tolerance):
+    torch.manual_seed(0)
+    x = torch.randn(sum(sizes), channels, side, side, device="cuda") * 3
+    x = (x + 10 * torch.randn(channels, 1, 1, device="cuda")).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(channels, device="cuda", requires_grad=True)
+    bias = torch.randn(channels, device="cuda", requires_grad=True)
+    grad = torch.randn_like(x)
+    rows = torch.full((2, len(sizes), channels + 7), float("nan"), device="cuda")[..., 3 : 3 + channels]
+    out = batchnorm_kernels.grouped_batch_norm(x, weight, bias, rows[0], rows[1], sizes, 1e-3)
+    found = (out, *torch.autograd.grad(out, (x, weight, bias), grad))
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    reference, means, variances = by_group(*exact, sizes, 1e-3)
+    wanted = (reference, *torch.autograd.grad(reference, exact, grad.double()))
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    for name, a, b in zip(("output", "of x", "of weight", "of bias"), found, wanted, strict=True):
+        if name == "of x" and side * side * min(sizes) < 4:
+            continue  # two values normalise to plus and minus one: the gradient is zero but for rounding
+        assert off(a, b) < tolerance, name
+    assert off(rows[0], means) < 1e-5
+    if side * side * min(sizes) > 1:
+        assert off(rows[1], variances) < 1e-4
+
+
+def test_repeats_bit_for_bit():
+    x = torch.randn(64, 96, 40, 40, device="cuda", dtype=torch.half).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 96, device="cuda")
+    runs = []
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        rows = torch.empty(2, 2, 96, device="cuda")
+        out = batchnorm_kernels.grouped_batch_norm(leaf, weight, bias, rows[0], rows[1], (32, 32), 1e-3)
+        runs.append((out, rows, torch.autograd.grad(out.square().sum(), leaf)[0]))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_a_large_mean_cancels_nothing():
+    x = 1000 + torch.randn(16, 8, 64, 64, device="cuda")
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows = torch.empty(2, 2, 8, device="cuda")
+    batchnorm_kernels.grouped_batch_norm(
+        x, torch.ones(8, device="cuda"), torch.zeros(8, device="cuda"), rows[0], rows[1], (8, 8), 0.0
+    )
+    assert off(rows[1], torch.stack([part.double().var((0, 2, 3)) for part in x.split(8)])) < 1e-5
+
+
+def test_layers_use_them_and_keep_the_same_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8))
+    model = model.cuda().to(memory_format=torch.channels_last)
+    x = torch.randn(20, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    results = []
+    for plan in ([cut(20, 8)], [(size,) for size in cut(20, 8)]):
+        model.load_state_dict(state)
+        norms = GroupedBatchNorm(model)
+        norms.begin()
+        first, outs, start = 0, [], 0
+        for groups in plan:
+            with norms.within(groups, first):
+                outs.append(model(x[start : start + sum(groups)]))
+            first, start = first + len(groups), start + sum(groups)
+        norms.commit(cut(20, 8))
+        results.append((torch.cat(outs), {key: value.clone() for key, value in model.state_dict().items()}))
+    (a, buffers_a), (b, buffers_b) = results
+    assert off(a, b) < 1e-5
+    assert all(off(buffers_a[key], buffers_b[key]) < 1e-5 for key in buffers_a)
