@@ -24,7 +24,8 @@ __all__ = ["Engine"]
 
 GROUPS = (32, 16, 8, 4, 2, 1)
 """What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
-_REHEARSED = (1, 2, 4)
+_REHEARSED = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
+"""Images, the next where the one before fails. Of one size, as libraries take seconds for each that is new."""
 _log = logging.getLogger("yolov12.mas").info
 
 
@@ -146,34 +147,32 @@ class Engine:
         if self.bn_group is None:
             self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
             self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group), whatever a micro-batch holds")
-        elif self.bn_group and not self._holds(self.bn_group, work, planner):
+        elif self.bn_group and self.cost.largest and not self._holds(self.bn_group, work, planner):
             self._log(
                 f"memory: {self.bn_group} images at once (bn_group) seem not to fit into the budget of "
                 f"{planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps where that is so"
             )
-        self._allowance = self.config.micro_batch or max(self.bn_group, self.cost.largest)
+        self._allowance = self.config.micro_batch or max(self.bn_group, self.cost.largest, 1)
 
     def _rehearse(self, batch: Any, work: Workload) -> None:
-        """Run a few of the first images, and as many around the fullest one, whose boxes cost as well."""
-        if self.meter.kind != "host":
-            self._step.rehearse(batch, 0, 1)  # libraries load, and keep workspaces for good: not what an image takes
-        planner = self._planner(work)
+        """Run a few images: to load libraries, then to measure, then those around the fullest, as boxes cost too."""
         fullest = work.boxes.index(max(work.boxes))
-        for images in _REHEARSED:
-            if images > work.images or (self.cost.largest > 1 and not self._holds(images, work, planner)):
-                break
+        for images in _REHEARSED[self.meter.kind]:
+            images = min(images, work.images)
             around = min(fullest, work.images - images)
-            for start in (0, around) if images == _REHEARSED[-1] and around else (0,):
+            if isinstance(self._step.rehearse(batch, 0, images), Failure):
+                continue
+            for start in (0, around) if around else (0,):
                 outcome = self._step.rehearse(batch, start, start + images)
-                if isinstance(outcome, Failure):
-                    return  # the first batch will find its way, or say why there is none
-                live_bytes, peak_bytes = outcome
-                boxes = max(work.boxes[start : start + images])
-                self.cost.observe(Features(images, work.height, work.width, boxes), peak_bytes - live_bytes)
+                if not isinstance(outcome, Failure):
+                    live_bytes, peak_bytes = outcome
+                    boxes = max(work.boxes[start : start + images])
+                    self.cost.observe(Features(images, work.height, work.width, boxes), peak_bytes - live_bytes)
+            break
         self.meter.release()
 
     def _holds(self, images: int, work: Workload, planner: BatchPlanner) -> bool:
-        if self.config.micro_batch is not None and images > self.config.micro_batch:
+        if not self.cost.largest or images > (self.config.micro_batch or images):
             return False
         features = Features(images, work.height, work.width, max(work.boxes))
         needed_bytes = self.cost.predict(features) + self.cost.margin(features) + self._gradient_bytes

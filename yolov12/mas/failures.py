@@ -25,7 +25,12 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is a failed allocation, on the device or on the host, in any of the forms it comes in."""
+    """Whether this is a failed allocation, on the device or on the host, in any of the forms it comes in.
+
+    An error raised from one is one: Ultralytics' loss for oriented boxes calls it a malformed data set.
+    """
+    if error.__cause__ is not None and is_out_of_memory(error.__cause__):
+        return True
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return not isinstance(error, DoesNotFitError)
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)

@@ -28,13 +28,16 @@ __all__ = ["GroupedBatchNorm", "cut"]
 
 
 def cut(images: int, group: int) -> tuple[int, ...]:
-    """Sizes of the groups a batch is cut into: as few as possible of at most `group` images, as equal as possible.
+    """Sizes of the groups that so many images are cut into.
 
-    A batch that is no multiple of `group` so has no last group of one or two images, whose statistics would be noise.
-    `group=0` is one group.
+    Groups of `group` images; what is left over is a group of its own, unless it would be less than a quarter of one,
+    whose statistics would be noise: then it shares evenly with the group before it. `group=0` is one group.
     """
-    count = -(-images // group) if group else 1
-    return tuple(images * (i + 1) // count - images * i // count for i in range(count))
+    full, rest = divmod(images, group) if group else (0, images)
+    sizes = [group] * full + [rest] * bool(rest)
+    if full and 0 < 4 * rest < group:
+        sizes[-2:] = group + rest - (group + rest) // 2, (group + rest) // 2
+    return tuple(sizes)
 
 
 class GroupedBatchNorm:
@@ -129,4 +132,7 @@ class GroupedBatchNorm:
             F.batch_norm(part, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
             for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
         ]
+        if len(x) == 1 and x.device.type == "cpu" and done[0].requires_grad:
+            # PyTorch 2.3 takes the strides of one image's gradient for those of its input: silently wrong.
+            done[0].register_hook(Tensor.contiguous)
         return torch.cat(done) if len(done) > 1 else done[0]

@@ -123,6 +123,7 @@ class BatchPlanner:
     def _shrink_to(self, images: int) -> None:
         if images < self.allowance:
             self.events.append(f"shrunk {self.allowance} to {images}")
+            self._meter.release()  # what is no longer needed is for those who press
         self.allowance, self.calm = min(self.allowance, images), 0
 
     def _may_come_back(self, failure: Failure | None) -> bool:

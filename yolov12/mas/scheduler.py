@@ -77,7 +77,8 @@ def decide(state: State, cost: CostModel) -> Decision:
     ceiling = state.ceiling or images
     if state.fixed:
         return _fewest(state, cost, ceiling, float("inf"))
-    ceiling = min(ceiling, _LARGEST_STEP * max(cost.largest, 1))
+    one_group = max(group.images for group in state.groups)
+    ceiling = min(ceiling, max(_LARGEST_STEP * cost.largest, one_group))
     allowed = min(ceiling, state.allowance)
     wanted = _fewest(state, cost, allowed, float("inf"))
     chosen = _fewest(state, cost, allowed, state.budget_bytes)
@@ -98,6 +99,8 @@ def _fewest(state: State, cost: CostModel, ceiling: int, budget_bytes: float) ->
     count = len(state.groups)
     images = sum(group.images for group in state.groups)
     for parts in range(min(-(-images // ceiling), count), count + 1):
+        if count % parts and any(count % more == 0 for more in range(parts + 1, 2 * parts)):
+            continue  # some more micro-batches would all be of one size
         sizes = tuple(count * (i + 1) // parts - count * i // parts for i in range(parts))
         live = state.live_bytes + (state.gradient_bytes if parts > 1 else 0)
         features = [_features(state, groups) for groups in _chunks(state.groups, sizes)]

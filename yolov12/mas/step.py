@@ -97,7 +97,7 @@ class Step:
         Raises:
             DoesNotFitError: From the planner. Gradients and running statistics are as before.
         """
-        before = gradients.take(self._parameters)
+        before, state = gradients.take(self._parameters), _RandomState(self._device)
         total = _Total(images, self._task.floor)
         feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
@@ -121,6 +121,7 @@ class Step:
                     start = stop
         except BaseException:
             gradients.give(self._parameters, before)
+            state.restore()
             raise
         self._norms.commit(groups_done)
         gradients.give(self._parameters, gradients.add(before, total.finished_gradients()))
@@ -157,7 +158,7 @@ class Step:
                 loss = self._task.loss(self._model, part)
                 with torch.autocast(self._device.type, enabled=False):  # a backward pass has the dtypes of its forward
                     self._backward(total.scaled(loss, stop - start))
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             failure = Failure(stop - start, str(error), self._meter.peak_bytes())
@@ -185,9 +186,9 @@ class _Total:
     def scaled(self, loss: Loss, images: int) -> Tensor:
         """The part's numerator over the guess of the batch's normaliser."""
         normaliser = self._as_tensor(loss)
-        if self._guess is None and images == self._images:
+        if not self._parts and images == self._images:
             self._guess = normaliser.clamp(min=self._floor)  # no guess: the factor below is exactly 1
-        elif self._guess is None:
+        elif not self._parts:  # also after a failure: what ran then may have been of another size
             # A power of two, so that scaling back at the end is exact.
             expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
             self._guess = torch.exp2(torch.log2(expected).round())

@@ -68,6 +68,6 @@ def survive_first_update(
         release()
         values()
         for parameter, gradient in gradients:
-            parameter.grad = gradient.to(parameter.device)
+            parameter.grad = gradient.to(parameter.device, copy=True)
         undo()
     raise AssertionError  # the last attempt returns or raises

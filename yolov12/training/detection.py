@@ -89,8 +89,10 @@ class DetectionTask:
             return
         now = random.getstate()
         random.setstate(self._draw)
-        yield
-        random.setstate(now)
+        try:
+            yield
+        finally:
+            random.setstate(now)
 
 
 @contextmanager

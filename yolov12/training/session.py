@@ -37,7 +37,7 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
     engine = {**_defaults(), **(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
     Config.parse(engine)
     if engine["mas"]:
-        # Without it, micro-batches of many shapes leave holes in memory. Read when CUDA starts; the user's choice stands.
+        # Micro-batches of many shapes leave holes in memory without it. Read when CUDA starts; a user's choice stands.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not _resumes(model, arguments):
         given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}

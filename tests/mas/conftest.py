@@ -1,0 +1,245 @@
+"""What the tests of the engine share: models, batches, planners that follow a script, and allocations that fail."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, SegmentationModel
+
+from yolov12.mas.normalize import cut
+from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.step import Failure, Result, Step
+from yolov12.training.detection import DetectionTask
+
+GIB = 2**30
+FAILURES: tuple[Callable[[], Exception], ...] = (
+    lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+    lambda: RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    lambda: MemoryError(),
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An error at one point of one attempt to run a micro-batch."""
+
+    attempt: int
+    where: str
+    """`copy`, `preprocess`, `forward`, `assigner`, `loss` or `backward`."""
+    module: int = 0
+    """Which one, for `forward` and `backward`."""
+    error: Callable[[], Exception] = FAILURES[0]
+
+
+@dataclass
+class Faults:
+    """Raises the faults it is given, each once."""
+
+    plan: Sequence[Fault] = ()
+    fired: list[Fault] = field(default_factory=list)
+    attempt: int = -1
+
+    def reset(self, plan: Sequence[Fault]) -> None:
+        self.plan, self.fired, self.attempt = tuple(plan), [], -1
+
+    def reach(self, where: str, module: int = 0) -> None:
+        for fault in self.plan:
+            if (fault.attempt, fault.where, fault.module) == (self.attempt, where, module) and fault not in self.fired:
+                self.fired.append(fault)
+                raise fault.error()
+
+
+class Scripted:
+    """A planner that cuts at random between whole groups, and otherwise after every failure."""
+
+    def __init__(self, groups: Sequence[int], seed: int = 0, plans: Sequence[Sequence[tuple[int, ...]]] = ()) -> None:
+        self._groups, self._random, self._plans = tuple(groups), random.Random(seed), list(plans)
+        self.failures: list[Failure] = []
+
+    def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
+        if failure is not None:
+            self.failures.append(failure)
+        if self._plans:
+            return list(self._plans.pop(0))
+        left, done = list(self._groups), 0
+        while done < start:
+            done += left.pop(0)
+        assert done == start
+        plan = []
+        while left:
+            count = self._random.randint(1, len(left))
+            plan.append(tuple(left[:count]))
+            del left[:count]
+        return plan
+
+    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+        pass
+
+
+@dataclass
+class Outcome:
+    """All that a step leaves."""
+
+    gradient: Tensor
+    """Of all parameters, one after the other, without what was there before."""
+    result: Result
+    buffers: dict[str, Tensor]
+    drawn: Tensor
+    """What the random generator gives next."""
+
+
+class Bench:
+    """A real model with Ultralytics' own loss, which can be run again and again from the same state.
+
+    Preprocessing brightens each image by a random factor, so that a generator that is not set back after a failure
+    shows in the gradient.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float64, **task: Any) -> None:
+        self.model, self.dtype = model.to(dtype).train(), dtype
+        model.args = get_cfg()
+        self.faults = Faults()
+        self.task = _Task(self, **{"multi_scale": False, "overlapping_masks": True, **task})
+        self.meter = ReplayMeter(80 * GIB, [0])
+        self.step = Step(model, self.task, self.meter, Tensor.backward)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._state = copy.deepcopy(model.state_dict())
+        self._hooks()
+
+    def preprocess(self, batch: dict[str, Any]) -> dict[str, Any]:
+        self.faults.reach("preprocess")
+        images = batch["img"].to(self.dtype) / 255
+        factor = torch.rand(len(images), 1, 1, 1, dtype=torch.float64)
+        self.faults.reach("preprocess", 1)
+        return {**batch, "img": images * (0.9 + 0.2 * factor).to(self.dtype)}
+
+    def reset(self, faults: Sequence[Fault] = (), before: bool = False) -> None:
+        """Go back to the state at the beginning; `before` leaves gradients as those of an earlier batch."""
+        self.model.load_state_dict(self._state)
+        for parameter in self.parameters:
+            parameter.grad = parameter.detach() * 0.5 if before else None
+        torch.manual_seed(3)
+        self.faults.reset(faults)
+
+    def run(
+        self, batch: dict[str, Any], planner: Any = None, faults: Sequence[Fault] = (), before: bool = False
+    ) -> Outcome:
+        """Run a batch, by default at once and as one group."""
+        self.reset(faults, before)
+        images = self.task.workload(batch).images
+        result = self.step.run(batch, images, planner or Scripted((), plans=[[(images,)]]))
+        return self.outcome(result, before)
+
+    def whole(self, batch: dict[str, Any], group: int) -> Outcome:
+        """Run a batch at once, in groups."""
+        groups = cut(len(batch["img"]), group)
+        return self.run(batch, Scripted(groups, plans=[[groups]]))
+
+    def plain(self, batch: dict[str, Any]) -> Outcome:
+        """Run a batch as Ultralytics does."""
+        self.reset()
+        loss, items = self.model(self.preprocess(batch))
+        loss.sum().backward()
+        return self.outcome(Result(loss.detach(), items, (len(batch["img"]),)))
+
+    def outcome(self, result: Result, before: bool = False) -> Outcome:
+        """Collect what a step has left."""
+        gradients = [
+            torch.zeros_like(p) if p.grad is None else p.grad - p.detach() * 0.5 if before else p.grad
+            for p in self.parameters
+        ]
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        return Outcome(torch.cat([gradient.flatten() for gradient in gradients]), result, buffers, torch.rand(4))
+
+    def _hooks(self) -> None:
+        modules = [module for module in self.model.modules() if not list(module.children())]
+        for index, module in enumerate(modules):
+
+            def after(module: nn.Module, inputs: Any, output: Any, index: int = index) -> None:
+                self.faults.reach("forward", index)
+                if isinstance(output, Tensor) and output.requires_grad and self.faults.plan:
+                    output.register_hook(lambda gradient: self.faults.reach("backward", index))
+
+            module.register_forward_hook(after)
+        self.modules = len(modules)
+        criterion = self.model.criterion
+        match, loss = criterion.assigner.get_pos_mask, criterion.bce.forward
+
+        def matching(*args: Any, **kwargs: Any) -> Any:
+            self.faults.reach("assigner")
+            return match(*args, **kwargs)
+
+        def losing(*args: Any, **kwargs: Any) -> Any:
+            self.faults.reach("loss")
+            return loss(*args, **kwargs)
+
+        criterion.assigner.get_pos_mask, criterion.bce.forward = matching, losing
+
+
+class _Task(DetectionTask):
+    def __init__(self, bench: Bench, **options: Any) -> None:
+        super().__init__(bench.model, bench.preprocess, **options)
+        self._faults = bench.faults
+
+    def part(self, batch: Any, start: int, stop: int) -> dict[str, Any]:
+        self._faults.attempt += 1
+        self._faults.reach("copy")
+        return super().part(batch, start, stop)
+
+
+def make_batch(boxes: Sequence[int], seed: int = 0, angles: bool = False, size: int = 64) -> dict[str, Any]:
+    """Make a batch as Ultralytics' data loader does: noise, with so many boxes in each image."""
+    draw = torch.Generator().manual_seed(seed)
+    count = sum(boxes)
+    placed = torch.rand(count, 4, generator=draw) * torch.tensor([0.8, 0.8, 0.5, 0.5]) + torch.tensor(
+        [0.1, 0.1, 0.05, 0.05]
+    )
+    if angles:
+        placed = torch.cat((placed, torch.rand(count, 1, generator=draw) * 1.5), 1)
+    return {
+        "img": torch.randint(0, 256, (len(boxes), 3, size, size), generator=draw, dtype=torch.uint8),
+        "batch_idx": torch.arange(len(boxes)).repeat_interleave(torch.tensor(boxes)).float(),
+        "cls": torch.randint(0, 5, (count, 1), generator=draw).float(),
+        "bboxes": placed,
+        "im_file": tuple(f"{index}.jpg" for index in range(len(boxes))),
+    }
+
+
+def build(kind: str, cfg: Any, **options: Any) -> nn.Module:
+    """Build a model whose head is not at its beginning: it finds objects, with scores of all sizes."""
+    classes = {"detect": DetectionModel, "obb": OBBModel, "segment": SegmentationModel, "pose": PoseModel}
+    torch.manual_seed(0)
+    model = classes[kind](cfg, nc=5, verbose=False, **options)
+    with torch.no_grad():
+        for scores in model.model[-1].cv3:
+            scores[-1].bias.uniform_(-4.0, 0.0)
+    return model
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Relative, of all at once: a convolution's bias before BatchNorm has no gradient but rounding."""
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.fixture(scope="session")
+def tools() -> SimpleNamespace:
+    """What is above, for the tests to use."""
+    return SimpleNamespace(
+        Bench=Bench,
+        FAILURES=FAILURES,
+        Fault=Fault,
+        Scripted=Scripted,
+        batch=make_batch,
+        build=build,
+        difference=difference,
+    )
