@@ -85,7 +85,7 @@ def _number(name: str, value: Any, kind: type[int] | type[float], wanted: str) -
         if isinstance(value, bool) or kind(value) != float(value):
             raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name}={value} is not a number: give {wanted}") from None
 
 

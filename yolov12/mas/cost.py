@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class CostModel:
         return max(int(expected), self._least.get(features.shape, 0))
 
     def margin(self, features: Features) -> int:
-        """Bytes by which a prediction may be too low: three standard deviations of what it was off by so far."""
+        """Bytes by which a prediction may be too low: three standard deviations of what the fit leaves."""
         least = _SPREAD_SEEN if features.shape in self._seen else _SPREAD_UNSEEN
         return int(max(_SIGMAS * self._spread, least) * self.predict(features))
 
@@ -94,7 +94,7 @@ class CostModel:
         needed = torch.tensor([row[2] for row in seen], dtype=torch.float64).clamp(min=1)
         all_boxes = sorted({boxes for _, boxes, _ in seen})
         best = float("inf")
-        for kink in all_boxes[:: max(len(all_boxes) // 6, 1)]:
+        for kink in all_boxes[:: max(len(all_boxes) // 16, 1)]:
             terms = torch.tensor([_terms(shape, boxes, kink) for shape, boxes, _ in seen], dtype=torch.float64)
             line = _least_squares(terms, needed)
             error = float(((terms @ line / needed - 1) ** 2).sum())
@@ -105,6 +105,8 @@ class CostModel:
             terms_ = _terms(shape, boxes, self._kink)
             off.setdefault(shape, []).append(bytes_ - sum(a * b for a, b in zip(terms_, self._line, strict=True)))
         self._off = {shape: median(rests) for shape, rests in off.items()}
+        errors = [self.predict(Features(*shape, boxes)) / bytes_ - 1.0 for shape, boxes, bytes_ in seen if bytes_]
+        self._spread = fmean(error**2 for error in errors) ** 0.5 if errors else 0.0
 
 
 def _terms(shape: tuple[int, int, int], boxes: int, kink: int) -> tuple[float, float, float]:

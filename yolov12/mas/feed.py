@@ -61,7 +61,7 @@ class Feed:
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._stream is None or tensor.is_cuda:
-            return tensor.to(self._device)
+            return tensor.to(self._device, copy=self._stream is None)  # a loss may write on it, and run again
         # Allocated on the stream that will use it, so that freeing it needs no care; the copy must not begin before
         # that stream has done with whatever lay there, which is the step before, not the one that computes meanwhile.
         target = torch.empty_like(tensor, device=self._device)

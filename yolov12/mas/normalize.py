@@ -12,7 +12,7 @@ add.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -60,8 +60,14 @@ class GroupedBatchNorm:
         if any(layer.momentum is None for layer in self._all):
             raise ValueError("BatchNorm with momentum=None cannot be split into groups: give it a momentum")
         self._layers: list[_BatchNorm] = []
-        self._offsets: list[int] = []  # of each layer's channels in a row
-        self._means = self._variances = torch.empty(0, 0)  # (groups, channels of all layers)
+        self._forwards: list[Callable[[Tensor], Tensor]] = []
+        self._channels: list[int] = []
+        self._starts: list[int] = []
+        # One row a group, all layers' channels side by side; and the same as one view a group and layer.
+        self._means = self._variances = torch.empty(0, 0)
+        self._views: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        self._groups: Sequence[int] = ()
+        self._first = 0
         self._called: set[int] = set()
 
     def begin(self) -> None:
@@ -69,10 +75,12 @@ class GroupedBatchNorm:
         layers = [layer for layer in self._all if layer.training]
         if layers != self._layers:
             self._layers = layers
-            self._offsets = [0, *accumulate(layer.num_features for layer in layers)]
+            self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
+            self._channels = [layer.num_features for layer in layers]
+            self._starts = [0, *accumulate(self._channels)]
             like = layers[0].running_mean if layers else None
-            self._means = torch.empty(0) if like is None else like.new_zeros(0, self._offsets[-1])
-            self._variances = self._means.clone()
+            self._means = torch.empty(0) if like is None else like.new_zeros(0, self._starts[-1])
+            self._variances, self._views = self._means.clone(), []
         # A value that is overwritten is multiplied by zero first, which an overflow would survive.
         self._means.zero_()
         self._variances.zero_()
@@ -86,17 +94,15 @@ class GroupedBatchNorm:
             groups: Images in each group of this micro-batch.
             first: Number of groups of the batch before it.
         """
-        stop = first + len(groups)
-        if self._layers and len(self._means) < stop:
-            more = self._means.new_zeros(stop - len(self._means), self._offsets[-1])
-            self._means, self._variances = torch.cat((self._means, more)), torch.cat((self._variances, more))
-        for index, layer in enumerate(self._layers):
-            layer.forward = partial(self._forward, index, groups, slice(first, stop))  # type: ignore[method-assign]
+        self._groups, self._first = groups, first
+        self._reserve(first + len(groups))
+        for layer, forward in zip(self._layers, self._forwards, strict=True):
+            layer.__dict__["forward"] = forward  # past Module.__setattr__, which is slow and has nothing to do here
         try:
             yield
         finally:
             for layer in self._layers:
-                del layer.forward
+                del layer.__dict__["forward"]
 
     def commit(self, groups: Sequence[int]) -> None:
         """Finish a batch: move the running statistics.
@@ -113,26 +119,44 @@ class GroupedBatchNorm:
         for name, rows in (("running_mean", self._means), ("running_var", self._variances)):
             running: list[Tensor] = [getattr(layer, name) for layer in layers]
             torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
-            mean = rows[: len(groups)].sum(0).split([layer.num_features for layer in self._layers])
+            mean = rows[: len(groups)].sum(0).split(self._channels)
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
             torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index in called], momenta)))
         counts: list[Tensor] = [layer.num_batches_tracked for layer in layers]  # type: ignore[misc]
         torch._foreach_add_(counts, 1)
 
-    def _forward(self, index: int, groups: Sequence[int], rows: slice, x: Tensor) -> Tensor:
+    def _reserve(self, rows: int) -> None:
+        if not self._layers or len(self._means) >= rows:
+            return
+        more = self._means.new_zeros(rows - len(self._means), self._means.shape[1])
+        self._means, self._variances = torch.cat((self._means, more)), torch.cat((self._variances, more))
+        self._views = [
+            (mean.split(self._channels), variance.split(self._channels))
+            for mean, variance in zip(self._means, self._variances, strict=True)
+        ]
+
+    def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._called.add(index)
-        layer = self._layers[index]
-        channels = slice(self._offsets[index], self._offsets[index + 1])
-        means, variances = self._means[rows, channels], self._variances[rows, channels]
+        groups, first = self._groups, self._first
+        if len(groups) == 1:
+            means, variances = self._views[first]
+            return _normalize(x, layer, means[index], variances[index])
         fold = len(x) // sum(groups)  # a layer may be given an image as several, one after the other
         sizes = [size * fold for size in groups]
-        if len(sizes) > 1 and layer.affine and batchnorm_kernels.applies(x):
-            return batchnorm_kernels.grouped_batch_norm(x, layer.weight, layer.bias, means, variances, sizes, layer.eps)
-        done = [
-            F.batch_norm(part, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
-            for part, mean, variance in zip(x.split(sizes), means, variances, strict=True)
-        ]
-        if len(x) == 1 and x.device.type == "cpu" and done[0].requires_grad:
-            # PyTorch 2.3 takes the strides of one image's gradient for those of its input: silently wrong.
-            done[0].register_hook(Tensor.contiguous)
-        return torch.cat(done) if len(done) > 1 else done[0]
+        if layer.affine and batchnorm_kernels.applies(x):
+            here = slice(first, first + len(groups)), slice(self._starts[index], self._starts[index + 1])
+            return batchnorm_kernels.grouped_batch_norm(
+                x, layer.weight, layer.bias, self._means[here], self._variances[here], sizes, layer.eps
+            )
+        views = self._views[first : first + len(groups)]
+        return torch.cat(
+            [
+                _normalize(part, layer, means[index], variances[index])
+                for part, (means, variances) in zip(x.split(sizes), views, strict=True)
+            ]
+        )
+
+
+def _normalize(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
+    """PyTorch's own; a momentum of 1 leaves the statistics of `x` in `mean` and `variance`."""
+    return F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)

@@ -100,7 +100,7 @@ class BatchPlanner:
     def _learn(self, start: int, failure: Failure) -> None:
         self.events.append(f"out-of-memory at {failure.images}")
         if self._failed_at != failure.images:  # false alarms exist: once more as it was, if it still seems to fit
-            self._failed_at = failure.images
+            self._failed_at = self._ceiling = failure.images
             return
         needed_bytes = failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
         self._cost.observe_failure(self._features(start, start + failure.images), needed_bytes)
@@ -139,7 +139,7 @@ class BatchPlanner:
     def _error(self, failure: Failure | None) -> DoesNotFitError:
         reading, needed = self.reading, self._needed_bytes(failure)
         share = (self.budget_bytes - reading.live_bytes) / max(needed - reading.live_bytes, 1)
-        ways = list(self._ways_out(min(max(share, 0.0), 1.0)))
+        ways = [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
         if reading.others_bytes and needed <= self.budget_bytes + reading.others_bytes:
             ways.insert(
                 0, f"stop the other processes, which hold {reading.others_bytes / 2**20:,.0f} MiB of the device"

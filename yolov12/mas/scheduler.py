@@ -79,7 +79,7 @@ def decide(state: State, cost: CostModel) -> Decision:
         return _fewest(state, cost, ceiling, float("inf"))
     one_group = max(group.images for group in state.groups)
     ceiling = min(ceiling, max(_LARGEST_STEP * cost.largest, one_group))
-    allowed = min(ceiling, state.allowance)
+    allowed = min(ceiling, max(state.allowance, one_group))
     wanted = _fewest(state, cost, allowed, float("inf"))
     chosen = _fewest(state, cost, allowed, state.budget_bytes)
     if len(chosen.micro_batches) > len(wanted.micro_batches):  # memory has become tight

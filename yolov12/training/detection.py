@@ -54,7 +54,9 @@ class DetectionTask:
         self._images = len(images)
         self._draw = random.getstate() if self._multi_scale else None
         if self._multi_scale:
-            images = self._preprocess({"img": images[:1]})["img"]
+            # A user's own preprocessing may look at more than images, and write on it.
+            one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items()}
+            images = self._preprocess(one)["img"]
         boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
         return Workload(images.shape[2], images.shape[3], tuple(boxes))
 
@@ -93,6 +95,10 @@ class DetectionTask:
             yield
         finally:
             random.setstate(now)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager

@@ -174,4 +174,4 @@ def _ways_out(trainer: Any, share: float) -> Sequence[str]:
     size = int(trainer.args.imgsz * math.sqrt(share)) // trainer.stride * trainer.stride
     smaller = [f"imgsz={size}"] if trainer.stride <= size < trainer.args.imgsz else []
     amp = [] if trainer.amp or trainer.device.type == "cpu" else ["amp=True"]
-    return [*amp, *smaller, "a smaller model", "a device with more memory", "a smaller imgsz"]
+    return [*amp, *smaller]

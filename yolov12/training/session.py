@@ -14,8 +14,8 @@ from yolov12.training.recipes import recipe_for
 
 __all__ = ["check_resume", "remove_false_start", "train"]
 
-# What Ultralytics writes before the first epoch.
-_BEFORE_THE_FIRST_EPOCH = {"args.yaml", "labels.jpg"}
+# What is written before the first epoch. A journal without a picture has no rows.
+_BEFORE_THE_FIRST_EPOCH = {"args.yaml", "labels.jpg", "memory.csv", "memory.json"}
 
 
 def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: dict[str, Any]) -> Any:
