@@ -110,10 +110,11 @@ def test_gradient_does_not_depend_on_the_cut_nor_on_failures(tools, detector, bo
     assert_same(tools, outcome, wanted, 2e-5)
 
 
-@cases(0.2)
+@cases(0.15)
 @given(BOXES, st.sampled_from([2, 4]), SEEDS, FAULTS)
 def test_gradient_in_single_precision(tools, single_precision_detector, boxes, group, seed, drawn):
     # Not in groups of one: at 64 pixels the last layers then normalise 4 values, and rounding of 1e-7 becomes 1e-2.
+    boxes = boxes[: len(boxes) // group * group] or [1] * group
     outcome, wanted = run_disturbed(tools, single_precision_detector, boxes, group, seed, drawn, False)
     assert tools.difference(outcome.gradient, wanted.gradient) <= 1e-4
     for name, item in wanted.result.items.items():
@@ -148,7 +149,7 @@ def test_batch_that_fits_at_once_after_a_smaller_attempt_failed(tools, detector)
 
 def test_gradient_in_groups_is_that_of_layers_that_normalise_each_group(tools, detector):
     """Against an implementation of the test's own, of Ultralytics' loss on the whole batch."""
-    batch, groups = tools.batch([3, 0, 50, 7, 2]), cut(5, 2)
+    batch, groups = tools.batch([3, 0, 50, 7, 2]), (1, 2, 2)
 
     def forward(layer, x):
         parts = [

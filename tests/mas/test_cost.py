@@ -1,0 +1,164 @@
+"""The online model of a micro-batch's peak, taught by invented cards."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolov12.mas.cost import CostModel, Features
+
+MIB = 2**20
+
+
+def features(images, boxes=0, size=640):
+    return Features(images, size, size, boxes)
+
+
+def card(fixed=40 * MIB, pixel=180.0, box=1.2, kink=120):
+    """Flat in boxes up to a kink, then rising, as the matching of boxes to anchors overtakes the activations."""
+
+    def needs(each):
+        pixels = each.images * each.height * each.width
+        return int(fixed + pixels * (pixel + box * max(each.boxes - kink, 0)))
+
+    return needs
+
+
+def taught(needs, seed=0, count=20, largest=32, off=0.0, most_boxes=300):
+    draw, cost = random.Random(seed), CostModel()
+    for _ in range(count):
+        each = features(draw.choice([n for n in (1, 2, 4, 8, 16, 24, 32) if n <= largest]), draw.randint(0, most_boxes))
+        cost.observe(each, int(needs(each) * (1 + draw.uniform(-off, off))))
+    return cost
+
+
+def errors(cost, needs):
+    """Relative, for sizes and numbers of boxes that were not all seen."""
+    grid = [features(images, boxes) for images in (1, 3, 6, 12, 20, 32) for boxes in range(0, 300, 20)]
+    return sorted(abs(cost.predict(each) / needs(each) - 1) for each in grid)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_learns_a_flat_and_rising_law(seed):
+    few, many = errors(taught(card(), seed, count=20), card()), errors(taught(card(), seed, count=60), card())
+    assert few[len(few) // 2] <= 0.03
+    assert max(few) <= 0.10
+    assert many[len(many) * 9 // 10] <= 0.03
+    assert max(many) <= 0.05
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=40)
+@given(st.integers(0, 300), st.floats(100, 400), st.floats(0, 1.5), st.integers(50, 200), st.integers(0, 9))
+def test_learns_other_laws(fixed, pixel, box, kink, seed):
+    needs = card(fixed * MIB, pixel, box, kink)
+    found = errors(taught(needs, seed, count=60), needs)
+    assert found[len(found) * 9 // 10] <= 0.03
+
+
+def test_several_sizes_of_image():
+    needs, cost = card(box=0), CostModel()
+    for size in (320, 640, 960):
+        for images in (2, 8):
+            cost.observe(features(images, 10, size), needs(features(images, 10, size)))
+    each = features(4, 10, 1280)
+    assert cost.predict(each) == pytest.approx(needs(each), rel=0.03)
+
+
+def test_two_observations_are_enough_to_begin_with():
+    needs, cost = card(box=0), CostModel()
+    for images in (1, 8):
+        cost.observe(features(images), needs(features(images)))
+    assert cost.predict(features(32)) == pytest.approx(needs(features(32)), rel=0.03)
+    assert cost.largest == 8
+
+
+def test_one_observation_puts_the_cost_on_the_images():
+    """Too much for more images is safe, too little would fail."""
+    needs, cost = card(box=0), CostModel()
+    cost.observe(features(8), needs(features(8)))
+    assert needs(features(32)) <= cost.predict(features(32)) <= 1.5 * needs(features(32))
+
+
+def test_nothing_is_known_before_the_first_observation():
+    cost = CostModel()
+    assert (cost.predict(features(8)), cost.margin(features(8)), cost.largest) == (0, 0, 0)
+
+
+def test_shape_that_was_not_seen_has_a_wider_margin():
+    cost = taught(card(), count=40)
+    seen, unseen = features(16, 50), features(17, 50)
+    assert cost.margin(seen) >= 0.01 * cost.predict(seen)
+    assert cost.margin(unseen) >= 0.05 * cost.predict(unseen)
+    assert cost.margin(seen) < cost.margin(unseen)
+
+
+def test_margin_covers_what_scatters():
+    needs, draw = card(box=0), random.Random(0)
+    cost = taught(needs, count=200, off=0.02, most_boxes=100)
+    below = 0
+    for _ in range(300):
+        each = features(draw.choice([1, 2, 4, 8, 16, 32]), draw.randint(0, 100))
+        used = int(needs(each) * (1 + draw.uniform(-0.02, 0.02)))
+        below += cost.predict(each) + cost.margin(each) < used
+        cost.observe(each, used)
+    assert below <= 3
+    assert cost.margin(features(16)) < 0.10 * cost.predict(features(16))
+
+
+def test_workspace_that_one_shape_takes_is_remembered_for_it_alone():
+    plain, workspace = card(box=0), 700 * MIB
+    cost = taught(plain)
+    for _ in range(8):
+        cost.observe(features(12, 10), plain(features(12, 10)) + workspace)
+    assert cost.predict(features(12, 10)) == pytest.approx(plain(features(12, 10)) + workspace, rel=0.02)
+    assert cost.predict(features(16, 10)) == pytest.approx(plain(features(16, 10)), rel=0.05)
+
+
+def test_long_run_at_one_shape_does_not_make_it_forget():
+    needs, draw = card(), random.Random(0)
+    cost = taught(needs, count=60)
+    for _ in range(3000):
+        each = features(16, draw.randint(0, 300))
+        cost.observe(each, int(needs(each) * (1 + draw.uniform(-0.01, 0.01))))
+    for each in (features(4, 50), features(32, 50), features(32, 250)):
+        assert cost.predict(each) == pytest.approx(needs(each), rel=0.05)
+
+
+def test_many_shapes():
+    needs, cost = card(box=0), CostModel()
+    for images in range(1, 200):
+        cost.observe(features(images), needs(features(images)))
+    assert cost.predict(features(250)) == pytest.approx(needs(features(250)), rel=0.03)
+
+
+def test_failure_raises_the_prediction_until_it_gets_through():
+    cost = taught(card(box=0))
+    each = features(16)
+    more = cost.predict(each) + 500 * MIB
+    cost.observe_failure(each, more)
+    cost.observe_failure(each, more - MIB)
+    assert cost.predict(each) == more
+    assert cost.predict(features(8)) < more
+    cost.observe(each, more - 500 * MIB)
+    assert cost.predict(each) < more - 400 * MIB
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(1, 64), st.integers(0, 500), st.integers(0, 80 * 2**30)), min_size=1, max_size=30)
+)
+def test_more_images_never_cost_less_whatever_was_observed(observations):
+    cost = CostModel()
+    for images, boxes, needed in observations:
+        cost.observe(features(images, boxes), needed)
+    unseen = [cost.predict(features(images, 10)) for images in (65, 100, 200)]
+    assert 0 <= unseen[0] <= unseen[1] <= unseen[2]
+
+
+def test_step_too_small_to_measure_does_not_make_it_expect_the_world():
+    """The host counts resident pages in steps: a micro-batch of a small model takes 0 bytes at times."""
+    cost = CostModel()
+    for index in range(40):
+        cost.observe(features(4, 5, 64), 0 if index % 5 == 4 else 2 * MIB)
+    assert cost.predict(features(4, 5, 64)) + cost.margin(features(4, 5, 64)) < 200 * MIB

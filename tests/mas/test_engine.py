@@ -1,0 +1,288 @@
+"""The engine on a small convolutional model and an invented card, on which an image takes 100 MiB."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas import Config, Engine, Journal, Loss, TensorTask
+from yolov12.mas.journal import read_rows
+from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.scheduler import CALM_BATCHES
+
+MIB = 2**20
+IMAGE = 100 * MIB
+
+
+class World:
+    """A training on a card of `room` images, of which others hold what `others` says, step by step."""
+
+    def __init__(
+        self, batch=16, room=40, others=(0,), live=0, folder=None, ways_out=lambda share: ("amp=True",), **config
+    ):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(144, 2)
+        ).double()
+        self.meter = ReplayMeter(room * IMAGE, [int(images * IMAGE) for images in others], live)
+        self.journal = Journal(folder) if folder else None
+        self.fail = lambda images: False
+        self.lines, self.sizes, self.batch = [], [], batch
+        self.engine = Engine(
+            self.model,
+            TensorTask(self.loss),
+            Config(**config),
+            meter=self.meter,
+            journal=self.journal,
+            ways_out=ways_out,
+            log=self.lines.append,
+        )
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
+
+    def loss(self, model, x, y):
+        self.meter.use(len(x) * IMAGE)
+        self.meter.tick(len(x))
+        if self.fail(len(x)):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        # A mean over what counts, as of pixels that are not to be ignored.
+        counts = (y[:, 0] > -1).sum()
+        error = ((model(x) - y) ** 2)[y[:, 0] > -1].sum() / counts.clamp(min=1)
+        return Loss(error, counts, {"error": error})
+
+    def data(self, seed=0, images=None):
+        draw = torch.Generator().manual_seed(seed)
+        images = images or self.batch
+        return tuple(torch.randn(images, *shape, generator=draw, dtype=torch.float64) for shape in ((3, 8, 8), (2,)))
+
+    def step(self, seed=0, images=None):
+        self.engine.step(self.data(seed, images))
+        self.engine.update(self.optimizer)
+        self.meter.advance()
+        self.sizes.append(max(self.engine.micro_batches))
+        return self.engine.latest.events
+
+    def run(self, steps):
+        return [self.step(index) for index in range(steps)]
+
+
+def assert_same_weights(one, other):
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(value, other.model.state_dict()[name], rtol=1e-9, atol=1e-11)
+
+
+def test_weights_after_a_training_under_pressure_are_those_of_one_without():
+    calm, pressed = World(bn_group=2), World(bn_group=2, others=[0, 0, 30, 35, 10, 20, 33, 0, 0])
+    calls = []
+    pressed.fail = lambda images: calls.append(None) or len(calls) % 5 == 4
+    calm.run(12)
+    events = [event for each in pressed.run(12) for event in each]
+    assert set(calm.sizes) == {16}
+    assert min(pressed.sizes) < 8
+    assert any(event.startswith("out-of-memory") for event in events)
+    assert_same_weights(pressed, calm)
+
+
+def test_shrinks_before_it_fails():
+    world = World(others=[0] * 4 + [30] * 4, bn_group=2)
+    events = world.run(8)
+    assert world.sizes == [16] * 4 + [8] * 4
+    assert events == [[], [], [], [], ["shrunk 16 to 8"], [], [], []]
+
+
+def test_grows_back_after_calm_batches():
+    world = World(others=[0] * 2 + [30] * 2 + [0], bn_group=2)
+    events = world.run(4 + CALM_BATCHES + 2)
+    assert world.sizes == [16] * 2 + [8] * (2 + CALM_BATCHES) + [16] * 2
+    assert events[4 + CALM_BATCHES] == ["grew 8 to 16"]
+
+
+def test_memory_that_comes_and_goes_does_not_make_it_swing():
+    world = World(others=[0, *[30, 0, 0] * 20], bn_group=2)
+    world.run(50)
+    assert set(world.sizes[1:]) == {8}
+
+
+def test_false_alarm_is_retried_unchanged():
+    world = World(bn_group=2)
+    world.step()
+    alarms = [True]
+    world.fail = lambda images: bool(alarms and alarms.pop())
+    assert world.step(1) == ["out-of-memory at 16", "retried 16"]
+    assert world.step(2) == []
+    assert world.sizes == [16, 16, 16]
+
+
+def test_second_failure_halves():
+    world = World(bn_group=2)
+    world.step()
+    world.fail = lambda images: images > 8
+    assert world.step(1) == ["out-of-memory at 16", "out-of-memory at 16", "shrunk 16 to 8"]
+    assert world.step(2) == []
+    assert world.sizes == [16, 8, 8]
+
+
+def test_groups_are_split_as_the_last_rung_and_come_back():
+    world = World(others=[0] * 3 + [37] + [0], bn_group=8)
+    events = world.run(6)
+    assert world.sizes[3] < 8
+    assert any(event.startswith("groups of") for event in events[3])
+    assert not any(event.startswith("groups of") for each in events[4:] for event in each)
+
+
+def test_nothing_fits():
+    world = World(room=1, ways_out=lambda share: ("amp=True", "imgsz=320", "a smaller model", "a new card"), bn_group=1)
+    before = {name: value.clone() for name, value in world.model.state_dict().items()}
+    with pytest.raises(
+        DoesNotFitError, match=r"one image needs 1\d\d MiB .* 90 MiB \(100 MiB free\)\. Ways out: .*; or .*; or "
+    ):
+        world.step()
+    assert all(torch.equal(value, before[name]) for name, value in world.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in world.model.parameters())
+
+
+@pytest.mark.parametrize("group", [0, None, 1, 4])
+def test_not_even_the_rehearsal_gets_through(group):
+    world = World(bn_group=group)
+    world.fail = lambda images: True
+    with pytest.raises(DoesNotFitError):
+        world.step()
+
+
+@pytest.mark.parametrize(("room", "group"), [(100, 32), (40, 32), (30, 16), (12, 8), (6, 4), (3, 2), (1.5, 1)])
+def test_automatic_group_is_the_largest_that_fits(room, group):
+    world = World(batch=64, room=room)
+    events = world.step()
+    assert world.engine.bn_group == group
+    assert not [event for event in events if event.startswith(("groups", "out-of-memory"))]
+    assert any(f"BatchNorm sees {group} images" in line for line in world.lines)
+
+
+def test_automatic_group_stays_when_memory_comes():
+    world = World(batch=64, room=100, others=[90, 90, 0], bn_group=None)
+    world.run(12)
+    assert world.engine.bn_group == 8
+    assert world.sizes[-1] == 64
+
+
+def test_group_of_the_micro_batch():
+    whole, parts = World(bn_group=0), World(bn_group=0, room=10)
+    whole.step()
+    parts.step()
+    assert (whole.sizes, parts.sizes) == ([16], [8])
+    assert parts.model[1].num_batches_tracked == 1
+    assert not torch.allclose(parts.model[1].running_var, whole.model[1].running_var, rtol=1e-6)
+
+
+def test_fixed_micro_batch_is_kept_through_thick_and_thin():
+    world = World(bn_group=2, micro_batch=4, others=[0, 0, 30, 0])
+    world.run(20)
+    assert set(world.sizes) == {4}
+
+
+def test_fixed_micro_batch_gives_way_to_a_failure():
+    world = World(bn_group=2, micro_batch=8, others=[0, 35, 0])
+    events = world.run(3)
+    assert world.sizes == [8, 4, 8]
+    assert "out-of-memory at 8" in events[1]
+
+
+def test_later_batch_may_be_larger_than_the_first():
+    """As with a loop of one's own; groups must not be split for want of observations."""
+    world = World(bn_group=16, room=100)
+    world.step(images=2)
+    events = world.step(images=64)
+    assert not [event for event in events if event.startswith("groups")]
+
+
+def test_rehearsal_leaves_no_trace():
+    one, other = World(bn_group=4), World(bn_group=4, micro_batch=16)  # rehearses; does not
+    torch.manual_seed(1)
+    one.engine.step(one.data())
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    other.engine.step(other.data())
+    assert torch.equal(torch.rand(3), drawn)
+    assert_same_weights(one, other)
+    for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+def test_loss_that_writes_on_its_images():
+    world, plain = World(bn_group=0), World(bn_group=0)
+    task = TensorTask(lambda model, x, y: world.loss(model, x.mul_(3), y))
+    engine = Engine(world.model, task, Config(bn_group=0), meter=world.meter, log=world.lines.append)
+    engine.step(world.data())
+    x, y = plain.data()
+    plain.loss(plain.model, x * 3, y).value.backward()
+    for mine, theirs in zip(world.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_journal(tmp_path):
+    world = World(folder=tmp_path, others=[0, 0, 30, 0], bn_group=4, live=2 * IMAGE)
+    world.engine.epoch = 3
+    for index in range(3):
+        for seed in range(2):  # two batches an update
+            world.engine.step(world.data(seed))
+        world.engine.update(world.optimizer)
+        world.meter.advance()
+    summary = world.engine.close(updates_expected=3)
+    rows = read_rows(tmp_path / "memory.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert {(row["epoch"], row["images"], row["image_size"], row["max_boxes"]) for row in rows} == {
+        ("3", "32", "8x8", "0")
+    }
+    assert [row["micro_batches"] for row in rows] == ["16 16", "16 16", "4 4 4 4 4 4 4 4"]
+    assert [row["peak_mib"] for row in rows] == ["1800.0", "1800.0", "600.0"]
+    assert all(float(row["predicted_mib"]) == pytest.approx(float(row["peak_mib"]), rel=0.03) for row in rows)
+    assert [row["budget_mib"] for row in rows] == ["3600.0", "3600.0", "600.0"]
+    assert [row["step_ms"] for row in rows] == ["32.0", "32.0", "32.0"]
+    assert rows[2]["events"] == "shrunk 16 to 4"
+    assert (summary.updates, summary.images, summary.images_lost, summary.shrinks) == (3, 96, 0, 1)
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_images_of_a_batch_that_breaks_are_counted_as_lost(tmp_path, batches):
+    world = World(folder=tmp_path, bn_group=4)
+    world.run(batches)
+    world.fail = lambda images: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        world.step()
+    assert world.engine.close().images_lost == 16
+
+
+def test_first_update_that_runs_out_of_memory(tmp_path):
+    world, undisturbed = World(folder=tmp_path, bn_group=4), World(bn_group=4)
+    step, failures = world.optimizer.step, [True]
+
+    def fails_half_way():
+        if failures:
+            failures.pop()
+            with torch.no_grad():
+                world.model[0].weight.mul_(0.5)
+            world.optimizer.state[world.model[0].weight]["step"] = torch.tensor(1.0)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        step()
+
+    world.optimizer.step = fails_half_way
+    world.run(3)
+    undisturbed.run(3)
+    world.engine.close()
+    assert_same_weights(world, undisturbed)
+    assert [row["events"] for row in read_rows(tmp_path / "memory.csv")] == ["out-of-memory in the optimizer", "", ""]
+
+
+@settings(deadline=None, derandomize=True, database=None, max_examples=40)
+@given(st.lists(st.integers(0, 37), min_size=1, max_size=12), st.sampled_from([1, 2, 4]), st.integers(3, 16))
+def test_never_plans_above_the_budget_of_an_invented_trace(others, group, batch):
+    """Memory that changes between batches alone is memory that never runs out."""
+    world = World(batch=batch, others=[0, *others], bn_group=group)
+    for index in range(len(others) + 2):
+        events = world.step(index)
+        latest = world.engine.latest
+        assert latest.predicted_bytes <= latest.budget_bytes
+        assert latest.peak_bytes <= latest.budget_bytes
+        assert not [event for event in events if event.startswith("out-of-memory")]
+        assert sum(world.engine.micro_batches) == batch

@@ -1,0 +1,197 @@
+"""One batch's way through the engine: plans, failures, and what is said when nothing is left to try."""
+
+import re
+
+import pytest
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas import Config, Workload
+from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.planner import WAIT_S, BatchPlanner
+from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.scheduler import CALM_BATCHES
+from yolov12.mas.step import Failure
+
+MIB = 2**20
+IMAGE = 100 * MIB
+
+
+def planner(
+    images=16, group=4, room=64, others=(0,), allowance=16, calm=CALM_BATCHES, known=(1, 2, 4, 8, 16), image=IMAGE,
+    sleep=lambda seconds: None, ways_out=lambda share: ("amp=True", "imgsz=320", "a smaller model"), **config,
+):  # fmt: skip
+    """A planner on a card of so many images, of which every size up to 16 was seen."""
+    cost = CostModel()
+    for size in known:
+        for _ in range(2):
+            cost.observe(Features(size, 640, 640, 5), size * image)
+    meter = ReplayMeter(room * IMAGE, others)
+    work = Workload(640, 640, (5,) * images)
+    options = {"allowance": allowance, "calm": calm, "gradient_bytes": 0, "ways_out": ways_out, "sleep": sleep}
+    return BatchPlanner(work, Config(**config), group, cost, meter, **options), meter
+
+
+def failure(images, message="CUDA out of memory. Tried to allocate 20.00 MiB"):
+    return Failure(images, message, images * IMAGE)
+
+
+def ran(plan):
+    return [sum(groups) for groups in plan]
+
+
+def test_plan_is_made_of_whole_groups():
+    one, _ = planner(images=18, room=10, safety_ratio=0.0)
+    plan = one.plan(0, None)
+    assert [size for groups in plan for size in groups] == [4, 4, 4, 4, 2]
+    assert max(ran(plan)) <= 8
+
+
+def test_without_groups_a_micro_batch_is_one():
+    one, _ = planner(group=0, room=10, safety_ratio=0.0)
+    assert one.plan(0, None) == [(8,), (8,)]
+
+
+def test_false_alarm_is_retried_unchanged():
+    one, _ = planner()
+    assert one.plan(0, None) == [(4, 4, 4, 4)]
+    assert one.plan(0, failure(16)) == [(4, 4, 4, 4)]
+    one.done(0, 16, 0, 16 * IMAGE)
+    assert one.events == ["out-of-memory at 16", "retried 16"]
+    assert one.allowance == 16
+
+
+def test_second_failure_halves():
+    one, _ = planner()
+    one.plan(0, None)
+    one.plan(0, failure(16))
+    assert ran(one.plan(0, failure(16))) == [8, 8]
+    one.done(0, 8, 0, 8 * IMAGE)
+    assert one.events == ["out-of-memory at 16", "out-of-memory at 16", "shrunk 16 to 8"]
+    assert (one.allowance, one.calm) == (8, 0)
+
+
+def test_what_is_done_stays_done():
+    one, _ = planner(room=10, safety_ratio=0.0)
+    assert ran(one.plan(0, None)) == [8, 8]
+    one.done(0, 8, 0, 8 * IMAGE)
+    one.plan(8, failure(8))
+    assert ran(one.plan(8, failure(8))) == [4, 4]
+
+
+def test_retry_is_never_larger_than_what_failed():
+    """Also where this would have been the batch to grow in."""
+    one, _ = planner(allowance=8, calm=CALM_BATCHES - 1)
+    first = one.plan(0, None)
+    assert ran(first) == [8, 8]
+    assert one.plan(0, failure(8)) == first
+
+
+def test_calm_counts_batches_and_not_attempts():
+    one, _ = planner(allowance=8, calm=3)
+    one.plan(0, None)
+    one.plan(0, failure(8))
+    assert one.calm <= 4
+
+
+def test_memory_that_went_in_between_shrinks_the_retry():
+    one, meter = planner(others=[0, 54 * IMAGE], safety_ratio=0.0)
+    assert ran(one.plan(0, None)) == [16]
+    meter.advance()
+    assert ran(one.plan(0, failure(16))) == [8, 8]
+
+
+def test_groups_are_split_as_the_last_rung():
+    one, _ = planner(group=8, room=3, safety_ratio=0.0)
+    plan = one.plan(0, None)
+    assert plan == [(2,)] * 8
+    assert "groups of 2" in one.events
+
+
+def test_groups_that_memory_holds_again_are_not_split():
+    """In the batch after the one that had to."""
+    one, _ = planner(group=8, allowance=2, calm=0)
+    plan = one.plan(0, None)
+    assert {size for groups in plan for size in groups} == {8}
+    assert not [event for event in one.events if event.startswith("groups of")]
+
+
+def test_fixed_size():
+    one, _ = planner(images=24, room=2, micro_batch=8)
+    assert ran(one.plan(0, None)) == [8, 8, 8]
+    assert one.events == []
+
+
+def test_fixed_size_gives_way_where_it_fails():
+    one, _ = planner(micro_batch=8)
+    one.plan(0, None)
+    one.plan(0, failure(8))
+    assert ran(one.plan(0, failure(8))) == [4] * 4
+
+
+def test_waits_for_other_processes():
+    slept = []
+    one, meter = planner(
+        group=1, room=16, others=[15.9 * IMAGE] * 4 + [0], sleep=lambda s: (slept.append(s), meter.advance())
+    )
+    assert sum(ran(one.plan(0, None))) == 16
+    assert slept == [1.0] * 4
+    assert "waited 4 s" in one.events
+
+
+def test_gives_up_waiting_and_says_what_to_do():
+    slept = []
+    one, _ = planner(group=1, room=10, others=[9.5 * IMAGE], safety_ratio=0.0, sleep=slept.append)
+    with pytest.raises(DoesNotFitError) as caught:
+        one.plan(0, None)
+    assert WAIT_S <= len(slept) <= WAIT_S + 1
+    text = str(caught.value)
+    assert re.match(r"one image needs 10\d MiB at its peak, the budget is 50 MiB \(50 MiB free\)\. Ways out: ", text)
+    assert "stop the other processes, which hold 950 MiB" in text
+    assert len(text.split("Ways out: ")[1].split("; or ")) == 3
+
+
+def test_does_not_wait_for_what_nobody_holds():
+    slept = []
+    one, _ = planner(group=1, room=0.5, sleep=slept.append)
+    with pytest.raises(DoesNotFitError, match=r"one image needs 10\d MiB .*Ways out: amp=True; or imgsz=320; or a sma"):
+        one.plan(0, None)
+    assert slept == []
+
+
+def test_ways_out_name_the_limit_and_the_safety_share_where_they_are_in_the_way():
+    one, _ = planner(group=1, room=1.05, safety_ratio=0.5)
+    with pytest.raises(DoesNotFitError, match=r"give a mem_safety_ratio below 0.5"):
+        one.plan(0, None)
+    one, _ = planner(group=1, room=0.5, limit=50 * MIB)
+    with pytest.raises(DoesNotFitError, match=r"give a mem_limit above 50 MiB"):
+        one.plan(0, None)
+
+
+def test_ways_out_know_the_share_that_would_fit():
+    shares = []
+    one, _ = planner(group=1, room=0.5, safety_ratio=0.0, ways_out=lambda share: shares.append(share) or ["imgsz=320"])
+    with pytest.raises(DoesNotFitError):
+        one.plan(0, None)
+    assert shares == [pytest.approx(0.5, rel=0.05)]
+
+
+def test_image_that_fails_alone_twice_ends_it():
+    one, _ = planner(images=4, group=1, known=(), allowance=1)
+    one.plan(0, None)
+    assert ran(one.plan(0, failure(1))) == [1] * 4
+    with pytest.raises(DoesNotFitError, match=r"one image needs 12\d MiB"):
+        one.plan(0, failure(1))
+
+
+def test_there_is_a_way_out_even_where_the_caller_names_none():
+    one, _ = planner(group=1, room=0.5, ways_out=lambda share: ())
+    with pytest.raises(DoesNotFitError) as caught:
+        one.plan(0, None)
+    assert not str(caught.value).endswith("Ways out: ")
+
+
+def test_learns_from_what_ran():
+    one, _ = planner(known=(1, 2))
+    one.done(0, 8, 5 * MIB, 5 * MIB + 8 * IMAGE)
+    assert one.peak_bytes == 5 * MIB + 8 * IMAGE
+    assert one.plan(8, None)

@@ -1,0 +1,186 @@
+"""What whole trainings share: a way to run one, and all that a user could see of it."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from ultralytics import YOLO
+from ultralytics.engine.model import Model
+from ultralytics.utils import LOGGER
+from ultralytics.utils.callbacks import default_callbacks
+from ultralytics.utils.torch_utils import unwrap_model
+
+IMAGES = 32  # of the training split
+BATCHES = 4  # of 8 images, an epoch
+_DATA = {"data": "demo:images=40,val=0.2", "imgsz": 64, "batch": 8, "nbs": 8, "workers": 0, "close_mosaic": 0}
+_TRAINING = {"epochs": 2, "optimizer": "SGD", "lr0": 0.01, "warmup_epochs": 0, "recipe": False}
+TINY: Mapping[str, Any] = {**_DATA, **_TRAINING, "plots": False, "device": "cpu"}
+SPLIT: Mapping[str, Any] = {"bn_group": 2, "micro_batch": 2}
+"""Four micro-batches a batch."""
+
+
+@dataclass
+class Run:
+    """One training, and what it left."""
+
+    folder: Path = Path()
+    trainer: Any = None
+    log: str = ""
+    bar: str = ""
+    """The progress bars, as they were drawn."""
+    seen: list[tuple[int, int, int]] = field(default_factory=list)
+    """Images, height and width of each part the model was trained on, in order."""
+    sums: list[float] = field(default_factory=list)
+    """Of the pixels of each of these images."""
+    draws: list[Any] = field(default_factory=list)
+    """State of Python's random generator after each batch."""
+    calls: Counter[str] = field(default_factory=Counter)
+    """How often each callback was called."""
+    steps: int = 0
+    """Of the optimizer."""
+    before: dict[str, Tensor] = field(default_factory=dict)
+    """Weights and statistics before the first batch."""
+
+    @property
+    def memory(self) -> list[dict[str, str]]:
+        """Rows of memory.csv."""
+        return list(csv.DictReader((self.folder / "memory.csv").read_text().splitlines()))
+
+    @property
+    def results(self) -> list[dict[str, float]]:
+        """Rows of results.csv, of which each has a number in every column."""
+        header, *rows = csv.reader((self.folder / "results.csv").read_text().splitlines())
+        return [dict(zip(header, map(float, row), strict=True)) for row in rows]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """memory.json."""
+        return json.loads((self.folder / "memory.json").read_text())
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """args.yaml."""
+        return yaml.safe_load((self.folder / "args.yaml").read_text())
+
+    @property
+    def after(self) -> dict[str, Tensor]:
+        """Weights and statistics after the last batch, in full precision."""
+        return unwrap_model(self.trainer.model).state_dict()
+
+    def stock_results(self) -> list[dict[str, float]]:
+        """Rows of results.csv without the clock and the memory."""
+        return [{k: v for k, v in row.items() if k != "time" and not k.startswith("memory/")} for row in self.results]
+
+    def micro_batches(self) -> list[list[int]]:
+        """Of every update."""
+        return [[int(size) for size in row["micro_batches"].split()] for row in self.memory]
+
+    def start(self, trainer: Any) -> None:
+        """Callback of `on_train_start`."""
+        self.trainer, self.folder = trainer, trainer.save_dir
+        self.before = {name: value.clone() for name, value in unwrap_model(trainer.model).state_dict().items()}
+        trainer.optimizer.register_step_post_hook(self._count)
+
+    def look(self, module: Any, inputs: tuple[Any, ...]) -> None:
+        """Hook of all modules, as one on the model would be saved with it."""
+        ours = self.trainer is not None and module.training and module is unwrap_model(self.trainer.model)
+        if ours and isinstance(inputs[0], dict):
+            images = inputs[0]["img"]
+            self.seen.append((len(images), *images.shape[2:]))
+            self.sums.extend(images.double().sum((1, 2, 3)).tolist())
+
+    def _count(self, *_: Any) -> None:
+        self.steps += 1
+
+
+def train(
+    project: Path,
+    model: Any = "yolov8n.yaml",
+    *,
+    trainer: Any = None,
+    callbacks: Sequence[tuple[str, Callable[[Any], None]]] = (),
+    raises: type[BaseException] | None = None,
+    **arguments: Any,
+) -> Run:
+    """Train, by default `TINY`; arguments are those of Ultralytics, which None leaves at Ultralytics' default."""
+    run = Run()
+    yolo = model if isinstance(model, Model) else YOLO(model)
+    for event in default_callbacks:
+        yolo.add_callback(event, lambda trainer, event=event: run.calls.update([event]))
+    yolo.add_callback("on_pretrain_routine_start", lambda trainer: setattr(run, "folder", trainer.save_dir))
+    yolo.add_callback("on_train_start", run.start)
+    yolo.add_callback("on_train_batch_end", lambda trainer: run.draws.append(random.getstate()))
+    for event, callback in callbacks:
+        yolo.add_callback(event, callback)
+    settings = arguments if arguments.get("resume") else {**TINY, "project": project, **arguments}
+    bar, log = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(log)
+    LOGGER.addHandler(handler)
+    looking = register_module_forward_pre_hook(run.look)
+    try:
+        with contextlib.redirect_stdout(bar), pytest.raises(raises) if raises else contextlib.nullcontext():
+            yolo.train(trainer=trainer, **{k: v for k, v in settings.items() if v is not None})
+    finally:
+        LOGGER.removeHandler(handler)
+        looking.remove()
+        run.log, run.bar = log.getvalue(), bar.getvalue()
+    return run
+
+
+def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> str:
+    """Draw 8 images of each size (height, width), bright rectangles on noise, with labels of one task; its yaml."""
+    draw = np.random.default_rng(0)
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for index in range(8 * len(sizes)):
+        height, width = sizes[index % len(sizes)]
+        image = draw.integers(0, 80, (height, width, 3), dtype=np.uint8)
+        lines = []
+        for _ in range(1 + index % 3):
+            x, y = draw.uniform(0.3, 0.7, 2)
+            w, h = draw.uniform(0.2, 0.4, 2)
+            left, top, right, bottom = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+            image[int(top * height) : int(bottom * height), int(left * width) : int(right * width)] = 255
+            box = f"{x} {y} {w} {h}"
+            corners = f"{left} {top} {right} {top} {right} {bottom} {left} {bottom}"
+            points = f"{box} {left} {top} 2 {right} {bottom} 2"
+            label = {"detect": box, "segment": corners, "obb": corners, "pose": points}[task]
+            lines.append(f"{index % 2} {label}")
+        cv2.imwrite(str(folder / "images" / f"{index}.png"), image)
+        (folder / "labels" / f"{index}.txt").write_text("\n".join(lines))
+    data = {"path": str(folder), "train": "images", "val": "images", "names": {0: "even", 1: "odd"}}
+    if task == "pose":
+        data |= {"kpt_shape": [2, 3], "flip_idx": [0, 1]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    return str(folder / "data.yaml")
+
+
+@pytest.fixture(scope="session")
+def trainings() -> SimpleNamespace:
+    """Everything above."""
+    return SimpleNamespace(train=train, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
+
+
+@pytest.fixture(autouse=True)
+def _mode_is_left_as_it_was() -> Iterator[None]:
+    """Ultralytics turns PyTorch's deterministic mode off again; a training that failed must too."""
+    yield
+    assert not torch.are_deterministic_algorithms_enabled()
