@@ -156,7 +156,7 @@ def first_times() -> list[dict[str, float]]:
     return rows
 
 
-def overhead(steps: int = 12, rounds: int = 3) -> list[dict[str, Any]]:
+def overhead(steps: int = 6, rounds: int = 3) -> list[dict[str, Any]]:
     """The engine against the bare loop at the same micro-batch: forward, loss, backward, optimizer."""
     import torch
 
@@ -195,7 +195,7 @@ def overhead(steps: int = 12, rounds: int = 3) -> list[dict[str, Any]]:
         return statistics.median(times)
 
     rows = []
-    for micro, group in ((256, 256), (128, 128), (64, 64), (32, 32), (256, 32), (128, 32), (64, 32)):
+    for micro, group in ((128, 32), (256, 32), (32, 32), (256, 256), (64, 32)):
         engine = _engine(model, task, scaler, bn_group=group, micro_batch=micro)
         runs = (functools.partial(bare, micro), functools.partial(ours, engine))
         for run in 2 * runs:
@@ -212,77 +212,93 @@ def overhead(steps: int = 12, rounds: int = 3) -> list[dict[str, Any]]:
                 "rounds": ratios,
             }
         )
-        print(rows[-1], flush=True)
+        print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
-def failures(steps: int = 200) -> dict[str, Any]:
-    """Real failed allocations at random places of 200 steps; the weights against those of an undisturbed run."""
+def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
+    """Train with real failed allocations at random places of the forward and backward passes; keeps the weights."""
     import torch
 
-    out: dict[str, Any] = {}
-    weights = {}
-    for name, probability in (("undisturbed", 0.0), ("disturbed", 0.15)):
-        model, task, scaler, batch = _prepare(images=64, size=320)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        folder = Path(tempfile.mkdtemp())
-        from yolov12 import mas
+    from yolov12 import mas
 
-        engine = mas.Engine(
-            model,
-            task,
-            mas.Config(bn_group=16),
-            journal=mas.Journal(folder),
-            backward=lambda loss, scaler=scaler: scaler.scale(loss).backward(),
-        )
-        chance = random.Random(1)
-        modules = [module for module in model.modules() if not list(module.children())]
-        injected = 0
+    model, task, scaler, batch = _prepare(images=64, size=320)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    folder = Path(tempfile.mkdtemp())
+    engine = mas.Engine(
+        model,
+        task,
+        mas.Config(bn_group=16),
+        journal=mas.Journal(folder),
+        backward=lambda loss: scaler.scale(loss).backward(),
+    )
+    chance = random.Random(1)
+    leaves = [module for module in model.modules() if not list(module.children())]
+    left = injected = 0
 
-        def fail(*_: Any) -> None:
+    def fail(*_: Any) -> None:
+        nonlocal left, injected
+        if left:
+            left, injected = left - 1, injected + 1
             torch.empty(2**50, device="cuda")  # more than any card has: the allocator's own error
 
-        order = torch.Generator().manual_seed(0)
-        for _ in range(steps):
-            mixed = torch.randperm(64, generator=order)
-            shuffled = {**batch, "img": batch["img"][mixed].pin_memory()}
-            hook = None
-            if chance.random() < probability:
-                module = chance.choice(modules)
-                count = chance.randint(1, 2)  # the second fails the retry too
+    order = torch.Generator().manual_seed(0)
+    first_loss = last_loss = 0.0
+    for index in range(steps):
+        shuffled = {**batch, "img": batch["img"][torch.randperm(64, generator=order)].pin_memory()}
+        hook = None
+        if chance.random() < probability and index:
+            left, leaf = chance.randint(1, 2), chance.choice(leaves)  # the second fails the retry too
+            register = chance.choice((leaf.register_forward_pre_hook, leaf.register_full_backward_hook))
+            hook = register(fail)
+        with torch.autocast("cuda", torch.float16):
+            last_loss = float(engine.step(shuffled).loss.sum())
+        first_loss = first_loss or last_loss
+        if hook is not None:
+            hook.remove()
+        engine.update(optimizer)
+    summary = engine.close(updates_expected=steps)
+    assert summary is not None
+    torch.save([parameter.detach().double().cpu() for parameter in model.parameters()], _weights(probability))
+    names = ("updates", "updates_expected", "images", "images_lost", "out_of_memories", "retries", "shrinks", "grows")
+    return {
+        "steps": steps,
+        "failures_injected": injected,
+        **{name: getattr(summary, name) for name in names},
+        "loss": [first_loss, last_loss],
+    }
 
-                def once(*_: Any, left: list[int] = [count]) -> None:  # noqa: B006 - a counter of its own each time
-                    nonlocal injected
-                    if left[0]:
-                        left[0] -= 1
-                        injected += 1
-                        fail()
 
-                hook = (
-                    module.register_forward_pre_hook(once)
-                    if chance.random() < 0.5
-                    else module.register_full_backward_hook(once)
-                )
-            with torch.autocast("cuda", torch.float16):
-                engine.step(shuffled)
-            if hook is not None:
-                hook.remove()
-            engine.update(optimizer)
-        summary = engine.close(updates_expected=steps)
-        weights[name] = [p.detach().double() for p in model.parameters()]
-        out[name] = {
-            "injected": injected,
-            "updates": summary.updates,
-            "images_lost": summary.images_lost,
-            "images": summary.images,
-            "out_of_memories": summary.out_of_memories,
-        }
-        shutil.rmtree(folder)
-    a, b = weights["disturbed"], weights["undisturbed"]
-    out["weights_relative_difference"] = float(
-        sum(((x - y) ** 2).sum() for x, y in zip(a, b, strict=True)).sqrt() / sum((y**2).sum() for y in b).sqrt()
-    )
-    return out
+def _weights(probability: float) -> Path:
+    return Path(tempfile.gettempdir()) / f"weights-{probability}.pt"
+
+
+def failures(steps: int = 200, probability: float = 0.2) -> dict[str, Any]:
+    """Steps with injected failures, and beside them the same steps without: nothing may be lost."""
+    import torch
+
+    code = "import sys; sys.path.insert(0, {!r}); import memory, json; print(json.dumps(memory._failing_steps({}, {})))"
+    runs = {
+        share: subprocess.Popen(
+            [sys.executable, "-c", code.format(str(Path(__file__).parent), share, steps)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for share in (0.0, probability)
+    }
+    calm, disturbed = (json.loads(run.communicate()[0].splitlines()[-1]) for run in runs.values())
+    a, b = (torch.load(_weights(share)) for share in runs)
+    start = [parameter.detach().double().cpu() for parameter in _prepare(images=1, size=64)[0].parameters()]
+
+    def length(one: Any, other: Any) -> float:
+        return float(sum(((x - y) ** 2).sum() for x, y in zip(one, other, strict=True)) ** 0.5)
+
+    return {
+        "undisturbed": calm,
+        "disturbed": disturbed,
+        "difference_of_weights": length(a, b),
+        "way_the_weights_went": length(a, start),
+    }
 
 
 # ---------------------------------------------------------------- whole trainings
@@ -358,15 +374,16 @@ def limits(epochs: int = 7) -> dict[str, Any]:
     return out
 
 
-def neighbour(seconds: int = 120, batch: int = 384) -> dict[str, Any]:
+def neighbour(seconds: int = 120, stock_seconds: int = 75, batch: int = 320) -> dict[str, Any]:
     """A second process takes and frees up to 40 % of the card at random; ours, then stock Ultralytics, beside it."""
     folder = Path(tempfile.mkdtemp())
-    data = _draw(folder, 960)  # 768 to train on: two batches, none of them partial
-    out: dict[str, Any] = {"batch": batch, "seconds": seconds}
+    data = _draw(folder, 800)  # 640 to train on: two batches, none of them partial
+    out: dict[str, Any] = {"batch": batch}
     for name, stock in (("ours", False), ("stock", True)):
+        seconds = stock_seconds if stock else seconds
         run_folder = folder / name
         model = {"model": "yolo12s.yaml"}  # the layout that both can run
-        hours = (seconds + 15) / 3600
+        hours = (seconds + 5) / 3600
         run = _train(run_folder, stock, data=data, epochs=1000, batch=batch, time=hours, val=False, workers=14, **model)
         log = run_folder.with_suffix(".log")
         while run.poll() is None and "Starting training" not in log.read_text():
@@ -376,6 +393,7 @@ def neighbour(seconds: int = 120, batch: int = 384) -> dict[str, Any]:
         text = log.read_text()
         out[name] = {
             "exit_status": code,
+            "seconds": seconds,
             "card_taken": taken,
             "out_of_memory_lines": [line[-200:] for line in text.splitlines() if "out of memory" in line.lower()][:5],
             "log_tail": "" if code == 0 else text[-400:],
@@ -395,7 +413,7 @@ def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[
     """Take and free memory while a training runs: (seconds, share of the card) at each change."""
     import torch
 
-    chance = random.Random(0)
+    chance = random.Random(4)
     block = 256 * 2**20
     total = torch.cuda.mem_get_info()[1]
     blocks: list[Any] = []
@@ -411,7 +429,7 @@ def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[
             except torch.cuda.OutOfMemoryError:
                 break  # the other one has it
         log.append((round(time.time() - start, 1), round(len(blocks) * block / total, 3)))
-        time.sleep(chance.uniform(1.0, 6.0))
+        time.sleep(chance.uniform(2.0, 15.0))
     blocks.clear()
     torch.cuda.empty_cache()
     return log
@@ -425,6 +443,7 @@ PARTS = {
     "limits": limits,
     "neighbour": neighbour,
 }
+UNTIMED = {"limits", "failures"}
 
 
 def main() -> int:
@@ -447,15 +466,24 @@ def main() -> int:
         "torch": torch.__version__,
         "ultralytics": ultralytics.__version__,
     }
+    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     failed = 0
-    for part in options.only:
-        started = time.time()
-        with tempfile.NamedTemporaryFile(suffix=".json") as file:
-            command = [sys.executable, __file__, "--out", file.name, "--part", part]
-            done = subprocess.run(command, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
-            failed |= done.returncode
-            result[part] = json.loads(Path(file.name).read_text() or "null")
-        print(f"{part}: {time.time() - started:.0f} s", flush=True)
+    while options.only:
+        # Two that measure no times share the card.
+        together = UNTIMED & set(options.only) or {options.only[0]}
+        options.only = [part for part in options.only if part not in together]
+        folder, started = Path(tempfile.mkdtemp()), time.time()
+        runs = {
+            part: subprocess.Popen(
+                [sys.executable, __file__, "--out", str(folder / part), "--part", part], env=environment
+            )
+            for part in together
+        }
+        for part, run in runs.items():
+            failed |= run.wait()
+            if run.returncode == 0:
+                result[part] = json.loads((folder / part).read_text())
+            print(f"{part}: {time.time() - started:.0f} s", flush=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return failed
 

@@ -117,7 +117,7 @@ def _attention_init(stock: Callable[..., None]) -> Callable[..., None]:
 def _attention_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     from yolov12.models import layouts
 
-    return layouts.attention_forward
+    return layouts.attention_forward(stock)
 
 
 def _a2c2f_init(stock: Callable[..., None]) -> Callable[..., None]:

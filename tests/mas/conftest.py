@@ -135,8 +135,9 @@ class Bench:
         self, batch: dict[str, Any], planner: Any = None, faults: Sequence[Fault] = (), before: bool = False
     ) -> Outcome:
         """Run a batch, by default at once and as one group."""
-        self.reset(faults, before)
+        self.reset((), before)
         images = self.task.workload(batch).images
+        self.faults.reset(faults)
         result = self.step.run(batch, images, planner or Scripted((), plans=[[(images,)]]))
         return self.outcome(result, before)
 

@@ -9,11 +9,19 @@ from torch import nn
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Engine, Journal, Loss, TensorTask
 from yolov12.mas.journal import read_rows
+from yolov12.mas.planner import BatchPlanner
 from yolov12.mas.replay import ReplayMeter
 from yolov12.mas.scheduler import CALM_BATCHES
 
 MIB = 2**20
 IMAGE = 100 * MIB
+
+
+@pytest.fixture(autouse=True)
+def nobody_sleeps(monkeypatch):
+    """An engine that waits for memory to come back waits for ever here: no test should have it wait."""
+    defaults = BatchPlanner.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "sleep", lambda seconds: pytest.fail("waits for other processes"))
 
 
 class World:
@@ -24,7 +32,7 @@ class World:
     ):
         torch.manual_seed(0)
         self.model = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(144, 2)
+            nn.Conv2d(3, 4, 3, 4, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(1024, 2)
         ).double()
         self.meter = ReplayMeter(room * IMAGE, [int(images * IMAGE) for images in others], live)
         self.journal = Journal(folder) if folder else None
@@ -54,7 +62,7 @@ class World:
     def data(self, seed=0, images=None):
         draw = torch.Generator().manual_seed(seed)
         images = images or self.batch
-        return tuple(torch.randn(images, *shape, generator=draw, dtype=torch.float64) for shape in ((3, 8, 8), (2,)))
+        return tuple(torch.randn(images, *shape, generator=draw, dtype=torch.float64) for shape in ((3, 64, 64), (2,)))
 
     def step(self, seed=0, images=None):
         self.engine.step(self.data(seed, images))
@@ -69,11 +77,12 @@ class World:
 
 def assert_same_weights(one, other):
     for name, value in one.model.state_dict().items():
-        torch.testing.assert_close(value, other.model.state_dict()[name], rtol=1e-9, atol=1e-11)
+        # A batch's gradient is scaled once, by a factor in single precision: 6e-8.
+        torch.testing.assert_close(value, other.model.state_dict()[name], rtol=1e-5, atol=1e-8)
 
 
 def test_weights_after_a_training_under_pressure_are_those_of_one_without():
-    calm, pressed = World(bn_group=2), World(bn_group=2, others=[0, 0, 30, 35, 10, 20, 33, 0, 0])
+    calm, pressed = World(bn_group=2), World(bn_group=2, others=[0, 0, 30, 33, 10, 20, 33, 0, 0])
     calls = []
     pressed.fail = lambda images: calls.append(None) or len(calls) % 5 == 4
     calm.run(12)
@@ -85,21 +94,21 @@ def test_weights_after_a_training_under_pressure_are_those_of_one_without():
 
 
 def test_shrinks_before_it_fails():
-    world = World(others=[0] * 4 + [30] * 4, bn_group=2)
+    world = World(others=[0] * 4 + [26] * 4, bn_group=2)
     events = world.run(8)
     assert world.sizes == [16] * 4 + [8] * 4
-    assert events == [[], [], [], [], ["shrunk 16 to 8"], [], [], []]
+    assert events[1:] == [[], [], [], ["shrunk 16 to 8"], [], [], []]
 
 
 def test_grows_back_after_calm_batches():
-    world = World(others=[0] * 2 + [30] * 2 + [0], bn_group=2)
+    world = World(others=[0] * 2 + [26] * 2 + [0], bn_group=2)
     events = world.run(4 + CALM_BATCHES + 2)
     assert world.sizes == [16] * 2 + [8] * (2 + CALM_BATCHES) + [16] * 2
     assert events[4 + CALM_BATCHES] == ["grew 8 to 16"]
 
 
 def test_memory_that_comes_and_goes_does_not_make_it_swing():
-    world = World(others=[0, *[30, 0, 0] * 20], bn_group=2)
+    world = World(others=[0, *[26, 0, 0] * 20], bn_group=2)
     world.run(50)
     assert set(world.sizes[1:]) == {8}
 
@@ -124,7 +133,7 @@ def test_second_failure_halves():
 
 
 def test_groups_are_split_as_the_last_rung_and_come_back():
-    world = World(others=[0] * 3 + [37] + [0], bn_group=8)
+    world = World(others=[0] * 3 + [33] + [0], bn_group=8)
     events = world.run(6)
     assert world.sizes[3] < 8
     assert any(event.startswith("groups of") for event in events[3])
@@ -160,7 +169,7 @@ def test_automatic_group_is_the_largest_that_fits(room, group):
 
 
 def test_automatic_group_stays_when_memory_comes():
-    world = World(batch=64, room=100, others=[90, 90, 0], bn_group=None)
+    world = World(batch=64, room=100, others=[80, 80, 0], bn_group=None)
     world.run(12)
     assert world.engine.bn_group == 8
     assert world.sizes[-1] == 64
@@ -221,9 +230,9 @@ def test_loss_that_writes_on_its_images():
 
 
 def test_journal(tmp_path):
-    world = World(folder=tmp_path, others=[0, 0, 30, 0], bn_group=4, live=2 * IMAGE)
+    world = World(folder=tmp_path, others=[0, 0, 29, 0], bn_group=4, live=2 * IMAGE)
     world.engine.epoch = 3
-    for index in range(3):
+    for _ in range(3):
         for seed in range(2):  # two batches an update
             world.engine.step(world.data(seed))
         world.engine.update(world.optimizer)
@@ -232,15 +241,31 @@ def test_journal(tmp_path):
     rows = read_rows(tmp_path / "memory.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert {(row["epoch"], row["images"], row["image_size"], row["max_boxes"]) for row in rows} == {
-        ("3", "32", "8x8", "0")
+        ("3", "32", "64x64", "0")
     }
     assert [row["micro_batches"] for row in rows] == ["16 16", "16 16", "4 4 4 4 4 4 4 4"]
     assert [row["peak_mib"] for row in rows] == ["1800.0", "1800.0", "600.0"]
     assert all(float(row["predicted_mib"]) == pytest.approx(float(row["peak_mib"]), rel=0.03) for row in rows)
-    assert [row["budget_mib"] for row in rows] == ["3600.0", "3600.0", "600.0"]
+    assert [row["budget_mib"] for row in rows] == ["3600.0", "3600.0", "700.0"]
     assert [row["step_ms"] for row in rows] == ["32.0", "32.0", "32.0"]
     assert rows[2]["events"] == "shrunk 16 to 4"
     assert (summary.updates, summary.images, summary.images_lost, summary.shrinks) == (3, 96, 0, 1)
+
+
+def test_allocation_that_fails_while_a_batch_is_looked_at():
+    """With `multi_scale`, the size of the images is known only when one of them was resized, on the device."""
+    world, failures = World(bn_group=4), [True]
+    look = world.engine._task.workload
+
+    def workload(batch):
+        if failures:
+            failures.pop()
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return look(batch)
+
+    world.engine._task.workload = workload
+    world.step()
+    assert world.sizes == [16]
 
 
 @pytest.mark.parametrize("batches", [0, 1])
@@ -271,11 +296,13 @@ def test_first_update_that_runs_out_of_memory(tmp_path):
     undisturbed.run(3)
     world.engine.close()
     assert_same_weights(world, undisturbed)
-    assert [row["events"] for row in read_rows(tmp_path / "memory.csv")] == ["out-of-memory in the optimizer", "", ""]
+    events = [row["events"] for row in read_rows(tmp_path / "memory.csv")]
+    assert events[0].endswith("out-of-memory in the optimizer")
+    assert events[1:] == ["", ""]
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=40)
-@given(st.lists(st.integers(0, 37), min_size=1, max_size=12), st.sampled_from([1, 2, 4]), st.integers(3, 16))
+@given(st.lists(st.integers(0, 34), min_size=1, max_size=12), st.sampled_from([1, 2, 4]), st.integers(3, 16))
 def test_never_plans_above_the_budget_of_an_invented_trace(others, group, batch):
     """Memory that changes between batches alone is memory that never runs out."""
     world = World(batch=batch, others=[0, *others], bn_group=group)

@@ -65,8 +65,9 @@ def test_crowded_images_count_where_they_are():
         for boxes in (10, 100, 200, 300):
             cost.observe(Features(images, 640, 640, boxes), images * IMAGE * (100 + max(boxes - 100, 0)) // 100)
     assert decide(state([8, 8], 17), cost).micro_batches == (2,)
-    assert not decide(state([8, 8], 17, groups=(Group(8, 10), Group(8, 300))), cost).fits
-    assert decide(state([8, 8], 26, groups=(Group(8, 10), Group(8, 300))), cost).micro_batches == (1, 1)
+    crowded = dataclasses.replace(state([8, 8], 17), groups=(Group(8, 10), Group(8, 300)))
+    assert not decide(crowded, cost).fits
+    assert decide(dataclasses.replace(crowded, budget_bytes=26 * IMAGE), cost).micro_batches == (1, 1)
 
 
 def test_shrinks_at_once_and_remembers():

@@ -119,7 +119,8 @@ def _least_squares(terms: Tensor, needed: Tensor) -> Tensor:
     """Of relative errors; more pixels or boxes never cost less."""
     relative, ones = terms / needed[:, None], torch.ones(len(needed), 1, dtype=torch.float64)
     line = torch.zeros(3, dtype=torch.float64)
-    for columns in ([0, 1, 2], [0, 1], [1]):
+    one_size = len(terms[:, 1].unique()) == 1  # then nothing tells what is fixed: too much for more images is safe
+    for columns in ([1, 2], [1]) if one_size else ([0, 1, 2], [0, 1], [1]):
         line.zero_()
         line[columns] = torch.linalg.lstsq(relative[:, columns], ones, driver="gelsd").solution[:, 0]
         if (line[1:] >= 0).all():

@@ -69,7 +69,8 @@ class Engine:
         """Of the last batch: images in each."""
         self._task, self._ways_out, self._log = task, ways_out, log
         self._step = Step(model, task, self.meter, backward)
-        self._gradient_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._allowance, self._calm = 0, CALM_BATCHES
         self._done: list[_Done] = []  # since the last update
         self._rows: list[tuple[Row, list[Stopwatch]]] = []  # whose time is not known yet
@@ -84,12 +85,14 @@ class Engine:
         Raises:
             DoesNotFitError: Not even one image fits. Gradients and running statistics are as before.
         """
+        if self._done and all(parameter.grad is None for parameter in self._parameters):
+            self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
         work = self._task.workload(batch)
-        if self.bn_group is None or not self._allowance:
-            self._get_to_know(batch, work)
-        planner = self._planner(work)
-        watch = self.meter.stopwatch()
         try:
+            if self.bn_group is None or not self._allowance:
+                self._get_to_know(batch, work)
+            planner = self._planner(work)
+            watch = self.meter.stopwatch()
             result = self._step.run(batch, work.images, planner)
         except BaseException:
             if self.journal is not None:

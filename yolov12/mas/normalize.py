@@ -159,4 +159,8 @@ class GroupedBatchNorm:
 
 def _normalize(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
     """PyTorch's own; a momentum of 1 leaves the statistics of `x` in `mean` and `variance`."""
-    return F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
+    out = F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
+    if len(x) == 1 and not x.is_cuda and out.requires_grad:
+        # On the CPU, PyTorch 2.3 takes the strides of one image's gradient for those of its input: silently wrong.
+        out.register_hook(Tensor.contiguous)
+    return out

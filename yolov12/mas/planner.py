@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 from yolov12.errors import DoesNotFitError
@@ -128,8 +129,11 @@ class BatchPlanner:
 
     def _may_come_back(self, failure: Failure | None) -> bool:
         """Whether one image would fit if no other process held any of the device."""
-        others_bytes = self.reading.others_bytes or 0
-        return others_bytes > 0 and self._needed_bytes(failure) <= self.budget_bytes + others_bytes
+        return self.budget_bytes < self._needed_bytes(failure) <= self._budget_without_others()
+
+    def _budget_without_others(self) -> int:
+        free_bytes = self.reading.free_bytes + (self.reading.others_bytes or 0)
+        return replace(self.reading, free_bytes=free_bytes).budget_bytes(self._config.safety_ratio)
 
     def _needed_bytes(self, failure: Failure | None) -> int:
         predicted = self._cost.predict(self._features(0, 1)) + self._cost.margin(self._features(0, 1))

@@ -21,11 +21,12 @@ __all__ = ["attach"]
 
 _MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
 _WIDTH = 22  # of the progress bar's column
+_COLUMN = "memory/peak_MiB"
 
 
 def attach(trainer: Any) -> None:
     """Let the engine run this trainer's batches, unless `mas=False` or the training is of a kind it does not know."""
-    from ultralytics.utils import LOGGER, YAML
+    from ultralytics.utils import LOGGER
     from ultralytics.utils.torch_utils import unwrap_model
 
     if not getattr(trainer.args, "mas", True):
@@ -34,7 +35,6 @@ def attach(trainer: Any) -> None:
     if (reason := _why_not(trainer, model)) is not None:
         LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
         return
-
     task = DetectionTask(
         model,
         trainer.preprocess_batch,
@@ -52,48 +52,82 @@ def attach(trainer: Any) -> None:
         ways_out=lambda share: _ways_out(trainer, share),
         log=LOGGER.info,
     )
-    asked = 0
+    _Joint(trainer, model, engine)
 
-    def run(batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        result = engine.step(batch)
-        if trainer.args.bn_group != engine.bn_group:  # fixed for the run, and for those that resume or repeat it
-            trainer.args.bn_group = engine.bn_group
-            file = trainer.save_dir / "args.yaml"
-            YAML.save(file, {**YAML.load(file), "bn_group": engine.bn_group})
+
+class _Joint:
+    """Stands between one trainer and its engine."""
+
+    def __init__(self, trainer: Any, model: nn.Module, engine: Engine) -> None:
+        self._trainer, self._engine = trainer, engine
+        self._updates_asked = 0
+        self._of_epoch: dict[str, float] = {}
+        # A run that began without the engine goes on with the columns it has.
+        self._logs = not trainer.csv.exists() or _COLUMN in trainer.csv.read_text().partition("\n")[0]
+        self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
+        self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
+        trainer.model = _Wrapper(model, self._run)
+        trainer.preprocess_batch = lambda batch: batch  # it stays on the host until its part is due
+        trainer.optimizer_step = self._update
+        trainer.validate = self._validate
+        trainer._get_memory = self._memory
+        trainer.progress_string = self._header
+        trainer.add_callback("on_train_epoch_start", self._epoch_starts)
+        trainer.add_callback("on_train_epoch_end", self._epoch_ends)
+        trainer.add_callback("teardown", self._finish)
+
+    def _run(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        result = self._engine.step(batch)
+        self._keep_group()
+        latest, of_epoch = self._engine.latest, self._of_epoch
+        assert latest is not None
+        of_epoch[_COLUMN] = max(of_epoch.get(_COLUMN, 0.0), round(latest.peak_bytes / 2**20, 1))
+        of_epoch["memory/budget_MiB"] = round(latest.budget_bytes / 2**20, 1)
+        of_epoch["memory/micro_batch"] = max(of_epoch.get("memory/micro_batch", 0), *self._engine.micro_batches)
         # A leaf: Ultralytics' own backward has nothing left to do.
         return result.loss.requires_grad_(), dict(result.items)
 
-    def update() -> None:
-        nonlocal asked
-        asked += 1
-        engine.update(trainer.optimizer, stock_update, lambda: _remember(trainer))
+    def _keep_group(self) -> None:
+        """The group is fixed for the run, and for those that resume or repeat it."""
+        from ultralytics.utils import YAML
 
-    def validate() -> Any:
-        metrics, fitness = stock_validate()
-        return (metrics if metrics is None else {**metrics, **_metrics(engine)}), fitness
+        args, group = self._trainer.args, self._engine.bn_group
+        if args.bn_group != group:
+            args.bn_group = group
+            file = self._trainer.save_dir / "args.yaml"
+            YAML.save(file, {**YAML.load(file), "bn_group": group})
 
-    def epoch_starts(trainer: Any) -> None:
-        engine.epoch = trainer.epoch + 1
+    def _update(self) -> None:
+        self._updates_asked += 1
+        self._engine.update(self._trainer.optimizer, self._stock_update, lambda: _remember(self._trainer))
 
-    def epoch_ends(trainer: Any) -> None:
-        trainer.metrics = {**trainer.metrics, **_metrics(engine)}
+    def _validate(self) -> Any:
+        metrics, fitness = self._stock_validate()
+        return (metrics if metrics is None else {**metrics, **self._metrics()}), fitness
 
-    def finish(trainer: Any) -> None:
-        summary = engine.close(updates_expected=asked)
+    def _metrics(self) -> dict[str, float]:
+        """Of this epoch, for results.csv and every logger."""
+        return dict(self._of_epoch) if self._logs else {}
+
+    def _epoch_starts(self, trainer: Any) -> None:
+        self._engine.epoch = trainer.epoch + 1
+        self._of_epoch.clear()
+
+    def _epoch_ends(self, trainer: Any) -> None:
+        trainer.metrics = {**trainer.metrics, **self._metrics()}
+
+    def _memory(self, fraction: bool = False) -> float:
+        return float(self._stock_memory(fraction)) if fraction else _Column(self._engine)
+
+    def _header(self) -> str:
+        return str(self._stock_header().replace(f"{'GPU_mem':>11}", f"{'GPU_mem':>{_WIDTH}}", 1))
+
+    def _finish(self, trainer: Any) -> None:
+        from ultralytics.utils import LOGGER
+
+        summary = self._engine.close(updates_expected=self._updates_asked)
         if summary is not None:
             LOGGER.info(summary.as_text())
-
-    stock_update, stock_validate = trainer.optimizer_step, trainer.validate
-    stock_memory, stock_header = trainer._get_memory, trainer.progress_string
-    trainer.model = _Wrapper(model, run)
-    trainer.preprocess_batch = lambda batch: batch  # it stays on the host until its part is due
-    trainer.optimizer_step = update
-    trainer.validate = validate
-    trainer._get_memory = lambda fraction=False: stock_memory(fraction) if fraction else _Column(engine)
-    trainer.progress_string = lambda: stock_header().replace(f"{'GPU_mem':>11}", f"{'GPU_mem':>{_WIDTH}}", 1)
-    trainer.add_callback("on_train_epoch_start", epoch_starts)
-    trainer.add_callback("on_train_epoch_end", epoch_ends)
-    trainer.add_callback("teardown", finish)
 
 
 class _Wrapper(nn.Module):
@@ -116,12 +150,12 @@ class _Wrapper(nn.Module):
 class _Column(float):
     """Peak/budget in GiB and micro-batch × count, where the progress bar formats a number before a `G`."""
 
+    _engine: Engine
+
     def __new__(cls, engine: Engine) -> _Column:
         column = super().__new__(cls, engine.latest.peak_bytes / 2**30 if engine.latest else 0.0)
         column._engine = engine
         return column
-
-    _engine: Engine
 
     def __format__(self, spec: str) -> str:
         if self._engine.latest is None:
@@ -141,17 +175,6 @@ def _why_not(trainer: Any, model: nn.Module) -> str | None:
     if type(model).__name__ not in _MODELS:
         return f"{type(model).__name__} is not split up"
     return None
-
-
-def _metrics(engine: Engine) -> dict[str, float]:
-    """For results.csv and every logger."""
-    if engine.latest is None:
-        return {}
-    return {
-        "memory/peak_MiB": round(engine.latest.peak_bytes / 2**20, 1),
-        "memory/budget_MiB": round(engine.latest.budget_bytes / 2**20, 1),
-        "memory/micro_batch": max(engine.micro_batches),
-    }
 
 
 def _remember(trainer: Any) -> Undo:

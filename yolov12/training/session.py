@@ -37,7 +37,7 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
     engine = {**_defaults(), **(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
     Config.parse(engine)
     if engine["mas"]:
-        # Micro-batches of many shapes leave holes in memory without it. Read when CUDA starts; a user's choice stands.
+        # Micro-batches of many shapes leave holes in memory otherwise. CUDA reads it when it starts.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if not _resumes(model, arguments):
         given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
@@ -47,7 +47,7 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
 
 
 def check_resume(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
-    """Run Ultralytics' check of a resume, which restores all arguments, and let those change that only use memory.
+    """Run Ultralytics' check of a resume, which restores all arguments, and let those change that decide how memory is used.
 
     Args:
         stock_check_resume: Ultralytics' own method.
@@ -58,13 +58,17 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
     stock_check_resume(trainer, {key: value for key, value in overrides.items() if key not in ours})
     if not trainer.resume:
         return
+    for key, default in DEFAULTS.items():
+        if not hasattr(trainer.args, key):  # a run of plain Ultralytics
+            setattr(trainer.args, key, default)
+    kept = {"bn_group"} | ({"mas"} if trainer.args.mas else set())
     for key, value in ours.items():
-        if key != "bn_group":  # another group is another training
+        if key not in kept:
             setattr(trainer.args, key, value)
-        elif value != trainer.args.bn_group:
+        elif value != getattr(trainer.args, key):
             from ultralytics.utils import LOGGER
 
-            LOGGER.warning(f"bn_group={value}: a run keeps the group it began with, {trainer.args.bn_group}")
+            LOGGER.warning(f"{key}={value}: a run goes on with the {key}={getattr(trainer.args, key)} it began with")
 
 
 def remove_false_start(folder: Path | None) -> None:
