@@ -10,6 +10,7 @@ choose workspaces by shape, in steps that no line follows, so each shape also ke
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -19,6 +20,7 @@ from torch import Tensor
 
 __all__ = ["CostModel", "Features"]
 
+_KINKS = 16
 _KEPT = 16  # observations of one shape
 _SHAPES = 64
 _SIGMAS = 3.0
@@ -50,7 +52,7 @@ class CostModel:
         self._off: dict[tuple[int, int, int], float] = {}  # bytes a shape is off the line by
         self._least: dict[tuple[int, int, int], int] = {}  # bytes a shape is known to need more than
         self._line = (0.0, 0.0, 0.0)
-        self._kink = 0
+        self._kink = 0.0
         self._spread = 0.0  # relative, of what is left
 
     @property
@@ -67,7 +69,7 @@ class CostModel:
     def margin(self, features: Features) -> int:
         """Bytes by which a prediction may be too low: three standard deviations of what the fit leaves."""
         least = _SPREAD_SEEN if features.shape in self._seen else _SPREAD_UNSEEN
-        return int(max(_SIGMAS * self._spread, least) * self.predict(features))
+        return math.ceil(max(_SIGMAS * self._spread, least) * self.predict(features))
 
     def observe(self, features: Features, needed_bytes: int) -> None:
         """Learn what a micro-batch needed above what was live before it."""
@@ -92,24 +94,30 @@ class CostModel:
     def _fit(self) -> None:
         seen = [(shape, boxes, needed) for shape, rows in self._seen.items() for boxes, needed in rows]
         needed = torch.tensor([row[2] for row in seen], dtype=torch.float64).clamp(min=1)
-        all_boxes = sorted({boxes for _, boxes, _ in seen})
+        boxes = torch.tensor([row[1] for row in seen], dtype=torch.float64)
+        terms = torch.tensor([_terms(shape, 0, 0) for shape, *_ in seen], dtype=torch.float64)
+        low, high = float(boxes.min()), float(boxes.max())
         best = float("inf")
-        for kink in all_boxes[:: max(len(all_boxes) // 16, 1)]:
-            terms = torch.tensor([_terms(shape, boxes, kink) for shape, boxes, _ in seen], dtype=torch.float64)
-            line = _least_squares(terms, needed)
-            error = float(((terms @ line / needed - 1) ** 2).sum())
-            if error < best - 1e-9:
-                best, self._line, self._kink = error, tuple(line.tolist()), kink
+        for _ in range(2):  # all of the range, then around the best
+            step = (high - low) / _KINKS
+            for index in range(_KINKS if step else 1):
+                kink = low + index * step
+                terms[:, 2] = terms[:, 1] * (boxes - kink).clamp(min=0) / 1e2
+                line = _least_squares(terms, needed)
+                error = float(((terms @ line / needed - 1) ** 2).sum())
+                if error < best - 1e-9:
+                    best, self._line, self._kink = error, tuple(line.tolist()), kink
+            low, high = max(low, self._kink - step), min(high, self._kink + step)
         off: dict[tuple[int, int, int], list[float]] = {}
-        for shape, boxes, bytes_ in seen:
-            terms_ = _terms(shape, boxes, self._kink)
+        for shape, most, bytes_ in seen:
+            terms_ = _terms(shape, most, self._kink)
             off.setdefault(shape, []).append(bytes_ - sum(a * b for a, b in zip(terms_, self._line, strict=True)))
         self._off = {shape: median(rests) for shape, rests in off.items()}
-        errors = [self.predict(Features(*shape, boxes)) / bytes_ - 1.0 for shape, boxes, bytes_ in seen if bytes_]
+        errors = [self.predict(Features(*shape, most)) / bytes_ - 1.0 for shape, most, bytes_ in seen if bytes_]
         self._spread = fmean(error**2 for error in errors) ** 0.5 if errors else 0.0
 
 
-def _terms(shape: tuple[int, int, int], boxes: int, kink: int) -> tuple[float, float, float]:
+def _terms(shape: tuple[int, int, int], boxes: int, kink: float) -> tuple[float, float, float]:
     # In units that make the smallest solution of an underdetermined fit put the cost on the pixels.
     kilopixels = shape[0] * shape[1] * shape[2] / 1e3
     return 1.0, kilopixels, kilopixels * max(boxes - kink, 0) / 1e2

@@ -47,7 +47,7 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
 
 
 def check_resume(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
-    """Run Ultralytics' check of a resume, which restores all arguments, and let those change that decide how memory is used.
+    """Run Ultralytics' check of a resume, which restores all arguments, and let those of memory change.
 
     Args:
         stock_check_resume: Ultralytics' own method.
