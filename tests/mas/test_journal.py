@@ -199,7 +199,7 @@ def test_updates_that_a_resume_makes_again_count_once(tmp_path):
     """A run killed in epoch 2 is resumed from the checkpoint of epoch 1; the same happens once more."""
     write(tmp_path, [row(1), row(2), row(3, epoch=2)])
     write(tmp_path, [row(4, epoch=2)], resume=True)
-    summary = write(tmp_path, [row(5, epoch=2), row(6, epoch=2), row(7, epoch=3)], resume=True, expected=5)
+    summary = write(tmp_path, [row(5, epoch=2), row(6, epoch=2), row(7, epoch=3)], resume=True, expected=3)
     assert (summary.updates, summary.updates_repeated, summary.images) == (5, 2, 5 * 128)
     assert "5 of 5 updates (2 more were repeated after a resume)" in summary.as_text()
 

@@ -22,7 +22,7 @@ def test_a_resumed_run_keeps_its_group_and_takes_the_memory_it_is_given(training
     last = cut.folder / "weights" / "last.pt"
     run = trainings.train(tmp_path, last, resume=True, bn_group=4, mem_limit="8GiB", mem_safety_ratio=0.2)
     assert run.folder == cut.folder
-    assert "bn_group=4: a run keeps the group it began with, 2" in run.log
+    assert "bn_group=4: a run goes on with the bn_group=2 it began with" in run.log
     assert "Resume ignores" not in run.log
     assert "nothing to resume" not in run.log
     assert (run.args["bn_group"], run.args["micro_batch"]) == (2, 2)
@@ -38,8 +38,7 @@ def test_a_resumed_run_keeps_its_group_and_takes_the_memory_it_is_given(training
     assert len(run.results) == 2
     assert run.summary["updates"] == 2 * trainings.BATCHES
     assert run.summary["images"] == 2 * trainings.IMAGES
-    if run.summary["updates_expected"] != 2 * trainings.BATCHES:
-        pytest.xfail("updates of before the resume are not among the expected ones: 8 of 4 updates")
+    assert run.summary["updates_expected"] == 2 * trainings.BATCHES
     assert "lost, 8 of 8 updates" in run.log
 
 
@@ -67,13 +66,14 @@ def test_a_resumed_run_is_that_of_ultralytics(trainings, tmp_path):
     assert all(torch.equal(parameters[name], stock.after[name]) for name in parameters)
 
 
-@pytest.mark.xfail(strict=True, reason="rows of results.csv get other columns than its header")
 @pytest.mark.parametrize("began_with", [True, False])
-def test_the_engine_may_be_switched_at_a_resume(trainings, tmp_path, began_with):
-    """results.csv stays a table."""
+def test_the_engine_may_be_switched_on_at_a_resume_and_not_off(trainings, tmp_path, began_with):
+    """results.csv stays a table. A run that died of out-of-memory goes on with the engine; none goes on without."""
     cut = trainings.train(
         tmp_path, mas=began_with, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError, bn_group=2
     )
     run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True, mas=not began_with)
-    assert run.args["mas"] is not began_with
+    assert ("mas=False: a run goes on with the mas=True it began with" in run.log) is began_with
+    assert run.trainer.args.mas
+    assert "updates" in run.log
     assert len(run.results) == 2

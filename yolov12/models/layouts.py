@@ -128,11 +128,11 @@ def a2c2f_init(stock_init: Callable[..., None]) -> Callable[..., None]:
 def attention_forward(stock_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make `AAttn.forward` for both layouts.
 
-    On the CPU, where there is no faster kernel to gain from, v1.0 is trained by the stock method: bit for bit the same.
+    On the CPU v1.0 is trained by the stock method, so that the weights are those of Ultralytics bit for bit.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if self.training and x.device.type == "cpu" and not hasattr(self, "qk"):
+        if self.training and x.device.type == "cpu" and x.is_contiguous() and not hasattr(self, "qk"):
             return stock_forward(self, x)
         return _attention_forward(self, x)
 
