@@ -163,7 +163,7 @@ def test_ways_out_name_the_limit_and_the_safety_share_where_they_are_in_the_way(
     with pytest.raises(DoesNotFitError, match=r"give a mem_safety_ratio below 0.5"):
         one.plan(0, None)
     one, _ = planner(group=1, room=0.5, limit=50 * MIB)
-    with pytest.raises(DoesNotFitError, match=r"give a mem_limit above 50 MiB"):
+    with pytest.raises(DoesNotFitError, match=r"give a mem_limit of 112 MiB"):
         one.plan(0, None)
 
 

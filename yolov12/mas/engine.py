@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from yolov12.mas.config import Config
 from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.journal import Journal, Row, Summary
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import BatchPlanner, WaysOut
@@ -87,7 +88,7 @@ class Engine:
         """
         if self._done and all(parameter.grad is None for parameter in self._parameters):
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
-        work = self._task.workload(batch)
+        work = self._look_at(batch)
         try:
             if self.bn_group is None or not self._allowance:
                 self._get_to_know(batch, work)
@@ -141,6 +142,15 @@ class Engine:
             return None
         self._write(wait=True)
         return self.journal.close(updates_expected=updates_expected)
+
+    def _look_at(self, batch: Any) -> Workload:
+        try:
+            return self._task.workload(batch)
+        except Exception as error:  # a task may have to try on the device what size its images will have
+            if not is_out_of_memory(error):
+                raise
+        self.meter.release()
+        return self._task.workload(batch)
 
     def _get_to_know(self, batch: Any, work: Workload) -> None:
         """Learn what a few images take, so that the first decision is no guess, and settle the group size."""
@@ -227,8 +237,12 @@ class Engine:
                 return
             del self._rows[0]
             if self.journal is not None:
-                self.journal.add(replace(row, step_ms=sum(known) if len(known) == len(times) else None))
                 self.journal.busy(self.meter.busy_percent())
+                try:
+                    self.journal.add(replace(row, step_ms=sum(known) if len(known) == len(times) else None))
+                except OSError as error:  # a full disk is no reason to end a training
+                    self._log(f"memory: the journal ends here, {error}")
+                    self.journal = None
 
 
 @dataclass(frozen=True)

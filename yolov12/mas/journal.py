@@ -5,6 +5,7 @@ The file is the only record. The summary and the picture are made from it, so af
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -82,8 +83,8 @@ class Journal:
         OSError: From any method: the folder is gone, may not be written to, or its disk is full.
     """
 
-    def __init__(self, folder: Path, *, resume: bool = False) -> None:
-        self._csv, self._json, self._picture = (folder / f"memory.{suffix}" for suffix in ("csv", "json", "png"))
+    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+        self._csv, self._json, self._picture = (Path(folder, f"memory.{suffix}") for suffix in ("csv", "json", "png"))
         self._lost = self._samples = 0
         self._percent_sum = 0.0
         self._before: Mapping[str, float | None] = {}
@@ -149,7 +150,8 @@ class Journal:
         unfinished.write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n", "utf-8")
         unfinished.replace(self._json)
         if rows:
-            picture.save(rows, self._picture)
+            with contextlib.suppress(ImportError):  # no matplotlib, no picture
+                picture.save(rows, self._picture)
         return summary
 
     def _summary(self, rows: Sequence[Mapping[str, str]], updates_expected: int | None) -> Summary:

@@ -72,23 +72,29 @@ class BatchPlanner:
             self._read()
             self._learn(start, failure)
         for waited in range(WAIT_S + 1):
-            group = self._group or 1
-            while self._ceiling != 0:
-                sizes = cut(self._work.images - start, group)
-                decision = decide(self._state(start, sizes), self._cost)
-                if decision.fits:
-                    if waited:
-                        self.events.append(f"waited {waited} s")
-                    return self._accept(decision, sizes, group)
-                if group == 1:
-                    break
-                group = max(sizes) // 2 or 1  # the last rung: BatchNorm sees fewer images than it should, for one batch
+            if waited:
+                self._sleep(1.0)
+                self._read()
+                self._ceiling = self._config.micro_batch
+            if (plan := self._cut_to_fit(start)) is not None:
+                self.events += [f"waited {waited} s"] * bool(waited)
+                return plan
             if not self._may_come_back(failure):
                 break
-            self._ceiling = self._config.micro_batch
-            self._sleep(1.0)
-            self._read()
         raise self._error(failure)
+
+    def _cut_to_fit(self, start: int) -> list[tuple[int, ...]] | None:
+        """Groups as they should be, or smaller ones, the last rung: BatchNorm then sees fewer images for a batch."""
+        group = self._group or 1
+        while self._ceiling != 0:
+            sizes = cut(self._work.images - start, group)
+            decision = decide(self._state(start, sizes), self._cost)
+            if decision.fits:
+                return self._accept(decision, sizes, group)
+            if group == 1:
+                break
+            group = max(sizes) // 2 or 1
+        return None
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
         """See `step.Planner.done`."""
@@ -141,17 +147,16 @@ class BatchPlanner:
         return max(self.reading.live_bytes + predicted, failed)
 
     def _error(self, failure: Failure | None) -> DoesNotFitError:
-        reading, needed = self.reading, self._needed_bytes(failure)
-        share = (self.budget_bytes - reading.live_bytes) / max(needed - reading.live_bytes, 1)
-        ways = [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
-        if reading.others_bytes and needed <= self.budget_bytes + reading.others_bytes:
-            ways.insert(
-                0, f"stop the other processes, which hold {reading.others_bytes / 2**20:,.0f} MiB of the device"
-            )
-        if needed <= min(reading.held_bytes + reading.free_bytes, reading.total_bytes):
-            ways.insert(0, f"give a mem_safety_ratio below {self._config.safety_ratio:g}")
+        reading, needed, ratio = self.reading, self._needed_bytes(failure), self._config.safety_ratio
+        ways = []
         if self._config.limit is not None:
-            ways.insert(0, f"give a mem_limit above {reading.total_bytes / 2**20:,.0f} MiB")
+            ways.append(f"give a mem_limit of {needed / (1 - ratio) / 2**20:,.0f} MiB")
+        if needed <= min(reading.held_bytes + reading.free_bytes, reading.total_bytes):
+            ways.append(f"give a mem_safety_ratio below {ratio:g}")
+        if self._may_come_back(failure):
+            ways.append(f"stop the other processes, which hold {(reading.others_bytes or 0) / 2**20:,.0f} MiB of it")
+        share = (self.budget_bytes - reading.live_bytes) / max(needed - reading.live_bytes, 1)
+        ways += [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
         return does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
 
     def _read(self) -> None:

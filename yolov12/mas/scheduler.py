@@ -99,7 +99,7 @@ def _fewest(state: State, cost: CostModel, ceiling: int, budget_bytes: float) ->
     count = len(state.groups)
     images = sum(group.images for group in state.groups)
     for parts in range(min(-(-images // ceiling), count), count + 1):
-        if count % parts and any(count % more == 0 for more in range(parts + 1, 2 * parts)):
+        if not state.fixed and count % parts and any(count % more == 0 for more in range(parts + 1, 2 * parts)):
             continue  # some more micro-batches would all be of one size
         sizes = tuple(count * (i + 1) // parts - count * i // parts for i in range(parts))
         live = state.live_bytes + (state.gradient_bytes if parts > 1 else 0)

@@ -56,7 +56,11 @@ class DetectionTask:
         if self._multi_scale:
             # A user's own preprocessing may look at more than images, and write on it.
             one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items()}
-            images = self._preprocess(one)["img"]
+            try:
+                images = self._preprocess(one)["img"]
+            except BaseException:
+                random.setstate(self._draw)
+                raise
         boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
         return Workload(images.shape[2], images.shape[3], tuple(boxes))
 
