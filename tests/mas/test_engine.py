@@ -313,3 +313,12 @@ def test_never_plans_above_the_budget_of_an_invented_trace(others, group, batch)
         assert latest.peak_bytes <= latest.budget_bytes
         assert not [event for event in events if event.startswith("out-of-memory")]
         assert sum(world.engine.micro_batches) == batch
+
+
+def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
+    """They let go after three seconds; a group of one image would have been for the whole run."""
+    world = World(others=[40, 40, 40, 0])
+    monkeypatch.setitem(BatchPlanner.__init__.__kwdefaults__, "sleep", lambda seconds: world.meter.advance())
+    world.step()
+    assert world.engine.bn_group == 32
+    assert world.sizes == [16]

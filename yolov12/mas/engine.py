@@ -16,17 +16,14 @@ from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.journal import Journal, Row, Summary
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import BatchPlanner, WaysOut
+from yolov12.mas.rehearsal import GROUPS, rehearse
 from yolov12.mas.scheduler import CALM_BATCHES
-from yolov12.mas.step import Failure, Result, Step
+from yolov12.mas.step import Result, Step
 from yolov12.mas.task import Task, Workload
 from yolov12.mas.update import Undo, survive_first_update
 
 __all__ = ["Engine"]
 
-GROUPS = (32, 16, 8, 4, 2, 1)
-"""What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
-_REHEARSED = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
-"""Images, the next where the one before fails. Of one size, as libraries take seconds for each that is new."""
 _log = logging.getLogger("yolov12.mas").info
 
 
@@ -153,10 +150,12 @@ class Engine:
         return self._task.workload(batch)
 
     def _get_to_know(self, batch: Any, work: Workload) -> None:
-        """Learn what a few images take, so that the first decision is no guess, and settle the group size."""
+        """Settle the group size and the first micro-batch."""
         planner = self._planner(work)
         if self.config.micro_batch is None or self.bn_group is None:
-            self._rehearse(batch, work)
+            while (failure := rehearse(self._step, self.meter.kind, batch, work, self.cost)) and planner.wait(failure):
+                pass
+            self.meter.release()
         if self.bn_group is None:
             self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
             self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group), whatever a micro-batch holds")
@@ -166,23 +165,6 @@ class Engine:
                 f"{planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps where that is so"
             )
         self._allowance = self.config.micro_batch or max(self.bn_group, self.cost.largest, 1)
-
-    def _rehearse(self, batch: Any, work: Workload) -> None:
-        """Run a few images: to load libraries, then to measure, then those around the fullest, as boxes cost too."""
-        fullest = work.boxes.index(max(work.boxes))
-        for images in _REHEARSED[self.meter.kind]:
-            images = min(images, work.images)
-            around = min(fullest, work.images - images)
-            if isinstance(self._step.rehearse(batch, 0, images), Failure):
-                continue
-            for start in (0, around) if around else (0,):
-                outcome = self._step.rehearse(batch, start, start + images)
-                if not isinstance(outcome, Failure):
-                    live_bytes, peak_bytes = outcome
-                    boxes = max(work.boxes[start : start + images])
-                    self.cost.observe(Features(images, work.height, work.width, boxes), peak_bytes - live_bytes)
-            break
-        self.meter.release()
 
     def _holds(self, images: int, work: Workload, planner: BatchPlanner) -> bool:
         if not self.cost.largest or images > (self.config.micro_batch or images):

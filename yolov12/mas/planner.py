@@ -58,7 +58,7 @@ class BatchPlanner:
         self._work, self._config, self._group, self._cost, self._meter = work, config, group, cost, meter
         self._gradient_bytes, self._ways_out, self._sleep = gradient_bytes, ways_out, sleep
         self._ceiling = config.micro_batch
-        self._failed_at = 0
+        self._failed_at = self._waited_s = 0
         self.allowance, self.calm = allowance, calm
         self.reading = meter.read()
         """When the batch began, or after the last failure."""
@@ -71,17 +71,20 @@ class BatchPlanner:
         if failure is not None:
             self._read()
             self._learn(start, failure)
-        for waited in range(WAIT_S + 1):
-            if waited:
-                self._sleep(1.0)
-                self._read()
-                self._ceiling = self._config.micro_batch
-            if (plan := self._cut_to_fit(start)) is not None:
-                self.events += [f"waited {waited} s"] * bool(waited)
-                return plan
-            if not self._may_come_back(failure):
-                break
-        raise self._error(failure)
+        while (plan := self._cut_to_fit(start)) is None:
+            if not self.wait(failure):
+                raise self._error(failure)
+        return plan
+
+    def wait(self, failure: Failure | None) -> bool:
+        """Wait a second for other processes to give memory back; False where that would not help, or has taken long."""
+        if self._waited_s >= WAIT_S or not self._may_come_back(failure):
+            return False
+        self._sleep(1.0)
+        self._read()
+        self._waited_s += 1
+        self._ceiling = self._config.micro_batch
+        return True
 
     def _cut_to_fit(self, start: int) -> list[tuple[int, ...]] | None:
         """Groups as they should be, or smaller ones, the last rung: BatchNorm then sees fewer images for a batch."""
@@ -116,6 +119,9 @@ class BatchPlanner:
         self._shrink_to(max(self._ceiling, 1))
 
     def _accept(self, decision: Decision, sizes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
+        if self._waited_s:
+            self.events.append(f"waited {self._waited_s} s")
+            self._waited_s = 0
         if group < self._group:
             self.events.append(f"groups of {group}")
         if decision.allowance < self.allowance:
