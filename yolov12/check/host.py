@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -13,16 +12,9 @@ import torch
 
 from yolov12 import __version__
 from yolov12.check.report import Host
+from yolov12.mas.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, read_cgroup_memory, read_text
 
 __all__ = ["read_cgroup_memory", "read_host", "read_versions"]
-
-_CGROUPS = Path("/sys/fs/cgroup")
-
-# Limit, use, and the page cache within the use that is given up on demand: cgroup v2, then v1.
-_MEMORY_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 # Distribution names that hold one thing; the first one found counts.
 _DISTRIBUTIONS = {
@@ -57,27 +49,6 @@ def read_host() -> Host:
         ),
         has_mps=torch.backends.mps.is_available(),
     )
-
-
-def read_cgroup_memory(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> tuple[int, int] | None:
-    """Read the tightest memory limit on this process.
-
-    Args:
-        root: Where control groups are mounted.
-        membership: The file that says which groups this process is in.
-
-    Returns:
-        Bytes of the limit and bytes of it that are available; None without a limit.
-    """
-    found = []
-    for folder in _groups("memory", root, membership):
-        for limit_file, use_file, cache_name in _MEMORY_FILES:
-            limit, used = _number(folder / limit_file), _number(folder / use_file)
-            if limit is not None and used is not None:
-                found.append((limit, max(0, limit - used + _statistic(folder / "memory.stat", cache_name))))
-    if not found:
-        return None
-    return min(limit for limit, _ in found), min(available for _, available in found)
 
 
 def read_versions() -> dict[str, str | None]:
@@ -115,7 +86,7 @@ def _cudnn() -> str | None:
 
 def _cpu_count() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in _groups("cpu", _CGROUPS, Path("/proc/self/cgroup")):  # `docker run --cpus=2`
+    for folder in cgroup_folders("cpu", CGROUPS, MEMBERSHIP):  # `docker run --cpus=2`
         quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         if (folder / "cpu.max").is_file():
             quota, period = (_as_number(word) for word in (folder / "cpu.max").read_text().split())
@@ -135,41 +106,13 @@ def _shm() -> tuple[int, int] | None:
 def _in_container() -> bool:
     if Path("/.dockerenv").exists() or Path("/run/.containerenv").exists():
         return True
-    groups = _text(Path("/proc/1/cgroup"))
+    groups = read_text(Path("/proc/1/cgroup"))
     return any(word in groups for word in ("docker", "kubepods", "containerd", "lxc"))
 
 
-def _groups(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    # Every group from the root down: a limit on any of them holds. In a container the path may be the host's, which
-    # is not there; then the root is the container's own group.
-    for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            folder = root
-        elif controller in controllers.split(","):
-            folder = root / controller
-        else:
-            continue
-        yield folder
-        for part in filter(lambda part: part != "..", Path(path).parts[1:]):
-            folder = folder / part
-            yield folder
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
-
-
 def _number(file: Path) -> int | None:
-    return _as_number(_text(file).strip())
+    return _as_number(read_text(file).strip())
 
 
 def _as_number(word: str) -> int | None:
     return int(word) if word.lstrip("-").isdigit() else None  # "max" is no limit
-
-
-def _statistic(file: Path, name: str) -> int:
-    return next((int(line.split()[1]) for line in _text(file).splitlines() if line.startswith(f"{name} ")), 0)

@@ -6,25 +6,16 @@ import contextlib
 import ctypes
 import gc
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
-
+from yolov12.mas.cgroups import CGROUPS, read_cgroup_memory, read_fields
 from yolov12.mas.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
 
-__all__ = ["HostMemory", "HostMeter", "cgroup_folders", "read_cgroup_memory", "trim_heap"]
+__all__ = ["HostMemory", "HostMeter", "trim_heap"]
 
 _PROC = Path("/proc")
-_CGROUPS = Path("/sys/fs/cgroup")
-
-# Limit, use, and the page cache within the use that is given up on demand: cgroup v2, then v1.
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
 
 
 @dataclass(frozen=True)
@@ -32,13 +23,15 @@ class HostMemory:
     """The host's memory; asks psutil where there is no `/proc`."""
 
     proc: Path = _PROC
-    cgroups: Path = _CGROUPS
+    cgroups: Path = CGROUPS
 
     def machine_bytes(self) -> tuple[int, int]:
         """Read bytes in all and bytes available (free, or given up on demand), whatever the control groups say."""
-        fields = _fields(self.proc / "meminfo")
+        fields = read_fields(self.proc / "meminfo")
         if fields:
             return fields["MemTotal"], fields["MemAvailable"]
+        import psutil  # type: ignore[import-untyped,unused-ignore]
+
         memory = psutil.virtual_memory()
         return int(memory.total), int(memory.available)
 
@@ -50,9 +43,13 @@ class HostMemory:
 
     def resident_bytes(self) -> tuple[int, int]:
         """Read this process' resident size: now, and at its highest since `forget_peak` (now, where not told)."""
-        fields = _fields(self.proc / "self/status")
-        now = fields["VmRSS"] if fields else int(psutil.Process().memory_info().rss)
-        return now, max(now, fields.get("VmHWM", 0))
+        fields = read_fields(self.proc / "self/status")
+        if fields:
+            return fields["VmRSS"], max(fields["VmRSS"], fields.get("VmHWM", 0))
+        import psutil
+
+        now = int(psutil.Process().memory_info().rss)
+        return now, now
 
     def forget_peak(self) -> None:
         """Set the highest resident size to the present one, where permitted (Linux' proc_pid_clear_refs(5))."""
@@ -155,59 +152,3 @@ def _find_malloc_trim() -> Any:
 
 
 _MALLOC_TRIM = _find_malloc_trim()
-
-
-def read_cgroup_memory(root: Path = _CGROUPS, membership: Path = _PROC / "self/cgroup") -> tuple[int, int] | None:
-    """Read the tightest memory limit on this process.
-
-    Args:
-        root: Where control groups are mounted.
-        membership: The file that says which groups this process is in.
-
-    Returns:
-        Bytes of the limit and bytes of it that are available; None without a limit.
-    """
-    found = []
-    for folder in cgroup_folders("memory", root, membership):
-        for limit_file, use_file, cache_name in _CGROUP_FILES:
-            limit, used = _text(folder / limit_file).strip(), _text(folder / use_file).strip()
-            if limit.isdigit() and used:  # "max" is no limit
-                cache = _fields(folder / "memory.stat").get(cache_name, 0)
-                found.append((int(limit), max(0, int(limit) - int(used) + cache)))
-    if not found:
-        return None
-    return min(limit for limit, _ in found), min(available for _, available in found)
-
-
-def cgroup_folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Name the folders of this process' control groups, from the root down: a limit on any of them holds."""
-    for line in _text(membership).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2
-            folder = root
-        elif controller in controllers.split(","):
-            folder = root / controller
-        else:
-            continue
-        # In a container the path may be the host's, which is not there; then the root is the container's own group.
-        yield folder
-        for part in filter(lambda part: part != "..", Path(path).parts[1:]):
-            folder = folder / part
-            yield folder
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
-
-
-def _fields(file: Path) -> dict[str, int]:
-    """Read the numbers of a file of `name number` or `name: number kB` lines; a size in kB becomes bytes."""
-    fields = {}
-    for line in _text(file).splitlines():
-        name, *words = line.split()
-        if words and words[0].isdigit():
-            fields[name.rstrip(":")] = int(words[0]) * (1024 if words[-1] == "kB" else 1)
-    return fields

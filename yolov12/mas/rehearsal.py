@@ -13,7 +13,7 @@ __all__ = ["GROUPS", "rehearse"]
 GROUPS = (32, 16, 8, 4, 2, 1)
 """What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
 _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
-"""Images, by kind of memory; the next where one fails. Only one, as libraries take seconds for each size that is new."""
+"""Images, by kind of memory; the next where one fails. Just one: libraries take seconds for each size that is new."""
 
 
 def rehearse(step: Step, kind: str, batch: Any, work: Workload, cost: CostModel) -> Failure | None:
