@@ -106,7 +106,9 @@ class Bench:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float64, **task: Any) -> None:
-        self.model, self.dtype = model.to(dtype).train(), dtype
+        # A copy: all models share Ultralytics' one activation module, and hooks on it would outlive this.
+        self.model = model = copy.deepcopy(model).to(dtype).train()
+        self.dtype = dtype
         model.args = get_cfg()
         self.faults = Faults()
         self.task = _Task(self, **{"multi_scale": False, "overlapping_masks": True, **task})
