@@ -2,9 +2,7 @@
 
 The gradient is that of the whole batch at once, however it was cut and whatever failed on the way:
 
-- a loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of
-  target scores) is known only after its last micro-batch. So numerators are differentiated, divided by a first guess
-  that keeps half precision in range, and the gradient is multiplied by guess / normaliser at the end;
+- a loss is numerator / normaliser, and numerators and normalisers are added up apart (total.py);
 - BatchNorm sees fixed groups of images (normalize.py);
 - a micro-batch computes its gradient on its own, and it is added when it is complete. A failed allocation costs the
   micro-batch it hit: its gradient is dropped, the random generators are set back, and what is left runs again, smaller.
@@ -24,7 +22,8 @@ from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.feed import Feed
 from yolov12.mas.meter import Meter
 from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.task import Loss, Task
+from yolov12.mas.task import Task
+from yolov12.mas.total import Total
 
 __all__ = ["Failure", "Planner", "Result", "Step"]
 
@@ -98,7 +97,7 @@ class Step:
             DoesNotFitError: From the planner. Gradients and running statistics are as before.
         """
         before, state = gradients.take(self._parameters), _RandomState(self._device)
-        total = _Total(images, self._task.floor)
+        total = Total(images, self._task.floor)
         feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
         ran: list[int] = []
@@ -139,14 +138,14 @@ class Step:
         self._norms.begin()
         try:
             live_bytes = self._meter.mark()
-            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, _Total(stop, self._task.floor))
+            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, Total(stop, self._task.floor))
             return failure or (live_bytes, self._meter.peak_bytes())
         finally:
             state.restore()
             gradients.give(self._parameters, before)
 
     def _attempt(
-        self, feed: Feed, span: tuple[int, int, int], groups: tuple[int, ...], first_group: int, total: _Total
+        self, feed: Feed, span: tuple[int, int, int], groups: tuple[int, ...], first_group: int, total: Total
     ) -> Failure | None:
         start, stop, following = span
         state = _RandomState(self._device)
@@ -172,64 +171,6 @@ class Step:
         state.restore()
         self._meter.release()
         return failure
-
-
-class _Total:
-    """Adds up numerators and normalisers, and divides once."""
-
-    def __init__(self, images: int, floor: float) -> None:
-        self._images, self._floor = images, floor
-        self._guess: Tensor | None = None
-        self._gradients: gradients.Gradients | None = None
-        self._parts: list[tuple[Tensor, Tensor, Mapping[str, Tensor]]] = []
-
-    def scaled(self, loss: Loss, images: int) -> Tensor:
-        """The part's numerator over the guess of the batch's normaliser."""
-        normaliser = self._as_tensor(loss)
-        if not self._parts and images == self._images:
-            self._guess = normaliser.clamp(min=self._floor)  # no guess: the factor below is exactly 1
-        elif not self._parts:  # also after a failure: what ran then may have been of another size
-            # A power of two, so that scaling back at the end is exact.
-            expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
-            self._guess = torch.exp2(torch.log2(expected).round())
-        return loss.value.sum() * (normaliser.clamp(min=self._floor) / self._guess)
-
-    def add(self, loss: Loss, new: gradients.Gradients) -> None:
-        """Take in a part that is done."""
-        self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
-        items = {name: item.detach() for name, item in loss.items.items()}
-        self._parts.append((self._as_tensor(loss), loss.value.detach(), items))
-
-    def finished_gradients(self) -> gradients.Gradients:
-        """Gradients of the batch's loss."""
-        assert self._gradients is not None
-        assert self._guess is not None
-        if len(self._parts) > 1:
-            gradients.scale(self._gradients, self._guess / self._normaliser())
-        return self._gradients
-
-    def loss(self) -> Tensor:
-        """The batch's loss."""
-        return self._combined([value for _, value, _ in self._parts])
-
-    def items(self) -> dict[str, Tensor]:
-        """The batch's items."""
-        return {name: self._combined([items[name] for *_, items in self._parts]) for name in self._parts[0][2]}
-
-    def _combined(self, values: list[Tensor]) -> Tensor:
-        if len(values) == 1:
-            return values[0]
-        shares = [normaliser.clamp(min=self._floor) / self._normaliser() for normaliser, *_ in self._parts]
-        return sum((value * share for value, share in zip(values, shares, strict=True)), torch.zeros_like(values[0]))
-
-    def _normaliser(self) -> Tensor:
-        return torch.stack([normaliser for normaliser, *_ in self._parts]).sum().clamp(min=self._floor)
-
-    @staticmethod
-    def _as_tensor(loss: Loss) -> Tensor:
-        if isinstance(loss.normaliser, Tensor):
-            return loss.normaliser.detach()
-        return torch.full((), float(loss.normaliser), device=loss.value.device)  # filled there: a copy would wait
 
 
 class _RandomState:

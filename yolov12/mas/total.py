@@ -1,0 +1,81 @@
+"""The loss and gradient of a batch from those of its parts.
+
+A loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of
+target scores) is known only after its last part. So numerators are differentiated, divided by a first guess that keeps
+half precision in range, and the gradient is multiplied by guess / normaliser at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from yolov12.mas import gradients
+from yolov12.mas.task import Loss
+
+__all__ = ["Total"]
+
+
+class Total:
+    """Adds up numerators, normalisers and gradients of the parts of a batch.
+
+    Args:
+        images: In the batch.
+        floor: See `task.Task`.
+    """
+
+    def __init__(self, images: int, floor: float) -> None:
+        self._images, self._floor = images, floor
+        self._guess: Tensor | None = None
+        self._gradients: gradients.Gradients | None = None
+        self._parts: list[tuple[Tensor, Tensor, Mapping[str, Tensor]]] = []
+
+    def scaled(self, loss: Loss, images: int) -> Tensor:
+        """The part's numerator over the guess of the batch's normaliser."""
+        normaliser = self._as_tensor(loss)
+        if not self._parts and images == self._images:
+            self._guess = normaliser.clamp(min=self._floor)  # no guess: the factor below is exactly 1
+        elif not self._parts:  # also after a failure: what ran then may have been of another size
+            # A power of two, so that scaling back at the end is exact.
+            expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
+            self._guess = torch.exp2(torch.log2(expected).round())
+        return loss.value.sum() * (normaliser.clamp(min=self._floor) / self._guess)
+
+    def add(self, loss: Loss, new: gradients.Gradients) -> None:
+        """Take in a part that is done."""
+        self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
+        items = {name: item.detach() for name, item in loss.items.items()}
+        self._parts.append((self._as_tensor(loss), loss.value.detach(), items))
+
+    def finished_gradients(self) -> gradients.Gradients:
+        """Gradients of the batch's loss."""
+        assert self._gradients is not None
+        assert self._guess is not None
+        if len(self._parts) > 1:
+            gradients.scale(self._gradients, self._guess / self._normaliser())
+        return self._gradients
+
+    def loss(self) -> Tensor:
+        """The batch's loss."""
+        return self._combined([value for _, value, _ in self._parts])
+
+    def items(self) -> dict[str, Tensor]:
+        """The batch's items."""
+        return {name: self._combined([items[name] for *_, items in self._parts]) for name in self._parts[0][2]}
+
+    def _combined(self, values: list[Tensor]) -> Tensor:
+        if len(values) == 1:
+            return values[0]
+        shares = [normaliser.clamp(min=self._floor) / self._normaliser() for normaliser, *_ in self._parts]
+        return sum((value * share for value, share in zip(values, shares, strict=True)), torch.zeros_like(values[0]))
+
+    def _normaliser(self) -> Tensor:
+        return torch.stack([normaliser for normaliser, *_ in self._parts]).sum().clamp(min=self._floor)
+
+    @staticmethod
+    def _as_tensor(loss: Loss) -> Tensor:
+        if isinstance(loss.normaliser, Tensor):
+            return loss.normaliser.detach()
+        return torch.full((), float(loss.normaliser), device=loss.value.device)  # filled there: a copy would wait
