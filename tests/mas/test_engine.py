@@ -192,9 +192,10 @@ def test_fixed_micro_batch_is_kept_through_thick_and_thin():
 
 def test_fixed_micro_batch_gives_way_to_a_failure():
     world = World(bn_group=2, micro_batch=8, others=[0, 35, 0])
-    events = world.run(3)
-    assert world.sizes == [8, 4, 8]
+    events = world.run(3 + CALM_BATCHES)
+    assert world.sizes == [8, 4] + [4] * CALM_BATCHES + [8]
     assert "out-of-memory at 8" in events[1]
+    assert not any("out-of-memory" in event for later in events[2:] for event in later)
 
 
 def test_later_batch_may_be_larger_than_the_first():
@@ -322,3 +323,15 @@ def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
     world.step()
     assert world.engine.bn_group == 32
     assert world.sizes == [16]
+
+
+def test_a_layer_may_be_unfrozen_during_a_training():
+    worlds = [World(bn_group=2), World(bn_group=2, micro_batch=4)]
+    for world in worlds:
+        world.model[0].requires_grad_(False)
+        world.step()
+        world.model[0].requires_grad_(True)
+        world.engine.step(world.data(1))
+    whole, split = ([parameter.grad for parameter in world.model.parameters()] for world in worlds)
+    for one, other in zip(whole, split, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

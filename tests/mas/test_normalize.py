@@ -207,10 +207,16 @@ def test_model_without_batchnorm():
     norms.commit((2, 2))
 
 
-def test_layer_without_running_statistics_is_not_touched():
-    layer = nn.BatchNorm2d(6, track_running_stats=False).double()
-    norms, x = GroupedBatchNorm(layer), images(4, 6, 4, 4)
-    norms.begin()
-    with norms.within((2, 2), 0):
-        assert layer(x).shape == x.shape
-    norms.commit((2, 2))
+class WithActivation(nn.BatchNorm2d):
+    """As in timm."""
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm2d(6, track_running_stats=False), WithActivation(6), nn.SyncBatchNorm(6)]
+)
+def test_layers_that_would_be_computed_wrongly_are_refused(layer):
+    with pytest.raises(ValueError, match=r"cannot be split into groups|more than BatchNorm"):
+        GroupedBatchNorm(nn.Sequential(layer))

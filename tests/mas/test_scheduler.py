@@ -162,3 +162,21 @@ def test_never_above_the_budget(groups, observed, budget, live, gradients, allow
         assert max(sizes) <= max(4 * cost.largest, *(group.images for group in groups), 0)
     else:
         assert set(decision.micro_batches) == {1}
+
+
+def test_a_crowded_batch_is_split_and_says_nothing_about_the_next():
+    """One image of 300 boxes among many of 10, now and then: the others keep their size."""
+    cost = CostModel()
+    for images in (8, 16, 32):
+        for boxes in (10, 100, 200, 300):
+            cost.observe(Features(images, 640, 640, boxes), images * IMAGE * (100 + max(boxes - 100, 0)) // 100)
+    usual = state([8] * 4, 40)
+    groups = (*usual.groups[:3], Group(8, 300))
+    allowance, calm, sizes = 32, CALM_BATCHES, []
+    for index in range(3 * CALM_BATCHES):
+        crowded = dataclasses.replace(usual, groups=groups) if index % 6 == 0 else usual
+        decision = decide(dataclasses.replace(crowded, allowance=allowance, calm=calm), cost)
+        allowance, calm = decision.allowance, decision.calm
+        sizes.append(len(decision.micro_batches))
+        assert decision.fits
+    assert sizes == [4 if index % 6 == 0 else 1 for index in range(3 * CALM_BATCHES)]

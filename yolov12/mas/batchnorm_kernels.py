@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from yolov12.mas.failures import is_out_of_memory
 
 try:
     import triton
@@ -56,6 +59,8 @@ def _compiles(device: torch.device) -> bool:
     try:
         _GroupedBatchNorm.apply(x, x[0, 0, 0], x[0, 0, 0], x[:, 0, 0], x[:, 0, 0].clone(), (1, 1), 1.0)
     except Exception as error:  # whatever a compiler that is not there, or not for this card, makes of it
+        if is_out_of_memory(error):
+            raise
         logging.getLogger("yolov12.mas").warning("BatchNorm goes group by group, as Triton does not compile: %s", error)
         return False
     return True
@@ -102,6 +107,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)

@@ -21,7 +21,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Training arguments, as users write them."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,15 @@ class Config:
     safety_ratio: float = DEFAULTS["mem_safety_ratio"]
     """Share of the device that is never planned for, in [0, 0.9]."""
     limit: int | float | None = None
-    """Most memory to use: bytes (int), or a share of the device (float in (0, 1))."""
+    """Most memory to use: bytes (int), or a share of the device (float in (0, 1)); `16GiB` is understood too."""
     bn_group: int | None = None
     """Images that BatchNorm normalises together; 0: those of a micro-batch; None: the largest power of two up to 32."""
     micro_batch: int | None = None
     """Images at once; None: as memory allows."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.limit, str):
+            object.__setattr__(self, "limit", _size(self.limit))
         if not 0 <= self.safety_ratio <= 0.9:
             raise ConfigError(f"mem_safety_ratio={self.safety_ratio}: give a share of the memory from 0 to 0.9")
         if self.limit is not None and not (0 < self.limit < 1 if isinstance(self.limit, float) else self.limit >= 1):
@@ -98,4 +100,6 @@ def _size(value: Any) -> int | float | None:
     number, unit = float(found[1]), found[2].upper()
     if not unit and not str(value).strip().upper().endswith("B") and number <= 1:
         return number if number < 1 else None  # all of the device
+    if not unit and number < 2**20:
+        raise ConfigError(f"mem_limit={value} is {number:g} bytes: give a unit, as in 16GiB, or a share, as in 0.5")
     return int(number * _UNITS[unit])

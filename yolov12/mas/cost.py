@@ -26,6 +26,7 @@ _SHAPES = 64
 _SIGMAS = 3.0
 _SPREAD_SEEN = 0.01  # least relative spread of a prediction for a shape that was seen
 _SPREAD_UNSEEN = 0.05  # and for one that was not
+_SPREAD_MOST = 0.5
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,12 @@ class CostModel:
     def margin(self, features: Features) -> int:
         """Bytes by which a prediction may be too low: three standard deviations of what the fit leaves."""
         least = _SPREAD_SEEN if features.shape in self._seen else _SPREAD_UNSEEN
-        return math.ceil(max(_SIGMAS * self._spread, least) * self.predict(features))
+        return math.ceil(min(max(_SIGMAS * self._spread, least), _SPREAD_MOST) * self.predict(features))
 
     def observe(self, features: Features, needed_bytes: int) -> None:
         """Learn what a micro-batch needed above what was live before it."""
+        if needed_bytes <= 0:
+            return  # a resident size that did not move
         known = features.shape in self._seen
         error = abs(self.predict(features) / max(needed_bytes, 1) - 1.0)
         if known:

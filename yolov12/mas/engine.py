@@ -130,15 +130,20 @@ class Engine:
             self._record(("out-of-memory in the optimizer",) * failures)
 
     def close(self, updates_expected: int | None = None) -> Summary | None:
-        """Finish the journal, if there is one.
+        """Give the limit of PyTorch's allocator back, and finish the journal, if there is one.
 
         Args:
             updates_expected: For the summary.
         """
+        self.meter.close()
         if self.journal is None:
             return None
-        self._write(wait=True)
-        return self.journal.close(updates_expected=updates_expected)
+        self._write(final=True)
+        try:
+            return self.journal.close(updates_expected=updates_expected) if self.journal is not None else None
+        except OSError as error:
+            self._log(f"memory: the journal is not complete, {error}")
+            return None
 
     def _look_at(self, batch: Any) -> Workload:
         try:
@@ -207,15 +212,15 @@ class Engine:
         )
         self._rows.append((row, [done.watch for done in self._done]))
         self._done.clear()
-        self._write(wait=False)
+        self._write(final=False)
 
-    def _write(self, *, wait: bool) -> None:
-        """Write the rows whose time is known: the device is a step behind."""
+    def _write(self, *, final: bool) -> None:
+        """Write the rows whose time is known, as the device is a step behind; at the end, all of them."""
         while self._rows:
             row, watches = self._rows[0]
             times = [watch.elapsed_ms() for watch in watches]
             known = [time for time in times if time is not None]
-            if len(known) < len(times) and not wait:
+            if len(known) < len(times) and not final:
                 return
             del self._rows[0]
             if self.journal is not None:

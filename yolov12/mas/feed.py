@@ -37,8 +37,7 @@ class Feed:
         """
         ahead, self._ahead = self._ahead, None
         part = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._copy(start, stop)
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._finish_copies()
         return part
 
     def look_ahead(self, start: int, stop: int) -> None:
@@ -54,14 +53,24 @@ class Feed:
 
     def drop(self) -> None:
         """Forget what was copied ahead."""
+        self._finish_copies()
         self._ahead = None
 
+    def _finish_copies(self) -> None:
+        # Memory that a copy is still on its way to must not be used for anything else.
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
     def _copy(self, start: int, stop: int) -> Any:
-        return _each_tensor(self._cut(start, stop), self._to_device)
+        try:
+            return _each_tensor(self._cut(start, stop), self._to_device)
+        except BaseException:
+            self._finish_copies()
+            raise
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self._stream is None or tensor.is_cuda:
-            return tensor.to(self._device, copy=self._stream is None)  # a loss may write on it, and run again
+            return tensor.to(self._device, copy=True)  # a loss may write on it, and run again
         # Allocated on the stream that will use it, so that freeing it needs no care; the copy must not begin before
         # that stream has done with whatever lay there, which is the step before, not the one that computes meanwhile.
         target = torch.empty_like(tensor, device=self._device)
@@ -76,6 +85,8 @@ def _each_tensor(nest: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(nest)
     if isinstance(nest, Mapping):
         return {key: _each_tensor(value, change) for key, value in nest.items()}
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return type(nest)(*(_each_tensor(value, change) for value in nest))
     if type(nest) in (list, tuple):
         return type(nest)(_each_tensor(value, change) for value in nest)
     return nest

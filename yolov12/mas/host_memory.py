@@ -127,6 +127,9 @@ class HostMeter:
         gc.collect()
         trim_heap()
 
+    def close(self) -> None:
+        """Nothing was set."""
+
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch that is running."""
         return ClockStopwatch(lambda: time.perf_counter() * 1000)

@@ -96,6 +96,10 @@ class CudaMeter:
         gc.collect()
         torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        """Let PyTorch's allocator have all of the device again."""
+        torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch that is running on the device's current stream."""
         return _CudaStopwatch(self._device)

@@ -35,30 +35,30 @@ def cut(images: int, group: int) -> tuple[int, ...]:
     """
     full, rest = divmod(images, group) if group else (0, images)
     sizes = [group] * full + [rest] * bool(rest)
-    if full and 0 < 4 * rest < group:
+    if full and 0 < 4 * rest < max(group, 5):  # never one image alone, which some layers cannot normalise
         sizes[-2:] = group + rest - (group + rest) // 2, (group + rest) // 2
     return tuple(sizes)
 
 
 class GroupedBatchNorm:
-    """The BatchNorm layers of a model that are in training mode and keep running statistics.
+    """The BatchNorm layers of a model that are in training mode.
 
     The model is changed only inside `within`: it can be copied, saved and evaluated at any other time. A layer that is
-    called more than once in a forward pass keeps the statistics of its last call.
+    called more than once in a forward pass keeps the statistics of its last call; one that is not called in every
+    micro-batch counts as if it had seen zeros there.
 
     Raises:
-        ValueError: A layer has `momentum=None` (a cumulative average), which has no meaning here.
+        ValueError: A layer has `momentum=None` (a cumulative average) or no running statistics, or is of a class with a
+            forward pass of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # Synchronised layers already see every image there is.
-        self._all = [
-            layer
-            for layer in model.modules()
-            if isinstance(layer, _BatchNorm) and layer.track_running_stats and not isinstance(layer, nn.SyncBatchNorm)
-        ]
-        if any(layer.momentum is None for layer in self._all):
-            raise ValueError("BatchNorm with momentum=None cannot be split into groups: give it a momentum")
+        self._all = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        for layer in self._all:
+            if layer.momentum is None or not layer.track_running_stats:
+                raise ValueError(f"{layer} cannot be split into groups: give it a momentum and running statistics")
+            if type(layer).forward is not _BatchNorm.forward:
+                raise ValueError(f"{type(layer).__name__} computes more than BatchNorm, or across processes")
         self._layers: list[_BatchNorm] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._channels: list[int] = []
@@ -96,13 +96,13 @@ class GroupedBatchNorm:
         """
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
-        for layer, forward in zip(self._layers, self._forwards, strict=True):
-            layer.__dict__["forward"] = forward  # past Module.__setattr__, which is slow and has nothing to do here
         try:
+            for layer, forward in zip(self._layers, self._forwards, strict=True):
+                layer.__dict__["forward"] = forward  # past Module.__setattr__, which is slow and has nothing to do here
             yield
         finally:
             for layer in self._layers:
-                del layer.__dict__["forward"]
+                layer.__dict__.pop("forward", None)
 
     def commit(self, groups: Sequence[int]) -> None:
         """Finish a batch: move the running statistics.

@@ -128,7 +128,9 @@ class BatchPlanner:
             self._shrink_to(decision.allowance)
         elif decision.allowance > self.allowance:
             self.events.append(f"grew {self.allowance} to {decision.allowance}")
-        self.allowance, self.calm, self.predicted_bytes = decision.allowance, decision.calm, decision.predicted_bytes
+        self.allowance, self.calm = decision.allowance, decision.calm
+        # What ran before a failure had its peak too.
+        self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
         return plan if self._group else [(sum(groups),) for groups in plan]
@@ -163,7 +165,10 @@ class BatchPlanner:
             ways.append(f"stop the other processes, which hold {(reading.others_bytes or 0) / 2**20:,.0f} MiB of it")
         share = (self.budget_bytes - reading.live_bytes) / max(needed - reading.live_bytes, 1)
         ways += [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
-        return does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
+        error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
+        if failure is not None and needed <= self.budget_bytes:  # then it may be something else
+            error.args = (f"{error}. What failed: {failure.message.strip().splitlines()[0]}",)
+        return error
 
     def _read(self) -> None:
         self.reading = self._meter.read()

@@ -79,6 +79,9 @@ class Meter(Protocol):
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch that is running."""
 
+    def close(self) -> None:
+        """Take back what the meter has set: no more is measured."""
+
     def busy_percent(self) -> float | None:
         """Return the share of the last sample period in which the GPU had work; None where not known."""
 

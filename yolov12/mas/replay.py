@@ -93,6 +93,9 @@ class ReplayMeter:
     def release(self) -> None:
         """Do nothing: there is no cache."""
 
+    def close(self) -> None:
+        """Nothing was set."""
+
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch on the replay's clock."""
         return ClockStopwatch(lambda: self._now_ms)

@@ -76,19 +76,31 @@ def decide(state: State, cost: CostModel) -> Decision:
     images = sum(group.images for group in state.groups)
     ceiling = state.ceiling or images
     if state.fixed:
-        return _fewest(state, cost, ceiling, float("inf"))
+        tried = state.calm == CALM_BATCHES or ceiling <= state.allowance
+        chosen = _fewest(state, cost, ceiling if tried else state.allowance, float("inf"))
+        if tried:
+            return replace(chosen, allowance=max(state.allowance, ceiling))
+        return replace(chosen, calm=state.calm + 1)
     one_group = max(group.images for group in state.groups)
     ceiling = min(ceiling, max(_LARGEST_STEP * cost.largest, one_group))
     allowed = min(ceiling, max(state.allowance, one_group))
     wanted = _fewest(state, cost, allowed, float("inf"))
     chosen = _fewest(state, cost, allowed, state.budget_bytes)
-    if len(chosen.micro_batches) > len(wanted.micro_batches):  # memory has become tight
-        return replace(chosen, allowance=_largest(state, chosen), calm=0)
+    # A batch with crowded images is split for their sake, and says nothing about the next.
+    boxes = sorted(group.boxes for group in state.groups)[len(state.groups) // 2]
+    typical = replace(state, groups=tuple(replace(group, boxes=min(group.boxes, boxes)) for group in state.groups))
+    if len(chosen.micro_batches) > len(wanted.micro_batches):
+        if len(_fewest(typical, cost, allowed, state.budget_bytes).micro_batches) == len(wanted.micro_batches):
+            return chosen
+        return replace(chosen, allowance=_largest(state, chosen), calm=0)  # memory has become tight
     if not chosen.fits or len(chosen.micro_batches) == 1:
         return chosen
-    more = _fewest(state, cost, ceiling, state.budget_bytes * (1 - ROOM_TO_GROW))
+    roomy_bytes = state.budget_bytes * (1 - ROOM_TO_GROW)
+    more = _fewest(state, cost, ceiling, roomy_bytes)
     if not more.fits or len(more.micro_batches) >= len(chosen.micro_batches):
-        return chosen if ceiling < images else replace(chosen, calm=0)
+        usual = _fewest(typical, cost, ceiling, roomy_bytes)
+        crowded = usual.fits and len(usual.micro_batches) < len(chosen.micro_batches)
+        return chosen if crowded or ceiling < images else replace(chosen, calm=0)
     if state.calm < CALM_BATCHES:
         return replace(chosen, calm=state.calm + 1)
     return replace(more, allowance=max(state.allowance, _largest(state, more)))

@@ -81,9 +81,10 @@ class Step:
 
     def __init__(self, model: nn.Module, task: Task, meter: Meter, backward: Callable[[Tensor], None]) -> None:
         self._model, self._task, self._meter, self._backward = model, task, meter, backward
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._device = self._parameters[0].device
+        self._device = next(model.parameters()).device
         self._norms = GroupedBatchNorm(model)
+        self._parameters: list[nn.Parameter] = []
+        self._per_image: Tensor | None = None  # normaliser of the batch before
 
     def run(self, batch: Any, images: int, planner: Planner) -> Result:
         """Run a batch, forward and backward.
@@ -96,8 +97,9 @@ class Step:
         Raises:
             DoesNotFitError: From the planner. Gradients and running statistics are as before.
         """
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         before, state = gradients.take(self._parameters), _RandomState(self._device)
-        total = Total(images, self._task.floor)
+        total = Total(images, self._task.floor, self._per_image)
         feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
         ran: list[int] = []
@@ -118,13 +120,17 @@ class Step:
                     groups_done += groups
                     ran.append(stop - start)
                     start = stop
+            result = Result(total.loss(), total.items(), tuple(ran))
+            self._per_image = total.normaliser() / images
+            finished = total.finished_gradients()
+            self._norms.commit(groups_done)
         except BaseException:
+            feed.drop()
             gradients.give(self._parameters, before)
             state.restore()
             raise
-        self._norms.commit(groups_done)
-        gradients.give(self._parameters, gradients.add(before, total.finished_gradients()))
-        return Result(total.loss(), total.items(), tuple(ran))
+        gradients.give(self._parameters, gradients.add(before, finished))
+        return result
 
     def rehearse(self, batch: Any, start: int, stop: int) -> tuple[int, int] | Failure:
         """Run images `start` to `stop` of a batch and forget everything but what it took.
@@ -132,6 +138,7 @@ class Step:
         Returns:
             Live bytes before it and at its peak, or the failure.
         """
+        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         before = gradients.take(self._parameters)
         feed = Feed(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)

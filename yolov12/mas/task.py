@@ -78,8 +78,8 @@ class TensorTask:
         self._loss, self.floor = loss, floor
 
     def workload(self, batch: Sequence[Tensor]) -> Workload:
-        """Take the last two dimensions of the first tensor as the image's."""
-        height, width = (*batch[0].shape[1:], 1, 1)[-2:] if batch[0].ndim < 3 else batch[0].shape[-2:]
+        """Take the last two dimensions of the first tensor as the image's; of a sequence, its length."""
+        height, width = (*batch[0].shape[1:], 1, 1)[:2] if batch[0].ndim < 3 else batch[0].shape[-2:]
         return Workload(int(height), int(width), (0,) * len(batch[0]))
 
     def part(self, batch: Sequence[Tensor], start: int, stop: int) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """The loss and gradient of a batch from those of its parts.
 
 A loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of
-target scores) is known only after its last part. So numerators are differentiated, divided by a first guess that keeps
-half precision in range, and the gradient is multiplied by guess / normaliser at the end.
+target scores) is known only after its last part. So numerators are differentiated, divided by a guess that keeps half
+precision in range, and the gradient is multiplied by guess / normaliser at the end.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Total:
     Args:
         images: In the batch.
         floor: See `task.Task`.
+        per_image: Normaliser of an image in the batch before, for the guess; the first part may hold nothing to find.
     """
 
-    def __init__(self, images: int, floor: float) -> None:
-        self._images, self._floor = images, floor
+    def __init__(self, images: int, floor: float, per_image: Tensor | None = None) -> None:
+        self._images, self._floor, self._per_image = images, max(floor, 1e-12), per_image
         self._guess: Tensor | None = None
         self._gradients: gradients.Gradients | None = None
         self._parts: list[tuple[Tensor, Tensor, Mapping[str, Tensor]]] = []
@@ -40,6 +41,8 @@ class Total:
         elif not self._parts:  # also after a failure: what ran then may have been of another size
             # A power of two, so that scaling back at the end is exact.
             expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
+            if self._per_image is not None:
+                expected = torch.maximum(expected, self._per_image.to(expected) * self._images)
             self._guess = torch.exp2(torch.log2(expected).round())
         return loss.value.sum() * (normaliser.clamp(min=self._floor) / self._guess)
 
@@ -54,7 +57,7 @@ class Total:
         assert self._gradients is not None
         assert self._guess is not None
         if len(self._parts) > 1:
-            gradients.scale(self._gradients, self._guess / self._normaliser())
+            gradients.scale(self._gradients, self._guess / self.normaliser())
         return self._gradients
 
     def loss(self) -> Tensor:
@@ -68,14 +71,16 @@ class Total:
     def _combined(self, values: list[Tensor]) -> Tensor:
         if len(values) == 1:
             return values[0]
-        shares = [normaliser.clamp(min=self._floor) / self._normaliser() for normaliser, *_ in self._parts]
+        shares = [normaliser.clamp(min=self._floor) / self.normaliser() for normaliser, *_ in self._parts]
         return sum((value * share for value, share in zip(values, shares, strict=True)), torch.zeros_like(values[0]))
 
-    def _normaliser(self) -> Tensor:
+    def normaliser(self) -> Tensor:
+        """The batch's, or the floor."""
         return torch.stack([normaliser for normaliser, *_ in self._parts]).sum().clamp(min=self._floor)
 
     @staticmethod
     def _as_tensor(loss: Loss) -> Tensor:
         if isinstance(loss.normaliser, Tensor):
-            return loss.normaliser.detach()
-        return torch.full((), float(loss.normaliser), device=loss.value.device)  # filled there: a copy would wait
+            return loss.normaliser.detach().double()  # counts and half precision do not add up exactly
+        # Filled on the device: a copy would wait for it.
+        return torch.full((), float(loss.normaliser), device=loss.value.device, dtype=torch.float64)

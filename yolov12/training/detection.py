@@ -41,6 +41,7 @@ class DetectionTask:
         self._preprocess, self._multi_scale = preprocess, multi_scale
         self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
         self._images = 0
+        self._ascending = False
         self._draw: Any = None  # the state of `random` from which all parts of a batch draw the same size
         criterion = getattr(model, "criterion", None)
         if criterion is None:  # Ultralytics makes it with the first loss
@@ -61,6 +62,8 @@ class DetectionTask:
             except BaseException:
                 random.setstate(self._draw)
                 raise
+        image_of = batch["batch_idx"]
+        self._ascending = bool((image_of[1:] >= image_of[:-1]).all())
         boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
         return Workload(images.shape[2], images.shape[3], tuple(boxes))
 
@@ -69,7 +72,10 @@ class DetectionTask:
         if stop - start == self._images:
             return dict(batch)
         image_of = batch["batch_idx"]
-        mine = (image_of >= start) & (image_of < stop)
+        mine: slice | Tensor = (image_of >= start) & (image_of < stop)
+        if self._ascending:  # as Ultralytics collates: a slice stays in pinned memory
+            first, last = torch.searchsorted(image_of, torch.tensor([start, stop], dtype=image_of.dtype)).tolist()
+            mine = slice(first, last)
         part = {key: value[mine] if key in self._objects else value[start:stop] for key, value in batch.items()}
         return {**part, "batch_idx": image_of[mine] - start}
 
