@@ -82,3 +82,8 @@ def test_a_share_of_the_memory_and_a_number_of_bytes(trainings, tmp_path):
     total_mib = HostMemory().room_bytes()[0] / 2**20
     assert max(float(row["budget_mib"]) for row in half.memory) <= total_mib / 2 + 0.1
     assert {float(row["budget_mib"]) for row in fixed.memory} == {1536.0}
+
+
+def test_arguments_that_have_no_use_are_named(trainings, tmp_path):
+    run = trainings.train(tmp_path, mas=False, epochs=1, mem_limit="8GiB", micro_batch=4)
+    assert "mas=False, so there is no use for mem_limit=8GiB, micro_batch=4" in run.log

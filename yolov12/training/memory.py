@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from yolov12.mas import Config, Engine, Journal
+from yolov12.mas.config import DEFAULTS
 from yolov12.mas.update import Undo, copy_on_host
 from yolov12.training.detection import DetectionTask
 
@@ -29,11 +30,12 @@ def attach(trainer: Any) -> None:
     from ultralytics.utils import LOGGER
     from ultralytics.utils.torch_utils import unwrap_model
 
-    if not getattr(trainer.args, "mas", True):
-        return
     model = unwrap_model(trainer.model)
     if (reason := _why_not(trainer, model)) is not None:
-        LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
+        if trainer.args.mas:
+            LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
+        if ignored := _ignored(trainer.args):
+            LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
         return
     task = DetectionTask(
         model,
@@ -164,7 +166,15 @@ class _Column(float):
         return f"{max(sizes)}x{len(sizes)}  {float(self):.3g}/{budget:.3g}".rjust(_WIDTH - 1)
 
 
+def _ignored(args: Any) -> list[str]:
+    """Arguments of the engine that the user has set."""
+    given = {key: getattr(args, key, default) for key, default in DEFAULTS.items() if key != "mas"}
+    return [f"{key}={value}" for key, value in given.items() if value != DEFAULTS[key]]
+
+
 def _why_not(trainer: Any, model: nn.Module) -> str | None:
+    if not trainer.args.mas:
+        return "mas=False"
     if trainer.world_size > 1:
         return "several GPUs are not shared out yet"
     if trainer.device.type not in ("cuda", "cpu"):
