@@ -163,13 +163,9 @@ class Engine:
             self.meter.release()
         if self.bn_group is None:
             self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
-            others = (planner.reading.others_bytes or 0) / planner.reading.total_bytes
-            beside = (
-                f", while other processes hold {others:.0%} of the memory"
-                if others > 0.1 and self.bn_group < 32
-                else ""
-            )
-            self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group) in this run{beside}")
+            held = f"; other processes hold {(planner.reading.others_bytes or 0) / 2**20:,.0f} MiB"
+            others = held if self.bn_group < GROUPS[0] else ""
+            self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group) in this run{others}")
         elif self.bn_group and self.cost.largest and not self._holds(self.bn_group, work, planner):
             self._log(
                 f"memory: {self.bn_group} images at once (bn_group) seem not to fit into the budget of "
