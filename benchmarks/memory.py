@@ -10,13 +10,10 @@ that is compared. Data is drawn (`data=demo`), 5 % of its images crowded.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import itertools
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,12 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from memory_trainings import limits, neighbour
+
 GIB = 2**30
-LIMITS_GIB = (8, 16, 24, 40)
 BOXES_PER_IMAGE = 25
-
-
-# ---------------------------------------------------------------- one step, without data loading
 
 
 def _prepare(images: int = 256, size: int = 640, seed: int = 0) -> tuple[Any, Any, Any, dict[str, Any]]:
@@ -299,140 +294,6 @@ def failures(steps: int = 200, probability: float = 0.2) -> dict[str, Any]:
         "difference_of_weights": length(a, b),
         "way_the_weights_went": length(a, start),
     }
-
-
-# ---------------------------------------------------------------- whole trainings
-
-TRAIN = {"model": "yolov12s.yaml", "imgsz": 640, "device": 0, "cache": "ram", "plots": False, "exist_ok": True}
-
-
-def _train(folder: Path, stock: bool = False, **arguments: Any) -> subprocess.Popen[str]:
-    """Start a training; its output goes to a file in the folder above its own."""
-    arguments = {**TRAIN, "project": folder.parent, "name": folder.name, **arguments}
-    if stock:
-        code = f"from ultralytics import YOLO; YOLO({arguments.pop('model')!r}).train(**{_plain(arguments)!r})"
-        command, environment = [sys.executable, "-c", code], {**os.environ, "YOLOV12_AUTOPATCH": "0"}
-    else:
-        words = [f"{key}={value}" for key, value in arguments.items()]
-        command, environment = [sys.executable, "-m", "yolov12.cli", "train", *words], dict(os.environ)
-    log = folder.with_suffix(".log").open("w")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
-
-
-def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in arguments.items()}
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    file = folder / "memory.csv"
-    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
-
-
-def _errors(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Of predictions once the size has settled: the same largest micro-batch as in the row before."""
-    settled = [
-        abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1)
-        for before, row in itertools.pairwise(rows[2:])
-        if before["micro_batches"] == row["micro_batches"]
-    ]
-    settled.sort()
-    return {
-        "rows": len(settled),
-        "median_percent": 100 * statistics.median(settled),
-        "p95_percent": 100 * settled[int(0.95 * (len(settled) - 1))],
-        "max_percent": 100 * settled[-1],
-    }
-
-
-def _draw(folder: Path, images: int) -> str:
-    """The demonstration data set; stock Ultralytics takes it by its yaml."""
-    from yolov12 import demo
-
-    return str(demo.ensure(f"demo:images={images}", folder))
-
-
-def limits(epochs: int = 7) -> dict[str, Any]:
-    """Whole trainings at four limits, at the same time on one card: times mean nothing here."""
-    folder = Path(tempfile.mkdtemp())
-    data = _draw(folder, 640)
-    runs = {
-        gib: _train(folder / f"{gib}gib", data=data, epochs=epochs, batch=256, mem_limit=f"{gib}GiB", workers=3)
-        for gib in LIMITS_GIB
-    }
-    out = {}
-    for gib, run in runs.items():
-        code, run_folder = run.wait(), folder / f"{gib}gib"
-        summary = json.loads((run_folder / "memory.json").read_text()) if code == 0 else {}
-        out[f"{gib} GiB"] = {
-            "exit_status": code,
-            "epochs": epochs,
-            "summary": summary,
-            "prediction": _errors(_rows(run_folder)) if code == 0 else None,
-            "rows": _rows(run_folder),
-            "log_tail": run_folder.with_suffix(".log").read_text()[-300:] if code else "",
-        }
-    return out
-
-
-def neighbour(seconds: int = 120, stock_seconds: int = 75, batch: int = 320) -> dict[str, Any]:
-    """A second process takes and frees up to 40 % of the card at random; ours, then stock Ultralytics, beside it."""
-    folder = Path(tempfile.mkdtemp())
-    data = _draw(folder, 800)  # 640 to train on: two batches, none of them partial
-    out: dict[str, Any] = {"batch": batch}
-    for name, stock in (("ours", False), ("stock", True)):
-        seconds = stock_seconds if stock else seconds
-        run_folder = folder / name
-        model = {"model": "yolo12s.yaml"}  # the layout that both can run
-        hours = (seconds + 5) / 3600
-        run = _train(run_folder, stock, data=data, epochs=1000, batch=batch, time=hours, val=False, workers=14, **model)
-        log = run_folder.with_suffix(".log")
-        while run.poll() is None and "Starting training" not in log.read_text():
-            time.sleep(0.5)
-        taken = _press(run, seconds)
-        code = run.wait()
-        text = log.read_text()
-        out[name] = {
-            "exit_status": code,
-            "seconds": seconds,
-            "card_taken": taken,
-            "out_of_memory_lines": [line[-200:] for line in text.splitlines() if "out of memory" in line.lower()][:5],
-            "log_tail": "" if code == 0 else text[-400:],
-        }
-        if not stock:
-            summary = json.loads(file.read_text()) if (file := run_folder / "memory.json").exists() else {}
-            out[name] |= {"summary": summary, "rows": _rows(run_folder)}
-            shutil.copytree(run_folder, os.environ.get("OUT", folder / "kept"), dirs_exist_ok=True, ignore=_not_memory)
-    return out
-
-
-def _not_memory(_: str, names: list[str]) -> list[str]:
-    return [name for name in names if not name.startswith("memory.")]
-
-
-def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[tuple[float, float]]:
-    """Take and free memory while a training runs: (seconds, share of the card) at each change."""
-    import torch
-
-    chance = random.Random(4)
-    block = 256 * 2**20
-    total = torch.cuda.mem_get_info()[1]
-    blocks: list[Any] = []
-    log = []
-    start = time.time()
-    while run.poll() is None and time.time() - start < seconds:
-        wanted = int(chance.random() * most * total / block)
-        del blocks[wanted:]
-        torch.cuda.empty_cache()
-        while len(blocks) < wanted:
-            try:
-                blocks.append(torch.empty(block, dtype=torch.uint8, device="cuda"))
-            except torch.cuda.OutOfMemoryError:
-                break  # the other one has it
-        log.append((round(time.time() - start, 1), round(len(blocks) * block / total, 3)))
-        time.sleep(chance.uniform(2.0, 15.0))
-    blocks.clear()
-    torch.cuda.empty_cache()
-    return log
 
 
 PARTS = {
