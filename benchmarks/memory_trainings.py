@@ -144,7 +144,7 @@ def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[
             except torch.cuda.OutOfMemoryError:
                 break  # the other one has it
         log.append((round(time.time() - start, 1), round(len(blocks) * block / total, 3)))
-        time.sleep(chance.uniform(2.0, 15.0))
+        time.sleep(chance.uniform(5.0, 20.0))
     blocks.clear()
     torch.cuda.empty_cache()
     return log
