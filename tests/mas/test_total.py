@@ -46,3 +46,9 @@ def test_a_normaliser_in_half_precision_is_added_up_in_single():
         total.scaled(loss, 300).backward()
         total.add(loss, [weight.grad])
     assert float(total.normaliser()) == 2 * float(torch.tensor(257.0, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_batch_that_broke_does_not_break_the_next(broken):
+    factors, result = scales([3.0, 5.0], per_image=torch.tensor(broken))
+    assert (factors, result) == scales([3.0, 5.0])

@@ -42,7 +42,9 @@ class Total:
             # A power of two, so that scaling back at the end is exact.
             expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
             if self._per_image is not None:
-                expected = torch.maximum(expected, self._per_image.to(expected) * self._images)
+                # A batch that broke must not break the next.
+                before = torch.nan_to_num(self._per_image, nan=0.0, posinf=0.0)
+                expected = torch.maximum(expected, before.to(expected) * self._images)
             self._guess = torch.exp2(torch.log2(expected).round())
         return loss.value.sum() * (normaliser.clamp(min=self._floor) / self._guess)
 
