@@ -89,10 +89,14 @@ def limits(epochs: int = 7) -> dict[str, Any]:
     return out
 
 
-def neighbour(seconds: int = 120, stock_seconds: int = 75, batch: int = 320) -> dict[str, Any]:
+def neighbour(seconds: int = 120, stock_seconds: int = 60) -> dict[str, Any]:
     """A second process takes and frees up to 40 % of the card at random; ours, then stock Ultralytics, beside it."""
+    import torch
+
     folder = Path(tempfile.mkdtemp())
-    data = _draw(folder, 800)  # 640 to train on: two batches, none of them partial
+    # A batch that takes half to two thirds of the card, so that it fits beside a small neighbour and not a large one.
+    batch = int(0.6 * torch.cuda.mem_get_info()[1] / 290e6) // 32 * 32
+    data = _draw(folder, 5 * batch)  # a fifth is to validate on: no batch is partial
     out: dict[str, Any] = {"batch": batch}
     for name, stock in (("ours", False), ("stock", True)):
         seconds = stock_seconds if stock else seconds

@@ -85,3 +85,13 @@ def test_micro_batch_below_a_group_is_refused():
         Config.parse({"micro_batch": 8, "bn_group": 16})
     assert Config.parse({"micro_batch": 8, "bn_group": 0}).micro_batch == 8
     assert Config.parse({"micro_batch": 8}).bn_group is None
+
+
+@pytest.mark.parametrize("limit", ["16", "1.5", 16, "5i"])
+def test_a_limit_of_a_few_bytes_is_a_unit_forgotten(limit):
+    with pytest.raises(ConfigError, match="as in 16GiB"):
+        Config.parse({"mem_limit": limit})
+
+
+def test_a_limit_may_be_written_as_users_write_it():
+    assert Config(limit="16GiB") == Config.parse({"mem_limit": "16GiB"}) == Config(limit=16 * 2**30)
