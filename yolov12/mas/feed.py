@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from yolov12.mas.failures import is_out_of_memory
+from yolov12.mas.nest import each_tensor
 
 __all__ = ["Feed"]
 
@@ -63,7 +64,7 @@ class Feed:
 
     def _copy(self, start: int, stop: int) -> Any:
         try:
-            return _each_tensor(self._cut(start, stop), self._to_device)
+            return each_tensor(self._cut(start, stop), self._to_device)
         except BaseException:
             self._finish_copies()
             raise
@@ -79,14 +80,3 @@ class Feed:
             target.copy_(tensor, non_blocking=True)
         return target
 
-
-def _each_tensor(nest: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(nest, Tensor):
-        return change(nest)
-    if isinstance(nest, Mapping):
-        return {key: _each_tensor(value, change) for key, value in nest.items()}
-    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return type(nest)(*(_each_tensor(value, change) for value in nest))
-    if type(nest) in (list, tuple):
-        return type(nest)(_each_tensor(value, change) for value in nest)
-    return nest

@@ -69,6 +69,8 @@ class GroupedBatchNorm:
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
+        self.listener: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], None] | None = None
+        """Is told of every output: the output, the input, and what makes the one of the other once more."""
 
     def begin(self) -> None:
         """Start a batch: forget what the groups of the one before left."""
@@ -137,24 +139,38 @@ class GroupedBatchNorm:
 
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._called.add(index)
-        groups, first = self._groups, self._first
-        if len(groups) == 1:
-            means, variances = self._views[first]
-            return _normalize(x, layer, means[index], variances[index])
-        fold = len(x) // sum(groups)  # a layer may be given an image as several, one after the other
-        sizes = [size * fold for size in groups]
-        if layer.affine and batchnorm_kernels.applies(x):
-            here = slice(first, first + len(groups)), slice(self._starts[index], self._starts[index + 1])
-            return batchnorm_kernels.grouped_batch_norm(
+        fold = len(x) // sum(self._groups)  # a layer may be given an image as several, one after the other
+        sizes = [size * fold for size in self._groups]
+        views = self._views[self._first : self._first + len(sizes)]
+        statistics = [(means[index], variances[index]) for means, variances in views]
+        if len(sizes) == 1:
+            out = _normalize(x, layer, *statistics[0])
+        elif layer.affine and batchnorm_kernels.applies(x):
+            here = slice(self._first, self._first + len(sizes)), slice(self._starts[index], self._starts[index + 1])
+            out = batchnorm_kernels.grouped_batch_norm(
                 x, layer.weight, layer.bias, self._means[here], self._variances[here], sizes, layer.eps
             )
-        views = self._views[first : first + len(groups)]
-        return torch.cat(
-            [
-                _normalize(part, layer, means[index], variances[index])
-                for part, (means, variances) in zip(x.split(sizes), views, strict=True)
-            ]
-        )
+        else:
+            parts = zip(x.split(sizes), statistics, strict=True)
+            out = torch.cat([_normalize(part, layer, mean, variance) for part, (mean, variance) in parts])
+        if self.listener is not None:
+            self.listener(out, x, partial(_normalize_again, layer, sizes, statistics))
+        return out
+
+
+def _normalize_again(
+    layer: _BatchNorm, sizes: Sequence[int], statistics: Sequence[tuple[Tensor, Tensor]], x: Tensor
+) -> Tensor:
+    """What `_forward` made, from the statistics it left."""
+    out = torch.empty_like(x)
+    for part, into, (mean, variance) in zip(x.split(sizes), out.split(sizes), statistics, strict=True):
+        values = part.numel() // part.shape[1]
+        biased = variance * ((values - 1) / values)
+        made = F.batch_norm(part, mean, biased, layer.weight, layer.bias, False, 0.0, layer.eps)
+        if len(sizes) == 1:
+            return made
+        into.copy_(made)
+    return out
 
 
 def _normalize(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:

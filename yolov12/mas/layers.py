@@ -1,0 +1,84 @@
+"""Which parts of a model can run in more than one way, and what they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+from torch import nn
+
+from yolov12.errors import ConfigError
+
+__all__ = ["candidates"]
+
+_DEPTH = 2  # blocks, and blocks of blocks: below that there is little left to choose
+
+
+def candidates(
+    model: nn.Module, names: Mapping[str, nn.Module] | None = None, disabled: Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """Layers that a plan may name: outer ones before those inside, each in the order they are defined.
+
+    Args:
+        model: A model.
+        names: Its outermost layers; by default the children of the model, or of its only child that has any.
+        disabled: Layers to leave alone, with all that is inside them or around them: a name, a name and what follows it
+            (`backbone.4.m.0`), or a module's full path in the model.
+
+    Raises:
+        ConfigError: There is no such layer.
+    """
+    outermost = dict(names or _outermost(model))
+    found: dict[str, nn.Module] = {}
+    for name, layer in outermost.items():
+        found |= {name: layer, **_blocks(name, layer, _DEPTH)}
+    off = {id(part) for name in disabled for part in _find(name, model, outermost).modules()}
+    # What holds a layer that is left alone would run it again: only a layer none of whose parts are off is left.
+    return {name: layer for name, layer in found.items() if not off & {id(part) for part in _own(layer)}}
+
+
+def _own(layer: nn.Module) -> list[nn.Module]:
+    return [part for part in layer.modules() if list(part.parameters()) or part is layer]
+
+
+def _outermost(model: nn.Module) -> dict[str, nn.Module]:
+    children = dict(model.named_children())
+    inner = {name: child for name, child in children.items() if list(child.children())}
+    if len(inner) == 1 and len(children) == 1:
+        return _outermost(next(iter(inner.values()))) or children
+    return _called(children)
+
+
+def _blocks(prefix: str, layer: nn.Module, depth: int) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, child in _called(dict(layer.named_children())).items():
+        if depth and list(child.children()):
+            found |= {f"{prefix}.{name}": child, **_blocks(f"{prefix}.{name}", child, depth - 1)}
+    return found
+
+
+def _called(children: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """A list is no layer, its members are."""
+    found: dict[str, nn.Module] = {}
+    for name, child in children.items():
+        if isinstance(child, nn.ModuleList):
+            found |= _called({f"{name}.{index}": part for index, part in enumerate(child)})
+        elif type(child).forward is not nn.Module.forward:
+            found[name] = child
+    return found
+
+
+def _find(name: str, model: nn.Module, outermost: Mapping[str, nn.Module]) -> nn.Module:
+    for outer, layer in outermost.items():
+        if name == outer:
+            return layer
+        if name.startswith(f"{outer}."):
+            inside = dict(layer.named_modules())
+            if (rest := name.removeprefix(f"{outer}.")) in inside:
+                return inside[rest]
+    paths = dict(model.named_modules())
+    if name and name in paths:
+        return paths[name]
+    near = get_close_matches(name, [*outermost, *paths], n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Layers are {', '.join(outermost)}"
+    raise ConfigError(f"disable_mas_layers: there is no layer '{name}'. {hint}")
