@@ -6,29 +6,35 @@ import pytest
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Workload
-from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.cost import CostModel, Features, Level
 from yolov12.mas.planner import WAIT_S, BatchPlanner
 from yolov12.mas.replay import ReplayMeter
-from yolov12.mas.scheduler import CALM_BATCHES
+from yolov12.mas.scheduler import History
+from yolov12.mas.speed import SpeedModel
 from yolov12.mas.step import Failure
 
 MIB = 2**20
 IMAGE = 100 * MIB
 
 
+AT_ONCE = History(16)
+KEEP_ALL = (Level(1.0, 1.0),)
+
+
 def planner(
-    images=16, group=4, room=64, others=(0,), allowance=16, calm=CALM_BATCHES, known=(1, 2, 4, 8, 16), image=IMAGE,
+    images=16, group=4, room=64, others=(0,), history=AT_ONCE, levels=KEEP_ALL, known=(1, 2, 4, 8, 16), image=IMAGE,
     sleep=lambda seconds: None, ways_out=lambda share: ("amp=True", "imgsz=320", "a smaller model"), **config,
 ):  # fmt: skip
     """A planner on a card of so many images, of which every size up to 16 was seen."""
-    cost = CostModel()
+    cost, speed = CostModel(levels), SpeedModel(levels)
     for size in known:
+        speed.ran(size, 640, 640)
         for _ in range(2):
             cost.observe(Features(size, 640, 640, 5), size * image)
     meter = ReplayMeter(room * IMAGE, others)
     work = Workload(640, 640, (5,) * images)
-    options = {"allowance": allowance, "calm": calm, "gradient_bytes": 0, "ways_out": ways_out, "sleep": sleep}
-    return BatchPlanner(work, Config(**config), group, cost, meter, **options), meter
+    options = {"history": history, "gradient_bytes": 0, "ways_out": ways_out, "sleep": sleep}
+    return BatchPlanner(work, Config(**config), group, cost, meter, speed=speed, **options), meter
 
 
 def failure(images, message="CUDA out of memory. Tried to allocate 20.00 MiB"):
@@ -57,7 +63,8 @@ def test_false_alarm_is_retried_unchanged():
     assert one.plan(0, failure(16)) == [(4, 4, 4, 4)]
     one.done(0, 16, 0, 16 * IMAGE)
     assert one.events == ["out-of-memory at 16", "retried 16"]
-    assert one.allowance == 16
+    assert one.history == History(16)
+    assert not one.undisturbed
 
 
 def test_second_failure_halves():
@@ -67,7 +74,7 @@ def test_second_failure_halves():
     assert ran(one.plan(0, failure(16))) == [8, 8]
     one.done(0, 8, 0, 8 * IMAGE)
     assert one.events == ["out-of-memory at 16", "out-of-memory at 16", "shrunk 16 to 8"]
-    assert (one.allowance, one.calm) == (8, 0)
+    assert one.history.images == 8
 
 
 def test_what_is_done_stays_done():
@@ -80,17 +87,18 @@ def test_what_is_done_stays_done():
 
 def test_retry_is_never_larger_than_what_failed():
     """Also where this would have been the batch to grow in."""
-    one, _ = planner(allowance=8, calm=CALM_BATCHES - 1)
+    one, _ = planner(history=History(8, regret_ms=1e9))
     first = one.plan(0, None)
     assert ran(first) == [8, 8]
     assert one.plan(0, failure(8)) == first
 
 
-def test_calm_counts_batches_and_not_attempts():
-    one, _ = planner(allowance=8, calm=3)
+def test_regret_counts_batches_and_not_attempts():
+    one, _ = planner(history=History(8))
     one.plan(0, None)
+    regret_ms = one.history.regret_ms
     one.plan(0, failure(8))
-    assert one.calm <= 4
+    assert one.history.regret_ms == regret_ms
 
 
 def test_memory_that_went_in_between_shrinks_the_retry():
@@ -109,7 +117,7 @@ def test_groups_are_split_as_the_last_rung():
 
 def test_groups_that_memory_holds_again_are_not_split():
     """In the batch after the one that had to."""
-    one, _ = planner(group=8, allowance=2, calm=0)
+    one, _ = planner(group=8, history=History(2))
     plan = one.plan(0, None)
     assert {size for groups in plan for size in groups} == {8}
     assert not [event for event in one.events if event.startswith("groups of")]
@@ -176,7 +184,7 @@ def test_ways_out_know_the_share_that_would_fit():
 
 
 def test_image_that_fails_alone_twice_ends_it():
-    one, _ = planner(images=4, group=1, known=(), allowance=1)
+    one, _ = planner(images=4, group=1, known=(), history=History(1))
     one.plan(0, None)
     assert ran(one.plan(0, failure(1))) == [1] * 4
     with pytest.raises(DoesNotFitError, match=r"one image needs 12\d MiB"):

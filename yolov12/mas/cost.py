@@ -1,32 +1,42 @@
-"""The online model of a micro-batch's peak: bytes above what was live before it.
+"""The online model of a micro-batch's peak: bytes above what was live before it, under any checkpoint plan.
 
-    peak = c0 + images · pixels · (c1 + c2 · max(boxes − kink, 0)) + what this very shape was seen to add to that
+Each plan (`Level`) learns a law of its own (peak_law.py), as recomputing moves the place of the peak. A plan that was
+not seen takes the law of the nearest one that was, its activations scaled by the shares of the two; one that was seen
+at a single size takes the shape of its neighbour's law, and its height from what was seen.
 
-A micro-batch has its peak where all activations are kept and the backward pass begins, unless the matching of boxes to
-anchors, whose tables grow with images × anchors × boxes of the fullest image, needs more than that: a flat part and a
-rising one. The constants are least squares of relative errors over the last observations of every shape. Libraries
-choose workspaces by shape, in steps that no line follows, so each shape also keeps what it was off by.
+A failed allocation bounds a shape from below. It may have been a false alarm, or fragmentation, so the bound fades:
+it holds for a few batches, then what it adds to the law halves again and again, each time more slowly.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from dataclasses import dataclass
-from statistics import fmean, median
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-import torch
-from torch import Tensor
+from yolov12.mas.peak_law import PeakLaw, Size
 
-__all__ = ["CostModel", "Features"]
+__all__ = ["CostModel", "Features", "Level"]
 
-_KINKS = 16
-_KEPT = 16  # observations of one shape
-_SHAPES = 64
 _SIGMAS = 3.0
-_SPREAD_SEEN = 0.01  # least relative spread of a prediction for a shape that was seen
+_SPREAD_SEEN = 0.01  # least relative margin of a prediction for a shape that was seen
 _SPREAD_UNSEEN = 0.05  # and for one that was not
 _SPREAD_MOST = 0.5
+_HALF_LIFE_BATCHES = 4  # after a first failure: together with the hold, about ten batches until a false alarm is gone
+_HALF_LIFE_MOST = 4096
+_GONE = 1 / 16  # of what a bound added
+_REMEMBERED = 32  # half-lives after which a further failure counts as the first
+
+
+@dataclass(frozen=True)
+class Level:
+    """A checkpoint plan, as far as decisions go. Level 0 keeps every activation; higher ones free more of them."""
+
+    share: float
+    """Activation bytes of an image, relative to level 0; falls with the level."""
+    slow: float
+    """Milliseconds, relative to level 0; rises with the level."""
 
 
 @dataclass(frozen=True)
@@ -38,102 +48,164 @@ class Features:
     width: int
     boxes: int
     """Of the image that has most."""
+    level: int = 0
+    """Of the checkpoint plan."""
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, int, int, int]:
         """What libraries choose their workspaces by."""
+        return self.images, self.height, self.width, self.level
+
+    @property
+    def size(self) -> Size:
+        """The shape without the plan."""
         return self.images, self.height, self.width
 
 
-class CostModel:
-    """Learns from every micro-batch; close for shapes it has seen, careful about others."""
+@dataclass(frozen=True)
+class _Bound:
+    """A shape needed more than this when it failed."""
 
-    def __init__(self) -> None:
-        self._seen: dict[tuple[int, int, int], deque[tuple[int, int]]] = {}  # (boxes, bytes) by shape, latest last
-        self._off: dict[tuple[int, int, int], float] = {}  # bytes a shape is off the line by
-        self._least: dict[tuple[int, int, int], int] = {}  # bytes a shape is known to need more than
-        self._line = (0.0, 0.0, 0.0)
-        self._kink = 0.0
-        self._spread = 0.0  # relative, of what is left
+    excess_bytes: float
+    """Over what was predicted."""
+    failures: int
+    batches: int = 0
+    """Since the last of them."""
+
+    @property
+    def half_lives(self) -> float:
+        """Since the last failure. They are twice as long after every further one."""
+        return self.batches / min(_HALF_LIFE_BATCHES * 2.0 ** min(self.failures - 1, 16), _HALF_LIFE_MOST)
+
+    @property
+    def weight(self) -> float:
+        """How much of the excess still counts: all of it for a half-life, then half for every further one."""
+        weight = float(min(1.0, 2.0 ** (1.0 - self.half_lives)))
+        return weight if weight >= _GONE else 0.0
+
+
+class CostModel:
+    """Learns from every micro-batch; close for shapes it has seen, careful about others.
+
+    Args:
+        levels: The checkpoint plans, level 0 first.
+    """
+
+    def __init__(self, levels: Sequence[Level] = (Level(1.0, 1.0),)) -> None:
+        self.levels = tuple(levels)
+        self._laws = [PeakLaw() for _ in self.levels]
+        self._bounds: dict[tuple[int, int, int, int], _Bound] = {}
 
     @property
     def largest(self) -> int:
         """Most images a micro-batch was observed with; 0 before any."""
-        return max((shape[0] for shape in self._seen), default=0)
+        return max(law.largest for law in self._laws)
+
+    def set_levels(self, levels: Sequence[Level]) -> None:
+        """Take another ladder of plans; what was learned stays where a level is what it was."""
+        kept = {index for index, level in enumerate(levels) if self.levels[index : index + 1] == (level,)}
+        self._laws = [self._laws[index] if index in kept else PeakLaw() for index in range(len(levels))]
+        self._bounds = {shape: bound for shape, bound in self._bounds.items() if shape[3] in kept}
+        self.levels = tuple(levels)
 
     def predict(self, features: Features) -> int:
-        """Bytes that a micro-batch will need above what is live before it."""
-        terms = _terms(features.shape, features.boxes, self._kink)
-        expected = sum(a * b for a, b in zip(terms, self._line, strict=True)) + self._off.get(features.shape, 0.0)
-        return max(int(expected), self._least.get(features.shape, 0))
+        """Bytes that a micro-batch will need above what is live before it; after a failure, more than seemed to do."""
+        expected = self._expected_bytes(features)
+        bound = self._bounds.get(features.shape)
+        if bound is not None:
+            expected += bound.excess_bytes * bound.weight
+        return max(int(expected), 0)
 
     def margin(self, features: Features) -> int:
         """Bytes by which a prediction may be too low: three standard deviations of what the fit leaves."""
-        least = _SPREAD_SEEN if features.shape in self._seen else _SPREAD_UNSEEN
-        return math.ceil(min(max(_SIGMAS * self._spread, least), _SPREAD_MOST) * self.predict(features))
+        return math.ceil(self._margin(features) * self.predict(features))
+
+    def upper(self, features: Features) -> tuple[int, int]:
+        """Prediction, and prediction with margin: what `predict` and `margin` say, in half the time."""
+        predicted = self.predict(features)
+        return predicted, predicted + math.ceil(self._margin(features) * predicted)
+
+    def usual_bytes(self, features: Features) -> int:
+        """Prediction with margin, whatever has failed."""
+        return max(math.ceil((1.0 + self._margin(features)) * self._expected_bytes(features)), 0)
+
+    def failed(self, features: Features) -> bool:
+        """Whether this shape has failed, and that is not forgotten."""
+        bound = self._bounds.get(features.shape)
+        return bound is not None and bound.weight > 0
 
     def observe(self, features: Features, needed_bytes: int) -> None:
         """Learn what a micro-batch needed above what was live before it."""
         if needed_bytes <= 0:
             return  # a resident size that did not move
-        known = features.shape in self._seen
-        error = abs(self.predict(features) / max(needed_bytes, 1) - 1.0)
-        if known:
-            self._spread = (0.95 * self._spread**2 + 0.05 * error**2) ** 0.5
-        rows = self._seen.pop(features.shape, deque(maxlen=_KEPT))
-        rows.append((features.boxes, needed_bytes))
-        self._seen[features.shape] = rows
-        if len(self._seen) > _SHAPES:
-            oldest = next(iter(self._seen))
-            del self._seen[oldest], self._off[oldest]
-        self._least.pop(features.shape, None)
-        if not known or error > max(_SPREAD_SEEN, self._spread):
-            self._fit()
+        self._laws[features.level].observe(features.size, features.boxes, needed_bytes)
+        bound = self._bounds.get(features.shape)
+        if bound is not None:  # it got through: the number of its failures is all that stays, for a while
+            self._bounds[features.shape] = replace(bound, excess_bytes=0.0)
 
-    def observe_failure(self, features: Features, more_than_bytes: int) -> None:
-        """Learn that a micro-batch did not get through with this much above what was live before it."""
-        self._least[features.shape] = max(self._least.get(features.shape, 0), more_than_bytes)
+    def observe_failure(self, features: Features, room_bytes: int) -> None:
+        """Learn that a micro-batch did not get through.
 
-    def _fit(self) -> None:
-        seen = [(shape, boxes, needed) for shape, rows in self._seen.items() for boxes, needed in rows]
-        needed = torch.tensor([row[2] for row in seen], dtype=torch.float64).clamp(min=1)
-        boxes = torch.tensor([row[1] for row in seen], dtype=torch.float64)
-        terms = torch.tensor([_terms(shape, 0, 0) for shape, *_ in seen], dtype=torch.float64)
-        low, high = float(boxes.min()), float(boxes.max())
-        best = float("inf")
-        for _ in range(2):  # all of the range, then around the best
-            step = (high - low) / _KINKS
-            for index in range(_KINKS if step else 1):
-                kink = low + index * step
-                terms[:, 2] = terms[:, 1] * (boxes - kink).clamp(min=0) / 1e2
-                line = _least_squares(terms, needed)
-                error = float(((terms @ line / needed - 1) ** 2).sum())
-                if error < best - 1e-9:
-                    best, self._line, self._kink = error, tuple(line.tolist()), kink
-            low, high = max(low, self._kink - step), min(high, self._kink + step)
-        off: dict[tuple[int, int, int], list[float]] = {}
-        for shape, most, bytes_ in seen:
-            terms_ = _terms(shape, most, self._kink)
-            off.setdefault(shape, []).append(bytes_ - sum(a * b for a, b in zip(terms_, self._line, strict=True)))
-        self._off = {shape: median(rests) for shape, rests in off.items()}
-        errors = [self.predict(Features(*shape, most)) / bytes_ - 1.0 for shape, most, bytes_ in seen if bytes_]
-        self._spread = fmean(error**2 for error in errors) ** 0.5 if errors else 0.0
+        Args:
+            features: Of the micro-batch.
+            room_bytes: What the budget gave room for above what was live. A failure says that this did not do, and no
+                more: what was asked for last may be a small part of what was missing, or more than any device has.
+        """
+        bound = self._bounds.get(features.shape, _Bound(0.0, 0))
+        excess = max(room_bytes - self._expected_bytes(features), bound.excess_bytes * bound.weight, 0.0)
+        self._bounds[features.shape] = _Bound(excess, bound.failures + 1)
 
+    def new_batch(self) -> None:
+        """Count a batch: failures fade with them."""
+        aged = {shape: replace(bound, batches=bound.batches + 1) for shape, bound in self._bounds.items()}
+        self._bounds = {shape: bound for shape, bound in aged.items() if bound.half_lives < _REMEMBERED}
 
-def _terms(shape: tuple[int, int, int], boxes: int, kink: float) -> tuple[float, float, float]:
-    # In units that make the smallest solution of an underdetermined fit put the cost on the pixels.
-    kilopixels = shape[0] * shape[1] * shape[2] / 1e3
-    return 1.0, kilopixels, kilopixels * max(boxes - kink, 0) / 1e2
+    def state_dict(self) -> dict[str, Any]:
+        """Everything learned, for JSON."""
+        return {
+            "levels": [[level.share, level.slow] for level in self.levels],
+            "laws": [law.state_dict() for law in self._laws],
+            "bounds": [
+                [*shape, bound.excess_bytes, bound.failures, bound.batches] for shape, bound in self._bounds.items()
+            ],
+        }
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take what `state_dict` gave, where the levels are what they were then."""
+        levels = self.levels
+        self.levels = tuple(Level(share, slow) for share, slow in state["levels"])
+        self._laws = [PeakLaw() for _ in self.levels]
+        for law, learned in zip(self._laws, state["laws"], strict=True):
+            law.load_state_dict(learned)
+        self._bounds = {
+            (images, height, width, level): _Bound(excess, failures, batches)
+            for images, height, width, level, excess, failures, batches in state["bounds"]
+        }
+        self.set_levels(levels)
 
-def _least_squares(terms: Tensor, needed: Tensor) -> Tensor:
-    """Of relative errors; more pixels or boxes never cost less."""
-    relative, ones = terms / needed[:, None], torch.ones(len(needed), 1, dtype=torch.float64)
-    line = torch.zeros(3, dtype=torch.float64)
-    one_size = len(terms[:, 1].unique()) == 1  # then nothing tells what is fixed: too much for more images is safe
-    for columns in ([1, 2], [1]) if one_size else ([0, 1, 2], [0, 1], [1]):
-        line.zero_()
-        line[columns] = torch.linalg.lstsq(relative[:, columns], ones, driver="gelsd").solution[:, 0]
-        if (line[1:] >= 0).all():
-            break
-    return line
+    def _margin(self, features: Features) -> float:
+        law = self._laws[features.level]
+        spread = _SIGMAS * max(each.spread for each in self._laws)
+        count = law.seen(features.size, features.boxes)
+        if not count:
+            return min(max(spread, _SPREAD_UNSEEN), _SPREAD_MOST)
+        return min(max(spread * math.sqrt(1 + 1 / count), _SPREAD_SEEN), _SPREAD_MOST)
+
+    def _expected_bytes(self, features: Features) -> float:
+        law = self._laws[features.level]
+        if law.sizes > 1 or len(self._laws) == 1 or law.seen(features.size):
+            return law.expected_bytes(features.size, features.boxes)
+        level = self._nearest(features.level, sizes=2 if law.sizes else 1)
+        if level is None:
+            return law.expected_bytes(features.size, features.boxes)
+        share = self.levels[features.level].share / self.levels[level].share
+        expected = self._laws[level].expected_bytes(features.size, features.boxes, share)
+        if (latest := law.latest()) is not None:
+            there = self._laws[level].expected_bytes(*latest, share)
+            expected *= law.expected_bytes(*latest) / there if there > 0 else 1.0
+        return expected
+
+    def _nearest(self, level: int, sizes: int) -> int | None:
+        """The seen level whose law says most about this one."""
+        known = [index for index, law in enumerate(self._laws) if law.sizes >= sizes and index != level]
+        return min(known, key=lambda index: (abs(index - level), index), default=None)

@@ -13,7 +13,8 @@ from yolov12.mas.cost import CostModel, Features
 from yolov12.mas.failures import does_not_fit, tried_to_allocate
 from yolov12.mas.meter import Meter
 from yolov12.mas.normalize import cut
-from yolov12.mas.scheduler import Decision, Group, State, decide
+from yolov12.mas.scheduler import Decision, Group, History, State, decide
+from yolov12.mas.speed import SpeedModel
 from yolov12.mas.step import Failure
 from yolov12.mas.task import Workload
 
@@ -35,7 +36,8 @@ class BatchPlanner:
         group: Images that BatchNorm normalises together; 0: those of a micro-batch.
         cost: Is asked, and taught.
         meter: Of the model's device.
-        allowance, calm: See `scheduler.State`; as attributes they are for the next batch.
+        speed: Is asked, and told which sizes ran. What a batch took, which is known later, is for the caller to tell.
+        history: Of the batch before; as an attribute it is for the next.
         gradient_bytes: Of all gradients of the model.
         ways_out: See `WaysOut`.
         sleep: Waits for so many seconds.
@@ -49,26 +51,33 @@ class BatchPlanner:
         cost: CostModel,
         meter: Meter,
         *,
-        allowance: int,
-        calm: int,
+        speed: SpeedModel,
+        history: History,
         gradient_bytes: int,
         ways_out: WaysOut = lambda share: (),
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._work, self._config, self._group, self._cost, self._meter = work, config, group, cost, meter
+        self._work, self._config, self._group = work, config, group
+        self._cost, self._speed, self._meter = cost, speed, meter
         self._gradient_bytes, self._ways_out, self._sleep = gradient_bytes, ways_out, sleep
-        self._ceiling = config.micro_batch
+        self._ceiling: float | None = None
         self._failed_at = self._waited_s = 0
-        self.allowance, self.calm = allowance, calm
+        self.history = history
+        self.level = history.level
+        """Checkpoint plan of the cut that `plan` returned last."""
+        self.undisturbed = True
+        """Whether the batch ran as it was planned first, so that its time says what this takes."""
         self.reading = meter.read()
         """When the batch began, or after the last failure."""
         self.budget_bytes = self.reading.budget_bytes(config.safety_ratio)
         self.predicted_bytes = self.peak_bytes = 0
         self.events: list[str] = []
+        cost.new_batch()
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
         """See `step.Planner.plan`."""
         if failure is not None:
+            self.undisturbed = False
             self._read()
             self._learn(start, failure)
         while (plan := self._cut_to_fit(start)) is None:
@@ -83,7 +92,7 @@ class BatchPlanner:
         self._sleep(1.0)
         self._read()
         self._waited_s += 1
-        self._ceiling = self._config.micro_batch
+        self._ceiling = None
         return True
 
     def _cut_to_fit(self, start: int) -> list[tuple[int, ...]] | None:
@@ -91,7 +100,7 @@ class BatchPlanner:
         group = self._group or 1
         while self._ceiling != 0:
             sizes = cut(self._work.images - start, group)
-            decision = decide(self._state(start, sizes), self._cost)
+            decision = decide(self._state(start, sizes), self._cost, self._speed)
             if decision.fits:
                 return self._accept(decision, sizes, group)
             if group == 1:
@@ -101,7 +110,8 @@ class BatchPlanner:
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
         """See `step.Planner.done`."""
-        self._cost.observe(self._features(start, stop), peak_bytes - live_bytes)
+        self._cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
+        self._speed.ran(stop - start, self._work.height, self._work.width)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
         if self._failed_at == stop - start:
             self.events.append(f"retried {self._failed_at}")
@@ -109,14 +119,16 @@ class BatchPlanner:
 
     def _learn(self, start: int, failure: Failure) -> None:
         self.events.append(f"out-of-memory at {failure.images}")
+        least = self._cost.levels[-1].share
+        needs = failure.images * self._cost.levels[self.level].share
         if self._failed_at != failure.images:  # false alarms exist: once more as it was, if it still seems to fit
-            self._failed_at = self._ceiling = failure.images
+            self._failed_at, self._ceiling = failure.images, needs
             return
-        needed_bytes = failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
-        self._cost.observe_failure(self._features(start, start + failure.images), needed_bytes)
+        features = self._features(start, start + failure.images, self.level)
+        self._cost.observe_failure(features, self.budget_bytes - self.reading.live_bytes)
         self._failed_at = 0
-        self._ceiling = failure.images // 2
-        self._shrink_to(max(self._ceiling, 1))
+        # Half of what failed, be it half the images or another plan; the last thing to try is one image under the last.
+        self._ceiling = max(needs / 2, least) if needs > least else 0.0
 
     def _accept(self, decision: Decision, sizes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
         if self._waited_s:
@@ -124,22 +136,20 @@ class BatchPlanner:
             self._waited_s = 0
         if group < self._group:
             self.events.append(f"groups of {group}")
-        if decision.allowance < self.allowance:
-            self._shrink_to(decision.allowance)
-        elif decision.allowance > self.allowance:
-            self.events.append(f"grew {self.allowance} to {decision.allowance}")
-        self.allowance, self.calm = decision.allowance, decision.calm
+        before, after = self.history, decision.history
+        if after.images < before.images:
+            self.events.append(f"shrunk {before.images} to {after.images}")
+            self._meter.release()  # what is no longer needed is for those who press
+        elif 0 < before.images < after.images:
+            self.events.append(f"grew {before.images} to {after.images}")
+        if decision.level != self.level and before.images:
+            self.events.append(f"plan {self.level} to {decision.level}")
+        self.history, self.level = after, decision.level
         # What ran before a failure had its peak too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
         return plan if self._group else [(sum(groups),) for groups in plan]
-
-    def _shrink_to(self, images: int) -> None:
-        if images < self.allowance:
-            self.events.append(f"shrunk {self.allowance} to {images}")
-            self._meter.release()  # what is no longer needed is for those who press
-        self.allowance, self.calm = min(self.allowance, images), 0
 
     def _may_come_back(self, failure: Failure | None) -> bool:
         """Whether one image would fit if no other process held any of the device."""
@@ -150,7 +160,7 @@ class BatchPlanner:
         return replace(self.reading, free_bytes=free_bytes).budget_bytes(self._config.safety_ratio)
 
     def _needed_bytes(self, failure: Failure | None) -> int:
-        predicted = self._cost.predict(self._features(0, 1)) + self._cost.margin(self._features(0, 1))
+        predicted = self._cost.usual_bytes(self._features(0, 1, len(self._cost.levels) - 1))
         failed = failure.peak_bytes + tried_to_allocate(failure.message) if failure and failure.images == 1 else 0
         return max(self.reading.live_bytes + predicted, failed)
 
@@ -184,11 +194,11 @@ class BatchPlanner:
             budget_bytes=self.budget_bytes,
             live_bytes=self.reading.live_bytes,
             gradient_bytes=0 if start else self._gradient_bytes,
-            allowance=self.allowance,
-            calm=self.calm,
+            history=self.history,
             ceiling=self._ceiling,
-            fixed=self._config.micro_batch is not None,
+            fixed=self._config.micro_batch,
         )
 
-    def _features(self, start: int, stop: int) -> Features:
-        return Features(stop - start, self._work.height, self._work.width, max(self._work.boxes[start:stop]))
+    def _features(self, start: int, stop: int, level: int) -> Features:
+        boxes = max(self._work.boxes[start:stop])
+        return Features(stop - start, self._work.height, self._work.width, boxes, level)
