@@ -1,0 +1,99 @@
+"""Bytes of tensors as they come and go, for a forward and backward pass on any device or on none.
+
+    with FakeTensorMode() as fake, ByteTrace() as trace:  # in this order; without fake tensors the same
+        loss(model(images)).backward()
+    trace.peak_bytes()
+
+What is counted is what PyTorch's CUDA allocator would count: each storage once, however many views share it, from the
+operation that makes it until nothing refers to it, in blocks of 512 bytes. What is not seen is what a kernel takes and
+gives back within itself, such as cuDNN's workspace.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["BLOCK_BYTES", "ByteTrace", "rounded"]
+
+BLOCK_BYTES = 512
+"""CUDA's caching allocator hands out multiples of this."""
+
+
+def rounded(size_bytes: int) -> int:
+    """Bytes that the allocator takes for a request."""
+    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+class ByteTrace(TorchDispatchMode):
+    """Follows all storages that are made while it is on, and their end also after that.
+
+    Storages from before do not count, nor does their end. Autograd runs the backward pass of CUDA tensors in threads of
+    its own; PyTorch hands them the modes of the thread that called `backward`, so it is followed there too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._followed: dict[int, tuple[weakref.ref[Any], int]] = {}  # by the address of the C++ storage
+        self._live_bytes = self._peak_bytes = 0
+
+    @property
+    def live_bytes(self) -> int:
+        """Of storages that were made while the trace was on and still exist."""
+        return self._live_bytes
+
+    def mark(self) -> int:
+        """Forget the peak; return the live bytes now."""
+        self._peak_bytes = self._live_bytes
+        return self._live_bytes
+
+    def peak_bytes(self) -> int:
+        """Return the highest live bytes since the mark, or since the beginning."""
+        return self._peak_bytes
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # `torch.tensor` makes its tensor out of sight, then calls this on it.
+        given = set() if func is torch.ops.aten.lift_fresh.default else {_key(each) for each in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            key, size = _key(tensor), rounded(tensor.untyped_storage().nbytes())
+            _, known = self._followed.get(key, (None, 0))
+            if key in self._followed:
+                self._add(size - known)  # `resize_` of a storage that is followed
+                self._followed[key] = self._followed[key][0], size
+            elif key not in given:
+                # The storage's Python object lives as long as the storage, whoever holds it.
+                ended = weakref.ref(tensor.untyped_storage(), self._end_of(key))
+                self._followed[key] = ended, size
+                self._add(size)
+        return result
+
+    def _add(self, size_bytes: int) -> None:
+        self._live_bytes += size_bytes
+        self._peak_bytes = max(self._peak_bytes, self._live_bytes)
+
+    def _end_of(self, key: int) -> Callable[[Any], None]:
+        def ended(_: Any) -> None:
+            self._live_bytes -= self._followed.pop(key)[1]
+
+        return ended
+
+
+def _tensors(nest: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nest) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
