@@ -65,8 +65,9 @@ class ByteTrace(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # `torch.tensor` makes its tensor out of sight, then calls this on it.
-        given = set() if func is torch.ops.aten.lift_fresh.default else {_key(each) for each in _tensors((args, kwargs))}
+        # `torch.tensor` makes its tensor out of sight, then calls `lift_fresh` on it.
+        made_before = func is not torch.ops.aten.lift_fresh.default
+        given = {_key(tensor) for tensor in _tensors((args, kwargs)) if made_before}
         for tensor in _tensors(result):
             key, size = _key(tensor), rounded(tensor.untyped_storage().nbytes())
             _, known = self._followed.get(key, (None, 0))
