@@ -124,7 +124,7 @@ def test_size_that_is_new_is_tried_when_not_trying_has_cost_as_much():
     speed = card(host=100, image=1, warm=(8, 16))
     decisions = run(state([8] * 4, 40, history=History(16)), model(), speed, 100)
     waited = [each.micro_batches for each in decisions].index((4,))
-    lost_ms = 200 - 85  # at best 15 % less than the 100 ms that are expected
+    lost_ms = 200 - 95  # at best 5 % less than the 100 ms that two other sizes bound it by
     assert waited == pytest.approx((4000 + 0.25 * 200) / lost_ms, abs=1)
 
 

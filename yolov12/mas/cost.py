@@ -95,6 +95,7 @@ class CostModel:
         self.levels = tuple(levels)
         self._laws = [PeakLaw() for _ in self.levels]
         self._bounds: dict[tuple[int, int, int, int], _Bound] = {}
+        self._spread = self._bytes_per_box = 0.0  # the most that any law says
 
     @property
     def largest(self) -> int:
@@ -107,6 +108,7 @@ class CostModel:
         self._laws = [self._laws[index] if index in kept else PeakLaw() for index in range(len(levels))]
         self._bounds = {shape: bound for shape, bound in self._bounds.items() if shape[3] in kept}
         self.levels = tuple(levels)
+        self._sum_up()
 
     def predict(self, features: Features) -> int:
         """Bytes that a micro-batch will need above what is live before it; after a failure, more than seemed to do."""
@@ -121,7 +123,7 @@ class CostModel:
         return math.ceil(self._margin(features) * self.predict(features))
 
     def upper(self, features: Features) -> tuple[int, int]:
-        """Prediction, and prediction with margin: what `predict` and `margin` say, in half the time."""
+        """Prediction, and prediction with margin."""
         predicted = self.predict(features)
         return predicted, predicted + math.ceil(self._margin(features) * predicted)
 
@@ -139,6 +141,7 @@ class CostModel:
         if needed_bytes <= 0:
             return  # a resident size that did not move
         self._laws[features.level].observe(features.size, features.boxes, needed_bytes)
+        self._sum_up()
         bound = self._bounds.get(features.shape)
         if bound is not None:  # it got through: the number of its failures is all that stays, for a while
             self._bounds[features.shape] = replace(bound, excess_bytes=0.0)
@@ -185,25 +188,29 @@ class CostModel:
 
     def _margin(self, features: Features) -> float:
         law = self._laws[features.level]
-        spread = _SIGMAS * max(each.spread for each in self._laws)
+        spread = _SIGMAS * self._spread
         count = law.seen(features.size, features.boxes)
         if not count:
             return min(max(spread, _SPREAD_UNSEEN), _SPREAD_MOST)
         return min(max(spread * math.sqrt(1 + 1 / count), _SPREAD_SEEN), _SPREAD_MOST)
 
     def _expected_bytes(self, features: Features) -> float:
-        law = self._laws[features.level]
+        law, boxes, per_box = self._laws[features.level], features.boxes, self._bytes_per_box
         if law.sizes > 1 or len(self._laws) == 1 or law.seen(features.size):
-            return law.expected_bytes(features.size, features.boxes)
+            return law.expected_bytes(features.size, boxes, 1.0, per_box)
         level = self._nearest(features.level, sizes=2 if law.sizes else 1)
         if level is None:
-            return law.expected_bytes(features.size, features.boxes)
+            return law.expected_bytes(features.size, boxes, 1.0, per_box)
         share = self.levels[features.level].share / self.levels[level].share
-        expected = self._laws[level].expected_bytes(features.size, features.boxes, share)
+        expected = self._laws[level].expected_bytes(features.size, boxes, share, per_box)
         if (latest := law.latest()) is not None:
-            there = self._laws[level].expected_bytes(*latest, share)
+            there = self._laws[level].expected_bytes(*latest, share, per_box)
             expected *= law.expected_bytes(*latest) / there if there > 0 else 1.0
         return expected
+
+    def _sum_up(self) -> None:
+        self._spread = max(law.spread for law in self._laws)
+        self._bytes_per_box = max(law.bytes_per_box for law in self._laws)
 
     def _nearest(self, level: int, sizes: int) -> int | None:
         """The seen level whose law says most about this one."""

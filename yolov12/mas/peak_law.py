@@ -10,7 +10,6 @@ choose workspaces by shape, in steps that no line follows, so each shape also ke
 
 from __future__ import annotations
 
-from collections import deque
 from statistics import median
 from typing import Any
 
@@ -24,9 +23,11 @@ Size = tuple[int, int, int]
 
 _KINKS = 16
 _KEPT = 16  # observations of one size
+_KEPT_FULLEST = 4  # of these, however old: crowds are rare, and to forget them would be to meet them again
 _SIZES = 64
 _RIDGE = 1e-9  # of unit columns: where the data leave a choice, the cost is put on the pixels
 _REFIT = 64  # at most so many observations go by before a surprise makes a new fit
+_SHOCK = 0.1  # relative error that makes one at once
 SURPRISE = 0.01
 """Relative error of a prediction that the law has to explain."""
 
@@ -39,22 +40,16 @@ class PeakLaw:
     def __init__(self) -> None:
         self.spread = 0.0
         """Relative standard deviation of what the law leaves."""
-        self._seen: dict[Size, deque[tuple[int, int]]] = {}  # (boxes, bytes), the size used last at the end
+        self.largest = 0
+        """Most images a micro-batch was observed with."""
+        self.sizes = 0
+        """How many different numbers of pixels were observed: one says nothing about what is fixed."""
+        self._seen: dict[Size, list[tuple[int, int]]] = {}  # (boxes, bytes), the size used last at the end
         self._off: dict[Size, float] = {}  # bytes
         self._line = (0.0, 0.0, 0.0)
         self._kink = 0.0
         self._most_boxes = 0
         self._count = self._fitted_at = 0
-
-    @property
-    def largest(self) -> int:
-        """Most images a micro-batch was observed with; 0 before any."""
-        return max((size[0] for size in self._seen), default=0)
-
-    @property
-    def sizes(self) -> int:
-        """How many different numbers of pixels were observed: one says nothing about what is fixed."""
-        return len({images * height * width for images, height, width in self._seen})
 
     def seen(self, size: Size, boxes: int = 0) -> int:
         """Observations of a size; 0 if none had so many boxes under any size."""
@@ -65,35 +60,48 @@ class PeakLaw:
         size = next(reversed(self._seen), None)
         return (size, self._seen[size][-1][0]) if size else None
 
-    def expected_bytes(self, size: Size, boxes: int, share: float = 1.0) -> float:
+    @property
+    def bytes_per_box(self) -> float:
+        """Of a thousand pixels and a hundred boxes, where boxes count; 0 while that was not seen."""
+        return self._line[2]
+
+    def expected_bytes(self, size: Size, boxes: int, share: float = 1.0, bytes_per_box: float = 0.0) -> float:
         """Bytes above what is live before.
 
         Args:
             size: Of the micro-batch.
             boxes: Of the image that has most.
-            share: Of another plan, relative to this one: what activations are multiplied by. Tables are not.
+            share: Of another plan, relative to this one: what activations are multiplied by. Tables are not, and where
+                they are what counts, nothing tells how much lower they lie under a plan that keeps less.
+            bytes_per_box: For more boxes than were seen, what other plans have found: tables are the same in all.
         """
-        fixed, pixels, tables = _terms(size, boxes, self._kink)
+        fixed, pixels, tables = _terms(size, min(boxes, self._most_boxes), self._kink)
         c0, c1, c2 = self._line
+        beyond = max(boxes - self._most_boxes, 0) / 1e2 * pixels * max(c2, bytes_per_box)
+        scaled = share if share > 1.0 or tables + beyond == 0 else 1.0
         off = self._off.get(size, 0.0)
-        return c0 * fixed + c1 * pixels * share + c2 * tables + (off if share == 1.0 else max(off, 0.0))
+        return c0 * fixed + c1 * pixels * scaled + c2 * tables + beyond + (off if share == 1.0 else max(off, 0.0))
 
     def observe(self, size: Size, boxes: int, needed_bytes: int) -> None:
         """Learn what a micro-batch needed above what was live before it."""
-        known = self.seen(size, boxes) > 0
+        known, new_size = self.seen(size, boxes) > 0, size not in self._seen
         error = abs(self.expected_bytes(size, boxes) / needed_bytes - 1.0)
-        rows = self._seen.pop(size, deque(maxlen=_KEPT))
-        rows.append((boxes, needed_bytes))
-        self._seen[size] = rows
+        rows = self._seen[size] = [*self._seen.pop(size, []), (boxes, needed_bytes)]
+        if len(rows) > _KEPT:
+            usual = sorted(most for most, _ in rows)[-_KEPT_FULLEST - 1]
+            del rows[next(index for index, (most, _) in enumerate(rows) if most <= usual)]
         if len(self._seen) > _SIZES:
             oldest = next(iter(self._seen))
             del self._seen[oldest], self._off[oldest]
         self._most_boxes = max(self._most_boxes, boxes)
         self._count += 1
+        if new_size:
+            self._look_at_sizes()
         if known:
             self.spread = (0.95 * self.spread**2 + 0.05 * min(error, 0.5) ** 2) ** 0.5
         surprised = error > max(SURPRISE, 2 * self.spread)
-        if not known or (surprised and self._count - self._fitted_at >= min(self._count // 8, _REFIT)):
+        due = self._count - self._fitted_at >= min(self._count // 8, _REFIT)
+        if not known or error > _SHOCK or (surprised and due):
             self._fit()
         else:
             self._off[size] = median(each - self._plain(size, most) for most, each in rows)
@@ -110,13 +118,18 @@ class PeakLaw:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take what `state_dict` gave."""
         self._seen = {
-            (images, height, width): deque(((boxes, bytes_) for boxes, bytes_ in rows), maxlen=_KEPT)
+            (images, height, width): [(boxes, bytes_) for boxes, bytes_ in rows]
             for images, height, width, rows in state["seen"]
         }
         self._off = {(images, height, width): off for images, height, width, off in state["off"]}
         c0, c1, c2, self._kink, self.spread = state["law"]
         self._line = c0, c1, c2
         self._most_boxes, self._count, self._fitted_at = state["counts"]
+        self._look_at_sizes()
+
+    def _look_at_sizes(self) -> None:
+        self.largest = max((size[0] for size in self._seen), default=0)
+        self.sizes = len({images * height * width for images, height, width in self._seen})
 
     def _plain(self, size: Size, boxes: int) -> float:
         return sum(a * b for a, b in zip(_terms(size, boxes, self._kink), self._line, strict=True))

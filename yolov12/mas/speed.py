@@ -28,7 +28,7 @@ __all__ = ["SpeedModel"]
 NEW_SIZE_MS = 4000.0
 """What a size that is new costs, until it was seen: 3.6 to 7.7 s on an H200, deterministic (docs/measurements.md)."""
 _UNSEEN = 0.15  # relative uncertainty of the time of a size that was not measured
-_UNSEEN_LEVEL = 0.05  # of one that was, under another plan: plans are profiled
+_BOUNDED = 0.05  # the same where two other sizes bound it, or where it was measured under another plan
 _SEEN = 0.03  # and of one that was measured once: what a step's time scatters by
 _MEMORY = 16.0  # observations: a mean is over about the last so many
 _FADING = 0.995  # of the weight of a mean, for each batch under another plan or size
@@ -115,7 +115,7 @@ class SpeedModel:
         if mean is not None:
             return mean.ms * (1.0 - _SEEN / math.sqrt(max(mean.weight, _LEAST)))
         size = images, height, width
-        doubt = _UNSEEN_LEVEL if size in self._times else _UNSEEN
+        doubt = _BOUNDED if size in self._times or len(self._times) > 1 else _UNSEEN
         return self._base_ms(size)[1] * self._factors[level] * (1.0 - doubt)
 
     def ran(self, images: int, height: int, width: int, *, timed: bool = True) -> None:
@@ -188,21 +188,22 @@ class SpeedModel:
 
     def _fit(self) -> None:
         self._factors = [level.slow for level in self.levels]
+        arms = [(arm[:3], arm[3], mean.ms, max(mean.weight, _LEAST)) for arm, mean in self._arms.items()]
         for _ in range(2):  # what a size takes, given the plans, and what a plan costs, given the sizes
-            by_size: dict[Size, list[tuple[float, float]]] = {}
-            for arm, mean in self._arms.items():
-                row = mean.ms / self._factors[arm[3]], max(mean.weight, _LEAST)
-                by_size.setdefault(arm[:3], []).append(row)
-            times = {size: sum(ms * w for ms, w in rows) / sum(w for _, w in rows) for size, rows in by_size.items()}
-            for index, level_ in enumerate(self.levels[1:], 1):
-                rests = [
-                    (math.log(mean.ms / (times[arm[:3]] * level_.slow)), max(mean.weight, _LEAST))
-                    for arm, mean in self._arms.items()
-                    if arm[3] == index
-                ]
-                off = sum(rest * w for rest, w in rests) / (sum(w for _, w in rests) + _TRUST)
-                self._factors[index] = level_.slow * math.exp(off)
-            self._times = times
+            sums: dict[Size, tuple[float, float]] = {}
+            for size, level, ms, weight in arms:
+                total, weights = sums.get(size, (0.0, 0.0))
+                sums[size] = total + weight * ms / self._factors[level], weights + weight
+            self._times = {size: total / weights for size, (total, weights) in sums.items()}
+            off = [(0.0, _TRUST)] * len(self.levels)
+            for size, level, ms, weight in arms:
+                total, weights = off[level]
+                rest = math.log(ms / (self._times[size] * self.levels[level].slow))
+                off[level] = total + weight * rest, weights + weight
+            self._factors[1:] = [
+                level_.slow * math.exp(total / weights)
+                for level_, (total, weights) in zip(self.levels[1:], off[1:], strict=True)
+            ]
         self._points = sorted((_megapixels(size), ms) for size, ms in self._times.items())
         self._line = _fit_line(self._points, self._prior_ms)
 

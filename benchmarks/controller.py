@@ -1,0 +1,55 @@
+"""The controller and its rivals on 10,000 simulated traces of memory, against an oracle that knows what will come.
+
+    python benchmarks/controller.py --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
+
+A run is a training of 20 traces, of all kinds in turn, so that what was learned in one serves in the next, as it does
+in a training of hours; the first of each starts knowing nothing, and is reported apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+from yolov12.mas.rivals import POLICIES
+from yolov12.mas.tournament import Score, compare, summed
+
+TRACES_PER_RUN, STEPS = 20, 80
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--traces", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    began = time.monotonic()
+    runs = [(seed, TRACES_PER_RUN, STEPS) for seed in range(arguments.traces // TRACES_PER_RUN)]
+    scores: list[Score] = []
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        for index, found in enumerate(pool.imap(_compare, runs)):
+            scores += found
+            print(f"\r{(index + 1) * TRACES_PER_RUN} traces", end="", file=sys.stderr)
+    result = {
+        "traces": arguments.traces,
+        "steps": arguments.traces * STEPS,
+        "seconds": round(time.monotonic() - began),
+        "policies": {name: summed([score for score in scores if score.policy == name]) for name in POLICIES},
+    }
+    text = json.dumps(result, indent=1)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    else:
+        print(text)
+
+
+def _compare(run: tuple[int, int, int]) -> list[Score]:
+    return compare(*run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Controllers to compare ours with, in the simulation: each plans a batch as `step.Planner` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas.config import Config
+from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.normalize import cut
+from yolov12.mas.planner import BatchPlanner
+from yolov12.mas.scheduler import History
+from yolov12.mas.simulate import PEAK_SCATTER, SAFETY_RATIO, Batch, Card, Run
+from yolov12.mas.speed import SpeedModel
+from yolov12.mas.step import Failure, Planner
+from yolov12.mas.task import Workload
+
+__all__ = ["POLICIES", "Policy"]
+
+
+class Policy(Protocol):
+    """Runs a training: one planner for each batch, and a look at what came of it."""
+
+    def restart(self) -> None:
+        """A trace begins. Whoever sizes up the card at the start does so now."""
+
+    def planner(self, work: Workload) -> Planner:
+        """For one batch."""
+
+    def learn(self, batch: Batch) -> None:
+        """A batch is done."""
+
+
+class Ours:
+    """The scheduler of this package, told of the checkpoint plans what a profile would tell."""
+
+    def __init__(self, run: Run, told: Card) -> None:
+        self._run, self._config = run, Config(safety_ratio=SAFETY_RATIO)
+        self.cost, self.speed = CostModel(told.levels), SpeedModel(told.levels)
+        self.history = History()
+        self._latest: BatchPlanner | None = None
+        self._sizes: list[int] = []
+        rehearsed = min(told.group, 8)
+        needed = run.card.usual_bytes(rehearsed, 40, 0)
+        self.cost.observe(Features(rehearsed, 640, 640, 40), int(needed))
+        self.speed.ran(rehearsed, 640, 640, timed=False)
+
+    def restart(self) -> None:
+        """Goes on with what it knows."""
+
+    def planner(self, work: Workload) -> Planner:
+        """See `Policy`."""
+        self._latest = _Noted(
+            work,
+            self._config,
+            self._run.card.group,
+            self.cost,
+            self._run.device,
+            speed=self.speed,
+            history=self.history,
+            gradient_bytes=self._run.card.gradient_bytes,
+            sleep=lambda seconds: None,
+        )
+        return self._latest
+
+    def learn(self, batch: Batch) -> None:
+        """See `Policy`."""
+        assert isinstance(self._latest, _Noted)
+        self.history = self._latest.history
+        if self._latest.undisturbed and not batch.died:
+            self.speed.observe(self._latest.sizes, 640, 640, self._latest.level, batch.ms)
+
+
+class _Noted(BatchPlanner):
+    sizes: tuple[int, ...] = ()
+
+    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+        super().done(start, stop, live_bytes, peak_bytes)
+        self.sizes = (*self.sizes, stop - start)
+
+
+class Sized:
+    """Sizes up the card at the start, and stays with that.
+
+    Args:
+        run: Where it trains.
+        told: Not used: it knows the true card.
+        level: The checkpoint plan, always.
+        share: Of the memory that is free at the start to fill; by default what the budget allows.
+        halves: After a failure, half the images from there on, and never more again; or else the run ends.
+    """
+
+    def __init__(
+        self, run: Run, told: Card, *, level: int = 0, share: float | None = None, halves: bool = False
+    ) -> None:
+        self._run, self.level, self._share, self._halves = run, level, share, halves
+        self._images = 0
+
+    def restart(self) -> None:
+        """See `Policy`."""
+        self._images = 0
+
+    def planner(self, work: Workload) -> Planner:
+        """See `Policy`."""
+        self._work = work
+        return self
+
+    def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
+        """See `step.Planner`."""
+        card = self._run.card
+        if not self._images:
+            self._images = self._fitting()
+        if failure is not None:
+            if not self._halves or failure.images <= card.group:
+                raise DoesNotFitError("as every other training")
+            self._images = max(failure.images // 2, card.group)
+        groups = cut(card.images - start, card.group)
+        each = max(self._images // card.group, 1)
+        return [groups[index : index + each] for index in range(0, len(groups), each)]
+
+    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+        """See `step.Planner`."""
+
+    def learn(self, batch: Batch) -> None:
+        """Learns nothing."""
+
+    def _fitting(self) -> int:
+        """Most images, of those that halve the batch, that fit now; a group if none do."""
+        card, reading = self._run.card, self._run.device.read()
+        room = reading.budget_bytes(SAFETY_RATIO) if self._share is None else self._share * reading.free_bytes
+        images = card.images
+        while images > card.group:
+            live = card.live_bytes + (card.gradient_bytes if images < card.images else 0)
+            needed = card.usual_bytes(images, max(self._work.boxes), self.level) * (1 + PEAK_SCATTER)
+            if live + needed <= room:
+                break
+            images //= 2
+        return images
+
+
+POLICIES: dict[str, Callable[[Run, Card], Policy]] = {
+    "ours": Ours,
+    "fixed": Sized,
+    "halving": lambda run, told: Sized(run, told, halves=True),
+    "AutoBatch": lambda run, told: Sized(run, told, share=0.6),
+    "checkpoint all": lambda run, told: Sized(run, told, level=len(run.card.levels) - 1),
+}

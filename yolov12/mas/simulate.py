@@ -1,0 +1,256 @@
+"""Cards that are not there, and memory that others take and give back: what controllers of memory are compared on.
+
+A `Card` says what a micro-batch truly costs; what the controller under test is told of checkpoint plans is a few
+percent off. A `Run` trains on it, batch after batch, under a trace of what other processes hold. Peaks scatter by 1 %,
+times by 3 %, some batches hold crowded images, a size that is new takes seconds, and memory may go in mid-batch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas.cost import Level
+from yolov12.mas.reading import Reading
+from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.step import Failure, Planner
+from yolov12.mas.task import Workload
+
+__all__ = ["CARDS", "KINDS", "SAFETY_RATIO", "Batch", "Card", "Run", "Step", "level_peak_bytes", "trace"]
+
+GIB = 2**30
+SAFETY_RATIO = 0.10
+PEAK_SCATTER = 0.01
+_TIME_SCATTER = 0.03
+_MOVE_MS = 150.0  # to give memory back and ask for it again
+_FAILURE_MS = 200.0  # besides the micro-batch's own time
+_CROWDED = 0.05  # of batches
+KINDS = ("steady", "steps", "ramps", "bursts", "saw-tooth", "adversary")
+
+Taker = Callable[[float, float], float]
+"""Share of the card that others hold next, given this process' peak in the last two batches as shares of the card."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device and a model on it."""
+
+    name: str
+    total_bytes: int
+    live_bytes: int
+    gradient_bytes: int
+    fixed_bytes: int
+    """Of a micro-batch, whatever its size."""
+    image_bytes: int
+    """Of activations, at level 0."""
+    host_ms: float
+    """A micro-batch takes at least."""
+    image_ms: float
+    new_size_ms: float
+    images: int
+    """Of a batch."""
+    group: int
+    levels: tuple[Level, ...] = (Level(1, 1), Level(0.8, 1.03), Level(0.6, 1.08), Level(0.5, 1.2), Level(0.4, 1.35))
+
+    def usual_ms(self, images: int, level: int) -> float:
+        """Of a micro-batch."""
+        return max(self.host_ms, self.image_ms * images) * self.levels[level].slow
+
+    def usual_bytes(self, images: int, boxes: int, level: int) -> float:
+        """Peak of a micro-batch above what is live before."""
+        return self.fixed_bytes + images * self.image_bytes * level_peak_bytes(self.levels[level].share, boxes)
+
+    def drawn(self, chance: random.Random) -> Card:
+        """Another specimen: everything within some percent."""
+
+        def about(value: float, percent: float) -> float:
+            return value * (1 + chance.uniform(-percent, percent) / 100)
+
+        levels = [Level(about(each.share, 3), about(each.slow, 3)) for each in self.levels[1:]]
+        return replace(
+            self,
+            image_bytes=int(about(self.image_bytes, 20)),
+            host_ms=about(self.host_ms, 20),
+            image_ms=about(self.image_ms, 20),
+            levels=(self.levels[0], *levels),
+        )
+
+
+CARDS = (
+    Card("fast, waits for its host", 80 * GIB, GIB, GIB // 16, GIB // 4, 254 * 2**20, 79.0, 1.2, 4000.0, 256, 32),
+    Card("T4-like", 15 * GIB, GIB // 2, GIB // 16, GIB // 8, 254 * 2**20, 60.0, 9.0, 3000.0, 64, 4),
+    Card("Jetson-like", 8 * GIB, GIB // 4, GIB // 64, GIB // 16, 110 * 2**20, 150.0, 30.0, 6000.0, 32, 4),
+)
+"""The first as measured: YOLOv12-S at 640 on an H100, host and device, 254 MB an image."""
+
+
+def level_peak_bytes(share: float, boxes: int) -> float:
+    """Of one image, as a share of what level 0 takes: the backward pass, or the loss, if its tables need more.
+
+    Under a plan that keeps less the tables of the loss lie lower, until they reach above what is recomputed.
+    """
+    return max(share, max(share - 0.8, 0.05) + 0.0067 * boxes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a batch meets."""
+
+    others: float
+    """Share of the card that other processes hold when it begins."""
+    others_later: float
+    """And in its second half."""
+    boxes: tuple[int, ...]
+    """Of each image."""
+
+
+@dataclass
+class Batch:
+    """What came of a batch."""
+
+    step: Step
+    ms: float = 0.0
+    peak_bytes: float = 0.0
+    largest: int = 0
+    level: int = 0
+    failures: int = 0
+    over_budget: bool = False
+    avoidable: bool = False
+    """It was over the budget, and a smaller action would not have been."""
+    new_sizes: list[int] = field(default_factory=list)
+    died: bool = False
+
+
+class Device(ReplayMeter):
+    """Reads what the simulation says."""
+
+    def __init__(self, card: Card) -> None:
+        super().__init__(card.total_bytes, [0], card.live_bytes)
+        self._card = card
+        self.others = 0.0
+        self.released = False
+
+    def read(self) -> Reading:
+        """See `Meter`."""
+        card = self._card
+        others = int(self.others * card.total_bytes)
+        free = max(0, card.total_bytes - others - card.live_bytes)
+        return Reading(card.live_bytes, card.live_bytes, free, card.total_bytes, others)
+
+    def release(self) -> None:
+        """See `Meter`."""
+        self.released = True
+
+
+class Run:
+    """A training of one card under one controller.
+
+    Args:
+        card: What is true.
+        seed: Of boxes and scatter.
+    """
+
+    def __init__(self, card: Card, seed: int) -> None:
+        self.card, self.device = card, Device(card)
+        self._chance = random.Random(seed)
+        self._warm: set[int] = set()
+        self._levels = 0, 0  # micro-batch and plan of the batch before
+
+    def boxes(self) -> tuple[int, ...]:
+        """Draw the boxes of a batch: the fullest image of each group, for all of its images."""
+        chance, groups = self._chance, self.card.images // self.card.group
+        fullest = [chance.randint(20, 60) for _ in range(groups)]
+        if chance.random() < _CROWDED:
+            fullest[chance.randrange(groups)] = chance.randint(160, 330)
+        return tuple(boxes for boxes in fullest for _ in range(self.card.group))
+
+    def budget_bytes(self, others: float) -> float:
+        """What this process may hold."""
+        return max(0.0, self.card.total_bytes * (1 - others - SAFETY_RATIO))
+
+    def batch(self, step: Step, planner: Callable[[Workload], Planner]) -> Batch:
+        """Run a batch as `step.Step` does."""
+        card, chance, done = self.card, self._chance, Batch(step)
+        self.device.others, self.device.released = step.others, False
+        work = Workload(640, 640, step.boxes)
+        start, failure, ways = 0, None, planner(work)
+        while start < card.images:
+            try:
+                plan = ways.plan(start, failure)
+            except DoesNotFitError:
+                done.died = True
+                return done
+            failure = None
+            budget_bytes = self.budget_bytes(self.device.others)
+            for groups in plan:
+                stop = start + sum(groups)
+                if 2 * start >= card.images:
+                    self.device.others = step.others_later
+                live = card.live_bytes + (card.gradient_bytes if start else 0)
+                boxes = max(step.boxes[start:stop])
+                usual = card.usual_bytes(stop - start, boxes, ways.level)
+                peak = live + usual * (1 + chance.uniform(-PEAK_SCATTER, PEAK_SCATTER))
+                ms = card.usual_ms(stop - start, ways.level) * math.exp(chance.gauss(0, _TIME_SCATTER))
+                done.ms += ms
+                if peak > card.total_bytes * (1 - self.device.others):
+                    done.failures += 1
+                    done.ms += _FAILURE_MS
+                    failure = Failure(stop - start, "CUDA out of memory. Tried to allocate 20.00 MiB", int(peak))
+                    break
+                if stop - start not in self._warm:
+                    self._warm.add(stop - start)
+                    done.ms += card.new_size_ms
+                    done.new_sizes.append(stop - start)
+                if peak > budget_bytes:
+                    done.over_budget = True
+                    least = card.usual_bytes(card.group, max(step.boxes), len(card.levels) - 1) + card.gradient_bytes
+                    done.avoidable |= card.live_bytes + least * (1 + PEAK_SCATTER) <= budget_bytes
+                done.peak_bytes = max(done.peak_bytes, peak)
+                done.largest, done.level = max(done.largest, stop - start), ways.level
+                ways.done(start, stop, int(live), int(peak))
+                start = stop
+        if self.device.released or done.largest > self._levels[0] > 0:
+            done.ms += _MOVE_MS
+        self._levels = done.largest, done.level
+        return done
+
+
+def trace(kind: str, steps: int, chance: random.Random) -> Sequence[float] | Taker:
+    """Draw what others hold of the card, step by step; an adversary answers what it sees."""
+    most, least = chance.uniform(0.3, 0.8), chance.uniform(0.0, 0.2)
+    if kind == "steady":
+        level = chance.uniform(0.0, 0.8)
+        return [max(level + chance.gauss(0, 0.002), 0.0) for _ in range(steps)]
+    if kind == "steps":
+        held: list[float] = []
+        while len(held) < steps:
+            held += [chance.uniform(0.0, 0.8)] * chance.randint(5, 30)
+        return held[:steps]
+    if kind == "ramps":
+        first, last = (least, most) if chance.random() < 0.5 else (most, least)
+        return [first + (last - first) * index / (steps - 1) for index in range(steps)]
+    if kind == "bursts":
+        held = [least] * steps
+        for _ in range(steps // 12):
+            start = chance.randrange(steps)
+            for index in range(start, min(start + chance.randint(1, 4), steps)):
+                held[index] = most
+        return held
+    if kind == "saw-tooth":
+        period = chance.randint(8, 40)
+        return [least + (most - least) * (index % period) / period for index in range(steps)]
+    taken = least
+
+    def adversary(before: float, now: float) -> float:
+        """Take memory right after this process has grown; give it back when it has shrunk."""
+        nonlocal taken
+        if now > 1.02 * before:
+            taken = min(1 - SAFETY_RATIO - 0.8 * now, 0.85)
+        elif now < 0.98 * before:
+            taken = least
+        return max(taken, least)
+
+    return adversary
