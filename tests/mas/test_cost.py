@@ -1,12 +1,15 @@
 """The online model of a micro-batch's peak, taught by invented cards."""
 
+import dataclasses
+import json
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.cost import CostModel, Features, Level
 
 MIB = 2**20
 
@@ -144,6 +147,148 @@ def test_failure_raises_the_prediction_until_it_gets_through():
     assert cost.predict(features(8)) < more
     cost.observe(each, more - 500 * MIB)
     assert cost.predict(each) < more - 400 * MIB
+
+
+def batches_until_it_fits(cost, each, room_bytes):
+    for batches in range(2000):
+        if cost.upper(each)[1] <= room_bytes:
+            return batches
+        cost.new_batch()
+    raise AssertionError("never")
+
+
+@pytest.mark.parametrize("spare", [1.02, 1.05, 1.5, 10.0])
+def test_false_alarm_is_forgotten_in_about_ten_batches(spare):
+    """Whatever the room was, and whatever was asked for."""
+    cost = taught(card(box=0))
+    each = features(16)
+    room = int(cost.upper(each)[1] * spare)
+    cost.observe_failure(each, room)
+    assert 3 <= batches_until_it_fits(cost, each, room) <= 12
+
+
+def test_failure_that_is_real_comes_back_ever_more_rarely():
+    cost = taught(card(box=0))
+    each = features(16)
+    room = int(cost.upper(each)[1] * 1.05)
+    waits = []
+    for _ in range(6):
+        cost.observe_failure(each, room)
+        waits.append(batches_until_it_fits(cost, each, room))
+    assert all(later >= 1.5 * sooner for sooner, later in pairwise(waits))
+    assert cost.failed(each) or waits[-1] > 100
+
+
+def test_failure_leaves_more_room_open():
+    """It says that this room did not do, and no more."""
+    cost = taught(card(box=0))
+    each = features(16)
+    room = int(cost.upper(each)[1] * 1.1)
+    cost.observe_failure(each, room)
+    assert room < cost.upper(each)[1] <= 1.2 * room
+
+
+LADDER = (Level(1.0, 1.0), Level(0.8, 1.03), Level(0.6, 1.1), Level(0.4, 1.35))
+
+
+def planned(share_off=0.0, kept=0.5):
+    """Peaks of a card under plans. The tables of the loss lie lower where less is kept."""
+
+    def needs(each):
+        share = LADDER[each.level].share * (1 + share_off * bool(each.level))
+        activations = max(share, share - kept + 0.0067 * max(each.boxes, 0))
+        return int(40 * MIB + each.images * 100 * MIB * activations)
+
+    return needs
+
+
+def under(images, level, boxes=20):
+    return Features(images, 640, 640, boxes, level)
+
+
+def taught_levels(needs, levels, sizes=(4, 8, 16, 32), boxes=(20, 40)):
+    cost = CostModel(LADDER)
+    for level in levels:
+        for images in sizes:
+            for most in boxes:
+                cost.observe(under(images, level, most), needs(under(images, level, most)))
+    return cost
+
+
+def test_plan_that_was_not_seen_is_predicted_from_its_neighbour():
+    needs = planned()
+    cost = taught_levels(needs, [0])
+    for level in (1, 2, 3):
+        each = under(32, level)
+        assert cost.predict(each) == pytest.approx(needs(each), rel=0.03)
+        assert cost.predict(each) + cost.margin(each) >= needs(each)
+        assert cost.margin(each) >= 0.05 * cost.predict(each)
+    up = taught_levels(needs, [3])
+    assert up.upper(under(32, 0))[1] >= needs(under(32, 0))
+
+
+def test_plan_learns_a_law_of_its_own():
+    """Its share is 10 % more than was said."""
+    needs = planned(share_off=0.1)
+    cost = taught_levels(needs, [0, 2])
+    each = under(24, 2)
+    assert cost.predict(each) == pytest.approx(needs(each), rel=0.01)
+    assert cost.predict(under(24, 0)) == pytest.approx(needs(under(24, 0)), rel=0.01)
+
+
+def test_plan_that_was_seen_at_one_size_tells_of_the_others():
+    needs = planned(share_off=0.1)
+    cost = taught_levels(needs, [0])
+    cost.observe(under(32, 2), needs(under(32, 2)))
+    for images in (4, 8, 64):
+        assert cost.predict(under(images, 2)) == pytest.approx(needs(under(images, 2)), rel=0.03)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_crowd_under_a_plan_that_has_seen_none(level):
+    """The tables of the loss are the same under all plans: what one has learned of them is safe for the others."""
+    needs = planned()
+    cost = taught_levels(needs, [0], boxes=(20, 40, 160, 300))
+    for images in (4, 8, 16, 32):
+        cost.observe(under(images, level), needs(under(images, level)))
+    for boxes in (200, 300, 400):
+        assert cost.upper(under(16, level, boxes))[1] >= needs(under(16, level, boxes))
+    assert cost.predict(under(16, level)) == pytest.approx(needs(under(16, level)), rel=0.01)
+
+
+def test_rare_crowds_are_not_forgotten():
+    needs = planned()
+    cost = taught_levels(needs, [0], boxes=(20, 40, 160, 300))
+    draw = random.Random(0)
+    for _ in range(1000):
+        each = under(16, 0, draw.randint(20, 60))
+        cost.observe(each, int(needs(each) * draw.uniform(0.99, 1.01)))
+    for boxes in (200, 300):
+        assert cost.predict(under(16, 0, boxes)) == pytest.approx(needs(under(16, 0, boxes)), rel=0.05)
+
+
+def test_state_goes_through_json():
+    cost = taught_levels(planned(), [0, 2], boxes=(20, 160, 300))
+    cost.observe_failure(under(16, 2), 3000 * MIB)
+    cost.new_batch()
+    again = CostModel(LADDER)
+    again.load_state_dict(json.loads(json.dumps(cost.state_dict())))
+    grid = [under(images, level, boxes) for images in (4, 16, 48) for level in range(4) for boxes in (20, 200, 400)]
+    assert [again.upper(each) for each in grid] == [cost.upper(each) for each in grid]
+    for each in grid:
+        again.observe(each, 2000 * MIB)
+        cost.observe(each, 2000 * MIB)
+    assert [again.upper(each) for each in grid] == [cost.upper(each) for each in grid]
+    assert again.largest == cost.largest
+
+
+def test_levels_that_stay_keep_what_they_learned():
+    cost = taught_levels(planned(), [0, 1, 2])
+    before = cost.predict(under(16, 1))
+    cost.set_levels((LADDER[0], LADDER[1], Level(0.5, 1.2)))
+    assert cost.predict(under(16, 1)) == before
+    assert cost.predict(under(16, 2)) == pytest.approx(before * 0.5 / 0.8, rel=0.03)
+    assert dataclasses.replace(under(16, 0), level=0) == Features(16, 640, 640, 20)
 
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=100)

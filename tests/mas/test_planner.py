@@ -23,11 +23,12 @@ KEEP_ALL = (Level(1.0, 1.0),)
 
 def planner(
     images=16, group=4, room=64, others=(0,), history=AT_ONCE, levels=KEEP_ALL, known=(1, 2, 4, 8, 16), image=IMAGE,
-    sleep=lambda seconds: None, ways_out=lambda share: ("amp=True", "imgsz=320", "a smaller model"), **config,
+    sleep=lambda seconds: None, ways_out=lambda share: ("amp=True", "imgsz=320", "a smaller model"), models=None,
+    **config,
 ):  # fmt: skip
-    """A planner on a card of so many images, of which every size up to 16 was seen."""
-    cost, speed = CostModel(levels), SpeedModel(levels)
-    for size in known:
+    """A planner on a card of so many images, of which every size up to 16 was seen; or with the models of another."""
+    cost, speed = models or (CostModel(levels), SpeedModel(levels))
+    for size in known if models is None else ():
         speed.ran(size, 640, 640)
         for _ in range(2):
             cost.observe(Features(size, 640, 640, 5), size * image)
@@ -87,7 +88,7 @@ def test_what_is_done_stays_done():
 
 def test_retry_is_never_larger_than_what_failed():
     """Also where this would have been the batch to grow in."""
-    one, _ = planner(history=History(8, regret_ms=1e9))
+    one, _ = planner(history=History(8))
     first = one.plan(0, None)
     assert ran(first) == [8, 8]
     assert one.plan(0, failure(8)) == first
@@ -198,8 +199,77 @@ def test_there_is_a_way_out_even_where_the_caller_names_none():
     assert not str(caught.value).endswith("Ways out: ")
 
 
+LADDER = (Level(1.0, 1.0), Level(0.8, 1.03), Level(0.5, 1.1), Level(0.4, 1.35))
+PEBIBYTE = "CUDA out of memory. Tried to allocate 1048576.00 GiB"
+
+
+def test_plan_changes_with_the_budget():
+    one, _ = planner(levels=LADDER, room=9, safety_ratio=0.0)
+    assert ran(one.plan(0, None)) == [16]
+    assert one.level == 2
+    assert one.events == ["plan 0 to 2"]
+    assert one.history == History(16, level=2)
+
+
+def test_failure_may_be_answered_by_another_plan():
+    """Which half the memory does for, at the same size."""
+    one, _ = planner(levels=LADDER)
+    one.plan(0, None)
+    one.plan(0, failure(16))
+    assert (ran(one.plan(0, failure(16))), one.level) == ([16], 2)
+    assert one.events[-1] == "plan 0 to 2"
+
+
+@pytest.mark.parametrize("levels", [KEEP_ALL, LADDER])
+@pytest.mark.parametrize("images", [1, 16, 256])
+def test_number_of_attempts_is_bounded(levels, images):
+    """Whatever is tried fails: each second time half of it is next, and one image under the last plan ends it."""
+    one, _ = planner(images=images, history=History(images), room=1000, levels=levels)
+    attempts = 0
+
+    def try_all():
+        nonlocal attempts
+        plan = one.plan(0, None)
+        while True:
+            attempts += 1
+            plan = one.plan(0, failure(ran(plan)[0]))
+
+    with pytest.raises(DoesNotFitError):
+        try_all()
+    assert attempts <= 2 * (images.bit_length() + 3)
+
+
+def test_injected_failures_do_not_end_a_run():
+    """They ask for more than any device has. Every fifth batch meets two of them; the size comes back in between."""
+    history, sizes, models = AT_ONCE, [], (CostModel(), SpeedModel())
+    for size in (1, 2, 4, 8, 16):
+        models[0].observe(Features(size, 640, 640, 5), size * IMAGE)
+        models[1].ran(size, 640, 640)
+    for batch in range(100):
+        one, _ = planner(history=history, models=models)
+        plan = one.plan(0, None)
+        if batch % 5 == 0 and batch < 40:
+            for _ in range(2):
+                plan = one.plan(0, failure(ran(plan)[0], PEBIBYTE))
+        sizes.append(ran(plan)[0])
+        start = 0
+        for images in ran(plan):
+            one.done(start, start + images, 0, images * IMAGE)
+            start += images
+        history = one.history
+    assert sizes[-1] == 16
+
+
 def test_learns_from_what_ran():
     one, _ = planner(known=(1, 2))
     one.done(0, 8, 5 * MIB, 5 * MIB + 8 * IMAGE)
     assert one.peak_bytes == 5 * MIB + 8 * IMAGE
     assert one.plan(8, None)
+
+
+def test_tells_whether_a_batch_ran_as_planned():
+    one, _ = planner()
+    one.plan(0, None)
+    assert one.undisturbed
+    one.plan(0, failure(16))
+    assert not one.undisturbed

@@ -115,7 +115,7 @@ def test_stays_where_nothing_is_lost():
 
 def test_grows_back_only_with_room_to_spare():
     small = History(16)
-    assert run(state([8] * 4, 32.5, history=small), model(), card(host=200), 9)[-1].micro_batches == (2, 2)
+    assert run(state([8] * 4, 32, history=small), model(), card(host=200), 9)[-1].micro_batches == (2, 2)
     assert run(state([8] * 4, 36, history=small), model(), card(host=200), 9)[-1].micro_batches == (4,)
 
 

@@ -1,4 +1,4 @@
-"""What a batch may be run as: cuts into micro-batches, under checkpoint plans; what each needs and how long it takes."""
+"""What a batch may be run as: cuts into micro-batches under checkpoint plans, what each needs and how long it takes."""
 
 from __future__ import annotations
 

@@ -39,13 +39,14 @@ from yolov12.mas.speed import SpeedModel
 
 __all__ = ["Decision", "Group", "History", "State", "decide"]
 
-ROOM_TO_GROW = 0.03
-"""Share of the budget that must stay free under an arm that needs more memory; without it the size would swing."""
-MOVE_BATCHES = 0.25
-"""Price of a move, in batches: memory is given back and asked for again, and others may want it the next moment."""
+ROOM_TO_GROW = 0.01
+"""Share of the budget that must stay free under an arm that needs more memory, as readings of memory scatter."""
+MOVE_BATCHES = 0.1
+"""Price of a move, in batches: memory is given back and asked for again. In simulation 0.05 to 0.25, and a room of 0 to
+0.03, make a difference of 0.5 % (benchmarks/controller.py)."""
 CALM_BATCHES = 8  # for engine.py, until it passes a history on
 _LARGEST_STEP = 4  # a prediction further out than this times what was observed is a guess
-_EQUAL = 1.02  # times as long is as long; then the fewest micro-batches
+_EQUAL = 1.02  # times as long is as long, as times scatter by more; then the fewest micro-batches
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
             break  # less at once takes longer, and has nothing to recompute less
     assert usual is not None
     if not arms:
-        return _decision(
-            arm_of(state, cost, speed, cut_evenly(state.groups, len(state.groups)), last), history, fits=False
-        )
+        single = cut_evenly(state.groups, len(state.groups))
+        return _decision(arm_of(state, cost, speed, single, last), history, fits=False)
     if not history.images:  # a run is long, so that a size costs nothing; of equals, the fewest
         first = _fastest(arms, [arm.ms for arm in arms])
         held_back = first.cut.largest < images and _LARGEST_STEP * first.cut.largest > most
@@ -138,9 +138,8 @@ def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int)
         failed = bool(arms) and any(cost.failed(each) for each in features_of(state, cut, arms[-1].level))
         for arm in fitting[:1] or ([] if failed and len(cut.counts) < len(state.groups) else arms[-1:]):
             return _decision(arm, History(max(arm.cut.largest, state.history.images), arm.level))
-    return _decision(
-        arm_of(state, cost, speed, cut_evenly(state.groups, len(state.groups)), levels[-1]), state.history, fits=False
-    )
+    single = cut_evenly(state.groups, len(state.groups))
+    return _decision(arm_of(state, cost, speed, single, levels[-1]), state.history, fits=False)
 
 
 def _fits_but_for_crowds(state: State, cost: CostModel, arm: Arm) -> bool:

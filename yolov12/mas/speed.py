@@ -213,7 +213,7 @@ class SpeedModel:
             return ms, ms
         pixels = _megapixels(size)
         if self._line is None:
-            return pixels, pixels
+            return pixels + 1.0, pixels + 1.0  # nothing was measured: of equals, the fewest micro-batches
         expected = max(self._line[0], self._line[1] * pixels)
         below = [point for point in self._points if point[0] <= pixels]
         least = [ms * pixels / there for there, ms in self._points if there > pixels]

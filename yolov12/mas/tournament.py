@@ -75,7 +75,7 @@ def compare(seed: int, traces: int, steps: int, policies: Iterable[str] = POLICI
             batches.append(done)
             met.append(path)
         oracle = _oracle_ms(run.card, met)
-        for index, (kind, done, path) in enumerate(zip(kinds, batches, met, strict=True)):
+        for index, (kind, done) in enumerate(zip(kinds, batches, strict=True)):
             finished = [batch for batch in done if not batch.died]
             died = len(finished) < len(done)
             scores.append(
