@@ -115,18 +115,23 @@ def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
 def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms: float) -> Decision:
     """Ski rental: add up what staying loses against the best arm, and move when that is the price of the move."""
     price_ms = MOVE_BATCHES * stay.ms
-    known = min((arm for arm in arms if not arm.new_sizes), key=lambda arm: arm.best_ms, default=stay)
-    new = min((arm for arm in arms if arm.new_sizes), key=lambda arm: arm.best_ms, default=stay)
+    known = _at_best([arm for arm in arms if arm.new_sizes <= stay.new_sizes], stay)
+    new = _at_best([arm for arm in arms if arm.new_sizes > stay.new_sizes], stay)
     history = replace(
         history,
-        regret_ms=max(history.regret_ms + stay.best_ms - known.best_ms, 0.0),
-        new_regret_ms=max(history.new_regret_ms + (stay.ms - new.best_ms if new is not stay else 0.0), 0.0),
+        regret_ms=history.regret_ms + max(stay.best_ms - known.best_ms, 0.0),
+        new_regret_ms=history.new_regret_ms + (max(stay.ms - new.best_ms, 0.0) if new is not stay else 0.0),
     )
     if known.best_ms < stay.best_ms and history.regret_ms >= price_ms:
         return _decision(known, replace(history, images=known.cut.largest, level=known.level, regret_ms=0.0))
-    if new.best_ms < stay.ms and history.new_regret_ms >= price_ms + new.new_sizes * new_size_ms:
+    new_price_ms = price_ms + (new.new_sizes - stay.new_sizes) * new_size_ms
+    if new is not stay and new.best_ms < stay.ms and history.new_regret_ms >= new_price_ms:
         return _decision(new, History(new.cut.largest, new.level))
     return _decision(stay, history)
+
+
+def _at_best(arms: Sequence[Arm], default: Arm) -> Arm:
+    return min(arms, key=lambda arm: arm.best_ms, default=default)
 
 
 def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int) -> Decision:

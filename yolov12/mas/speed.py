@@ -1,13 +1,10 @@
 """The online model of a micro-batch's time, by images, height, width and checkpoint plan.
 
-    ms = max(host, device · images · pixels) · slow of the plan
-
-A fast card waits for the host while a micro-batch is small, so its time is flat, then rises in proportion. Convex in
-the images and through these two limits, a time that was measured bounds the others from below: a larger micro-batch
-takes at least as long, a smaller one at least its share. That is what `optimistic_ms` goes by where a size was not
-measured, as in optimism in the face of uncertainty (Auer, Cesa-Bianchi, Fischer: Finite-time analysis of the
-multiarmed bandit problem, 2002). Measured times are forgotten exponentially (Garivier, Moulines: On upper-confidence
-bound policies for switching bandit problems, 2011), as other processes come and go.
+A size that was measured takes what it took, the mean of late, and a plan multiplies it by a factor, which begins as
+that of its profile. For other sizes there is a law (speed_law.py), which says what is expected and what it would be at
+best: optimism in the face of uncertainty (Auer, Cesa-Bianchi, Fischer: Finite-time analysis of the multiarmed bandit
+problem, 2002). Measured times are forgotten exponentially (Garivier, Moulines: On upper-confidence bound policies for
+switching bandit problems, 2011), as other processes come and go.
 
 The first micro-batch of a size takes seconds, in which libraries look for kernels. It teaches `new_size_ms` alone.
 """
@@ -22,6 +19,7 @@ from typing import Any
 
 from yolov12.mas.cost import Level
 from yolov12.mas.peak_law import Size
+from yolov12.mas.speed_law import SpeedLaw, megapixels
 
 __all__ = ["SpeedModel"]
 
@@ -86,13 +84,13 @@ class SpeedModel:
         self._first: list[_First] = []
         self._factors = [level.slow for level in self.levels]
         self._times: dict[Size, float] = {}  # ms at level 0
-        self._points: list[tuple[float, float]] = []  # megapixels, ms at level 0; by megapixels
-        self._line = self._prior_ms  # ms of the host, ms of a megapixel
+        self._law = SpeedLaw.fit((), self._prior_ms)
 
     def set_levels(self, levels: Sequence[Level]) -> None:
         """Take another ladder of plans; what was learned stays where a level is what it was."""
         kept = {index for index, level in enumerate(levels) if self.levels[index : index + 1] == (level,)}
         self._arms = {arm: mean for arm, mean in self._arms.items() if arm[3] in kept}
+        self._first = [first for first in self._first if first.level in kept]
         self.levels = tuple(levels)
         self._fit()
 
@@ -204,54 +202,9 @@ class SpeedModel:
                 level_.slow * math.exp(total / weights)
                 for level_, (total, weights) in zip(self.levels[1:], off[1:], strict=True)
             ]
-        self._points = sorted((_megapixels(size), ms) for size, ms in self._times.items())
-        self._line = _fit_line(self._points, self._prior_ms)
+        self._law = SpeedLaw.fit(((megapixels(size), ms) for size, ms in self._times.items()), self._prior_ms)
 
     def _base_ms(self, size: Size) -> tuple[float, float]:
         """At level 0: expected and least."""
-        if (ms := self._times.get(size)) is not None:
-            return ms, ms
-        pixels = _megapixels(size)
-        if self._line is None:
-            return pixels + 1.0, pixels + 1.0  # nothing was measured: of equals, the fewest micro-batches
-        expected = max(self._line[0], self._line[1] * pixels)
-        below = [point for point in self._points if point[0] <= pixels]
-        least = [ms * pixels / there for there, ms in self._points if there > pixels]
-        least += [ms for _, ms in below]
-        if below:
-            last_pixels, last_ms = below[-1]
-            for there, ms in below:
-                if there * 1.5 <= last_pixels:  # nearer ones would make the slope a noise
-                    slope = max(last_ms - ms, 0.0) / (last_pixels - there)
-                    least.append(last_ms + slope * (pixels - last_pixels))
-        if self._prior_ms:
-            least.append(expected)
-        return expected, min(max(least), expected)
-
-
-def _megapixels(size: Size) -> float:
-    return size[0] * size[1] * size[2] / 1e6
-
-
-def _fit_line(points: list[tuple[float, float]], prior_ms: tuple[float, float] | None) -> tuple[float, float] | None:
-    """Milliseconds of host and device whose maximum is nearest to the points, which are sorted."""
-    if not points:
-        return prior_ms
-    if prior_ms is not None:  # two points far out, on the height of what was measured
-        host, device = prior_ms
-        off = sum(math.log(ms / max(host, device * pixels)) for pixels, ms in points) / len(points)
-        kink = host / device
-        scaled = [(near * kink, math.exp(off) * max(host, device * near * kink)) for near in (1e-2, 1e2)]
-        points = sorted(points + scaled)
-    best, line = math.inf, (0.0, 0.0)
-    for hosts in range(len(points) + 1):  # so many wait for the host; where none or all do, the other is at most that
-        host = _mean_log([ms for _, ms in points[:hosts]] or [points[0][1]])
-        device = _mean_log([ms / pixels for pixels, ms in points[hosts:]] or [points[-1][1] / points[-1][0]])
-        error = sum(math.log(max(host, device * pixels) / ms) ** 2 for pixels, ms in points)
-        if error < best - 1e-12:
-            best, line = error, (host, device)
-    return line
-
-
-def _mean_log(values: list[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))
+        ms = self._times.get(size)
+        return (ms, ms) if ms is not None else self._law.bounds_ms(megapixels(size))
