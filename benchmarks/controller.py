@@ -9,6 +9,7 @@ in one trace serves in the next. The first of each run, which begins knowing not
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import multiprocessing
 import sys
@@ -35,6 +36,9 @@ def main() -> None:
             scores += found
             print(f"\r{(index + 1) * TRACES_PER_RUN} traces", end="", file=sys.stderr)
     result = {
+        "command": "python benchmarks/controller.py --out controller.json",
+        "date": datetime.date.today().isoformat(),
+        "device": "simulated",
         "traces": arguments.traces,
         "steps": arguments.traces * STEPS,
         "seconds": round(time.monotonic() - began),

@@ -119,8 +119,8 @@ class BatchPlanner:
 
     def _learn(self, start: int, failure: Failure) -> None:
         self.events.append(f"out-of-memory at {failure.images}")
-        least = self._cost.levels[-1].share
-        needs = failure.images * self._cost.levels[self.level].share
+        least = self._weight(1, -1)
+        needs = self._weight(failure.images, self.level)
         if self._failed_at != failure.images:  # false alarms exist: once more as it was, if it still seems to fit
             self._failed_at, self._ceiling = failure.images, needs
             return
@@ -139,17 +139,22 @@ class BatchPlanner:
         before, after = self.history, decision.history
         if after.images < before.images:
             self.events.append(f"shrunk {before.images} to {after.images}")
-            self._meter.release()  # what is no longer needed is for those who press
         elif 0 < before.images < after.images:
             self.events.append(f"grew {before.images} to {after.images}")
         if decision.level != self.level and before.images:
             self.events.append(f"plan {self.level} to {decision.level}")
+        if self._weight(after.images, after.level) < self._weight(before.images, before.level):
+            self._meter.release()  # what is no longer needed is for those who press
         self.history, self.level = after, decision.level
         # What ran before a failure had its peak too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
         return plan if self._group else [(sum(groups),) for groups in plan]
+
+    def _weight(self, images: int, level: int) -> float:
+        """Activations, in images at level 0."""
+        return images * self._cost.levels[min(level, len(self._cost.levels) - 1)].share
 
     def _may_come_back(self, failure: Failure | None) -> bool:
         """Whether one image would fit if no other process held any of the device."""
