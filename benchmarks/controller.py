@@ -2,7 +2,7 @@
 
     python benchmarks/controller.py --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
 
-A run is a training of 50 traces, of all kinds in turn: 4000 batches, twenty minutes on the fast card. What was learned
+A run is a training of 50 traces, of all kinds in turn: 3000 batches, 18 minutes on the fast card. What was learned
 in one trace serves in the next. The first of each run, which begins knowing nothing, is reported apart too.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from yolov12.mas.rivals import POLICIES
 from yolov12.mas.tournament import Score, compare, summed
 
-TRACES_PER_RUN, STEPS = 50, 80
+TRACES_PER_RUN, STEPS = 50, 60
 
 
 def main() -> None:

@@ -117,12 +117,13 @@ def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms:
     price_ms = MOVE_BATCHES * stay.ms
     known = _at_best([arm for arm in arms if arm.new_sizes <= stay.new_sizes], stay)
     new = _at_best([arm for arm in arms if arm.new_sizes > stay.new_sizes], stay)
+    better = _EQUAL * known.best_ms < stay.best_ms
     history = replace(
         history,
-        regret_ms=history.regret_ms + max(stay.best_ms - known.best_ms, 0.0),
+        regret_ms=history.regret_ms + (stay.best_ms - known.best_ms) * better,
         new_regret_ms=history.new_regret_ms + (max(stay.ms - new.best_ms, 0.0) if new is not stay else 0.0),
     )
-    if known.best_ms < stay.best_ms and history.regret_ms >= price_ms:
+    if better and history.regret_ms >= price_ms:
         return _decision(known, replace(history, images=known.cut.largest, level=known.level, regret_ms=0.0))
     new_price_ms = price_ms + (new.new_sizes - stay.new_sizes) * new_size_ms
     if new is not stay and new.best_ms < stay.ms and history.new_regret_ms >= new_price_ms:
