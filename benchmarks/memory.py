@@ -28,20 +28,23 @@ GIB = 2**30
 BOXES_PER_IMAGE = 25
 
 
-def _prepare(images: int = 256, size: int = 640, seed: int = 0) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """YOLOv12-S, its task, a scaler as it is in the course of a training, and a batch in pinned memory."""
+def prepare(
+    images: int = 256, size: int = 640, seed: int = 0, cfg: str = "yolov12s.yaml"
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """A model, its task, a scaler as it is in the course of a training, and a batch in pinned memory."""
     import torch
 
     from yolov12 import autopatch
 
-    autopatch.apply()
+    if os.environ.get("YOLOV12_AUTOPATCH") != "0":  # which asks for stock
+        autopatch.apply()
     from ultralytics.nn.tasks import DetectionModel
     from ultralytics.utils import DEFAULT_CFG
 
     from yolov12.training.detection import DetectionTask
 
     torch.manual_seed(seed)
-    model = DetectionModel("yolov12s.yaml", nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)
+    model = DetectionModel(cfg, nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)
     model.train().args = DEFAULT_CFG
     counts = torch.randint(1, 2 * BOXES_PER_IMAGE, (images,))
     boxes = int(counts.sum())
@@ -57,7 +60,7 @@ def _prepare(images: int = 256, size: int = 640, seed: int = 0) -> tuple[Any, An
         return {**part, "img": part["img"].float() / 255}
 
     task = DetectionTask(model, preprocess, multi_scale=False, overlapping_masks=True)
-    scaler = torch.cuda.amp.GradScaler(init_scale=128.0)
+    scaler = torch.amp.GradScaler("cuda", init_scale=128.0)
     scaler.scale(torch.zeros((), device="cuda"))
     return model, task, scaler, batch
 
@@ -78,7 +81,7 @@ def gradient() -> dict[str, Any]:
     import torch
 
     torch.backends.cudnn.allow_tf32 = False
-    model, task, scaler, batch = _prepare()
+    model, task, scaler, batch = prepare()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     engine = _engine(model, task, scaler, bn_group=16)
     for _ in range(60):
@@ -133,7 +136,7 @@ def first_times() -> list[dict[str, float]]:
     """How long a micro-batch takes that is the first of its size: libraries look for kernels then."""
     import torch
 
-    model, task, scaler, batch = _prepare(images=64)
+    model, task, scaler, batch = prepare(images=64)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.deterministic = True
     rows = []
@@ -155,7 +158,7 @@ def overhead(steps: int = 6, rounds: int = 3) -> list[dict[str, Any]]:
     """The engine against the bare loop at the same micro-batch: forward, loss, backward, optimizer."""
     import torch
 
-    model, task, scaler, batch = _prepare()
+    model, task, scaler, batch = prepare()
     images = len(batch["img"])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
 
@@ -217,7 +220,7 @@ def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
 
     from yolov12 import mas
 
-    model, task, scaler, batch = _prepare(images=64, size=320)
+    model, task, scaler, batch = prepare(images=64, size=320)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     folder = Path(tempfile.mkdtemp())
     engine = mas.Engine(
@@ -283,7 +286,7 @@ def failures(steps: int = 200, probability: float = 0.2) -> dict[str, Any]:
     }
     calm, disturbed = (json.loads(run.communicate()[0].splitlines()[-1]) for run in runs.values())
     a, b = (torch.load(_weights(share)) for share in runs)
-    start = [parameter.detach().double().cpu() for parameter in _prepare(images=1, size=64)[0].parameters()]
+    start = [parameter.detach().double().cpu() for parameter in prepare(images=1, size=64)[0].parameters()]
 
     def length(one: Any, other: Any) -> float:
         return float(sum(((x - y) ** 2).sum() for x, y in zip(one, other, strict=True)) ** 0.5)

@@ -177,6 +177,18 @@ def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _remember_what_was_learned(resume_training: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(resume_training)
+    def wrapper(self: Any, ckpt: Any) -> None:
+        from yolov12.training.memory import STATE
+
+        resume_training(self, ckpt)
+        if self.resume and ckpt:
+            setattr(self, STATE, (ckpt.get("optimizer") or {}).get(STATE))
+
+    return wrapper
+
+
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
     "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
@@ -196,6 +208,7 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
         "BaseTrainer.__init__": _clear_false_starts,
         "BaseTrainer.train": _clear_false_starts,
         "BaseTrainer.check_resume": _resume_with_our_arguments,
+        "BaseTrainer.resume_training": _remember_what_was_learned,
         "BaseTrainer._setup_train": _attach_engine,
     },
     "ultralytics.engine.model": {"Model.train": _prepare_training},

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, SegmentationModel
 
+from yolov12.mas.checkpointing import REBUILD, RECOMPUTE, Plan
+from yolov12.mas.layers import candidates
 from yolov12.mas.normalize import cut
 from yolov12.mas.replay import ReplayMeter
 from yolov12.mas.step import Failure, Result, Step
@@ -60,15 +62,23 @@ class Faults:
 
 
 class Scripted:
-    """A planner that cuts at random between whole groups, and otherwise after every failure."""
+    """A planner that cuts at random between whole groups, and otherwise after every failure; so with levels."""
 
-    def __init__(self, groups: Sequence[int], seed: int = 0, plans: Sequence[Sequence[tuple[int, ...]]] = ()) -> None:
+    def __init__(
+        self,
+        groups: Sequence[int],
+        seed: int = 0,
+        plans: Sequence[Sequence[tuple[int, ...]]] = (),
+        levels: Sequence[int] = (0,),
+    ) -> None:
         self._groups, self._random, self._plans = tuple(groups), random.Random(seed), list(plans)
         self.failures: list[Failure] = []
+        self.level, self._levels = 0, levels
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
         if failure is not None:
             self.failures.append(failure)
+        self.level = self._random.choice(self._levels)
         if self._plans:
             return list(self._plans.pop(0))
         left, done = list(self._groups), 0
@@ -113,7 +123,8 @@ class Bench:
         self.faults = Faults()
         self.task = _Task(self, **{"multi_scale": False, "overlapping_masks": True, **task})
         self.meter = ReplayMeter(80 * GIB, [0])
-        self.step = Step(model, self.task, self.meter, Tensor.backward)
+        self.layers = candidates(model)
+        self.step = Step(model, self.task, self.meter, Tensor.backward, self.layers)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._state = copy.deepcopy(model.state_dict())
         self._hooks()
@@ -218,6 +229,19 @@ def make_batch(boxes: Sequence[int], seed: int = 0, angles: bool = False, size: 
     }
 
 
+def random_plan(layers: dict[str, nn.Module], seed: int) -> Plan:
+    """About half of a model's layers in a mode at random, none inside another."""
+    chance = random.Random(seed)
+    names = list(layers)
+    chance.shuffle(names)
+    chosen: dict[str, str] = {}
+    for name in names:
+        apart = not any(f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.") for other in chosen)
+        if apart and chance.random() < 0.5:
+            chosen[name] = chance.choice((REBUILD, RECOMPUTE))
+    return Plan(tuple(chosen.items()))
+
+
 def build(kind: str, cfg: Any, **options: Any) -> nn.Module:
     """Build a model whose head is not at its beginning: it finds objects, with scores of all sizes."""
     classes = {"detect": DetectionModel, "obb": OBBModel, "segment": SegmentationModel, "pose": PoseModel}
@@ -243,6 +267,7 @@ def tools() -> SimpleNamespace:
         Fault=Fault,
         Scripted=Scripted,
         batch=make_batch,
+        plan=random_plan,
         build=build,
         difference=difference,
     )

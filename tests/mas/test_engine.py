@@ -11,7 +11,6 @@ from yolov12.mas import Config, Engine, Journal, Loss, TensorTask
 from yolov12.mas.journal import read_rows
 from yolov12.mas.planner import BatchPlanner
 from yolov12.mas.replay import ReplayMeter
-from yolov12.mas.scheduler import CALM_BATCHES
 
 MIB = 2**20
 IMAGE = 100 * MIB
@@ -28,7 +27,7 @@ class World:
     """A training on a card of `room` images, of which others hold what `others` says, step by step."""
 
     def __init__(
-        self, batch=16, room=40, others=(0,), live=0, folder=None, ways_out=lambda share: ("amp=True",), **config
+        self, batch=16, room=40, others=(0,), live=0, folder=None, ways_out=lambda share: ("amp=True",), wait_ms=0, **config
     ):
         torch.manual_seed(0)
         self.model = nn.Sequential(
@@ -37,6 +36,7 @@ class World:
         self.meter = ReplayMeter(room * IMAGE, [int(images * IMAGE) for images in others], live)
         self.journal = Journal(folder) if folder else None
         self.fail = lambda images: False
+        self.wait_ms = wait_ms  # of every micro-batch, besides a millisecond an image
         self.lines, self.sizes, self.batch = [], [], batch
         self.engine = Engine(
             self.model,
@@ -44,6 +44,7 @@ class World:
             Config(**config),
             meter=self.meter,
             journal=self.journal,
+            layers={},  # on this card an image takes what it takes
             ways_out=ways_out,
             log=self.lines.append,
         )
@@ -51,7 +52,7 @@ class World:
 
     def loss(self, model, x, y):
         self.meter.use(len(x) * IMAGE)
-        self.meter.tick(len(x))
+        self.meter.tick(len(x) + self.wait_ms)
         if self.fail(len(x)):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
         # A mean over what counts, as of pixels that are not to be ignored.
@@ -100,17 +101,21 @@ def test_shrinks_before_it_fails():
     assert events[1:] == [[], [], [], ["shrunk 16 to 8"], [], [], []]
 
 
-def test_grows_back_after_calm_batches():
-    world = World(others=[0] * 2 + [26] * 2 + [0], bn_group=2)
-    events = world.run(4 + CALM_BATCHES + 2)
-    assert world.sizes == [16] * 2 + [8] * (2 + CALM_BATCHES) + [16] * 2
-    assert events[4 + CALM_BATCHES] == ["grew 8 to 16"]
+def test_grows_back():
+    world = World(others=[0] * 2 + [26] * 2 + [0], bn_group=2, wait_ms=10)
+    events = world.run(14)
+    assert world.sizes[:4] == [16, 16, 8, 8]
+    assert world.sizes[-1] == 16
+    assert [event for step in events for event in step] == ["shrunk 16 to 8", "grew 8 to 16"]
 
 
-def test_memory_that_comes_and_goes_does_not_make_it_swing():
-    world = World(others=[0, *[26, 0, 0] * 20], bn_group=2)
-    world.run(50)
-    assert set(world.sizes[1:]) == {8}
+def test_memory_that_comes_and_goes_is_used_while_it_is_there():
+    others = [0, *[26, 0, 0] * 20]
+    world = World(others=others, bn_group=2, wait_ms=10)
+    events = world.run(50)
+    assert all(size == 8 for size, taken in zip(world.sizes, others, strict=False) if taken)
+    assert world.sizes.count(16) > 10
+    assert not any("out-of-memory" in event for step in events for event in step)
 
 
 def test_false_alarm_is_retried_unchanged():
@@ -169,7 +174,7 @@ def test_automatic_group_is_the_largest_that_fits(room, group):
 
 
 def test_automatic_group_stays_when_memory_comes():
-    world = World(batch=64, room=100, others=[80, 80, 0], bn_group=None)
+    world = World(batch=64, room=100, others=[80, 80, 0], bn_group=None, wait_ms=2000)
     world.run(12)
     assert world.engine.bn_group == 8
     assert world.sizes[-1] == 64
@@ -192,8 +197,9 @@ def test_fixed_micro_batch_is_kept_through_thick_and_thin():
 
 def test_fixed_micro_batch_gives_way_to_a_failure():
     world = World(bn_group=2, micro_batch=8, others=[0, 35, 0])
-    events = world.run(3 + CALM_BATCHES)
-    assert world.sizes == [8, 4] + [4] * CALM_BATCHES + [8]
+    events = world.run(12)
+    assert world.sizes[:2] == [8, 4]
+    assert world.sizes[-1] == 8
     assert "out-of-memory at 8" in events[1]
     assert not any("out-of-memory" in event for later in events[2:] for event in later)
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Engine
+from yolov12.mas.checkpointing import KEEP_ALL
 from yolov12.mas.normalize import cut
 from yolov12.mas.replay import ReplayMeter
 
@@ -89,10 +90,11 @@ def assert_same(tools, outcome, wanted, tolerance):
 
 
 def run_disturbed(tools, bench, boxes, group, seed, drawn, before):
-    """Run at once, then cut at random with failures; returns both."""
+    """Run at once with all kept, then cut at random, with plans at random and with failures; returns both."""
     batch = tools.batch(boxes, seed)
     wanted = bench.whole(batch, group)
-    planner = tools.Scripted(cut(len(boxes), group), seed)
+    bench.step.plans = (KEEP_ALL, tools.plan(bench.layers, seed), tools.plan(bench.layers, seed + 1))
+    planner = tools.Scripted(cut(len(boxes), group), seed, levels=(0, 1, 2))
     outcome = bench.run(batch, planner, faults_of(tools, bench, drawn), before)
     assert len(planner.failures) == len(bench.faults.fired)
     event(f"{len(planner.failures)} failures")

@@ -84,6 +84,7 @@ class Checkpointing:
                 stack.enter_context(self.remembering(outputs, lambda: self._rebuilding))
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(outputs.pack, outputs.unpack))
             stack.enter_context(overridden(forwards))
+            stack.callback(outputs.forget)
             yield
 
     @contextmanager

@@ -17,6 +17,7 @@ DEFAULTS: Mapping[str, Any] = {
     "mem_limit": None,
     "bn_group": "auto",
     "micro_batch": None,
+    "disable_mas_layers": None,
 }
 """Training arguments, as users write them."""
 
@@ -40,6 +41,8 @@ class Config:
     """Images that BatchNorm normalises together; 0: those of a micro-batch; None: the largest power of two up to 32."""
     micro_batch: int | None = None
     """Images at once; None: as memory allows."""
+    disabled_layers: tuple[str, ...] = ()
+    """Layers that are never rebuilt or recomputed; see `layers.candidates` for their names."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, str):
@@ -73,7 +76,17 @@ class Config:
             limit=_size(values["mem_limit"]),
             bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),
             micro_batch=_count("micro_batch", values["micro_batch"], "a number of images, or leave it out"),
+            disabled_layers=_names(values["disable_mas_layers"]),
         )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """From a list, or as written on a command line: `backbone.4,neck.2`."""
+    parts = value if isinstance(value, (list, tuple)) else str(value or "").strip("[]() ").split(",")
+    names = tuple(str(part).strip().strip("'\"") for part in parts)
+    if not all(names) and names != ("",):
+        raise ConfigError(f"disable_mas_layers={value}: give names of layers, as in ['backbone.4','neck.2']")
+    return names if all(names) else ()
 
 
 def _count(name: str, value: Any, wanted: str) -> int | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +14,14 @@ from yolov12.mas.config import Config
 from yolov12.mas.cost import CostModel, Features
 from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.journal import Journal, Row, Summary
+from yolov12.mas.layers import candidates
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import BatchPlanner, WaysOut
+from yolov12.mas.plans import Ladder, make_ladder
 from yolov12.mas.rehearsal import GROUPS, rehearse
-from yolov12.mas.scheduler import CALM_BATCHES
-from yolov12.mas.step import Result, Step
+from yolov12.mas.scheduler import History
+from yolov12.mas.speed import SpeedModel
+from yolov12.mas.step import Failure, Result, Step
 from yolov12.mas.task import Task, Workload
 from yolov12.mas.update import Undo, survive_first_update
 
@@ -37,6 +40,8 @@ class Engine:
         meter: Reads memory; by default that of the model's device.
         journal: Where rows go; by default nowhere.
         backward: Differentiates a scalar; with a `GradScaler`, `lambda loss: scaler.scale(loss).backward()`.
+        layers: Name → layer: the outermost ones that may keep less for the backward pass; by default see
+            `layers.candidates`.
         ways_out: See `planner.WaysOut`.
         log: Takes lines for the user.
     """
@@ -50,6 +55,7 @@ class Engine:
         meter: Meter | None = None,
         journal: Journal | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
+        layers: Mapping[str, nn.Module] | None = None,
         ways_out: WaysOut = lambda share: (),
         log: Callable[[str], None] = _log,
     ) -> None:
@@ -58,7 +64,7 @@ class Engine:
         self.journal = journal
         self.bn_group = self.config.bn_group
         """Images that BatchNorm normalises together; None until the first batch has told what fits."""
-        self.cost = CostModel()
+        self.cost, self.speed = CostModel(), SpeedModel()
         self.epoch = 1
         """For the journal."""
         self.latest: BatchPlanner | None = None
@@ -66,12 +72,15 @@ class Engine:
         self.micro_batches: tuple[int, ...] = ()
         """Of the last batch: images in each."""
         self._task, self._ways_out, self._log = task, ways_out, log
-        self._step = Step(model, task, self.meter, backward)
+        self._layers = candidates(model, layers, self.config.disabled_layers)
+        self._step = Step(model, task, self.meter, backward, self._layers)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
-        self._allowance, self._calm = 0, CALM_BATCHES
+        self._ladder: Ladder | None = None  # made when a batch does not fit as it is
+        self._history = History()
+        self._known = False
         self._done: list[_Done] = []  # since the last update
-        self._rows: list[tuple[Row, list[Stopwatch]]] = []  # whose time is not known yet
+        self._rows: list[tuple[Row, list[_Done]]] = []  # whose time is not known yet
         self._updates = 0
 
     def step(self, batch: Any) -> Result:
@@ -87,9 +96,12 @@ class Engine:
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
         work = self._look_at(batch)
         try:
-            if self.bn_group is None or not self._allowance:
+            if not self._known:
                 self._get_to_know(batch, work)
             planner = self._planner(work)
+            if self._ladder is None and not self._fits(work.images, work, planner):
+                self._make_ladder(batch, work)
+                planner = self._planner(work)
             watch = self.meter.stopwatch()
             result = self._step.run(batch, work.images, planner)
         except BaseException:
@@ -97,7 +109,7 @@ class Engine:
                 self.journal.lost(work.images)
             raise
         watch.stop()
-        self._allowance, self._calm = planner.allowance, planner.calm
+        self._history = planner.history
         self.latest, self.micro_batches = planner, result.micro_batches
         self._done.append(_Done(work, planner, result.micro_batches, watch))
         return result
@@ -154,14 +166,35 @@ class Engine:
         self.meter.release()
         return self._task.workload(batch)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, for JSON or a checkpoint: a run that resumes need not learn it again."""
+        return {
+            "ladder": self._ladder.state_dict() if self._ladder else None,
+            "cost": self.cost.state_dict(),
+            "speed": self.speed.state_dict(),
+            "history": asdict(self._history),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave. Of another model, or one with other layers, plans are not taken."""
+        ladder = Ladder.from_state_dict(state["ladder"]) if state["ladder"] else None
+        if ladder is None or not ladder.names() <= self._layers.keys():
+            return
+        self._climb(ladder)
+        self.cost.load_state_dict(state["cost"])
+        self.speed.load_state_dict(state["speed"])
+        self._history = History(**state["history"])
+
     def _get_to_know(self, batch: Any, work: Workload) -> None:
         """Settle the group size and the first micro-batch."""
         planner = self._planner(work)
         if self.config.micro_batch is None or self.bn_group is None:
-            while (failure := rehearse(self._step, self.meter.kind, batch, work, self.cost)) and planner.wait(failure):
+            while (failure := self._rehearse(batch, work)) and planner.wait(failure):
                 pass
             self.meter.release()
         if self.bn_group is None:
+            if self._ladder is None and not self._fits(min(GROUPS[0], work.images), work, planner):
+                self._make_ladder(batch, work)
             self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
             held = f"; other processes hold {(planner.reading.others_bytes or 0) / 2**20:,.0f} MiB"
             others = held if self.bn_group < GROUPS[0] else ""
@@ -171,14 +204,39 @@ class Engine:
                 f"memory: {self.bn_group} images at once (bn_group) seem not to fit into the budget of "
                 f"{planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps where that is so"
             )
-        self._allowance = self.config.micro_batch or max(self.bn_group, self.cost.largest, 1)
+        self._known = True
 
-    def _holds(self, images: int, work: Workload, planner: BatchPlanner) -> bool:
-        if not self.cost.largest or images > (self.config.micro_batch or images):
+    def _rehearse(self, batch: Any, work: Workload) -> Failure | None:
+        """Run a few images with everything kept or, where not even one fits so, with as little as can be."""
+        failure = rehearse(self._step, self.meter.kind, batch, work, self.cost, self.speed)
+        if failure is None or not self._layers:
+            return failure
+        self._make_ladder(batch, work)
+        return rehearse(self._step, self.meter.kind, batch, work, self.cost, self.speed, len(self._step.plans) - 1)
+
+    def _make_ladder(self, batch: Any, work: Workload) -> None:
+        self._climb(make_ladder(self._step, self.meter, self._layers, batch, min(self.cost.largest, work.images)))
+
+    def _climb(self, ladder: Ladder) -> None:
+        self._ladder = ladder
+        self._step.plans = ladder.plans
+        self.cost.set_levels(ladder.levels)
+        self.speed.set_levels(ladder.levels)
+
+    def _fits(self, images: int, work: Workload, planner: BatchPlanner, level: int = 0) -> bool:
+        """Whether so many images are predicted to fit."""
+        if not self.cost.largest:
             return False
-        features = Features(images, work.height, work.width, max(work.boxes))
-        needed_bytes = self.cost.predict(features) + self.cost.margin(features) + self._gradient_bytes
-        return planner.reading.live_bytes + needed_bytes <= planner.budget_bytes
+        images = min(images, self.config.micro_batch or images)
+        features = Features(images, work.height, work.width, max(work.boxes), level)
+        _, needed_bytes = self.cost.upper(features)
+        return planner.reading.live_bytes + self._gradient_bytes + needed_bytes <= planner.budget_bytes
+
+    def _holds(self, group: int, work: Workload, planner: BatchPlanner) -> bool:
+        """Whether a group fits under any plan."""
+        if group > (self.config.micro_batch or group):
+            return False
+        return any(self._fits(group, work, planner, level) for level in range(len(self._step.plans)))
 
     def _planner(self, work: Workload) -> BatchPlanner:
         return BatchPlanner(
@@ -187,8 +245,8 @@ class Engine:
             self.bn_group or 0,
             self.cost,
             self.meter,
-            allowance=self._allowance,
-            calm=self._calm,
+            speed=self.speed,
+            history=self._history,
             gradient_bytes=self._gradient_bytes,
             ways_out=self._ways_out,
         )
@@ -201,7 +259,7 @@ class Engine:
             epoch=self.epoch,
             images=sum(work.images for work in works),
             micro_batches=tuple(size for done in self._done for size in done.micro_batches),
-            plan="",
+            plan=str(self._step.plans[planners[-1].level]),
             image_size=f"{works[-1].height}x{works[-1].width}",
             max_boxes=max(max(work.boxes) for work in works),
             predicted_bytes=max(planner.predicted_bytes for planner in planners),
@@ -212,19 +270,23 @@ class Engine:
             step_ms=None,
             events=tuple(event for planner in planners for event in planner.events) + events,
         )
-        self._rows.append((row, [done.watch for done in self._done]))
+        self._rows.append((row, list(self._done)))
         self._done.clear()
         self._write(final=False)
 
     def _write(self, *, final: bool) -> None:
         """Write the rows whose time is known, as the device is a step behind; at the end, all of them."""
         while self._rows:
-            row, watches = self._rows[0]
-            times = [watch.elapsed_ms() for watch in watches]
+            row, batches = self._rows[0]
+            times = [done.watch.elapsed_ms() for done in batches]
             known = [time for time in times if time is not None]
             if len(known) < len(times) and not final:
                 return
             del self._rows[0]
+            for done, time_ms in zip(batches, times, strict=True):
+                if time_ms is not None and done.planner.undisturbed:
+                    work = done.work
+                    self.speed.observe(done.micro_batches, work.height, work.width, done.planner.level, time_ms)
             if self.journal is not None:
                 self.journal.busy(self.meter.busy_percent())
                 try:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
-from yolov12.mas.profile import LayerCost, Profile
+from yolov12.mas.profile import LayerCost, Profile, Time
 
 __all__ = ["Rung", "ladder", "peak_bytes", "solve"]
 
+_WORTHWHILE = 0.01  # share of all that is kept, for a choice about part of a layer: many small ones take long to weigh
 RUNGS = 10
 """Plans between keeping all and freeing all that can be freed."""
 
@@ -30,8 +31,8 @@ class Rung:
     plan: Plan
     peak_bytes: float
     """Of one image: the highest phase."""
-    extra_ms: float
-    """For one image."""
+    slow: float
+    """Time relative to keeping all."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class _Choice:
         return self.layer.recompute_frees_bytes if self.mode == RECOMPUTE else self.layer.rebuild_frees_bytes
 
     @property
-    def costs_ms(self) -> float:
-        return self.layer.forward_ms if self.mode == RECOMPUTE else self.layer.rebuild_ms
+    def time(self) -> Time:
+        return self.layer.recompute if self.mode == RECOMPUTE else self.layer.rebuild
 
 
 def peak_bytes(profile: Profile, plan: Plan) -> float:
@@ -76,13 +77,14 @@ def ladder(profile: Profile, rungs: int = RUNGS) -> tuple[Rung, ...]:
 class _Programme:
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
+        least_bytes = _WORTHWHILE * sum(stage.kept_bytes for stage in profile.stages())
         self._choices = [
             choice
             for layer in profile.layers
             for mode in (REBUILD, RECOMPUTE)
-            if (choice := _Choice(layer, mode)).frees_bytes > 0
+            if (choice := _Choice(layer, mode)).frees_bytes > (least_bytes if layer.inside else 0)
         ]
-        self._times = np.array([choice.costs_ms for choice in self._choices])
+        self._times = np.array([profile.share_of_time(choice.time) for choice in self._choices])
         # phases(x) = fixed + grows @ x: the loss; every stage; every recomputed layer inside its stage.
         stages = profile.stages()
         kept = np.cumsum([stage.kept_bytes for stage in stages])
@@ -110,7 +112,7 @@ class _Programme:
 
     def rung(self, chosen: np.ndarray) -> Rung:
         modes = tuple((c.layer.name, c.mode) for c, x in zip(self._choices, chosen, strict=True) if x)
-        return Rung(Plan(modes), float(self.phases(chosen).max()), float(self._times @ chosen))
+        return Rung(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
 
     def least_time(self, most_bytes: float) -> Rung | None:
         chosen = self._optimise(self._times, self._grows, most_bytes - self._fixed)
@@ -119,6 +121,8 @@ class _Programme:
     def lowest_peak(self) -> float:
         """With the peak as one variable more, which all phases stay under."""
         count = len(self._choices)
+        if not count:
+            return float(self._fixed.max())
         grows = np.hstack([self._grows, -np.ones((len(self._grows), 1)) * self._fixed.max()])
         chosen = self._optimise(np.eye(count + 1)[count], grows, -self._fixed)
         assert chosen is not None  # all kept is a solution

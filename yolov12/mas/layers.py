@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
 
 from yolov12.errors import ConfigError
 
-__all__ = ["candidates"]
+__all__ = ["candidates", "outermost"]
 
 _DEPTH = 2  # blocks, and blocks of blocks: below that there is little left to choose
 
@@ -28,13 +28,19 @@ def candidates(
     Raises:
         ConfigError: There is no such layer.
     """
-    outermost = dict(names or _outermost(model))
+    top = dict(_outermost(model) if names is None else names)
     found: dict[str, nn.Module] = {}
-    for name, layer in outermost.items():
+    for name, layer in top.items():
         found |= {name: layer, **_blocks(name, layer, _DEPTH)}
-    off = {id(part) for name in disabled for part in _find(name, model, outermost).modules()}
+    off = {id(part) for name in disabled for part in _find(name, model, top).modules()}
     # What holds a layer that is left alone would run it again: only a layer none of whose parts are off is left.
     return {name: layer for name, layer in found.items() if not off & {id(part) for part in _own(layer)}}
+
+
+def outermost(layers: Iterable[str]) -> list[str]:
+    """Those that are not inside another."""
+    names = list(layers)
+    return [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
 
 
 def _own(layer: nn.Module) -> list[nn.Module]:
@@ -68,8 +74,8 @@ def _called(children: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return found
 
 
-def _find(name: str, model: nn.Module, outermost: Mapping[str, nn.Module]) -> nn.Module:
-    for outer, layer in outermost.items():
+def _find(name: str, model: nn.Module, top: Mapping[str, nn.Module]) -> nn.Module:
+    for outer, layer in top.items():
         if name == outer:
             return layer
         if name.startswith(f"{outer}."):
@@ -79,6 +85,6 @@ def _find(name: str, model: nn.Module, outermost: Mapping[str, nn.Module]) -> nn
     paths = dict(model.named_modules())
     if name and name in paths:
         return paths[name]
-    near = get_close_matches(name, [*outermost, *paths], n=3)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"Layers are {', '.join(outermost)}"
+    near = get_close_matches(name, [*top, *paths], n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Layers are {', '.join(top)}"
     raise ConfigError(f"disable_mas_layers: there is no layer '{name}'. {hint}")

@@ -162,15 +162,18 @@ def _normalize_again(
     layer: _BatchNorm, sizes: Sequence[int], statistics: Sequence[tuple[Tensor, Tensor]], x: Tensor
 ) -> Tensor:
     """What `_forward` made, from the statistics it left."""
+    if len(sizes) == 1:
+        return _with_statistics(x, layer, *statistics[0])
     out = torch.empty_like(x)
     for part, into, (mean, variance) in zip(x.split(sizes), out.split(sizes), statistics, strict=True):
-        values = part.numel() // part.shape[1]
-        biased = variance * ((values - 1) / values)
-        made = F.batch_norm(part, mean, biased, layer.weight, layer.bias, False, 0.0, layer.eps)
-        if len(sizes) == 1:
-            return made
-        into.copy_(made)
+        into.copy_(_with_statistics(part, layer, mean, variance))
     return out
+
+
+def _with_statistics(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
+    values = x.numel() // x.shape[1]
+    biased = variance * ((values - 1) / values)
+    return F.batch_norm(x, mean, biased, layer.weight, layer.bias, False, 0.0, layer.eps)
 
 
 def _normalize(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:

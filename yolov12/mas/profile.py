@@ -5,14 +5,16 @@ the layer it was made in and whether it could be made again. So they are exact, 
 on a machine that has neither. What comes and goes is the peak between the moments at which gradients reach the layers.
 
 A `Recorder` is two contexts for two passes over the same few images, each forward and backward: `saved_tensors`, then
-`times_and_peaks`. `profile` puts them together.
+`times_and_peaks`. `profile` puts them together, with how long whole passes take under three plans: what hooks and
+bookkeeping cost is in those alone.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -24,7 +26,18 @@ from yolov12.mas.nest import each_tensor
 from yolov12.mas.reading import Stopwatch
 from yolov12.mas.rebuild import Outputs
 
-__all__ = ["LayerCost", "Peaks", "Profile", "Recorder"]
+__all__ = ["LayerCost", "Peaks", "Profile", "Recorder", "Time"]
+
+_DELAY_CYCLES = 20_000_000  # about 10 ms: what the host needs to launch the largest layer
+_LEAST_FACTOR = 0.2  # of a layer's own time: whole passes scatter
+
+
+@dataclass(frozen=True)
+class Time:
+    """Milliseconds for an image. A small micro-batch waits for the host that launches it, a large one for the device."""
+
+    host_ms: float
+    device_ms: float
 
 
 @dataclass(frozen=True)
@@ -42,9 +55,9 @@ class LayerCost:
     """Less of it, if the layer is recomputed."""
     rebuild_frees_bytes: float
     """Less of it, if outputs of BatchNorm and activations are rebuilt."""
-    forward_ms: float
+    recompute: Time
     """What recomputing costs."""
-    rebuild_ms: float
+    rebuild: Time
     """What rebuilding costs."""
 
 
@@ -58,8 +71,12 @@ class Profile:
     """Peak of the loss, above all that is kept by then."""
     stage_extra_bytes: tuple[float, ...]
     """Peak of the backward pass of each outermost layer, above all that is kept before and in it."""
-    total_ms: float
-    """Forward and backward pass of the whole model and loss, as they are."""
+    total: Time
+    """Forward and backward pass of the whole model and loss, all kept."""
+
+    def share_of_time(self, time: Time) -> float:
+        """A time relative to the whole: between what it is where the host is waited for and where the device is."""
+        return (time.host_ms / self.total.host_ms + time.device_ms / self.total.device_ms) / 2
 
     def stages(self) -> tuple[LayerCost, ...]:
         """The outermost layers."""
@@ -85,11 +102,18 @@ class _Saved:
     """Holds the memory, so that its address stays its name."""
 
 
+@dataclass(frozen=True)
+class _Timer:
+    host_ms: float
+    watch: Stopwatch
+    """Of the device."""
+
+
 @dataclass
 class _Call:
-    inputs: set[int]
-    outputs: set[int] = field(default_factory=set)
-    watch: Stopwatch | None = None
+    inputs: dict[int, int]
+    """Storage → bytes; so are the outputs."""
+    outputs: dict[int, int] = field(default_factory=dict)
 
 
 class Recorder:
@@ -115,9 +139,11 @@ class Recorder:
         """Layers that are running, the outermost first."""
         self._calls: dict[str, _Call] = {}
         self._saved: dict[int, _Saved] = {}
+        self._alive: list[Tensor] = []  # what went in and out of layers, for the same reason
         self._rebuildable: dict[int, tuple[str, ...]] = {}
-        self._watches: dict[str, Stopwatch] = {}
-        self._rebuild_watches: dict[str, Stopwatch] = {}
+        self._device = next(model.parameters()).device
+        self._forward: dict[str, _Timer] = {}
+        self._rebuilds: dict[str, _Timer] = {}
         self._marks: list[tuple[int, int]] = []  # (stage, peak until its gradient came), the loss as len(stages)
         self._live_bytes = 0
 
@@ -135,11 +161,10 @@ class Recorder:
         self._rebuildable = {key: layers for key, (layers, *_) in saved.items()}
         for name in self._layers:
             again = [output for layers, output, _ in saved.values() if name in layers]
-            watch = stopwatch()
-            for output in reversed(again):  # so that an activation leaves its input for the one before it
-                output.get()
-            watch.stop()
-            self._rebuild_watches[name] = watch
+            with self._timing(self._rebuilds, name, stopwatch):
+                for output in reversed(again):  # so that an activation leaves its input for the one before it
+                    output.get()
+        self._alive.clear()
 
     @contextmanager
     def times_and_peaks(self, stopwatch: Callable[[], Stopwatch], meter: Peaks) -> Iterator[None]:
@@ -152,10 +177,8 @@ class Recorder:
             meter.mark()
 
         def call(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            watch = stopwatch()
-            result = forward(*args, **kwargs)
-            watch.stop()
-            self._watches[name] = watch
+            with self._timing(self._forward, name, stopwatch):
+                result = forward(*args, **kwargs)
             if name in self._stages:
                 tensors: list[Tensor] = []
                 each_tensor(result, lambda tensor: tensors.append(tensor) if tensor.requires_grad else None)
@@ -169,29 +192,53 @@ class Recorder:
         with overridden({layer: partial(call, name, layer.forward) for name, layer in self._layers.items()}):
             yield
 
-    def profile(self, images: int, total_ms: float, last_peak_bytes: int) -> Profile:
+    @contextmanager
+    def _timing(self, into: dict[str, _Timer], name: str, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
+        if self._device.type == "cuda" and self._inside[name] is None:
+            # The device waits, so that what is launched meanwhile then runs without gaps, and its time is its own.
+            torch.cuda._sleep(_DELAY_CYCLES)
+        begin, watch = time.perf_counter(), stopwatch()
+        yield
+        watch.stop()
+        into[name] = _Timer(1e3 * (time.perf_counter() - begin), watch)
+
+    def profile(self, images: int, keep_ms: float, rebuild_ms: float, recompute_ms: float, last_peak_bytes: int) -> Profile:
         """Put together what was seen.
 
         Args:
             images: Of both passes.
-            total_ms: Time of the second, with its backward pass.
-            last_peak_bytes: Of it, since the last gradient reached a layer.
+            keep_ms: Time of a forward and backward pass as it is; the next two with all layers rebuilt or recomputed.
+            rebuild_ms: See above.
+            recompute_ms: See above.
+            last_peak_bytes: Of the second, since the last gradient reached a layer.
         """
         made_in = {key: self._stage_of(key, saved) for key, saved in self._saved.items()}
         layers = tuple(self._layer_cost(name, images, made_in) for name in self._layers if name in self._calls)
         stages = [layer for layer in layers if layer.inside is None]
         loss, extra = self._extra_bytes(stages, images, last_peak_bytes)
-        return Profile(layers, loss, extra, total_ms)
+        # A backward pass is two forward passes' work.
+        device_ms = min(3 * sum(stage.recompute.device_ms for stage in stages), keep_ms / images)
+        total = Time(keep_ms / images, device_ms or keep_ms / images)
+        factors = {
+            "rebuild": (rebuild_ms - keep_ms) / images / (sum(stage.rebuild.host_ms for stage in stages) or 1.0),
+            "recompute": (recompute_ms - keep_ms) / images / (sum(stage.recompute.host_ms for stage in stages) or 1.0),
+        }
+        return Profile(tuple(_scaled(layer, factors) for layer in layers), loss, extra, total)
 
     def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        call = self._calls[name] = _Call(inputs=_storages((args, kwargs)))
+        call = self._calls[name] = _Call(inputs=self._hold((args, kwargs)))
         self.stack.append(name)
         try:
             result = forward(*args, **kwargs)
         finally:
             self.stack.pop()
-        call.outputs = _storages(result)
+        call.outputs = self._hold(result)
         return result
+
+    def _hold(self, nest: Any) -> dict[int, int]:
+        first = len(self._alive)
+        each_tensor(nest, lambda tensor: self._alive.append(tensor.detach()))
+        return {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in self._alive[first:]}
 
     def _see(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
@@ -211,6 +258,9 @@ class Recorder:
         }
         if self._inside[name] is None:  # what it passes on untouched was made before it
             own = {key for key in own if made_in[key] == stage}
+        freed = [key for key in own if key not in call.outputs]
+        # What it is given has to stay then, where nothing else keeps it: a tensor that its first convolution converts.
+        held_bytes = sum(size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned)
         rebuilt = [key for key, layers in self._rebuildable.items() if name in layers]
 
         def per_image(keys: Sequence[int]) -> float:
@@ -221,11 +271,19 @@ class Recorder:
             inside=self._inside[name],
             stage=stage,
             kept_bytes=per_image(list(own)),
-            recompute_frees_bytes=per_image([key for key in own if key not in call.outputs]),
+            recompute_frees_bytes=per_image(freed) - held_bytes / images,
             rebuild_frees_bytes=per_image(rebuilt),
-            forward_ms=_ms(self._watches.get(name)) / images,
-            rebuild_ms=_ms(self._rebuild_watches.get(name)) / images,
+            recompute=self._time(self._forward, name, images),
+            rebuild=self._time(self._rebuilds, name, images),
         )
+
+    def _time(self, timers: Mapping[str, _Timer], name: str, images: int) -> Time:
+        """Inside an outermost layer the device is not held up: there its time goes by the host's."""
+        if name not in timers:
+            return Time(0.0, 0.0)
+        outer = timers[self._outermost(name)]
+        device_ms = outer.watch.elapsed_ms() or 0.0
+        return Time(timers[name].host_ms / images, device_ms * timers[name].host_ms / (outer.host_ms or 1.0) / images)
 
     def _stage_of(self, key: int, saved: _Saved) -> int | None:
         for index, name in enumerate(self._stages):
@@ -285,11 +343,11 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _storages(nest: Any) -> set[int]:
-    found: set[int] = set()
-    each_tensor(nest, lambda tensor: found.add(_storage(tensor)))
-    return found
-
-
-def _ms(watch: Stopwatch | None) -> float:
-    return (watch.elapsed_ms() or 0.0) if watch is not None else 0.0
+def _scaled(layer: LayerCost, factors: Mapping[str, float]) -> LayerCost:
+    """With the host's times such that whole passes take what they take."""
+    times = {
+        mode: replace(old, host_ms=old.host_ms * max(factor, _LEAST_FACTOR))
+        for mode, factor in factors.items()
+        for old in (getattr(layer, mode),)
+    }
+    return replace(layer, **times)

@@ -79,6 +79,10 @@ class Outputs:
         key = tensor.untyped_storage()._cdata
         self._by_storage[key] = weakref.ref(tensor), tensor._version, _Output(again)
 
+    def forget(self) -> None:
+        """Find no more. What was packed holds what it needs, so that each goes when its own backward pass is done."""
+        self._by_storage.clear()
+
     def find(self, tensor: Tensor) -> _Output | None:
         """The output that a tensor is, or is a view of."""
         found = self._by_storage.get(tensor.untyped_storage()._cdata)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+from torch import nn
+
+from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.layers import outermost
+from yolov12.mas.meter import Meter
+from yolov12.mas.profile import Profile, Recorder
+from yolov12.mas.speed import SpeedModel
 from yolov12.mas.step import Failure, Step
 from yolov12.mas.task import Workload
+from yolov12.mas.trace import ByteTrace
 
-__all__ = ["GROUPS", "rehearse"]
+__all__ = ["GROUPS", "profile", "rehearse"]
 
 GROUPS = (32, 16, 8, 4, 2, 1)
 """What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
@@ -16,7 +29,9 @@ _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
 """Images, by kind of memory; the next where one fails. Just one: libraries take seconds for each size that is new."""
 
 
-def rehearse(step: Step, kind: str, batch: Any, work: Workload, cost: CostModel) -> Failure | None:
+def rehearse(
+    step: Step, kind: str, batch: Any, work: Workload, cost: CostModel, speed: SpeedModel, level: int = 0
+) -> Failure | None:
     """Run a few images, first to load libraries, then to teach the cost model; those around the fullest image too.
 
     Args:
@@ -25,6 +40,8 @@ def rehearse(step: Step, kind: str, batch: Any, work: Workload, cost: CostModel)
         batch: The first of the run, on the host.
         work: What it is.
         cost: Is taught.
+        speed: Is told which size libraries know now.
+        level: Of the step's plans.
 
     Returns:
         None, or how one image failed.
@@ -34,14 +51,65 @@ def rehearse(step: Step, kind: str, batch: Any, work: Workload, cost: CostModel)
     for size in _SIZES[kind]:
         images = min(size, work.images)
         around = min(fullest, work.images - images)
-        outcome = step.rehearse(batch, 0, images)
+        layers = partial(step.checkpointing.within, step.plans[level])
+        outcome = step.rehearse(batch, 0, images, layers())
         if isinstance(outcome, Failure):
             continue
         for start in (0, around) if around else (0,):
-            outcome = step.rehearse(batch, start, start + images)
+            outcome = step.rehearse(batch, start, start + images, layers())
             if not isinstance(outcome, Failure):
                 live_bytes, peak_bytes = outcome
                 boxes = max(work.boxes[start : start + images])
-                cost.observe(Features(images, work.height, work.width, boxes), peak_bytes - live_bytes)
+                cost.observe(Features(images, work.height, work.width, boxes, level), peak_bytes - live_bytes)
+        speed.ran(images, work.height, work.width, timed=False)
         return None
     return outcome if isinstance(outcome, Failure) else None
+
+
+def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Profile | None:
+    """Run a few images a few times and say what each layer costs; fewer where they do not fit, None where none do.
+
+    Args:
+        step: Runs them, on a model with these layers.
+        meter: Of its device.
+        layers: See `layers.candidates`.
+        batch: On the host.
+        images: How many to run; libraries should have seen this number.
+    """
+    while images:
+        found = _profile(step, meter, layers, batch, images)
+        meter.release()
+        if not isinstance(found, Failure):
+            return found
+        images //= 2
+    return None
+
+
+def _profile(
+    step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int
+) -> Profile | Failure:
+    recorder = Recorder(step.model, layers, step.checkpointing)
+    failure = step.rehearse(batch, 0, images, recorder.saved_tensors(meter.stopwatch))
+    if isinstance(failure, Failure):
+        return failure
+    # A process' resident size is too coarse for layers: on the host bytes are counted as tensors come and go.
+    with ByteTrace() if meter.kind == "host" else nullcontext(meter) as peaks:
+        failure = step.rehearse(batch, 0, images, recorder.times_and_peaks(meter.stopwatch, peaks))
+        last_peak_bytes = peaks.peak_bytes()
+    if isinstance(failure, Failure):
+        return failure
+    times = []
+    for mode in (None, REBUILD, RECOMPUTE):
+        plan = Plan(tuple((name, mode) for name in outermost(layers))) if mode else KEEP_ALL
+        best_ms = math.inf
+        for _ in range(2):
+            watch = meter.stopwatch()
+            failure = step.rehearse(batch, 0, images, step.checkpointing.within(plan))
+            watch.stop()
+            if isinstance(failure, Failure):
+                return failure
+            while (time_ms := watch.elapsed_ms()) is None:  # the device is on it
+                time.sleep(1e-3)
+            best_ms = min(best_ms, time_ms)
+        times.append(best_ms)
+    return recorder.profile(images, *times, last_peak_bytes)

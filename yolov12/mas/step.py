@@ -11,6 +11,7 @@ The gradient is that of the whole batch at once, however it was cut and whatever
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov12.mas import gradients
+from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.feed import Feed
 from yolov12.mas.meter import Meter
@@ -40,7 +42,10 @@ class Failure:
 
 
 class Planner(Protocol):
-    """Decides how a batch is cut, and is told how it went."""
+    """Decides how a batch is cut and what its layers keep, and is told how it went."""
+
+    level: int
+    """Which of the step's plans its layers follow, until `plan` is called again."""
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
         """Cut the images from `start` on: for each micro-batch, the sizes of its BatchNorm groups.
@@ -77,12 +82,23 @@ class Step:
         task: Cuts batches and computes their loss.
         meter: Of that device.
         backward: Differentiates a scalar; scales it first if half precision needs that.
+        layers: Those that plans may name; see `checkpointing`.
     """
 
-    def __init__(self, model: nn.Module, task: Task, meter: Meter, backward: Callable[[Tensor], None]) -> None:
-        self._model, self._task, self._meter, self._backward = model, task, meter, backward
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        meter: Meter,
+        backward: Callable[[Tensor], None],
+        layers: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._device = next(model.parameters()).device
         self._norms = GroupedBatchNorm(model)
+        self.checkpointing = Checkpointing(model, layers or {}, self._norms)
+        self.plans: tuple[Plan, ...] = (KEEP_ALL,)
+        """What a planner's level stands for."""
         self._parameters: list[nn.Parameter] = []
         self._per_image: Tensor | None = None  # normaliser of the batch before
 
@@ -97,7 +113,7 @@ class Step:
         Raises:
             DoesNotFitError: From the planner. Gradients and running statistics are as before.
         """
-        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         before, state = gradients.take(self._parameters), _RandomState(self._device)
         total = Total(images, self._task.floor, self._per_image)
         feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
@@ -113,7 +129,8 @@ class Step:
                     stop = start + sum(groups)
                     following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
                     live_bytes = self._meter.mark()
-                    failure = self._attempt(feed, (start, stop, following), groups, len(groups_done), total)
+                    layers = self.checkpointing.within(self.plans[planner.level])
+                    failure = self._attempt(feed, (start, stop, following), groups, len(groups_done), total, layers)
                     if failure is not None:
                         break
                     planner.done(start, stop, live_bytes, self._meter.peak_bytes())
@@ -132,27 +149,42 @@ class Step:
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
 
-    def rehearse(self, batch: Any, start: int, stop: int) -> tuple[int, int] | Failure:
+    def rehearse(
+        self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None
+    ) -> tuple[int, int] | Failure:
         """Run images `start` to `stop` of a batch and forget everything but what it took.
+
+        Args:
+            batch: On the host.
+            start, stop: Of one BatchNorm group.
+            around: Is around the forward pass, in place of a plan that keeps all.
 
         Returns:
             Live bytes before it and at its peak, or the failure.
         """
-        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         before = gradients.take(self._parameters)
         feed = Feed(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)
         self._norms.begin()
         try:
             live_bytes = self._meter.mark()
-            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, Total(stop, self._task.floor))
+            around = around or self.checkpointing.within(KEEP_ALL)
+            total = Total(stop, self._task.floor)
+            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, total, around)
             return failure or (live_bytes, self._meter.peak_bytes())
         finally:
             state.restore()
             gradients.give(self._parameters, before)
 
     def _attempt(
-        self, feed: Feed, span: tuple[int, int, int], groups: tuple[int, ...], first_group: int, total: Total
+        self,
+        feed: Feed,
+        span: tuple[int, int, int],
+        groups: tuple[int, ...],
+        first_group: int,
+        total: Total,
+        layers: AbstractContextManager[None],
     ) -> Failure | None:
         start, stop, following = span
         state = _RandomState(self._device)
@@ -161,7 +193,8 @@ class Step:
             if following > stop:
                 feed.look_ahead(stop, following)
             with self._norms.within(groups, first_group):
-                loss = self._task.loss(self._model, part)
+                with layers:
+                    loss = self._task.loss(self.model, part)
                 with torch.autocast(self._device.type, enabled=False):  # a backward pass has the dtypes of its forward
                     self._backward(total.scaled(loss, stop - start))
         except Exception as error:

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from yolov12.mas import Config, Engine, Journal
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.update import Undo, copy_on_host
+from yolov12.models.layer_names import layer_names
 from yolov12.training.detection import DetectionTask
 
-__all__ = ["attach"]
+__all__ = ["STATE", "attach"]
+
+STATE = "mas_state"
+"""Of the trainer and of a checkpoint's `optimizer`: what the engine had learned when it was saved."""
 
 _MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
 _WIDTH = 22  # of the progress bar's column
@@ -51,10 +55,20 @@ def attach(trainer: Any) -> None:
         Config.parse(vars(trainer.args)),
         journal=Journal(trainer.save_dir, resume=bool(trainer.resume)),
         backward=lambda loss: trainer.scaler.scale(loss).backward(),
+        layers=layer_names(model),
         ways_out=lambda share: _ways_out(trainer, share),
         log=LOGGER.info,
     )
+    _keep_what_is_learned(trainer, engine)
     _Joint(trainer, model, engine)
+
+
+def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
+    """In every checkpoint, with the optimizer's state, which plain Ultralytics reads around and drops at the end."""
+    learned = getattr(trainer, STATE, None)
+    if learned:
+        engine.load_state_dict(learned)
+    trainer.optimizer.register_state_dict_post_hook(lambda _, state: {**state, STATE: engine.state_dict()})
 
 
 class _Joint:

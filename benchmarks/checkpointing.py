@@ -1,0 +1,327 @@
+"""Checkpointing plans on a GPU: images/s against memory, bytes freed against bytes predicted, `yolov12 plan` against both.
+
+    python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 9 minutes on one H100)
+    python benchmarks/checkpointing.py --out part.json --only freed plan
+
+`curve` compares, at each limit: ours (the engine, batch 256); stock Ultralytics, in a process of its own without this
+package, at the largest batch that runs without a failed allocation; and our model with every layer recomputed, at its
+largest. All run the v1.0 layout, which stock knows, with SGD, a scaler, gradient clipping and an EMA, in fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+LIMITS_GIB = (4, 8, 12, 16, 24, 40, 80)
+BATCHES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+SECONDS = {"s": 9.0, "x": 16.0}
+"""That ours runs at each limit, so that the controller settles."""
+
+
+class Training:
+    """A model in the state of a training, with what belongs to one besides the batches."""
+
+    def __init__(self, cfg: str) -> None:
+        import torch
+        from memory import prepare
+        from ultralytics.utils.torch_utils import ModelEMA
+
+        self.model, self.task, self.scaler, self.batch = prepare(256, cfg=cfg)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+        self.ema = ModelEMA(self.model)
+
+    def update(self) -> None:
+        import torch
+
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.ema.update(self.model)
+
+    def bare(self, batch: int, start: int = 0) -> None:
+        """A batch as Ultralytics runs it."""
+        import torch
+
+        with torch.autocast("cuda", torch.float16):
+            part = self.task._preprocess(_part(self.batch, start, start + batch))
+            loss, _ = self.model(part)
+        self.scaler.scale(loss.sum()).backward()
+
+
+def _part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    image_of = batch["batch_idx"]
+    mine = (image_of >= start) & (image_of < stop)
+    return {
+        "img": batch["img"][start:stop],
+        "batch_idx": image_of[mine] - start,
+        **{key: batch[key][mine] for key in ("cls", "bboxes")},
+    }
+
+
+def _limit(gib: float) -> None:
+    import torch
+
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(min(gib * GIB / total, 1.0))
+
+
+def _fixed_batches(training: Training, name: str) -> list[dict[str, Any]]:
+    """Images/s at the largest batch that runs at each limit."""
+    import torch
+
+    slow: list[str] = []
+    _count_fallbacks(slow)
+
+    def runs(batch: int, steps: int) -> float:
+        accumulate = max(round(64 / batch), 1)
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        for step in range(steps):
+            begin = time.perf_counter()
+            for index in range(accumulate):
+                training.bare(batch, (step * accumulate + index) * batch % (257 - batch))
+            training.update()
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - begin) / accumulate)
+        return batch / statistics.median(times[2:] or times)
+
+    rows = []
+    upper = len(BATCHES)
+    for gib in reversed(LIMITS_GIB):
+        _limit(gib)
+        while upper:
+            batch = BATCHES[upper - 1]
+            slow.clear()
+            try:
+                runs(batch, 3)
+                speed = runs(batch, 8)
+                failed = bool(slow)
+            except torch.cuda.OutOfMemoryError:
+                failed = True
+            if not failed:
+                break
+            training.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            upper -= 1
+        if upper:
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            rows.append({"limit_gib": gib, "batch": batch, "images_per_s": speed, "peak_mib": peak})
+            print(name, json.dumps(rows[-1]), flush=True)
+    return rows[::-1]
+
+
+def _count_fallbacks(into: list[str]) -> None:
+    """Ultralytics' assigner survives a failed allocation by going image by image: that is not running stably."""
+    from ultralytics.utils import LOGGER
+
+    warn = LOGGER.warning
+    LOGGER.warning = lambda message, *args, **kwargs: (into.append(str(message)), warn(message, *args, **kwargs))
+
+
+def stock(scale: str) -> list[dict[str, Any]]:
+    """Unpatched Ultralytics; this process has the import hook turned off."""
+    training = Training(f"yolo12{scale}.yaml")
+    assert "yolov12.seams" not in sys.modules, "this is not stock"
+    return _fixed_batches(training, f"stock {scale}")
+
+
+def all_layers(scale: str) -> list[dict[str, Any]]:
+    """Every top-level layer recomputed, always."""
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    training = Training(f"yolo12{scale}.yaml")
+    for layer in training.model.model:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return _fixed_batches(training, f"all {scale}")
+
+
+def ours(scale: str) -> list[dict[str, Any]]:
+    """The engine at each limit."""
+    import torch
+
+    from yolov12 import mas
+
+    training = Training(f"yolo12{scale}.yaml")
+    rows = []
+    for gib in LIMITS_GIB:
+        torch.cuda.empty_cache()
+        begin = time.perf_counter()
+        engine = mas.Engine(
+            training.model,
+            training.task,
+            mas.Config(limit=gib * GIB),
+            backward=lambda loss: training.scaler.scale(loss).backward(),
+        )
+        steps = []
+        while time.perf_counter() - begin < SECONDS[scale] or len(steps) < 6:
+            start = time.perf_counter()
+            with torch.autocast("cuda", torch.float16):
+                result = engine.step(training.batch)
+            engine.update(training.optimizer, training.update)
+            torch.cuda.synchronize()
+            latest = engine.latest
+            steps.append(
+                {
+                    "micro_batches": len(result.micro_batches),
+                    "level": latest.level,
+                    "s": round(time.perf_counter() - start, 4),
+                    "predicted_mib": latest.predicted_bytes / 2**20,
+                    "peak_mib": latest.peak_bytes / 2**20,
+                    "events": latest.events,
+                }
+            )
+        last = steps[-5:]
+        rows.append(
+            {
+                "limit_gib": gib,
+                "bn_group": engine.bn_group,
+                "micro_batch": max(result.micro_batches),
+                "plan": str(engine._step.plans[latest.level]),
+                "images_per_s": 256 / statistics.median(step["s"] for step in last),
+                "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
+                "peak_mib": max(step["peak_mib"] for step in last),
+                "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
+                "ladder": [[level.share, level.slow] for level in engine.cost.levels],
+                "steps": steps,
+            }
+        )
+        row = {key: value for key, value in rows[-1].items() if key not in ("steps", "ladder", "plan")}
+        print("ours", scale, json.dumps(row), "level", latest.level, flush=True)
+        engine.close()
+    return rows
+
+
+def freed() -> list[dict[str, Any]]:
+    """Bytes that plans free, measured between forward and backward pass and at the peak, against those predicted."""
+    import gc
+
+    import torch
+
+    from yolov12 import mas
+    from yolov12.mas.knapsack import ladder
+    from yolov12.mas.layers import candidates
+    from yolov12.mas.rehearsal import profile
+    from yolov12.models.layer_names import layer_names
+
+    rows = []
+    for scale in "nsmlx":
+        training = Training(f"yolov12{scale}.yaml")
+        model, task = training.model, training.task
+        layers = layer_names(model)
+        engine = mas.Engine(
+            model, task, mas.Config(bn_group=8), backward=lambda loss, t=training: t.scaler.scale(loss).backward(),
+            layers=layers,
+        )  # fmt: skip
+        step = engine._step
+        task.workload(training.batch)
+        with torch.autocast("cuda", torch.float16):
+            step.rehearse(training.batch, 0, 8)
+            step.rehearse(training.batch, 0, 8)
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            found = profile(step, engine.meter, candidates(model, layers), training.batch, 8)
+            seconds = time.perf_counter() - begin
+            begin = time.perf_counter()
+            rungs = ladder(found)
+            ladder_seconds = time.perf_counter() - begin
+            results = []
+            for rung in rungs:
+                kept: list[int] = []
+                gc.collect()
+
+                def backward(loss: Any, kept: list[int] = kept) -> None:
+                    kept.append(torch.cuda.memory_allocated())
+                    training.scaler.scale(loss).backward()
+
+                step._backward = backward
+                outcome = step.rehearse(training.batch, 0, 8, step.checkpointing.within(rung.plan))
+                results.append((kept[0], outcome[1]))
+        by_name = {layer.name: layer for layer in found.layers}
+        for rung, (kept_bytes, peak) in zip(rungs[1:], results[1:], strict=True):
+            predicted = 8 * sum(
+                by_name[name].rebuild_frees_bytes if mode == "rebuild" else by_name[name].recompute_frees_bytes
+                for name, mode in rung.plan.modes
+            )
+            measured = results[0][0] - kept_bytes
+            rows.append(
+                {
+                    "model": f"yolov12{scale}",
+                    "plan": str(rung.plan),
+                    "predicted_mib": predicted / 2**20,
+                    "measured_mib": measured / 2**20,
+                    "off_percent": 100 * (predicted / measured - 1),
+                    "kept_mib": [kept_bytes / 2**20, results[0][0] / 2**20],
+                    "predicted_peak_mib": (rungs[0].peak_bytes - rung.peak_bytes) * 8 / 2**20,
+                    "measured_peak_mib": (results[0][1] - peak) / 2**20,
+                    "profile_s": seconds,
+                    "ladder_s": ladder_seconds,
+                }
+            )
+        worst = max(abs(row["off_percent"]) for row in rows if row["model"] == f"yolov12{scale}")
+        print(scale, f"freed: off by at most {worst:.2f} %; profile {seconds:.2f} s, ladder {ladder_seconds:.2f} s", flush=True)
+        engine.close()
+        del training, model, task, engine, step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "freed": freed,
+    **{f"{name}-{scale}": lambda run=run, scale=scale: run(scale)
+       for scale in "sx" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.part:
+        options.out.write_text(json.dumps(PARTS[options.part](), indent=1))
+        return 0
+    import torch
+    import ultralytics
+
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result |= {
+        "command": f"python benchmarks/checkpointing.py --out {options.out.name}",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+    }
+    failed = 0
+    for part in options.only:
+        out, started = Path(tempfile.mkdtemp()) / part, time.time()
+        hook = {"YOLOV12_AUTOPATCH": "0"} if part.startswith("stock") else {}
+        environment = {**os.environ, **hook, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+        code = subprocess.run([sys.executable, __file__, "--out", str(out), "--part", part], env=environment).returncode
+        failed |= code
+        if code == 0:
+            result[part] = json.loads(out.read_text())
+        print(f"{part}: {time.time() - started:.0f} s", flush=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

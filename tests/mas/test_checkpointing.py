@@ -1,0 +1,149 @@
+"""Layers that are rebuilt or recomputed: the same numbers, less memory."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
+from yolov12.mas.layers import candidates
+from yolov12.mas.normalize import GroupedBatchNorm
+from yolov12.mas.trace import ByteTrace
+
+PLANS = {
+    "rebuilt": lambda names: Plan(tuple((name, REBUILD) for name in names)),
+    "recomputed": lambda names: Plan(tuple((name, RECOMPUTE) for name in names)),
+    "mixed": lambda names: Plan(tuple((name, (REBUILD, RECOMPUTE)[index % 2]) for index, name in enumerate(names))),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, channels, activation):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn, self.act = nn.BatchNorm2d(channels), activation
+        self.more = nn.Sequential(nn.Conv2d(channels // 2, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        y = self.act(self.bn(self.conv(x)))
+        a, b = y.chunk(2, 1)  # views of an output that is rebuilt
+        return x + self.more(a * b.sigmoid())
+
+
+class Model:
+    """A model, its groups and its plans."""
+
+    def __init__(self, layers, dtype=torch.float64):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*layers).to(dtype).train()
+        self.layers = {name: layer for name, layer in candidates(self.model).items() if "." not in name}
+        self.norms = GroupedBatchNorm(self.model)
+        self.checkpointing = Checkpointing(self.model, self.layers, self.norms)
+        self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def run(self, x, plan=KEEP_ALL, groups=(2, 2)):
+        self.model.load_state_dict(self.state)
+        self.model.zero_grad()
+        torch.manual_seed(1)
+        self.norms.begin()
+        with self.norms.within(groups, 0):
+            with self.checkpointing.within(plan):
+                loss = self.model(x).square().mean()
+            loss.backward()
+        self.norms.commit(groups)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in self.model.parameters()])
+        return gradient, dict(self.model.named_buffers()), torch.rand(3)
+
+
+def images(channels=4, count=4, dtype=torch.float64):
+    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
+
+
+ACTIVATIONS = [nn.SiLU(), nn.SiLU(inplace=True), nn.ReLU(inplace=True), nn.GELU(), nn.Hardswish(inplace=True), nn.Mish()]
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, nn.Identity()], ids=str)
+@pytest.mark.parametrize("groups", [(4,), (2, 2), (1, 3)], ids=str)
+def test_gradients_and_statistics_are_those_without_a_plan(kind, activation, groups):
+    bench = Model([Block(4, activation), Block(4, activation), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(0.5))])
+    wanted, buffers, drawn = bench.run(images(), groups=groups)
+    buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+    gradient, after, then = bench.run(images(), PLANS[kind](bench.layers), groups)
+    assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(after[name], buffer, rtol=1e-12, atol=1e-12)
+    assert torch.equal(then, drawn)
+
+
+def test_recomputing_alone_changes_no_bit():
+    bench = Model([Block(4, nn.SiLU()), Block(4, nn.SiLU())], torch.float32)
+    x = images(dtype=torch.float32)
+    wanted, *_ = bench.run(x, groups=(4,))
+    assert torch.equal(bench.run(x, PLANS["recomputed"](bench.layers), (4,))[0], wanted)
+
+
+def test_batches_are_tracked_once():
+    bench = Model([Block(4, nn.SiLU())])
+    for plan in PLANS.values():
+        _, buffers, _ = bench.run(images(), plan(bench.layers))
+        assert {int(value) for name, value in buffers.items() if "tracked" in name} == {1}
+
+
+def kept_bytes(bench, plan):
+    """Between the forward and the backward pass."""
+    x = images(count=32)
+    bench.norms.begin()
+    gc.collect()
+    with ByteTrace() as trace, bench.norms.within((32,), 0):
+        start = trace.mark()
+        with bench.checkpointing.within(plan):
+            loss = bench.model(x).square().mean()
+        kept = trace.mark() - start
+        loss.backward()
+    return kept
+
+
+def test_what_is_kept_is_what_the_modes_say():
+    # Of convolution, BatchNorm, SiLU three tensors are kept: what each of the last two gets, and what they make.
+    layer = [nn.Conv2d(4, 16, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU()]
+    bench = Model([nn.Sequential(*layer), nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.Flatten())])
+    one = 32 * 16 * 64 * 8
+    everything = kept_bytes(bench, KEEP_ALL)
+    small = 2**14  # means, variances, the loss
+    assert kept_bytes(bench, Plan((("0", REBUILD),))) == pytest.approx(everything - 2 * one, abs=small)
+    assert kept_bytes(bench, Plan((("0", RECOMPUTE),))) == pytest.approx(everything - 2 * one, abs=small)
+    both = Plan((("0", REBUILD), ("1", RECOMPUTE)))  # the recomputed layer's input is rebuilt before it runs again
+    assert kept_bytes(bench, both) == pytest.approx(everything - 2 * one, abs=small)
+
+
+def test_an_output_that_was_written_on_is_kept():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.last = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.last(F.silu(self.bn(self.conv(x)).mul_(2.0)))
+
+    bench = Model([Written()])
+    wanted, *_ = bench.run(images())
+    gradient, *_ = bench.run(images(), PLANS["rebuilt"](bench.layers))
+    assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+def test_the_model_is_untouched_outside():
+    bench = Model([Block(4, nn.SiLU())])
+    bench.run(images(), PLANS["mixed"](bench.layers))
+    with pytest.raises(ZeroDivisionError), bench.checkpointing.within(PLANS["rebuilt"](bench.layers)):
+        raise ZeroDivisionError
+    assert not any("forward" in vars(module) for module in bench.model.modules())
+    assert bench.norms.listener is None
+
+
+def test_a_plan_says_what_it_does():
+    assert str(KEEP_ALL) == ""
+    assert str(Plan((("neck.1", RECOMPUTE), ("backbone.0", REBUILD)))) == "rebuild backbone.0, recompute neck.1"

@@ -1,0 +1,105 @@
+"""The plan of least time, against all plans there are."""
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.knapsack import ladder, peak_bytes, solve
+from yolov12.mas.profile import LayerCost, Profile, Time
+
+
+@st.composite
+def profiles(draw):
+    """Two to four stages, the first with two layers inside; at most 3^6 plans."""
+    number = st.integers(1, 50)
+    layers = []
+    for stage in range(draw(st.integers(2, 4))):
+        inner = [draw(number) for _ in range(2)] if stage == 0 else []
+        kept = sum(inner) + draw(number)
+        for name, inside, size in [(f"{stage}", None, kept), *((f"0.{i}", "0", size) for i, size in enumerate(inner))]:
+            layers.append(
+                LayerCost(
+                    name=name,
+                    inside=inside,
+                    stage=stage,
+                    kept_bytes=size,
+                    recompute_frees_bytes=size * draw(st.sampled_from([0.5, 0.8, 1.0])),
+                    rebuild_frees_bytes=size * draw(st.sampled_from([0.0, 0.3, 0.6])),
+                    recompute=Time(draw(number), draw(number)),
+                    rebuild=Time(draw(number) / 4, draw(number) / 4),
+                )
+            )
+    stages = 1 + max(layer.stage for layer in layers)
+    extra = tuple(draw(number) for _ in range(stages))
+    return Profile(tuple(layers), draw(number), extra, Time(100.0, 80.0))
+
+
+def all_plans(profile):
+    names = [layer.name for layer in profile.layers]
+    for modes in itertools.product((None, REBUILD, RECOMPUTE), repeat=len(names)):
+        chosen = {name: mode for name, mode in zip(names, modes, strict=True) if mode}
+        if not ("0" in chosen and {"0.0", "0.1"} & set(chosen)):
+            yield Plan(tuple(chosen.items()))
+
+
+def slow(profile, plan):
+    by_name = {layer.name: layer for layer in profile.layers}
+    times = [by_name[n].recompute if mode == RECOMPUTE else by_name[n].rebuild for n, mode in plan.modes]
+    return 1 + sum(time.host_ms / 100 + time.device_ms / 80 for time in times) / 2
+
+
+def highest_phase(profile, plan):
+    """By walking through the passes, as a second opinion."""
+    modes = dict(plan.modes)
+    left, again = {}, {}
+    for layer in profile.layers:
+        freed = {REBUILD: layer.rebuild_frees_bytes, RECOMPUTE: layer.recompute_frees_bytes}.get(modes.get(layer.name), 0)
+        left[layer.stage] = left.get(layer.stage, 0) + (layer.kept_bytes if layer.inside is None else 0) - freed
+        if modes.get(layer.name) == RECOMPUTE:
+            again[layer.stage] = max(again.get(layer.stage, 0), freed)
+    held = sum(left.values())
+    highest = held + profile.loss_extra_bytes
+    for stage in sorted(left, reverse=True):
+        highest = max(highest, held + again.get(stage, 0) + profile.stage_extra_bytes[stage])
+        held -= left[stage]
+    return highest
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(profiles(), st.floats(0.2, 1.0))
+def test_solution_is_the_best_of_all_plans(profile, share):
+    most = share * peak_bytes(profile, KEEP_ALL)
+    fitting = [plan for plan in all_plans(profile) if highest_phase(profile, plan) <= most * (1 + 1e-9)]
+    found = solve(profile, most)
+    if found is None:
+        # Within the solver's tolerance.
+        assert all(highest_phase(profile, plan) > most * (1 - 1e-6) for plan in fitting)
+        return
+    assert found.peak_bytes == pytest.approx(highest_phase(profile, found.plan))
+    assert found.peak_bytes <= most * (1 + 1e-5)
+    assert found.slow == pytest.approx(slow(profile, found.plan))
+    if fitting:
+        assert found.slow <= min(slow(profile, plan) for plan in fitting) + 1e-6
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@given(profiles())
+def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
+    rungs = ladder(profile)
+    assert rungs[0].plan == KEEP_ALL
+    assert all(b.peak_bytes < a.peak_bytes for a, b in itertools.pairwise(rungs))
+    assert all(b.slow >= a.slow for a, b in itertools.pairwise(rungs))
+    lowest = min(highest_phase(profile, plan) for plan in all_plans(profile))
+    # Steps of under 1 % are left out.
+    assert rungs[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or rungs[-1].peak_bytes == pytest.approx(lowest, rel=0.011)
+
+
+def test_nothing_to_choose():
+    layer = LayerCost("0", None, 0, 100.0, 0.0, 0.0, Time(1.0, 1.0), Time(0.0, 0.0))
+    profile = Profile((layer,), 5.0, (10.0,), Time(10.0, 10.0))
+    assert [rung.plan for rung in ladder(profile)] == [KEEP_ALL]
+    assert solve(profile, 100.0) is None
+    assert solve(profile, 110.0).plan == KEEP_ALL
