@@ -198,6 +198,14 @@ def test_no_further_than_four_times_what_was_observed():
     assert decide(state([1] * 32, 400, history=History()), model(1, 2, 4), SpeedModel()).micro_batches == (16, 16)
 
 
+def test_first_batches_go_as_far_as_what_was_observed_allows():
+    """A rehearsal of 8 images is enough for 32, and those for 128; a new size is not weighed against its cost yet."""
+    begin = decide(state([8] * 32, 400, history=History()), model(8), SpeedModel())
+    assert begin.micro_batches == (4,) * 8
+    follow = decide(state([8] * 32, 400, history=begin.history), model(8, 32), SpeedModel())
+    assert follow.micro_batches == (16, 16)
+
+
 def test_group_is_not_split_because_little_was_observed():
     """After a first batch of one image, say; memory is what splits groups."""
     assert decide(state([16, 16], 400, history=History(16)), model(1), card()).fits

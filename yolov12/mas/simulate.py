@@ -19,7 +19,7 @@ from yolov12.mas.replay import ReplayMeter
 from yolov12.mas.step import Failure, Planner
 from yolov12.mas.task import Workload
 
-__all__ = ["CARDS", "KINDS", "SAFETY_RATIO", "Batch", "Card", "Run", "Step", "level_peak_bytes", "trace"]
+__all__ = ["CARDS", "KINDS", "SAFETY_RATIO", "Batch", "Card", "Moment", "Run", "level_peak_bytes", "trace"]
 
 GIB = 2**30
 SAFETY_RATIO = 0.10
@@ -96,7 +96,7 @@ def level_peak_bytes(share: float, boxes: int) -> float:
 
 
 @dataclass(frozen=True)
-class Step:
+class Moment:
     """What a batch meets."""
 
     others: float
@@ -111,7 +111,7 @@ class Step:
 class Batch:
     """What came of a batch."""
 
-    step: Step
+    moment: Moment
     ms: float = 0.0
     peak_bytes: float = 0.0
     largest: int = 0
@@ -171,11 +171,11 @@ class Run:
         """What this process may hold."""
         return max(0.0, self.card.total_bytes * (1 - others - SAFETY_RATIO))
 
-    def batch(self, step: Step, planner: Callable[[Workload], Planner]) -> Batch:
+    def batch(self, moment: Moment, planner: Callable[[Workload], Planner]) -> Batch:
         """Run a batch as `step.Step` does."""
-        card, chance, done = self.card, self._chance, Batch(step)
-        self.device.others, self.device.released = step.others, False
-        work = Workload(640, 640, step.boxes)
+        card, chance, done = self.card, self._chance, Batch(moment)
+        self.device.others, self.device.released = moment.others, False
+        work = Workload(640, 640, moment.boxes)
         start, failure, ways = 0, None, planner(work)
         while start < card.images:
             try:
@@ -188,9 +188,9 @@ class Run:
             for groups in plan:
                 stop = start + sum(groups)
                 if 2 * start >= card.images:
-                    self.device.others = step.others_later
+                    self.device.others = moment.others_later
                 live = card.live_bytes + (card.gradient_bytes if start else 0)
-                boxes = max(step.boxes[start:stop])
+                boxes = max(moment.boxes[start:stop])
                 usual = card.usual_bytes(stop - start, boxes, ways.level)
                 peak = live + usual * (1 + chance.uniform(-PEAK_SCATTER, PEAK_SCATTER))
                 ms = card.usual_ms(stop - start, ways.level) * math.exp(chance.gauss(0, _TIME_SCATTER))
@@ -206,7 +206,7 @@ class Run:
                     done.new_sizes.append(stop - start)
                 if peak > budget_bytes:
                     done.over_budget = True
-                    least = card.usual_bytes(card.group, max(step.boxes), len(card.levels) - 1) + card.gradient_bytes
+                    least = card.usual_bytes(card.group, max(moment.boxes), len(card.levels) - 1) + card.gradient_bytes
                     done.avoidable |= card.live_bytes + least * (1 + PEAK_SCATTER) <= budget_bytes
                 done.peak_bytes = max(done.peak_bytes, peak)
                 done.largest, done.level = max(done.largest, stop - start), ways.level

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from yolov12.mas.rivals import POLICIES
-from yolov12.mas.simulate import CARDS, KINDS, PEAK_SCATTER, Batch, Card, Run, Step, trace
+from yolov12.mas.simulate import CARDS, KINDS, PEAK_SCATTER, Batch, Card, Moment, Run, trace
 
 __all__ = ["Score", "compare", "summed"]
 
@@ -53,14 +53,14 @@ def compare(seed: int, traces: int, steps: int, policies: Iterable[str] = POLICI
         run = Run(told.drawn(chance), seed)
         policy = POLICIES[name](run, told)
         batches: list[list[Batch]] = []
-        met: list[list[Step]] = []
+        met: list[list[Moment]] = []
         kinds = [KINDS[(seed // len(CARDS) + index) % len(KINDS)] for index in range(traces)]
         for kind in kinds:
             policy.restart()
             held = trace(kind, steps, chance)
             crowds = [run.boxes() for _ in range(steps)]
             done: list[Batch] = []
-            path: list[Step] = []
+            path: list[Moment] = []
             others = 0.0
             for index in range(steps):
                 if callable(held):
@@ -68,7 +68,7 @@ def compare(seed: int, traces: int, steps: int, policies: Iterable[str] = POLICI
                     others = later = held(*([0.0] * (2 - len(peaks)) + peaks)[:2]) if peaks else held(0.0, 0.0)
                 else:
                     others, later = held[index], held[min(index + chance.randint(0, 1), steps - 1)]
-                path.append(Step(others, later, crowds[index]))
+                path.append(Moment(others, later, crowds[index]))
                 if not (done and done[-1].died):
                     done.append(run.batch(path[-1], policy.planner))
                     policy.learn(done[-1])
@@ -124,7 +124,7 @@ def _sum(scores: Sequence[Score]) -> dict[str, float]:
     }
 
 
-def _oracle_ms(card: Card, met: Sequence[Sequence[Step]]) -> list[list[float]]:
+def _oracle_ms(card: Card, met: Sequence[Sequence[Moment]]) -> list[list[float]]:
     """Least time of every batch, with the sizes that make the whole run shortest."""
     count = card.images // card.group
     parts = [each for each in range(1, count + 1) if count % each == 0]
@@ -145,12 +145,12 @@ def _oracle_ms(card: Card, met: Sequence[Sequence[Step]]) -> list[list[float]]:
     return [flat[end - len(path) : end] for path, end in zip(met, ends, strict=True)]
 
 
-def _least_ms(card: Card, step: Step, parts: int) -> float:
+def _least_ms(card: Card, moment: Moment, parts: int) -> float:
     """Of a batch in so many micro-batches of one size, under the first plan that stays inside the budget."""
     images = card.images // parts
-    room = card.total_bytes * (1 - max(step.others, step.others_later) - 0.1) - card.live_bytes
+    room = card.total_bytes * (1 - max(moment.others, moment.others_later) - 0.1) - card.live_bytes
     room -= card.gradient_bytes if parts > 1 else 0
-    fullest = max(step.boxes)
+    fullest = max(moment.boxes)
     for level in range(len(card.levels)):
         if card.usual_bytes(images, fullest, level) * (1 + PEAK_SCATTER) <= room:
             return parts * card.usual_ms(images, level)
