@@ -44,7 +44,6 @@ ROOM_TO_GROW = 0.01
 MOVE_BATCHES = 0.1
 """Price of a move, in batches: memory is given back and asked for again. In simulation 0.05 to 0.25, and a room of 0 to
 0.03, make a difference of 0.5 % (benchmarks/controller.py)."""
-CALM_BATCHES = 8  # for engine.py, until it passes a history on
 _LARGEST_STEP = 4  # a prediction further out than this times what was observed is a guess
 _EQUAL = 1.02  # times as long is as long, as times scatter by more; then the fewest micro-batches
 
