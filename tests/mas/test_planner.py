@@ -273,3 +273,18 @@ def test_tells_whether_a_batch_ran_as_planned():
     assert one.undisturbed
     one.plan(0, failure(16))
     assert not one.undisturbed
+
+
+def test_time_of_a_move_is_not_that_of_the_size():
+    """Memory is given back and asked for again; but the first time of a new size is to be known as such."""
+    one, _ = planner(room=10, safety_ratio=0.0)
+    assert ran(one.plan(0, None)) == [8, 8]
+    assert not one.undisturbed
+    stays, _ = planner(room=10, safety_ratio=0.0, history=History(8))
+    stays.plan(0, None)
+    assert stays.undisturbed
+    cost = CostModel()
+    cost.observe(Features(16, 640, 640, 5), 16 * IMAGE)
+    new, _ = planner(room=10, safety_ratio=0.0, models=(cost, SpeedModel()))
+    new.plan(0, None)
+    assert new.undisturbed

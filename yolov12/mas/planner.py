@@ -66,7 +66,7 @@ class BatchPlanner:
         self.level = history.level
         """Checkpoint plan of the cut that `plan` returned last."""
         self.undisturbed = True
-        """Whether the batch ran as it was planned first, so that its time says what this takes."""
+        """Whether the batch ran as it was planned first and as the one before, so that its time says what this takes."""
         self.reading = meter.read()
         """When the batch began, or after the last failure."""
         self.budget_bytes = self.reading.budget_bytes(config.safety_ratio)
@@ -145,6 +145,11 @@ class BatchPlanner:
             self.events.append(f"plan {self.level} to {decision.level}")
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
             self._meter.release()  # what is no longer needed is for those who press
+        if before.images and (after.images, after.level) != (before.images, before.level):
+            # To give memory back and ask for it again takes time; of a size that is new it is not much.
+            self.undisturbed = self.undisturbed and not self._speed.warm(
+                after.images, self._work.height, self._work.width
+            )
         self.history, self.level = after, decision.level
         # What ran before a failure had its peak too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
