@@ -66,7 +66,7 @@ class BatchPlanner:
         self.level = history.level
         """Checkpoint plan of the cut that `plan` returned last."""
         self.undisturbed = True
-        """Whether the batch ran as it was planned first and as the one before, so that its time says what this takes."""
+        """Whether the batch ran as planned first, and as the one before, so that its time says what this takes."""
         self.reading = meter.read()
         """When the batch began, or after the last failure."""
         self.budget_bytes = self.reading.budget_bytes(config.safety_ratio)
