@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def applies(x: Tensor) -> bool:
 @functools.cache
 def _worthwhile_bytes(device: torch.device) -> int:
     # Launches from Python cost the host about what the copies cost a card this size for a tensor this small.
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * 2**19
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * 2**17
 
 
 @functools.cache
@@ -89,18 +90,16 @@ class _GroupedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
         means, variances, sizes, eps = rest
-        shape = _Shape(x, sizes)
+        shape = _shape(x.shape[1], x.shape[2] * x.shape[3], sizes, x.device)
         partial = x.new_empty(2, len(sizes), shape.splits, shape.channels, dtype=torch.float32)
         saved = x.new_empty(2, len(sizes), shape.channels, dtype=torch.float32)  # mean, 1/sqrt(variance + eps)
         out = torch.empty_like(x)
-        with torch.cuda.device(x.device):
-            _sums[shape.grid](x, shape.ends, partial, *shape.numbers, shape.splits, **shape.blocks)
-            _statistics[shape.channel_grid](
-                x, shape.ends, partial, saved, means, variances, means.stride(0), *shape.numbers, shape.splits, eps,
-                channel_block=shape.blocks["channel_block"],
-            )  # fmt: skip
-            _normalize[shape.grid](
-                x, shape.ends, saved, weight, bias, out, *shape.numbers, shape.splits, **shape.blocks
+        with _on(x.device):
+            _launch(_sums, shape.grid, (x, shape.ends, partial, *shape.numbers, *shape.blocks))
+            rows = (x, shape.ends, partial, saved, means, variances, means.stride(0), *shape.numbers, eps)
+            _launch(_statistics, shape.channel_grid, (*rows, shape.blocks[1]))
+            _launch(
+                _normalize, shape.grid, (x, shape.ends, saved, weight, bias, out, *shape.numbers, *shape.blocks)
             )
         ctx.save_for_backward(x, weight, saved)
         ctx.sizes = sizes
@@ -111,37 +110,66 @@ class _GroupedBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, saved = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        shape = _Shape(x, ctx.sizes)
+        shape = _shape(x.shape[1], x.shape[2] * x.shape[3], ctx.sizes, x.device)
         partial = x.new_empty(2, len(ctx.sizes), shape.splits, shape.channels, dtype=torch.float32)
         out = torch.empty_like(x)
-        with torch.cuda.device(x.device):
-            _gradient_sums[shape.grid](
-                x, grad, shape.ends, saved, partial, *shape.numbers, shape.splits, **shape.blocks
-            )
+        with _on(x.device):
+            _launch(_gradient_sums, shape.grid, (x, grad, shape.ends, saved, partial, *shape.numbers, *shape.blocks))
             sums = partial.sum(2)  # of grad, and of grad times the normalised value
-            _gradient[shape.grid](
-                x, grad, shape.ends, saved, sums, weight, out, *shape.numbers, shape.splits, **shape.blocks
+            _launch(
+                _gradient, shape.grid, (x, grad, shape.ends, saved, sums, weight, out, *shape.numbers, *shape.blocks)
             )
         of_bias, of_weight = sums.sum(1)
         return out, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None, None, None
 
 
+def _on(device: torch.device) -> Any:
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+_compiled: dict[Any, Any] = {}  # by kernel, device and all that Triton compiles another one for
+_HANDS_OUT_KERNELS = triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
+
+
+def _launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+    """Launch a kernel; from the second time on, past what Triton asks of the arguments each time.
+
+    That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. Numbers are part of the key as
+    they are, tensors by type and alignment: more than Triton looks at.
+    """
+    key = (kernel.fn, *[_kind(arg) if isinstance(arg, Tensor) else arg for arg in args])
+    known = _compiled.get(key)
+    if known is None:
+        found = kernel[grid](*args)
+        if _HANDS_OUT_KERNELS:
+            _compiled[key] = found
+        return
+    stream = torch.cuda.current_stream().cuda_stream
+    known.run(*grid, stream, known.function, known.packed_metadata, None, None, None, *args)
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.device
+
+
 class _Shape:
     """How a tensor is cut up: channels × chunks of rows × groups. A row is all channels of a pixel."""
 
-    def __init__(self, x: Tensor, sizes: tuple[int, ...]) -> None:
-        self.channels = x.shape[1]
-        pixels = x.shape[2] * x.shape[3]
-        channel_block = min(triton.next_power_of_2(self.channels), 64)
+    def __init__(self, channels: int, pixels: int, sizes: tuple[int, ...], device: torch.device) -> None:
+        self.channels = channels
+        channel_block = min(triton.next_power_of_2(channels), 64)
         row_block = _BLOCK // channel_block
-        channel_blocks = triton.cdiv(self.channels, channel_block)
+        channel_blocks = triton.cdiv(channels, channel_block)
         enough = triton.cdiv(_PROGRAMS, channel_blocks * len(sizes))
         self.splits = max(1, min(enough, triton.cdiv(max(sizes) * pixels, row_block)))
-        self.ends = _ends(sizes, x.device)
-        self.numbers = (pixels, self.channels, len(sizes))
+        self.ends = _ends(sizes, device)
+        self.numbers = (pixels, channels, len(sizes), self.splits)
         self.grid = (channel_blocks, self.splits, len(sizes))
-        self.channel_grid = (channel_blocks, len(sizes))
-        self.blocks = {"row_block": row_block, "channel_block": channel_block}
+        self.channel_grid = (channel_blocks, len(sizes), 1)
+        self.blocks = (row_block, channel_block)
+
+
+_shape = functools.lru_cache(maxsize=512)(_Shape)
 
 
 @functools.lru_cache(maxsize=64)

@@ -99,7 +99,7 @@ class Engine:
             if not self._known:
                 self._get_to_know(batch, work)
             planner = self._planner(work)
-            if self._ladder is None and not self._fits(work.images, work, planner):
+            if self._ladder is None and self.cost.largest and not self._fits(work.images, work, planner):
                 self._make_ladder(batch, work)
                 planner = self._planner(work)
             watch = self.meter.stopwatch()

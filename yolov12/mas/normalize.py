@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -62,10 +61,10 @@ class GroupedBatchNorm:
         self._layers: list[_BatchNorm] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._channels: list[int] = []
-        self._starts: list[int] = []
         # One row a group, all layers' channels side by side; and the same as one view a group and layer.
         self._means = self._variances = torch.empty(0, 0)
         self._views: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        self._blocks: list[tuple[Tensor, Tensor]] = []  # one a layer: the rows of this micro-batch
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
@@ -79,9 +78,8 @@ class GroupedBatchNorm:
             self._layers = layers
             self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
             self._channels = [layer.num_features for layer in layers]
-            self._starts = [0, *accumulate(self._channels)]
             like = layers[0].running_mean if layers else None
-            self._means = torch.empty(0) if like is None else like.new_zeros(0, self._starts[-1])
+            self._means = torch.empty(0) if like is None else like.new_zeros(0, sum(self._channels))
             self._variances, self._views = self._means.clone(), []
         # A value that is overwritten is multiplied by zero first, which an overflow would survive.
         self._means.zero_()
@@ -98,6 +96,9 @@ class GroupedBatchNorm:
         """
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
+        if self._layers:
+            both = (rows[first : first + len(groups)].split(self._channels, 1) for rows in (self._means, self._variances))
+            self._blocks = list(zip(*both, strict=True))
         try:
             for layer, forward in zip(self._layers, self._forwards, strict=True):
                 layer.__dict__["forward"] = forward  # past Module.__setattr__, which is slow and has nothing to do here
@@ -146,9 +147,9 @@ class GroupedBatchNorm:
         if len(sizes) == 1:
             out = _normalize(x, layer, *statistics[0])
         elif layer.affine and batchnorm_kernels.applies(x):
-            here = slice(self._first, self._first + len(sizes)), slice(self._starts[index], self._starts[index + 1])
+            means_of, variances_of = self._blocks[index]
             out = batchnorm_kernels.grouped_batch_norm(
-                x, layer.weight, layer.bias, self._means[here], self._variances[here], sizes, layer.eps
+                x, layer.weight, layer.bias, means_of, variances_of, sizes, layer.eps
             )
         else:
             parts = zip(x.split(sizes), statistics, strict=True)
