@@ -142,3 +142,18 @@ def test_the_first_update_survives_a_real_failure():
         torch.use_deterministic_algorithms(False)
     assert (calls, more_calls) == (2, 3)
     torch.testing.assert_close(disturbed, weights, rtol=1e-5, atol=1e-6)
+
+
+def test_a_group_that_does_not_fit_as_it_is_runs_under_a_plan():
+    model, batch = make()
+    engine = engine_for(model, bn_group=32)
+    engine.step(batch)
+    reference, peak_bytes = gradient(model), engine.latest.peak_bytes
+
+    model, batch = make()
+    engine = engine_for(model, bn_group=32, limit=int(0.75 * peak_bytes))
+    result = engine.step(batch)
+    assert result.micro_batches == (32,)
+    assert engine.latest.level > 0
+    assert engine.latest.peak_bytes <= engine.latest.budget_bytes
+    assert off(gradient(model), reference) < 1e-4

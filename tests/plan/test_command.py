@@ -1,0 +1,45 @@
+"""`yolov12 plan` as a command: its output and its exit code."""
+
+import json
+
+from yolov12 import cli
+
+SMALL = ["plan", "model=yolov12n.yaml", "imgsz=100", "boxes=5", "batch=8"]
+
+
+def test_table(capsys):
+    assert cli.main([*SMALL, "gpu=t4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("128x128, batch 8, up to 5 boxes an image, half precision\nattention: memory-efficient")
+    for row in ("weights", "gradients", "optimizer (MuSGD)", "an image keeps", "predicted peak", "budget"):
+        assert f"\n{row}" in out
+    assert out.splitlines()[-1].startswith("yolov12n.yaml fits: ")
+    assert out.splitlines()[-1].endswith("12.7 GiB of a T4 may be used; all activations kept.")
+
+
+def test_json_is_all_that_is_on_stdout_and_says_what_does_not_fit(capsys):
+    assert cli.main([*SMALL, "mem=50MiB", "optimizer=sgd", "--json"]) == 1
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["fits"] is False
+    assert plan["micro_batch"] == 1
+    assert plan["peak_bytes"] > plan["budget_bytes"] == int(0.9 * 50 * 2**20)
+    assert plan["fixed"]["optimizer"] == "SGD"
+    assert plan["fixed"]["accumulates"] is True
+    assert plan["levers"]["recomputed_bytes"] < plan["levers"]["rebuilt_bytes"] < plan["levers"]["kept_bytes"]
+    assert plan["recompute"]
+    assert plan["plan"].startswith(("rebuild ", "recompute "))
+
+
+def test_what_cannot_be_planned_is_one_line(capsys, tmp_path):
+    assert cli.main(["plan", "model=yolov12n.yaml", "mem=16GiB", "gpuu=T4"]) == 2
+    assert cli.main(["plan", "model=yolo11n-seg.yaml", "mem=16GiB"]) == 2
+    assert cli.main([*SMALL, "mem=16GiB", "disable_mas_layers=backbon.4"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("yolov12: error: ") for line in errors[-3:]] == [True] * 3
+    assert "SegmentationModel" in errors[-2]
+    assert "Did you mean backbone.4" in errors[-1]
+
+
+def test_help(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    assert "gpu=T4 or mem=16GiB" in capsys.readouterr().out
