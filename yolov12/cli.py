@@ -1,8 +1,9 @@
-"""`yolov12 train|val|predict|export|check key=value ...`: the grammar of Ultralytics' `yolo`.
+"""`yolov12 train|val|predict|export|check|plan key=value ...`: the grammar of Ultralytics' `yolo`.
 
 Missing arguments have useful defaults: `train` without `data` trains YOLOv12-N on the embedded data set, `val`,
-`predict` and `export` without `model` take the weights trained last. Exit status: 0, or 1 for a failure, or 2 for
-arguments that cannot work; then one line on stderr says what to do. `YOLOV12_TRACEBACK=1` shows where it happened.
+`predict` and `export` without `model` take the weights trained last. `check --json` and `plan --help` have arguments of
+their own. Exit status: 0, or 1 for a failure, or 2 for arguments that cannot work; then one line on stderr says what to
+do. `YOLOV12_TRACEBACK=1` shows where it happened.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
     """
     verb, *words = (sys.argv[1:] if args is None else args) or ["help"]
     verb = verb.lstrip("-")
-    if verb in ("help", "h") or {"help", "-h", "--help"} & set(words):
+    if verb in ("help", "h") or (verb != "plan" and {"help", "-h", "--help"} & set(words)):
         print(__doc__)
         return 0
     try:
@@ -55,8 +56,13 @@ def main(args: list[str] | None = None) -> int:
             from yolov12 import check
 
             return check.main(words)
+        if verb == "plan":
+            autopatch.apply()
+            from yolov12 import plan
+
+            return plan.main(words)
         if verb not in VERBS:
-            raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, 'check'])}")
+            raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, 'check', 'plan'])}")
         _use_every_core()
         autopatch.apply()
         options = parse(words)

@@ -36,14 +36,11 @@ def test_what_is_traced_in_shapes_is_what_a_real_pass_takes(network):
         assert fake_bytes == pytest.approx(real_bytes, rel=0.01)
 
 
-@pytest.mark.parametrize("mode", [None, RECOMPUTE])
-def test_bytes_are_linear_in_images(network, micro_batch, mode):
-    plan = every_layer(network, mode) if mode else KEEP_ALL
-    lines = micro_batch.lines(plan)
-    kept_bytes, peak_bytes = micro_batch.trace(100, plan)
-    # But for blocks of 512 bytes, a few hundred of them, and for a peak that moves from one layer to another.
-    assert lines.kept(100) == pytest.approx(kept_bytes, abs=500 * 512)
-    assert lines.peak(100) == pytest.approx(peak_bytes, rel=0.03)
+def test_bytes_are_linear_in_images(micro_batch):
+    lines = micro_batch.lines()
+    kept_bytes, peak_bytes = micro_batch.trace(100)
+    assert lines.kept(100) == pytest.approx(kept_bytes, abs=500 * 512)  # blocks of 512 bytes, a few hundred of them
+    assert lines.peak(100) == pytest.approx(peak_bytes, rel=0.005)
 
 
 def test_plans_keep_less(network, micro_batch):

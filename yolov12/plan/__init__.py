@@ -1,0 +1,63 @@
+"""`yolov12 plan model=yolov12s.yaml batch=256 mem=16GiB`: what a training will take, on a machine without a GPU.
+
+model=yolov12x.yaml     or a yaml of your own, a weight file, several with commas; model=all is yolov12{n,s,m,l,x}
+batch=16 imgsz=640      as in training, and so are optimizer, amp, mem_safety_ratio, bn_group, micro_batch and
+                        disable_mas_layers
+gpu=T4 or mem=16GiB     the card, or the memory; with both, `mem_limit` on that card
+boxes=100               in the image that has most: mosaic puts four images into one
+classes=80              that the model is trained for, by default as its file says
+--json                  for programs
+
+The exit status is 0 if all fit, else 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+from yolov12.plan.arguments import Request, parse
+from yolov12.plan.estimate import Estimate, estimate
+from yolov12.plan.network import load
+from yolov12.plan.render import as_json, as_text
+from yolov12.plan.report import Report, make_report
+
+__all__ = ["Estimate", "Report", "estimate", "load", "main", "make_report"]
+
+
+def main(args: list[str]) -> int:
+    """Plan and write on stdout.
+
+    Args:
+        args: The words after `yolov12 plan`.
+
+    Returns:
+        0 if all models fit, else 1.
+
+    Raises:
+        ConfigError: An argument is unknown, malformed or missing.
+    """
+    if {"help", "-h", "--help"} & set(args):
+        print(__doc__)
+        return 0
+    request = parse(args)
+    reports = _reports(request)
+    print(as_json(reports) if request.json else as_text(reports, request))
+    return int(not all(report.choice.fits for report in reports))
+
+
+def _reports(request: Request) -> list[Report]:
+    if len(request.models) == 1:
+        return [_report(request.models[0], request)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(len(request.models), os.cpu_count() or 1), context) as pool:
+        largest_first = {name: pool.submit(_report, name, request) for name in reversed(request.models)}
+        return [largest_first[name].result() for name in request.models]
+
+
+def _report(name: str, request: Request) -> Report:
+    with contextlib.redirect_stdout(sys.stderr):  # libraries talk while they load; stdout is for the plan
+        return make_report(name, request)

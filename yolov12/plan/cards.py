@@ -1,0 +1,89 @@
+"""Common cards: what PyTorch reports of their memory, and what bounds their speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from yolov12.errors import ConfigError
+
+__all__ = ["CARDS", "Card", "card"]
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU."""
+
+    name: str
+    total_bytes: int
+    """As `torch.cuda.mem_get_info` reports it: less than what is printed on the box."""
+    capability: tuple[int, int]
+    teraflops: float
+    """Dense, in half precision, as its maker says."""
+    gigabytes_per_s: float
+    integrated: bool = False
+    """It shares the host's memory, of which the system needs a part."""
+
+    @property
+    def system_bytes(self) -> int:
+        """What a process cannot have: the CUDA context, on a Jetson also the operating system."""
+        return (450 + 2560 * self.integrated) * _MIB
+
+    @property
+    def attention(self) -> str:
+        """Which kernel runs the attention, in half precision."""
+        if self.capability >= (8, 0):
+            return "flash"
+        return "memory-efficient (flash needs compute capability 8.0)"
+
+
+CARDS: tuple[Card, ...] = (
+    Card("GTX 1080 Ti", 11_172 * _MIB, (6, 1), 11.3, 484),
+    Card("V100 16GB", 16_151 * _MIB, (7, 0), 125, 900),
+    Card("V100 32GB", 32_494 * _MIB, (7, 0), 125, 900),
+    Card("T4", 14_914 * _MIB, (7, 5), 65, 320),
+    Card("RTX 2080 Ti", 11_012 * _MIB, (7, 5), 108, 616),
+    Card("A100 40GB", 40_442 * _MIB, (8, 0), 312, 1555),
+    Card("A100 80GB", 81_154 * _MIB, (8, 0), 312, 2039),
+    Card("A10", 22_592 * _MIB, (8, 6), 125, 600),
+    Card("RTX 3060", 12_045 * _MIB, (8, 6), 51, 360),
+    Card("RTX 3090", 24_250 * _MIB, (8, 6), 142, 936),
+    Card("RTX A6000", 48_541 * _MIB, (8, 6), 155, 768),
+    Card("Jetson Orin Nano 8GB", 7_620 * _MIB, (8, 7), 10, 68, True),
+    Card("Jetson Orin 32GB", 30_697 * _MIB, (8, 7), 54, 205, True),
+    Card("Jetson Orin 64GB", 62_841 * _MIB, (8, 7), 85, 205, True),
+    Card("L4", 22_478 * _MIB, (8, 9), 121, 300),
+    Card("RTX 4090", 24_082 * _MIB, (8, 9), 165, 1008),
+    Card("H100", 81_079 * _MIB, (9, 0), 989, 3350),
+    Card("H200", 143_167 * _MIB, (9, 0), 989, 4800),
+)
+
+
+def card(name: str) -> Card:
+    """Find a card; `gpu=t4`, `a100-80gb` and `RTX3090` are understood, a name of several is the smallest of them.
+
+    Raises:
+        ConfigError: There is no such card.
+    """
+    wanted = _plain(name)
+    by_plain = {_plain(each.name): each for each in CARDS}
+    if wanted in by_plain:
+        return by_plain[wanted]
+    for each in sorted(CARDS, key=lambda card: card.total_bytes):
+        if len(wanted) > 2 and wanted in _plain(each.name):
+            return each
+    near = get_close_matches(wanted, by_plain, n=3, cutoff=0.4)
+    known = [by_plain[found].name for found in near] or [each.name for each in CARDS]
+    ask = "Did you mean" if near else "Known are"
+    raise ConfigError(
+        f"gpu={name} is no card that is known. {ask} {', '.join(known)}{'?' if near else ''} Or give mem=16GiB"
+    )
+
+
+def _plain(name: str) -> str:
+    plain = "".join(letter for letter in name.lower() if letter.isalnum())
+    for word in ("nvidia", "geforce", "tesla", "agx"):
+        plain = plain.replace(word, "")
+    return plain.removesuffix("gb") if plain.endswith("gb") else plain

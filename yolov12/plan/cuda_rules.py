@@ -1,0 +1,146 @@
+"""What CUDA does otherwise than the CPU, for tensors that are on neither: autocast's dtypes, and attention.
+
+PyTorch's autocast acts by device, and fake CUDA tensors need a driver. So a forward pass here runs on fake CPU tensors,
+and this mode casts what autocast would cast on a GPU:
+https://pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
+bfloat16 stands for float16 too: it has the same size, and the CPU computes with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from yolov12.mas.trace import rounded
+
+__all__ = ["HALF", "CudaRules", "cuda_rules"]
+
+HALF = torch.bfloat16
+
+_TO_HALF = """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear matmul rmatmul mm mv bmm
+    addmm addmv addbmm baddbmm einsum prelu multi_dot scaled_dot_product_attention"""
+_TO_FLOAT = """
+    acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow rpow softplus layer_norm
+    group_norm norm normalize cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss cross_entropy
+    hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss
+    multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits
+    dist pdist cdist renorm logsumexp prod softmax softmin log_softmax cumprod cumsum sum"""
+_TO_WIDEST = "cat concat stack addcdiv addcmul atan2 bilinear cross dot index_put scatter_add"
+_RESIZE = "interpolate upsample"
+
+
+@contextmanager
+def cuda_rules(amp: bool = True) -> Iterator[CudaRules]:
+    """Cast as autocast on a GPU does, and keep of attention what its fused kernels keep.
+
+    Args:
+        amp: Whether autocast is on.
+    """
+    with CudaRules(amp) as rules, _OutOfSight():  # type: ignore[no-untyped-call]
+        yield rules
+
+
+class CudaRules(TorchFunctionMode):
+    """See `cuda_rules`. Half precision copies of weights stay as long as this, as they do until autocast ends."""
+
+    def __init__(self, amp: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
+        # Whether CUDA's autocast resizes in fp32 depends on the version of PyTorch.
+        resizes = torch._C._dispatch_has_kernel_for_dispatch_key("aten::upsample_nearest2d", "AutocastCUDA")
+        rules = {HALF: _TO_HALF, torch.float32: f"{_TO_FLOAT} {_RESIZE if resizes else ''}"}
+        self._rules = {name: dtype for dtype, names in rules.items() for name in names.split()} if amp else {}
+        self._to_widest = frozenset(_TO_WIDEST.split() if amp else ())
+
+    @property
+    def copies_bytes(self) -> int:
+        """Of weights in half precision, so far."""
+        return sum(rounded(copy.numel() * copy.element_size()) for _, copy in self._copies.values())
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        name = name.strip("_") if name.startswith("__") else name  # `a @ b` is `__matmul__`; `pow_` stays as it is
+        dtype = self._rules.get(name)
+        if name in self._to_widest and _has_float(args):
+            dtype = torch.float32
+        if dtype is not None:
+            args, kwargs = self._cast((args, kwargs), dtype)
+        if name == "scaled_dot_product_attention":
+            return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
+        within = _within(name, args)
+        result = func(*args, **kwargs)
+        del within
+        return result
+
+    def _cast(self, nest: Any, dtype: torch.dtype) -> Any:
+        return tree_map(lambda leaf: self._cast_one(leaf, dtype) if _counts(leaf) else leaf, nest)
+
+    def _cast_one(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if tensor.dtype == dtype:
+            return tensor
+        if not (dtype == HALF and tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(dtype)
+        if id(tensor) not in self._copies:
+            self._copies[id(tensor)] = tensor, tensor.to(dtype)
+        return self._copies[id(tensor)][1]
+
+
+def _within(name: str, args: Any) -> Tensor | None:
+    """The few large temporary tensors that are made and dropped within an operation."""
+    if not args or not isinstance(args[0], Tensor):
+        return None
+    if name == "binary_cross_entropy_with_logits":  # the logarithm of a sigmoid
+        return torch.empty_like(args[0])
+    if name == "sum" and not args[0].is_floating_point() and args[0].dtype != torch.int64:  # the summands as integers
+        return torch.empty_like(args[0], dtype=torch.int64)
+    return None
+
+
+def _has_float(nest: Any) -> bool:
+    return any(_counts(leaf) and leaf.dtype == torch.float32 for leaf in tree_leaves(nest))
+
+
+def _counts(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _OutOfSight(TorchDispatchMode):
+    """Keeps what fake tensors compute with, to find shapes, from the function mode above."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:  # asked for several times an operation; a way that takes long
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        with torch._C.DisableTorchFunction():
+            return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The bytes of flash and memory-efficient attention, not its values. Shapes: (batch, heads, tokens, head_dim)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        logsumexp = q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, *_ = ctx.saved_tensors
+        sums = torch.empty_like(q, dtype=torch.float32)  # in which the gradient of q is added up
+        gradients = tuple(torch.empty_like(each) for each in (q, k, v))
+        del sums
+        return gradients

@@ -1,0 +1,172 @@
+"""One micro-batch, forward and backward, in shapes only: the engine's own layers and plans, followed byte by byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
+from yolov12.mas.layers import candidates
+from yolov12.mas.normalize import GroupedBatchNorm
+from yolov12.mas.profile import Profile, Recorder, Time
+from yolov12.mas.reading import ClockStopwatch
+from yolov12.mas.rebuild import ACTIVATIONS
+from yolov12.mas.trace import ByteTrace
+from yolov12.models.layer_names import layer_names
+from yolov12.plan.cuda_rules import cuda_rules
+from yolov12.plan.loss import Line, loss_bytes, through
+from yolov12.plan.network import Network
+from yolov12.plan.roofline import Roofline
+
+__all__ = ["IMAGES", "Lines", "MicroBatch"]
+
+IMAGES = (8, 32)
+"""That lines are drawn through. In shapes only, many take as long as few, but of few the gradients may be the peak."""
+
+_BN = "BatchNorm and activations of "
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Bytes of a micro-batch by its images, above what is live before it."""
+
+    kept: Line
+    """When the forward pass is done."""
+    peak: Line
+
+
+class MicroBatch:
+    """Runs micro-batches of a model that exists in shapes only.
+
+    Args:
+        network: The model.
+        imgsz: Height and width of images.
+        boxes: In the image that has most.
+        amp: Whether autocast is on.
+        disabled: See `layers.candidates`.
+    """
+
+    def __init__(
+        self, network: Network, imgsz: int, boxes: int, amp: bool = True, disabled: tuple[str, ...] = ()
+    ) -> None:
+        self._network, self._imgsz, self._amp = network, imgsz, amp
+        self._layers = candidates(network.model, layer_names(network.model), disabled)
+        self._norms = GroupedBatchNorm(network.model)
+        self._checkpointing = Checkpointing(network.model, self._layers, self._norms)
+        self._loss_bytes = loss_bytes(network, imgsz, boxes, amp)
+        self._traces: dict[tuple[Plan, int], tuple[int, int]] = {}
+        self.half_weights_bytes = 0
+        """Copies of weights that autocast keeps; known when a micro-batch has run."""
+
+    def lines(self, plan: Plan = KEEP_ALL) -> Lines:
+        """Trace micro-batches of two sizes under a plan."""
+        traces = {images: self.trace(images, plan) for images in IMAGES}
+        kept, peak = (through({images: trace[index] for images, trace in traces.items()}) for index in (0, 1))
+        return Lines(kept, peak)
+
+    def trace(self, images: int, plan: Plan = KEEP_ALL) -> tuple[int, int]:
+        """Follow one micro-batch, all of its images; bytes kept after the forward pass, and at the peak."""
+        if (plan, images) not in self._traces:
+            with self._network.mode, ByteTrace() as trace:
+                kept_bytes = self._run(images, self._checkpointing.within(plan), lambda: trace.live_bytes)
+                self._traces[plan, images] = kept_bytes, trace.peak_bytes()
+        return self._traces[plan, images]
+
+    def profile(self, roofline: Roofline) -> Profile:
+        """What each layer costs, as the engine has it; the milliseconds are those of a card that is not there."""
+        recorder = Recorder(self._network.model, self._layers, self._checkpointing)
+        images, no_watch = IMAGES[0], partial(ClockStopwatch, lambda: 0.0)
+        with self._network.mode, _Highest() as trace:
+            self._run(images, recorder.saved_tensors(no_watch))
+            held_bytes = trace.highest_bytes = trace.mark()  # what the recorder has seen it holds
+            around = recorder.times_and_peaks(no_watch, trace)
+            kept_bytes = self._run(images, around, lambda: trace.live_bytes)
+            found = recorder.profile(images, 1.0, 1.0, 1.0, trace.peak_bytes())
+            trace.mark()
+            # It was a plain pass, too.
+            self._traces[KEEP_ALL, images] = kept_bytes - held_bytes, trace.highest_bytes - held_bytes
+        times = self._times(roofline, images)
+        everything, layers = times.pop(""), found.layers
+        return replace(
+            found,
+            layers=tuple(replace(each, recompute=times[each.name], rebuild=times[_BN + each.name]) for each in layers),
+            total=Time(3 * everything.host_ms, 3 * everything.device_ms),  # the backward pass is as much as two forward
+        )
+
+    def _times(self, roofline: Roofline, images: int) -> dict[str, Time]:
+        """Of an image: the whole model's forward pass as "", layers', and that of BatchNorm and activations in them."""
+        model: nn.Module = self._network.model
+        cheap = {name: part for name, part in model.named_modules() if isinstance(part, (_BatchNorm, *ACTIVATIONS))}
+        measured: dict[str, Time] = {}
+        modules = {"": model, **self._layers, **{_BN + name: part for name, part in cheap.items()}}
+        with self._network.mode, roofline, cuda_rules(self._amp), roofline.timing(modules, measured):
+            model(_pixels(images, self._imgsz).float())
+        times = {
+            name: measured[name] for name in ("", *self._layers) if name in measured
+        }  # a few only run in validation
+        for name, layer in self._layers.items():
+            inside = {id(part) for part in layer.modules()}
+            parts = [
+                measured[_BN + path] for path, part in cheap.items() if id(part) in inside and _BN + path in measured
+            ]
+            times[_BN + name] = Time(sum(part.host_ms for part in parts), sum(part.device_ms for part in parts))
+        return {name: Time(time.host_ms / images, time.device_ms / images) for name, time in times.items()}
+
+    def _run(self, images: int, around: AbstractContextManager[None], measure: Callable[[], int] = lambda: 0) -> int:
+        """As step.py runs a micro-batch; what `measure` gives between forward and backward pass."""
+        model: nn.Module = self._network.model
+        self._norms.begin()
+        with cuda_rules(self._amp) as rules, self._norms.within((images,), 0):
+            ahead = _pixels(images, self._imgsz)  # the next micro-batch comes while this one computes
+            image = _pixels(images, self._imgsz).float() / 255  # stays in the batch, in place of the pixels
+            with around:
+                loss = _forward(model, image, self._loss_bytes(images))
+            measured = measure()
+            # `loss.backward()` would be a function of its own for the mode, which is off within its functions.
+            torch.autograd.backward(loss)
+            self.half_weights_bytes = rules.copies_bytes
+        del ahead, image
+        for parameter in model.parameters():
+            parameter.grad = None
+        return measured
+
+
+class _Highest(ByteTrace):
+    """Remembers the highest peak over all marks."""
+
+    highest_bytes = 0
+
+    def mark(self) -> int:
+        self.highest_bytes = max(self.highest_bytes, self.peak_bytes())
+        return super().mark()
+
+
+def _pixels(images: int, imgsz: int) -> Tensor:
+    return torch.empty(images, 3, imgsz, imgsz, dtype=torch.uint8)
+
+
+def _forward(model: nn.Module, image: Tensor, loss_peak_bytes: int) -> Tensor:
+    predictions = model(image)
+    loss: Tensor = _Loss.apply(predictions["boxes"], predictions["scores"], loss_peak_bytes)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _Loss(torch.autograd.Function):
+    """Takes the bytes of the loss, and gives gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, boxes: Tensor, scores: Tensor, peak_bytes: int) -> Tensor:
+        ctx.like = tuple((each.shape, each.dtype, each.device) for each in (boxes, scores))
+        torch.empty(peak_bytes, dtype=torch.uint8, device=boxes.device)
+        return boxes.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *(torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like), None
