@@ -1,7 +1,7 @@
-"""Checkpointing plans on a GPU: images/s against memory, bytes freed against bytes predicted, `yolov12 plan` against both.
+"""Checkpointing plans on a GPU: images/s against memory, and bytes freed against bytes predicted.
 
     python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 9 minutes on one H100)
-    python benchmarks/checkpointing.py --out part.json --only freed plan
+    python benchmarks/checkpointing.py --out part.json --only freed
 
 `curve` compares, at each limit: ours (the engine, batch 256); stock Ultralytics, in a process of its own without this
 package, at the largest batch that runs without a failed allocation; and our model with every layer recomputed, at its

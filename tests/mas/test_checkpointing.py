@@ -61,7 +61,14 @@ def images(channels=4, count=4, dtype=torch.float64):
     return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype)
 
 
-ACTIVATIONS = [nn.SiLU(), nn.SiLU(inplace=True), nn.ReLU(inplace=True), nn.GELU(), nn.Hardswish(inplace=True), nn.Mish()]
+ACTIVATIONS = [
+    nn.SiLU(),
+    nn.SiLU(inplace=True),
+    nn.ReLU(inplace=True),
+    nn.GELU(),
+    nn.Hardswish(inplace=True),
+    nn.Mish(),
+]
 
 
 @pytest.mark.parametrize("kind", PLANS)

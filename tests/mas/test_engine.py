@@ -27,7 +27,15 @@ class World:
     """A training on a card of `room` images, of which others hold what `others` says, step by step."""
 
     def __init__(
-        self, batch=16, room=40, others=(0,), live=0, folder=None, ways_out=lambda share: ("amp=True",), wait_ms=0, **config
+        self,
+        batch=16,
+        room=40,
+        others=(0,),
+        live=0,
+        folder=None,
+        ways_out=lambda share: ("amp=True",),
+        wait_ms=0,
+        **config,
     ):
         torch.manual_seed(0)
         self.model = nn.Sequential(

@@ -56,7 +56,9 @@ def highest_phase(profile, plan):
     modes = dict(plan.modes)
     left, again = {}, {}
     for layer in profile.layers:
-        freed = {REBUILD: layer.rebuild_frees_bytes, RECOMPUTE: layer.recompute_frees_bytes}.get(modes.get(layer.name), 0)
+        freed = {REBUILD: layer.rebuild_frees_bytes, RECOMPUTE: layer.recompute_frees_bytes}.get(
+            modes.get(layer.name), 0
+        )
         left[layer.stage] = left.get(layer.stage, 0) + (layer.kept_bytes if layer.inside is None else 0) - freed
         if modes.get(layer.name) == RECOMPUTE:
             again[layer.stage] = max(again.get(layer.stage, 0), freed)
@@ -94,7 +96,9 @@ def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
     assert all(b.slow >= a.slow for a, b in itertools.pairwise(rungs))
     lowest = min(highest_phase(profile, plan) for plan in all_plans(profile))
     # Steps of under 1 % are left out.
-    assert rungs[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or rungs[-1].peak_bytes == pytest.approx(lowest, rel=0.011)
+    assert rungs[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or rungs[-1].peak_bytes == pytest.approx(
+        lowest, rel=0.011
+    )
 
 
 def test_nothing_to_choose():

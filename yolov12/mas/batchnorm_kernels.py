@@ -98,9 +98,7 @@ class _GroupedBatchNorm(torch.autograd.Function):
             _launch(_sums, shape.grid, (x, shape.ends, partial, *shape.numbers, *shape.blocks))
             rows = (x, shape.ends, partial, saved, means, variances, means.stride(0), *shape.numbers, eps)
             _launch(_statistics, shape.channel_grid, (*rows, shape.blocks[1]))
-            _launch(
-                _normalize, shape.grid, (x, shape.ends, saved, weight, bias, out, *shape.numbers, *shape.blocks)
-            )
+            _launch(_normalize, shape.grid, (x, shape.ends, saved, weight, bias, out, *shape.numbers, *shape.blocks))
         ctx.save_for_backward(x, weight, saved)
         ctx.sizes = sizes
         return out

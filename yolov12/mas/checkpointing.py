@@ -64,7 +64,7 @@ class Checkpointing:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], norms: GroupedBatchNorm) -> None:
         self._layers, self._norms = layers, norms
         self._device = next(model.parameters()).device
-        self._activations = {module: out_of_place(module) for module in model.modules() if isinstance(module, ACTIVATIONS)}
+        self._activations = {part: out_of_place(part) for part in model.modules() if isinstance(part, ACTIVATIONS)}
         self._rebuilding = False
 
     @contextmanager
@@ -98,7 +98,9 @@ class Checkpointing:
             if wanted():
                 outputs.normalize(out, x, again)
 
-        forwards = {module: partial(activate, function) for module, function in self._activations.items()}
+        forwards: dict[nn.Module, Callable[..., Any]] = {
+            module: partial(activate, function) for module, function in self._activations.items()
+        }
         self._norms.listener = normalized
         try:
             with overridden(forwards):
@@ -144,4 +146,3 @@ def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
     finally:
         for module in forwards:
             module.__dict__.pop("forward", None)
-

@@ -20,7 +20,7 @@ from yolov12.mas.planner import BatchPlanner, WaysOut
 from yolov12.mas.plans import Ladder, make_ladder
 from yolov12.mas.rehearsal import GROUPS, rehearse
 from yolov12.mas.scheduler import History
-from yolov12.mas.speed import SpeedModel
+from yolov12.mas.speed import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step import Failure, Result, Step
 from yolov12.mas.task import Task, Workload
 from yolov12.mas.update import Undo, survive_first_update
@@ -64,7 +64,8 @@ class Engine:
         self.journal = journal
         self.bn_group = self.config.bn_group
         """Images that BatchNorm normalises together; None until the first batch has told what fits."""
-        self.cost, self.speed = CostModel(), SpeedModel()
+        # On the host no library looks for kernels when a size is new.
+        self.cost, self.speed = CostModel(), SpeedModel(new_size_ms=0.0 if self.meter.kind == "host" else NEW_SIZE_MS)
         self.epoch = 1
         """For the journal."""
         self.latest: BatchPlanner | None = None

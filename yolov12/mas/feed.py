@@ -79,4 +79,3 @@ class Feed:
         with torch.cuda.stream(self._stream):
             target.copy_(tensor, non_blocking=True)
         return target
-

@@ -9,15 +9,17 @@ operation and takes minutes).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.profile import LayerCost, Profile, Time
 
 __all__ = ["Rung", "ladder", "peak_bytes", "solve"]
+
+_Array = NDArray[np.float64]
 
 _WORTHWHILE = 0.01  # share of all that is kept, for a choice about part of a layer: many small ones take long to weigh
 RUNGS = 10
@@ -104,13 +106,14 @@ class _Programme:
             for index, choice in enumerate(self._choices)
         ]
 
-    def phases(self, chosen: np.ndarray) -> np.ndarray:
-        return self._fixed + self._grows @ chosen
+    def phases(self, chosen: _Array) -> _Array:
+        found: _Array = self._fixed + self._grows @ chosen
+        return found
 
-    def chosen(self, plan: Plan) -> np.ndarray:
+    def chosen(self, plan: Plan) -> _Array:
         return np.array([float((choice.layer.name, choice.mode) in plan.modes) for choice in self._choices])
 
-    def rung(self, chosen: np.ndarray) -> Rung:
+    def rung(self, chosen: _Array) -> Rung:
         modes = tuple((c.layer.name, c.mode) for c, x in zip(self._choices, chosen, strict=True) if x)
         return Rung(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
 
@@ -128,7 +131,7 @@ class _Programme:
         assert chosen is not None  # all kept is a solution
         return float(self.phases(chosen).max())
 
-    def _optimise(self, costs: np.ndarray, grows: np.ndarray, most: np.ndarray) -> np.ndarray | None:
+    def _optimise(self, costs: _Array, grows: _Array, most: _Array) -> _Array | None:
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         if not self._choices:
@@ -154,5 +157,3 @@ class _Programme:
             names.append(current.name)
             current = by_name.get(current.inside) if current.inside else None
         return [float(choice.layer.name in names) for choice in self._choices]
-
-

@@ -79,10 +79,10 @@ def _find(name: str, model: nn.Module, top: Mapping[str, nn.Module]) -> nn.Modul
         if name == outer:
             return layer
         if name.startswith(f"{outer}."):
-            inside = dict(layer.named_modules())
+            inside: dict[str, nn.Module] = dict(layer.named_modules())
             if (rest := name.removeprefix(f"{outer}.")) in inside:
                 return inside[rest]
-    paths = dict(model.named_modules())
+    paths: dict[str, nn.Module] = dict(model.named_modules())
     if name and name in paths:
         return paths[name]
     near = get_close_matches(name, [*top, *paths], n=3)

@@ -97,7 +97,9 @@ class GroupedBatchNorm:
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
         if self._layers:
-            both = (rows[first : first + len(groups)].split(self._channels, 1) for rows in (self._means, self._variances))
+            both = (
+                rows[first : first + len(groups)].split(self._channels, 1) for rows in (self._means, self._variances)
+            )
             self._blocks = list(zip(*both, strict=True))
         try:
             for layer, forward in zip(self._layers, self._forwards, strict=True):

@@ -25,10 +25,11 @@ ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.Hardswish, 
 
 def out_of_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     """The activation as a function that leaves its input alone."""
-    calm = copy.copy(activation)
+    calm: Any = copy.copy(activation)
     if getattr(calm, "inplace", False):
-        calm.inplace = False  # type: ignore[assignment]
-    return calm.forward  # type: ignore[no-any-return]
+        calm.inplace = False
+    forward: Callable[[Tensor], Tensor] = calm.forward
+    return forward
 
 
 class _Output:

@@ -15,7 +15,8 @@ from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.cost import CostModel, Features
 from yolov12.mas.layers import outermost
 from yolov12.mas.meter import Meter
-from yolov12.mas.profile import Profile, Recorder
+from yolov12.mas.profile import Profile
+from yolov12.mas.recorder import Recorder, WholePasses
 from yolov12.mas.speed import SpeedModel
 from yolov12.mas.step import Failure, Step
 from yolov12.mas.task import Workload
@@ -85,9 +86,7 @@ def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: An
     return None
 
 
-def _profile(
-    step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int
-) -> Profile | Failure:
+def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Profile | Failure:
     recorder = Recorder(step.model, layers, step.checkpointing)
     failure = step.rehearse(batch, 0, images, recorder.saved_tensors(meter.stopwatch))
     if isinstance(failure, Failure):
@@ -112,4 +111,4 @@ def _profile(
                 time.sleep(1e-3)
             best_ms = min(best_ms, time_ms)
         times.append(best_ms)
-    return recorder.profile(images, *times, last_peak_bytes)
+    return recorder.profile(images, WholePasses(*times), last_peak_bytes)

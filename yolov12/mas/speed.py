@@ -21,7 +21,7 @@ from yolov12.mas.cost import Level
 from yolov12.mas.peak_law import Size
 from yolov12.mas.speed_law import SpeedLaw, megapixels
 
-__all__ = ["SpeedModel"]
+__all__ = ["NEW_SIZE_MS", "SpeedModel"]
 
 NEW_SIZE_MS = 4000.0
 """What a size that is new costs, until it was seen: 3.6 to 7.7 s on an H200, deterministic (docs/measurements.md)."""

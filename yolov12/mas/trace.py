@@ -39,7 +39,7 @@ class ByteTrace(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._followed: dict[int, tuple[weakref.ref[Any], int]] = {}  # by the address of the C++ storage
         self._live_bytes = self._peak_bytes = 0
 
@@ -97,4 +97,4 @@ def _tensors(nest: Any) -> list[Tensor]:
 
 
 def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

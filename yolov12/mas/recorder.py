@@ -1,0 +1,315 @@
+"""Watching a model run, to profile its layers.
+
+Bytes are read off the graph and not off an allocator: in one forward pass every tensor that autograd saves is seen,
+with the layer it was made in and whether it could be made again. So they are exact, on a GPU, on the CPU, and for fake
+tensors on a machine that has neither. What comes and goes is the peak between the moments at which gradients reach the
+layers.
+
+A `Recorder` is two contexts for two passes over the same few images, each forward and backward: `saved_tensors`, then
+`times_and_peaks`. `profile` puts them together, with how long whole passes take under three plans: what hooks and
+bookkeeping cost is in those alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from yolov12.mas.checkpointing import Checkpointing, overridden
+from yolov12.mas.nest import each_tensor
+from yolov12.mas.profile import LayerCost, Profile, Time
+from yolov12.mas.reading import Stopwatch
+from yolov12.mas.rebuild import Outputs
+
+__all__ = ["Peaks", "Recorder", "WholePasses"]
+
+_DELAY_CYCLES = 20_000_000  # about 10 ms: what the host needs to launch the largest layer
+_LEAST_FACTOR = 0.2  # of a layer's own time: whole passes scatter
+
+
+class Peaks(Protocol):
+    """Part of a meter: see there."""
+
+    def mark(self) -> int:
+        """Forget the peak; return the live bytes now."""
+
+    def peak_bytes(self) -> int:
+        """Return the highest live bytes since the mark."""
+
+
+@dataclass(frozen=True)
+class WholePasses:
+    """Milliseconds of a forward and backward pass."""
+
+    keep_ms: float
+    rebuild_ms: float
+    """With all layers rebuilt."""
+    recompute_ms: float
+    """With all layers recomputed."""
+
+
+@dataclass
+class _Saved:
+    bytes: int
+    layers: tuple[str, ...]
+    """In which it was first saved, the outermost first."""
+    tensor: Tensor
+    """Holds the memory, so that its address stays its name."""
+
+
+@dataclass(frozen=True)
+class _Timer:
+    host_ms: float
+    watch: Stopwatch
+    """Of the device."""
+
+
+@dataclass
+class _Call:
+    inputs: dict[int, int]
+    """Storage → bytes; so are the outputs."""
+    outputs: dict[int, int] = field(default_factory=dict)
+
+
+class Recorder:
+    """Watches two passes.
+
+    Args:
+        model: Trained by them.
+        layers: Name → layer, outer ones before those inside, each in the order they run.
+        checkpointing: Of the model, with these layers.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], checkpointing: Checkpointing) -> None:
+        self._layers, self._checkpointing = layers, checkpointing
+        self._shapes = {parameter.shape for parameter in model.parameters()}
+        self._owned = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._gradient_bytes = {
+            name: sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
+            for name, layer in layers.items()
+        }
+        self._inside = _nesting(layers)
+        self._stages = [name for name, outer in self._inside.items() if outer is None]
+        self.stack: list[str] = []
+        """Layers that are running, the outermost first."""
+        self._calls: dict[str, _Call] = {}
+        self._saved: dict[int, _Saved] = {}
+        self._alive: list[Tensor] = []  # what went in and out of layers, for the same reason
+        self._rebuildable: dict[int, tuple[str, ...]] = {}
+        self._device = next(model.parameters()).device
+        self._forward: dict[str, _Timer] = {}
+        self._rebuilds: dict[str, _Timer] = {}
+        self._marks: list[tuple[int, int]] = []  # (stage, peak until its gradient came), the loss as len(stages)
+        self._live_bytes = 0
+
+    @contextmanager
+    def saved_tensors(self, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
+        """Around a forward pass: see what is saved, and time how long it takes to make it again."""
+        outputs = _Recorded(self)
+        with (
+            self._checkpointing.remembering(outputs, lambda: True),
+            torch.autograd.graph.saved_tensors_hooks(self._see, lambda tensor: tensor),
+            overridden({layer: partial(self._call, name, layer.forward) for name, layer in self._layers.items()}),
+        ):
+            yield
+        saved = {key: made for key, made in outputs.made.items() if key in self._saved}
+        self._rebuildable = {key: layers for key, (layers, *_) in saved.items()}
+        for name in self._layers:
+            again = [output for layers, output, _ in saved.values() if name in layers]
+            with self._timing(self._rebuilds, name, stopwatch):
+                for output in reversed(again):  # so that an activation leaves its input for the one before it
+                    output.get()
+        self._alive.clear()
+
+    @contextmanager
+    def times_and_peaks(self, stopwatch: Callable[[], Stopwatch], meter: Peaks) -> Iterator[None]:
+        """Around a forward pass, whose backward pass follows: time the layers, and read peaks between gradients."""
+        self._marks.clear()
+        self._live_bytes = meter.mark()
+
+        def reached(stage: int, _: Tensor) -> None:
+            self._marks.append((stage, meter.peak_bytes()))
+            meter.mark()
+
+        def call(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self._timing(self._forward, name, stopwatch):
+                result = forward(*args, **kwargs)
+            if name in self._stages:
+                tensors: list[Tensor] = []
+                each_tensor(result, lambda tensor: tensors.append(tensor) if tensor.requires_grad else None)
+                stage = self._stages.index(name)
+                if tensors:
+                    tensors[0].register_hook(partial(reached, stage))
+                if stage == len(self._stages) - 1:
+                    meter.mark()
+            return result
+
+        with overridden({layer: partial(call, name, layer.forward) for name, layer in self._layers.items()}):
+            yield
+
+    @contextmanager
+    def _timing(self, into: dict[str, _Timer], name: str, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
+        if self._device.type == "cuda" and self._inside[name] is None:
+            # The device waits, so that what is launched meanwhile then runs without gaps, and its time is its own.
+            torch.cuda._sleep(_DELAY_CYCLES)
+        begin, watch = time.perf_counter(), stopwatch()
+        yield
+        watch.stop()
+        into[name] = _Timer(1e3 * (time.perf_counter() - begin), watch)
+
+    def profile(self, images: int, whole: WholePasses, last_peak_bytes: int) -> Profile:
+        """Put together what was seen.
+
+        Args:
+            images: Of all passes.
+            whole: How long passes without a watcher take.
+            last_peak_bytes: Of the second pass, since the last gradient reached a layer.
+        """
+        made_in = {key: self._stage_of(key, saved) for key, saved in self._saved.items()}
+        layers = tuple(self._layer_cost(name, images, made_in) for name in self._layers if name in self._calls)
+        stages = [layer for layer in layers if layer.inside is None]
+        loss, extra = self._extra_bytes(stages, images, last_peak_bytes)
+        # A backward pass is two forward passes' work.
+        device_ms = min(3 * sum(stage.recompute.device_ms for stage in stages), whole.keep_ms / images)
+        total = Time(whole.keep_ms / images, device_ms or whole.keep_ms / images)
+        rebuilt, recomputed = (
+            (ms - whole.keep_ms) / images / (sum(times) or 1.0)
+            for ms, times in (
+                (whole.rebuild_ms, [stage.rebuild.host_ms for stage in stages]),
+                (whole.recompute_ms, [stage.recompute.host_ms for stage in stages]),
+            )
+        )
+        scaled = tuple(
+            replace(layer, rebuild=_scaled(layer.rebuild, rebuilt), recompute=_scaled(layer.recompute, recomputed))
+            for layer in layers
+        )
+        return Profile(scaled, loss, extra, total)
+
+    def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call = self._calls[name] = _Call(inputs=self._hold((args, kwargs)))
+        self.stack.append(name)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self.stack.pop()
+        call.outputs = self._hold(result)
+        return result
+
+    def _hold(self, nest: Any) -> dict[int, int]:
+        first = len(self._alive)
+        each_tensor(nest, lambda tensor: self._alive.append(tensor.detach()))
+        return {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in self._alive[first:]}
+
+    def _see(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        key = _storage(tensor)
+        # Weights are there anyway; so is their half precision copy, until autocast ends.
+        if key not in self._saved and key not in self._owned and tensor.shape not in self._shapes:
+            size = tensor.untyped_storage().nbytes()
+            self._saved[key] = _Saved(size, tuple(self.stack), tensor)
+        return tensor
+
+    def _layer_cost(self, name: str, images: int, made_in: Mapping[int, int | None]) -> LayerCost:
+        call, stage = self._calls[name], self._stages.index(self._outermost(name))
+        own = {
+            key
+            for key, saved in self._saved.items()
+            if key in call.outputs or (name in saved.layers and key not in call.inputs)
+        }
+        if self._inside[name] is None:  # what it passes on untouched was made before it
+            own = {key for key in own if made_in[key] == stage}
+        freed = [key for key in own if key not in call.outputs]
+        # What it is given has to stay then, where nothing else keeps it: a tensor that its first convolution converts.
+        held_bytes = sum(size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned)
+        rebuilt = [key for key, layers in self._rebuildable.items() if name in layers]
+
+        def per_image(keys: Sequence[int]) -> float:
+            return sum(self._saved[key].bytes for key in keys) / images
+
+        return LayerCost(
+            name=name,
+            inside=self._inside[name],
+            stage=stage,
+            kept_bytes=per_image(list(own)),
+            recompute_frees_bytes=per_image(freed) - held_bytes / images,
+            rebuild_frees_bytes=per_image(rebuilt),
+            recompute=self._time(self._forward, name, images),
+            rebuild=self._time(self._rebuilds, name, images),
+        )
+
+    def _time(self, timers: Mapping[str, _Timer], name: str, images: int) -> Time:
+        """Inside an outermost layer the device is not held up: there its time goes by the host's."""
+        if name not in timers:
+            return Time(0.0, 0.0)
+        outer = timers[self._outermost(name)]
+        device_ms = outer.watch.elapsed_ms() or 0.0
+        return Time(timers[name].host_ms / images, device_ms * timers[name].host_ms / (outer.host_ms or 1.0) / images)
+
+    def _stage_of(self, key: int, saved: _Saved) -> int | None:
+        for index, name in enumerate(self._stages):
+            if name in self._calls and key in self._calls[name].outputs:
+                return index
+        return self._stages.index(saved.layers[0]) if saved.layers else None
+
+    def _outermost(self, name: str) -> str:
+        while (outer := self._inside[name]) is not None:
+            name = outer
+        return name
+
+    def _extra_bytes(
+        self, stages: Sequence[LayerCost], images: int, last_peak_bytes: int
+    ) -> tuple[float, tuple[float, ...]]:
+        kept = {stage.stage: stage.kept_bytes for stage in stages}
+        # A gradient that reaches a layer ends what came after it in the forward pass, and begins the layer itself.
+        peaks: dict[int, int] = {}
+        running = len(self._stages)
+        for stage, peak in self._marks:
+            peaks[running] = max(peaks.get(running, 0), peak)
+            running = stage
+        peaks[running] = max(peaks.get(running, 0), last_peak_bytes)
+
+        def above(stage: int) -> float:
+            if stage not in peaks:
+                return 0.0
+            there = sum(size for index, size in kept.items() if index <= stage) * images
+            gradients = sum(self._gradient_bytes[self._stages[index]] for index in kept if index >= stage)
+            return max(0.0, peaks[stage] - self._live_bytes - there - gradients) / images
+
+        return above(len(self._stages)), tuple(above(index) for index in range(len(self._stages)))
+
+
+class _Recorded(Outputs):
+    """Keeps everything, and says where it was made."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self.made: dict[int, tuple[tuple[str, ...], Any, Tensor]] = {}
+
+    def add(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
+        super().add(tensor, again)
+        self.made[_storage(tensor)] = tuple(self._recorder.stack), self.find(tensor), tensor.detach()
+
+
+def _nesting(layers: Mapping[str, nn.Module]) -> dict[str, str | None]:
+    inside: dict[str, str | None] = {}
+    for name, layer in layers.items():
+        holders = [outer for outer in inside if any(layer is part for part in layers[outer].modules())]
+        inside[name] = holders[-1] if holders else None
+    return inside
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _scaled(time: Time, factor: float) -> Time:
+    """With the host's part such that whole passes take what they take."""
+    return replace(time, host_ms=time.host_ms * max(factor, _LEAST_FACTOR))
