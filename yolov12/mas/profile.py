@@ -9,7 +9,7 @@ __all__ = ["LayerCost", "Profile", "Time"]
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds for an image. Small micro-batches wait for the host that launches them, large ones for the device."""
+    """Milliseconds for an image. Few at once wait for the host that launches them, many for the device."""
 
     host_ms: float
     device_ms: float

@@ -24,17 +24,15 @@ from yolov12.models.layer_names import layer_names
 from yolov12.plan.cuda_rules import cuda_rules
 from yolov12.plan.loss import Line, loss_bytes, through
 from yolov12.plan.network import Network
-from yolov12.plan.roofline import Roofline
+from yolov12.plan.roofline import Roofline, Times
 
 __all__ = ["IMAGES", "Lines", "MicroBatch"]
 
 IMAGES = (8, 32)
 """That lines are drawn through. In shapes only, many take as long as few, but of few the gradients may be the peak."""
 
-_BN = "BatchNorm and activations of "
-
-_HOST_FACTORS = {False: 1.0, True: 0.2}
-"""Rebuilding needs no modules and no graph: on an H100's host it takes a fifth of the time for an operation."""
+_REBUILDING = 0.2
+"""Host's time of an operation that is done again without modules and graph, relative to one with them; on an H100's."""
 
 
 @dataclass(frozen=True)
@@ -97,34 +95,33 @@ class MicroBatch:
             # It was a plain pass, too.
             self._traces[KEEP_ALL, images] = kept_bytes - held_bytes, trace.highest_bytes - held_bytes
         times = self._times(roofline, images)
-        everything, layers = times.pop(""), found.layers
+
+        def of_image(time: Time, factor: float = 1.0) -> Time:
+            return Time(factor * time.host_ms / images, time.device_ms / images)
+
         return replace(
             found,
-            layers=tuple(replace(each, recompute=times[each.name], rebuild=times[_BN + each.name]) for each in layers),
-            total=Time(3 * everything.host_ms, 3 * everything.device_ms),  # the backward pass is as much as two forward
+            layers=tuple(
+                replace(
+                    layer,
+                    recompute=of_image(times.whole[layer.name]),
+                    rebuild=of_image(times.cheap.get(layer.name, Time(0.0, 0.0)), _REBUILDING),
+                )
+                for layer in found.layers
+            ),
+            # A backward pass is two forward passes' work.
+            total=Time(3 * of_image(times.whole[""]).host_ms, 3 * of_image(times.whole[""]).device_ms),
         )
 
-    def _times(self, roofline: Roofline, images: int) -> dict[str, Time]:
-        """Of an image: the whole model's forward pass as "", layers', and that of BatchNorm and activations in them."""
+    def _times(self, roofline: Roofline, images: int) -> Times:
+        """Of a forward pass: the whole model as "", its layers, and BatchNorm and activations in them."""
         model: nn.Module = self._network.model
-        cheap = {name: part for name, part in model.named_modules() if isinstance(part, (_BatchNorm, *ACTIVATIONS))}
-        measured: dict[str, Time] = {}
-        modules = {"": model, **self._layers, **{_BN + name: part for name, part in cheap.items()}}
-        with self._network.mode, roofline, cuda_rules(self._amp), roofline.timing(modules, measured):
-            model(_pixels(images, self._imgsz).float())
-        times = {
-            name: measured[name] for name in ("", *self._layers) if name in measured
-        }  # a few only run in validation
-        for name, layer in self._layers.items():
-            inside = {id(part) for part in layer.modules()}
-            parts = [
-                measured[_BN + path] for path, part in cheap.items() if id(part) in inside and _BN + path in measured
-            ]
-            times[_BN + name] = Time(sum(part.host_ms for part in parts), sum(part.device_ms for part in parts))
-        return {
-            name: Time(time.host_ms / images * _HOST_FACTORS[name.startswith(_BN)], time.device_ms / images)
-            for name, time in times.items()
-        }
+        cheap = [part for part in model.modules() if isinstance(part, (_BatchNorm, *ACTIVATIONS))]
+        times = Times()
+        with self._network.mode, roofline, cuda_rules(self._amp):
+            with roofline.timing({"": model, **self._layers}, cheap, times):
+                model(_pixels(images, self._imgsz).float())
+        return times
 
     def _run(self, images: int, around: AbstractContextManager[None], measure: Callable[[], int] = lambda: 0) -> int:
         """As step.py runs a micro-batch; what `measure` gives between forward and backward pass."""

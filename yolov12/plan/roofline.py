@@ -6,8 +6,9 @@ recomputing one layer with recomputing another, which is what it is used for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +18,22 @@ from torch.utils._pytree import tree_leaves
 
 from yolov12.mas.profile import Time
 
-__all__ = ["Roofline"]
+__all__ = ["Roofline", "Times"]
 
 _HOST_MS = 0.05
 """Of an operation, in Python, autograd and the launch: YOLO12-S takes 70 ms for its 1100, however small the batch."""
 
 _REACHED = 0.45  # of what makers say: then YOLO12-S takes the 1.05 ms an image that it takes on an H100
 _aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of layers' forward passes, by name."""
+
+    whole: dict[str, Time] = field(default_factory=dict)
+    cheap: dict[str, Time] = field(default_factory=dict)
+    """Of what is in them and could be made again by itself."""
 
 
 class Roofline(TorchDispatchMode):
@@ -41,22 +51,33 @@ class Roofline(TorchDispatchMode):
         """Since it was made."""
 
     @contextmanager
-    def timing(self, layers: Mapping[str, nn.Module], into: dict[str, Time]) -> Iterator[None]:
-        """Add up the time of each layer's forward passes."""
-        began: dict[str, tuple[float, float]] = {}
+    def timing(self, layers: Mapping[str, nn.Module], cheap: Iterable[nn.Module], into: Times) -> Iterator[None]:
+        """Add up the time of each layer's forward passes, and of the modules in `cheap` that run within."""
+        running: list[str] = []
+        began: list[Time] = []
 
-        def before(name: str) -> None:
-            began[name] = self.host_ms, self.device_ms
+        def begin(name: str | None) -> None:
+            began.append(Time(self.host_ms, self.device_ms))
+            if name is not None:
+                running.append(name)
 
-        def after(name: str) -> None:
-            host_ms, device_ms = began[name]
-            so_far = into.get(name, Time(0.0, 0.0))
-            into[name] = Time(so_far.host_ms + self.host_ms - host_ms, so_far.device_ms + self.device_ms - device_ms)
+        def end(name: str | None) -> None:
+            start = began.pop()
+            time = Time(self.host_ms - start.host_ms, self.device_ms - start.device_ms)
+            if name is None:
+                for outer in running:
+                    into.cheap[outer] = _sum(into.cheap.get(outer), time)
+            else:
+                running.remove(name)
+                into.whole[name] = _sum(into.whole.get(name), time)
 
+        watched = [*layers.items(), *((None, module) for module in cheap)]
         with ExitStack() as hooks:
-            for name, layer in layers.items():
-                hooks.enter_context(_removing(layer.register_forward_pre_hook(lambda *_, name=name: before(name))))
-                hooks.enter_context(_removing(layer.register_forward_hook(lambda *_, name=name: after(name))))
+            for name, module in watched:
+                before = module.register_forward_pre_hook(lambda *_, name=name: begin(name))
+                after = module.register_forward_hook(lambda *_, name=name: end(name))
+                hooks.callback(before.remove)
+                hooks.callback(after.remove)
             yield
 
     def __torch_dispatch__(
@@ -76,12 +97,8 @@ class Roofline(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def _removing(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+def _sum(so_far: Time | None, time: Time) -> Time:
+    return time if so_far is None else Time(so_far.host_ms + time.host_ms, so_far.device_ms + time.device_ms)
 
 
 def _flops(func: Any, args: tuple[Any, ...], made: list[Tensor]) -> float:

@@ -1,0 +1,160 @@
+"""The engine with plans, on a card that is the CPU with its tensors counted byte by byte."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from yolov12 import mas
+from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.cost import Level
+from yolov12.mas.journal import read_rows
+from yolov12.mas.plans import Ladder
+from yolov12.mas.reading import ClockStopwatch, Reading
+from yolov12.mas.trace import ByteTrace
+
+BATCH = 16
+
+
+class Card(ByteTrace):
+    """A meter of an invented card, whose allocator fails when it is full."""
+
+    kind = "cuda"
+
+    def __init__(self, total_bytes):
+        super().__init__()
+        self.total_bytes = total_bytes
+        self.now_ms = 0.0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.now_ms += 0.01
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.live_bytes > self.total_bytes:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB")
+        return result
+
+    def read(self):
+        live = self.live_bytes
+        return Reading(live, live, max(self.total_bytes - live, 0), self.total_bytes, 0)
+
+    def release(self):
+        pass
+
+    def close(self):
+        pass
+
+    def stopwatch(self):
+        return ClockStopwatch(lambda: self.now_ms)
+
+    def busy_percent(self):
+        return None
+
+
+def loss(model, images, labels):
+    return F.cross_entropy(model(images), labels)
+
+
+def make():
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.Conv2d(3 if index == 0 else 16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.SiLU())
+        for index in range(6)
+    ]
+    model = nn.Sequential(*layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4))).double()
+    return model, (torch.randn(BATCH, 3, 32, 32, dtype=torch.float64), torch.randint(0, 4, (BATCH,)))
+
+
+class Run:
+    """Some batches on a card of a size."""
+
+    def __init__(self, total_bytes, batches=1, folder=None, **config):
+        self.model, batch = make()
+        card = Card(int(total_bytes))
+        journal = mas.Journal(folder) if folder else None
+        self.engine = mas.Engine(
+            self.model, mas.TensorTask(loss), mas.Config(**{"bn_group": BATCH, **config}), meter=card, journal=journal,
+            log=lambda line: None,
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+        with card:
+            for _ in range(batches):
+                self.result = self.engine.step(batch)
+                self.gradient = torch.cat([p.grad.flatten() for p in self.model.parameters()])
+                self.engine.update(optimizer)
+        self.latest = self.engine.latest
+        self.plan = self.engine._step.plans[self.latest.level]
+
+    @property
+    def events(self):
+        return self.latest.events
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Run(1e12)
+
+
+def test_a_group_that_does_not_fit_as_it_is_stays_whole_under_a_plan(whole):
+    assert whole.plan == KEEP_ALL
+    run = Run(0.7 * whole.latest.peak_bytes, batches=3)
+    assert run.result.micro_batches == (BATCH,)
+    assert run.plan != KEEP_ALL
+    assert run.latest.peak_bytes <= run.latest.budget_bytes < 0.7 * whole.latest.peak_bytes
+    assert (run.gradient - whole.gradient).norm() <= 1e-12 * whole.gradient.norm()
+    assert not any("groups of" in event for event in run.events)
+
+
+def test_predicted_peak_under_a_plan_is_what_it_takes(whole):
+    run = Run(0.6 * whole.latest.peak_bytes, batches=4)
+    assert run.latest.level > 0
+    assert run.latest.predicted_bytes == pytest.approx(run.latest.peak_bytes, rel=0.03)
+
+
+def test_less_memory_means_a_plan_that_frees_more(whole):
+    peaks = [Run(share * whole.latest.peak_bytes, batches=3).latest.peak_bytes for share in (1.2, 0.8, 0.6)]
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_layers_left_alone_are_in_no_plan_and_keep_their_memory(whole, tmp_path):
+    limit = 0.75 * whole.latest.peak_bytes
+    free, bound = Run(limit), Run(limit, folder=tmp_path, disabled_layers=("0", "2", "3"))
+    assert not {"0", "2", "3"} & {name for plan in bound.engine._step.plans for name, _ in plan.modes}
+    lowest = [run.engine.cost.levels[-1].share for run in (free, bound)]
+    assert lowest[1] > lowest[0] + 0.1
+    bound.engine.close()
+    rows = read_rows(tmp_path / "memory.csv")
+    assert rows[0]["plan"] == str(bound.plan)
+    assert not any("groups of" in event for event in free.events)
+    assert any("groups of" in event for event in bound.events)  # what is left does not free enough for a whole one
+
+
+def test_what_was_learned_goes_into_a_checkpoint_and_comes_back(whole):
+    run = Run(0.7 * whole.latest.peak_bytes, batches=4)
+    state = json.loads(json.dumps(run.engine.state_dict()))
+    other = mas.Engine(make()[0], mas.TensorTask(loss), mas.Config(bn_group=BATCH), meter=Card(10**12))
+    other.load_state_dict(state)
+    assert other.state_dict() == run.engine.state_dict()
+    assert other._step.plans == run.engine._step.plans
+    # A model without those layers begins anew.
+    fresh = mas.Engine(make()[0], mas.TensorTask(loss), mas.Config(disabled_layers=("1",)), meter=Card(10**12))
+    before = fresh.state_dict()
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == before
+
+
+def test_where_nothing_runs_as_it_is_all_is_recomputed():
+    one_image = Run(1e12, bn_group=1).latest.peak_bytes / BATCH
+    # One image with everything kept does not fit; with everything recomputed it does.
+    for share in (1.0, 0.9, 0.8):
+        run = Run(share * one_image + 3e5, bn_group=1, safety_ratio=0.0)
+        assert sum(run.result.micro_batches) == BATCH
+
+
+def test_ladder_round_trip():
+    ladder = Ladder(
+        (KEEP_ALL, Plan((("a", REBUILD), ("b.0", RECOMPUTE)))), (Level(1.0, 1.0), Level(0.5, 1.2))
+    )
+    assert Ladder.from_state_dict(json.loads(json.dumps(ladder.state_dict()))) == ladder
+    assert ladder.names() == {"a", "b.0"}

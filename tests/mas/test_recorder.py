@@ -1,0 +1,96 @@
+"""What a profile says a layer keeps and frees, against what tensors take when it runs so."""
+
+import gc
+
+import pytest
+import torch
+
+from yolov12 import mas
+from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.knapsack import ladder, peak_bytes
+from yolov12.mas.layers import outermost
+from yolov12.mas.rehearsal import profile
+from yolov12.mas.trace import ByteTrace
+
+IMAGES = 4
+SMALL = 2**16  # statistics of BatchNorm, the loss
+
+
+@pytest.fixture(scope="module")
+def profiled(tools):
+    bench = tools.Bench(tools.build("detect", "yolov12n.yaml"), torch.float32)
+    batch = tools.batch([3, 1, 5, 2], size=96)
+    bench.task.workload(batch)
+    bench.reset()
+    engine = mas.Engine(bench.model, bench.task, mas.Config(bn_group=IMAGES))
+    return engine._step, batch, profile(engine._step, engine.meter, engine._layers, batch, IMAGES)
+
+
+def kept_bytes(step, batch, plan):
+    """Between forward and backward pass."""
+    gc.collect()
+    kept = []
+    with ByteTrace() as trace:
+
+        def backward(loss):
+            kept.append(trace.live_bytes)
+            loss.backward()
+
+        step._backward = backward
+        step.rehearse(batch, 0, IMAGES, step.checkpointing.within(plan))
+    return kept[0]
+
+
+@pytest.mark.parametrize("mode", [REBUILD, RECOMPUTE])
+def test_bytes_that_a_layer_frees(profiled, mode):
+    step, batch, found = profiled
+    everything = kept_bytes(step, batch, KEEP_ALL)
+    freed_by = {}
+    for layer in found.layers:
+        predicted = IMAGES * (layer.rebuild_frees_bytes if mode == REBUILD else layer.recompute_frees_bytes)
+        if layer.inside is None or predicted > 4 * SMALL:
+            freed = everything - kept_bytes(step, batch, Plan(((layer.name, mode),)))
+            assert freed == pytest.approx(predicted, rel=0.01, abs=SMALL), layer.name
+            freed_by[layer.name] = freed
+    assert max(freed_by.values()) > 0.1 * everything
+
+
+def test_bytes_that_plans_free(profiled):
+    step, batch, found = profiled
+    by_name = {layer.name: layer for layer in found.layers}
+    everything = kept_bytes(step, batch, KEEP_ALL)
+    for rung in ladder(found)[1:]:
+        predicted = IMAGES * sum(
+            by_name[name].rebuild_frees_bytes if mode == REBUILD else by_name[name].recompute_frees_bytes
+            for name, mode in rung.plan.modes
+        )
+        assert everything - kept_bytes(step, batch, rung.plan) == pytest.approx(predicted, rel=0.01, abs=SMALL)
+
+
+def test_what_stages_keep_adds_up(profiled):
+    step, batch, found = profiled
+    kept = IMAGES * sum(stage.kept_bytes for stage in found.stages())
+    # Besides: images as they came, and what the loss keeps.
+    assert kept < kept_bytes(step, batch, KEEP_ALL) < kept + IMAGES * (found.loss_extra_bytes + 5 * 3 * 96 * 96 * 4)
+
+
+def test_stages_are_the_outermost_layers_in_order(profiled):
+    _, _, found = profiled
+    names = [stage.name for stage in found.stages()]
+    assert names == outermost([layer.name for layer in found.layers])
+    assert [stage.stage for stage in found.stages()] == list(range(len(names)))
+    for layer in found.layers:
+        assert layer.kept_bytes >= max(layer.recompute_frees_bytes, 0)
+
+
+def test_rebuilding_costs_less_than_recomputing(profiled):
+    _, _, found = profiled
+    stages = found.stages()
+    assert 0 < sum(stage.rebuild.device_ms for stage in stages) < sum(stage.recompute.device_ms for stage in stages)
+    assert 0 < found.total.device_ms <= found.total.host_ms
+
+
+def test_all_kept_is_the_highest_peak(profiled):
+    _, _, found = profiled
+    everything = Plan(tuple((stage.name, RECOMPUTE) for stage in found.stages()))
+    assert peak_bytes(found, everything) < 0.6 * peak_bytes(found, KEEP_ALL)
