@@ -82,3 +82,31 @@ def test_bytes_of_an_image_that_were_measured(model, mib_per_image):
     """On an H100, with 64 images, of the network and the loss."""
     one = estimate(model, micro_batch=64, boxes=50)
     assert one.micro_batch_bytes / 64 / MIB == pytest.approx(mib_per_image, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "rebuilt", "recomputed", "freed_mib"),
+    [
+        (
+            "yolov12n.yaml",
+            "backbone.1 backbone.3 backbone.4 backbone.5 backbone.6.m.1.1 backbone.7 backbone.8 neck.2 neck.5 neck.6 "
+            "neck.8 neck.9 neck.11 head",
+            "backbone.0 backbone.2 backbone.6.m.0 backbone.6.m.1.0",
+            2386,
+        ),
+        (
+            "yolov12s.yaml",
+            "backbone.0 backbone.1 backbone.3 backbone.4.cv1 backbone.4.cv2 backbone.5 backbone.7 backbone.8 neck.2 "
+            "neck.5 head.cv2.0 head.cv3.0.0 head.cv3.0.1 head.cv3.1",
+            "backbone.2 backbone.4.m.0 backbone.6 neck.6 neck.8 neck.9",
+            4722,
+        ),
+    ],
+)
+def test_what_plans_were_measured_to_free_at_the_peak(model, rebuilt, recomputed, freed_mib):
+    """On an H100, 32 images at 640 (benchmarks/checkpointing.py, `freed`)."""
+    modes = [(name, REBUILD) for name in rebuilt.split()] + [(name, RECOMPUTE) for name in recomputed.split()]
+    micro_batch = MicroBatch(load(model), 640, boxes=49)
+    freed_bytes = micro_batch.trace(32)[1] - micro_batch.trace(32, Plan(tuple(modes)))[1]
+    assert freed_bytes / MIB == pytest.approx(freed_mib, rel=0.005)

@@ -118,9 +118,9 @@ class MicroBatch:
         model: nn.Module = self._network.model
         cheap = [part for part in model.modules() if isinstance(part, (_BatchNorm, *ACTIVATIONS))]
         times = Times()
-        with self._network.mode, roofline, cuda_rules(self._amp):
-            with roofline.timing({"": model, **self._layers}, cheap, times):
-                model(_pixels(images, self._imgsz).float())
+        timing = roofline.timing({"": model, **self._layers}, cheap, times)
+        with self._network.mode, roofline, cuda_rules(self._amp), timing:
+            model(_pixels(images, self._imgsz).float())
         return times
 
     def _run(self, images: int, around: AbstractContextManager[None], measure: Callable[[], int] = lambda: 0) -> int:
