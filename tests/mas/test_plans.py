@@ -137,11 +137,13 @@ def test_what_was_learned_goes_into_a_checkpoint_and_comes_back(whole):
     other.load_state_dict(state)
     assert other.state_dict() == run.engine.state_dict()
     assert other._step.plans == run.engine._step.plans
-    # A model without those layers begins anew.
-    fresh = mas.Engine(make()[0], mas.TensorTask(loss), mas.Config(disabled_layers=("1",)), meter=Card(10**12))
-    before = fresh.state_dict()
-    fresh.load_state_dict(state)
-    assert fresh.state_dict() == before
+    # A model without those layers begins anew, and so does another device.
+    named = next(name for plan in run.engine._step.plans for name, _ in plan.modes)
+    for config, changed in ((mas.Config(disabled_layers=(named,)), {}), (mas.Config(), {"device": "another"})):
+        fresh = mas.Engine(make()[0], mas.TensorTask(loss), config, meter=Card(10**12))
+        before = fresh.state_dict()
+        fresh.load_state_dict({**state, **changed})
+        assert fresh.state_dict() == before
 
 
 def test_where_nothing_runs_as_it_is_all_is_recomputed():
@@ -153,8 +155,6 @@ def test_where_nothing_runs_as_it_is_all_is_recomputed():
 
 
 def test_ladder_round_trip():
-    ladder = Ladder(
-        (KEEP_ALL, Plan((("a", REBUILD), ("b.0", RECOMPUTE)))), (Level(1.0, 1.0), Level(0.5, 1.2))
-    )
+    ladder = Ladder((KEEP_ALL, Plan((("a", REBUILD), ("b.0", RECOMPUTE)))), (Level(1.0, 1.0), Level(0.5, 1.2)))
     assert Ladder.from_state_dict(json.loads(json.dumps(ladder.state_dict()))) == ladder
     assert ladder.names() == {"a", "b.0"}

@@ -12,6 +12,7 @@ GIB = 2**30
         ("mem=16GiB", "no model= given"),
         ("model=yolov12s.yaml", "Give mem=16GiB, or a card"),
         ("model=yolov12s.yaml gpu=T5", "gpu=T5 is no card.*Did you mean T4"),
+        ("gpu=?", "Known are .*T4, .*H200\\. Or give mem=16GiB"),
         ("model=yolov12s.yaml mem=16GiB bacth=3", "unknown argument 'bacth'. Did you mean 'batch'"),
         ("model=yolov12s.yaml mem=16GiB batch=0", "batch=0: give a number"),
         ("model=yolov12s.yaml mem=16GiB batch", "'batch' has no value"),

@@ -16,6 +16,7 @@ BAD = [
     ("bn_group=2.5", "bn_group=2.5 is not a number: give auto"),
     ("micro_batch=0", "micro_batch=0: give a number of images"),
     ("micro_batch=2 bn_group=4", "micro_batch=2 is smaller than bn_group=4"),
+    ("disable_mas_layers=backbone.4,,neck.2", "give names of layers, as in ['backbone.4','neck.2']"),
 ]
 
 
@@ -87,3 +88,15 @@ def test_a_share_of_the_memory_and_a_number_of_bytes(trainings, tmp_path):
 def test_arguments_that_have_no_use_are_named(trainings, tmp_path):
     run = trainings.train(tmp_path, mas=False, epochs=1, mem_limit="8GiB", micro_batch=4)
     assert "mas=False, so there is no use for mem_limit=8GiB, micro_batch=4" in run.log
+
+
+def test_a_layer_that_is_not_there_is_refused_and_leaves_no_folder(trainings, tmp_path):
+    run = trainings.train(tmp_path, disable_mas_layers=["backbone.44"], raises=ConfigError)
+    assert run.trainer is None
+    assert not list(tmp_path.rglob("args.yaml"))
+
+
+def test_layers_to_leave_alone_are_kept_with_the_run(trainings, tmp_path):
+    run = trainings.train(tmp_path, epochs=1, disable_mas_layers=["backbone.4", "neck.2"])
+    assert run.args["disable_mas_layers"] == ["backbone.4", "neck.2"]
+    assert len(run.memory) == trainings.BATCHES

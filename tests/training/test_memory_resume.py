@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from yolov12.mas import Engine
+
 
 class PowerCutError(Exception):
     """Between two epochs."""
@@ -77,3 +79,16 @@ def test_the_engine_may_be_switched_on_at_a_resume_and_not_off(trainings, tmp_pa
     assert run.trainer.args.mas
     assert "updates" in run.log
     assert len(run.results) == 2
+
+
+def test_what_the_engine_learned_is_in_the_checkpoint_and_taken_from_there(trainings, tmp_path, monkeypatch):
+    cut = trainings.train(tmp_path, bn_group=2, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError)
+    last = cut.folder / "weights" / "last.pt"
+    saved = torch.load(last, weights_only=False)["optimizer"]["mas_state"]
+    assert saved["cost"]["laws"][0]["seen"]
+    taken = []
+    monkeypatch.setattr(Engine, "load_state_dict", lambda engine, state: taken.append(state))
+    run = trainings.train(tmp_path, last, resume=True)
+    assert taken == [saved]
+    # The weights that a run ends with hold nothing of ours.
+    assert "mas_state" not in str(torch.load(run.folder / "weights" / "best.pt", weights_only=False).keys())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -79,6 +80,7 @@ class Engine:
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._ladder: Ladder | None = None  # made when a batch does not fit as it is
         self._history = History()
+        self._device_name = _name(next(model.parameters()).device)
         self._known = False
         self._done: list[_Done] = []  # since the last update
         self._rows: list[tuple[Row, list[_Done]]] = []  # whose time is not known yet
@@ -170,6 +172,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What was learned, for JSON or a checkpoint: a run that resumes need not learn it again."""
         return {
+            "device": self._device_name,
             "ladder": self._ladder.state_dict() if self._ladder else None,
             "cost": self.cost.state_dict(),
             "speed": self.speed.state_dict(),
@@ -177,11 +180,12 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave. Of another model, or one with other layers, plans are not taken."""
+        """Take what `state_dict` gave, unless it was learned on another device or names layers that are not there."""
         ladder = Ladder.from_state_dict(state["ladder"]) if state["ladder"] else None
-        if ladder is None or not ladder.names() <= self._layers.keys():
+        if state["device"] != self._device_name or (ladder and not ladder.names() <= self._layers.keys()):
             return
-        self._climb(ladder)
+        if ladder is not None:
+            self._climb(ladder)
         self.cost.load_state_dict(state["cost"])
         self.speed.load_state_dict(state["speed"])
         self._history = History(**state["history"])
@@ -295,6 +299,10 @@ class Engine:
                 except OSError as error:  # a full disk is no reason to end a training
                     self._log(f"memory: the journal ends here, {error}")
                     self.journal = None
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def parse(words: list[str]) -> Request:
         if not value and key not in ("json", "amp"):
             raise ConfigError(f"'{word}' has no value, as in batch=256")
         given[key] = value or True
+    found = None if given["gpu"] is None else card(given["gpu"])
     if given["model"] is None:
         raise ConfigError("no model= given. Give a yaml or a weight file, as in model=yolov12s.yaml, or model=all")
     if given["mem"] is None and given["gpu"] is None:
@@ -91,7 +92,6 @@ def parse(words: list[str]) -> Request:
         models = _EVERY_SCALE if given["model"] == "all" else tuple(given["model"].split(","))
     else:
         models = (given["model"],)
-    found = None if given["gpu"] is None else card(given["gpu"])
     config = Config.parse({name: given[key] for key, name in _CONFIG.items()})
     if found is None and isinstance(config.limit, float):
         raise ConfigError(

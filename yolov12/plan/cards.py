@@ -74,12 +74,9 @@ def card(name: str) -> Card:
     for each in sorted(CARDS, key=lambda card: card.total_bytes):
         if len(wanted) > 2 and wanted in _plain(each.name):
             return each
-    near = get_close_matches(wanted, by_plain, n=3, cutoff=0.4)
-    known = [by_plain[found].name for found in near] or [each.name for each in CARDS]
-    ask = "Did you mean" if near else "Known are"
-    raise ConfigError(
-        f"gpu={name} is no card that is known. {ask} {', '.join(known)}{'?' if near else ''} Or give mem=16GiB"
-    )
+    near = [by_plain[found].name for found in get_close_matches(wanted, by_plain, n=3, cutoff=0.4)]
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known are {', '.join(each.name for each in CARDS)}."
+    raise ConfigError(f"gpu={name} is no card that is known. {hint} Or give mem=16GiB")
 
 
 def _plain(name: str) -> str:
