@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
 from yolov12.mas.layers import candidates
@@ -154,3 +155,25 @@ def test_the_model_is_untouched_outside():
 def test_a_plan_says_what_it_does():
     assert str(KEEP_ALL) == ""
     assert str(Plan((("neck.1", RECOMPUTE), ("backbone.0", REBUILD)))) == "rebuild backbone.0, recompute neck.1"
+
+
+@pytest.mark.parametrize(
+    ("kind", "cfg"), [("obb", "yolo11n-obb"), ("segment", "yolo11n-seg"), ("pose", "yolo11n-pose")]
+)
+def test_heads_that_give_more_than_boxes_may_be_in_a_plan(tools, kind, cfg):
+    options = {"data_kpt_shape": (2, 3)} if kind == "pose" else {}
+    model = tools.build(kind, f"yolo11n-{suffix}.yaml", **options).double()
+    layers = candidates(model)
+    norms = GroupedBatchNorm(model)
+    checkpointing = Checkpointing(model, layers, norms)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    found = []
+    for plan in (KEEP_ALL, PLANS["mixed"]([name for name in layers if "." not in name])):
+        model.zero_grad()
+        norms.begin()
+        with norms.within((2,), 0):
+            with checkpointing.within(plan):
+                outputs = tree_leaves(model(x))
+            sum(output.double().square().mean() for output in outputs if output.requires_grad).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (found[1] - found[0]).norm() <= 1e-9 * found[0].norm()

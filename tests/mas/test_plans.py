@@ -69,13 +69,13 @@ def make():
 class Run:
     """Some batches on a card of a size."""
 
-    def __init__(self, total_bytes, batches=1, folder=None, **config):
+    def __init__(self, total_bytes, batches=1, folder=None, cache=None, **config):
         self.model, batch = make()
         card = Card(int(total_bytes))
         journal = mas.Journal(folder) if folder else None
         self.engine = mas.Engine(
             self.model, mas.TensorTask(loss), mas.Config(**{"bn_group": BATCH, **config}), meter=card, journal=journal,
-            log=lambda line: None,
+            log=lambda line: None, cache=cache,
         )  # fmt: skip
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
         with card:
@@ -158,3 +158,23 @@ def test_ladder_round_trip():
     ladder = Ladder((KEEP_ALL, Plan((("a", REBUILD), ("b.0", RECOMPUTE)))), (Level(1.0, 1.0), Level(0.5, 1.2)))
     assert Ladder.from_state_dict(json.loads(json.dumps(ladder.state_dict()))) == ladder
     assert ladder.names() == {"a", "b.0"}
+
+
+def test_a_ladder_is_made_once_for_the_same_training(whole, tmp_path, monkeypatch):
+    limit = 0.7 * whole.latest.peak_bytes
+    first = Run(limit, cache=tmp_path / "plans")
+    (file,) = (tmp_path / "plans").iterdir()
+    monkeypatch.setattr("yolov12.mas.engine.make_ladder", lambda *_: pytest.fail("profiles once more"))
+    second = Run(limit, cache=tmp_path / "plans")
+    assert second.engine._step.plans == first.engine._step.plans
+    monkeypatch.undo()
+    Run(limit, cache=tmp_path / "plans", disabled_layers=("5",))  # of other layers is another one
+    assert len(list((tmp_path / "plans").iterdir())) == 2
+    file.write_text("{")  # and what cannot be read is made again
+    assert Run(limit, cache=tmp_path / "plans").engine._step.plans[0] == KEEP_ALL
+    assert len(Ladder.from_state_dict(json.loads(file.read_text())).plans) > 3
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(whole, tmp_path):
+    (tmp_path / "file").touch()
+    assert Run(0.7 * whole.latest.peak_bytes, cache=tmp_path / "file").latest.level > 0

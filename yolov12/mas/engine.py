@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from yolov12.mas.config import Config
 from yolov12.mas.cost import CostModel, Features
 from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.journal import Journal, Row, Summary
+from yolov12.mas.ladder_cache import LadderCache
 from yolov12.mas.layers import candidates
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import BatchPlanner, WaysOut
@@ -43,6 +45,7 @@ class Engine:
         backward: Differentiates a scalar; with a `GradScaler`, `lambda loss: scaler.scale(loss).backward()`.
         layers: Name → layer: the outermost ones that may keep less for the backward pass; by default see
             `layers.candidates`.
+        cache: Folder in which plans are kept from run to run; by default they are made anew.
         ways_out: See `planner.WaysOut`.
         log: Takes lines for the user.
     """
@@ -57,6 +60,7 @@ class Engine:
         journal: Journal | None = None,
         backward: Callable[[Tensor], None] = Tensor.backward,
         layers: Mapping[str, nn.Module] | None = None,
+        cache: Path | None = None,
         ways_out: WaysOut = lambda share: (),
         log: Callable[[str], None] = _log,
     ) -> None:
@@ -80,6 +84,7 @@ class Engine:
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._ladder: Ladder | None = None  # made when a batch does not fit as it is
         self._history = History()
+        self._cache = LadderCache(cache)
         self._device_name = _name(next(model.parameters()).device)
         self._known = False
         self._done: list[_Done] = []  # since the last update
@@ -220,7 +225,14 @@ class Engine:
         return rehearse(self._step, self.meter.kind, batch, work, self.cost, self.speed, len(self._step.plans) - 1)
 
     def _make_ladder(self, batch: Any, work: Workload) -> None:
-        self._climb(make_ladder(self._step, self.meter, self._layers, batch, min(self.cost.largest, work.images)))
+        key = self._cache.key(self._step.model, list(self._layers), work, self._device_name)
+        ladder = self._cache.get(key)
+        if ladder is None:
+            images = min(self.cost.largest, work.images)
+            ladder = make_ladder(self._step, self.meter, self._layers, batch, images)
+            if images:  # otherwise it is a guess
+                self._cache.put(key, ladder)
+        self._climb(ladder)
 
     def _climb(self, ladder: Ladder) -> None:
         self._ladder = ladder

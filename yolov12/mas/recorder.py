@@ -227,7 +227,8 @@ class Recorder:
             own = {key for key in own if made_in[key] == stage}
         freed = [key for key in own if key not in call.outputs]
         # What it is given has to stay then, where nothing else keeps it: a tensor that its first convolution converts.
-        held_bytes = sum(size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned)
+        given = [size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned]
+        held_bytes = sum(given) if freed else 0
         rebuilt = [key for key, layers in self._rebuildable.items() if name in layers]
 
         def per_image(keys: Sequence[int]) -> float:

@@ -31,7 +31,7 @@ _COLUMN = "memory/peak_MiB"
 
 def attach(trainer: Any) -> None:
     """Let the engine run this trainer's batches, unless `mas=False` or the training is of a kind it does not know."""
-    from ultralytics.utils import LOGGER
+    from ultralytics.utils import LOGGER, USER_CONFIG_DIR
     from ultralytics.utils.torch_utils import unwrap_model
 
     model = unwrap_model(trainer.model)
@@ -56,6 +56,7 @@ def attach(trainer: Any) -> None:
         journal=Journal(trainer.save_dir, resume=bool(trainer.resume)),
         backward=lambda loss: trainer.scaler.scale(loss).backward(),
         layers=layer_names(model),
+        cache=USER_CONFIG_DIR / "yolov12-plans",
         ways_out=lambda share: _ways_out(trainer, share),
         log=LOGGER.info,
     )
