@@ -162,7 +162,7 @@ def test_a_plan_says_what_it_does():
 )
 def test_heads_that_give_more_than_boxes_may_be_in_a_plan(tools, kind, cfg):
     options = {"data_kpt_shape": (2, 3)} if kind == "pose" else {}
-    model = tools.build(kind, f"yolo11n-{suffix}.yaml", **options).double()
+    model = tools.build(kind, f"{cfg}.yaml", **options).double()
     layers = candidates(model)
     norms = GroupedBatchNorm(model)
     checkpointing = Checkpointing(model, layers, norms)
