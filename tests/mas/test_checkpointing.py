@@ -177,3 +177,77 @@ def test_heads_that_give_more_than_boxes_may_be_in_a_plan(tools, kind, cfg):
             sum(output.double().square().mean() for output in outputs if output.requires_grad).backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert (found[1] - found[0]).norm() <= 1e-9 * found[0].norm()
+
+
+class Gated(nn.Module):
+    """An activation of part of what BatchNorm made."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU()
+        self.out = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        u, v = self.bn(self.conv(x)).chunk(2, 1)
+        return self.out(u * self.act(v))
+
+
+class Transposed(nn.Module):
+    """BatchNorm of a tensor whose values lie in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.bn, self.act = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.SiLU()
+        self.out = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x):
+        return self.out(self.act(self.bn(self.mix(x.flatten(2).transpose(1, 2)).transpose(1, 2)))).view_as(x)
+
+
+@pytest.mark.parametrize("kind", PLANS)
+@pytest.mark.parametrize("layer", [Gated, Transposed])
+@pytest.mark.parametrize("groups", [(4,), (2, 2)], ids=str)
+def test_views_and_other_layouts_are_made_again_as_they_were(kind, layer, groups):
+    bench = Model([layer(), layer()])
+    wanted, *_ = bench.run(images(), groups=groups)
+    gradient, *_ = bench.run(images(), PLANS[kind](bench.layers), groups)
+    assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
+
+
+def test_an_activation_that_is_a_layer_is_rebuilt_with_what_is_around_it():
+    layers = [nn.Conv2d(4, 16, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU(), nn.Conv2d(16, 4, 1, bias=False)]
+    bench = Model(layers)
+    wanted, *_ = bench.run(images())
+    gradient, *_ = bench.run(images(), Plan((("1", REBUILD), ("2", REBUILD))))
+    assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
+    one = 32 * 16 * 64 * 8
+    freed = kept_bytes(bench, KEEP_ALL) - kept_bytes(bench, Plan((("1", REBUILD), ("2", REBUILD))))
+    assert freed == pytest.approx(2 * one, abs=2**14)
+
+
+def test_an_input_that_is_written_on_later_is_no_silent_mistake():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            y = self.first(x)
+            z = self.second(y)
+            y.add_(1.0)
+            return y + z
+
+    bench = Model([Late()])
+    layers = dict(bench.model[0].named_children())
+    checkpointing = Checkpointing(bench.model, layers, bench.norms)
+    with checkpointing.within(Plan((("second", RECOMPUTE),))):
+        loss = bench.model(images()).sum()
+    with pytest.raises(RuntimeError, match="name it in disable_mas_layers"):
+        loss.backward()
+
+
+def test_a_forward_pass_of_the_users_own_comes_back():
+    bench = Model([Block(4, nn.SiLU())])
+    own = bench.model[0].forward = bench.model[0].forward
+    bench.run(images(), PLANS["recomputed"](bench.layers))
+    assert vars(bench.model[0])["forward"] is own

@@ -288,3 +288,22 @@ def test_time_of_a_move_is_not_that_of_the_size():
     new, _ = planner(room=10, safety_ratio=0.0, models=(cost, SpeedModel()))
     new.plan(0, None)
     assert new.undisturbed
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 4])
+def test_a_wait_ends_though_every_attempt_fails(micro_batch):
+    """What others hold would be enough, and what seems to fit fails again and again."""
+    slept = []
+    one, _ = planner(
+        images=4, group=1, room=8, others=(7,), known=(1, 2, 4), sleep=slept.append, safety_ratio=0.0,
+        micro_batch=micro_batch,
+    )  # fmt: skip
+
+    def run(attempts=20 * WAIT_S):
+        failed = None
+        for _ in range(attempts):
+            failed = failure(sum(one.plan(0, failed)[0]))
+
+    with pytest.raises(DoesNotFitError):
+        run()
+    assert sum(slept) <= WAIT_S

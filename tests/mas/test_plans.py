@@ -178,3 +178,90 @@ def test_a_ladder_is_made_once_for_the_same_training(whole, tmp_path, monkeypatc
 def test_a_cache_that_cannot_be_written_is_no_error(whole, tmp_path):
     (tmp_path / "file").touch()
     assert Run(0.7 * whole.latest.peak_bytes, cache=tmp_path / "file").latest.level > 0
+
+
+class Shift(nn.Module):
+    """Does not need its input for its backward pass, so that it may be written on."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        return x + self.by
+
+
+class Awkward(nn.Module):
+    """Parts that cannot run twice, or later, or in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.shared = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.SiLU())
+        self.counts = nn.Sequential(nn.Conv2d(8, 8, 1), nn.InstanceNorm2d(8, track_running_stats=True))
+        self.relu = nn.ReLU(inplace=True)
+        self.residual = nn.Sequential(Shift(), nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+        self.last = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.SiLU())
+
+    def forward(self, x):
+        x = self.counts(self.shared(self.shared(self.plain(x))))
+        x = self.relu(x) * 1.0
+        x += self.residual(x)
+        return self.last(x).mean((2, 3))
+
+
+def awkward(total_bytes):
+    torch.manual_seed(0)
+    model = Awkward().double()
+    batch = torch.randn(BATCH, 3, 32, 32, dtype=torch.float64), torch.randint(0, 4, (BATCH,))
+    card = Card(int(total_bytes))
+    engine = mas.Engine(model, mas.TensorTask(loss), mas.Config(bn_group=BATCH), meter=card, log=lambda line: None)
+    with card:
+        engine.step(batch)
+    return engine, torch.cat([p.grad.flatten() for p in model.parameters()]), model
+
+
+def test_layers_that_cannot_run_otherwise_are_in_no_plan():
+    free, wanted, _ = awkward(1e12)
+    engine, gradient, model = awkward(1.05 * free.latest.peak_bytes)
+    names = {name for plan in engine._step.plans for name, _ in plan.modes}
+    assert engine.latest.level > 0
+    assert {"shared", "counts", "relu", "residual"}.isdisjoint(names)
+    assert names >= {"last"}
+    assert (gradient - wanted).norm() <= 1e-9 * wanted.norm()
+    assert int(model.shared[1].num_batches_tracked) == 1
+
+
+def test_a_model_without_layers_that_are_called():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3 * 32 * 32, 4)
+
+        def forward(self, x):
+            return F.linear(x.flatten(1), self.fc.weight.to(x))
+
+    model = Bare()
+    card = Card(6 * 10**5)
+    engine = mas.Engine(model, mas.TensorTask(loss), mas.Config(safety_ratio=0.0), meter=card, log=lambda line: None)
+    with card:
+        result = engine.step((torch.randn(BATCH, 3, 32, 32), torch.randint(0, 4, (BATCH,))))
+    assert sum(result.micro_batches) == BATCH
+
+
+def test_a_guess_is_not_kept_for_later_runs(whole, tmp_path):
+    one_image = Run(1e12, bn_group=1, micro_batch=1).latest.peak_bytes
+    tight = Run(1.05 * one_image, bn_group=1, safety_ratio=0.0, cache=tmp_path / "plans")
+    if tight.engine._ladder.guessed:
+        assert not (tmp_path / "plans").exists()
+        assert tight.engine.state_dict()["ladder"] is None
+    assert len(Run(0.7 * whole.latest.peak_bytes, cache=tmp_path / "plans").engine._step.plans) > 3
+
+
+def test_what_another_version_learned_is_no_reason_to_stop():
+    lines = []
+    engine = mas.Engine(make()[0], mas.TensorTask(loss), mas.Config(), meter=Card(10**12), log=lines.append)
+    before = engine.state_dict()
+    engine.load_state_dict({"device": before["device"], "ladder": [{"other": 1}]})
+    assert "begins to learn anew" in lines[0]
+    assert engine.state_dict() == before

@@ -1,6 +1,6 @@
-"""Training steps that fit into whatever memory is free, with the gradient of the whole batch. Needs torch and no more.
+"""Training steps that fit into whatever memory is free, with the gradient of the whole batch.
 
-See docs/engine.md for a page that uses it on a model of one's own.
+Needs torch, NumPy and SciPy, and no Ultralytics. See docs/engine.md for a page that uses it on a model of one's own.
 """
 
 from yolov12.errors import ConfigError, DoesNotFitError

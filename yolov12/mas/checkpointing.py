@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from yolov12.mas.nest import each_tensor
 from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.rebuild import ACTIVATIONS, Outputs, out_of_place
+from yolov12.mas.override import overridden
+from yolov12.mas.rebuild import ACTIVATIONS, Outputs
 
-__all__ = ["KEEP_ALL", "REBUILD", "RECOMPUTE", "Checkpointing", "Plan", "overridden"]
+__all__ = ["KEEP_ALL", "REBUILD", "RECOMPUTE", "Checkpointing", "Plan"]
 
 REBUILD, RECOMPUTE = "rebuild", "recompute"
 
@@ -64,7 +65,7 @@ class Checkpointing:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], norms: GroupedBatchNorm) -> None:
         self._layers, self._norms = layers, norms
         self._device = next(model.parameters()).device
-        self._activations = {part: out_of_place(part) for part in model.modules() if isinstance(part, ACTIVATIONS)}
+        self._activations = [part for part in model.modules() if isinstance(part, ACTIVATIONS)]
         self._rebuilding = False
 
     @contextmanager
@@ -74,15 +75,15 @@ class Checkpointing:
             yield
             return
         outputs = Outputs()
-        forwards: dict[nn.Module, Callable[..., Any]] = {}
-        for name, mode in plan.modes:
-            layer = self._layers[name]
-            run = self._rebuild if mode == REBUILD else partial(self._recompute, outputs)
-            forwards[layer] = partial(run, layer.forward)
         with ExitStack() as stack:
             if plan.names(REBUILD):
                 stack.enter_context(self.remembering(outputs, lambda: self._rebuilding))
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(outputs.pack, outputs.unpack))
+            forwards: dict[nn.Module, Callable[..., Any]] = {}
+            for name, mode in plan.modes:
+                layer = self._layers[name]
+                run = self._rebuild if mode == REBUILD else partial(self._recompute, outputs)
+                forwards[layer] = partial(run, layer.forward)
             stack.enter_context(overridden(forwards))
             stack.callback(outputs.forget)
             yield
@@ -99,7 +100,9 @@ class Checkpointing:
                 outputs.normalize(out, x, again)
 
         forwards: dict[nn.Module, Callable[..., Any]] = {
-            module: partial(activate, function) for module, function in self._activations.items()
+            module: partial(activate, module.forward)
+            for module in self._activations
+            if not getattr(module, "inplace", False)  # what it was given is gone, and who called it may count on that
         }
         self._norms.listener = normalized
         try:
@@ -131,18 +134,12 @@ class Checkpointing:
 class _Input:
     def __init__(self, outputs: Outputs, tensor: Tensor) -> None:
         self._value, self._needs_grad = outputs.keep(tensor), tensor.requires_grad
+        self._tensor = None if outputs.find(tensor) else tensor.detach()  # which counts its versions with it
+        self._version = tensor._version
 
     def get(self) -> Tensor:
+        if self._tensor is not None and self._tensor._version != self._version:
+            raise RuntimeError(
+                "a layer cannot be recomputed, as what it was given was written on since: name it in disable_mas_layers"
+            )
         return self._value().detach().requires_grad_(self._needs_grad)
-
-
-@contextmanager
-def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules other forward passes for a while."""
-    for module, forward in forwards.items():
-        module.__dict__["forward"] = forward  # past Module.__setattr__, which is slow and has nothing to do here
-    try:
-        yield
-    finally:
-        for module in forwards:
-            module.__dict__.pop("forward", None)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from yolov12.mas.checkpointing import KEEP_ALL
 from yolov12.mas.config import Config
 from yolov12.mas.cost import CostModel, Features
 from yolov12.mas.failures import is_out_of_memory
@@ -21,7 +22,7 @@ from yolov12.mas.layers import candidates
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import BatchPlanner, WaysOut
 from yolov12.mas.plans import Ladder, make_ladder
-from yolov12.mas.rehearsal import GROUPS, rehearse
+from yolov12.mas.rehearsal import GROUPS, PROFILE_IMAGES, rehearse
 from yolov12.mas.scheduler import History
 from yolov12.mas.speed import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step import Failure, Result, Step
@@ -83,6 +84,7 @@ class Engine:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._ladder: Ladder | None = None  # made when a batch does not fit as it is
+        self._guess_budget_bytes = 0
         self._history = History()
         self._cache = LadderCache(cache)
         self._device_name = _name(next(model.parameters()).device)
@@ -107,7 +109,7 @@ class Engine:
             if not self._known:
                 self._get_to_know(batch, work)
             planner = self._planner(work)
-            if self._ladder is None and self.cost.largest and not self._fits(work.images, work, planner):
+            if self._wants_ladder(planner) and self.cost.largest and not self._fits(work.images, work, planner):
                 self._make_ladder(batch, work)
                 planner = self._planner(work)
             watch = self.meter.stopwatch()
@@ -178,22 +180,32 @@ class Engine:
         """What was learned, for JSON or a checkpoint: a run that resumes need not learn it again."""
         return {
             "device": self._device_name,
-            "ladder": self._ladder.state_dict() if self._ladder else None,
+            "ladder": self._ladder.state_dict() if self._ladder and not self._ladder.guessed else None,
             "cost": self.cost.state_dict(),
             "speed": self.speed.state_dict(),
             "history": asdict(self._history),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave, unless it was learned on another device or names layers that are not there."""
-        ladder = Ladder.from_state_dict(state["ladder"]) if state["ladder"] else None
-        if state["device"] != self._device_name or (ladder and not ladder.names() <= self._layers.keys()):
+        """Take what `state_dict` gave, unless it was learned on another device, or by another version of this."""
+        try:
+            if state["device"] != self._device_name:
+                return
+            ladder = Ladder.from_state_dict(state["ladder"]) if state["ladder"] else None
+            history = History(**state["history"])
+            cost, speed = CostModel(), SpeedModel(new_size_ms=self.speed.new_size_ms)
+            if ladder is not None:
+                cost.set_levels(ladder.levels)
+                speed.set_levels(ladder.levels)
+            cost.load_state_dict(state["cost"])
+            speed.load_state_dict(state["speed"])
+        except (KeyError, TypeError, ValueError) as error:
+            self._log(f"memory: begins to learn anew, as what was learned before cannot be read ({error!r})")
             return
-        if ladder is not None:
-            self._climb(ladder)
-        self.cost.load_state_dict(state["cost"])
-        self.speed.load_state_dict(state["speed"])
-        self._history = History(**state["history"])
+        if ladder is not None and not ladder.names() <= self._layers.keys():
+            return  # others may be planned for now
+        self._ladder, self.cost, self.speed, self._history = ladder, cost, speed, history
+        self._step.plans = ladder.plans if ladder is not None else (KEEP_ALL,)
 
     def _get_to_know(self, batch: Any, work: Workload) -> None:
         """Settle the group size and the first micro-batch."""
@@ -224,14 +236,20 @@ class Engine:
         self._make_ladder(batch, work)
         return rehearse(self._step, self.meter.kind, batch, work, self.cost, self.speed, len(self._step.plans) - 1)
 
+    def _wants_ladder(self, planner: BatchPlanner) -> bool:
+        """There is none, or one that was guessed when there was much less memory than now."""
+        guessed = self._ladder is not None and self._ladder.guessed
+        return self._ladder is None or (guessed and planner.budget_bytes > 2 * self._guess_budget_bytes)
+
     def _make_ladder(self, batch: Any, work: Workload) -> None:
         key = self._cache.key(self._step.model, list(self._layers), work, self._device_name)
         ladder = self._cache.get(key)
         if ladder is None:
-            images = min(self.cost.largest, work.images)
+            images = min(self.cost.largest, work.images, PROFILE_IMAGES)
             ladder = make_ladder(self._step, self.meter, self._layers, batch, images)
-            if images:  # otherwise it is a guess
+            if not ladder.guessed:
                 self._cache.put(key, ladder)
+        self._guess_budget_bytes = self.meter.read().budget_bytes(self.config.safety_ratio)
         self._climb(ladder)
 
     def _climb(self, ladder: Ladder) -> None:

@@ -67,6 +67,8 @@ def ladder(profile: Profile, rungs: int = RUNGS) -> tuple[Rung, ...]:
     programme = _Programme(profile)
     first = programme.rung(programme.chosen(KEEP_ALL))
     found = [first]
+    if first.peak_bytes <= 0:
+        return (first,)
     lowest = programme.lowest_peak()
     for step in range(1, rungs + 1):
         target = first.peak_bytes * (lowest / first.peak_bytes) ** (step / rungs)

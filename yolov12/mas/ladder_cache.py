@@ -16,6 +16,8 @@ from yolov12.mas.task import Workload
 
 __all__ = ["LadderCache"]
 
+_FORMAT = 1  # and of the profiles behind it: a higher one makes all anew
+
 
 class LadderCache:
     """A folder of small files, each named by all that a profile depends on.
@@ -58,5 +60,7 @@ class LadderCache:
             device: Its name.
         """
         settings = torch.__version__, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
-        told = f"{model}\n{layers}\n{work.height}x{work.width}\n{device}\n{settings}"
+        trained = [(name, part.requires_grad, str(part.dtype)) for name, part in model.named_parameters()]
+        modes = [module.training for module in model.modules()]
+        told = f"{_FORMAT}\n{trained}\n{modes}\n{model}\n{layers}\n{work.height}x{work.width}\n{device}\n{settings}"
         return hashlib.sha256(told.encode()).hexdigest()[:24]

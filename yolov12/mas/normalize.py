@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov12.mas import batchnorm_kernels
+from yolov12.mas.override import overridden
 
 __all__ = ["GroupedBatchNorm", "cut"]
 
@@ -101,13 +102,8 @@ class GroupedBatchNorm:
                 rows[first : first + len(groups)].split(self._channels, 1) for rows in (self._means, self._variances)
             )
             self._blocks = list(zip(*both, strict=True))
-        try:
-            for layer, forward in zip(self._layers, self._forwards, strict=True):
-                layer.__dict__["forward"] = forward  # past Module.__setattr__, which is slow and has nothing to do here
+        with overridden(dict(zip(self._layers, self._forwards, strict=True))):
             yield
-        finally:
-            for layer in self._layers:
-                layer.__dict__.pop("forward", None)
 
     def commit(self, groups: Sequence[int]) -> None:
         """Finish a batch: move the running statistics.

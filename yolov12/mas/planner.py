@@ -61,7 +61,7 @@ class BatchPlanner:
         self._cost, self._speed, self._meter = cost, speed, meter
         self._gradient_bytes, self._ways_out, self._sleep = gradient_bytes, ways_out, sleep
         self._ceiling: float | None = None
-        self._failed_at = self._waited_s = 0
+        self._failed_at = self._waited_s = self._told_s = 0
         self.history = history
         self.level = history.level
         """Checkpoint plan of the cut that `plan` returned last."""
@@ -113,6 +113,7 @@ class BatchPlanner:
         self._cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
         self._speed.ran(stop - start, self._work.height, self._work.width)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
+        self._waited_s = self._told_s = 0  # only a micro-batch that got through ends a wait
         if self._failed_at == stop - start:
             self.events.append(f"retried {self._failed_at}")
         self._failed_at = 0
@@ -131,9 +132,9 @@ class BatchPlanner:
         self._ceiling = max(needs / 2, least) if needs > least else 0.0
 
     def _accept(self, decision: Decision, sizes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
-        if self._waited_s:
-            self.events.append(f"waited {self._waited_s} s")
-            self._waited_s = 0
+        if self._waited_s > self._told_s:
+            self.events.append(f"waited {self._waited_s - self._told_s} s")
+            self._told_s = self._waited_s
         if group < self._group:
             self.events.append(f"groups of {group}")
         before, after = self.history, decision.history

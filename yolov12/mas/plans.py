@@ -30,6 +30,8 @@ class Ladder:
     plans: tuple[Plan, ...]
     levels: tuple[Level, ...]
     """What each does, relative to the first, which keeps all."""
+    guessed: bool = False
+    """Not from a profile, for which there was no memory."""
 
     def names(self) -> set[str]:
         """Layers that are in a plan."""
@@ -63,12 +65,14 @@ def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch
     everything = Plan(tuple((name, RECOMPUTE) for name in outermost(layers)))
     if not layers:
         return Ladder((KEEP_ALL,), (Level(1.0, 1.0),))
-    return Ladder((KEEP_ALL, everything), (Level(1.0, 1.0), _UNKNOWN))
+    return Ladder((KEEP_ALL, everything), (Level(1.0, 1.0), _UNKNOWN), guessed=True)
 
 
 def ladder_of(profile: Profile) -> Ladder:
     """Plans for a profile."""
-    rungs = ladder(profile)
+    rungs = ladder(profile) if profile.layers else ()
+    if not rungs:
+        return Ladder((KEEP_ALL,), (Level(1.0, 1.0),))
     return Ladder(
         tuple(rung.plan for rung in rungs),
         tuple(Level(rung.peak_bytes / rungs[0].peak_bytes, rung.slow) for rung in rungs),

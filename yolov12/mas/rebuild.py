@@ -10,7 +10,6 @@ Autograd lets a saved tensor be replaced by something else (`saved_tensors_hooks
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,25 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ACTIVATIONS", "Outputs", "out_of_place"]
+__all__ = ["ACTIVATIONS", "Outputs"]
 
-ACTIVATIONS = (nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU, nn.Sigmoid)
-
-
-def out_of_place(activation: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The activation as a function that leaves its input alone."""
-    calm: Any = copy.copy(activation)
-    if getattr(calm, "inplace", False):
-        calm.inplace = False
-    forward: Callable[[Tensor], Tensor] = calm.forward
-    return forward
+ACTIVATIONS = (nn.SiLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU)
+"""Whose backward pass asks for their input. One that asks for its output, as ReLU does, keeps a tensor less anyway."""
 
 
 class _Output:
     """A tensor that can be made again."""
 
-    def __init__(self, again: Callable[[], Tensor]) -> None:
+    def __init__(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         self._again = again
+        self._size, self._stride = tensor.size(), tensor.stride()
         self._held: Tensor | None = None
         self._last: weakref.ref[Tensor] | None = None
 
@@ -48,6 +40,8 @@ class _Output:
         if value is None:
             with torch.no_grad():
                 value = self._again()
+                if value.stride() != self._stride:  # a view of it says where its values lie
+                    value = value.new_empty_strided(self._size, self._stride).copy_(value)
             self._last = weakref.ref(value)
         if hold:
             self._held = value
@@ -61,8 +55,9 @@ class _View:
         self.output = output
         self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
 
-    def get(self) -> Tensor:
-        whole = self.output.get()
+    def get(self, hold: bool = False) -> Tensor:
+        """Make it again; see `_Output.get`."""
+        whole = self.output.get(hold)
         return whole if self.place == (whole.size(), whole.stride(), 0) else whole.as_strided(*self.place)
 
 
@@ -78,7 +73,7 @@ class Outputs:
     def add(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         """Remember an output, which must fill its storage from the start, and how to make it again."""
         key = tensor.untyped_storage()._cdata
-        self._by_storage[key] = weakref.ref(tensor), tensor._version, _Output(again)
+        self._by_storage[key] = weakref.ref(tensor), tensor._version, _Output(tensor, again)
 
     def forget(self) -> None:
         """Find no more. What was packed holds what it needs, so that each goes when its own backward pass is done."""
@@ -108,9 +103,9 @@ class Outputs:
 
     def activate(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply an activation; its output can be made again if its input can."""
+        source = self.pack(x)
         out = function(x)
-        source = self.find(x)
-        if source is not None and out.untyped_storage()._cdata != x.untyped_storage()._cdata:
+        if isinstance(source, _View) and out.untyped_storage()._cdata != x.untyped_storage()._cdata:
             # The activation's own backward asks for its input next.
             self.add(out, lambda: function(source.get(hold=True)))
         return out

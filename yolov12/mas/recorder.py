@@ -21,12 +21,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov12.mas.checkpointing import Checkpointing, overridden
+from yolov12.mas.checkpointing import Checkpointing
 from yolov12.mas.nest import each_tensor
+from yolov12.mas.override import overridden
 from yolov12.mas.profile import LayerCost, Profile, Time
 from yolov12.mas.reading import Stopwatch
-from yolov12.mas.rebuild import Outputs
+from yolov12.mas.rebuild import ACTIVATIONS, Outputs
 
 __all__ = ["Peaks", "Recorder", "WholePasses"]
 
@@ -50,9 +52,9 @@ class WholePasses:
 
     keep_ms: float
     rebuild_ms: float
-    """With all layers rebuilt."""
+    """With all layers rebuilt that can be."""
     recompute_ms: float
-    """With all layers recomputed."""
+    """With all layers recomputed that can be."""
 
 
 @dataclass
@@ -60,8 +62,8 @@ class _Saved:
     bytes: int
     layers: tuple[str, ...]
     """In which it was first saved, the outermost first."""
-    tensor: Tensor
-    """Holds the memory, so that its address stays its name."""
+    tensor: Tensor | None
+    """Holds the memory during the pass, so that its address stays its name."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class _Call:
     inputs: dict[int, int]
     """Storage → bytes; so are the outputs."""
     outputs: dict[int, int] = field(default_factory=dict)
+    given: list[tuple[Tensor, int]] = field(default_factory=list)
+    """The inputs and their versions."""
 
 
 class Recorder:
@@ -103,6 +107,10 @@ class Recorder:
         self._saved: dict[int, _Saved] = {}
         self._alive: list[Tensor] = []  # what went in and out of layers, for the same reason
         self._rebuildable: dict[int, tuple[str, ...]] = {}
+        self._fixed: set[str] = set()
+        """Layers that cannot run otherwise: what they do depends on how often or in which order they are called."""
+        self._model = model
+        self._norms_called: set[nn.Module] = set()
         self._device = next(model.parameters()).device
         self._forward: dict[str, _Timer] = {}
         self._rebuilds: dict[str, _Timer] = {}
@@ -118,7 +126,9 @@ class Recorder:
             torch.autograd.graph.saved_tensors_hooks(self._see, lambda tensor: tensor),
             overridden({layer: partial(self._call, name, layer.forward) for name, layer in self._layers.items()}),
         ):
+            versions = self._versions()
             yield
+            self._fixed |= self._written(versions)
         saved = {key: made for key, made in outputs.made.items() if key in self._saved}
         self._rebuildable = {key: layers for key, (layers, *_) in saved.items()}
         for name in self._layers:
@@ -127,6 +137,14 @@ class Recorder:
                 for output in reversed(again):  # so that an activation leaves its input for the one before it
                     output.get()
         self._alive.clear()
+        for each in self._saved.values():
+            each.tensor = None
+
+    def flexible(self) -> list[str]:
+        """The outermost layers that may run otherwise; known after the first pass."""
+        return [
+            name for name in self._stages if name not in self._fixed and not isinstance(self._layers[name], ACTIVATIONS)
+        ]
 
     @contextmanager
     def times_and_peaks(self, stopwatch: Callable[[], Stopwatch], meter: Peaks) -> Iterator[None]:
@@ -158,7 +176,8 @@ class Recorder:
     def _timing(self, into: dict[str, _Timer], name: str, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
         if self._device.type == "cuda" and self._inside[name] is None:
             # The device waits, so that what is launched meanwhile then runs without gaps, and its time is its own.
-            torch.cuda._sleep(_DELAY_CYCLES)
+            with torch.cuda.device(self._device):
+                torch.cuda._sleep(_DELAY_CYCLES)
         begin, watch = time.perf_counter(), stopwatch()
         yield
         watch.stop()
@@ -179,11 +198,12 @@ class Recorder:
         # A backward pass is two forward passes' work.
         device_ms = min(3 * sum(stage.recompute.device_ms for stage in stages), whole.keep_ms / images)
         total = Time(whole.keep_ms / images, device_ms or whole.keep_ms / images)
+        flexible = set(self.flexible())
         rebuilt, recomputed = (
             (ms - whole.keep_ms) / images / (sum(times) or 1.0)
             for ms, times in (
-                (whole.rebuild_ms, [stage.rebuild.host_ms for stage in stages]),
-                (whole.recompute_ms, [stage.recompute.host_ms for stage in stages]),
+                (whole.rebuild_ms, [stage.rebuild.host_ms for stage in stages if stage.name in flexible]),
+                (whole.recompute_ms, [stage.recompute.host_ms for stage in stages if stage.name in flexible]),
             )
         )
         scaled = tuple(
@@ -193,7 +213,11 @@ class Recorder:
         return Profile(scaled, loss, extra, total)
 
     def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if name in self._calls:
+            self._fixed.add(name)
+        first = len(self._alive)
         call = self._calls[name] = _Call(inputs=self._hold((args, kwargs)))
+        call.given = [(tensor, tensor._version) for tensor in self._alive[first:]]
         self.stack.append(name)
         try:
             result = forward(*args, **kwargs)
@@ -201,6 +225,27 @@ class Recorder:
             self.stack.pop()
         call.outputs = self._hold(result)
         return result
+
+    def _versions(self) -> list[tuple[nn.Module, Tensor, int]]:
+        """Of all buffers but BatchNorm's, which are not moved by a forward pass."""
+        modules = (module for module in self._model.modules() if not isinstance(module, _BatchNorm))
+        return [(module, buffer, buffer._version) for module in modules for buffer in module.buffers(recurse=False)]
+
+    def _written(self, versions: list[tuple[nn.Module, Tensor, int]]) -> set[str]:
+        """Layers that move a buffer, and those whose inputs were written on during or after their call."""
+        moved = {module for module, buffer, version in versions if buffer._version != version}
+        found = {name for name, layer in self._layers.items() if moved & set(layer.modules())}
+        for name, call in self._calls.items():
+            if any(tensor._version != version for tensor, version in call.given):
+                found.add(name)
+            call.given.clear()
+        return found
+
+    def called_norm(self, layer: nn.Module) -> None:
+        """A BatchNorm that is called again leaves the statistics of its last call."""
+        if layer in self._norms_called:
+            self._fixed |= {name for name, holder in self._layers.items() if layer in set(holder.modules())}
+        self._norms_called.add(layer)
 
     def _hold(self, nest: Any) -> dict[int, int]:
         first = len(self._alive)
@@ -234,6 +279,8 @@ class Recorder:
         def per_image(keys: Sequence[int]) -> float:
             return sum(self._saved[key].bytes for key in keys) / images
 
+        if name in self._fixed or isinstance(self._layers[name], ACTIVATIONS):
+            freed, held_bytes, rebuilt = [], 0, []
         return LayerCost(
             name=name,
             inside=self._inside[name],
@@ -293,6 +340,10 @@ class _Recorded(Outputs):
         super().__init__()
         self._recorder = recorder
         self.made: dict[int, tuple[tuple[str, ...], Any, Tensor]] = {}
+
+    def normalize(self, out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        self._recorder.called_norm(again.args[0])  # type: ignore[attr-defined]
+        super().normalize(out, x, again)
 
     def add(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         super().add(tensor, again)

@@ -13,7 +13,6 @@ from torch import nn
 
 from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.layers import outermost
 from yolov12.mas.meter import Meter
 from yolov12.mas.profile import Profile
 from yolov12.mas.recorder import Recorder, WholePasses
@@ -22,10 +21,12 @@ from yolov12.mas.step import Failure, Step
 from yolov12.mas.task import Workload
 from yolov12.mas.trace import ByteTrace
 
-__all__ = ["GROUPS", "profile", "rehearse"]
+__all__ = ["GROUPS", "PROFILE_IMAGES", "profile", "rehearse"]
 
 GROUPS = (32, 16, 8, 4, 2, 1)
 """What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
+PROFILE_IMAGES = 8
+"""At most."""
 _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
 """Images, by kind of memory; the next where one fails. Just one: libraries take seconds for each size that is new."""
 
@@ -99,7 +100,7 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
         return failure
     times = []
     for mode in (None, REBUILD, RECOMPUTE):
-        plan = Plan(tuple((name, mode) for name in outermost(layers))) if mode else KEEP_ALL
+        plan = Plan(tuple((name, mode) for name in recorder.flexible())) if mode else KEEP_ALL
         best_ms = math.inf
         for _ in range(2):
             watch = meter.stopwatch()

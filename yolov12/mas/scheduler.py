@@ -141,7 +141,7 @@ def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int)
         arms = [arm_of(state, cost, speed, cut, each) for each in levels if under_ceiling(state, cost, cut, each)]
         fitting = [arm for arm in arms if arm.upper_bytes <= state.budget_bytes]
         failed = bool(arms) and any(cost.failed(each) for each in features_of(state, cut, arms[-1].level))
-        for arm in fitting[:1] or ([] if failed and len(cut.counts) < len(state.groups) else arms[-1:]):
+        for arm in fitting[:1] or ([] if failed else arms[-1:]):
             return _decision(arm, History(max(arm.cut.largest, state.history.images), arm.level))
     single = cut_evenly(state.groups, len(state.groups))
     return _decision(arm_of(state, cost, speed, single, levels[-1]), state.history, fits=False)
