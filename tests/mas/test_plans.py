@@ -227,7 +227,7 @@ def test_layers_that_cannot_run_otherwise_are_in_no_plan():
     names = {name for plan in engine._step.plans for name, _ in plan.modes}
     assert engine.latest.level > 0
     assert {"shared", "counts", "relu", "residual"}.isdisjoint(names)
-    assert names >= {"last"}
+    assert any(name.startswith(("plain", "last")) for name in names)
     assert (gradient - wanted).norm() <= 1e-9 * wanted.norm()
     assert int(model.shared[1].num_batches_tracked) == 1
 
