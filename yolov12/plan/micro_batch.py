@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
@@ -133,8 +134,10 @@ class MicroBatch:
             with around:
                 loss = _forward(model, image, self._loss_bytes(images))
             measured = measure()
-            # `loss.backward()` would be a function of its own for the mode, which is off within its functions.
-            torch.autograd.backward(loss)
+            # Past `backward`, for which the mode would be off: it is a function of its own, which recomputes others.
+            _engine_run_backward(
+                (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+            )
             self.half_weights_bytes = rules.copies_bytes
         del ahead, image
         for parameter in model.parameters():
