@@ -2,6 +2,7 @@
 
     python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 9 minutes on one H100)
     python benchmarks/checkpointing.py --out part.json --only freed
+    python benchmarks/checkpointing.py --out part.json --only predicted     (no GPU; of what is in the file)
 
 `curve` compares, at each limit: ours (the engine, batch 256); stock Ultralytics, in a process of its own without this
 package, at the largest batch that runs without a failed allocation; and our model with every layer recomputed, at its
@@ -19,15 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
 LIMITS_GIB = (4, 8, 12, 16, 24, 40, 80)
 BATCHES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-SECONDS = {"s": 9.0, "x": 16.0}
-"""That ours runs at each limit, so that the controller settles."""
+SECONDS = {"s": 45.0, "m": 20.0, "x": 18.0}
+"""That ours runs at each limit, if the controller has not settled before."""
+SETTLED = 40
+"""Steps that run alike when it has."""
+PEAKS_GIB = (8, 16, 24)
+"""Limits under which a scale runs of which only peaks are wanted."""
 
 
 class Training:
@@ -89,27 +94,33 @@ def _fixed_batches(training: Training, name: str) -> list[dict[str, Any]]:
 
     def runs(batch: int, steps: int) -> float:
         accumulate = max(round(64 / batch), 1)
+        several = min(accumulate, 4)
         torch.cuda.reset_peak_memory_stats()
         times = []
         for step in range(steps):
             begin = time.perf_counter()
-            for index in range(accumulate):
-                training.bare(batch, (step * accumulate + index) * batch % (257 - batch))
+            for index in range(several):
+                training.bare(batch, (step * several + index) * batch % (257 - batch))
+            torch.cuda.synchronize()
+            middle = time.perf_counter()
             training.update()
             torch.cuda.synchronize()
-            times.append((time.perf_counter() - begin) / accumulate)
-        return batch / statistics.median(times[2:] or times)
+            times.append((middle - begin) / several + (time.perf_counter() - middle) / accumulate)
+        return batch / statistics.median(times[1:] or times)
 
     rows = []
-    upper = len(BATCHES)
+    runs(BATCHES[2], 3)
+    batch, peak, upper = BATCHES[2], torch.cuda.max_memory_allocated(), len(BATCHES)
     for gib in reversed(LIMITS_GIB):
         _limit(gib)
+        likely = 1.1 * batch * gib * GIB / peak  # others are not tried: memory grows in proportion, and each takes long
+        upper = min(upper, sum(size <= likely for size in BATCHES))
         while upper:
             batch = BATCHES[upper - 1]
             slow.clear()
             try:
-                runs(batch, 3)
-                speed = runs(batch, 8)
+                runs(batch, 2)
+                speed = runs(batch, 7)
                 failed = bool(slow)
             except torch.cuda.OutOfMemoryError:
                 failed = True
@@ -119,8 +130,8 @@ def _fixed_batches(training: Training, name: str) -> list[dict[str, Any]]:
             torch.cuda.empty_cache()
             upper -= 1
         if upper:
-            peak = torch.cuda.max_memory_allocated() / 2**20
-            rows.append({"limit_gib": gib, "batch": batch, "images_per_s": speed, "peak_mib": peak})
+            peak = torch.cuda.max_memory_allocated()
+            rows.append({"limit_gib": gib, "batch": batch, "images_per_s": speed, "peak_mib": peak / 2**20})
             print(name, json.dumps(rows[-1]), flush=True)
     return rows[::-1]
 
@@ -152,15 +163,18 @@ def all_layers(scale: str) -> list[dict[str, Any]]:
     return _fixed_batches(training, f"all {scale}")
 
 
-def ours(scale: str) -> list[dict[str, Any]]:
-    """The engine at each limit."""
+def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> list[dict[str, Any]]:
+    """The engine at each limit; with a profile from the first of them, as runs have one from the run before."""
     import torch
 
     from yolov12 import mas
+    from yolov12.mas.checkpointing import REBUILD, RECOMPUTE
+    from yolov12.models.activations import activations
+    from yolov12.models.layer_names import layer_names
 
-    training = Training(f"yolo12{scale}.yaml")
+    training, cache = Training(f"yolo12{scale}.yaml"), Path(tempfile.mkdtemp())
     rows = []
-    for gib in LIMITS_GIB:
+    for gib in limits:
         torch.cuda.empty_cache()
         begin = time.perf_counter()
         engine = mas.Engine(
@@ -168,9 +182,13 @@ def ours(scale: str) -> list[dict[str, Any]]:
             training.task,
             mas.Config(limit=gib * GIB),
             backward=lambda loss: training.scaler.scale(loss).backward(),
+            layers=layer_names(training.model),
+            activations=activations(training.model),
+            cache=cache,
+            log=lambda line: print(line, flush=True),
         )
-        steps = []
-        while time.perf_counter() - begin < SECONDS[scale] or len(steps) < 6:
+        steps: list[dict[str, Any]] = []
+        while len(steps) < 4 or not (_settled(steps) or time.perf_counter() - begin > SECONDS[scale]):
             start = time.perf_counter()
             with torch.autocast("cuda", torch.float16):
                 result = engine.step(training.batch)
@@ -179,7 +197,7 @@ def ours(scale: str) -> list[dict[str, Any]]:
             latest = engine.latest
             steps.append(
                 {
-                    "micro_batches": len(result.micro_batches),
+                    "micro_batch": max(result.micro_batches),
                     "level": latest.level,
                     "s": round(time.perf_counter() - start, 4),
                     "predicted_mib": latest.predicted_bytes / 2**20,
@@ -187,13 +205,13 @@ def ours(scale: str) -> list[dict[str, Any]]:
                     "events": latest.events,
                 }
             )
-        last = steps[-5:]
+        last = steps[1:][-5:]
         rows.append(
             {
                 "limit_gib": gib,
                 "bn_group": engine.bn_group,
                 "micro_batch": max(result.micro_batches),
-                "plan": str(engine._step.plans[latest.level]),
+                "plan": {mode: engine._step.plans[latest.level].names(mode) for mode in (REBUILD, RECOMPUTE)},
                 "images_per_s": 256 / statistics.median(step["s"] for step in last),
                 "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
                 "peak_mib": max(step["peak_mib"] for step in last),
@@ -208,6 +226,35 @@ def ours(scale: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _settled(steps: list[dict[str, Any]]) -> bool:
+    return len(steps) >= SETTLED and len({(step["micro_batch"], step["level"]) for step in steps[-SETTLED:]}) == 1
+
+
+def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What `yolov12 plan` predicts of the peaks that `ours` measured; on a machine without a GPU."""
+    from memory import BOXES_PER_IMAGE
+
+    from yolov12.mas.checkpointing import Plan
+    from yolov12.plan import estimate, load
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for part, measured in result.items():
+        if not part.startswith("ours-"):
+            continue
+        network = load(f"yolo12{part[-1]}.yaml")
+        rows[part] = []
+        for row in measured:
+            plan = Plan(tuple((name, mode) for mode, names in row["plan"].items() for name in names))
+            found = estimate(
+                network, micro_batch=row["micro_batch"], plan=plan, boxes=2 * BOXES_PER_IMAGE - 1, optimizer="SGD"
+            )
+            mib = found.peak_bytes / 2**20
+            told = {key: row[key] for key in ("limit_gib", "micro_batch", "peak_mib")}
+            rows[part].append({**told, "predicted_mib": mib, "off_percent": 100 * (mib / row["peak_mib"] - 1)})
+            print(part, json.dumps(rows[part][-1]), flush=True)
+    return rows
+
+
 def freed() -> list[dict[str, Any]]:
     """Bytes that plans free, measured between forward and backward pass and at the peak, against those predicted."""
     import gc
@@ -218,6 +265,7 @@ def freed() -> list[dict[str, Any]]:
     from yolov12.mas.knapsack import ladder
     from yolov12.mas.layers import candidates
     from yolov12.mas.rehearsal import profile
+    from yolov12.models.activations import activations
     from yolov12.models.layer_names import layer_names
 
     rows = []
@@ -227,7 +275,7 @@ def freed() -> list[dict[str, Any]]:
         layers = layer_names(model)
         engine = mas.Engine(
             model, task, mas.Config(bn_group=8), backward=lambda loss, t=training: t.scaler.scale(loss).backward(),
-            layers=layers,
+            layers=layers, activations=activations(model),
         )  # fmt: skip
         step = engine._step
         task.workload(training.batch)
@@ -289,43 +337,58 @@ def freed() -> list[dict[str, Any]]:
 
 PARTS: dict[str, Callable[[], Any]] = {
     "freed": freed,
-    **{f"{name}-{scale}": lambda run=run, scale=scale: run(scale)
+    **{f"{name}-{scale}": functools.partial(run, scale)
        for scale in "sx" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
+    "ours-m": functools.partial(ours, "m", limits=PEAKS_GIB),
 }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "predicted"], default=[*PARTS, "predicted"])
+    parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure `ours` at these, keep the other rows")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        options.out.write_text(json.dumps(PARTS[options.part](), indent=1))
+        run = PARTS[options.part]
+        options.out.write_text(json.dumps(run(limits=options.limits) if options.limits else run(), indent=1))
         return 0
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    failed = 0
+    for part in options.only:
+        if part == "predicted":
+            result[part] = predicted(result)
+        else:
+            failed |= _measure(part, result, options.limits or [])
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return failed
+
+
+def _measure(part: str, result: dict[str, Any], limits: list[int]) -> int:
+    """In a process of its own; returns its exit status."""
     import torch
     import ultralytics
 
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     result |= {
-        "command": f"python benchmarks/checkpointing.py --out {options.out.name}",
+        "command": "python benchmarks/checkpointing.py --out checkpointing.json",
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "ultralytics": ultralytics.__version__,
     }
-    failed = 0
-    for part in options.only:
-        out, started = Path(tempfile.mkdtemp()) / part, time.time()
-        hook = {"YOLOV12_AUTOPATCH": "0"} if part.startswith("stock") else {}
-        environment = {**os.environ, **hook, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-        code = subprocess.run([sys.executable, __file__, "--out", str(out), "--part", part], env=environment).returncode
-        failed |= code
-        if code == 0:
-            result[part] = json.loads(out.read_text())
-        print(f"{part}: {time.time() - started:.0f} s", flush=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    return failed
+    out, started = Path(tempfile.mkdtemp()) / part, time.time()
+    hook = {"YOLOV12_AUTOPATCH": "0"} if part.startswith("stock") else {}
+    environment = {**os.environ, **hook, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    command = [sys.executable, __file__, "--out", str(out), "--part", part]
+    command += ["--limits", *map(str, limits)] if limits else []
+    code = subprocess.run(command, env=environment).returncode
+    if code == 0:
+        kept = [row for row in result.get(part, []) if limits and row["limit_gib"] not in limits]
+        found = json.loads(out.read_text())
+        result[part] = sorted(kept + found, key=lambda row: row["limit_gib"]) if limits else found
+    print(f"{part}: {time.time() - started:.0f} s", flush=True)
+    return code
 
 
 if __name__ == "__main__":

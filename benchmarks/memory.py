@@ -65,10 +65,18 @@ def prepare(
     return model, task, scaler, batch
 
 
-def _engine(model: Any, task: Any, scaler: Any, **settings: Any) -> Any:
+def _engine(model: Any, task: Any, scaler: Any, journal: Any = None, **settings: Any) -> Any:
     from yolov12 import mas
+    from yolov12.models.activations import activations
 
-    return mas.Engine(model, task, mas.Config(**settings), backward=lambda loss: scaler.scale(loss).backward())
+    return mas.Engine(
+        model,
+        task,
+        mas.Config(**settings),
+        journal=journal,
+        backward=lambda loss: scaler.scale(loss).backward(),
+        activations=activations(model),
+    )
 
 
 def gradient() -> dict[str, Any]:
@@ -223,13 +231,7 @@ def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
     model, task, scaler, batch = prepare(images=64, size=320)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     folder = Path(tempfile.mkdtemp())
-    engine = mas.Engine(
-        model,
-        task,
-        mas.Config(bn_group=16),
-        journal=mas.Journal(folder),
-        backward=lambda loss: scaler.scale(loss).backward(),
-    )
+    engine = _engine(model, task, scaler, journal=mas.Journal(folder), bn_group=16)
     chance = random.Random(1)
     leaves = [module for module in model.modules() if not list(module.children())]
     left = injected = 0

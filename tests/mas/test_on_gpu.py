@@ -151,7 +151,8 @@ def test_a_group_that_does_not_fit_as_it_is_runs_under_a_plan():
     reference, peak_bytes = gradient(model), engine.latest.peak_bytes
 
     model, batch = make()
-    engine = engine_for(model, bn_group=32, limit=int(0.75 * peak_bytes))
+    # Without blocks of layers, BatchNorm's outputs are what can be freed: a third of what is kept.
+    engine = engine_for(model, bn_group=32, limit=int(0.9 * peak_bytes))
     result = engine.step(batch)
     assert result.micro_batches == (32,)
     assert engine.latest.level > 0

@@ -1,8 +1,10 @@
-"""Batch normalisation of all groups of a micro-batch in one go, on CUDA, for tensors in channels_last.
+"""Batch normalisation of all groups of a micro-batch, and SiLU after it, in two passes each way: CUDA, channels_last.
 
-Calling PyTorch's kernels once a group costs a launch each and two copies to put the results together: a quarter of a
-training step at 128 images in groups of 32. These kernels read and write the whole tensor with the group as one more
-grid dimension. Sums are in fp32 and in a fixed order, so results repeat bit for bit.
+PyTorch goes thirteen times over a tensor for BatchNorm and SiLU, forward and backward, and keeps two of them for the
+backward pass; called once a group, it needs a launch each and two copies more to put the results together. These
+kernels go over it eight times, with the group as one more grid dimension, and keep BatchNorm's input alone (as in
+"In-Place Activated BatchNorm", Rota Bulò, Porzi, Kontschieder, 2018, https://arxiv.org/abs/1712.02616). Sums are in
+fp32 and in a fixed order, so results repeat bit for bit.
 
 Triton compiles them when they are first used, for which it needs a C compiler; where it finds none they do not apply.
 """
@@ -11,13 +13,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from yolov12.mas.failures import is_out_of_memory
 
@@ -27,29 +28,23 @@ try:
 except ImportError:  # not on every platform PyTorch is on
     triton = None
 
-__all__ = ["applies", "grouped_batch_norm"]
+__all__ = ["applies", "batch_norm"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_PROGRAMS = 2048  # enough for the largest cards to have their memory busy
-_BLOCK = 2048  # elements a program works on at once
+_BLOCK = 4096  # elements a program works on at once
+_WARPS = 8  # of a program
+_PROGRAMS = 4  # of a processor, to have memory busy
 
 
 def applies(x: Tensor) -> bool:
-    """Whether these kernels can normalise a tensor, and faster than PyTorch's, group by group."""
+    """Whether these kernels can normalise a tensor."""
     return (
         x.is_cuda
         and x.dtype in _DTYPES
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and x.numel() * x.element_size() >= _worthwhile_bytes(x.device)
         and _compiles(x.device)
     )
-
-
-@functools.cache
-def _worthwhile_bytes(device: torch.device) -> int:
-    # Launches from Python cost the host about what the copies cost a card this size for a tensor this small.
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * 2**17
 
 
 @functools.cache
@@ -58,7 +53,7 @@ def _compiles(device: torch.device) -> bool:
         return False
     x = torch.zeros(2, 1, 1, 1, device=device)
     try:
-        _GroupedBatchNorm.apply(x, x[0, 0, 0], x[0, 0, 0], x[:, 0, 0], x[:, 0, 0].clone(), (1, 1), 1.0)
+        batch_norm(x, x[0, 0, 0], x[0, 0, 0], x[:, 0, 0], x[:, 0, 0].clone(), (1, 1), 1.0)
     except Exception as error:  # whatever a compiler that is not there, or not for this card, makes of it
         if is_out_of_memory(error):
             raise
@@ -67,9 +62,16 @@ def _compiles(device: torch.device) -> bool:
     return True
 
 
-def grouped_batch_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, means: Tensor, variances: Tensor, sizes: Sequence[int], eps: float
-) -> Tensor:
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    sizes: Sequence[int],
+    eps: float,
+    silu: bool = False,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Normalise groups of images with their own statistics.
 
     Args:
@@ -78,102 +80,118 @@ def grouped_batch_norm(
         means, variances: (groups, channels), fp32: are filled with mean and unbiased variance of each group.
         sizes: Images in each group.
         eps: Added to the biased variance.
+        silu: Whether SiLU is applied to the result.
 
     Returns:
-        As `x`.
+        As `x`; and what makes it of `x` once more, bit for bit.
     """
-    out: Tensor = _GroupedBatchNorm.apply(x, weight, bias, means, variances, tuple(sizes), eps)
-    return out
+    plan = _plan(x.shape[1], x.shape[2] * x.shape[3], tuple(sizes), x.device)
+    statistics = torch.empty(2, len(sizes), x.shape[1], device=x.device)  # mean, 1/sqrt(variance + eps)
+    out: Tensor = _BatchNorm.apply(x, weight, bias, statistics, means, variances, plan, eps, silu)
+    return out, partial(_normalized, plan, statistics, weight, bias, silu)
 
 
-class _GroupedBatchNorm(torch.autograd.Function):
+class _BatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Tensor:
-        means, variances, sizes, eps = rest
-        shape = _shape(x.shape[1], x.shape[2] * x.shape[3], sizes, x.device)
-        partial = x.new_empty(2, len(sizes), shape.splits, shape.channels, dtype=torch.float32)
-        saved = x.new_empty(2, len(sizes), shape.channels, dtype=torch.float32)  # mean, 1/sqrt(variance + eps)
-        out = torch.empty_like(x)
-        with _on(x.device):
-            _launch(_sums, shape.grid, (x, shape.ends, partial, *shape.numbers, *shape.blocks))
-            rows = (x, shape.ends, partial, saved, means, variances, means.stride(0), *shape.numbers, eps)
-            _launch(_statistics, shape.channel_grid, (*rows, shape.blocks[1]))
-            _launch(_normalize, shape.grid, (x, shape.ends, saved, weight, bias, out, *shape.numbers, *shape.blocks))
-        ctx.save_for_backward(x, weight, saved)
-        ctx.sizes = sizes
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, *rest: Any) -> Tensor:
+        means, variances, plan, eps, silu = rest
+        plan.launch(_statistics, (x, statistics, means, variances), (means.stride(0), eps))
+        out = _normalized(plan, statistics, weight, bias, silu, x)
+        ctx.save_for_backward(x, weight, bias, statistics)
+        ctx.plan, ctx.silu = plan, silu
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # cheaper than `once_differentiable`
+            raise RuntimeError("grouped BatchNorm cannot be differentiated twice")
+        x, weight, bias, statistics = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        shape = _shape(x.shape[1], x.shape[2] * x.shape[3], ctx.sizes, x.device)
-        partial = x.new_empty(2, len(ctx.sizes), shape.splits, shape.channels, dtype=torch.float32)
-        out = torch.empty_like(x)
-        with _on(x.device):
-            _launch(_gradient_sums, shape.grid, (x, grad, shape.ends, saved, partial, *shape.numbers, *shape.blocks))
-            sums = partial.sum(2)  # of grad, and of grad times the normalised value
-            _launch(
-                _gradient, shape.grid, (x, grad, shape.ends, saved, sums, weight, out, *shape.numbers, *shape.blocks)
-            )
-        of_bias, of_weight = sums.sum(1)
-        return out, of_weight.to(weight.dtype), of_bias.to(weight.dtype), None, None, None, None
+        out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        sums = torch.empty_like(statistics)
+        operands = x, grad, statistics, weight, bias, sums
+        ctx.plan.launch(_gradient_sums, operands, (ctx.silu,))
+        ctx.plan.launch(_gradient, (*operands, out, of_weight, of_bias), (ctx.silu,))
+        return out, of_weight, of_bias, None, None, None, None, None, None
 
 
-def _on(device: torch.device) -> Any:
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+def _normalized(plan: _Plan, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool, x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    plan.launch(_normalize, (x, statistics, weight, bias, out), (silu,))
+    return out
 
 
-_compiled: dict[Any, Any] = {}  # by kernel, device and all that Triton compiles another one for
 _HANDS_OUT_KERNELS = triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
 
 
-def _launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-    """Launch a kernel; from the second time on, past what Triton asks of the arguments each time.
-
-    That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. Numbers are part of the key as
-    they are, tensors by type and alignment: more than Triton looks at.
-    """
-    key = (kernel.fn, *[_kind(arg) if isinstance(arg, Tensor) else arg for arg in args])
-    known = _compiled.get(key)
-    if known is None:
-        found = kernel[grid](*args)
-        if _HANDS_OUT_KERNELS:
-            _compiled[key] = found
-        return
-    stream = torch.cuda.current_stream().cuda_stream
-    known.run(*grid, stream, known.function, known.packed_metadata, None, None, None, *args)
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.data_ptr() % 16 == 0, tensor.device
-
-
-class _Shape:
-    """How a tensor is cut up: channels × chunks of rows × groups. A row is all channels of a pixel."""
+class _Plan:
+    """How tensors of a shape are cut up: blocks of channels × chunks of rows × groups. A row is a pixel's channels."""
 
     def __init__(self, channels: int, pixels: int, sizes: tuple[int, ...], device: torch.device) -> None:
-        self.channels = channels
+        self._device = device
         channel_block = min(triton.next_power_of_2(channels), 64)
         row_block = _BLOCK // channel_block
         channel_blocks = triton.cdiv(channels, channel_block)
-        enough = triton.cdiv(_PROGRAMS, channel_blocks * len(sizes))
-        self.splits = max(1, min(enough, triton.cdiv(max(sizes) * pixels, row_block)))
-        self.ends = _ends(sizes, device)
-        self.numbers = (pixels, channels, len(sizes), self.splits)
-        self.grid = (channel_blocks, self.splits, len(sizes))
-        self.channel_grid = (channel_blocks, len(sizes), 1)
-        self.blocks = (row_block, channel_block)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        enough = triton.cdiv(_PROGRAMS * processors, channel_blocks * len(sizes))
+        splits = max(1, min(enough, triton.cdiv(max(sizes) * pixels, row_block)))
+        self._grid = (channel_blocks, splits, len(sizes))
+        self._numbers = (pixels, channels, len(sizes), splits, row_block, channel_block)
+        # Where each group ends, in images, after a zero. Kept, as copying it to the device waits for the device.
+        self._ends = torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
+        self._scratch: dict[int, tuple[tuple[Tensor, ...], list[int]]] = {}
+        self._compiled: dict[Any, Any] = {}
+
+    def launch(self, kernel: Any, tensors: tuple[Tensor, ...], more: tuple[Any, ...]) -> None:
+        """Launch a kernel; from the second time on, past what Triton asks of the arguments each time.
+
+        That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. What Triton compiles another
+        kernel for is the type of tensors, whether they are aligned, and whether a number is 1 or divisible by 16.
+        """
+        if torch.cuda.current_device() != self._device.index:
+            with torch.cuda.device(self._device):
+                return self.launch(kernel, tensors, more)
+        stream = _stream(self._device.index)
+        scratch, scratch_addresses = self._scratch.get(stream) or self._take_scratch(stream)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        aligned = not any(address & 15 for address in addresses)
+        key = kernel, tensors[0].dtype, more
+        if aligned and (known := self._compiled.get(key)) is not None:
+            known.run(
+                *self._grid, stream, known.function, known.packed_metadata, None, None, None,
+                *addresses, *scratch_addresses, *more, *self._numbers,
+            )  # fmt: skip
+            return None
+        found = kernel[self._grid](*tensors, *scratch, *more, *self._numbers, num_warps=_WARPS)
+        if _HANDS_OUT_KERNELS and aligned:
+            self._compiled[key] = found
+        return None
+
+    def _take_scratch(self, stream: int) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Memory for the sums of chunks, and for counting chunks that are done: zero between launches."""
+        groups, channels, splits = self._grid[2], self._numbers[1], self._grid[1]
+        tensors = (self._ends, *_scratch(self._device, stream, 2 * groups * splits * channels, groups * self._grid[0]))
+        self._scratch[stream] = tensors, [tensor.data_ptr() for tensor in tensors]
+        return self._scratch[stream]
 
 
-_shape = functools.lru_cache(maxsize=512)(_Shape)
+_plan = functools.lru_cache(maxsize=1024)(_Plan)
+_scratches: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
-@functools.lru_cache(maxsize=64)
-def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each group ends, in images, after a zero. Kept, as copying it to the device waits for the device."""
-    return torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
+def _scratch(device: torch.device, stream: int, sums: int, counters: int) -> tuple[Tensor, Tensor]:
+    """What launches on one stream share, as they run one after the other."""
+    known = _scratches.get((device, stream))
+    if known is None or known[0].numel() < sums or known[1].numel() < counters:
+        known = torch.empty(sums, device=device), torch.zeros(counters, dtype=torch.int32, device=device)
+        _scratches[device, stream] = known
+    return known
+
+
+def _stream(device: int) -> int:
+    if _HANDS_OUT_KERNELS:  # as Triton does, which is several times faster than making a stream object of it
+        return int(triton.runtime.driver.active.get_current_stream(device))
+    return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 if triton is not None:
@@ -190,9 +208,51 @@ if triton is not None:
         return first, count, start, tl.minimum(start + share, first + count)
 
     @triton.jit
-    def _sums(x, ends, partial, pixels, channels, groups, splits, row_block: tl.constexpr, channel_block: tl.constexpr):
-        """Sums of x and x² of a chunk, less the group's first row, so that a large mean cancels nothing."""
-        first, _, start, stop = _rows(ends, pixels, splits)
+    def _is_last(partial, counters, a, b, c, ok, channels, groups, splits):
+        """Leave two sums of this program's chunk; whether those of all other chunks of its group are there."""
+        group = tl.program_id(2)
+        at = (group * splits + tl.program_id(1)) * channels + c
+        tl.store(partial + at, a, mask=ok)
+        tl.store(partial + groups * splits * channels + at, b, mask=ok)
+        tl.debug_barrier()
+        counter = counters + group * tl.num_programs(0) + tl.program_id(0)
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == splits - 1
+        if last:
+            tl.store(counter, 0)
+        return last
+
+    @triton.jit
+    def _total(partial, c, ok, channels, splits, row_block: tl.constexpr, channel_block: tl.constexpr):
+        """Sum over the chunks of this program's group; other processors wrote them, so not from this one's cache."""
+        total = tl.zeros((row_block, channel_block), tl.float32)
+        for split in range(0, splits, row_block):
+            s = split + tl.arange(0, row_block)
+            place = (tl.program_id(2) * splits + s)[:, None] * channels + c[None, :]
+            inside = (s < splits)[:, None] & ok[None, :]
+            total += tl.load(partial + place, mask=inside, other=0.0, cache_modifier=".cg")
+        return tl.sum(total, 0)
+
+    @triton.jit
+    def _statistics(
+        x,
+        statistics,
+        means,
+        variances,
+        ends,
+        partial,
+        counters,
+        stride,
+        eps,
+        pixels,
+        channels,
+        groups,
+        splits,
+        row_block: tl.constexpr,
+        channel_block: tl.constexpr,
+    ):
+        """Sums of x and x², less the group's first row, so that a large mean cancels nothing; mean and variance."""
+        first, count, start, stop = _rows(ends, pixels, splits)
+        group = tl.program_id(2)
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
         ok = c < channels
         shift = tl.load(x + first * channels + c, mask=ok, other=0.0).to(tl.float32)
@@ -205,53 +265,27 @@ if triton is not None:
             value = tl.where(inside, value - shift[None, :], 0.0)
             total += value
             square += value * value
-        at = (tl.program_id(2) * splits + tl.program_id(1)) * channels + c
-        tl.store(partial + at, tl.sum(total, 0), mask=ok)
-        tl.store(partial + groups * splits * channels + at, tl.sum(square, 0), mask=ok)
-
-    @triton.jit
-    def _statistics(
-        x,
-        ends,
-        partial,
-        saved,
-        means,
-        variances,
-        stride,
-        pixels,
-        channels,
-        groups,
-        splits,
-        eps,
-        channel_block: tl.constexpr,
-    ):
-        group = tl.program_id(1)
-        c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
-        ok = c < channels
-        first = tl.load(ends + group).to(tl.int64) * pixels
-        count = (tl.load(ends + group + 1).to(tl.int64) * pixels - first).to(tl.float32)
-        total = tl.zeros((channel_block,), tl.float32)
-        square = tl.zeros((channel_block,), tl.float32)
-        for split in range(splits):
-            at = (group * splits + split) * channels + c
-            total += tl.load(partial + at, mask=ok, other=0.0)
-            square += tl.load(partial + groups * splits * channels + at, mask=ok, other=0.0)
-        off = total / count
-        variance = tl.maximum(square / count - off * off, 0.0)
-        mean = off + tl.load(x + first * channels + c, mask=ok, other=0.0).to(tl.float32)
-        tl.store(saved + group * channels + c, mean, mask=ok)
-        tl.store(saved + (groups + group) * channels + c, 1.0 / tl.sqrt(variance + eps), mask=ok)
-        tl.store(means + group * stride + c, mean, mask=ok)
-        tl.store(variances + group * stride + c, variance * (count / tl.maximum(count - 1.0, 1.0)), mask=ok)
+        if _is_last(partial, counters, tl.sum(total, 0), tl.sum(square, 0), c, ok, channels, groups, splits):
+            off = _total(partial, c, ok, channels, splits, row_block, channel_block) / count
+            squares = _total(partial + groups * splits * channels, c, ok, channels, splits, row_block, channel_block)
+            variance = tl.maximum(squares / count - off * off, 0.0)
+            tl.store(statistics + group * channels + c, off + shift, mask=ok)
+            tl.store(statistics + (groups + group) * channels + c, 1.0 / tl.sqrt(variance + eps), mask=ok)
+            unbiased = variance * (count.to(tl.float32) / tl.maximum(count - 1, 1).to(tl.float32))
+            tl.store(means + group * stride + c, off + shift, mask=ok)
+            tl.store(variances + group * stride + c, unbiased, mask=ok)
 
     @triton.jit
     def _normalize(
         x,
-        ends,
-        saved,
+        statistics,
         weight,
         bias,
         out,
+        ends,
+        partial,
+        counters,
+        silu: tl.constexpr,
         pixels,
         channels,
         groups,
@@ -263,24 +297,43 @@ if triton is not None:
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
         ok = c < channels
         at = tl.program_id(2) * channels + c
-        scale = tl.load(saved + groups * channels + at, mask=ok, other=0.0) * tl.load(weight + c, mask=ok, other=0.0)
+        mean = tl.load(statistics + at, mask=ok, other=0.0)
+        scale = tl.load(statistics + groups * channels + at, mask=ok, other=0.0)
+        scale *= tl.load(weight + c, mask=ok, other=0.0)
         shift = tl.load(bias + c, mask=ok, other=0.0)
-        mean = tl.load(saved + at, mask=ok, other=0.0)
         for row in range(start, stop, row_block):
             r = row + tl.arange(0, row_block)
             inside = (r < stop)[:, None] & ok[None, :]
             place = r[:, None] * channels + c[None, :]
             value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
             value = (value - mean[None, :]) * scale[None, :] + shift[None, :]
+            if silu:
+                value *= tl.sigmoid(value)
             tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _slope(x, grad, place, inside, mean, scale, factor, shift, silu: tl.constexpr):
+        """Gradient of the normalised and scaled value, and the value, normalised alone."""
+        slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+        value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
+        if silu:
+            scaled = value * factor[None, :] + shift[None, :]
+            sigmoid = tl.sigmoid(scaled)
+            slope *= sigmoid * (1.0 + scaled * (1.0 - sigmoid))
+        return slope, value
 
     @triton.jit
     def _gradient_sums(
         x,
         grad,
+        statistics,
+        weight,
+        bias,
+        sums,
         ends,
-        saved,
         partial,
+        counters,
+        silu: tl.constexpr,
         pixels,
         channels,
         groups,
@@ -288,35 +341,45 @@ if triton is not None:
         row_block: tl.constexpr,
         channel_block: tl.constexpr,
     ):
+        """Sums of the gradient, and of the gradient times the normalised value."""
         _, _, start, stop = _rows(ends, pixels, splits)
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
         ok = c < channels
         at = tl.program_id(2) * channels + c
-        mean = tl.load(saved + at, mask=ok, other=0.0)
-        scale = tl.load(saved + groups * channels + at, mask=ok, other=0.0)
+        mean = tl.load(statistics + at, mask=ok, other=0.0)
+        scale = tl.load(statistics + groups * channels + at, mask=ok, other=0.0)
+        factor = tl.load(weight + c, mask=ok, other=0.0)
+        shift = tl.load(bias + c, mask=ok, other=0.0)
         plain = tl.zeros((row_block, channel_block), tl.float32)
         times = tl.zeros((row_block, channel_block), tl.float32)
         for row in range(start, stop, row_block):
             r = row + tl.arange(0, row_block)
             inside = (r < stop)[:, None] & ok[None, :]
             place = r[:, None] * channels + c[None, :]
-            slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            slope, value = _slope(x, grad, place, inside, mean, scale, factor, shift, silu)
             plain += slope
-            times += slope * (value - mean[None, :]) * scale[None, :]
-        at = (tl.program_id(2) * splits + tl.program_id(1)) * channels + c
-        tl.store(partial + at, tl.sum(plain, 0), mask=ok)
-        tl.store(partial + groups * splits * channels + at, tl.sum(times, 0), mask=ok)
+            times += slope * value
+        if _is_last(partial, counters, tl.sum(plain, 0), tl.sum(times, 0), c, ok, channels, groups, splits):
+            second = partial + groups * splits * channels
+            tl.store(sums + at, _total(partial, c, ok, channels, splits, row_block, channel_block), mask=ok)
+            of_weight = _total(second, c, ok, channels, splits, row_block, channel_block)
+            tl.store(sums + groups * channels + at, of_weight, mask=ok)
 
     @triton.jit
     def _gradient(
         x,
         grad,
-        ends,
-        saved,
-        sums,
+        statistics,
         weight,
+        bias,
+        sums,
         out,
+        of_weight,
+        of_bias,
+        ends,
+        partial,
+        counters,
+        silu: tl.constexpr,
         pixels,
         channels,
         groups,
@@ -328,16 +391,24 @@ if triton is not None:
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
         ok = c < channels
         at = tl.program_id(2) * channels + c
-        mean = tl.load(saved + at, mask=ok, other=0.0)
-        scale = tl.load(saved + groups * channels + at, mask=ok, other=0.0)
-        of_bias = tl.load(sums + at, mask=ok, other=0.0) / count.to(tl.float32)
-        of_weight = tl.load(sums + groups * channels + at, mask=ok, other=0.0) / count.to(tl.float32)
-        factor = scale * tl.load(weight + c, mask=ok, other=0.0)
+        mean = tl.load(statistics + at, mask=ok, other=0.0)
+        scale = tl.load(statistics + groups * channels + at, mask=ok, other=0.0)
+        factor = tl.load(weight + c, mask=ok, other=0.0)
+        shift = tl.load(bias + c, mask=ok, other=0.0)
+        plain = tl.load(sums + at, mask=ok, other=0.0) / count
+        times = tl.load(sums + groups * channels + at, mask=ok, other=0.0) / count
         for row in range(start, stop, row_block):
             r = row + tl.arange(0, row_block)
             inside = (r < stop)[:, None] & ok[None, :]
             place = r[:, None] * channels + c[None, :]
-            slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-            value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
-            slope = (slope - of_bias[None, :] - value * of_weight[None, :]) * factor[None, :]
+            slope, value = _slope(x, grad, place, inside, mean, scale, factor, shift, silu)
+            slope = (slope - plain[None, :] - value * times[None, :]) * (scale * factor)[None, :]
             tl.store(out + place, slope.to(out.dtype.element_ty), mask=inside)
+        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):  # over all groups
+            plain = tl.zeros((channel_block,), tl.float32)
+            times = tl.zeros((channel_block,), tl.float32)
+            for group in range(groups):
+                plain += tl.load(sums + group * channels + c, mask=ok, other=0.0)
+                times += tl.load(sums + (groups + group) * channels + c, mask=ok, other=0.0)
+            tl.store(of_bias + c, plain.to(of_bias.dtype.element_ty), mask=ok)
+            tl.store(of_weight + c, times.to(of_weight.dtype.element_ty), mask=ok)

@@ -95,9 +95,9 @@ class Checkpointing:
         def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             return outputs.activate(function, x) if wanted() else function(x)
 
-        def normalized(out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        def normalized(layer: nn.Module, out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
             if wanted():
-                outputs.normalize(out, x, again)
+                outputs.normalize(layer, out, x, again)
 
         forwards: dict[nn.Module, Callable[..., Any]] = {
             module: partial(activate, module.forward)

@@ -12,9 +12,10 @@ add.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,30 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yolov12.mas import batchnorm_kernels
 from yolov12.mas.override import overridden
 
-__all__ = ["GroupedBatchNorm", "cut"]
+__all__ = ["GroupedBatchNorm", "Kernels", "cut"]
+
+Again = Callable[[Tensor], Tensor]
+"""Makes an output of a BatchNorm once more, from its input."""
+
+
+class Kernels(Protocol):
+    """That normalise several groups at once, and apply SiLU: `batchnorm_kernels`."""
+
+    def applies(self, x: Tensor) -> bool:
+        """See there."""
+
+    def batch_norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        sizes: Sequence[int],
+        eps: float,
+        silu: bool = False,
+    ) -> tuple[Tensor, Again]:
+        """See there."""
 
 
 def cut(images: int, group: int) -> tuple[int, ...]:
@@ -47,12 +71,30 @@ class GroupedBatchNorm:
     called more than once in a forward pass keeps the statistics of its last call; one that is not called in every
     micro-batch counts as if it had seen zeros there.
 
+    Args:
+        model: Has the layers.
+        activations: BatchNorm → activation that is applied to its output, which nothing else uses: both are done at
+            once, where there are kernels for it.
+        kernels: Those of CUDA.
+
     Raises:
         ValueError: A layer has `momentum=None` (a cumulative average) or no running statistics, or is of a class with a
             forward pass of its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        activations: Mapping[nn.Module, nn.Module] | None = None,
+        kernels: Kernels = batchnorm_kernels,
+    ) -> None:
+        self._kernels = kernels
+        self._activations = {
+            norm: activation
+            for norm, activation in (activations or {}).items()
+            if type(activation) is nn.SiLU and not norm._forward_hooks and not activation._forward_pre_hooks
+        }
+        self._activated: Tensor | None = None  # what a BatchNorm made that its activation need not touch
         self._all = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         for layer in self._all:
             if layer.momentum is None or not layer.track_running_stats:
@@ -69,8 +111,8 @@ class GroupedBatchNorm:
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
-        self.listener: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], None] | None = None
-        """Is told of every output: the output, the input, and what makes the one of the other once more."""
+        self.listener: Callable[[nn.Module, Tensor, Tensor, Again], None] | None = None
+        """Is told of every output: the layer, the output, the input, and what makes the one of the other."""
 
     def begin(self) -> None:
         """Start a batch: forget what the groups of the one before left."""
@@ -102,8 +144,15 @@ class GroupedBatchNorm:
                 rows[first : first + len(groups)].split(self._channels, 1) for rows in (self._means, self._variances)
             )
             self._blocks = list(zip(*both, strict=True))
-        with overridden(dict(zip(self._layers, self._forwards, strict=True))):
-            yield
+        forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
+        for activation in {*self._activations.values()}:
+            forwards[activation] = partial(self._activate, activation.forward)
+        try:
+            with overridden(forwards):
+                yield
+                self._check_activated()
+        finally:
+            self._activated = None
 
     def commit(self, groups: Sequence[int]) -> None:
         """Finish a batch: move the running statistics.
@@ -137,24 +186,37 @@ class GroupedBatchNorm:
         ]
 
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
+        self._check_activated()
         self._called.add(index)
         fold = len(x) // sum(self._groups)  # a layer may be given an image as several, one after the other
         sizes = [size * fold for size in self._groups]
-        views = self._views[self._first : self._first + len(sizes)]
-        statistics = [(means[index], variances[index]) for means, variances in views]
-        if len(sizes) == 1:
-            out = _normalize(x, layer, *statistics[0])
-        elif layer.affine and batchnorm_kernels.applies(x):
-            means_of, variances_of = self._blocks[index]
-            out = batchnorm_kernels.grouped_batch_norm(
-                x, layer.weight, layer.bias, means_of, variances_of, sizes, layer.eps
-            )
+        fused = layer in self._activations
+        again: Again
+        if (fused or len(sizes) > 1) and layer.affine and self._kernels.applies(x):
+            means, variances = self._blocks[index]
+            weight, bias = layer.weight, layer.bias
+            out, again = self._kernels.batch_norm(x, weight, bias, means, variances, sizes, layer.eps, fused)
+            self._activated = out if fused else None
         else:
+            views = self._views[self._first : self._first + len(sizes)]
+            statistics = [(means[index], variances[index]) for means, variances in views]
             parts = zip(x.split(sizes), statistics, strict=True)
-            out = torch.cat([_normalize(part, layer, mean, variance) for part, (mean, variance) in parts])
+            outs = [_normalize(part, layer, mean, variance) for part, (mean, variance) in parts]
+            out = outs[0] if len(outs) == 1 else torch.cat(outs)
+            again = partial(_normalize_again, layer, sizes, statistics)
         if self.listener is not None:
-            self.listener(out, x, partial(_normalize_again, layer, sizes, statistics))
+            self.listener(layer, out, x, again)
         return out
+
+    def _activate(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if x is self._activated:
+            self._activated = None
+            return x
+        return forward(x)
+
+    def _check_activated(self) -> None:
+        if self._activated is not None:
+            raise RuntimeError("an activation was not applied to the output of the BatchNorm that it is said to follow")
 
 
 def _normalize_again(

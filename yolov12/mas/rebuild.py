@@ -110,7 +110,7 @@ class Outputs:
             self.add(out, lambda: function(source.get(hold=True)))
         return out
 
-    def normalize(self, out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-        """Remember what a BatchNorm made of `x`."""
+    def normalize(self, layer: nn.Module, out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        """Remember what a BatchNorm made of `x`, be it with its activation."""
         source: Any = self.keep(x)
         self.add(out, lambda: again(source()))

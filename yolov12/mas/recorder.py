@@ -341,9 +341,9 @@ class _Recorded(Outputs):
         self._recorder = recorder
         self.made: dict[int, tuple[tuple[str, ...], Any, Tensor]] = {}
 
-    def normalize(self, out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
-        self._recorder.called_norm(again.args[0])  # type: ignore[attr-defined]
-        super().normalize(out, x, again)
+    def normalize(self, layer: nn.Module, out: Tensor, x: Tensor, again: Callable[[Tensor], Tensor]) -> None:
+        self._recorder.called_norm(layer)
+        super().normalize(layer, out, x, again)
 
     def add(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         super().add(tensor, again)

@@ -83,6 +83,7 @@ class Step:
         meter: Of that device.
         backward: Differentiates a scalar; scales it first if half precision needs that.
         layers: Those that plans may name; see `checkpointing`.
+        activations: See `normalize.GroupedBatchNorm`.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class Step:
         meter: Meter,
         backward: Callable[[Tensor], None],
         layers: Mapping[str, nn.Module] | None = None,
+        activations: Mapping[nn.Module, nn.Module] | None = None,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._device = next(model.parameters()).device
-        self._norms = GroupedBatchNorm(model)
+        self._norms = GroupedBatchNorm(model, activations)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """What a planner's level stands for."""

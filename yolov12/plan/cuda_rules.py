@@ -1,4 +1,4 @@
-"""What CUDA does otherwise than the CPU, for tensors that are on neither: autocast's dtypes, and attention.
+"""What CUDA does otherwise than the CPU, for tensors that are on neither: autocast's dtypes, attention, BatchNorm.
 
 PyTorch's autocast acts by device, and fake CUDA tensors need a driver. So a forward pass here runs on fake CPU tensors,
 and this mode casts what autocast would cast on a GPU:
@@ -8,7 +8,7 @@ bfloat16 stands for float16 too: it has the same size, and the CPU computes with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from yolov12.mas.trace import rounded
 
-__all__ = ["HALF", "CudaRules", "cuda_rules"]
+__all__ = ["HALF", "CudaRules", "FusedBatchNorm", "cuda_rules"]
 
 HALF = torch.bfloat16
 
@@ -144,3 +144,44 @@ class _FusedAttention(torch.autograd.Function):
         gradients = tuple(torch.empty_like(each) for each in (q, k, v))
         del sums
         return gradients
+
+
+class FusedBatchNorm:
+    """The bytes of the engine's own kernels, not their values: `normalize.Kernels`."""
+
+    @staticmethod
+    def applies(x: Tensor) -> bool:
+        """As there."""
+        return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def batch_norm(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        sizes: Sequence[int],
+        eps: float,
+        silu: bool = False,
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """As there."""
+        statistics = torch.empty(2, len(sizes), x.shape[1])
+        out: Tensor = _FusedBatchNorm.apply(x, weight, bias, statistics)  # type: ignore[no-untyped-call]
+        return out, torch.empty_like
+
+
+class _FusedBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, statistics)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight, bias, statistics = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        sums = torch.empty_like(statistics)
+        gradients = tuple(torch.empty_like(each) for each in (x, weight, bias))
+        del sums
+        return *gradients, None

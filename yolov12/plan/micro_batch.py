@@ -21,8 +21,9 @@ from yolov12.mas.reading import ClockStopwatch
 from yolov12.mas.rebuild import ACTIVATIONS
 from yolov12.mas.recorder import Recorder, WholePasses
 from yolov12.mas.trace import ByteTrace
+from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
-from yolov12.plan.cuda_rules import cuda_rules
+from yolov12.plan.cuda_rules import FusedBatchNorm, cuda_rules
 from yolov12.plan.loss import Line, loss_bytes, through
 from yolov12.plan.network import Network
 from yolov12.plan.roofline import Roofline, Times
@@ -61,7 +62,7 @@ class MicroBatch:
     ) -> None:
         self._network, self._imgsz, self._amp = network, imgsz, amp
         self._layers = candidates(network.model, layer_names(network.model), disabled)
-        self._norms = GroupedBatchNorm(network.model)
+        self._norms = GroupedBatchNorm(network.model, activations(network.model), FusedBatchNorm())
         self._checkpointing = Checkpointing(network.model, self._layers, self._norms)
         self._loss_bytes = loss_bytes(network, imgsz, boxes, amp)
         self._traces: dict[tuple[Plan, int], tuple[int, int]] = {}

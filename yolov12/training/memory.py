@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from yolov12.mas import Config, Engine, Journal
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.update import Undo, copy_on_host
+from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.training.detection import DetectionTask
 
@@ -56,6 +57,7 @@ def attach(trainer: Any) -> None:
         journal=Journal(trainer.save_dir, resume=bool(trainer.resume)),
         backward=lambda loss: trainer.scaler.scale(loss).backward(),
         layers=layer_names(model),
+        activations=activations(model),
         cache=USER_CONFIG_DIR / "yolov12-plans",
         ways_out=lambda share: _ways_out(trainer, share),
         log=LOGGER.info,

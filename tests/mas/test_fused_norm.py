@@ -1,0 +1,163 @@
+"""BatchNorm and its activation in one operation, with kernels written in PyTorch: they run anywhere."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+
+from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
+from yolov12.mas.normalize import GroupedBatchNorm
+from yolov12.mas.trace import ByteTrace
+from yolov12.models.activations import activations
+from yolov12.models.layer_names import layer_names
+
+
+class Kernels:
+    """Keeps the input alone, as those of CUDA do."""
+
+    def __init__(self):
+        self.calls = []
+
+    def applies(self, x):
+        return x.ndim == 4
+
+    def batch_norm(self, x, weight, bias, means, variances, sizes, eps, silu=False):
+        self.calls.append((tuple(sizes), silu))
+
+        def again(x):
+            out = torch.cat([F.batch_norm(part, None, None, weight, bias, True, 0.0, eps) for part in x.split(sizes)])
+            return F.silu(out) if silu else out
+
+        for part, mean, variance in zip(x.detach().split(sizes), means, variances, strict=True):
+            mean.data.copy_(part.mean((0, 2, 3)))  # unseen by autograd, as from a kernel
+            variance.data.copy_(part.var((0, 2, 3)))
+        return Fused.apply(x, weight, bias, again), again
+
+
+class Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, again):
+        ctx.save_for_backward(x, weight, bias)
+        ctx.again = again
+        return again(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return *torch.autograd.grad(ctx.again(x), (x, weight, bias), grad), None
+
+
+SHARED = nn.SiLU()  # as Ultralytics' layers share theirs
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.act = SHARED
+        self.plain = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        return x + self.act(self.plain(self.act(self.bn(self.conv(x)))))
+
+
+class Bench:
+    def __init__(self, fused, blocks=2, channels=4):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(*[Block(channels) for _ in range(blocks)]).double().train()
+        self.kernels = Kernels()
+        pairs = {block.bn: block.act for block in self.model} if fused else None
+        self.norms = GroupedBatchNorm(self.model, pairs, self.kernels)
+        self.layers = dict(self.model.named_children())
+        self.checkpointing = Checkpointing(self.model, self.layers, self.norms)
+
+    def run(self, plan=KEEP_ALL, groups=(2, 2)):
+        x = torch.randn(sum(groups), 4, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        self.norms.begin()
+        gc.collect()
+        with ByteTrace() as trace, self.norms.within(groups, 0):
+            start = trace.mark()
+            with self.checkpointing.within(plan):
+                loss = self.model(x).square().mean()
+            kept_bytes = trace.mark() - start
+            loss.backward()
+        self.norms.commit(groups)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in self.model.parameters()])
+        return gradient, dict(self.model.named_buffers()), kept_bytes
+
+
+PLANS = [KEEP_ALL, Plan((("0", REBUILD), ("1", REBUILD))), Plan((("0", RECOMPUTE), ("1", REBUILD)))]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("groups", [(4,), (2, 2), (1, 3)], ids=str)
+def test_gradients_and_statistics_are_those_of_two_operations(plan, groups):
+    fused, apart = Bench(fused=True), Bench(fused=False)
+    (gradient, buffers, _), (wanted, others, _) = fused.run(plan, groups), apart.run(KEEP_ALL, groups)
+    assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
+    for name, buffer in others.items():
+        torch.testing.assert_close(buffers[name], buffer, rtol=1e-12, atol=1e-12)
+    assert (groups, True) in fused.kernels.calls
+    assert (groups, True) not in apart.kernels.calls
+
+
+def test_less_is_kept():
+    one = 4 * 4 * 8 * 8 * 8
+    apart, fused = Bench(fused=False).run(groups=(4,))[2], Bench(fused=True).run(groups=(4,))[2]
+    assert fused == pytest.approx(apart - 2 * one, abs=one / 2)  # the output of BatchNorm, in two blocks
+    rebuilt = Bench(fused=True).run(PLANS[1], groups=(4,))[2]
+    assert rebuilt == pytest.approx(fused - 4 * one, abs=one / 2)  # and what SiLU makes of it; what other ones make
+
+
+def test_an_activation_that_is_not_applied_is_an_error():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    for pair in (1, 3):
+        norms = GroupedBatchNorm(model, {model[pair]: nn.SiLU()}, Kernels())
+        norms.begin()
+        with pytest.raises(RuntimeError, match="was not applied"), norms.within((2,), 0):
+            model(torch.randn(2, 4, 4, 4))
+        with norms.within((2,), 0), pytest.raises(ZeroDivisionError):
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("other", [nn.ReLU(), nn.SiLU()])
+def test_other_activations_and_those_that_hooks_watch_are_left_alone(other):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), other)
+    seen = []
+    if isinstance(other, nn.SiLU):
+        model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    kernels = Kernels()
+    norms = GroupedBatchNorm(model, {model[1]: other}, kernels)
+    norms.begin()
+    with norms.within((2,), 0):
+        model(torch.randn(2, 4, 4, 4))
+    assert not kernels.calls
+    assert all(float(output.min()) < -0.5 for output in seen)  # not yet activated
+
+
+@pytest.mark.parametrize("cfg", ["yolov12n.yaml", "yolo12n.yaml", "yolo11n.yaml"])
+def test_layers_of_ultralytics(cfg):
+    torch.manual_seed(0)
+    model = DetectionModel(cfg, verbose=False).double().train()
+    pairs = activations(model)
+    assert len(pairs) == sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    found = []
+    for kernels in (Kernels(), None):
+        norms = GroupedBatchNorm(model, pairs, kernels) if kernels else GroupedBatchNorm(model)
+        model.zero_grad()
+        norms.begin()
+        plan = Plan(tuple((name, REBUILD) for name in layer_names(model)) if kernels else ())
+        with norms.within((2,), 0):
+            with Checkpointing(model, layer_names(model), norms).within(plan):
+                predictions = model(x)
+            (predictions["boxes"].square().mean() + predictions["scores"].square().mean()).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        fused = sum(silu for _, silu in kernels.calls) if kernels else 0
+        assert fused == sum(type(activation) is nn.SiLU for activation in pairs.values()) * bool(kernels)
+    assert (found[0] - found[1]).norm() <= 1e-9 * found[1].norm()
