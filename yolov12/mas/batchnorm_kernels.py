@@ -146,7 +146,7 @@ class _Plan:
         """Launch a kernel; from the second time on, past what Triton asks of the arguments each time.
 
         That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. What Triton compiles another
-        kernel for is the type of tensors, whether they are aligned, and whether a number is 1 or divisible by 16.
+        kernel for is the type of tensors, whether they are aligned, and whether channels are 1 or divisible by 16.
         """
         if torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):
@@ -195,7 +195,9 @@ def _stream(device: int) -> int:
 
 
 if triton is not None:
-    # In all kernels x, grad and out are (images * pixels, channels); ends is (groups + 1); the others as above.
+    # In all kernels x, grad and out are (images * pixels, channels); ends is (groups + 1); the others as above. What
+    # is compiled serves all numbers of images: of all numbers, only channels help it to read several values at once.
+    _jit = triton.jit(do_not_specialize=["pixels", "groups", "splits", "stride"])
 
     @triton.jit
     def _rows(ends, pixels, splits):
@@ -232,7 +234,7 @@ if triton is not None:
             total += tl.load(partial + place, mask=inside, other=0.0, cache_modifier=".cg")
         return tl.sum(total, 0)
 
-    @triton.jit
+    @_jit
     def _statistics(
         x,
         statistics,
@@ -275,7 +277,7 @@ if triton is not None:
             tl.store(means + group * stride + c, off + shift, mask=ok)
             tl.store(variances + group * stride + c, unbiased, mask=ok)
 
-    @triton.jit
+    @_jit
     def _normalize(
         x,
         statistics,
@@ -322,7 +324,7 @@ if triton is not None:
             slope *= sigmoid * (1.0 + scaled * (1.0 - sigmoid))
         return slope, value
 
-    @triton.jit
+    @_jit
     def _gradient_sums(
         x,
         grad,
@@ -365,7 +367,7 @@ if triton is not None:
             of_weight = _total(second, c, ok, channels, splits, row_block, channel_block)
             tl.store(sums + groups * channels + at, of_weight, mask=ok)
 
-    @triton.jit
+    @_jit
     def _gradient(
         x,
         grad,

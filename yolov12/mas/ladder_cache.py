@@ -16,7 +16,7 @@ from yolov12.mas.task import Workload
 
 __all__ = ["LadderCache"]
 
-_FORMAT = 1  # and of the profiles behind it: a higher one makes all anew
+_FORMAT = 2  # and of the profiles behind it: a higher one makes all anew
 
 
 class LadderCache:
@@ -50,7 +50,7 @@ class LadderCache:
         return self._folder / f"{key}.json"
 
     @staticmethod
-    def key(model: nn.Module, layers: list[str], work: Workload, device: str) -> str:
+    def key(model: nn.Module, layers: list[str], work: Workload, device: str, fused: int = 0) -> str:
         """Of a model as it is configured, on images of a size, on a device, under these versions and settings.
 
         Args:
@@ -58,9 +58,10 @@ class LadderCache:
             layers: That plans may name.
             work: Any batch.
             device: Its name.
+            fused: BatchNorms that are one operation with their activation.
         """
         settings = torch.__version__, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
         trained = [(name, part.requires_grad, str(part.dtype)) for name, part in model.named_parameters()]
         modes = [module.training for module in model.modules()]
-        told = f"{_FORMAT}\n{trained}\n{modes}\n{model}\n{layers}\n{work.height}x{work.width}\n{device}\n{settings}"
-        return hashlib.sha256(told.encode()).hexdigest()[:24]
+        told = [_FORMAT, trained, modes, model, layers, work.height, work.width, device, settings, fused]
+        return hashlib.sha256("\n".join(map(str, told)).encode()).hexdigest()[:24]

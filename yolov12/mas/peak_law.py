@@ -71,16 +71,19 @@ class PeakLaw:
         Args:
             size: Of the micro-batch.
             boxes: Of the image that has most.
-            share: Of another plan, relative to this one: what activations are multiplied by. Tables are not, and where
-                they are what counts, nothing tells how much lower they lie under a plan that keeps less.
+            share: Of another plan, relative to this one: what activations are multiplied by. Tables are not. Under a
+                plan that keeps less they count from fewer boxes on, at worst from the first.
             bytes_per_box: For more boxes than were seen, what other plans have found: tables are the same in all.
         """
         fixed, pixels, tables = _terms(size, min(boxes, self._most_boxes), self._kink)
         c0, c1, c2 = self._line
-        beyond = max(boxes - self._most_boxes, 0) / 1e2 * pixels * max(c2, bytes_per_box)
-        scaled = share if share > 1.0 or tables + beyond == 0 else 1.0
+        per_box = pixels * max(c2, bytes_per_box) / 1e2
+        beyond = max(boxes - self._most_boxes, 0) * per_box
+        rising = c1 * pixels * max(share, 1.0) + c2 * tables + beyond
+        if share < 1.0:
+            rising = min(rising, c1 * pixels * share + boxes * per_box)
         off = self._off.get(size, 0.0)
-        return c0 * fixed + c1 * pixels * scaled + c2 * tables + beyond + (off if share == 1.0 else max(off, 0.0))
+        return c0 * fixed + rising + (off if share == 1.0 else max(off, 0.0))
 
     def observe(self, size: Size, boxes: int, needed_bytes: int) -> None:
         """Learn what a micro-batch needed above what was live before it."""
