@@ -1,0 +1,93 @@
+"""The kernels of BatchNorm compile for cards that are not here, with the Triton that is: old ones, new ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Triton 2 loads a launcher, which is linked to the driver, when it has compiled a kernel.
+DRIVER = """cuLaunchKernel cuLaunchKernelEx cuGetErrorString cuPointerGetAttribute cuCtxGetCurrent cuCtxSetCurrent
+    cuDeviceGet cuDevicePrimaryCtxRetain"""
+
+SCRIPT = """
+import json, sys
+import triton
+from triton.compiler import ASTSource
+from yolov12.mas import batchnorm_kernels as kernels
+
+TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", **dict.fromkeys(("x", "grad", "out"), "*fp16")}
+NUMBERS = ("pixels", "channels", "groups", "splits", "stride")
+CONSTANTS = {"silu": True, "row_block": 64, "channel_block": 64}
+
+def ptx(kernel, capability):
+    names = list(kernel.arg_names)
+    types = {name: TYPES.get(name, "i32" if name in NUMBERS else "*fp32") for name in names if name not in CONSTANTS}
+    aligned = [i for i, name in enumerate(names) if name == "channels" or types.get(name, "").startswith("*")]
+    constants = {names.index(name): value for name, value in CONSTANTS.items() if name in names}
+    if triton.__version__ < "3":
+        from triton.compiler import AttrsDescriptor
+        from triton.runtime.driver import UnsupportedDriver
+        UnsupportedDriver.binary_ext = "cubin"
+        source = ASTSource(kernel, {names.index(name): kind for name, kind in types.items()}, constants,
+                           AttrsDescriptor(divisible_by_16=aligned, equal_to_1=[]))
+        target = "cuda", capability
+    else:
+        from triton.backends.compiler import GPUTarget
+        source = ASTSource(kernel, {name: types.get(name, "constexpr") for name in names},
+                           {(i,): value for i, value in constants.items()},
+                           {(i,): [["tt.divisibility", 16]] for i in aligned})
+        target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 8})
+    assert compiled.asm["cubin"]
+    return compiled.asm["ptx"]
+
+names = "_statistics", "_normalize", "_gradient_sums", "_gradient"
+json.dump({name: ptx(getattr(kernels, name), int(sys.argv[1])) for name in names}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("Triton needs a C compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    code = "".join(f"int {name}(void) {{ return 0; }}" for name in DRIVER.split())
+    (folder / "driver.c").write_text(code)
+    library = folder / "libcuda.so.1"
+    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "driver.c"]
+    subprocess.run(command, check=True)
+    (folder / "libcuda.so").symlink_to(library.name)
+    return folder
+
+
+@pytest.mark.parametrize("capability", [75, 80, 90])
+def test_kernels_compile(driver, capability, tmp_path):
+    environment = {
+        **os.environ, "LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver),
+        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2]),
+    }  # fmt: skip
+    command = [sys.executable, "-c", SCRIPT, str(capability)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    ptx = json.loads(run.stdout)
+    for name, code in ptx.items():
+        lines = code.splitlines()
+        assert any("ld.global.v4" in line for line in lines), name  # 16 bytes at once
+        atomics = [index for index, line in enumerate(lines) if "atom.global.gpu.acq_rel" in line]
+        if name not in ("_statistics", "_gradient_sums"):
+            assert not atomics
+            continue
+        # Sums are stored, all threads have come so far, the chunk is counted; then sums of others, past the cache.
+        (counted,) = atomics
+        stored = [index for index, line in enumerate(lines) if "st.global" in line and index < counted]
+        assert any("bar.sync" in line for line in lines[stored[-1] : counted])
+        read = [index for index, line in enumerate(lines) if "ld.global.cg" in line]
+        assert read
+        assert min(read) > counted
