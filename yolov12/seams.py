@@ -189,6 +189,26 @@ def _remember_what_was_learned(resume_training: Callable[..., None]) -> Callable
     return wrapper
 
 
+def _validate_in_slices(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapper(self: Any, trainer: Any = None, model: Any = None, **kwargs: Any) -> Any:
+        from yolov12.training import validation
+
+        return validation.validate(call, self, trainer, model, **kwargs)
+
+    return wrapper
+
+
+def _predict_in_slices(inference: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(inference)
+    def wrapper(self: Any, im: Any, *args: Any, **kwargs: Any) -> Any:
+        from yolov12.training import validation
+
+        return validation.predict(inference, self, im, *args, **kwargs)
+
+    return wrapper
+
+
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
     "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
@@ -211,6 +231,8 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
         "BaseTrainer.resume_training": _remember_what_was_learned,
         "BaseTrainer._setup_train": _attach_engine,
     },
+    "ultralytics.engine.validator": {"BaseValidator.__call__": _validate_in_slices},
+    "ultralytics.engine.predictor": {"BasePredictor.inference": _predict_in_slices},
     "ultralytics.engine.model": {"Model.train": _prepare_training},
 }
 

@@ -48,9 +48,10 @@ class Total:
             self._guess = torch.exp2(torch.log2(expected).round())
         return loss.value.sum() * (normaliser.clamp(min=self._floor) / self._guess)
 
-    def add(self, loss: Loss, new: gradients.Gradients) -> None:
-        """Take in a part that is done."""
-        self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
+    def add(self, loss: Loss, new: gradients.Gradients | None = None) -> None:
+        """Take in a part that is done, with its gradients if it has any."""
+        if new is not None:
+            self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
         items = {name: item.detach() for name, item in loss.items.items()}
         self._parts.append((self._as_tensor(loss), loss.value.detach(), items))
 

@@ -82,15 +82,25 @@ class DetectionTask:
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """See `mas.Task`."""
         images = len(part["img"])
-        criterion: Any = model.criterion
         with self._same_draw():
             part = self._preprocess(part)
+        return self.measured(model, images, lambda: model(part))
+
+    def measured(self, model: nn.Module, images: int, run: Callable[[], Any]) -> Loss:
+        """Run the model's loss on a part and see what it is divided by.
+
+        Args:
+            model: Its criterion is the one that runs.
+            images: In the part.
+            run: Returns the loss and its items.
+        """
+        criterion: Any = model.criterion
         if self.exact:
             with _target_scores(criterion.assigner) as sums:
-                loss, items = model(part)
+                loss, items = run()
             normaliser: Tensor | float = sums[0]
         else:
-            (loss, items), normaliser = model(part), float(images)
+            (loss, items), normaliser = run(), float(images)
         # The loss is times the images it is of; make it times those of the batch.
         return Loss(loss if images == self._images else loss * (self._images / images), normaliser, items)
 

@@ -1,0 +1,83 @@
+"""Batches without gradients, in slices, on an invented card."""
+
+import pytest
+import torch
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas import Config
+from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.slices import Slices
+
+MIB = 2**20
+IMAGE = 10 * MIB
+
+
+class Card:
+    def __init__(self, room=40, others=(0,), live=0, **config):
+        self.meter = ReplayMeter(room * IMAGE, [int(images * IMAGE) for images in others], live)
+        self.slices = Slices(Config(**config), self.meter)
+        self.ran = []
+        self.fail = lambda images: False
+
+    def work(self, start, stop):
+        if self.fail(stop - start):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        self.meter.use((stop - start) * IMAGE)
+        self.ran.append(stop - start)
+        return list(range(start, stop))
+
+    def run(self, images):
+        self.ran.clear()
+        found = self.slices.run(images, 64, 64, self.work)
+        assert [index for each in found for index in each] == list(range(images))
+        return list(self.ran)
+
+
+def test_grows_to_what_fits_and_stays_inside_the_budget():
+    card = Card(room=40)
+    assert card.run(64) == [8, 28, 28]  # 36 images are the budget, 5 % of them a margin
+    assert card.run(64) == [32, 32]
+    assert card.run(20) == [20]
+    assert card.slices.failures == 0
+
+
+def test_shrinks_when_others_come_and_grows_back():
+    card = Card(room=40, others=[0, 20, 0])
+    card.run(32)
+    card.meter.advance()
+    assert max(card.run(32)) <= 15
+    card.meter.advance()
+    assert card.run(32) == [32]
+    assert card.slices.failures == 0
+
+
+def test_a_failed_allocation_is_done_again_with_half():
+    card = Card(room=100)
+    card.run(32)
+    card.fail = lambda images: images > 10
+    assert card.run(32) == [8, 8, 8, 8]
+    assert card.slices.failures == 2
+    card.fail = lambda images: False
+    later = [card.run(32) for _ in range(40)][-1]  # it may have been a false alarm
+    assert later == [32]
+
+
+def test_a_size_that_is_wanted():
+    card = Card(room=100, micro_batch=7)
+    assert card.run(16) == [7, 7, 2]
+    card.fail = lambda images: images > 4
+    assert max(card.run(16)) <= 4
+
+
+def test_not_even_one_image():
+    card = Card(room=100, limit=50 * IMAGE)
+    card.fail = lambda images: True
+    with pytest.raises(DoesNotFitError, match=r"one image needs .* Ways out: a mem_limit above .*; or smaller images"):
+        card.run(16)
+
+
+def test_other_errors_pass():
+    card = Card()
+    card.fail = lambda images: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        card.run(4)

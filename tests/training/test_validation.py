@@ -1,0 +1,183 @@
+"""Validation and prediction in slices: the same numbers, whatever their size and whatever fails."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolov12.errors import DoesNotFitError
+
+
+@pytest.fixture(scope="module")
+def data(trainings, tmp_path_factory):
+    """40 images of one object that nearly fills them, which a young model finds."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    file = trainings.draw_data(folder, "detect", [(128, 128)] * 5)
+    for index in range(40):
+        size = f"{0.8 + index / 200} {1.0 - index / 200}"
+        (folder / "labels" / f"{index}.txt").write_text(f"{index % 2} 0.5 0.5 {size}")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(trainings, tmp_path_factory, data):
+    """A training."""
+    folder = tmp_path_factory.mktemp("run")
+    return trainings.train(folder, "yolov8n.yaml", data=data, optimizer="AdamW", lr0=2e-3, epochs=8, batch=8, val=False)
+
+
+@pytest.fixture(scope="module")
+def weights(run):
+    """As sure of what it finds as an old model is: a box of 15 cells, as a young one draws it, of 8 pixels each."""
+    file = run.folder / "weights" / "sure.pt"
+    checkpoint = torch.load(run.folder / "weights" / "last.pt", weights_only=False)
+    checkpoint["model"].model[-1].cv3[0][-1].bias.data += 6
+    torch.save(checkpoint, file)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def same_arithmetic():
+    """oneDNN and NNPACK round convolutions of other numbers of images otherwise; PyTorch's own do not."""
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """Images of every forward pass of the model in evaluation."""
+    from ultralytics.nn.tasks import BaseModel
+
+    seen, forward = [], BaseModel.forward
+
+    def look(self, x, *args, **kwargs):
+        if not self.training and isinstance(x, torch.Tensor):
+            seen.append(len(x))
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(BaseModel, "forward", look)
+    return seen
+
+
+def validate(weights, data, folder, **settings):
+    model = YOLO(weights)
+    options = {
+        "data": data,
+        "imgsz": 128,
+        "channels_last": False,
+        "batch": 32,
+        "device": "cpu",
+        "plots": False,
+        "save_json": True,
+        "conf": 0.001,
+    }
+    metrics = model.val(project=folder, **options, **settings)
+    predictions = json.loads((metrics.save_dir / "predictions.json").read_text())
+    return metrics, predictions
+
+
+def test_slices_give_the_same_metrics_and_predictions(weights, data, tmp_path, sizes):
+    stock, wanted = validate(weights, data, tmp_path, mas=False)
+    assert len(wanted) > 100
+    assert stock.box.map50 > 0
+    stock_sizes = {size for size in sizes if size > 1}
+    for size in (1, 7, 64, None):
+        sizes.clear()
+        metrics, predictions = validate(weights, data, tmp_path, micro_batch=size)
+        assert predictions == wanted
+        assert metrics.results_dict == stock.results_dict
+        assert np.array_equal(metrics.confusion_matrix.matrix, stock.confusion_matrix.matrix)
+        if size:
+            assert max(sizes) == min(size, max(stock_sizes))
+        assert all(value >= 0 for value in metrics.speed.values())
+
+
+def test_failed_allocations_change_no_number(weights, data, tmp_path, monkeypatch):
+    from ultralytics.nn.tasks import BaseModel
+
+    _, wanted = validate(weights, data, tmp_path, mas=False)
+    forward, failed = BaseModel.forward, []
+
+    def fail(self, x, *args, **kwargs):
+        if isinstance(x, torch.Tensor) and len(x) > 5:
+            failed.append(len(x))
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(BaseModel, "forward", fail)
+    assert validate(weights, data, tmp_path)[1] == wanted
+    assert failed
+
+    def always(self, x, *args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    model = YOLO(weights)
+    model.model.fuse()
+    monkeypatch.setattr(
+        BaseModel,
+        "forward",
+        lambda self, x, *a, **k: forward(self, x) if len(x) == 1 and not failed else always(self, x),
+    )
+    with pytest.raises(DoesNotFitError, match="Ways out"):
+        model.val(data=data, imgsz=128, batch=32, device="cpu", plots=False, project=tmp_path)
+
+
+def test_validation_in_a_training_gives_the_losses_of_whole_batches(run, sizes):
+    trainer = run.trainer
+    validator = trainer.get_validator()
+    validator.args.plots = False
+    found = {}
+    for name, settings in {"whole": {"mas": False}, "ones": {"micro_batch": 1}, "sevens": {"micro_batch": 7}}.items():
+        vars(validator).pop("_yolov12_slices", None)
+        vars(validator.args).update({"mas": True, "micro_batch": None, **settings})
+        sizes.clear()
+        found[name] = validator(trainer)
+        assert max(sizes) == {"whole": 16, "ones": 1, "sevens": 7}[name]
+    assert found["whole"]["val/box_loss"] > 0
+    for name in ("ones", "sevens"):
+        assert found[name] == pytest.approx(found["whole"], abs=1.1e-5)  # they are rounded to five places
+    model = trainer.ema.ema
+    assert not {"forward", "loss"} & vars(model).keys()
+    assert not {"preprocess", "postprocess", "init_metrics", "finalize_metrics"} & vars(validator).keys()
+
+
+def test_a_training_validates_in_slices(trainings, data, tmp_path, sizes):
+    run = trainings.train(tmp_path, data=data, batch=16, epochs=1, **trainings.SPLIT)
+    assert max(size for size in sizes if size) == 2
+    assert run.results[-1]["val/box_loss"] > 0
+    assert run.trainer.validator.args.batch == 16
+    assert unwrap_model(run.trainer.model).training is not None
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_prediction_of_a_list(weights, sizes, size):
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 255, (128, 128, 3), dtype=np.uint8) for _ in range(10)]
+    model = YOLO(weights)
+    options = {"imgsz": 128, "conf": 0.001, "device": "cpu", "channels_last": False, "verbose": False}
+    wanted = model.predict(images, batch=10, mas=False, **options)
+    sizes.clear()
+    found = YOLO(weights).predict(images, batch=10, micro_batch=size, **options)
+    assert len(found) == len(wanted) == 10
+    for ours, stock in zip(found, wanted, strict=True):
+        assert torch.equal(ours.boxes.data, stock.boxes.data)
+    assert max(sizes) == (size or 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cfg"), [("segment", "yolo11n-seg"), ("pose", "yolo11n-pose"), ("obb", "yolo11n-obb")]
+)
+def test_other_tasks(trainings, tmp_path, kind, cfg, sizes):
+    data = trainings.draw_data(tmp_path / "data", kind, [(64, 64), (64, 96)])
+    run = trainings.train(tmp_path, f"{cfg}.yaml", data=data, epochs=1, batch=8, val=False)
+    results = []
+    for settings in ({"mas": False}, {"micro_batch": 3}):
+        sizes.clear()
+        model = YOLO(run.folder / "weights" / "last.pt")
+        metrics = model.val(data=data, imgsz=64, batch=8, device="cpu", plots=False, project=tmp_path, **settings)
+        results.append((metrics.results_dict, max(size for size in sizes)))
+    assert results[0][0] == results[1][0]
+    assert [largest for _, largest in results] == [8, 3]

@@ -1,0 +1,202 @@
+"""Validation and prediction in slices that fit into memory, with the numbers of the whole batch.
+
+Ultralytics validates at twice the training batch, and keeps all of a batch on the device from its images to its boxes.
+Here a batch stays on the host. When Ultralytics runs the model, slices go all the way, to loss and boxes, and what it
+then asks for is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.utils.ops import Profile
+
+from yolov12.mas import Config
+from yolov12.mas.meter import meter_for
+from yolov12.mas.override import overridden
+from yolov12.mas.slices import Slices
+from yolov12.mas.total import Total
+from yolov12.training.detection import DetectionTask
+
+__all__ = ["predict", "validate"]
+
+_SLICES = "_yolov12_slices"  # on validators and predictors: what was learned serves the next time
+
+
+def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' validation, of boxes and what is like them, in slices; of anything else as it is.
+
+    Args:
+        stock: Ultralytics' own method.
+        validator: Of Ultralytics.
+        trainer: Whose model is validated, if any.
+        model: What is validated without one.
+        kwargs: For `stock`.
+    """
+    if not isinstance(validator, DetectionValidator) or not getattr(validator.args, "mas", False):
+        return stock(validator, trainer, model, **kwargs)
+    joint = _Validation(validator, trainer is not None)
+    try:
+        return stock(validator, trainer, model, **kwargs)
+    finally:
+        joint.end()
+
+
+def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' inference on a batch of images in slices.
+
+    Args:
+        stock: Ultralytics' own method.
+        predictor: Of Ultralytics.
+        images: (images, channels, height, width), on the device.
+        args: For `stock`.
+        kwargs: For `stock`.
+    """
+    settings = predictor.args
+    whole = (
+        not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 1 or settings.embed or settings.visualize
+    )
+    if whole or not getattr(settings, "mas", False) or getattr(predictor.model, "format", None) != "pt":
+        return stock(predictor, images, *args, **kwargs)
+    slices = _slices_of(predictor, images.device)
+    if slices is None:
+        return stock(predictor, images, *args, **kwargs)
+    count, _, height, width = images.shape
+
+    def work(start: int, stop: int) -> Any:
+        return stock(predictor, images[start:stop], *args, **kwargs)
+
+    return _joined(slices.run(count, height, width, work))
+
+
+class _Validation:
+    """Stands between one validator and its model, for one validation."""
+
+    def __init__(self, validator: Any, training: bool) -> None:
+        self._validator, self._training = validator, training
+        self._stock = {
+            name: getattr(validator, name) for name in ("init_metrics", "preprocess", "postprocess", "finalize_metrics")
+        }
+        self._own = {name: vars(validator)[name] for name in self._stock if name in vars(validator)}
+        self._slices: Slices | None = None
+        self._stack = ExitStack()
+        self._task: DetectionTask | None = None
+        self._host: dict[str, Any] = {}
+        self._predictions: list[Any] = []
+        self._items: dict[str, Tensor] = {}
+        validator.init_metrics = self._begin
+
+    def end(self) -> None:
+        """Leave validator and model as they were, and give memory back."""
+        self._stack.close()
+        for name in self._stock:
+            vars(self._validator).pop(name, None)
+        vars(self._validator).update(self._own)
+        if self._slices is not None:
+            self._slices.meter.release()
+            if not self._training:
+                self._slices.meter.close()
+                delattr(self._validator, _SLICES)
+
+    def _begin(self, model: nn.Module) -> None:
+        """Ultralytics calls this right before the first batch, with the model."""
+        validator = self._validator
+        self._stock["init_metrics"](model)
+        self._slices = _slices_of(validator, validator.device)
+        if self._slices is None or not (self._training or getattr(model, "format", None) == "pt"):
+            return
+        self._forward, self._loss = model.forward, getattr(model, "loss", None)
+        self._model = model
+        self._times = {name: Profile(device=validator.device) for name in ("preprocess", "loss", "postprocess")}
+        self._stack.enter_context(overridden({model: self._run}))
+        if self._training:
+            self._task = DetectionTask(
+                model, lambda part: part, multi_scale=False, overlapping_masks=validator.args.overlap_mask
+            )
+            vars(model)["loss"] = lambda batch, predictions: (None, self._items)
+            self._stack.callback(vars(model).pop, "loss", None)
+        validator.preprocess, validator.postprocess = self._keep, lambda _: self._predictions
+        validator.finalize_metrics = self._finalize
+
+    def _keep(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Everything but the images goes to the device."""
+        images = batch["img"]
+        self._host = dict(batch)
+        return {**self._stock["preprocess"]({**batch, "img": images[:0]}), "img": images}
+
+    def _run(self, images: Tensor, *args: Any, **kwargs: Any) -> None:
+        """In place of the model's forward pass; loss and boxes are then there too."""
+        assert self._slices is not None
+        if self._task is not None:
+            self._task.workload(self._host)
+
+        def work(start: int, stop: int) -> Any:
+            with self._times["preprocess"]:
+                part = self._on_device(images[start:stop])
+            predictions = self._forward(part, *args, **kwargs)
+            loss = None
+            with self._times["loss"]:
+                if self._task is not None:
+                    loss = self._loss_of(start, stop, part, predictions)
+            with self._times["postprocess"], torch.autocast(part.device.type, enabled=False):
+                return self._stock["postprocess"](predictions), loss
+
+        found = self._slices.run(len(images), images.shape[2], images.shape[3], work)
+        self._predictions = [each for predictions, _ in found for each in predictions]
+        if self._task is not None:
+            total = Total(len(images), self._task.floor)
+            for _, loss in found:
+                total.add(loss)
+            self._items = total.items()
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        images = images.to(self._validator.device, non_blocking=True)
+        return (images.half() if self._validator.args.quantize == 16 else images.float()) / 255
+
+    def _loss_of(self, start: int, stop: int, images: Tensor, predictions: Any) -> Any:
+        assert self._task is not None
+        assert self._loss is not None
+        device = self._validator.device
+        part = self._task.part({**self._host, "img": self._host["img"]}, start, stop)
+        part = {
+            key: value.to(device) if isinstance(value, Tensor) and key != "img" else value
+            for key, value in part.items()
+        }
+        loss = self._loss
+        return self._task.measured(self._model, stop - start, lambda: loss({**part, "img": images}, predictions))
+
+    def _finalize(self) -> None:
+        """Ultralytics has just written down how long everything took, all of it as inference."""
+        speed, images = self._validator.speed, len(self._validator.dataloader.dataset)
+        for name, time in self._times.items():
+            speed[name] += time.t / images * 1e3
+            speed["inference"] -= time.t / images * 1e3
+        self._stock["finalize_metrics"]()
+
+
+def _slices_of(owner: Any, device: torch.device) -> Slices | None:
+    """Those of a validator or predictor; None on a device whose memory cannot be read."""
+    if device.type not in ("cuda", "cpu"):
+        return None
+    if not hasattr(owner, _SLICES):
+        config = Config.parse({**vars(owner.args), "bn_group": None})  # nothing is trained
+        setattr(owner, _SLICES, Slices(config, meter_for(device, config.limit)))
+    slices: Slices = getattr(owner, _SLICES)
+    return slices
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Outputs of a model on parts of a batch, as one."""
+    first = parts[0]
+    if isinstance(first, Tensor) and first.ndim:
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return {key: _joined([part[key] for part in parts]) for key in first}
+    if isinstance(first, (list, tuple)):
+        return type(first)(_joined(list(each)) for each in zip(*parts, strict=True))
+    return first
