@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from ultralytics.nn.tasks import DetectionModel
 
 from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
@@ -21,8 +22,8 @@ class Kernels:
     def __init__(self):
         self.calls = []
 
-    def applies(self, x):
-        return x.ndim == 4
+    def applies(self, x, weight, means):
+        return x.ndim == 4 and weight.dtype == means.dtype
 
     def batch_norm(self, x, weight, bias, means, variances, sizes, eps, silu=False):
         self.calls.append((tuple(sizes), silu))
@@ -49,7 +50,9 @@ class Fused(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            return *torch.autograd.grad(ctx.again(x), (x, weight, bias), grad), None
+            wanted = [tensor for tensor in (x, weight, bias) if tensor.requires_grad]
+            found = iter(torch.autograd.grad(ctx.again(x), wanted, grad))
+            return *[next(found) if tensor.requires_grad else None for tensor in (x, weight, bias)], None
 
 
 SHARED = nn.SiLU()  # as Ultralytics' layers share theirs
@@ -87,7 +90,7 @@ class Bench:
             kept_bytes = trace.mark() - start
             loss.backward()
         self.norms.commit(groups)
-        gradient = torch.cat([parameter.grad.flatten() for parameter in self.model.parameters()])
+        gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
         return gradient, dict(self.model.named_buffers()), kept_bytes
 
 
@@ -96,8 +99,12 @@ PLANS = [KEEP_ALL, Plan((("0", REBUILD), ("1", REBUILD))), Plan((("0", RECOMPUTE
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 @pytest.mark.parametrize("groups", [(4,), (2, 2), (1, 3)], ids=str)
-def test_gradients_and_statistics_are_those_of_two_operations(plan, groups):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_and_statistics_are_those_of_two_operations(plan, groups, frozen):
     fused, apart = Bench(fused=True), Bench(fused=False)
+    for bench in (fused, apart) if frozen else ():
+        bench.model[1].bn.requires_grad_(False)
+        bench.model[0].bn.eval()
     (gradient, buffers, _), (wanted, others, _) = fused.run(plan, groups), apart.run(KEEP_ALL, groups)
     assert (gradient - wanted).norm() <= 1e-12 * wanted.norm()
     for name, buffer in others.items():
@@ -125,19 +132,84 @@ def test_an_activation_that_is_not_applied_is_an_error():
             raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("other", [nn.ReLU(), nn.SiLU()])
-def test_other_activations_and_those_that_hooks_watch_are_left_alone(other):
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), other)
-    seen = []
-    if isinstance(other, nn.SiLU):
-        model[1].register_forward_hook(lambda module, args, output: seen.append(output))
+def test_other_activations_are_left_alone():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     kernels = Kernels()
-    norms = GroupedBatchNorm(model, {model[1]: other}, kernels)
+    norms = GroupedBatchNorm(model, {model[1]: model[2]}, kernels)
     norms.begin()
     with norms.within((2,), 0):
         model(torch.randn(2, 4, 4, 4))
     assert not kernels.calls
-    assert all(float(output.detach().min()) < -0.5 for output in seen)  # not yet activated
+    assert norms.fused == 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "hook"),
+    [
+        (1, "register_forward_hook"),
+        (1, "register_full_backward_hook"),
+        (1, "register_full_backward_pre_hook"),
+        (2, "register_forward_pre_hook"),
+        (2, "register_forward_hook"),
+        (2, "register_full_backward_hook"),
+        (2, "register_full_backward_pre_hook"),
+    ],
+)
+def test_layers_that_hooks_watch_are_left_alone(layer, hook):
+    """Also those that come after the engine was made."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
+    kernels, seen = Kernels(), []
+    norms = GroupedBatchNorm(model, {model[1]: model[2]}, kernels)
+    x = torch.randn(2, 4, 4, 4)
+
+    def run():
+        norms.begin()
+        with norms.within((2,), 0):
+            model(x).sum().backward()
+
+    run()
+    assert norms.fused == 1
+    handle = getattr(model[layer], hook)(lambda module, *values: seen.append(values[0]) or None)
+    run()
+    assert norms.fused == 0
+    assert seen
+    handle.remove()
+    run()
+    assert norms.fused == 1
+    assert len(kernels.calls) == 2
+
+
+def test_images_that_are_no_whole_groups():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())
+    norms = GroupedBatchNorm(model, {model[0]: model[1]}, Kernels())
+    norms.begin()
+    with norms.within((4,), 0):  # all together, be they crops or a part
+        for images in (2, 4, 6):
+            assert len(model(torch.randn(images, 4, 3, 3))) == images
+    with norms.within((2, 2), 0):
+        assert len(model(torch.randn(8, 4, 3, 3))) == 8
+        for images in (2, 7):
+            with pytest.raises(RuntimeError, match="leaves open which its groups are"):
+                model(torch.randn(images, 4, 3, 3))
+    with norms.within((1,), 0), pytest.raises(ValueError, match="more than 1 value"):
+        model(torch.randn(1, 4, 1, 1))
+
+
+def test_a_layer_that_is_recomputed_without_its_activation():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 1)).double()
+    x, found = torch.randn(4, 4, 5, 5, dtype=torch.float64), []
+    for pairs, plan in ((None, KEEP_ALL), ({model[1]: model[2]}, Plan((("1", RECOMPUTE),)))):
+        for early_stop in (True, False):
+            norms = GroupedBatchNorm(model, pairs, Kernels())
+            checkpointing = Checkpointing(model, dict(model.named_children()), norms)
+            model.zero_grad()
+            norms.begin()
+            with norms.within((2, 2), 0), set_checkpoint_early_stop(early_stop):
+                with checkpointing.within(plan):
+                    loss = model(x).square().sum()
+                loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert all((gradient - found[0]).norm() <= 1e-12 * found[0].norm() for gradient in found)
 
 
 @pytest.mark.parametrize("cfg", ["yolov12n.yaml", "yolo12n.yaml", "yolo11n.yaml"])
@@ -161,3 +233,4 @@ def test_layers_of_ultralytics(cfg):
         fused = sum(silu for _, silu in kernels.calls) if kernels else 0
         assert fused == sum(type(activation) is nn.SiLU for activation in pairs.values()) * bool(kernels)
     assert (found[0] - found[1]).norm() <= 1e-9 * found[1].norm()
+    assert not activations(model.fuse())

@@ -36,24 +36,28 @@ _WARPS = 8  # of a program
 _PROGRAMS = 4  # of a processor, to have memory busy
 
 
-def applies(x: Tensor) -> bool:
-    """Whether these kernels can normalise a tensor."""
+def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:
+    """Whether these kernels can normalise a tensor with these parameters and statistics."""
     return (
         x.is_cuda
         and x.dtype in _DTYPES
+        and weight.dtype == means.dtype == torch.float32
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _compiles(x.device)
+        and _compiles(x.device, x.dtype)
     )
 
 
 @functools.cache
-def _compiles(device: torch.device) -> bool:
+def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     if triton is None:
         return False
-    x = torch.zeros(2, 1, 1, 1, device=device)
+    x, ones = torch.zeros(2, 1, 1, 1, device=device, dtype=dtype), torch.ones(1, device=device)
+    plan, rows = _plan(1, 1, (1, 1), device), torch.zeros(2, 2, 1, device=device)
     try:
-        batch_norm(x, x[0, 0, 0], x[0, 0, 0], x[:, 0, 0], x[:, 0, 0].clone(), (1, 1), 1.0)
+        plan.launch(_statistics, (x, rows, *rows.clone()), (1, 1.0))
+        _normalized(plan, rows, ones, ones, True, x)
+        _gradients(plan, True, x, x, rows, ones, ones)
     except Exception as error:  # whatever a compiler that is not there, or not for this card, makes of it
         if is_out_of_memory(error):
             raise
@@ -87,7 +91,7 @@ def batch_norm(
     """
     plan = _plan(x.shape[1], x.shape[2] * x.shape[3], tuple(sizes), x.device)
     statistics = torch.empty(2, len(sizes), x.shape[1], device=x.device)  # mean, 1/sqrt(variance + eps)
-    out: Tensor = _BatchNorm.apply(x, weight, bias, statistics, means, variances, plan, eps, silu)
+    out: Tensor = _BatchNorm.apply(x, weight, bias, statistics, means, variances, plan, float(eps), silu)
     return out, partial(_normalized, plan, statistics, weight, bias, silu)
 
 
@@ -107,21 +111,27 @@ class _BatchNorm(torch.autograd.Function):
             raise RuntimeError("grouped BatchNorm cannot be differentiated twice")
         x, weight, bias, statistics = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        sums = torch.empty_like(statistics)
-        operands = x, grad, statistics, weight, bias, sums
-        ctx.plan.launch(_gradient_sums, operands, (ctx.silu,))
-        ctx.plan.launch(_gradient, (*operands, out, of_weight, of_bias), (ctx.silu,))
-        return out, of_weight, of_bias, None, None, None, None, None, None
+        return *_gradients(ctx.plan, ctx.silu, x, grad, statistics, weight, bias), None, None, None, None, None, None
 
 
 def _normalized(plan: _Plan, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool, x: Tensor) -> Tensor:
     out = torch.empty_like(x)
-    plan.launch(_normalize, (x, statistics, weight, bias, out), (silu,))
+    plan.launch(_normalize, (x, statistics, weight, bias, out), (), (silu,))
     return out
 
 
+def _gradients(
+    plan: _Plan, silu: bool, x: Tensor, grad: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    operands = x, grad, statistics, weight, bias, torch.empty_like(statistics)
+    plan.launch(_gradient_sums, operands, (), (silu,))
+    plan.launch(_gradient, (*operands, out, of_weight, of_bias), (), (silu,))
+    return out, of_weight, of_bias
+
+
 _HANDS_OUT_KERNELS = triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
+_compiled: dict[Any, Any] = {}  # by all that Triton compiles another kernel for, where tensors are aligned
 
 
 class _Plan:
@@ -137,34 +147,35 @@ class _Plan:
         splits = max(1, min(enough, triton.cdiv(max(sizes) * pixels, row_block)))
         self._grid = (channel_blocks, splits, len(sizes))
         self._numbers = (pixels, channels, len(sizes), splits, row_block, channel_block)
-        # Where each group ends, in images, after a zero. Kept, as copying it to the device waits for the device.
-        self._ends = torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
+        self._ends = _ends(sizes, device)
         self._scratch: dict[int, tuple[tuple[Tensor, ...], list[int]]] = {}
-        self._compiled: dict[Any, Any] = {}
 
-    def launch(self, kernel: Any, tensors: tuple[Tensor, ...], more: tuple[Any, ...]) -> None:
-        """Launch a kernel; from the second time on, past what Triton asks of the arguments each time.
+    def launch(
+        self, kernel: Any, tensors: tuple[Tensor, ...], more: tuple[Any, ...], switches: tuple[bool, ...] = ()
+    ) -> None:
+        """Launch a kernel; once it is compiled, past what Triton asks of the arguments each time.
 
-        That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. What Triton compiles another
-        kernel for is the type of tensors, whether they are aligned, and whether channels are 1 or divisible by 16.
+        That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. Triton compiles another
+        kernel for other types of tensors, of which that of the first can change here, for those that are not aligned,
+        and for channels that are divisible by 16 or are not.
         """
         if torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):
-                return self.launch(kernel, tensors, more)
+                return self.launch(kernel, tensors, more, switches)
         stream = _stream(self._device.index)
         scratch, scratch_addresses = self._scratch.get(stream) or self._take_scratch(stream)
         addresses = [tensor.data_ptr() for tensor in tensors]
         aligned = not any(address & 15 for address in addresses)
-        key = kernel, tensors[0].dtype, more
-        if aligned and (known := self._compiled.get(key)) is not None:
+        key = kernel, self._device.index, self._numbers[1], tensors[0].dtype, switches
+        if aligned and (known := _compiled.get(key)) is not None:
             known.run(
                 *self._grid, stream, known.function, known.packed_metadata, None, None, None,
-                *addresses, *scratch_addresses, *more, *self._numbers,
+                *addresses, *scratch_addresses, *more, *switches, *self._numbers,
             )  # fmt: skip
             return None
-        found = kernel[self._grid](*tensors, *scratch, *more, *self._numbers, num_warps=_WARPS)
+        found = kernel[self._grid](*tensors, *scratch, *more, *switches, *self._numbers, num_warps=_WARPS)
         if _HANDS_OUT_KERNELS and aligned:
-            self._compiled[key] = found
+            _compiled[key] = found
         return None
 
     def _take_scratch(self, stream: int) -> tuple[tuple[Tensor, ...], list[int]]:
@@ -175,7 +186,15 @@ class _Plan:
         return self._scratch[stream]
 
 
-_plan = functools.lru_cache(maxsize=1024)(_Plan)
+_plan = functools.lru_cache(maxsize=4096)(_Plan)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each group ends, in images, after a zero. Kept, as copying it to the device waits for the device."""
+    return torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
+
+
 _scratches: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
@@ -252,12 +271,16 @@ if triton is not None:
         row_block: tl.constexpr,
         channel_block: tl.constexpr,
     ):
-        """Sums of x and x², less the group's first row, so that a large mean cancels nothing; mean and variance."""
+        """Mean and variance by sums of x and x², less the mean of some rows: then a large mean cancels nothing."""
         first, count, start, stop = _rows(ends, pixels, splits)
         group = tl.program_id(2)
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
         ok = c < channels
-        shift = tl.load(x + first * channels + c, mask=ok, other=0.0).to(tl.float32)
+        some = tl.minimum(count, row_block)
+        each = tl.arange(0, row_block)
+        place = (first + each * (count // some))[:, None] * channels + c[None, :]
+        sample = tl.load(x + place, mask=(each < some)[:, None] & ok[None, :], other=0.0).to(tl.float32)
+        shift = tl.sum(sample, 0) / some
         total = tl.zeros((row_block, channel_block), tl.float32)
         square = tl.zeros((row_block, channel_block), tl.float32)
         for row in range(start, stop, row_block):

@@ -124,8 +124,12 @@ class Checkpointing:
 
         def run(_: Tensor) -> Any:
             # The second time from what is left of the inputs, some of which may have to be made again first.
-            args, kwargs = first.pop() if first else each_tensor(kept, _Input.get, _Input)
-            return forward(*args, **kwargs)
+            again = not first
+            args, kwargs = each_tensor(kept, _Input.get, _Input) if again else first.pop()
+            result = forward(*args, **kwargs)
+            if again:
+                self._norms.forget_activated()
+            return result
 
         # Its argument tells `checkpoint` whose random generators to remember.
         return checkpoint(run, torch.empty(0, device=self._device), use_reentrant=False)

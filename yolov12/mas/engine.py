@@ -91,7 +91,6 @@ class Engine:
         self._history = History()
         self._cache = LadderCache(cache)
         self._device_name = _name(next(model.parameters()).device)
-        self._fused = len(activations or {})
         self._known = False
         self._done: list[_Done] = []  # since the last update
         self._rows: list[tuple[Row, list[_Done]]] = []  # whose time is not known yet
@@ -246,7 +245,7 @@ class Engine:
         return self._ladder is None or (guessed and planner.budget_bytes > 2 * self._guess_budget_bytes)
 
     def _make_ladder(self, batch: Any, work: Workload) -> None:
-        key = self._cache.key(self._step.model, list(self._layers), work, self._device_name, self._fused)
+        key = self._cache.key(self._step.model, list(self._layers), work, self._device_name, self._step.fused)
         ladder = self._cache.get(key)
         if ladder is None:
             images = min(self.cost.largest, work.images, PROFILE_IMAGES)

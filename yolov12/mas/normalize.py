@@ -34,7 +34,7 @@ Again = Callable[[Tensor], Tensor]
 class Kernels(Protocol):
     """That normalise several groups at once, and apply SiLU: `batchnorm_kernels`."""
 
-    def applies(self, x: Tensor) -> bool:
+    def applies(self, x: Tensor, weight: Tensor, means: Tensor) -> bool:
         """See there."""
 
     def batch_norm(
@@ -89,11 +89,10 @@ class GroupedBatchNorm:
         kernels: Kernels = batchnorm_kernels,
     ) -> None:
         self._kernels = kernels
-        self._activations = {
-            norm: activation
-            for norm, activation in (activations or {}).items()
-            if type(activation) is nn.SiLU and not norm._forward_hooks and not activation._forward_pre_hooks
-        }
+        self._pairs = {norm: act for norm, act in (activations or {}).items() if type(act) is nn.SiLU}
+        self._activations: dict[nn.Module, nn.Module] = {}  # of these, those that no hook looks in between
+        self.fused = 0
+        """Layers that were done with their activation since the batch began."""
         self._activated: Tensor | None = None  # what a BatchNorm made that its activation need not touch
         self._all = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         for layer in self._all:
@@ -116,6 +115,8 @@ class GroupedBatchNorm:
 
     def begin(self) -> None:
         """Start a batch: forget what the groups of the one before left."""
+        self._activations = {norm: act for norm, act in self._pairs.items() if not _watched(norm, act)}
+        self.fused = 0
         layers = [layer for layer in self._all if layer.training]
         if layers != self._layers:
             self._layers = layers
@@ -132,6 +133,8 @@ class GroupedBatchNorm:
     @contextmanager
     def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
         """Run the model on one micro-batch, forward and backward.
+
+        An activation that several models share is changed for all of them meanwhile.
 
         Args:
             groups: Images in each group of this micro-batch.
@@ -188,25 +191,50 @@ class GroupedBatchNorm:
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._check_activated()
         self._called.add(index)
-        fold = len(x) // sum(self._groups)  # a layer may be given an image as several, one after the other
-        sizes = [size * fold for size in self._groups]
+        sizes = self._sizes(layer, x)
         fused = layer in self._activations
+        means, variances = self._blocks[index]
         again: Again
-        if (fused or len(sizes) > 1) and layer.affine and self._kernels.applies(x):
-            means, variances = self._blocks[index]
+        if (fused or len(sizes) > 1) and self._suits_kernels(layer, x, sizes, means):
             weight, bias = layer.weight, layer.bias
             out, again = self._kernels.batch_norm(x, weight, bias, means, variances, sizes, layer.eps, fused)
-            self._activated = out if fused else None
+            if fused:
+                self._activated, self.fused = out, self.fused + 1
         else:
             views = self._views[self._first : self._first + len(sizes)]
-            statistics = [(means[index], variances[index]) for means, variances in views]
-            parts = zip(x.split(sizes), statistics, strict=True)
-            outs = [_normalize(part, layer, mean, variance) for part, (mean, variance) in parts]
+            statistics = [(means_of[index], variances_of[index]) for means_of, variances_of in views]
+            parts = [x] if len(sizes) == 1 else x.split(sizes)
+            outs = [_normalize(part, layer, *rows) for part, rows in zip(parts, statistics, strict=True)]
             out = outs[0] if len(outs) == 1 else torch.cat(outs)
             again = partial(_normalize_again, layer, sizes, statistics)
         if self.listener is not None:
             self.listener(layer, out, x, again)
         return out
+
+    def _sizes(self, layer: _BatchNorm, x: Tensor) -> list[int]:
+        """Images of each group, of which a layer may be given several for one, one after the other."""
+        if len(self._groups) == 1:
+            return [len(x)]
+        fold, rest = divmod(len(x), sum(self._groups))
+        if rest or not fold:
+            raise RuntimeError(
+                f"{layer} was given {len(x)} images in a micro-batch of {sum(self._groups)}, which leaves open which "
+                "its groups are. Use bn_group=0"
+            )
+        return [size * fold for size in self._groups]
+
+    def _suits_kernels(self, layer: _BatchNorm, x: Tensor, sizes: Sequence[int], means: Tensor) -> bool:
+        """What PyTorch refuses is for PyTorch to refuse."""
+        return (
+            layer.affine
+            and self._kernels.applies(x, layer.weight, means)
+            and x.shape[1] == layer.num_features
+            and min(sizes) * x.shape[2] * x.shape[3] > 1
+        )
+
+    def forget_activated(self) -> None:
+        """What was last made is not wanted, as in a layer that is recomputed without what follows it."""
+        self._activated = None
 
     def _activate(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if x is self._activated:
@@ -217,6 +245,16 @@ class GroupedBatchNorm:
     def _check_activated(self) -> None:
         if self._activated is not None:
             raise RuntimeError("an activation was not applied to the output of the BatchNorm that it is said to follow")
+
+
+def _watched(norm: nn.Module, activation: nn.Module) -> bool:
+    return any(
+        (
+            norm._forward_hooks, norm._backward_hooks, norm._backward_pre_hooks,
+            activation._forward_pre_hooks, activation._forward_hooks,
+            activation._backward_hooks, activation._backward_pre_hooks,
+        )
+    )  # fmt: skip
 
 
 def _normalize_again(

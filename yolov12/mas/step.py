@@ -104,6 +104,11 @@ class Step:
         self._parameters: list[nn.Parameter] = []
         self._per_image: Tensor | None = None  # normaliser of the batch before
 
+    @property
+    def fused(self) -> int:
+        """BatchNorms that ran in one operation with their activation last."""
+        return self._norms.fused
+
     def run(self, batch: Any, images: int, planner: Planner) -> Result:
         """Run a batch, forward and backward.
 

@@ -150,9 +150,13 @@ class FusedBatchNorm:
     """The bytes of the engine's own kernels, not their values: `normalize.Kernels`."""
 
     @staticmethod
-    def applies(x: Tensor) -> bool:
-        """As there."""
-        return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:
+        """As there, where it compiles."""
+        return (
+            weight.dtype == means.dtype == torch.float32
+            and x.ndim == 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
 
     @staticmethod
     def batch_norm(
