@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def _limit(gib: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(gib * GIB / total, 1.0))
 
 
-def _fixed_batches(training: Training, name: str) -> list[dict[str, Any]]:
+def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Images/s at the largest batch that runs at each limit."""
     import torch
 
@@ -108,10 +108,9 @@ def _fixed_batches(training: Training, name: str) -> list[dict[str, Any]]:
             times.append((middle - begin) / several + (time.perf_counter() - middle) / accumulate)
         return batch / statistics.median(times[1:] or times)
 
-    rows = []
     runs(BATCHES[2], 3)
     batch, peak, upper = BATCHES[2], torch.cuda.max_memory_allocated(), len(BATCHES)
-    for gib in reversed(LIMITS_GIB):
+    for gib in sorted(limits, reverse=True):
         _limit(gib)
         likely = 1.1 * batch * gib * GIB / peak  # others are not tried: memory grows in proportion, and each takes long
         upper = min(upper, sum(size <= likely for size in BATCHES))
@@ -131,9 +130,9 @@ def _fixed_batches(training: Training, name: str) -> list[dict[str, Any]]:
             upper -= 1
         if upper:
             peak = torch.cuda.max_memory_allocated()
-            rows.append({"limit_gib": gib, "batch": batch, "images_per_s": speed, "peak_mib": peak / 2**20})
-            print(name, json.dumps(rows[-1]), flush=True)
-    return rows[::-1]
+            row = {"limit_gib": gib, "batch": batch, "images_per_s": speed, "peak_mib": peak / 2**20}
+            print(name, json.dumps(row), flush=True)
+            yield row
 
 
 def _count_fallbacks(into: list[str]) -> None:
@@ -144,26 +143,24 @@ def _count_fallbacks(into: list[str]) -> None:
     LOGGER.warning = lambda message, *args, **kwargs: (into.append(str(message)), warn(message, *args, **kwargs))
 
 
-def stock(scale: str) -> list[dict[str, Any]]:
+def stock(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
     """Unpatched Ultralytics; this process has the import hook turned off."""
     training = Training(f"yolo12{scale}.yaml")
     assert "yolov12.seams" not in sys.modules, "this is not stock"
-    return _fixed_batches(training, f"stock {scale}")
+    yield from _fixed_batches(training, f"stock {scale}", limits)
 
 
-def all_layers(scale: str) -> list[dict[str, Any]]:
+def all_layers(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
     """Every top-level layer recomputed, always."""
-    from functools import partial
-
     from torch.utils.checkpoint import checkpoint
 
     training = Training(f"yolo12{scale}.yaml")
     for layer in training.model.model:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    return _fixed_batches(training, f"all {scale}")
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    yield from _fixed_batches(training, f"all {scale}", limits)
 
 
-def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> list[dict[str, Any]]:
+def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
     """The engine at each limit; with a profile from the first of them, as runs have one from the run before."""
     import torch
 
@@ -173,7 +170,6 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> list[dict[str, Any]]
     from yolov12.models.layer_names import layer_names
 
     training, cache = Training(f"yolo12{scale}.yaml"), Path(tempfile.mkdtemp())
-    rows = []
     for gib in limits:
         torch.cuda.empty_cache()
         begin = time.perf_counter()
@@ -206,24 +202,22 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> list[dict[str, Any]]
                 }
             )
         last = steps[1:][-5:]
-        rows.append(
-            {
-                "limit_gib": gib,
-                "bn_group": engine.bn_group,
-                "micro_batch": max(result.micro_batches),
-                "plan": {mode: engine._step.plans[latest.level].names(mode) for mode in (REBUILD, RECOMPUTE)},
-                "images_per_s": 256 / statistics.median(step["s"] for step in last),
-                "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
-                "peak_mib": max(step["peak_mib"] for step in last),
-                "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
-                "ladder": [[level.share, level.slow] for level in engine.cost.levels],
-                "steps": steps,
-            }
-        )
-        row = {key: value for key, value in rows[-1].items() if key not in ("steps", "ladder", "plan")}
-        print("ours", scale, json.dumps(row), "level", latest.level, flush=True)
+        row = {
+            "limit_gib": gib,
+            "bn_group": engine.bn_group,
+            "micro_batch": max(result.micro_batches),
+            "plan": {mode: engine._step.plans[latest.level].names(mode) for mode in (REBUILD, RECOMPUTE)},
+            "images_per_s": 256 / statistics.median(step["s"] for step in last),
+            "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
+            "peak_mib": max(step["peak_mib"] for step in last),
+            "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
+            "ladder": [[level.share, level.slow] for level in engine.cost.levels],
+            "steps": steps,
+        }
+        told = {key: value for key, value in row.items() if key not in ("steps", "ladder", "plan")}
+        print("ours", scale, json.dumps(told), "level", latest.level, flush=True)
         engine.close()
-    return rows
+        yield row
 
 
 def _settled(steps: list[dict[str, Any]]) -> bool:
@@ -255,7 +249,7 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def freed() -> list[dict[str, Any]]:
+def freed() -> Iterator[dict[str, Any]]:
     """Bytes that plans free, measured between forward and backward pass and at the peak, against those predicted."""
     import gc
 
@@ -268,7 +262,6 @@ def freed() -> list[dict[str, Any]]:
     from yolov12.models.activations import activations
     from yolov12.models.layer_names import layer_names
 
-    rows = []
     for scale, images in zip("nsmlx", (32, 32, 16, 16, 8), strict=True):
         training = Training(f"yolov12{scale}.yaml")
         model, task = training.model, training.task
@@ -305,37 +298,36 @@ def freed() -> list[dict[str, Any]]:
                 outcome = step.rehearse(training.batch, 0, images, step.checkpointing.within(rung.plan))
             results.append((kept[0], outcome[1]))
         by_name = {layer.name: layer for layer in found.layers}
+        worst = 0.0
         for rung, (kept_bytes, peak) in zip(rungs[1:], results[1:], strict=True):
             predicted = images * sum(
                 by_name[name].rebuild_frees_bytes if mode == "rebuild" else by_name[name].recompute_frees_bytes
                 for name, mode in rung.plan.modes
             )
             measured = results[0][0] - kept_bytes
-            rows.append(
-                {
-                    "model": f"yolov12{scale}",
-                    "images": images,
-                    "plan": str(rung.plan),
-                    "predicted_mib": predicted / 2**20,
-                    "measured_mib": measured / 2**20,
-                    "off_percent": 100 * (predicted / measured - 1),
-                    "kept_mib": [kept_bytes / 2**20, results[0][0] / 2**20],
-                    "predicted_peak_mib": (rungs[0].peak_bytes - rung.peak_bytes) * images / 2**20,
-                    "measured_peak_mib": (results[0][1] - peak) / 2**20,
-                    "profile_s": seconds,
-                    "ladder_s": ladder_seconds,
-                }
-            )
-        worst = max(abs(row["off_percent"]) for row in rows if row["model"] == f"yolov12{scale}")
+            row = {
+                "model": f"yolov12{scale}",
+                "images": images,
+                "plan": str(rung.plan),
+                "predicted_mib": predicted / 2**20,
+                "measured_mib": measured / 2**20,
+                "off_percent": 100 * (predicted / measured - 1),
+                "kept_mib": [kept_bytes / 2**20, results[0][0] / 2**20],
+                "predicted_peak_mib": (rungs[0].peak_bytes - rung.peak_bytes) * images / 2**20,
+                "measured_peak_mib": (results[0][1] - peak) / 2**20,
+                "profile_s": seconds,
+                "ladder_s": ladder_seconds,
+            }
+            worst = max(worst, abs(row["off_percent"]))
+            yield row
         print(scale, f"off by {worst:.2f} %; profile {seconds:.2f} s, ladder {ladder_seconds:.2f} s", flush=True)
         engine.close()
         del training, model, task, engine, step
         gc.collect()
         torch.cuda.empty_cache()
-    return rows
 
 
-PARTS: dict[str, Callable[[], Any]] = {
+PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "freed": freed,
     **{f"{name}-{scale}": functools.partial(run, scale)
        for scale in "sx" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
@@ -347,48 +339,61 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=[*PARTS, "predicted"], default=[*PARTS, "predicted"])
-    parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure `ours` at these, keep the other rows")
+    parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure at these, keep the other rows")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        run = PARTS[options.part]
-        options.out.write_text(json.dumps(run(limits=options.limits) if options.limits else run(), indent=1))
+        _run(options.part, options.out, options.limits or [])
         return 0
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     failed = 0
     for part in options.only:
         if part == "predicted":
-            result[part] = predicted(result)
+            result = _read(options.out)
+            _write(options.out, {**result, part: predicted(result)})
         else:
-            failed |= _measure(part, result, options.limits or [])
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+            failed |= _measure(part, options.out, options.limits or [])
     return failed
 
 
-def _measure(part: str, result: dict[str, Any], limits: list[int]) -> int:
-    """In a process of its own; returns its exit status."""
+def _measure(part: str, out: Path, limits: list[int]) -> int:
+    """In a process of its own, which writes every row as it comes; returns its exit status."""
     import torch
     import ultralytics
 
-    result |= {
+    header = {
         "command": "python benchmarks/checkpointing.py --out checkpointing.json",
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "ultralytics": ultralytics.__version__,
     }
-    out, started = Path(tempfile.mkdtemp()) / part, time.time()
+    _write(out, {**_read(out), **header})
+    started = time.time()
     hook = {"YOLOV12_AUTOPATCH": "0"} if part.startswith("stock") else {}
     environment = {**os.environ, **hook, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     command = [sys.executable, __file__, "--out", str(out), "--part", part]
     command += ["--limits", *map(str, limits)] if limits else []
     code = subprocess.run(command, env=environment).returncode
-    if code == 0:
-        kept = [row for row in result.get(part, []) if limits and row["limit_gib"] not in limits]
-        found = json.loads(out.read_text())
-        result[part] = sorted(kept + found, key=lambda row: row["limit_gib"]) if limits else found
     print(f"{part}: {time.time() - started:.0f} s", flush=True)
     return code
+
+
+def _run(part: str, out: Path, limits: list[int]) -> None:
+    kept = [row for row in _read(out).get(part, []) if limits and row["limit_gib"] not in limits]
+    for row in PARTS[part](**({"limits": limits} if limits else {})):
+        kept = sorted([*kept, row], key=lambda row: row.get("limit_gib", 0))
+        _write(out, {**_read(out), part: kept})
+
+
+def _read(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
+    return found
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    unfinished = out.with_suffix(".new")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(out)
 
 
 if __name__ == "__main__":
