@@ -56,7 +56,10 @@ def prepare(
     }
 
     def preprocess(part: dict[str, Any]) -> dict[str, Any]:  # as Ultralytics' DetectionTrainer
-        part = {key: value.to("cuda", non_blocking=True) for key, value in part.items()}
+        part = {
+            key: value.to("cuda", non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in part.items()
+        }
         return {**part, "img": part["img"].float() / 255}
 
     task = DetectionTask(model, preprocess, multi_scale=False, overlapping_masks=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from yolov12.mas.trace import ByteTrace
 from yolov12.plan.cuda_rules import HALF, cuda_rules
 from yolov12.plan.network import Network
+from yolov12.training.assigning import in_slices
 
 __all__ = ["Line", "loss_bytes", "through"]
 
@@ -67,8 +68,10 @@ def _measured_bytes(network: Network, imgsz: int, boxes: int, amp: bool, images:
             "feats": [torch.zeros(1, dtype=dtype).expand(images, 1, side, side) for side in sides],
         }
         batch = _boxes(images, boxes, criterion.nc, draw)
+        counts = torch.bincount(batch["batch_idx"].long(), minlength=images).tolist()
         live_bytes = trace.mark()
-        loss = _run(criterion, predictions, batch)
+        with in_slices(criterion.assigner, counts):
+            loss = _run(criterion, predictions, batch)
         del batch, predictions  # as the frame that made them ends; what the loss still needs it holds
         loss.sum().backward()
     return int(trace.peak_bytes() - live_bytes)

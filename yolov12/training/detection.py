@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.task import Loss, Workload
+from yolov12.training.assigning import in_slices
 
-__all__ = ["DetectionTask"]
+__all__ = ["BOXES", "DetectionTask"]
+
+BOXES = "yolov12_boxes"
+"""Of a part: number of boxes of each image, on the host."""
 
 # One row an object in these, one entry an image in the others.
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
@@ -41,6 +44,7 @@ class DetectionTask:
         self._preprocess, self._multi_scale = preprocess, multi_scale
         self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
         self._images = 0
+        self._boxes: list[int] = []  # of each of them
         self._ascending = False
         self._draw: Any = None  # the state of `random` from which all parts of a batch draw the same size
         criterion = getattr(model, "criterion", None)
@@ -56,7 +60,7 @@ class DetectionTask:
         self._draw = random.getstate() if self._multi_scale else None
         if self._multi_scale:
             # A user's own preprocessing may look at more than images, and write on it.
-            one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items()}
+            one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
             try:
                 images = self._preprocess(one)["img"]
             except BaseException:
@@ -64,43 +68,42 @@ class DetectionTask:
                 raise
         image_of = batch["batch_idx"]
         self._ascending = bool((image_of[1:] >= image_of[:-1]).all())
-        boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
-        return Workload(images.shape[2], images.shape[3], tuple(boxes))
+        self._boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
+        return Workload(images.shape[2], images.shape[3], tuple(self._boxes))
 
     def part(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
         """See `mas.Task`."""
         if stop - start == self._images:
-            return dict(batch)
+            return {**batch, BOXES: self._boxes}
         image_of = batch["batch_idx"]
         mine: slice | Tensor = (image_of >= start) & (image_of < stop)
         if self._ascending:  # as Ultralytics collates: a slice stays in pinned memory
             first, last = torch.searchsorted(image_of, torch.tensor([start, stop], dtype=image_of.dtype)).tolist()
             mine = slice(first, last)
         part = {key: value[mine] if key in self._objects else value[start:stop] for key, value in batch.items()}
-        return {**part, "batch_idx": image_of[mine] - start}
+        return {**part, "batch_idx": image_of[mine] - start, BOXES: self._boxes[start:stop]}
 
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """See `mas.Task`."""
-        images = len(part["img"])
+        boxes, part = part[BOXES], {key: value for key, value in part.items() if key != BOXES}
         with self._same_draw():
             part = self._preprocess(part)
-        return self.measured(model, images, lambda: model(part))
+        return self.measured(model, boxes, lambda: model(part))
 
-    def measured(self, model: nn.Module, images: int, run: Callable[[], Any]) -> Loss:
+    def measured(self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any]) -> Loss:
         """Run the model's loss on a part and see what it is divided by.
 
         Args:
             model: Its criterion is the one that runs.
-            images: In the part.
+            boxes: Of each image of the part.
             run: Returns the loss and its items.
         """
-        criterion: Any = model.criterion
-        if self.exact:
-            with _target_scores(criterion.assigner) as sums:
-                loss, items = run()
-            normaliser: Tensor | float = sums[0]
-        else:
-            (loss, items), normaliser = run(), float(images)
+        assigner: Any = getattr(model.criterion, "assigner", None)
+        none: list[Tensor] = []
+        with nullcontext(none) if assigner is None else in_slices(assigner, boxes) as sums:
+            loss, items = run()
+        images = len(boxes)
+        normaliser: Tensor | float = sums[0] if self.exact else float(images)
         # The loss is times the images it is of; make it times those of the batch.
         return Loss(loss if images == self._images else loss * (self._images / images), normaliser, items)
 
@@ -119,30 +122,3 @@ class DetectionTask:
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _target_scores(assigner: Any) -> Iterator[list[Tensor]]:
-    """Collect the sums of target scores an assigner gives out, and let its failed allocations be ours.
-
-    Ultralytics' assigner survives them by going image by image, every time again; a smaller micro-batch is faster.
-    """
-    sums: list[Tensor] = []
-    hook = assigner.register_forward_hook(lambda module, inputs, output: sums.append(output[2].sum()))
-    assign = assigner._forward
-
-    def assign_or_fail(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return assign(*args, **kwargs)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error)
-        raise MemoryError(message)  # which is no RuntimeError, so it is not caught there
-
-    assigner._forward = assign_or_fail
-    try:
-        yield sums
-    finally:
-        del assigner._forward
-        hook.remove()

@@ -21,7 +21,7 @@ from yolov12.mas.meter import meter_for
 from yolov12.mas.override import overridden
 from yolov12.mas.slices import Slices
 from yolov12.mas.total import Total
-from yolov12.training.detection import DetectionTask
+from yolov12.training.detection import BOXES, DetectionTask
 
 __all__ = ["predict", "validate"]
 
@@ -162,13 +162,13 @@ class _Validation:
         assert self._task is not None
         assert self._loss is not None
         device = self._validator.device
-        part = self._task.part({**self._host, "img": self._host["img"]}, start, stop)
+        part = self._task.part(self._host, start, stop)
         part = {
             key: value.to(device) if isinstance(value, Tensor) and key != "img" else value
             for key, value in part.items()
         }
-        loss = self._loss
-        return self._task.measured(self._model, stop - start, lambda: loss({**part, "img": images}, predictions))
+        boxes, loss = part.pop(BOXES), self._loss
+        return self._task.measured(self._model, boxes, lambda: loss({**part, "img": images}, predictions))
 
     def _finalize(self) -> None:
         """Ultralytics has just written down how long everything took, all of it as inference."""

@@ -1,0 +1,92 @@
+"""The assigner in slices: the same targets, in tables that stay level."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner, make_anchors
+
+from yolov12.mas.trace import ByteTrace
+from yolov12.training.assigning import ROWS_PER_IMAGE, cut_by_boxes, in_slices
+
+CLASSES = 5
+
+
+def batch(boxes, rotated=False, side=128, seed=0):
+    """What Ultralytics' losses give their assigners, for so many boxes in each image; the later are padding."""
+    draw = torch.Generator().manual_seed(seed)
+    feats = [torch.zeros(1, 1, side // stride, side // stride) for stride in (8, 16, 32)]
+    anchors, strides = make_anchors(feats, (8, 16, 32), 0.5)
+    anchors = anchors * strides
+    images, most = len(boxes), max(boxes)
+    half = 4 + 28 * torch.rand(images, len(anchors), 2, generator=draw)
+    predicted = torch.cat((anchors - half, anchors + half), -1)
+    centre, size = (
+        side * torch.rand(images, most, 2, generator=draw),
+        4 + 60 * torch.rand(images, most, 2, generator=draw),
+    )
+    truth = torch.cat((centre - size / 2, centre + size / 2), -1)
+    if rotated:
+        angle = torch.rand(images, len(anchors), 1, generator=draw)
+        predicted = torch.cat((anchors.expand(images, -1, -1), 2 * half, angle), -1)
+        truth = torch.cat((centre, size, torch.rand(images, most, 1, generator=draw)), -1)
+    there = (torch.arange(most) < torch.tensor(boxes)[:, None])[..., None]
+    labels = torch.randint(0, CLASSES, (images, most, 1), generator=draw).float()
+    scores = torch.rand(images, len(anchors), CLASSES, generator=draw)
+    return scores, predicted, anchors, labels * there, truth * there, there
+
+
+@pytest.mark.parametrize("kind", [TaskAlignedAssigner, RotatedTaskAlignedAssigner])
+@pytest.mark.parametrize("second", [None, 4])
+@pytest.mark.parametrize(
+    "boxes", [[300, 5, 0, 12, 40, 7], [0, 0, 200], [1, 500], [3, 2, 1], [90] * 3 + [1] * 5], ids=str
+)
+def test_targets_are_those_of_all_at_once(kind, second, boxes):
+    assigner = kind(topk=10, num_classes=CLASSES, alpha=0.5, beta=6.0, topk2=second)
+    inputs = batch(boxes, rotated=kind is RotatedTaskAlignedAssigner)
+    wanted = assigner(*inputs)
+    with in_slices(assigner, boxes) as sums:
+        found = assigner(*inputs)
+    for ours, stock in zip(found, wanted, strict=True):
+        assert ours.dtype == stock.dtype
+        # Where tensors are of other lengths, the last values are computed by other instructions.
+        torch.testing.assert_close(ours, stock, rtol=1e-6 if ours.is_floating_point() else 0, atol=0)
+    torch.testing.assert_close(sums[0], wanted[2].sum())
+    assert (assigner.bs, assigner.n_max_boxes) == (len(boxes), max(boxes))
+    assert "_forward" not in vars(assigner)
+    assert not assigner._forward_hooks
+
+
+@settings(deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=64))
+def test_slices_hold_every_image_once_and_are_level(boxes):
+    slices = cut_by_boxes(boxes)
+    assert sorted(index for each in slices for index in each) == list(range(len(boxes)))
+    for each in slices:
+        assert len(each) * max(boxes[index] for index in each) <= max(ROWS_PER_IMAGE * len(boxes), *boxes)
+    if max(boxes) <= ROWS_PER_IMAGE:
+        assert len(slices) == 1
+    assert len(slices) <= 2 + sum(boxes) // (ROWS_PER_IMAGE * len(boxes) // 2 + 1)
+
+
+def test_a_crowd_costs_what_it_is():
+    boxes = [400] + [20] * 31
+    assigner = TaskAlignedAssigner(topk=10, num_classes=CLASSES)
+    inputs, peaks = batch(boxes), []
+    for sliced in (False, True):
+        with ByteTrace() as trace:
+            if sliced:
+                with in_slices(assigner, boxes):
+                    assigner(*inputs)
+            else:
+                assigner(*inputs)
+        peaks.append(trace.peak_bytes())
+    assert peaks[1] < 0.2 * peaks[0]
+
+
+def test_a_failed_allocation_is_no_reason_to_go_image_by_image():
+    assigner = TaskAlignedAssigner(topk=10, num_classes=CLASSES)
+    assigner.get_pos_mask = lambda *args, **kwargs: torch.empty(2**60)
+    with pytest.raises(MemoryError), in_slices(assigner, [300, 1]):
+        assigner(*batch([300, 1]))
+    assert "_forward" not in vars(assigner)
