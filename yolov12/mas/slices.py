@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 from yolov12.mas.config import Config
@@ -30,8 +29,6 @@ class Slices:
     def __init__(self, config: Config, meter: Meter) -> None:
         self._config, self.meter = config, meter
         self._cost = CostModel()
-        self.sizes: set[int] = set()
-        """Images of the slices that ran so far."""
         self.failures = 0
         """Allocations that failed so far."""
 
@@ -68,17 +65,8 @@ class Slices:
                 most = count // 2
                 continue
             self._cost.observe(Features(count, height, width, 0), self.meter.peak_bytes() - live_bytes)
-            self.sizes.add(count)
             start += count
         return found
-
-    @contextmanager
-    def released(self) -> Iterator[None]:
-        """Give memory back at the end, for what comes next."""
-        try:
-            yield
-        finally:
-            self.meter.release()
 
     def _count(self, images: int, height: int, width: int) -> int:
         """Slices are level: libraries look for kernels when a size is new."""

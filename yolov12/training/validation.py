@@ -37,9 +37,14 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
         trainer: Whose model is validated, if any.
         model: What is validated without one.
         kwargs: For `stock`.
+
+    Raises:
+        ConfigError: A setting of the engine is malformed or outside its range.
+        DoesNotFitError: Not even one image gets through.
     """
     if not isinstance(validator, DetectionValidator) or not getattr(validator.args, "mas", False):
         return stock(validator, trainer, model, **kwargs)
+    _config_of(validator)  # a setting that cannot be is told before any data is read
     joint = _Validation(validator, trainer is not None)
     try:
         return stock(validator, trainer, model, **kwargs)
@@ -179,12 +184,16 @@ class _Validation:
         self._stock["finalize_metrics"]()
 
 
+def _config_of(owner: Any) -> Config:
+    return Config.parse({**vars(owner.args), "bn_group": None})  # nothing is trained
+
+
 def _slices_of(owner: Any, device: torch.device) -> Slices | None:
     """Those of a validator or predictor; None on a device whose memory cannot be read."""
     if device.type not in ("cuda", "cpu"):
         return None
     if not hasattr(owner, _SLICES):
-        config = Config.parse({**vars(owner.args), "bn_group": None})  # nothing is trained
+        config = _config_of(owner)
         setattr(owner, _SLICES, Slices(config, meter_for(device, config.limit)))
     slices: Slices = getattr(owner, _SLICES)
     return slices
