@@ -1,6 +1,6 @@
 """Checkpointing plans on a GPU: images/s against memory, and bytes freed against bytes predicted.
 
-    python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 9 minutes on one H100)
+    python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 14 minutes on one H100)
     python benchmarks/checkpointing.py --out part.json --only freed
     python benchmarks/checkpointing.py --out part.json --only predicted     (no GPU; of what is in the file)
 
@@ -110,9 +110,11 @@ def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iter
 
     runs(BATCHES[2], 3)
     batch, peak, upper = BATCHES[2], torch.cuda.max_memory_allocated(), len(BATCHES)
+    fixed = torch.cuda.memory_allocated()
     for gib in sorted(limits, reverse=True):
         _limit(gib)
-        likely = 1.1 * batch * gib * GIB / peak  # others are not tried: memory grows in proportion, and each takes long
+        # Larger ones are not tried: the rest grows in proportion to images, and each takes long.
+        likely = 1.1 * batch * (gib * GIB - fixed) / (peak - fixed)
         upper = min(upper, sum(size <= likely for size in BATCHES))
         while upper:
             batch = BATCHES[upper - 1]
@@ -201,7 +203,7 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
                     "events": latest.events,
                 }
             )
-        last = steps[1:][-5:]
+        last = [step for step in steps[1:] if _steady(step, steps[-1])][-5:] or steps[-1:]
         row = {
             "limit_gib": gib,
             "bn_group": engine.bn_group,
@@ -222,6 +224,12 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
 
 def _settled(steps: list[dict[str, Any]]) -> bool:
     return len(steps) >= SETTLED and len({(step["micro_batch"], step["level"]) for step in steps[-SETTLED:]}) == 1
+
+
+def _steady(step: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Ran as the last one did, and did not begin to."""
+    alike = all(step[key] == last[key] for key in ("micro_batch", "level"))
+    return alike and not any(event.startswith(("grew", "shrunk", "plan")) for event in step["events"])
 
 
 def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
