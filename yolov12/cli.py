@@ -133,8 +133,9 @@ def _from_file(file: str) -> dict[str, Any]:
 
 
 def _train(options: dict[str, Any]) -> None:
-    if options.get("resume"):
-        if options["resume"] is True:
+    resume = options.get("resume")
+    if resume and resume != "auto":
+        if resume is True:
             options["resume"] = options.get("model") or _last_trained("last.pt")
         options["model"] = options["resume"]
     elif not options.get("data"):

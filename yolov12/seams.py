@@ -25,8 +25,9 @@ _JOINED = "__yolov12_joined__"
 def _arguments() -> Mapping[str, Any]:
     """Training arguments this package adds, with their defaults."""
     from yolov12.mas.config import DEFAULTS
+    from yolov12.training.options import OPTIONS
 
-    return {"recipe": True, **DEFAULTS}
+    return {**OPTIONS, **DEFAULTS}
 
 
 def _add_arguments(defaults: Any) -> Any:
@@ -103,7 +104,12 @@ def _check_before_stripping(strip_optimizer: Callable[..., Any]) -> Callable[...
         from yolov12.models import weights
 
         weights.read(f)  # it loads without any restriction, and a resumed run folder may be a stranger's
-        return strip_optimizer(f, *args, **kwargs)
+        if args or "s" in kwargs:
+            return strip_optimizer(f, *args, **kwargs)
+        from yolov12.training import files
+
+        with files.replacing(f) as unfinished:
+            return strip_optimizer(f, str(unfinished), **kwargs)
 
     return wrapper
 
@@ -169,22 +175,31 @@ def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..
 def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setup_train)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        from yolov12.training import memory
+        from yolov12.training import files, memory
 
         setup_train(self, *args, **kwargs)
+        files.make_atomic(self)
         memory.attach(self)
 
     return wrapper
 
 
-def _remember_what_was_learned(resume_training: Callable[..., None]) -> Callable[..., None]:
+def _resume_in_mid_epoch(resume_training: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(resume_training)
     def wrapper(self: Any, ckpt: Any) -> None:
-        from yolov12.training.memory import STATE
+        from yolov12.training import memory
 
-        resume_training(self, ckpt)
-        if self.resume and ckpt:
-            setattr(self, STATE, (ckpt.get("optimizer") or {}).get(STATE))
+        memory.resume(resume_training, self, ckpt)
+
+    return wrapper
+
+
+def _save_when_interrupted(do_train: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(do_train)
+    def wrapper(self: Any) -> Any:
+        from yolov12.training import memory
+
+        return memory.do_train(do_train, self)
 
     return wrapper
 
@@ -228,7 +243,8 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
         "BaseTrainer.__init__": _clear_false_starts,
         "BaseTrainer.train": _clear_false_starts,
         "BaseTrainer.check_resume": _resume_with_our_arguments,
-        "BaseTrainer.resume_training": _remember_what_was_learned,
+        "BaseTrainer.resume_training": _resume_in_mid_epoch,
+        "BaseTrainer._do_train": _save_when_interrupted,
         "BaseTrainer._setup_train": _attach_engine,
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": _validate_in_slices},

@@ -154,6 +154,12 @@ class Engine:
         if self._done:
             self._record(("out-of-memory in the optimizer",) * failures)
 
+    def flush(self) -> None:
+        """Write all rows to the journal, waiting for the device to tell their times."""
+        self._write(final=True)
+        if self.journal is not None:
+            self.journal.flush()
+
     def close(self, updates_expected: int | None = None) -> Summary | None:
         """Give the limit of PyTorch's allocator back, and finish the journal, if there is one.
 

@@ -78,22 +78,25 @@ class Journal:
     Args:
         folder: Of the run; exists.
         resume: Go on after what is there. A last line that a kill cut off is dropped.
+        steps: With `resume`, rows after so many are dropped: these steps will be made again.
 
     Raises:
         OSError: From any method: the folder is gone, may not be written to, or its disk is full.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+    def __init__(self, folder: str | Path, *, resume: bool = False, steps: int | None = None) -> None:
         self._csv, self._json, self._picture = (Path(folder, f"memory.{suffix}") for suffix in ("csv", "json", "png"))
         self._lost = self._samples = 0
         self._percent_sum = 0.0
         self._before: Mapping[str, float | None] = {}
         rows: list[dict[str, str]] = []
         if resume and self._csv.exists():
-            os.truncate(self._csv, self._csv.read_bytes().rfind(b"\n") + 1)
+            _cut(self._csv, steps)
             rows = read_rows(self._csv)
             if self._json.exists():
                 self._before = json.loads(self._json.read_text("utf-8"))
+            if steps is not None:
+                self._before = {**self._before, "images_lost": 0}  # they are trained on again
         else:
             for path in (self._csv, self._json, self._picture):
                 path.unlink(missing_ok=True)
@@ -103,8 +106,8 @@ class Journal:
         self._writer = csv.writer(self._file, lineterminator="\n")
         if self._file.tell() == 0:
             self._writer.writerow(COLUMNS)
-        self._flush()
-        self._mark_resume = bool(rows)
+        self.flush()
+        self._mark = (RESUMED if steps is None else f"{RESUMED} after step {steps}") if rows else ""
 
     @property
     def next_step(self) -> int:
@@ -113,13 +116,13 @@ class Journal:
 
     def add(self, row: Row) -> None:
         """Write a row. It reaches the file within a second of training, or with `summary` or `close`."""
-        if self._mark_resume:
-            row = dataclasses.replace(row, events=(RESUMED, *row.events))
-            self._mark_resume = False
+        if self._mark:
+            row = dataclasses.replace(row, events=(self._mark, *row.events))
+            self._mark = ""
         self._writer.writerow(row.as_csv())
         self._next_step = row.step + 1
         if time.monotonic() - self._flushed_s >= _FLUSH_S:
-            self._flush()
+            self.flush()
 
     def lost(self, images: int) -> None:
         """Count images that entered a step and did not reach an update."""
@@ -159,10 +162,11 @@ class Journal:
         return summarise(rows, updates_expected, self._first_step, lost, self._utilisation_percent(len(rows)))
 
     def _read(self) -> list[dict[str, str]]:
-        self._flush()
+        self.flush()
         return read_rows(self._csv)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand all rows to the system, which keeps them if this process is killed."""
         self._file.flush()
         self._flushed_s = time.monotonic()
 
@@ -173,6 +177,15 @@ class Journal:
             return before if now is None else now
         # How many samples there were before is not recorded; steps stand in for them.
         return before + (now - before) * (rows - self._resumed_rows) / max(rows, 1)
+
+
+def _cut(path: Path, steps: int | None) -> None:
+    """Leave whole rows, of the first steps."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n")]
+    if steps is not None:
+        kept = [*kept[:1], *(line for line in kept[1:] if int(line.partition(b",")[0]) <= steps)]
+    os.truncate(path, sum(map(len, kept)))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -125,7 +125,7 @@ def summarise(
 
 
 def _kept(rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Rows whose update is in the weights: a resume starts an epoch anew, from the checkpoint before it."""
+    """Rows whose update is in the weights: a resume may start an epoch anew, from the checkpoint before it."""
     kept: list[Mapping[str, str]] = []
     for row in rows:
         if RESUMED in row["events"].split("; "):

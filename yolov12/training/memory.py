@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,11 +20,16 @@ from yolov12.mas.update import Undo, copy_on_host
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.training.detection import DetectionTask
+from yolov12.training.loader import SKIPPED, ResumableLoader, resumable
+from yolov12.training.options import Interval
+from yolov12.training.run_state import Keeper, find
 
-__all__ = ["STATE", "attach"]
+__all__ = ["STATE", "attach", "do_train", "resume"]
 
 STATE = "mas_state"
 """Of the trainer and of a checkpoint's `optimizer`: what the engine had learned when it was saved."""
+
+_FOUND, _KEEPER = "yolov12_state", "yolov12_keeper"  # of a trainer
 
 _MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
 _WIDTH = 22  # of the progress bar's column
@@ -33,9 +39,8 @@ _COLUMN = "memory/peak_MiB"
 def attach(trainer: Any) -> None:
     """Let the engine run this trainer's batches, unless `mas=False` or the training is of a kind it does not know."""
     from ultralytics.utils import LOGGER, USER_CONFIG_DIR
-    from ultralytics.utils.torch_utils import unwrap_model
 
-    model = unwrap_model(trainer.model)
+    model = _unwrapped(trainer)
     if (reason := _why_not(trainer, model)) is not None:
         if trainer.args.mas:
             LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
@@ -50,11 +55,12 @@ def attach(trainer: Any) -> None:
     )
     if not task.exact:
         LOGGER.info("memory: parts of a batch are weighted by images, as this loss is not divided by one sum")
+    state = getattr(trainer, _FOUND, None)
     engine = Engine(
         model,
         task,
         Config.parse(vars(trainer.args)),
-        journal=Journal(trainer.save_dir, resume=bool(trainer.resume)),
+        journal=Journal(trainer.save_dir, resume=bool(trainer.resume), steps=state and state["rows"]),
         backward=lambda loss: trainer.scaler.scale(loss).backward(),
         layers=layer_names(model),
         activations=activations(model),
@@ -63,7 +69,38 @@ def attach(trainer: Any) -> None:
         log=LOGGER.info,
     )
     _keep_what_is_learned(trainer, engine)
-    _Joint(trainer, model, engine)
+    joint = _Joint(trainer, model, engine)
+    if state is not None and joint.keeper is not None:
+        joint.keeper.restore(state)
+        delattr(trainer, _FOUND)
+
+
+def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> None:
+    """Run Ultralytics' `resume_training`, or find what is newer than the checkpoint, for `attach` to resume from."""
+    if not (checkpoint and trainer.resume):
+        stock_resume(trainer, checkpoint)
+        return
+    setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
+    exact = _why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
+    state = find(trainer, checkpoint) if exact else None
+    if state is None:
+        stock_resume(trainer, checkpoint)
+    else:
+        setattr(trainer, STATE, state["optimizer"].get(STATE))
+        setattr(trainer, _FOUND, state)
+
+
+def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
+    """Run Ultralytics' `_do_train`; whatever ends it, nothing is lost that was done."""
+    try:
+        return stock_train(trainer)
+    except BaseException:
+        if (keeper := getattr(trainer, _KEEPER, None)) is not None:
+            keeper.save_at_last()
+        raise
+    finally:
+        if (keeper := getattr(trainer, _KEEPER, None)) is not None:
+            keeper.interruption.stop()
 
 
 def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
@@ -79,8 +116,15 @@ class _Joint:
 
     def __init__(self, trainer: Any, model: nn.Module, engine: Engine) -> None:
         self._trainer, self._engine = trainer, engine
-        self._updates_asked = 0
         self._of_epoch: dict[str, float] = {}
+        self.keeper: Keeper | None = None  # of a loader of the user's own, nothing is known
+        if resumable(trainer.train_loader):
+            loader = trainer.train_loader = ResumableLoader(trainer.train_loader, trainer.args.imgsz)
+            self.keeper = Keeper(
+                trainer, model, engine, loader, Interval.parse(trainer.args.save_every), self._of_epoch
+            )
+            setattr(trainer, _KEEPER, self.keeper)
+        self._updates_asked = 0
         # A run that began without the engine goes on with the columns it has.
         self._logs = not trainer.csv.exists() or _COLUMN in trainer.csv.read_text().partition("\n")[0]
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
@@ -91,11 +135,17 @@ class _Joint:
         trainer.validate = self._validate
         trainer._get_memory = self._memory
         trainer.progress_string = self._header
+        self._stock_plot = trainer.plot_training_samples
+        trainer.plot_training_samples = self._plot
         trainer.add_callback("on_train_epoch_start", self._epoch_starts)
         trainer.add_callback("on_train_epoch_end", self._epoch_ends)
         trainer.add_callback("teardown", self._finish)
 
     def _run(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.keeper is not None:
+            if SKIPPED in batch:
+                return self.keeper.skip()
+            self.keeper.interruption.check()
         result = self._engine.step(batch)
         self._keep_group()
         latest, of_epoch = self._engine.latest, self._of_epoch
@@ -117,8 +167,11 @@ class _Joint:
             YAML.save(file, {**YAML.load(file), "bn_group": group})
 
     def _update(self) -> None:
+        if self.keeper is not None and self.keeper.skipping:
+            return
         self._updates_asked += 1
-        self._engine.update(self._trainer.optimizer, self._stock_update, lambda: _remember(self._trainer))
+        with self.keeper.step() if self.keeper is not None else nullcontext():
+            self._engine.update(self._trainer.optimizer, self._stock_update, lambda: _remember(self._trainer))
 
     def _validate(self) -> Any:
         metrics, fitness = self._stock_validate()
@@ -140,6 +193,10 @@ class _Joint:
 
     def _header(self) -> str:
         return str(self._stock_header().replace(f"{'GPU_mem':>11}", f"{'GPU_mem':>{_WIDTH}}", 1))
+
+    def _plot(self, batch: Any, ni: int) -> None:
+        if SKIPPED not in batch:
+            self._stock_plot(batch, ni)
 
     def _finish(self, trainer: Any) -> None:
         from ultralytics.utils import LOGGER
@@ -181,6 +238,13 @@ class _Column(float):
             return super().__format__(spec)
         sizes, budget = self._engine.micro_batches, self._engine.latest.budget_bytes / 2**30
         return f"{max(sizes)}x{len(sizes)}  {float(self):.3g}/{budget:.3g}".rjust(_WIDTH - 1)
+
+
+def _unwrapped(trainer: Any) -> nn.Module:
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    model: nn.Module = unwrap_model(trainer.model)
+    return model
 
 
 def _ignored(args: Any) -> list[str]:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from yolov12.mas.config import DEFAULTS, Config
+from yolov12.training.options import OPTIONS, Interval
 from yolov12.training.preflight import check_training_arguments
 from yolov12.training.recipes import recipe_for
+from yolov12.training.resume import latest_interrupted
+from yolov12.training.run_state import FILE
 
 __all__ = ["check_resume", "remove_false_start", "train"]
 
@@ -39,6 +42,8 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
     if engine["mas"]:
         # Micro-batches of many shapes leave holes in memory otherwise. CUDA reads it when it starts.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    Interval.parse(engine["save_every"])
+    arguments = _resolve_resume(model, arguments)
     if not _resumes(model, arguments):
         given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
         check_training_arguments(given, model.task)
@@ -54,14 +59,15 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
         trainer: Gets the checkpoint's arguments.
         overrides: What the user gave.
     """
-    ours = {key: value for key, value in overrides.items() if key in DEFAULTS}
+    defaults = {**DEFAULTS, **OPTIONS}
+    ours = {key: value for key, value in overrides.items() if key in defaults}
     stock_check_resume(trainer, {key: value for key, value in overrides.items() if key not in ours})
     if not trainer.resume:
         return
-    for key, default in DEFAULTS.items():
+    for key, default in defaults.items():
         if not hasattr(trainer.args, key):  # a run of plain Ultralytics
             setattr(trainer.args, key, default)
-    kept = {"bn_group"} | ({"mas"} if trainer.args.mas else set())
+    kept = {"bn_group", "recipe"} | ({"mas"} if trainer.args.mas else set())
     for key, value in ours.items():
         if key not in kept:
             setattr(trainer.args, key, value)
@@ -87,10 +93,30 @@ def _resumes(model: Any, arguments: dict[str, Any]) -> bool:
     return bool(resume)
 
 
+def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Name the checkpoint of `resume=auto`, and of a run whose checkpoint alone looks complete."""
+    from ultralytics.utils import LOGGER
+
+    resume = arguments.get("resume", model.overrides.get("resume"))
+    if resume is True and model.ckpt and Path(model.ckpt_path).with_name(FILE).exists():
+        return {**arguments, "resume": str(model.ckpt_path)}
+    if str(resume).lower() != "auto":
+        return arguments
+    last = latest_interrupted({**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}, model.task)
+    if last is None:
+        LOGGER.info("resume=auto: no run of this project and name was interrupted: starting anew")
+        return {**arguments, "resume": False}
+    LOGGER.info(f"resume=auto: going on with {last}")
+    model._load(str(last))
+    # The run says what it is called; where it is may have moved, as a mounted folder does.
+    given = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok")}
+    return {**given, "resume": str(last), "save_dir": str(last.parent.parent)}
+
+
 def _defaults() -> dict[str, Any]:
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    return {key: DEFAULT_CFG_DICT[key] for key in DEFAULTS}
+    return {key: DEFAULT_CFG_DICT[key] for key in (*DEFAULTS, *OPTIONS)}
 
 
 def _from_file(cfg: str | Path | None) -> dict[str, Any]:

@@ -1,0 +1,232 @@
+"""A training loader that can say after each batch how to go on from there, and can go on from there.
+
+The order of images is that of the sampler's generator. Augmentation draws from the random generators of the process
+that loads, and mosaic from the images that this process loaded lately; both go with a worker's batches. What is drawn
+is what Ultralytics draws.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+__all__ = ["SKIPPED", "ResumableLoader", "random_state", "resumable", "set_random_state"]
+
+SKIPPED = "yolov12_skipped"
+"""In a batch that stands for one that was done before the run was interrupted."""
+
+_STATE = "yolov12_worker"
+_Worker = Mapping[str, Any]  # `random` and `buffer`, or the `seed` of one that has not begun
+
+
+def random_state() -> dict[str, Any]:
+    """State of this process's generators, for `torch.load(weights_only=True)`."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - Ultralytics draws from it
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put `random_state` back."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+
+
+def resumable(loader: Any) -> bool:
+    """Whether it is a loader of Ultralytics' own kind."""
+    return hasattr(getattr(loader, "batch_sampler", None), "sampler") and getattr(loader, "generator", None) is not None
+
+
+class ResumableLoader:
+    """Stands for an Ultralytics training loader.
+
+    Args:
+        loader: An `InfiniteDataLoader` that has given no batch yet.
+        image_size: Of the batches that stand for skipped ones.
+    """
+
+    def __init__(self, loader: Any, image_size: int) -> None:
+        self._loader, self._image_size = loader, image_size
+        self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator)
+        self._first = _FirstState(loader.worker_init_fn)
+        loader.collate_fn = _Collate(loader.collate_fn)
+        loader.worker_init_fn = self._first
+        self._workers: dict[int, _Worker] = {}
+        self._next_worker = 0
+        self._epoch_order: Tensor | None = None
+        self._generator: Tensor | None = None  # state where a resumed run was interrupted
+        self._skip = 0
+        self._then: Callable[[], None] = lambda: None
+        self.position = 0
+        """Batches given in this epoch, with those skipped."""
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.position, skip, self._skip = 0, self._skip, 0
+        for _ in range(skip):
+            self.position += 1
+            yield {
+                "img": torch.zeros(0, 3, self._image_size, self._image_size),
+                "cls": torch.zeros(0, 1),
+                SKIPPED: True,
+            }
+        then, self._then = self._then, lambda: None
+        then()
+        for batch in itertools.islice(self._loader, len(self) - skip):
+            if self.position == skip:
+                self._epoch_order = self._order.drawn.popleft()
+                self._first.states = []  # workers have theirs; those after a reset begin anew
+            worker = batch.pop(_STATE)
+            if worker is not None:
+                random_now = torch.frombuffer(bytearray(worker["random"]), dtype=torch.uint8)
+                self._workers[worker["id"]] = {"buffer": worker["buffer"], "random": random_now}
+                self._next_worker = (worker["id"] + 1) % self._loader.num_workers
+            self.position += 1
+            yield batch
+
+    def reset(self) -> None:
+        """See `InfiniteDataLoader`: what was loaded ahead is dropped, as the data set has changed."""
+        self._loader.reset()
+        self._order.drawn.clear()
+        if self._skip == len(self):  # nothing of the skipped epoch was to be loaded
+            self._order.begin = None
+            self._loader.generator.set_state(self._generator)
+        self._workers = dict(enumerate(self._first.states))
+        self._next_worker = 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the batch given last is the last of its epoch."""
+        return self.position == len(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How to go on after the batch given last; for `torch.load(weights_only=True)`."""
+        count = self._loader.num_workers
+        order = [(self._next_worker + index) % count for index in range(count)]
+        return {
+            "batches": len(self),
+            "batch_size": self._loader.batch_size,
+            "position": self.position,
+            "order": self._epoch_order,
+            "generator": self._loader.generator.get_state(),
+            "workers": [self._workers.get(index) or {"seed": self._seed(index)} for index in order],
+            "buffer": list(self._buffer()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], then: Callable[[], None]) -> bool:
+        """Go on from `state_dict`; the next epoch begins with skipped batches.
+
+        Args:
+            state: From a loader of as many batches.
+            then: Called when the skipped batches are through, before the first other.
+
+        Returns:
+            Whether augmentation goes on as well. It does not with another number of workers.
+        """
+        self._skip, self._then = state["position"], then
+        self._epoch_order = state["order"]
+        self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
+        if len(state["workers"]) != self._loader.num_workers:
+            return False
+        self._first.states = list(state["workers"])
+        self._workers = dict(enumerate(state["workers"]))
+        if not state["workers"]:
+            _fill(self._loader.dataset, state["buffer"])
+        return True
+
+    def _seed(self, worker: int) -> int:
+        iterator = self._loader.iterator
+        return int(iterator._base_seed) + worker if iterator is not None else 0
+
+    def _buffer(self) -> list[int]:
+        return getattr(self._loader.dataset, "buffer", [])
+
+
+class _Order:
+    """Batches of indices, over and over; keeps how the order of each epoch was drawn."""
+
+    def __init__(self, batches: Any, generator: torch.Generator) -> None:
+        self._batches, self._generator = batches, generator
+        self.drawn: deque[Tensor] = deque()
+        """State of the generator before each epoch that is not begun; workers are ahead of the training."""
+        self.begin: tuple[Tensor, int] | None = None
+        """Of the next epoch: state of the generator, batches to leave out."""
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        skip = 0
+        if self.begin is not None:
+            (state, skip), self.begin = self.begin, None
+            self._generator.set_state(state)
+        if skip < len(self):
+            self.drawn.append(self._generator.get_state())
+        yield from itertools.islice(iter(self._batches), skip, None)
+
+
+class _Collate:
+    """Adds to a batch the state of the worker that loaded it."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        worker = get_worker_info()
+        state = None
+        if worker is not None:
+            buffer = list(getattr(worker.dataset, "buffer", []))
+            state = {"id": worker.id, "buffer": buffer, "random": _packed(random_state())}
+        return {**self._collate(samples), _STATE: state}
+
+
+class _FirstState:
+    """Starts workers in the state they were in."""
+
+    def __init__(self, stock: Callable[[int], None]) -> None:
+        self._stock = stock
+        self.states: list[_Worker] = []
+
+    def __call__(self, index: int) -> None:
+        state = self.states[index] if self.states else {}
+        if "seed" in state:
+            torch.manual_seed(state["seed"])
+        self._stock(index)
+        if "random" in state:
+            worker = get_worker_info()
+            assert worker is not None
+            _fill(worker.dataset, state["buffer"])
+            set_random_state(torch.load(io.BytesIO(state["random"].numpy().tobytes()), weights_only=True))
+
+
+def _packed(state: Mapping[str, Any]) -> bytes:
+    """One object for the way between processes, which takes a file handle for every tensor."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def _fill(dataset: Any, buffer: list[int]) -> None:
+    """Load the images that mosaic chooses from."""
+    dataset.buffer.clear()
+    for index in buffer:
+        dataset.load_image(index)

@@ -1,0 +1,54 @@
+"""Training arguments of whole runs; those of the engine are in `mas.config`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from yolov12.errors import ConfigError
+
+__all__ = ["OPTIONS", "Interval"]
+
+OPTIONS: Mapping[str, Any] = {"recipe": True, "save_every": "5min"}
+"""With their defaults, as users write them."""
+
+_SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often a run is saved in mid-epoch."""
+
+    steps: int | None = None
+    """Of the optimizer; None: by time."""
+    seconds: float | None = None
+    """None: by steps. Both None: only when the run is interrupted."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Interval:
+        """Read `save_every`: `5min`, `30s`, `100` steps, or 0.
+
+        Raises:
+            ConfigError: It is none of these.
+        """
+        found = None if isinstance(value, bool) else _TIME.fullmatch(str(value).strip())
+        number, unit = (float(found[1]), found[2].lower()) if found else (0.0, "?")
+        if value is False or (not unit and number == 0):
+            return cls()
+        if not unit and number.is_integer():
+            return cls(steps=int(number))
+        if unit in _SECONDS and number > 0:
+            return cls(seconds=number * _SECONDS[unit])
+        raise ConfigError(
+            f"save_every={value}: give minutes, as in 5min, or optimizer steps, as in 100; with 0 a run is saved "
+            "only when it is interrupted"
+        )
+
+    def due(self, steps: int, seconds: float) -> bool:
+        """Whether to save, so many steps and seconds after the last time."""
+        if self.steps is not None:
+            return steps >= self.steps
+        return self.seconds is not None and seconds >= self.seconds

@@ -1,0 +1,250 @@
+"""All that a training is right after a step of its optimizer: to a file, and back.
+
+Ultralytics saves an epoch's end, in half precision. The file beside `last.pt` holds the middle of an epoch exactly, and
+a run that goes on from it ends as one that was not interrupted: order of images, augmentation, weights, optimizer,
+moving average, scaler, and what the engine has learned.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from numbers import Number
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolov12.mas import Engine
+from yolov12.training import files
+from yolov12.training.interruption import Interruption
+from yolov12.training.loader import ResumableLoader, random_state, set_random_state
+from yolov12.training.options import Interval
+
+__all__ = ["FILE", "Keeper", "find"]
+
+FILE = "state.pt"
+"""Beside `last.pt`, while a run is not complete."""
+
+_COST = 0.01  # of the time that saves at the ends of epochs may take
+_NEVER = 2**62
+
+
+def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state to resume from, if there is one that is not older than the checkpoint and of the same batches."""
+    from ultralytics.utils import LOGGER
+
+    path = Path(trainer.wdir, FILE)
+    if not path.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        epoch, loader = state["epoch"], state["loader"]
+        was = (loader["batches"], loader["batch_size"])
+    except Exception as error:  # of a stranger's file: any
+        LOGGER.warning(f"resume: {path} cannot be read ({type(error).__name__}): going on from {trainer.last.name}")
+        return None
+    if epoch < checkpoint["epoch"]:
+        return None
+    now = (len(trainer.train_loader), trainer.train_loader.batch_size)
+    if was != now:
+        LOGGER.warning(
+            f"resume: an epoch was {was[0]} batches of {was[1]} images and is now {now[0]} of {now[1]}: going on "
+            f"from the end of an epoch, {trainer.last.name}"
+        )
+        return None
+    return state
+
+
+class Keeper:
+    """Saves one training, and takes it up again.
+
+    Args:
+        trainer: Set up.
+        model: Without wrappers.
+        engine: Runs its batches.
+        loader: Gives its batches.
+        every: How often to save.
+        of_epoch: What is counted up in an epoch for results.csv.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        model: nn.Module,
+        engine: Engine,
+        loader: ResumableLoader,
+        every: Interval,
+        of_epoch: dict[str, float],
+    ) -> None:
+        self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
+        self._of_epoch = of_epoch
+        self._every = every if trainer.args.save else Interval()
+        self._at_epoch_ends = self._every != Interval()
+        self._moment: dict[str, Any] | None = None
+        self._accumulates = round(trainer.args.nbs / trainer.batch_size) > 1
+        self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
+        self._resumed: Mapping[str, Any] | None = None  # until its batches are skipped
+        self._whole = True
+        self.interruption = Interruption()
+        self.interruption.watch()
+        trainer.add_callback("on_train_end", lambda _: self.path.unlink(missing_ok=True))
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return Path(self._trainer.wdir, FILE)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around an optimizer step: no signal comes between, and after it is saved what there is to save."""
+        with self.interruption.deferred():
+            self._whole = False  # parameters are not those of the step before any more
+            yield
+            self._take_note()
+            self._whole = True
+            seconds = time.monotonic() - self._saved_s
+            epoch_end = self._at_epoch_ends and self._loader.is_last and seconds * _COST >= self._cost_s
+            if epoch_end or self._every.due(self._steps, seconds):
+                self._save_or_warn()
+
+    def save_at_last(self) -> None:
+        """Save when a run ends before its time, unless that was in the middle of an optimizer step."""
+        if self._trainer.args.save and self._whole and self._steps:
+            with self.interruption.deferred():
+                self._save_or_warn()
+
+    def _take_note(self) -> None:
+        trainer = self._trainer
+        self._moment = {
+            "epoch": trainer.epoch,
+            "loader": self._loader.state_dict(),
+            "random": random_state(),
+            "cuda": [torch.cuda.get_rng_state(trainer.device)] if trainer.device.type == "cuda" else [],
+            "accumulate": trainer.accumulate,
+            "loss": trainer.loss.detach(),
+            "tloss": dict(trainer.tloss),
+            "of_epoch": dict(self._of_epoch),
+            # BatchNorm's statistics move with every batch, and an interruption may come between two updates.
+            "buffers": {n: b.clone() for n, b in self._model.named_buffers()} if self._accumulates else {},
+        }
+        self._steps += 1
+
+    def _save_or_warn(self) -> None:
+        try:
+            self._save()
+        except (OSError, RuntimeError) as error:  # a full disk or a lost device; what was saved before is still there
+            from ultralytics.utils import LOGGER
+
+            LOGGER.warning(f"resume: {self.path} could not be written, {error}")
+
+    def _save(self) -> None:
+        """Save the run as it was after the last optimizer step, whose parameters there still are."""
+        assert self._moment is not None
+        begin = time.monotonic()
+        trainer, buffers = self._trainer, self._moment["buffers"]
+        self._engine.flush()
+        journal = self._engine.journal
+        state = {
+            **{key: value for key, value in self._moment.items() if key != "buffers"},
+            "rows": journal.next_step - 1 if journal is not None else 0,
+            "model": {name: buffers.get(name, value) for name, value in self._model.state_dict().items()},
+            "ema": trainer.ema.ema.state_dict(),
+            "updates": trainer.ema.updates,
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "fitness": _plain(trainer.fitness),
+            "best_fitness": _plain(trainer.best_fitness),
+            "stopper": _numbers(trainer.stopper, ("best_fitness", "best_epoch", "possible_stop")),
+            "criterion": _numbers(self._criterion, vars(self._criterion)),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        files.write(self.path, lambda file: torch.save(state, file))
+        if not trainer.last.exists():  # what a run is resumed by
+            trainer.save_model()
+        self._saved_s, self._steps = time.monotonic(), 0
+        self._cost_s = self._saved_s - begin
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take up a run; the first epoch begins with batches that only count.
+
+        Args:
+            state: From `find`.
+        """
+        from ultralytics.utils import LOGGER
+
+        trainer = self._trainer
+        self._model.load_state_dict(state["model"])
+        trainer.ema.ema.load_state_dict(state["ema"])
+        trainer.ema.updates = state["updates"]
+        for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True):
+            saved["fused"] = group.get("fused")  # this device chooses, as where Ultralytics resumes
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        trainer.scaler.load_state_dict(state["scaler"])
+        trainer.fitness, trainer.best_fitness = state["fitness"], state["best_fitness"]
+        vars(trainer.stopper).update(state["stopper"])
+        vars(self._criterion).update(state["criterion"])
+        trainer.start_epoch = state["epoch"]
+        trainer.scheduler.last_epoch = state["epoch"] - 1
+        _drop_rows(trainer.csv, state["epoch"])
+        self._resumed = state
+        same = self._loader.load_state_dict(state["loader"], self._go_on)
+        position = state["loader"]["position"]
+        LOGGER.info(f"resume: epoch {state['epoch'] + 1}, after batch {position} of {len(self._loader)}")
+        if not same:
+            LOGGER.warning("resume: with another number of workers, images are augmented otherwise than they would be")
+
+    @property
+    def _criterion(self) -> Any:
+        """Of a model that matches boxes in two ways, and weights them by the epoch."""
+        criterion = getattr(self._model, "criterion", None)
+        return criterion if hasattr(criterion, "update") else SimpleNamespace()
+
+    @property
+    def skipping(self) -> bool:
+        """Whether batches stand for those that were done."""
+        return self._resumed is not None
+
+    def skip(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and items of such a batch."""
+        assert self._resumed is not None
+        # The loop is to count its last update where it was.
+        last = self._loader.position == self._resumed["loader"]["position"]
+        self._trainer.accumulate = 1 if last else _NEVER
+        device = self._trainer.device
+        loss = self._resumed["loss"].to(device, copy=True).requires_grad_()
+        return loss, {name: item.to(device) for name, item in self._resumed["tloss"].items()}
+
+    def _go_on(self) -> None:
+        state, self._resumed, trainer = self._resumed, None, self._trainer
+        assert state is not None
+        trainer.accumulate = state["accumulate"]
+        trainer.tloss = {name: item.to(trainer.device) for name, item in state["tloss"].items()}
+        self._of_epoch.update(state["of_epoch"])
+        set_random_state(state["random"])
+        if state["cuda"] and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"][0], trainer.device)
+
+
+def _numbers(thing: Any, names: Iterable[str]) -> dict[str, Any]:
+    values = {name: getattr(thing, name) for name in names}
+    return {name: _plain(value) for name, value in values.items() if value is None or isinstance(value, Number)}
+
+
+def _plain(value: Any) -> Any:
+    """A number of Python's own, as nothing else is read from the file."""
+    return value if value is None or isinstance(value, (bool, int)) else float(value)
+
+
+def _drop_rows(path: Path, epochs: int) -> None:
+    """Leave rows of epochs that are complete in a results.csv."""
+    if not path.exists():
+        return
+    header, *rows = path.read_text("utf-8").splitlines()
+    kept = [row for row in rows if float(next(csv.reader([row]))[0]) <= epochs]
+    if len(kept) < len(rows):
+        files.write(path, lambda file: file.write("\n".join([header, *kept, ""]).encode()))
