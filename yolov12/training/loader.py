@@ -107,8 +107,8 @@ class ResumableLoader:
         """See `InfiniteDataLoader`: what was loaded ahead is dropped, as the data set has changed."""
         self._loader.reset()
         self._order.drawn.clear()
-        if self._skip == len(self):  # nothing of the skipped epoch was to be loaded
-            self._order.begin = None
+        if self._order.begin is not None and not self._skip:  # the epoch that was skipped had nothing left to load
+            self._order.begin, self._first.states = None, []
             self._loader.generator.set_state(self._generator)
         self._workers = dict(enumerate(self._first.states))
         self._next_worker = 0

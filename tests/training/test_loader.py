@@ -1,0 +1,130 @@
+"""A loader that goes on gives the batches that would have come: the same images, augmented alike, in the same order."""
+
+import itertools
+
+import pytest
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.data.build import build_dataloader, build_yolo_dataset
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils.torch_utils import init_seeds
+
+from yolov12.training.loader import SKIPPED, ResumableLoader, random_state, set_random_state
+
+BATCH, EPOCHS, CLOSE = 4, 4, 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, trainings):
+    folder = tmp_path_factory.mktemp("data") / "set"
+    return check_det_dataset(trainings.draw_data(folder, sizes=[(64, 64), (48, 80), (80, 48)]))
+
+
+def loader(data, workers, cache=None):
+    """Of 24 images: 6 batches."""
+    init_seeds(1, deterministic=False)
+    cfg = get_cfg(overrides={"imgsz": 64, "mosaic": 0.8, "mixup": 0.3, "degrees": 5.0, "cache": cache})
+    dataset = build_yolo_dataset(cfg, data["train"], BATCH, data)
+    dataset.max_buffer_length = 9  # small enough to overflow
+    return ResumableLoader(build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu"), 64)
+
+
+def epochs(loader, first=0):
+    """Batches of all epochs, as Ultralytics' loop asks for them."""
+    closed = False
+    for epoch in range(first, EPOCHS):
+        if epoch >= CLOSE and not closed:
+            closed = True
+            loader.dataset.close_mosaic(get_cfg())
+            loader.reset()
+        for batch in loader:
+            yield epoch, batch
+
+
+def facts(batch):
+    return batch["im_file"], batch["img"], batch["bboxes"], batch["cls"], batch["batch_idx"]
+
+
+def same(a, b):
+    return a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
+
+
+# In the middle and at the end of an epoch, before every worker has had its turn, and after mosaic was closed.
+@pytest.mark.parametrize(
+    ("workers", "done"), [*itertools.product((0, 2), (1, 3, 6, 9, 12, 13, 17, 18)), (3, 8), (3, 11), (5, 2), (5, 14)]
+)
+def test_goes_on_as_it_would_have(data, workers, done, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)  # Ultralytics has no more workers than processors
+    whole = loader(data, workers)
+    assert whole.num_workers == workers
+    expected, state, draws = [], None, None
+    for count, (_, batch) in enumerate(epochs(whole), 1):
+        expected.append(facts(batch))
+        if count == done:
+            state, draws = whole.state_dict(), random_state()
+    whole.close()
+
+    again = loader(data, workers)
+    torch.manual_seed(99)  # what happens before counts for nothing
+    assert again.load_state_dict(state, lambda: set_random_state(draws))
+    seen, skipped = [], 0
+    for _, batch in epochs(again, (done - 1) // 6):
+        if SKIPPED in batch:
+            skipped += 1
+        else:
+            seen.append(facts(batch))
+    again.close()
+    assert skipped == (done - 1) % 6 + 1
+    assert len(seen) == len(expected) - done
+    assert all(map(same, seen, expected[done:]))
+
+
+def test_goes_on_from_where_it_went_on(data):
+    """A second interruption, before and after every worker has delivered."""
+    whole = loader(data, 2)
+    expected = [facts(batch) for _, batch in itertools.islice(epochs(whole), 12)]
+    whole.close()
+    state, seen = None, []
+    for done in (2, 3, 5, 8, 12):
+        part = loader(data, 2)
+        if state is not None:
+            assert part.load_state_dict(state, lambda: None)
+        real = (batch for _, batch in epochs(part, max(len(seen) - 1, 0) // 6) if SKIPPED not in batch)
+        seen += [facts(batch) for batch in itertools.islice(real, done - len(seen))]
+        state = part.state_dict()
+        part.close()
+    assert all(map(same, seen, expected))
+
+
+def test_the_first_batches_are_those_of_ultralytics(data):
+    ours = loader(data, 2)
+    batches = [facts(batch) for batch in ours]
+    ours.close()
+    init_seeds(1, deterministic=False)
+    stock = loader(data, 2)._loader
+    stock.collate_fn = stock.collate_fn._collate
+    assert all(map(same, batches, (facts(batch) for batch in stock)))
+    stock.close()
+
+
+def test_says_that_augmentation_does_not_go_on_with_other_workers(data):
+    one = loader(data, 2)
+    order = [batch["im_file"] for batch in one]
+    begun = loader(data, 2)
+    next(iter(begun))
+    state = begun.state_dict()
+    other = loader(data, 0)
+    assert not other.load_state_dict(state, lambda: None)
+    assert [batch["im_file"] for batch in other if SKIPPED not in batch] == order[1:]
+    one.close()
+    begun.close()
+
+
+def test_the_state_survives_a_file_that_nothing_runs_from(data, tmp_path):
+    begun = loader(data, 2)
+    list(itertools.islice(iter(begun), 3))
+    torch.save({"loader": begun.state_dict(), "random": random_state()}, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert read["loader"]["position"] == 3
+    set_random_state(read["random"])
+    begun.close()
