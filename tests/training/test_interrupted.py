@@ -13,7 +13,7 @@ import torch
 from ultralytics import YOLO
 
 EPOCHS, BATCHES = 20, 4
-LIFE = '''
+LIFE = """
 import os, sys
 from pathlib import Path
 import torch
@@ -40,7 +40,7 @@ for project in sys.stdin:
         os._exit(0)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-'''
+"""
 
 
 class Lives:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from yolov12.errors import DoesNotFitError
 from yolov12.mas.checkpointing import KEEP_ALL
 from yolov12.mas.config import Config
 from yolov12.mas.cost import CostModel, Features
@@ -20,7 +22,7 @@ from yolov12.mas.journal import Journal, Row, Summary
 from yolov12.mas.ladder_cache import LadderCache
 from yolov12.mas.layers import candidates
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
-from yolov12.mas.planner import BatchPlanner, WaysOut
+from yolov12.mas.planner import WAIT_S, BatchPlanner, WaysOut
 from yolov12.mas.plans import Ladder, make_ladder
 from yolov12.mas.rehearsal import GROUPS, PROFILE_IMAGES, rehearse
 from yolov12.mas.scheduler import History
@@ -30,6 +32,9 @@ from yolov12.mas.task import Task, Workload
 from yolov12.mas.update import Undo, survive_first_update
 
 __all__ = ["Engine"]
+
+_PATIENCE_S = 2.0
+"""How long to wait for other processes where smaller images are another way."""
 
 _log = logging.getLogger("yolov12.mas").info
 
@@ -50,6 +55,7 @@ class Engine:
             operation, faster and with half as much to keep.
         cache: Folder in which plans are kept from run to run; by default they are made anew.
         ways_out: See `planner.WaysOut`.
+        smaller: Called with a batch of which not even one image fits: the same with smaller images, or None.
         log: Takes lines for the user.
     """
 
@@ -66,6 +72,7 @@ class Engine:
         activations: Mapping[nn.Module, nn.Module] | None = None,
         cache: Path | None = None,
         ways_out: WaysOut = lambda share: (),
+        smaller: Callable[[Any], Any | None] | None = None,
         log: Callable[[str], None] = _log,
     ) -> None:
         self.config = config or Config()
@@ -81,7 +88,8 @@ class Engine:
         """Of the last batch: its peak, budget and events."""
         self.micro_batches: tuple[int, ...] = ()
         """Of the last batch: images in each."""
-        self._task, self._ways_out, self._log = task, ways_out, log
+        self._task, self._ways_out, self._smaller, self._log = task, ways_out, smaller, log
+        self._notes: list[str] = []
         self._layers = candidates(model, layers, self.config.disabled_layers)
         self._step = Step(model, task, self.meter, backward, self._layers, activations)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -92,6 +100,7 @@ class Engine:
         self._cache = LadderCache(cache)
         self._device_name = _name(next(model.parameters()).device)
         self._known = False
+        self._images, self._most_boxes, self._patience_s = 0, 0, float(WAIT_S)  # of the batch at hand
         self._done: list[_Done] = []  # since the last update
         self._rows: list[tuple[Row, list[_Done]]] = []  # whose time is not known yet
         self._updates = 0
@@ -107,20 +116,33 @@ class Engine:
         """
         if self._done and all(parameter.grad is None for parameter in self._parameters):
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
-        work = self._look_at(batch)
         try:
-            if not self._known:
-                self._get_to_know(batch, work)
-            planner = self._planner(work)
-            if self._wants_ladder(planner) and self.cost.largest and not self._fits(work.images, work, planner):
-                self._make_ladder(batch, work)
-                planner = self._planner(work)
-            watch = self.meter.stopwatch()
-            result = self._step.run(batch, work.images, planner)
+            while self._smaller is not None:
+                with suppress(DoesNotFitError):
+                    return self._run(batch, _PATIENCE_S)
+                smaller = self._smaller(batch)
+                if smaller is None:
+                    break
+                batch = smaller
+                if self.latest is None:  # what holds is to be found out anew
+                    self._known, self.bn_group = False, self.config.bn_group
+            return self._run(batch, WAIT_S)
         except BaseException:
             if self.journal is not None:
-                self.journal.lost(work.images)
+                self.journal.lost(self._images)
             raise
+
+    def _run(self, batch: Any, patience_s: float) -> Result:
+        work, self._patience_s = self._look_at(batch), patience_s
+        self._images, self._most_boxes = work.images, max(work.boxes)
+        if not self._known:
+            self._get_to_know(batch, work)
+        planner = self._planner(work)
+        if self._wants_ladder(planner) and self.cost.largest and not self._fits(work.images, work, planner):
+            self._make_ladder(batch, work)
+            planner = self._planner(work)
+        watch = self.meter.stopwatch()
+        result = self._step.run(batch, work.images, planner)
         watch.stop()
         self._history = planner.history
         self.latest, self.micro_batches = planner, result.micro_batches
@@ -153,6 +175,25 @@ class Engine:
         self._updates += 1
         if self._done:
             self._record(("out-of-memory in the optimizer",) * failures)
+
+    def would_fit(self, height: int, width: int, *, whole_group: bool) -> bool:
+        """Whether images of a size are predicted to fit into what is free now; True before anything is known.
+
+        Args:
+            height, width: In pixels.
+            whole_group: A BatchNorm group with everything kept; otherwise one image with as little as can be.
+        """
+        if self.latest is None or not self.cost.largest:
+            return True
+        images, level = (self.bn_group or 1, 0) if whole_group else (1, len(self._step.plans) - 1)
+        reading = self.meter.read()
+        _, needed_bytes = self.cost.upper(Features(images, height, width, self._most_boxes, level))
+        budget_bytes = reading.budget_bytes(self.config.safety_ratio)
+        return reading.live_bytes + self._gradient_bytes + needed_bytes <= budget_bytes
+
+    def note(self, event: str) -> None:
+        """Add an event to the row of the step at hand."""
+        self._notes.append(event)
 
     def flush(self) -> None:
         """Write all rows to the journal, waiting for the device to tell their times."""
@@ -293,6 +334,7 @@ class Engine:
             history=self._history,
             gradient_bytes=self._gradient_bytes,
             ways_out=self._ways_out,
+            patience_s=self._patience_s,
         )
 
     def _record(self, events: tuple[str, ...]) -> None:
@@ -312,8 +354,9 @@ class Engine:
             free_bytes=planners[-1].reading.free_bytes,
             budget_bytes=planners[-1].budget_bytes,
             step_ms=None,
-            events=tuple(event for planner in planners for event in planner.events) + events,
+            events=(*self._notes, *(event for planner in planners for event in planner.events), *events),
         )
+        self._notes.clear()
         self._rows.append((row, list(self._done)))
         self._done.clear()
         self._write(final=False)

@@ -40,6 +40,7 @@ class BatchPlanner:
         history: Of the batch before; as an attribute it is for the next.
         gradient_bytes: Of all gradients of the model.
         ways_out: See `WaysOut`.
+        patience_s: How long to wait for other processes to give memory back.
         sleep: Waits for so many seconds.
     """
 
@@ -55,11 +56,13 @@ class BatchPlanner:
         history: History,
         gradient_bytes: int,
         ways_out: WaysOut = lambda share: (),
+        patience_s: float = WAIT_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._work, self._config, self._group = work, config, group
         self._cost, self._speed, self._meter = cost, speed, meter
         self._gradient_bytes, self._ways_out, self._sleep = gradient_bytes, ways_out, sleep
+        self._patience_s = patience_s
         self._ceiling: float | None = None
         self._failed_at = self._waited_s = self._told_s = 0
         self.history = history
@@ -87,7 +90,7 @@ class BatchPlanner:
 
     def wait(self, failure: Failure | None) -> bool:
         """Wait a second for other processes to give memory back; False where that would not help, or has taken long."""
-        if self._waited_s >= WAIT_S or not self._may_come_back(failure):
+        if self._waited_s >= self._patience_s or not self._may_come_back(failure):
             return False
         self._sleep(1.0)
         self._read()

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from yolov12.training.arrangement import arranged
+
 __all__ = ["SKIPPED", "ResumableLoader", "random_state", "resumable", "set_random_state"]
 
 SKIPPED = "yolov12_skipped"
@@ -57,13 +59,14 @@ class ResumableLoader:
     Args:
         loader: An `InfiniteDataLoader` that has given no batch yet.
         image_size: Of the batches that stand for skipped ones.
+        arrange: Whether images of a batch are brought into the order of `arrangement`.
     """
 
-    def __init__(self, loader: Any, image_size: int) -> None:
+    def __init__(self, loader: Any, image_size: int, *, arrange: bool = False) -> None:
         self._loader, self._image_size = loader, image_size
         self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator)
         self._first = _FirstState(loader.worker_init_fn)
-        loader.collate_fn = _Collate(loader.collate_fn)
+        loader.collate_fn = _Collate(loader.collate_fn, arrange)
         loader.worker_init_fn = self._first
         self._workers: dict[int, _Worker] = {}
         self._next_worker = 0
@@ -187,8 +190,8 @@ class _Order:
 class _Collate:
     """Adds to a batch the state of the worker that loaded it."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self._collate = collate
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool) -> None:
+        self._collate, self._arrange = collate, arrange
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()
@@ -196,6 +199,8 @@ class _Collate:
         if worker is not None:
             buffer = list(getattr(worker.dataset, "buffer", []))
             state = {"id": worker.id, "buffer": buffer, "random": _packed(random_state())}
+        if self._arrange:
+            samples = [samples[index] for index in arranged([len(sample["cls"]) for sample in samples])]
         return {**self._collate(samples), _STATE: state}
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from yolov12.mas import Config, Engine, Journal
 from yolov12.mas.config import DEFAULTS
+from yolov12.mas.rehearsal import GROUPS
 from yolov12.mas.update import Undo, copy_on_host
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
+from yolov12.training.data_layer import DataLayer, rungs
 from yolov12.training.detection import DetectionTask
 from yolov12.training.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.options import Interval
@@ -47,9 +49,10 @@ def attach(trainer: Any) -> None:
         if ignored := _ignored(trainer.args):
             LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
         return
+    data_layer = _data_layer(trainer)
     task = DetectionTask(
         model,
-        trainer.preprocess_batch,
+        data_layer.preprocess(trainer.preprocess_batch, trainer.args),
         multi_scale=trainer.args.multi_scale > 0,
         overlapping_masks=trainer.args.overlap_mask,
     )
@@ -66,10 +69,12 @@ def attach(trainer: Any) -> None:
         activations=activations(model),
         cache=USER_CONFIG_DIR / "yolov12-plans",
         ways_out=lambda share: _ways_out(trainer, share),
+        smaller=data_layer.smaller if trainer.args.mas_data != "off" else None,
         log=LOGGER.info,
     )
     _keep_what_is_learned(trainer, engine)
-    joint = _Joint(trainer, model, engine)
+    data_layer.serve(engine)
+    joint = _Joint(trainer, model, engine, data_layer)
     if state is not None and joint.keeper is not None:
         joint.keeper.restore(state)
         delattr(trainer, _FOUND)
@@ -114,14 +119,16 @@ def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
 class _Joint:
     """Stands between one trainer and its engine."""
 
-    def __init__(self, trainer: Any, model: nn.Module, engine: Engine) -> None:
-        self._trainer, self._engine = trainer, engine
+    def __init__(self, trainer: Any, model: nn.Module, engine: Engine, data_layer: DataLayer) -> None:
+        self._trainer, self._engine, self._data_layer = trainer, engine, data_layer
         self._of_epoch: dict[str, float] = {}
         self.keeper: Keeper | None = None  # of a loader of the user's own, nothing is known
         if resumable(trainer.train_loader):
-            loader = trainer.train_loader = ResumableLoader(trainer.train_loader, trainer.args.imgsz)
+            arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
+            loader = ResumableLoader(trainer.train_loader, trainer.args.imgsz, arrange=arrange)
+            trainer.train_loader = loader
             self.keeper = Keeper(
-                trainer, model, engine, loader, Interval.parse(trainer.args.save_every), self._of_epoch
+                trainer, model, engine, loader, Interval.parse(trainer.args.save_every), data_layer, self._of_epoch
             )
             setattr(trainer, _KEEPER, self.keeper)
         self._updates_asked = 0
@@ -146,7 +153,8 @@ class _Joint:
             if SKIPPED in batch:
                 return self.keeper.skip()
             self.keeper.interruption.check()
-        result = self._engine.step(batch)
+        result = self._engine.step(self._data_layer.before(batch))
+        self._data_layer.after()
         self._keep_group()
         latest, of_epoch = self._engine.latest, self._of_epoch
         assert latest is not None
@@ -245,6 +253,14 @@ def _unwrapped(trainer: Any) -> nn.Module:
 
     model: nn.Module = unwrap_model(trainer.model)
     return model
+
+
+def _data_layer(trainer: Any) -> DataLayer:
+    args = trainer.args
+    smallest = args.mas_min_imgsz or args.imgsz // 2
+    layer = DataLayer(args.mas_data, rungs(args.imgsz, smallest, trainer.stride), trainer.stride)
+    layer.join(trainer.train_loader.dataset, args)
+    return layer
 
 
 def _ignored(args: Any) -> list[str]:

@@ -9,13 +9,28 @@ from typing import Any
 
 from yolov12.errors import ConfigError
 
-__all__ = ["OPTIONS", "Interval"]
+__all__ = ["OPTIONS", "Interval", "check_data_layer"]
 
-OPTIONS: Mapping[str, Any] = {"recipe": True, "save_every": "5min"}
+OPTIONS: Mapping[str, Any] = {"recipe": True, "save_every": "5min", "mas_data": "auto", "mas_min_imgsz": None}
 """With their defaults, as users write them."""
+
+_MODES = ("auto", "eager", "off")
 
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
+
+
+def check_data_layer(arguments: Mapping[str, Any]) -> None:
+    """Refuse what `mas_data` and `mas_min_imgsz` cannot be.
+
+    Raises:
+        ConfigError: One of them is not a mode, or a size.
+    """
+    mode, smallest = arguments["mas_data"], arguments["mas_min_imgsz"]
+    if mode not in _MODES:
+        raise ConfigError(f"mas_data={mode}: give one of {', '.join(_MODES)}")
+    if smallest is not None and not (isinstance(smallest, int) and smallest >= 1):
+        raise ConfigError(f"mas_min_imgsz={smallest}: give pixels, as in 320, or leave it out for half of imgsz")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from yolov12.mas import Engine
 from yolov12.training import files
+from yolov12.training.data_layer import DataLayer
 from yolov12.training.interruption import Interruption
 from yolov12.training.loader import ResumableLoader, random_state, set_random_state
 from yolov12.training.options import Interval
@@ -69,6 +70,7 @@ class Keeper:
         engine: Runs its batches.
         loader: Gives its batches.
         every: How often to save.
+        data_layer: Chooses the images' size.
         of_epoch: What is counted up in an epoch for results.csv.
     """
 
@@ -79,10 +81,11 @@ class Keeper:
         engine: Engine,
         loader: ResumableLoader,
         every: Interval,
+        data_layer: DataLayer,
         of_epoch: dict[str, float],
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
-        self._of_epoch = of_epoch
+        self._data_layer, self._of_epoch = data_layer, of_epoch
         self._every = every if trainer.args.save else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
@@ -128,6 +131,7 @@ class Keeper:
             "accumulate": trainer.accumulate,
             "loss": trainer.loss.detach(),
             "tloss": dict(trainer.tloss),
+            "data_layer": self._data_layer.state_dict(),
             "of_epoch": dict(self._of_epoch),
             # BatchNorm's statistics move with every batch, and an interruption may come between two updates.
             "buffers": {n: b.clone() for n, b in self._model.named_buffers()} if self._accumulates else {},
@@ -192,6 +196,7 @@ class Keeper:
         trainer.scheduler.last_epoch = state["epoch"] - 1
         _drop_rows(trainer.csv, state["epoch"])
         self._resumed = state
+        self._data_layer.load_state_dict(state["data_layer"])
         same = self._loader.load_state_dict(state["loader"], self._go_on)
         position = state["loader"]["position"]
         LOGGER.info(f"resume: epoch {state['epoch'] + 1}, after batch {position} of {len(self._loader)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov12.mas.config import DEFAULTS, Config
-from yolov12.training.options import OPTIONS, Interval
+from yolov12.training.options import OPTIONS, Interval, check_data_layer
 from yolov12.training.preflight import check_training_arguments
 from yolov12.training.recipes import recipe_for
 from yolov12.training.resume import latest_interrupted
@@ -43,6 +43,7 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
         # Micro-batches of many shapes leave holes in memory otherwise. CUDA reads it when it starts.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     Interval.parse(engine["save_every"])
+    check_data_layer(engine)
     arguments = _resolve_resume(model, arguments)
     if not _resumes(model, arguments):
         given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}

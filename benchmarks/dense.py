@@ -1,0 +1,286 @@
+"""Label-dense data on a GPU under a limit, and a limit so small that images have to get smaller.
+
+    python benchmarks/dense.py --out benchmarks/results/dense.json      (about 5 minutes on one H100)
+    python benchmarks/dense.py --out part.json --only ladder saving
+
+`dense`: 1,536 images, 2 % of them with 300 to 900 boxes among others of about 10, mosaic 1.0, copy_paste 0.1, whole
+epochs with data loading: stock Ultralytics, in processes without this package, at two batches, then ours. Peaks are
+of a step of the optimizer. `ladder`: a training under a limit at which one image does not fit, until more memory comes.
+`saving`: what it takes to save a run in mid-epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import multiprocessing
+import multiprocessing.pool
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+LIMIT_GIB = 16
+STOCK_BATCHES = (32, 48)
+IMAGES, EPOCHS = 1536, {"stock": 2, "ours": 4}
+TRAIN: dict[str, Any] = {
+    "imgsz": 640,
+    "device": 0,
+    "cache": "ram",
+    "plots": False,
+    "val": False,
+    "save": False,
+    "workers": 14,
+    "optimizer": "SGD",
+    "lr0": 1e-3,
+    "mosaic": 1.0,
+    "copy_paste": 0.1,
+    "close_mosaic": 0,
+}
+OURS: dict[str, Any] = {**TRAIN, "recipe": False}
+
+
+def draw(folder: Path, images: int = IMAGES, seed: int = 0) -> str:
+    """Noise with boxes on it, 2 % of the images crowded; returns the yaml."""
+    for split, count in (("train", images), ("val", 16)):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        with multiprocessing.Pool(16) as pool:
+            pool.map(functools.partial(_draw_one, folder, split, seed), range(count))
+    names = "\n".join(f"  {index}: class{index}" for index in range(8))
+    file = folder / "data.yaml"
+    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
+    return str(file)
+
+
+def _draw_one(folder: Path, split: str, seed: int, index: int) -> None:
+    import cv2
+    import numpy as np
+
+    draw = np.random.default_rng((seed, index))
+    boxes = draw.integers(300, 901) if index % 50 == 7 else draw.integers(4, 17)
+    image = np.repeat(np.repeat(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8), 16, 0), 16, 1)
+    size = 0.03 if boxes > 100 else 0.15
+    lines = []
+    for x, y, w, h in zip(*draw.uniform(0.1, 0.9, (2, boxes)), *draw.uniform(size / 2, size, (2, boxes)), strict=True):
+        lines.append(f"{draw.integers(8)} {x:.4f} {y:.4f} {w:.4f} {h:.4f}")
+    cv2.imwrite(str(folder / "images" / split / f"{index}.jpg"), image)
+    (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
+
+
+def train(arguments: dict[str, Any], limit_gib: float | None) -> dict[str, Any]:
+    """One training, with the peak and the clock of every step of the optimizer; in this process."""
+    import torch
+
+    if limit_gib is not None:  # stock: what a smaller card would have
+        torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.mem_get_info()[1])
+    from ultralytics import YOLO
+    from ultralytics.utils import LOGGER
+
+    peaks: list[float] = []
+    clock: list[float] = []
+    warnings: list[str] = []
+    LOGGER.addFilter(lambda record: warnings.append(record.getMessage()) or True if record.levelno >= 30 else True)
+
+    def batch_ends(trainer: Any) -> None:
+        peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+        torch.cuda.reset_peak_memory_stats()
+
+    def epoch_begins(trainer: Any) -> None:
+        torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+
+    model = YOLO(arguments.pop("model"))
+    model.add_callback("on_train_batch_end", batch_ends)
+    model.add_callback("on_train_epoch_start", epoch_begins)
+    model.add_callback("on_train_epoch_end", epoch_begins)
+    model.train(**arguments)
+    return {
+        "ran_at": model.trainer.batch_size,
+        "epoch_s": [end - begin for begin, end in zip(clock[::2], clock[1::2], strict=False)],
+        "peaks_mib": peaks,
+        "warnings": [line[:200] for line in warnings if "memory" in line.lower()][:4],
+    }
+
+
+def _in_process(
+    stock: bool, limit_gib: float | None, *, folder: Path | None = None, **arguments: Any
+) -> dict[str, Any]:
+    folder = folder or Path(tempfile.mkdtemp())
+    call = {"arguments": {**arguments, "project": str(folder), "name": "run"}, "limit_gib": limit_gib}
+    command = [sys.executable, __file__, "--train", json.dumps(call), "--out", str(folder / "out.json")]
+    environment = {**os.environ, **({"YOLOV12_AUTOPATCH": "0"} if stock else {})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    rows = (folder / "run" / "memory.csv").read_text().splitlines() if (folder / "run" / "memory.csv").exists() else []
+    if done.returncode:
+        return {"exit_status": done.returncode, "log_tail": (done.stdout + done.stderr)[-600:], "memory_csv": rows}
+    return {**json.loads((folder / "out.json").read_text()), "memory_csv": rows}
+
+
+def dense() -> dict[str, Any]:
+    """Stock at two batches, ours at batch=256."""
+    data = draw(Path(tempfile.mkdtemp()) / "dense")
+    result: dict[str, Any] = {"limit_gib": LIMIT_GIB, "stock": []}
+    for batch in STOCK_BATCHES:
+        run = _in_process(
+            True, LIMIT_GIB, **TRAIN, model="yolo12s.yaml", data=data, batch=batch, epochs=EPOCHS["stock"]
+        )
+        result["stock"].append(_told("stock", {"batch": batch, **run}))
+    arguments = {**OURS, "model": "yolo12s.yaml", "data": data, "batch": 256, "epochs": EPOCHS["ours"]}
+    ours = _in_process(False, None, **arguments, mem_limit=f"{LIMIT_GIB}GiB")
+    result["ours"] = _told("ours", {"batch": 256, **ours})
+    return result
+
+
+def _told(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    """Of the last epoch, when sizes have settled and files are read."""
+    if "peaks_mib" in run:
+        if rows := _rows(run):  # the engine resets the count for every micro-batch
+            run["peaks_mib"] = [float(row["peak_mib"]) for row in rows]
+        last = run["peaks_mib"][-(len(run["peaks_mib"]) // len(run["epoch_s"])) :]
+        run |= {
+            "images_per_s": IMAGES / run["epoch_s"][-1],
+            "peak_mean_mib": statistics.mean(last),
+            "peak_sd_mib": statistics.pstdev(last),
+            "peak_sd_all_mib": statistics.pstdev(run["peaks_mib"]),
+        }
+    print(name, {key: value for key, value in run.items() if key not in ("peaks_mib", "memory_csv")}, flush=True)
+    return run
+
+
+def _rows(run: dict[str, Any]) -> list[dict[str, str]]:
+    return list(csv.DictReader(run["memory_csv"]))
+
+
+def ladder() -> dict[str, Any]:
+    """A process comes that leaves too little for one image, and goes; then the same without the ladder."""
+    data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
+    arguments = {**OURS, "model": "yolov12x.yaml", "imgsz": 1280, "batch": 4, "data": data, "workers": 4}
+    folder = Path(tempfile.mkdtemp())
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        auto = pool.apply_async(
+            functools.partial(_in_process, False, None, folder=folder, mas_data="auto", epochs=6, **arguments)
+        )
+        budget_mib = _come_and_go(folder / "run" / "memory.csv", auto)
+        result = {"auto": auto.get()}
+    # A limit in place of the process: to one that may leave, the engine gives two minutes.
+    limit = f"{budget_mib / 0.9:.0f}MiB"
+    result["off"] = _in_process(False, None, **arguments, epochs=1, mas_data="off", mem_limit=limit)
+    for mode, run in result.items():
+        print(mode, {key: value for key, value in run.items() if key not in ("peaks_mib", "memory_csv")})
+        for row in _rows(run):
+            names = ("step", "image_size", "micro_batches", "predicted_mib", "peak_mib", "budget_mib", "events")
+            print(*(row[name] for name in names), sep=" | ", flush=True)
+    return {"budget_mib": budget_mib, **result}
+
+
+def _come_and_go(file: Path, run: Any) -> float:
+    """Take memory once the run is under way, until only `LADDER_MIB` may be used; give it back after a while."""
+    import torch
+
+    torch.empty(1, device="cuda")
+
+    def rows() -> list[dict[str, str]]:
+        return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+
+    def wait(enough: Callable[[], bool]) -> None:
+        while not enough() and not run.ready():
+            time.sleep(0.2)
+
+    wait(lambda: len(rows()) >= 3)
+    held = []
+    while not run.ready() and (over := float(rows()[-1]["budget_mib"]) - LADDER_MIB) > 0:
+        try:
+            held.append(torch.empty(int(over * 2**20), dtype=torch.uint8, device="cuda"))
+        except torch.cuda.OutOfMemoryError:
+            pass
+        seen = len(rows())
+        wait(lambda seen=seen: len(rows()) > seen + 1)
+    small = rows()
+    wait(lambda: len(rows()) >= len(small) + 4)
+    budget_mib = float(rows()[-1]["budget_mib"]) if rows() else 0.0
+    held.clear()
+    torch.cuda.empty_cache()
+    return budget_mib
+
+
+LADDER_MIB = 2150
+"""Too little for one image of 1,280 pixels of YOLOv12-X with all recomputed, by `yolov12 plan`."""
+
+
+def saving() -> list[dict[str, Any]]:
+    """Seconds it takes to save a run, for a small model and the largest."""
+    data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
+    rows = []
+    for scale in "sx":
+        begin = {**OURS, "save": True, "model": f"yolov12{scale}.yaml", "data": data, "batch": 16, "epochs": 2}
+        run = _in_process(False, None, **begin, save_every=1, timed=True)
+        rows.append({"model": f"yolov12{scale}", "saves_s": run.get("saves_s"), "file_mib": run.get("file_mib")})
+        seconds = statistics.median(run["saves_s"]) if run.get("saves_s") else None
+        rows[-1] |= {"median_s": seconds, "percent_at_5min": seconds and 100 * seconds / 300}
+        print(rows[-1] if seconds else run, flush=True)
+    return rows
+
+
+def _time_saves(into: dict[str, Any]) -> None:
+    from yolov12.training.run_state import Keeper
+
+    save = Keeper._save
+
+    def timed(keeper: Any) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        save(keeper)
+        into["saves_s"].append(time.perf_counter() - begin)
+        into["file_mib"] = keeper.path.stat().st_size / 2**20
+
+    Keeper._save = timed  # type: ignore[method-assign]
+
+
+PARTS: dict[str, Callable[[], Any]] = {"dense": dense, "ladder": ladder, "saving": saving}
+
+
+def main() -> None:
+    """Run the parts, and add their results to the file as they come."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train is not None:
+        extra: dict[str, Any] = {"saves_s": [], "file_mib": None}
+        timed = options.train["arguments"].pop("timed", False)
+        random.seed(0)
+        if timed:
+            _time_saves(extra)
+        options.out.write_text(json.dumps({**train(**options.train), **(extra if timed else {})}))
+        return
+    import torch
+    import ultralytics
+
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    for part in options.only:
+        result |= {
+            "command": "python benchmarks/dense.py --out dense.json",
+            "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "ultralytics": ultralytics.__version__,
+            part: PARTS[part](),
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Images get smaller when nothing else helps, and full again; the journal tells; otherwise nothing is touched."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.data.build import build_dataloader, build_yolo_dataset
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils.torch_utils import init_seeds
+
+from yolov12.errors import ConfigError, DoesNotFitError
+from yolov12.mas import Engine
+from yolov12.training.data_layer import CALM, DataLayer, Rung, rungs
+
+SIZES = {"imgsz": 128, "mas_min_imgsz": 32}
+
+
+def test_rungs_go_down_in_strides_to_the_floor():
+    assert rungs(128, 40, 32) == (Rung(128, 1.0), Rung(96, 0.5), Rung(64, 0.0))
+    assert rungs(64, 320, 32) == (Rung(64, 1.0),)
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A device on which images up to `size` fit: an attribute to set."""
+    memory = SimpleNamespace(size=10**6, asked=[])
+    run = Engine._run
+
+    def within(engine, batch, patience_s):
+        if batch["img"].shape[-1] > memory.size:
+            raise DoesNotFitError("more than there is")
+        return run(engine, batch, patience_s)
+
+    def would_fit(engine, height, width, *, whole_group):
+        memory.asked.append(whole_group)
+        return height <= memory.size
+
+    monkeypatch.setattr(Engine, "_run", within)
+    monkeypatch.setattr(Engine, "would_fit", would_fit)
+    return memory
+
+
+def sizes(run):
+    return [int(row["image_size"].split("x")[0]) for row in run.memory]
+
+
+def test_goes_down_when_nothing_else_fits_and_up_again(trainings, tmp_path, memory):
+    memory.size = 64
+    steps = []
+
+    def more_after_six(trainer):
+        steps.append(trainer.epoch)
+        if len(steps) == 6:
+            memory.size = 10**6
+
+    run = trainings.train(
+        tmp_path, **trainings.SPLIT, **SIZES, epochs=8, callbacks=[("on_train_batch_end", more_after_six)]
+    )
+    events = [event for row in run.memory for event in row["events"].split("; ") if event]
+    assert events == [
+        *("image size 128 to 96", "image size 96 to 64"),
+        *("image size 64 to 96", "image size 96 to 128"),
+    ]
+    calm = sizes(run).index(128) - sizes(run).index(96)
+    assert sizes(run) == [64] * (6 + calm) + [96] * calm + [128] * (32 - 6 - 2 * calm)
+    assert calm == CALM
+    assert {size for _, size, _ in run.seen} == {64, 96, 128}
+    assert (run.summary["updates"], run.summary["images_lost"]) == (8 * trainings.BATCHES, 0)
+    assert run.args["imgsz"] == 128
+    assert not any(memory.asked)
+
+
+def test_off_ends_in_the_error(trainings, tmp_path, memory):
+    memory.size = 96
+    trainings.train(tmp_path, **trainings.SPLIT, **SIZES, mas_data="off", raises=DoesNotFitError)
+
+
+def test_the_floor_is_the_last_resort(trainings, tmp_path, memory):
+    memory.size = 32
+    trainings.train(tmp_path, **trainings.SPLIT, imgsz=128, raises=DoesNotFitError)  # half of imgsz
+    run = trainings.train(tmp_path, **trainings.SPLIT, **SIZES, epochs=1)
+    assert set(sizes(run)) == {32}
+
+
+def test_eager_looks_at_the_memory_before_every_batch(trainings, tmp_path, memory):
+    memory.size = 64
+    run = trainings.train(tmp_path, **trainings.SPLIT, **SIZES, epochs=1, mas_data="eager")
+    assert sizes(run) == [64] * trainings.BATCHES  # one rung for the free memory, one as it did not fit
+    assert all(memory.asked)
+
+
+def test_sizes_are_drawn_around_the_rung(trainings, tmp_path, memory):
+    """`multi_scale` would enlarge what the data layer made small."""
+    memory.size = 64
+    run = trainings.train(tmp_path, **trainings.SPLIT, **SIZES, epochs=2, multi_scale=0.5)
+    assert max(size for _, size, _ in run.seen) <= 96
+
+
+def test_a_resumed_run_is_on_its_rung(trainings, tmp_path, memory):
+    memory.size = 64
+
+    def stop(trainer):
+        if trainer.epoch == 1:
+            raise KeyboardInterrupt
+
+    cut = trainings.train(
+        tmp_path,
+        **trainings.SPLIT,
+        **SIZES,
+        epochs=3,
+        callbacks=[("on_train_batch_end", stop)],
+        raises=KeyboardInterrupt,
+    )
+    run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True)
+    assert set(sizes(run)) == {64}
+    assert sum("image size" in row["events"] for row in run.memory) == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mas_data": "sometimes"}, {"mas_min_imgsz": "small"}, {"mas_min_imgsz": 0}, {"save_every": "5 parsecs"}]
+)
+def test_wrong_settings_are_refused_before_anything_begins(tmp_path, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        YOLO("yolov8n.yaml").train(data="demo", project=tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, trainings):
+    return check_det_dataset(trainings.draw_data(tmp_path_factory.mktemp("data") / "set", sizes=[(64, 64), (48, 80)]))
+
+
+def loaded(data, workers, layer=None):
+    """A loader of 4 batches of 4 images of 128 pixels, mixed whenever that is left to the rung."""
+    init_seeds(1, deterministic=False)
+    cfg = get_cfg(overrides={"imgsz": 128, "mosaic": 1.0, "mixup": 1.0})
+    dataset = build_yolo_dataset(cfg, data["train"], 4, data)
+    if layer is not None:
+        layer.join(dataset, cfg)
+    return build_dataloader(dataset, 4, workers, device="cpu")
+
+
+def a_layer(mode="auto"):
+    layer = DataLayer(mode, rungs(128, 64, 32), 32)
+    layer.serve(SimpleNamespace(note=lambda event: None, would_fit=lambda *sizes, whole_group: True))
+    return layer
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_with_enough_memory_images_are_the_same_to_the_byte(data, workers):
+    batches = {}
+    for mode in ("auto", "eager", "off", None):
+        layer = a_layer(mode) if mode else None
+        loader = loaded(data, workers, layer)
+        batches[mode] = [(layer.before(batch) if layer else batch)["img"] for batch in itertools.chain(loader, loader)]
+        loader.close()
+    for mode in ("auto", "eager", "off"):
+        assert all(map(torch.equal, batches[mode], batches[None]))
+
+
+def test_workers_learn_of_the_rung_without_a_restart(data):
+    layer = a_layer()
+    loader = loaded(data, 2, layer)
+    sides = [max(next(iter(loader))["img"].shape)]
+    workers = [worker.pid for worker in loader.iterator._workers]
+    assert layer.smaller({"img": torch.zeros(1, 3, 128, 128, dtype=torch.uint8)})["img"].shape[-1] == 96
+    assert layer.smaller({"img": torch.zeros(1, 3, 96, 64, dtype=torch.uint8)})["img"].shape[-2:] == (64, 64)
+    assert layer.smaller({"img": torch.zeros(1)}) is None
+    for _ in range(5):
+        sides += [batch["img"].shape[-1] for batch in loader]
+    assert sides[0] == 128
+    assert set(sides[-4:]) == {64}
+    assert [worker.pid for worker in loader.iterator._workers] == workers
+    loader.close()
+
+
+def test_mixing_fades_with_the_rungs_and_stays_off_where_it_was_closed(data):
+    """Two pictures in one have more boxes than one."""
+
+    def boxes(loader):
+        return sum(len(batch["cls"]) for batch in loader)
+
+    layer = a_layer()
+    loader = loaded(data, 0, layer)
+    full = boxes(loader)
+    layer.smaller({"img": torch.zeros(1, 3, 64, 64)})
+    half = boxes(loader)
+    layer.smaller({"img": torch.zeros(1, 3, 64, 64)})
+    none = boxes(loader)
+    assert full > half > none
+    loader.dataset.close_mosaic(get_cfg(overrides={"imgsz": 128}))
+    layer._shared.value = 1
+    assert boxes(loader) <= none

@@ -1,0 +1,195 @@
+"""The data layer: smaller images, less mosaic and mixing, where nothing else makes a batch fit.
+
+Rungs go down from the full setting in steps of the stride. The rung is shared with the processes that load, which read
+it before each batch; a batch that was loaded before it changed is made smaller when it arrives.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawValue
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from yolov12.mas import Engine
+
+__all__ = ["DataLayer", "Rung", "rungs"]
+
+CALM = 8
+"""Batches for which the rung above must be predicted to fit before it is taken; twice as many after it did not."""
+_MOST_CALM = 512
+_MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How images are loaded."""
+
+    image_size: int
+    """Of the longer side, in pixels."""
+    strength: float
+    """What the probabilities of mosaic, mixup, cutmix and copy-paste are multiplied by."""
+
+
+def rungs(image_size: int, smallest: int, stride: int) -> tuple[Rung, ...]:
+    """From the full setting down to the smallest size, where nothing is mixed.
+
+    Args:
+        image_size: Of the training, a multiple of the stride.
+        smallest: In pixels.
+        stride: Of the model.
+    """
+    sizes = range(image_size, min(smallest, image_size) - 1, -stride)
+    return tuple(Rung(size, 1 - index / max(len(sizes) - 1, 1)) for index, size in enumerate(sizes))
+
+
+class DataLayer:
+    """Chooses the rung of one training.
+
+    Args:
+        mode: `auto`: down when a batch does not fit in any other way; `eager`: down when a BatchNorm group does not
+            fit with everything kept for the backward pass; `off`: never.
+        ladder: The rungs, the full one first.
+        stride: Of the model.
+    """
+
+    _engine: Engine
+
+    def __init__(self, mode: str, ladder: Sequence[Rung], stride: int) -> None:
+        self._eager = mode == "eager"
+        self._ladder = ladder[:1] if mode == "off" else ladder
+        self._stride = stride
+        self._shared = RawValue(ctypes.c_int, 0)
+        self._calm, self._patience, self._since_rise = 0, CALM, _MOST_CALM
+
+    def serve(self, engine: Engine) -> None:
+        """Work for an engine, which may ask for smaller batches from now on."""
+        self._engine = engine
+
+    @property
+    def rung(self) -> int:
+        """Counted from the full one."""
+        return int(self._shared.value)
+
+    @property
+    def image_size(self) -> int:
+        """Of the rung."""
+        return self._ladder[self.rung].image_size
+
+    def join(self, dataset: Any, settings: Any) -> None:
+        """Let a data set load as the rung says, if it is of a kind that makes its own transforms.
+
+        Args:
+            dataset: Of Ultralytics, for training.
+            settings: The arguments it was made with.
+        """
+        if len(self._ladder) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
+            _Loading(dataset, settings, self._ladder, self._shared)
+
+    def preprocess(self, stock: Callable[[Any], Any], settings: Any) -> Callable[[Any], Any]:
+        """Wrap Ultralytics' `preprocess_batch`, whose `multi_scale` draws sizes around the full one."""
+
+        def run(batch: Any) -> Any:
+            full, settings.imgsz = settings.imgsz, self.image_size
+            try:
+                return stock(batch)
+            finally:
+                settings.imgsz = full
+
+        return run
+
+    def before(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Look at the memory that is free, if `eager`, and return the batch as it is to be trained on."""
+        if self._eager and not self._fits(self.rung):
+            self._down()
+        return self._resized(batch)
+
+    def smaller(self, batch: dict[str, Any]) -> dict[str, Any] | None:
+        """For a batch that does not fit: itself, a rung lower; None where there is none."""
+        return self._resized(batch) if self._down() else None
+
+    def after(self) -> None:
+        """Go up a rung when it has been predicted to fit for a while."""
+        self._since_rise += 1
+        if not self.rung:
+            return
+        self._calm = self._calm + 1 if self._fits(self.rung - 1) else 0
+        if self._calm >= self._patience:
+            self._since_rise = 0
+            self._set(self.rung - 1)
+
+    def state_dict(self) -> dict[str, int]:
+        """For a run that resumes."""
+        return {"rung": self.rung, "patience": self._patience, "calm": self._calm, "since_rise": self._since_rise}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Take what `state_dict` gave, on a ladder that may be another."""
+        self._shared.value = min(state["rung"], len(self._ladder) - 1)
+        self._patience, self._calm, self._since_rise = state["patience"], state["calm"], state["since_rise"]
+
+    def _fits(self, rung: int) -> bool:
+        size = self._ladder[rung].image_size
+        return self._engine.would_fit(size, size, whole_group=self._eager)
+
+    def _down(self) -> bool:
+        if self.rung + 1 >= len(self._ladder):
+            return False
+        if self._since_rise < 2 * self._patience:  # it came too soon
+            self._patience = min(2 * self._patience, _MOST_CALM)
+        self._set(self.rung + 1)
+        return True
+
+    def _set(self, rung: int) -> None:
+        self._engine.note(f"image size {self.image_size} to {self._ladder[rung].image_size}")
+        self._shared.value, self._calm = rung, 0
+
+    def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
+        images: Tensor = batch["img"]
+        longer = max(images.shape[2:])
+        if longer <= self.image_size:
+            return batch
+        share = self.image_size / longer
+        size = [math.ceil(side * share / self._stride) * self._stride for side in images.shape[2:]]
+        return {**batch, "img": interpolate(images, size, mode="bilinear")}
+
+
+class _Loading:
+    """Makes a data set load each batch as the rung says at that moment."""
+
+    def __init__(self, dataset: Any, settings: Any, ladder: Sequence[Rung], shared: Any) -> None:
+        self._dataset, self._ladder, self._shared = dataset, ladder, shared
+        self._settings, self._stock_build = copy.copy(settings), dataset.build_transforms
+        self._transforms: dict[int, Any] = {}
+        dataset.build_transforms = self._build  # called anew when mosaic is closed
+        dataset.__getitems__ = self._load  # PyTorch's way to load a batch
+
+    def _build(self, hyp: Any) -> Any:
+        self._settings = copy.copy(hyp)
+        self._transforms.clear()
+        return self._stock_build(hyp)
+
+    def _load(self, indices: Sequence[int]) -> list[Any]:
+        rung, dataset = self._shared.value, self._dataset
+        if not rung:
+            return [dataset[index] for index in indices]
+        full = dataset.imgsz, dataset.transforms
+        try:
+            dataset.imgsz = self._ladder[rung].image_size
+            dataset.transforms = self._transforms_of(rung)
+            return [dataset[index] for index in indices]
+        finally:
+            dataset.imgsz, dataset.transforms = full
+
+    def _transforms_of(self, rung: int) -> Any:
+        if rung not in self._transforms:
+            settings = copy.copy(self._settings)
+            for name in _MIXING:
+                setattr(settings, name, getattr(settings, name) * self._ladder[rung].strength)
+            self._transforms[rung] = self._stock_build(settings)
+        return self._transforms[rung]
