@@ -132,6 +132,26 @@ def _a2c2f_init(stock: Callable[..., None]) -> Callable[..., None]:
     return layouts.a2c2f_init(stock)
 
 
+def _check_container_before_caching(check_cache_ram: Callable[..., bool]) -> Callable[..., bool]:
+    @functools.wraps(check_cache_ram)
+    def wrapper(self: Any, *args: Any) -> bool:
+        from yolov12.training import host
+
+        return host.cache_fits(check_cache_ram, self, *args)
+
+    return wrapper
+
+
+def _plot_what_is_drawn(plot_images: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plot_images)
+    def wrapper(labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from yolov12.training import host
+
+        return host.fewer_pictures(plot_images, labels, images, *args, **kwargs)
+
+    return wrapper
+
+
 def _add_official_stems(stems: frozenset[str]) -> frozenset[str]:
     from yolov12.models import weights
 
@@ -175,8 +195,10 @@ def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..
 def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setup_train)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        from yolov12.training import files, memory
+        from yolov12.training import files, host, memory
 
+        if self.args.mas:
+            host.limit_workers(self)
         setup_train(self, *args, **kwargs)
         files.make_atomic(self)
         memory.attach(self)
@@ -227,6 +249,8 @@ def _predict_in_slices(inference: Callable[..., Any]) -> Callable[..., Any]:
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
     "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
+    "ultralytics.utils.plotting": {"plot_images": _plot_what_is_drawn},
+    "ultralytics.data.base": {"BaseDataset.check_cache_ram": _check_container_before_caching},
     "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": _add_official_stems},
     "ultralytics.cfg": {"CFG_BOOL_KEYS": _add_switches, "get_cfg": _draw_demo_data},
     "ultralytics.nn.modules.block": {

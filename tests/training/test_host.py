@@ -1,0 +1,107 @@
+"""What a training takes of the host is told before it fails, with the number and a way out."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ultralytics.cfg import get_cfg
+from ultralytics.data.build import build_yolo_dataset
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils import LOGGER, plotting
+
+from yolov12.mas.host_memory import HostMemory
+from yolov12.training.host import affordable_workers, limit_workers
+
+MIB, GIB = 2**20, 2**30
+
+
+@pytest.mark.parametrize(
+    ("shm_bytes", "host_bytes", "affordable"),
+    [
+        (64 * MIB, 64 * GIB, 0),  # Docker's default: four batches of 16 images of 640 are 75 MiB
+        (80 * MIB, 64 * GIB, 1),
+        (8 * GIB, 64 * GIB, 8),
+        (8 * GIB, 1 * GIB, 3),
+        (None, 64 * GIB, 8),
+    ],
+)
+def test_workers_that_have_room_for_their_batches(shm_bytes, host_bytes, affordable):
+    assert affordable_workers(8, 16 * 3 * 640**2, shm_bytes, host_bytes) == affordable
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    seen = []
+    monkeypatch.setattr(LOGGER, "warning", seen.append)
+    return seen
+
+
+def a_host(tmp_path, available_bytes):
+    proc = tmp_path / "proc"
+    proc.mkdir()
+    (proc / "meminfo").write_text(
+        f"MemTotal: {2 * available_bytes >> 10} kB\nMemAvailable: {available_bytes >> 10} kB\n"
+    )
+    return HostMemory(proc, tmp_path / "no cgroups")
+
+
+def a_trainer(**args):
+    args = SimpleNamespace(**{"workers": 8, "imgsz": 640, **args})
+    return SimpleNamespace(args=args, batch_size=256, world_size=1)
+
+
+def test_a_small_shm_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.statvfs", lambda folder: SimpleNamespace(f_bavail=64, f_frsize=MIB))
+    trainer = a_trainer()
+    limit_workers(trainer, a_host(tmp_path, 256 * GIB))
+    assert trainer.args.workers == 0
+    assert "8 workers may have 9,600 MiB of batches of 256 images in flight" in warnings[0]
+    assert "/dev/shm has 64 MiB free. `docker run --shm-size=18g`" in warnings[0]
+
+
+def test_a_small_host_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    trainer = a_trainer()
+    limit_workers(trainer, a_host(tmp_path, 16 * GIB), shm=str(tmp_path / "none"))
+    assert trainer.args.workers == 3
+    assert "the host has 16,384 MiB available: going on with workers=3" in warnings[0]
+
+
+def test_enough_is_enough(tmp_path, warnings):
+    trainer = a_trainer(imgsz=64)
+    limit_workers(trainer, a_host(tmp_path, 256 * GIB), shm=str(tmp_path / "none"))
+    assert (trainer.args.workers, warnings) == (8, [])
+
+
+@pytest.fixture
+def data(tmp_path, trainings):
+    return check_det_dataset(trainings.draw_data(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(("room_bytes", "cached"), [(1 * GIB, True), (100 << 10, False)])
+def test_images_are_cached_only_within_the_limit_of_the_container(data, warnings, monkeypatch, room_bytes, cached):
+    """8 images of 64 × 64 are 96 KiB; psutil, which Ultralytics asks, tells of the machine."""
+    monkeypatch.setattr(HostMemory, "room_bytes", lambda self: (room_bytes, room_bytes))
+    dataset = build_yolo_dataset(get_cfg(overrides={"imgsz": 64, "cache": "ram"}), data["train"], 4, data)
+    assert (dataset.cache == "ram") is cached
+    assert any(image is not None for image in dataset.ims) is cached
+    assert any("cache=ram would take 0 MiB" in warning for warning in warnings) is not cached
+
+
+def test_only_images_that_are_drawn_are_turned_into_floats(tmp_path, monkeypatch):
+    floats = []
+    stock = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: floats.append(len(tensor)) or stock(tensor))
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    labels = {"img": images, "cls": torch.zeros(40, 1), "batch_idx": torch.arange(40.0), "bboxes": torch.rand(40, 4)}
+    drawn = [
+        plotting.plot_images(dict(labels), fname=str(tmp_path / "all.jpg"), threaded=False, save=False),
+        plotting.plot_images(
+            {key: value for key, value in labels.items() if key != "img"}, images, threaded=False, save=False
+        ),
+        plotting.plot_images.__wrapped__(dict(labels), threaded=False, save=False),
+    ]
+    assert floats == [16, 16, 40]
+    assert all(np.array_equal(drawn[2], picture) for picture in drawn[:2])

@@ -1,0 +1,119 @@
+"""The host's memory around a training: batches on their way from workers, cached images, pictures.
+
+Ultralytics' loaders have up to four batches in flight for each worker, and those that validate half as many of twice
+the size. Workers hand them over in /dev/shm, of which a container has 64 MiB unless told otherwise; a write beyond that
+is a bus error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from yolov12.mas.host_memory import HostMemory
+
+__all__ = ["affordable_workers", "cache_fits", "fewer_pictures", "limit_workers"]
+
+_IN_FLIGHT = 4
+"""Batches for each worker, of training and of validation alike."""
+_SHARE = 0.5
+"""Of the host's memory, for batches in flight."""
+
+
+def affordable_workers(workers: int, batch_bytes: int, shm_bytes: int | None, host_bytes: int) -> int:
+    """How many workers can have all batches in flight that they may have.
+
+    Args:
+        workers: Wanted.
+        batch_bytes: Of one.
+        shm_bytes: Free in /dev/shm; None where there is no such thing.
+        host_bytes: Available.
+    """
+    by_host = int(_SHARE * host_bytes) // (2 * _IN_FLIGHT * batch_bytes)
+    by_shm = workers if shm_bytes is None else shm_bytes // (_IN_FLIGHT * batch_bytes)
+    return min(workers, by_host, by_shm)
+
+
+def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/dev/shm") -> None:
+    """Let a training have no more workers than there is room for, and say so with the numbers.
+
+    Args:
+        trainer: Of Ultralytics, before its loaders are made.
+        memory: Of the host.
+        shm: Where workers hand over batches.
+    """
+    from ultralytics.utils import LOGGER
+
+    args = trainer.args
+    if not args.workers or not isinstance(args.imgsz, int) or trainer.batch_size < 1:
+        return
+    workers = min(args.workers, (os.cpu_count() or 1) // max(trainer.world_size, 1))
+    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * 3 * args.imgsz**2
+    shm_bytes, host_bytes = _free_bytes(shm), (memory or HostMemory()).room_bytes()[1]
+    fewer = affordable_workers(workers, batch_bytes, shm_bytes, host_bytes)
+    if fewer >= workers:
+        return
+    needed = workers * _IN_FLIGHT * batch_bytes
+    if shm_bytes is not None and shm_bytes < needed:
+        why = f"{shm} has {_mib(shm_bytes)} free. `docker run --shm-size={max(needed >> 30, 1) * 2}g` gives more"
+    else:
+        why = f"the host has {_mib(host_bytes)} available"
+    LOGGER.warning(
+        f"memory: {workers} workers may have {_mib(needed)} of batches of {trainer.batch_size} images in flight, and "
+        f"{why}: going on with workers={fewer}"
+    )
+    args.workers = fewer
+
+
+def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: HostMemory | None = None) -> bool:
+    """Run Ultralytics' `check_cache_ram`, which does not know the limit of a container, and check that as well.
+
+    Args:
+        stock: Ultralytics' own method.
+        dataset: Whose images are to be kept in memory.
+        args: For `stock`.
+        memory: Of the host.
+    """
+    if not stock(dataset, *args):
+        return False
+    from ultralytics.utils import LOGGER
+
+    some = range(0, dataset.ni, max(dataset.ni // 30, 1))
+    needed = sum(dataset.load_image(index)[0].nbytes for index in some) * dataset.ni // len(some)
+    room = (memory or HostMemory()).room_bytes()[1]
+    if needed <= _SHARE * room:
+        return True
+    LOGGER.warning(
+        f"memory: cache=ram would take {_mib(needed)}, more than half of the {_mib(room)} that this process may have: "
+        "images are not cached. cache=disk keeps them decoded on disk"
+    )
+    dataset.cache = None
+    return False
+
+
+def fewer_pictures(stock: Callable[..., Any], labels: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' `plot_images` on the images it draws: it makes floats of all it is given.
+
+    Args:
+        stock: Ultralytics' own function.
+        labels: Of a batch, with its images under `img` or not.
+        images: Of the batch.
+        args, kwargs: For `stock`.
+    """
+    most = kwargs.get("max_subplots", 16)
+    if "img" in labels:
+        labels = {**labels, "img": labels["img"][:most]}
+    return stock(labels, None if images is None else images[:most], *args, **kwargs)
+
+
+def _free_bytes(folder: str) -> int | None:
+    try:
+        stat = os.statvfs(folder)
+    except (OSError, AttributeError):
+        return None
+    return stat.f_bavail * stat.f_frsize
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:,.0f} MiB"
