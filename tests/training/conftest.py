@@ -130,7 +130,8 @@ def train(
     yolo.add_callback("on_train_batch_end", lambda trainer: run.draws.append(random.getstate()))
     for event, callback in callbacks:
         yolo.add_callback(event, callback)
-    settings = arguments if arguments.get("resume") else {**TINY, "project": project, **arguments}
+    where = {} if arguments.get("resume") is True else {"project": project}
+    settings = {**({} if arguments.get("resume") else TINY), **where, **arguments}
     bar, log = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(log)
     LOGGER.addHandler(handler)

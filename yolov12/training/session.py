@@ -100,7 +100,7 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
     resume = arguments.get("resume", model.overrides.get("resume"))
     if resume is True and model.ckpt and Path(model.ckpt_path).with_name(FILE).exists():
-        return {**arguments, "resume": str(model.ckpt_path)}
+        return {**arguments, **_resume_from(Path(model.ckpt_path))}
     if str(resume).lower() != "auto":
         return arguments
     last = latest_interrupted({**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}, model.task)
@@ -109,9 +109,14 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return {**arguments, "resume": False}
     LOGGER.info(f"resume=auto: going on with {last}")
     model._load(str(last))
-    # The run says what it is called; where it is may have moved, as a mounted folder does.
+    # The run says what it is called.
     given = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok")}
-    return {**given, "resume": str(last), "save_dir": str(last.parent.parent)}
+    return {**given, **_resume_from(last)}
+
+
+def _resume_from(last: Path) -> dict[str, str]:
+    """The folder too: it may have moved, as one that is mounted does, and a checkpoint of the end does not name it."""
+    return {"resume": str(last), "save_dir": str(last.parent.parent)}
 
 
 def _defaults() -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""What is saved of a run and when, which run `resume=auto` goes on with, and what becomes of files that do not fit."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from ultralytics.utils.torch_utils import strip_optimizer
+
+from yolov12.errors import ConfigError
+from yolov12.training import run_state
+from yolov12.training.files import AtomicPath
+from yolov12.training.interruption import Interruption
+from yolov12.training.options import Interval
+from yolov12.training.resume import latest_interrupted
+
+
+class PowerCutError(Exception):
+    """At a moment that a test chooses."""
+
+
+def cut_at(batch):
+    """A callback that ends a run after so many batches."""
+    done = []
+
+    def callback(trainer):
+        done.append(trainer.epoch)
+        if len(done) == batch:
+            raise PowerCutError
+
+    return [("on_train_batch_end", callback)]
+
+
+def cut(trainings, folder, batch=6, **arguments):
+    return trainings.train(folder, bn_group=8, callbacks=cut_at(batch), raises=PowerCutError, **arguments)
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = AtomicPath(tmp_path) / "last.pt"
+    assert path.write_bytes(b"old") == 3
+    with pytest.raises(TypeError):
+        path.write_bytes("not bytes")
+    assert path.read_bytes() == b"old"
+    path.write_bytes(b"newer")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.pt", b"newer")]
+
+
+def test_a_checkpoint_that_is_stripped_is_whole_at_any_moment(trainings, tmp_path, monkeypatch):
+    last = cut(trainings, tmp_path).folder / "weights" / "last.pt"
+    before, save = last.read_bytes(), torch.save
+
+    def full_disk(what, file):
+        save(what, file)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        strip_optimizer(last)
+    assert last.read_bytes() == before
+    monkeypatch.undo()
+    assert strip_optimizer(last)["optimizer"] is None
+    assert len(last.read_bytes()) < len(before)
+    assert {path.name for path in last.parent.iterdir()} == {"last.pt", "best.pt", "state.pt"}
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("5min", Interval(seconds=300.0)),
+        ("0.5 h", Interval(seconds=1800.0)),
+        ("30s", Interval(seconds=30.0)),
+        (100, Interval(steps=100)),
+        ("1", Interval(steps=1)),
+        (0, Interval()),
+        (False, Interval()),
+    ],
+)
+def test_intervals_are_steps_or_times(text, interval):
+    assert Interval.parse(text) == interval
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "1.5", True, "0min", None, "5 parsecs"])
+def test_other_intervals_are_refused(text):
+    with pytest.raises(ConfigError, match="save_every"):
+        Interval.parse(text)
+
+
+def test_intervals_are_due_after_so_many_steps_or_seconds():
+    assert [Interval(steps=2).due(steps, 1e9) for steps in (1, 2)] == [False, True]
+    assert [Interval(seconds=2.0).due(10**9, seconds) for seconds in (1.9, 2.0)] == [False, True]
+    assert not Interval().due(10**9, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("every", "share", "saves"), [(1, 0, 8), (3, 0, 2), (3, 1e9, 4), ("1h", 0, 1), ("1h", 1e9, 2), (0, 1e9, 0)]
+)
+def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, every, share, saves):
+    """8 updates in 2 epochs; at the end of an epoch too, if that takes no more than a share of the time."""
+    times = []
+    save = run_state.Keeper._save
+    monkeypatch.setattr(run_state.Keeper, "_save", lambda keeper: times.append(time.monotonic()) or save(keeper))
+    monkeypatch.setattr(run_state, "_COST", share)
+    run = trainings.train(tmp_path, bn_group=8, save_every=every)
+    assert len(times) == saves
+    assert not (run.folder / "weights" / "state.pt").exists()
+
+
+def test_what_is_not_to_be_saved_is_not(trainings, tmp_path):
+    run = cut(trainings, tmp_path, save=False)
+    assert not list((run.folder / "weights").iterdir())
+    stock = trainings.train(tmp_path, mas=False, callbacks=cut_at(6), raises=PowerCutError)
+    assert {path.name for path in (stock.folder / "weights").iterdir()} == {"last.pt", "best.pt"}
+
+
+def test_a_run_without_a_free_disk_goes_on(trainings, tmp_path, monkeypatch):
+    write = run_state.files.write
+
+    def full(path, write_to):
+        if path.name == "state.pt":
+            raise OSError("No space left on device")
+        write(path, write_to)
+
+    monkeypatch.setattr(run_state.files, "write", full)
+    run = trainings.train(tmp_path, bn_group=8, save_every=1)
+    assert len(run.results) == 2
+    assert "state.pt could not be written, No space left on device" in run.log
+
+
+def test_an_optimizer_step_that_was_cut_is_not_saved(trainings, tmp_path):
+    def break_at(trainer):
+        if trainer.epoch == 1:
+            trainer.ema.update = lambda model: 1 / 0
+
+    run = trainings.train(
+        tmp_path, bn_group=8, save_every=0, callbacks=[("on_train_epoch_start", break_at)], raises=ZeroDivisionError
+    )
+    assert not (run.folder / "weights" / "state.pt").exists()
+    assert (run.folder / "weights" / "last.pt").exists()
+
+
+def test_signals_wait_for_what_must_not_be_cut():
+    interruption, stock = Interruption(), signal.getsignal(signal.SIGTERM)
+    interruption.watch()
+    done = []
+    try:
+        with pytest.raises(SystemExit, match="143"), interruption.deferred():  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(1)
+        with pytest.raises(SystemExit, match="143"):
+            interruption.check()
+    finally:
+        interruption.stop()
+    assert done
+    assert signal.getsignal(signal.SIGTERM) is stock
+
+
+def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, tmp_path):
+    name = {"project": tmp_path, "name": "line"}
+    assert latest_interrupted(name, "detect") is None
+    first = cut(trainings, tmp_path, name="line")
+    second = cut(trainings, tmp_path, name="line")
+    cut(trainings, tmp_path, name="line2b")
+    complete = trainings.train(tmp_path, bn_group=8, name="line", epochs=1)
+    assert {run.folder.name for run in (first, second, complete)} == {"line", "line-2", "line-3"}
+    assert latest_interrupted(name, "detect") == second.folder / "weights" / "last.pt"
+    assert latest_interrupted({**name, "name": "other"}, "detect") is None
+
+    for run in (second, first):
+        again = trainings.train(bn_group=8, resume="auto", **name, **trainings.TINY)
+        assert again.folder == run.folder
+        assert len(again.results) == 2
+        assert "Resume ignores" not in again.log
+    anew = trainings.train(bn_group=8, resume="auto", **name, **trainings.TINY)
+    assert anew.folder.name == "line-4"
+    assert "starting anew" in anew.log
+
+
+def test_auto_finds_a_run_whose_folder_was_moved(trainings, tmp_path):
+    """As a mounted folder is."""
+    here = cut(trainings, tmp_path / "a", name="line").folder
+    there = tmp_path / "b" / "line"
+    (tmp_path / "b").mkdir()
+    here.rename(there)
+    again = trainings.train(resume="auto", project=tmp_path / "b", name="line", **trainings.TINY)
+    assert again.folder == there
+    assert not here.exists()
+
+
+def test_a_run_that_was_killed_after_its_last_epoch_is_complete_with_a_resume(trainings, tmp_path):
+    """Its checkpoint says that it is, already."""
+
+    def cut_in_the_end(trainer):
+        strip_optimizer(trainer.last)
+        raise PowerCutError
+
+    run = trainings.train(
+        tmp_path,
+        bn_group=8,
+        save_every=1,
+        callbacks=[("on_model_save", lambda t: t.epoch and cut_in_the_end(t))],
+        raises=PowerCutError,
+    )
+    whole = trainings.train(tmp_path, bn_group=8)
+    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
+    assert again.folder == run.folder
+    assert again.stock_results() == whole.stock_results()
+    assert again.steps == 0
+
+
+def test_a_state_of_other_batches_is_not_gone_on_from(trainings, tmp_path):
+    run = cut(trainings, tmp_path)
+    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True, batch=16)
+    assert "an epoch was 4 batches of 8 images and is now 2 of 16: going on from the end of an epoch" in again.log
+    assert len(again.results) == 2
+
+
+def test_a_state_that_would_run_code_is_not_read(trainings, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    run = cut(trainings, tmp_path)
+    torch.save({"epoch": Evil()}, run.folder / "weights" / "state.pt")
+    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
+    assert "state.pt cannot be read (UnpicklingError): going on from last.pt" in again.log
+    assert not (tmp_path / "pwned").exists()
+    assert len(again.results) == 2
+
+
+def test_a_state_that_is_older_than_the_checkpoint_is_not_gone_on_from(trainings, tmp_path):
+    run = cut(trainings, tmp_path, batch=2, epochs=3)
+    old = (run.folder / "weights" / "state.pt").read_bytes()
+    last = run.folder / "weights" / "last.pt"
+    cut_again = trainings.train(tmp_path, last, resume=True, callbacks=cut_at(10), raises=PowerCutError)
+    assert cut_again.folder == run.folder
+    (run.folder / "weights" / "state.pt").write_bytes(old)
+    again = trainings.train(tmp_path, last, resume=True)
+    assert "resume: epoch" not in again.log
+    assert len(again.results) == 3
