@@ -55,12 +55,25 @@ else
   export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
 fi
 
+# In an image that is read-only, or for another user than root: what is written goes to the current folder.
+work=$root
+[ -w "$root" ] || work=$PWD
+if [ ! -w "$work" ]; then
+  echo "yolov12: neither $root nor $PWD can be written to: docker run -v \"\$PWD:/work\" -w /work ..." >&2
+  exit 1
+fi
+[ -w "${HOME:-/}" ] || export HOME=$work
+if [ ! -w "${TMPDIR:-/tmp}" ]; then
+  export TMPDIR=$work/.tmp
+  mkdir -p "$TMPDIR"
+fi
+
 # Ultralytics keeps its settings, among them where data sets and runs go, per user. Here they belong to the clone.
 if [ -z "${YOLO_CONFIG_DIR:-}" ]; then
-  export YOLO_CONFIG_DIR=$root/.ultralytics
-  if ! grep -qsF "\"$root/runs\"" "$YOLO_CONFIG_DIR/Ultralytics/settings.json"; then
+  export YOLO_CONFIG_DIR=$work/.ultralytics
+  if ! grep -qsF "\"$work/runs\"" "$YOLO_CONFIG_DIR/Ultralytics/settings.json"; then
     mkdir -p "$YOLO_CONFIG_DIR"
-    python - "$root" >/dev/null <<'PYTHON'
+    python - "$work" >/dev/null <<'PYTHON'
 import sys
 from ultralytics.utils import SETTINGS
 

@@ -89,6 +89,10 @@ class Run:
         """Rows of results.csv without the clock and the memory."""
         return [{k: v for k, v in row.items() if k != "time" and not k.startswith("memory/")} for row in self.results]
 
+    def batches(self, images: int) -> list[list[float]]:
+        """Sums of pixels, batch by batch; in whatever order images share micro-batches."""
+        return [sorted(self.sums[start : start + images]) for start in range(0, len(self.sums), images)]
+
     def micro_batches(self) -> list[list[int]]:
         """Of every update."""
         return [[int(size) for size in row["micro_batches"].split()] for row in self.memory]

@@ -194,3 +194,34 @@ def test_mixing_fades_with_the_rungs_and_stays_off_where_it_was_closed(data):
     loader.dataset.close_mosaic(get_cfg(overrides={"imgsz": 128}))
     layer._shared.value = 1
     assert boxes(loader) <= none
+
+
+@pytest.mark.parametrize("cache", [None, "ram"])
+def test_images_that_are_in_memory_get_smaller_and_not_cropped(data, cache):
+    layer = a_layer()
+    cfg = get_cfg(
+        overrides={"imgsz": 128, "mosaic": 0.0, "scale": 0.0, "translate": 0.0, "fliplr": 0.0, "cache": cache}
+    )
+    init_seeds(1, deterministic=False)
+    dataset = build_yolo_dataset(cfg, data["train"], 16, data)
+    layer.join(dataset, cfg)
+    full = dataset.__getitems__(range(16))
+    layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
+    layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
+    small = dataset.__getitems__(range(16))
+    assert {tuple(sample["img"].shape[1:]) for sample in small} == {(64, 64)}
+    for before, after in zip(full, small, strict=True):
+        assert torch.allclose(before["bboxes"], after["bboxes"], atol=0.03)
+
+
+def test_one_fall_through_several_rungs_doubles_the_patience_once():
+    layer = DataLayer("auto", rungs(128, 32, 32), 32)
+    layer.serve(SimpleNamespace(note=lambda event: None, would_fit=lambda *sizes, whole_group: True))
+    batch = {"img": torch.zeros(1, 3, 128, 128)}
+    layer.smaller(batch)
+    for _ in range(CALM):
+        layer.after()
+    assert layer.rung == 0
+    for _ in range(3):
+        layer.smaller(batch)
+    assert (layer.rung, layer.state_dict()["patience"]) == (3, 2 * CALM)

@@ -22,7 +22,7 @@ MIB, GIB = 2**20, 2**30
         (64 * MIB, 64 * GIB, 0),  # Docker's default: four batches of 16 images of 640 are 75 MiB
         (80 * MIB, 64 * GIB, 1),
         (8 * GIB, 64 * GIB, 8),
-        (8 * GIB, 1 * GIB, 3),
+        (8 * GIB, 1 * GIB, 2),
         (None, 64 * GIB, 8),
     ],
 )
@@ -65,8 +65,8 @@ def test_a_small_host_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     trainer = a_trainer()
     limit_workers(trainer, a_host(tmp_path, 16 * GIB), shm=str(tmp_path / "none"))
-    assert trainer.args.workers == 3
-    assert "the host has 16,384 MiB available: going on with workers=3" in warnings[0]
+    assert trainer.args.workers == 2
+    assert "the host has 16,384 MiB available: going on with workers=2" in warnings[0]
 
 
 def test_enough_is_enough(tmp_path, warnings):

@@ -123,7 +123,7 @@ def test_a_terminated_run_leaves_a_checkpoint_soon(lives, undisturbed, tmp_path)
     assert lives.live(tmp_path, signal.SIGTERM, 5 * step_s) == 143
     assert time.monotonic() - begin < 10 + 5 * step_s + 10  # of which 10 are for starting
     weights = tmp_path / "run" / "weights"
-    assert torch.load(weights / "state.pt", weights_only=True)["loader"]["batches"] == BATCHES
+    assert torch.load(weights / "state.pt", weights_only=True)["loader"]["data"]["batches"] == BATCHES
     assert len(YOLO(weights / "last.pt").predict(torch.zeros(1, 3, 64, 64), verbose=False)) == 1
 
 

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.data import WeightedRandomSampler
 from ultralytics.cfg import get_cfg
-from ultralytics.data.build import build_dataloader, build_yolo_dataset
+from ultralytics.data.build import InfiniteDataLoader, build_dataloader, build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import init_seeds
 
-from yolov12.training.loader import SKIPPED, ResumableLoader, random_state, set_random_state
+from yolov12.training.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
 
 BATCH, EPOCHS, CLOSE = 4, 4, 2
 
@@ -128,3 +129,14 @@ def test_the_state_survives_a_file_that_nothing_runs_from(data, tmp_path):
     assert read["loader"]["position"] == 3
     set_random_state(read["random"])
     begun.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_of_other_kinds_are_let_alone(data, workers):
+    stock = loader(data, workers)._loader
+    generator = torch.Generator()
+    plain = torch.utils.data.DataLoader(stock.dataset, BATCH, shuffle=True, generator=generator)
+    weighted = InfiniteDataLoader(
+        stock.dataset, batch_size=BATCH, generator=generator, sampler=WeightedRandomSampler([1.0] * 24, 24)
+    )
+    assert [resumable(each) for each in (stock, plain, weighted)] == [True, False, False]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
+import cv2
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -141,7 +142,7 @@ class DataLayer:
         if self.rung + 1 >= len(self._ladder):
             return False
         if self._since_rise < 2 * self._patience:  # it came too soon
-            self._patience = min(2 * self._patience, _MOST_CALM)
+            self._patience, self._since_rise = min(2 * self._patience, _MOST_CALM), _MOST_CALM
         self._set(self.rung + 1)
         return True
 
@@ -166,6 +167,7 @@ class _Loading:
         self._dataset, self._ladder, self._shared = dataset, ladder, shared
         self._settings, self._stock_build = copy.copy(settings), dataset.build_transforms
         self._transforms: dict[int, Any] = {}
+        self._stock_load, dataset.load_image = dataset.load_image, self._load_image
         dataset.build_transforms = self._build  # called anew when mosaic is closed
         dataset.__getitems__ = self._load  # PyTorch's way to load a batch
 
@@ -185,6 +187,16 @@ class _Loading:
             return [dataset[index] for index in indices]
         finally:
             dataset.imgsz, dataset.transforms = full
+
+    def _load_image(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """One that is in memory already, as it was loaded on a higher rung or for `cache=ram`, as small as the rung."""
+        image, original, shape = self._stock_load(*args, **kwargs)
+        share = self._dataset.imgsz / max(shape)
+        if self._shared.value and share < 1:
+            height, width = (max(round(side * share), 1) for side in shape)
+            image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+            image = image.reshape(height, width, -1)  # of one channel too
+        return image, original, image.shape[:2]
 
     def _transforms_of(self, rung: int) -> Any:
         if rung not in self._transforms:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["AtomicPath", "make_atomic", "replacing"]
+__all__ = ["AtomicPath", "is_locked", "lock", "make_atomic", "replacing", "unlock", "write"]
+
+_LOCK = ".lock"
 
 
 @contextmanager
@@ -38,6 +42,36 @@ class AtomicPath(type(Path())):  # type: ignore[misc]  # Path() makes a PosixPat
         """Write the file in one go."""
         write(self, lambda file: file.write(data))
         return len(data)
+
+
+def lock(folder: Path) -> IO[bytes] | None:
+    """Tell other processes that this one writes here, until it ends or closes what is returned; None: another does."""
+    file = (folder / _LOCK).open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which workers would inherit
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return None
+        return (folder / _LOCK).open("ab")  # a file system without locks
+    return file
+
+
+def unlock(folder: Path, file: IO[bytes] | None) -> None:
+    """Leave no trace of a lock."""
+    (folder / _LOCK).unlink(missing_ok=True)
+    if file is not None:
+        file.close()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process writes there."""
+    if not (folder / _LOCK).exists():
+        return False
+    mine = lock(folder)
+    if mine is not None:
+        mine.close()
+    return mine is None
 
 
 def make_atomic(trainer: Any) -> None:

@@ -1,8 +1,8 @@
 """The host's memory around a training: batches on their way from workers, cached images, pictures.
 
-Ultralytics' loaders have up to four batches in flight for each worker, and those that validate half as many of twice
-the size. Workers hand them over in /dev/shm, of which a container has 64 MiB unless told otherwise; a write beyond that
-is a bus error.
+Ultralytics' loaders have up to four batches in flight for each worker, and validation, with twice the workers, two of
+twice the size for each. Workers hand them over in /dev/shm, of which a container has 64 MiB unless told otherwise; a
+write beyond that is a bus error. On their way to a GPU they leave it soon, for pinned memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from yolov12.mas.host_memory import HostMemory
 
 __all__ = ["affordable_workers", "cache_fits", "fewer_pictures", "limit_workers"]
 
-_IN_FLIGHT = 4
-"""Batches for each worker, of training and of validation alike."""
+_IN_SHM, _IN_FLIGHT = 4, 12
+"""Batches of training for each worker."""
 _SHARE = 0.5
 """Of the host's memory, for batches in flight."""
 
@@ -30,8 +30,8 @@ def affordable_workers(workers: int, batch_bytes: int, shm_bytes: int | None, ho
         shm_bytes: Free in /dev/shm; None where there is no such thing.
         host_bytes: Available.
     """
-    by_host = int(_SHARE * host_bytes) // (2 * _IN_FLIGHT * batch_bytes)
-    by_shm = workers if shm_bytes is None else shm_bytes // (_IN_FLIGHT * batch_bytes)
+    by_host = int(_SHARE * host_bytes) // (_IN_FLIGHT * batch_bytes)
+    by_shm = workers if shm_bytes is None else shm_bytes // (_IN_SHM * batch_bytes)
     return min(workers, by_host, by_shm)
 
 
@@ -54,11 +54,11 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
     fewer = affordable_workers(workers, batch_bytes, shm_bytes, host_bytes)
     if fewer >= workers:
         return
-    needed = workers * _IN_FLIGHT * batch_bytes
+    needed = workers * _IN_SHM * batch_bytes
     if shm_bytes is not None and shm_bytes < needed:
         why = f"{shm} has {_mib(shm_bytes)} free. `docker run --shm-size={max(needed >> 30, 1) * 2}g` gives more"
     else:
-        why = f"the host has {_mib(host_bytes)} available"
+        needed, why = workers * _IN_FLIGHT * batch_bytes, f"the host has {_mib(host_bytes)} available"
     LOGGER.warning(
         f"memory: {workers} workers may have {_mib(needed)} of batches of {trainer.batch_size} images in flight, and "
         f"{why}: going on with workers={fewer}"

@@ -22,14 +22,21 @@ class Interruption:
 
     def watch(self) -> None:
         """Begin; only the main thread can."""
-        if threading.current_thread() is threading.main_thread():
-            self._stock = {number: signal.signal(number, self._arrived) for number in (signal.SIGTERM, signal.SIGINT)}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background
+                self._stock[number] = signal.signal(number, self._arrived)
 
     def stop(self) -> None:
-        """Let the signals do what they did before."""
-        for number, handler in self._stock.items():
+        """Let the signals do what they did before; a handler of the user's own gets the one that came."""
+        stock, self._stock = self._stock, {}
+        for number, handler in stock.items():
             signal.signal(number, handler)
-        self._stock = {}
+        if self._signal is not None and callable(handler := stock.get(self._signal)):
+            arrived, self._signal = self._signal, None
+            if handler is not signal.default_int_handler:
+                handler(arrived, None)
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

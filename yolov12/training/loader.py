@@ -10,18 +10,20 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
 from yolov12.training.arrangement import arranged
 
-__all__ = ["SKIPPED", "ResumableLoader", "random_state", "resumable", "set_random_state"]
+__all__ = ["SKIPPED", "ResumableLoader", "data_of", "random_state", "resumable", "set_random_state"]
 
 SKIPPED = "yolov12_skipped"
 """In a batch that stands for one that was done before the run was interrupted."""
@@ -49,8 +51,24 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def resumable(loader: Any) -> bool:
-    """Whether it is a loader of Ultralytics' own kind."""
-    return hasattr(getattr(loader, "batch_sampler", None), "sampler") and getattr(loader, "generator", None) is not None
+    """Whether it is a loader of Ultralytics' own kind, whose order comes from its generator alone."""
+    from ultralytics.data.build import InfiniteDataLoader
+
+    if not isinstance(loader, InfiniteDataLoader):
+        return False
+    shuffled = isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is loader.generator
+    return (shuffled or isinstance(loader.sampler, SequentialSampler)) and loader.generator is not None
+
+
+def data_of(loader: Any) -> dict[str, int]:
+    """What must be the same for a run to go on in mid-epoch: batches, their size, images and their names."""
+    names = [Path(name).name for name in getattr(loader.dataset, "im_files", [])]  # folders may move
+    return {
+        "batches": len(loader),
+        "images at once": loader.batch_size,
+        "images": len(loader.dataset),
+        "checksum of their names": zlib.crc32("\n".join(names).encode()),
+    }
 
 
 class ResumableLoader:
@@ -66,7 +84,8 @@ class ResumableLoader:
         self._loader, self._image_size = loader, image_size
         self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator)
         self._first = _FirstState(loader.worker_init_fn)
-        loader.collate_fn = _Collate(loader.collate_fn, arrange)
+        self._collate = loader.collate_fn = _Collate(loader.collate_fn, arrange)
+        self._data = data_of(loader)
         loader.worker_init_fn = self._first
         self._workers: dict[int, _Worker] = {}
         self._next_worker = 0
@@ -100,7 +119,7 @@ class ResumableLoader:
                 self._first.states = []  # workers have theirs; those after a reset begin anew
             worker = batch.pop(_STATE)
             if worker is not None:
-                random_now = torch.frombuffer(bytearray(worker["random"]), dtype=torch.uint8)
+                random_now = torch.load(io.BytesIO(worker["random"]), weights_only=True)
                 self._workers[worker["id"]] = {"buffer": worker["buffer"], "random": random_now}
                 self._next_worker = (worker["id"] + 1) % self._loader.num_workers
             self.position += 1
@@ -126,9 +145,9 @@ class ResumableLoader:
         count = self._loader.num_workers
         order = [(self._next_worker + index) % count for index in range(count)]
         return {
-            "batches": len(self),
-            "batch_size": self._loader.batch_size,
+            "data": self._data,
             "position": self.position,
+            "arrange": self._collate.arrange,
             "order": self._epoch_order,
             "generator": self._loader.generator.get_state(),
             "workers": [self._workers.get(index) or {"seed": self._seed(index)} for index in order],
@@ -139,13 +158,14 @@ class ResumableLoader:
         """Go on from `state_dict`; the next epoch begins with skipped batches.
 
         Args:
-            state: From a loader of as many batches.
+            state: From a loader of the same data, see `data_of`.
             then: Called when the skipped batches are through, before the first other.
 
         Returns:
             Whether augmentation goes on as well. It does not with another number of workers.
         """
         self._skip, self._then = state["position"], then
+        self._collate.arrange = state["arrange"]
         self._epoch_order = state["order"]
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if len(state["workers"]) != self._loader.num_workers:
@@ -191,7 +211,7 @@ class _Collate:
     """Adds to a batch the state of the worker that loaded it."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool) -> None:
-        self._collate, self._arrange = collate, arrange
+        self._collate, self.arrange = collate, arrange
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()
@@ -199,7 +219,7 @@ class _Collate:
         if worker is not None:
             buffer = list(getattr(worker.dataset, "buffer", []))
             state = {"id": worker.id, "buffer": buffer, "random": _packed(random_state())}
-        if self._arrange:
+        if self.arrange:
             samples = [samples[index] for index in arranged([len(sample["cls"]) for sample in samples])]
         return {**self._collate(samples), _STATE: state}
 
@@ -220,7 +240,7 @@ class _FirstState:
             worker = get_worker_info()
             assert worker is not None
             _fill(worker.dataset, state["buffer"])
-            set_random_state(torch.load(io.BytesIO(state["random"].numpy().tobytes()), weights_only=True))
+            set_random_state(state["random"])
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from yolov12.training.data_layer import DataLayer, rungs
 from yolov12.training.detection import DetectionTask
 from yolov12.training.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.options import Interval
-from yolov12.training.run_state import Keeper, find
+from yolov12.training.run_state import FILE, Keeper, find
 
 __all__ = ["STATE", "attach", "do_train", "resume"]
 
@@ -43,6 +44,8 @@ def attach(trainer: Any) -> None:
     from ultralytics.utils import LOGGER, USER_CONFIG_DIR
 
     model = _unwrapped(trainer)
+    if not trainer.resume:
+        Path(trainer.wdir, FILE).unlink(missing_ok=True)  # of another run that was in this folder
     if (reason := _why_not(trainer, model)) is not None:
         if trainer.args.mas:
             LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
@@ -88,7 +91,12 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
     exact = _why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
-    if state is None:
+    if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
+        from ultralytics.utils import LOGGER
+
+        LOGGER.warning("resume: no epoch was complete: it begins anew, from the weights there are")
+        trainer._load_checkpoint_state(checkpoint)
+    elif state is None:
         stock_resume(trainer, checkpoint)
     else:
         setattr(trainer, STATE, state["optimizer"].get(STATE))
@@ -105,7 +113,7 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
         raise
     finally:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
-            keeper.interruption.stop()
+            keeper.end()
 
 
 def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from yolov12.models import weights
+from yolov12.training.files import is_locked
 from yolov12.training.run_state import FILE
 
 __all__ = ["interrupted", "latest_interrupted"]
 
 
 def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:
-    """The `last.pt` of the run that was interrupted last, of those that these arguments would start.
+    """The `last.pt` of the run that was interrupted last, of those that these arguments start, and none goes on with.
 
     Args:
         arguments: Of a training: `project`, `name` and `save_dir` count.
@@ -25,11 +26,12 @@ def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:
 
     names = {key: arguments.get(key) for key in ("project", "name", "save_dir")}
     folder = get_save_dir(SimpleNamespace(**names, task=task, mode="train", exist_ok=True))
-    numbered = re.compile(re.escape(folder.name) + r"(-?\d+)?")
+    numbered = re.compile(re.escape(folder.name) + r"(-\d+)?")
     found = [
         last for last in folder.parent.glob("*/weights/last.pt") if numbered.fullmatch(last.parent.parent.name)
     ]  # not of others, whose name begins alike
-    return next((last for last in sorted(found, key=_changed, reverse=True) if interrupted(last)), None)
+    newest_first = sorted(found, key=_changed, reverse=True)
+    return next((last for last in newest_first if interrupted(last) and not is_locked(last.parent)), None)
 
 
 def interrupted(last: Path) -> bool:

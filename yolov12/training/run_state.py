@@ -8,6 +8,7 @@ moving average, scaler, and what the engine has learned.
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolov12.errors import ConfigError
 from yolov12.mas import Engine
+from yolov12.models import weights
 from yolov12.training import files
 from yolov12.training.data_layer import DataLayer
 from yolov12.training.interruption import Interruption
-from yolov12.training.loader import ResumableLoader, random_state, set_random_state
+from yolov12.training.loader import ResumableLoader, data_of, random_state, set_random_state
 from yolov12.training.options import Interval
 
 __all__ = ["FILE", "Keeper", "find"]
@@ -31,34 +34,33 @@ __all__ = ["FILE", "Keeper", "find"]
 FILE = "state.pt"
 """Beside `last.pt`, while a run is not complete."""
 
+_VERSION = 1
 _COST = 0.01  # of the time that saves at the ends of epochs may take
 _NEVER = 2**62
 
 
 def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state to resume from, if there is one that is not older than the checkpoint and of the same batches."""
+    """The state to resume from: the checkpoint is the run's last, the state is not older, and the data are the same."""
     from ultralytics.utils import LOGGER
 
     path = Path(trainer.wdir, FILE)
-    if not path.exists():
+    if not path.exists() or Path(str(trainer.args.resume)).resolve() != Path(trainer.last).resolve():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        epoch, loader = state["epoch"], state["loader"]
-        was = (loader["batches"], loader["batch_size"])
+        state: dict[str, Any] = weights.read(path)
+        was, now = state["loader"]["data"], data_of(trainer.train_loader)
+        other = [f"{now[name]} {name}, not {was[name]}" for name in now if was[name] != now[name]]
+        whole = state["version"] == _VERSION and 0 < state["loader"]["position"] <= was["batches"]
     except Exception as error:  # of a stranger's file: any
-        LOGGER.warning(f"resume: {path} cannot be read ({type(error).__name__}): going on from {trainer.last.name}")
-        return None
-    if epoch < checkpoint["epoch"]:
-        return None
-    now = (len(trainer.train_loader), trainer.train_loader.batch_size)
-    if was != now:
+        other, whole = [f"it cannot be read ({type(error).__name__})"], True
+    if not whole:
+        other.append("it is of another version")
+    if other:
         LOGGER.warning(
-            f"resume: an epoch was {was[0]} batches of {was[1]} images and is now {now[0]} of {now[1]}: going on "
-            f"from the end of an epoch, {trainer.last.name}"
+            f"resume: no use for {path}: {', '.join(other)}. Going on from the end of an epoch, {trainer.last}"
         )
         return None
-    return state
+    return state if state["epoch"] >= checkpoint["epoch"] else None
 
 
 class Keeper:
@@ -89,13 +91,16 @@ class Keeper:
         self._every = every if trainer.args.save else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
-        self._accumulates = round(trainer.args.nbs / trainer.batch_size) > 1
+        self._buffers: dict[str, Tensor] = {}
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
         self._resumed: Mapping[str, Any] | None = None  # until its batches are skipped
         self._whole = True
+        self._lock = files.lock(trainer.wdir)
+        if self._lock is None:
+            raise ConfigError(f"another process trains in {trainer.save_dir}: stop it, or give another name=")
         self.interruption = Interruption()
         self.interruption.watch()
-        trainer.add_callback("on_train_end", lambda _: self.path.unlink(missing_ok=True))
+        trainer.callbacks["on_train_end"].insert(0, self._complete)  # before others, which may fail
 
     @property
     def path(self) -> Path:
@@ -115,6 +120,17 @@ class Keeper:
             if epoch_end or self._every.due(self._steps, seconds):
                 self._save_or_warn()
 
+    def _complete(self, _: Any) -> None:
+        self.path.unlink(missing_ok=True)
+        files.unlock(self._trainer.wdir, self._lock)
+        self._steps = 0
+
+    def end(self) -> None:
+        """Give back what a process has only once."""
+        if self._lock is not None:
+            self._lock.close()
+        self.interruption.stop()
+
     def save_at_last(self) -> None:
         """Save when a run ends before its time, unless that was in the middle of an optimizer step."""
         if self._trainer.args.save and self._whole and self._steps:
@@ -133,14 +149,35 @@ class Keeper:
             "tloss": dict(trainer.tloss),
             "data_layer": self._data_layer.state_dict(),
             "of_epoch": dict(self._of_epoch),
-            # BatchNorm's statistics move with every batch, and an interruption may come between two updates.
-            "buffers": {n: b.clone() for n, b in self._model.named_buffers()} if self._accumulates else {},
+            # BatchNorm's statistics move with every batch, and an interruption may come before its update.
+            "buffers": self._kept_buffers(),
+            "fitness": _plain(trainer.fitness),
+            "best_fitness": _plain(trainer.best_fitness),
+            "stopper": _numbers(trainer.stopper, ("best_fitness", "best_epoch", "possible_stop")),
+            "criterion": _numbers(self._criterion, vars(self._criterion)),
+            "epochs": trainer.epochs,
+            "epoch_s": time.time() - trainer.epoch_time_start,
         }
         self._steps += 1
 
+    def _kept_buffers(self) -> dict[str, Tensor]:
+        buffers = dict(self._model.named_buffers())
+        if not self._buffers:
+            self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        else:
+            torch._foreach_copy_(list(self._buffers.values()), list(buffers.values()))  # a few launches for hundreds
+        return self._buffers
+
+    def _is_finite(self) -> bool:
+        """Whether there is something to go on from; Ultralytics recovers from what is not, at the end of an epoch."""
+        assert self._moment is not None
+        sums = [parameter.detach().sum().float() for parameter in self._model.parameters()]
+        return bool(torch.stack([self._moment["loss"].sum().float(), *sums]).isfinite().all())
+
     def _save_or_warn(self) -> None:
         try:
-            self._save()
+            if self._is_finite():
+                self._save()
         except (OSError, RuntimeError) as error:  # a full disk or a lost device; what was saved before is still there
             from ultralytics.utils import LOGGER
 
@@ -154,22 +191,24 @@ class Keeper:
         self._engine.flush()
         journal = self._engine.journal
         state = {
+            "version": _VERSION,
             **{key: value for key, value in self._moment.items() if key != "buffers"},
-            "rows": journal.next_step - 1 if journal is not None else 0,
+            "rows": journal.next_step - 1 if journal is not None else None,
             "model": {name: buffers.get(name, value) for name, value in self._model.state_dict().items()},
             "ema": trainer.ema.ema.state_dict(),
             "updates": trainer.ema.updates,
             "optimizer": trainer.optimizer.state_dict(),
             "scaler": trainer.scaler.state_dict(),
-            "fitness": _plain(trainer.fitness),
-            "best_fitness": _plain(trainer.best_fitness),
-            "stopper": _numbers(trainer.stopper, ("best_fitness", "best_epoch", "possible_stop")),
-            "criterion": _numbers(self._criterion, vars(self._criterion)),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write(self.path, lambda file: torch.save(state, file))
-        if not trainer.last.exists():  # what a run is resumed by
-            trainer.save_model()
+        if not trainer.last.exists():  # what a run is resumed by; it says that no epoch is complete
+            now = {name: getattr(trainer, name) for name in ("epoch", "fitness", "save_period")}
+            vars(trainer).update(epoch=-1, fitness=math.nan, save_period=-1)
+            try:
+                trainer.save_model()
+            finally:
+                vars(trainer).update(now)
         self._saved_s, self._steps = time.monotonic(), 0
         self._cost_s = self._saved_s - begin
 
@@ -227,6 +266,9 @@ class Keeper:
     def _go_on(self) -> None:
         state, self._resumed, trainer = self._resumed, None, self._trainer
         assert state is not None
+        if trainer.args.time:  # its schedule goes by the time that epochs take
+            trainer.epochs = trainer.args.epochs = state["epochs"]
+            trainer.train_time_start = trainer.epoch_time_start = time.time() - state["epoch_s"]
         trainer.accumulate = state["accumulate"]
         trainer.tloss = {name: item.to(trainer.device) for name, item in state["tloss"].items()}
         self._of_epoch.update(state["of_epoch"])
@@ -248,6 +290,9 @@ def _plain(value: Any) -> Any:
 def _drop_rows(path: Path, epochs: int) -> None:
     """Leave rows of epochs that are complete in a results.csv."""
     if not path.exists():
+        return
+    if not path.stat().st_size:  # a disk was full; Ultralytics writes the header of a file that is not there
+        path.unlink()
         return
     header, *rows = path.read_text("utf-8").splitlines()
     kept = [row for row in rows if float(next(csv.reader([row]))[0]) <= epochs]

@@ -99,8 +99,9 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     from ultralytics.utils import LOGGER
 
     resume = arguments.get("resume", model.overrides.get("resume"))
-    if resume is True and model.ckpt and Path(model.ckpt_path).with_name(FILE).exists():
-        return {**arguments, **_resume_from(Path(model.ckpt_path))}
+    path = Path(str(model.ckpt_path))
+    if resume is True and model.ckpt and path.name == "last.pt" and path.with_name(FILE).exists():
+        return {**arguments, **_resume_from(path)}
     if str(resume).lower() != "auto":
         return arguments
     last = latest_interrupted({**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}, model.task)

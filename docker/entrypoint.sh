@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# docker run IMAGE train|val|predict|export|plan|check key=value...: the script of that name
+# docker run IMAGE any other command: that command
+# docker run -it IMAGE: a shell
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+case "${1:-}" in
+  train)
+    shift
+    "$root/docker/preflight.sh" "$@"
+    exec "$root/scripts/train.sh" "$@"
+    ;;
+  val | predict | export | plan | check)
+    exec "$root/scripts/$1.sh" "${@:2}"
+    ;;
+  "")
+    [ ! -t 0 ] || exec bash
+    cat <<'HELP'
+yolov12: YOLOv12 with training that does not run out of GPU memory
+
+  docker run --gpus all --shm-size=8g -v "$PWD:/work" -w /work IMAGE train data=coco.yaml batch=256
+  docker run --gpus all IMAGE val|predict|export key=value...
+  docker run IMAGE plan model=all mem=16GiB     what a training will take; needs no GPU
+  docker run --gpus all IMAGE check             what this machine can do
+  docker run --gpus all -it IMAGE               a shell
+
+This container:
+HELP
+    exec "$root/scripts/check.sh"
+    ;;
+  *)
+    exec "$@"
+    ;;
+esac

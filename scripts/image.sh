@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Builds and tests the image, with docker, podman or buildah, whichever there is.
+#   scripts/image.sh build [arguments of `docker build`]
+#   scripts/image.sh test [arguments of pytest]
+# Where the bases cannot be pulled and buildah and mmdebstrap are there, the image is built on stand-ins: a Debian in place
+# of the CUDA bases and a few lines in place of conda, without flash-attn and TensorRT; all else is the same.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+image=${YOLOV12_IMAGE:-yolov12}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/yolov12-image
+
+tool() {
+  local name
+  for name in docker podman buildah; do
+    if command -v "$name" >/dev/null && "$name" info >/dev/null 2>&1; then
+      echo "$name"
+      return
+    fi
+  done
+  echo "scripts/image.sh: docker, podman or buildah is needed, and none works here" >&2
+  return 1
+}
+
+default_of() { # argument: its default in the Dockerfile
+  sed -n "s/^ARG $1=//p" "$root/Dockerfile" | head -n 1
+}
+
+can_pull() { "$tool" pull --quiet "$(default_of CUDA_RUNTIME)" >/dev/null 2>&1; }
+
+make_stand_in() { # a base that has what the CUDA bases and conda's have, as far as the Dockerfile needs it
+  local folder=$cache/stand-in
+  mkdir -p "$folder"
+  cp "$root"/docker/stand-in/* "$folder"
+  chmod 755 "$folder/conda"
+  cp /etc/ssl/certs/ca-certificates.crt "$folder"
+  if [ ! -e "$folder/base.tar" ]; then
+    mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3.11-dev,python3.11-venv bookworm "$folder/unfinished.tar"
+    mv "$folder/unfinished.tar" "$folder/base.tar"
+  fi
+  buildah bud --quiet --tag localhost/yolov12-stand-in "$folder"
+}
+
+build() {
+  local arguments=()
+  if ! can_pull; then
+    if [ "$tool" != buildah ] || ! command -v mmdebstrap >/dev/null; then
+      echo "scripts/image.sh: the bases cannot be pulled; stand-ins need buildah and mmdebstrap" >&2
+      return 1
+    fi
+    echo "scripts/image.sh: the bases cannot be pulled: building on stand-ins, without conda, flash-attn and TensorRT" >&2
+    make_stand_in
+    local name
+    for name in CUDA_DEVEL CUDA_RUNTIME CONDA; do arguments+=(--build-arg "$name=localhost/yolov12-stand-in"); done
+    arguments+=(--build-arg GPU_REQUIREMENTS=)
+  fi
+  if [ "$tool" = buildah ]; then
+    buildah bud --layers --network host --tag "$image" "${arguments[@]}" "$@" "$root"
+  else
+    DOCKER_BUILDKIT=1 "$tool" build --tag "$image" "${arguments[@]}" "$@" "$root"
+  fi
+}
+
+tool=$(tool)
+if [ "$tool" = buildah ] && [ "$(id -u)" = 0 ]; then # in a container itself, more often than not
+  export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot} STORAGE_DRIVER=${STORAGE_DRIVER:-overlay}
+fi
+case "${1:-}" in
+  build)
+    shift
+    build "$@"
+    ;;
+  test)
+    shift
+    . "$root/scripts/env.sh"
+    cd "$root"
+    YOLOV12_IMAGE=$image YOLOV12_IMAGE_TOOL=$tool exec python -m pytest -m image tests/image "$@"
+    ;;
+  *)
+    sed -n '2,4s/^# *//p' "$0" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,68 @@
+"""Runs commands in the image as `docker run` does, with whatever tool built it."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+
+import pytest
+
+IMAGE, TOOL = os.environ.get("YOLOV12_IMAGE", "yolov12"), os.environ.get("YOLOV12_IMAGE_TOOL")
+
+
+@dataclass(frozen=True)
+class Container:
+    """One container, which keeps what is written from run to run."""
+
+    name: str
+
+    def run(self, *command, entrypoint=None, user=None, mounts=(), folder=None, stdin=subprocess.DEVNULL, check=None):
+        """Run a command by the image's entrypoint, or by another."""
+        words = [*(self.entrypoint() if entrypoint is None else entrypoint), *command]
+        done = subprocess.run(
+            [*self.prefix(user, mounts, folder), *words], stdin=stdin, capture_output=True, text=True, timeout=280
+        )
+        if check is not None:
+            assert done.returncode == check, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done
+
+    def start(self, *command, mounts=(), folder=None):
+        """Start a command by the image's entrypoint, for a test to send signals to."""
+        return subprocess.Popen(
+            [*self.prefix(None, mounts, folder), *self.entrypoint(), *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def prefix(self, user, mounts, folder):
+        options = [option for mount in mounts for option in ("--volume", mount)]
+        options += ["--user", user] if user else []
+        if TOOL == "buildah":
+            options += ["--workingdir", folder] if folder else []
+            return ["buildah", "run", *options, self.name, "--"]
+        options += ["--workdir", folder] if folder else []
+        return [TOOL, "run", "--rm", "--entrypoint", "", *options, self.name]
+
+    def entrypoint(self):
+        """From the image's configuration, as the tools that run it take it."""
+        config = json.loads(subprocess.check_output([TOOL, "inspect", *self.kind(), self.name], text=True))
+        return (config["OCIv1"] if TOOL == "buildah" else config[0])["config" if TOOL == "buildah" else "Config"][
+            "Entrypoint"
+        ]
+
+    def kind(self):
+        return ["--type", "container"] if TOOL == "buildah" else ["--type", "image"]
+
+
+@pytest.fixture(scope="session")
+def image():
+    """A container of the image; `scripts/image.sh test` names both."""
+    if TOOL is None:
+        pytest.skip("scripts/image.sh test runs these")
+    if TOOL != "buildah":
+        yield Container(IMAGE)
+        return
+    name = subprocess.check_output(["buildah", "from", IMAGE], text=True).strip()
+    yield Container(name)
+    subprocess.run(["buildah", "rm", name], check=True, capture_output=True)

@@ -1,0 +1,120 @@
+"""The image's scripts without the image: what they say of a container that was started in the wrong way."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from yolov12.cli import parse
+
+ROOT = Path(__file__).parents[2]
+
+
+def preflight(tmp_path, *words, driver=None, shm=None, **kwargs):
+    """Run docker/preflight.sh beside a stand-in for nvidia-smi."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    tool = tools / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho {driver}\n" if driver else "#!/bin/sh\necho 'no devices' >&2; exit 9\n")
+    tool.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **({"SHM": shm} if shm else {})}
+    return subprocess.run(
+        [ROOT / "docker" / "preflight.sh", f"project={tmp_path}", *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **kwargs,
+    )
+
+
+def test_no_gpu_is_a_warning(tmp_path):
+    done = preflight(tmp_path)
+    assert done.returncode == 0
+    assert "yolov12: no GPU was passed to this container: docker run --gpus all" in done.stderr
+    assert "GPU" not in preflight(tmp_path, "device=cpu").stderr
+
+
+@pytest.mark.parametrize(
+    ("driver", "status"), [("470.82.01", 1), ("525.60.12", 1), ("525.60.13", 0), ("535.9", 0), ("1000.1", 0)]
+)
+def test_an_old_driver_is_an_error(tmp_path, driver, status):
+    done = preflight(tmp_path, driver=driver)
+    assert done.returncode == status
+    assert (f"driver {driver} of this machine is older than 525.60.13" in done.stderr) is bool(status)
+    assert preflight(tmp_path, "device=cpu", driver=driver).returncode == 0
+
+
+def test_a_small_shm_is_a_warning(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "df").write_text("#!/bin/sh\necho Avail\necho 65536\n")
+    (tools / "df").chmod(0o755)
+    done = preflight(tmp_path, driver="550.54")
+    assert done.returncode == 0
+    assert done.stderr == ("yolov12: /dev/shm has 64 MiB, too little for workers: docker run --shm-size=8g ...\n")
+
+
+def test_a_right_start_is_silent(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "df").write_text("#!/bin/sh\necho Avail\necho 8388608\n")
+    (tools / "df").chmod(0o755)
+    done = preflight(tmp_path, driver="550.54")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_no_command_without_a_terminal_says_what_there_is(tmp_path):
+    """With a stand-in for the scripts, which need the environment."""
+    (tmp_path / "docker").mkdir()
+    (tmp_path / "scripts").mkdir()
+    entrypoint = tmp_path / "docker" / "entrypoint.sh"
+    entrypoint.write_text((ROOT / "docker" / "entrypoint.sh").read_text())
+    entrypoint.chmod(0o755)
+    for name in ("check", "val"):
+        script = tmp_path / "scripts" / f"{name}.sh"
+        script.write_text('#!/bin/sh\necho "$(basename $0)" "$@"\n')
+        script.chmod(0o755)
+    run = lambda *words: subprocess.check_output([entrypoint, *words], stdin=subprocess.DEVNULL, text=True)  # noqa: E731
+    assert run().endswith("This container:\ncheck.sh\n")
+    assert run("val", "a b", "c") == "val.sh a b c\n"
+    assert run("printf", "%s|", "a b", "c") == "a b|c|"
+
+
+def test_the_image_agrees_with_the_rest_of_the_project():
+    """Names and versions that stand in several places."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    environment = (ROOT / "environment.yml").read_text()
+    lock = (ROOT / "requirements" / "lock.txt").read_text()
+    gpu = (ROOT / "requirements" / "gpu.txt").read_text()
+    name = re.search(r"^name: (.+)$", environment, re.MULTILINE)[1]
+    assert f"CONDA_DEFAULT_ENV={name}" in dockerfile
+    assert f"/opt/conda/envs/{name}/bin" in dockerfile
+    assert "-r requirements/lock.txt" in environment
+    assert re.search(r"^torch==2\.3\.", lock, re.MULTILINE)
+    assert re.search(r"^nvidia-cuda-runtime-cu12==12\.1\.", lock, re.MULTILINE)
+    assert set(re.findall(r"^ARG CUDA_\w+=\S+:12\.1\.\d+-", dockerfile, re.MULTILINE)) == {
+        "ARG CUDA_DEVEL=nvidia/cuda:12.1.1-",
+        "ARG CUDA_RUNTIME=nvidia/cuda:12.1.1-",
+    }
+    assert {line.partition("==")[0] for line in gpu.splitlines() if "==" in line} == {"flash-attn", "tensorrt-cu12"}
+    for path in re.findall(r"/root/yolov12/(docker/\S+?\.sh)", dockerfile):
+        assert (ROOT / path).exists()
+    assert "exec" in (ROOT / "docker" / "entrypoint.sh").read_text().split("train)")[1].split(";;")[0]
+
+
+def test_restarts_resume_by_themselves():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["train"]
+    job = yaml.safe_load((ROOT / "docker" / "job.yaml").read_text())["spec"]["template"]["spec"]
+    container = job["containers"][0]
+    assert compose["command"] == container["args"]
+    assert {"resume=auto", "name=line", "project=/work/runs"} < set(container["args"])
+    assert (compose["restart"], job["restartPolicy"]) == ("on-failure", "OnFailure")
+    assert compose["shm_size"] == "8gb"
+    assert job["volumes"][1]["emptyDir"]["medium"] == "Memory"
+    words = parse(container["args"][1:])
+    assert words["batch"] == 256
+    assert words["resume"] == "auto"
