@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -55,14 +56,29 @@ class Container:
         return ["--type", "container"] if TOOL == "buildah" else ["--type", "image"]
 
 
-@pytest.fixture(scope="session")
-def image():
-    """A container of the image; `scripts/image.sh test` names both."""
+@contextmanager
+def a_container():
     if TOOL is None:
         pytest.skip("scripts/image.sh test runs these")
     if TOOL != "buildah":
         yield Container(IMAGE)
         return
     name = subprocess.check_output(["buildah", "from", IMAGE], text=True).strip()
-    yield Container(name)
-    subprocess.run(["buildah", "rm", name], check=True, capture_output=True)
+    try:
+        yield Container(name)
+    finally:
+        subprocess.run(["buildah", "rm", name], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def image():
+    """A container of the image; `scripts/image.sh test` names both."""
+    with a_container() as container:
+        yield container
+
+
+@pytest.fixture
+def fresh_image():
+    """One that nothing has run in."""
+    with a_container() as container:
+        yield container
