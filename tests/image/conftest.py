@@ -5,8 +5,20 @@ import os
 import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+
+_READ_ONLY = """
+root=$0 work=$1
+shift
+mount --bind "$root" "$root"
+mount --bind "$work" "$root/work"
+mount --bind /dev "$root/dev"
+mount --bind /proc "$root/proc"
+mount -o remount,ro,bind "$root"
+exec chroot "$root" env -i HOME=/root PWD=/work "$@"
+"""
 
 IMAGE, TOOL = os.environ.get("YOLOV12_IMAGE", "yolov12"), os.environ.get("YOLOV12_IMAGE_TOOL")
 
@@ -27,6 +39,18 @@ class Container:
             assert done.returncode == check, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done
 
+    def run_read_only(self, *command, work):
+        """Run a command by the entrypoint where nothing but a folder at /work can be written to."""
+        words = [*self.entrypoint(), *command]
+        if TOOL != "buildah":
+            mount = ["--read-only", "--volume", f"{work}:/work", "--workdir", "/work", "--entrypoint", ""]
+            words = [TOOL, "run", "--rm", *mount, self.name, *words]
+        else:  # which has no such option
+            root = subprocess.check_output(["buildah", "mount", self.name], text=True).strip()
+            Path(root, "work").mkdir(exist_ok=True)
+            words = ["unshare", "--mount", "sh", "-euc", _READ_ONLY, root, str(work), *self.config()["Env"], *words]
+        return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280)
+
     def start(self, *command, mounts=(), folder=None):
         """Start a command by the image's entrypoint, for a test to send signals to."""
         return subprocess.Popen(
@@ -46,14 +70,14 @@ class Container:
         return [TOOL, "run", "--rm", "--entrypoint", "", *options, self.name]
 
     def entrypoint(self):
-        """From the image's configuration, as the tools that run it take it."""
-        config = json.loads(subprocess.check_output([TOOL, "inspect", *self.kind(), self.name], text=True))
-        return (config["OCIv1"] if TOOL == "buildah" else config[0])["config" if TOOL == "buildah" else "Config"][
-            "Entrypoint"
-        ]
+        """What the tools that run an image put before a command."""
+        return self.config()["Entrypoint"]
 
-    def kind(self):
-        return ["--type", "container"] if TOOL == "buildah" else ["--type", "image"]
+    def config(self):
+        """Of the image."""
+        kind = "container" if TOOL == "buildah" else "image"
+        found = json.loads(subprocess.check_output([TOOL, "inspect", "--type", kind, self.name], text=True))
+        return found["OCIv1"]["config"] if TOOL == "buildah" else found[0]["Config"]
 
 
 @contextmanager

@@ -77,6 +77,16 @@ def test_another_user_trains_in_a_mounted_folder(image, tmp_path):
     assert list(tmp_path.glob("runs/**/best.pt")), done.stdout[-500:]
 
 
+def test_a_read_only_image_trains_in_a_mounted_folder(fresh_image, tmp_path):
+    done = fresh_image.run_read_only("bash", "-c", f"touch /x; cd /work && {FIND}", work=tmp_path)
+    assert done.stdout.split() == FOUND, done.stderr
+    assert "Read-only file system" in done.stderr
+    script = "cd /work && exec /root/yolov12/docker/entrypoint.sh train " + " ".join(TINY)
+    done = fresh_image.run_read_only("bash", "-c", script, work=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(tmp_path.glob("runs/**/best.pt"))
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_done(image):
     done = image.run("train", *TINY, user="1000:1000", check=1)
     assert "cannot be written to by user 1000" in done.stderr
