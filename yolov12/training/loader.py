@@ -119,9 +119,9 @@ class ResumableLoader:
                 self._first.states = []  # workers have theirs; those after a reset begin anew
             worker = batch.pop(_STATE)
             if worker is not None:
-                random_now = torch.load(io.BytesIO(worker["random"]), weights_only=True)
-                self._workers[worker["id"]] = {"buffer": worker["buffer"], "random": random_now}
-                self._next_worker = (worker["id"] + 1) % self._loader.num_workers
+                index, packed = worker
+                self._workers[index] = torch.load(io.BytesIO(packed), weights_only=True)
+                self._next_worker = (index + 1) % self._loader.num_workers
             self.position += 1
             yield batch
 
@@ -218,7 +218,7 @@ class _Collate:
         state = None
         if worker is not None:
             buffer = list(getattr(worker.dataset, "buffer", []))
-            state = {"id": worker.id, "buffer": buffer, "random": _packed(random_state())}
+            state = worker.id, _packed({"buffer": buffer, "random": random_state()})
         if self.arrange:
             samples = [samples[index] for index in arranged([len(sample["cls"]) for sample in samples])]
         return {**self._collate(samples), _STATE: state}
