@@ -7,7 +7,7 @@ import pytest
 
 from yolov12 import cli
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import planner
+from yolov12.mas import engine
 from yolov12.mas.host_memory import HostMeter
 
 MESSAGE = re.compile(
@@ -22,7 +22,8 @@ def others(monkeypatch):
     """Whatever else runs on this machine: other processes hold 8 GiB, which the engine waits no second for."""
     read = HostMeter.read
     monkeypatch.setattr(HostMeter, "read", lambda meter: replace(read(meter), others_bytes=8 * 2**30))
-    monkeypatch.setattr(planner, "WAIT_S", 0)
+    monkeypatch.setattr(engine, "WAIT_S", 0)
+    monkeypatch.setattr(engine, "_PATIENCE_S", 0)
 
 
 def test_one_image_that_does_not_fit_ends_in_an_error_with_numbers(trainings, tmp_path):

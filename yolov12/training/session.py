@@ -18,7 +18,7 @@ from yolov12.training.run_state import FILE
 __all__ = ["check_resume", "remove_false_start", "train"]
 
 # What is written before the first epoch. A journal without a picture has no rows.
-_BEFORE_THE_FIRST_EPOCH = {"args.yaml", "labels.jpg", "memory.csv", "memory.json"}
+_BEFORE_THE_FIRST_EPOCH = {".lock", "args.yaml", "labels.jpg", "memory.csv", "memory.json"}
 
 
 def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: dict[str, Any]) -> Any:
