@@ -149,6 +149,13 @@ def a_layer(mode="auto"):
     return layer
 
 
+@pytest.mark.parametrize("mode", ["auto", "eager", "off"])
+def test_larger_images_than_asked_for_are_not_touched_at_full_size(mode):
+    """As a data set of one's own may load them."""
+    batch = {"img": torch.zeros(1, 3, 256, 256)}
+    assert a_layer(mode).before(batch) is batch
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_with_enough_memory_images_are_the_same_to_the_byte(data, workers):
     batches = {}

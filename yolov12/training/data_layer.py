@@ -153,7 +153,7 @@ class DataLayer:
     def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
         images: Tensor = batch["img"]
         longer = max(images.shape[2:])
-        if longer <= self.image_size:
+        if not self.rung or longer <= self.image_size:  # at full size nothing is touched, whatever size it is
             return batch
         share = self.image_size / longer
         size = [math.ceil(side * share / self._stride) * self._stride for side in images.shape[2:]]
