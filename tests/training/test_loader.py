@@ -10,7 +10,7 @@ from ultralytics.data.build import InfiniteDataLoader, build_dataloader, build_y
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import init_seeds
 
-from yolov12.training.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
+from yolov12.training.loader import SKIPPED, ResumableLoader, for_file, random_state, resumable, set_random_state
 
 BATCH, EPOCHS, CLOSE = 4, 4, 2
 
@@ -124,7 +124,7 @@ def test_says_that_augmentation_does_not_go_on_with_other_workers(data):
 def test_the_state_survives_a_file_that_nothing_runs_from(data, tmp_path):
     begun = loader(data, 2)
     list(itertools.islice(iter(begun), 3))
-    torch.save({"loader": begun.state_dict(), "random": random_state()}, tmp_path / "state.pt")
+    torch.save({"loader": for_file(begun.state_dict()), "random": random_state()}, tmp_path / "state.pt")
     read = torch.load(tmp_path / "state.pt", weights_only=True)
     assert read["loader"]["position"] == 3
     set_random_state(read["random"])

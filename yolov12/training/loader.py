@@ -23,7 +23,7 @@ from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
 from yolov12.training.arrangement import arranged
 
-__all__ = ["SKIPPED", "ResumableLoader", "data_of", "random_state", "resumable", "set_random_state"]
+__all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "random_state", "resumable", "set_random_state"]
 
 SKIPPED = "yolov12_skipped"
 """In a batch that stands for one that was done before the run was interrupted."""
@@ -87,7 +87,7 @@ class ResumableLoader:
         self._collate = loader.collate_fn = _Collate(loader.collate_fn, arrange)
         self._data = data_of(loader)
         loader.worker_init_fn = self._first
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _Worker | bytes] = {}
         self._next_worker = 0
         self._epoch_order: Tensor | None = None
         self._generator: Tensor | None = None  # state where a resumed run was interrupted
@@ -120,7 +120,7 @@ class ResumableLoader:
             worker = batch.pop(_STATE)
             if worker is not None:
                 index, packed = worker
-                self._workers[index] = torch.load(io.BytesIO(packed), weights_only=True)
+                self._workers[index] = packed
                 self._next_worker = (index + 1) % self._loader.num_workers
             self.position += 1
             yield batch
@@ -141,7 +141,7 @@ class ResumableLoader:
         return self.position == len(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """How to go on after the batch given last; for `torch.load(weights_only=True)`."""
+        """How to go on after the batch given last; `for_file` makes it fit for a file."""
         count = self._loader.num_workers
         order = [(self._next_worker + index) % count for index in range(count)]
         return {
@@ -164,6 +164,7 @@ class ResumableLoader:
         Returns:
             Whether augmentation goes on as well. It does not with another number of workers.
         """
+        state = for_file(state)
         self._skip, self._then = state["position"], then
         self._collate.arrange = state["arrange"]
         self._epoch_order = state["order"]
@@ -241,6 +242,15 @@ class _FirstState:
             assert worker is not None
             _fill(worker.dataset, state["buffer"])
             set_random_state(state["random"])
+
+
+def for_file(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ResumableLoader.state_dict` gave, for `torch.load(weights_only=True)`. To unpack it takes milliseconds."""
+    workers = [
+        torch.load(io.BytesIO(worker), weights_only=True) if isinstance(worker, bytes) else worker
+        for worker in state["workers"]
+    ]
+    return {**state, "workers": workers}
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:

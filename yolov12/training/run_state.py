@@ -26,7 +26,7 @@ from yolov12.models import weights
 from yolov12.training import files
 from yolov12.training.data_layer import DataLayer
 from yolov12.training.interruption import Interruption
-from yolov12.training.loader import ResumableLoader, data_of, random_state, set_random_state
+from yolov12.training.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
 from yolov12.training.options import Interval
 
 __all__ = ["FILE", "Keeper", "find"]
@@ -193,6 +193,7 @@ class Keeper:
         state = {
             "version": _VERSION,
             **{key: value for key, value in self._moment.items() if key != "buffers"},
+            "loader": for_file(self._moment["loader"]),
             "rows": journal.next_step - 1 if journal is not None else None,
             "model": {name: buffers.get(name, value) for name, value in self._model.state_dict().items()},
             "ema": trainer.ema.ema.state_dict(),
