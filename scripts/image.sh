@@ -4,6 +4,7 @@
 #   scripts/image.sh test [arguments of pytest]
 # Where the bases cannot be pulled and buildah and mmdebstrap are there, the image is built on stand-ins: a Debian in place
 # of the CUDA bases and a few lines in place of conda, without flash-attn and TensorRT; all else is the same.
+# Exit status 75: this machine cannot build it, and nothing was tried.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 image=${YOLOV12_IMAGE:-yolov12}
@@ -18,7 +19,7 @@ tool() {
     fi
   done
   echo "scripts/image.sh: docker, podman or buildah is needed, and none works here" >&2
-  return 1
+  return 75
 }
 
 default_of() { # argument: its default in the Dockerfile
@@ -26,6 +27,22 @@ default_of() { # argument: its default in the Dockerfile
 }
 
 can_pull() { "$tool" pull --quiet "$(default_of CUDA_RUNTIME)" >/dev/null 2>&1; }
+
+check_space() { # buildah holds an image of 7 GB five times while it commits it
+  local free
+  free=$(df --output=avail -BG "$(buildah info --format '{{.store.GraphRoot}}')" | tail -n 1 | tr -dc 0-9)
+  if [ "$free" -lt 36 ]; then
+    echo "scripts/image.sh: building needs 36 GB where buildah keeps images, and $free GB are free (buildah rmi --prune)" >&2
+    return 75
+  fi
+}
+
+bud() { # tag, arguments of `buildah bud`: which would leave the image that had the tag, without one
+  local old
+  old=$(buildah images --quiet "$1" 2>/dev/null || true)
+  buildah bud --tag "$@"
+  [ -z "$old" ] || buildah rmi "$old" >/dev/null
+}
 
 make_stand_in() { # a base that has what the CUDA bases and conda's have, as far as the Dockerfile needs it
   local folder=$cache/stand-in
@@ -37,7 +54,7 @@ make_stand_in() { # a base that has what the CUDA bases and conda's have, as far
     mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3.11-dev,python3.11-venv bookworm "$folder/unfinished.tar"
     mv "$folder/unfinished.tar" "$folder/base.tar"
   fi
-  buildah bud --quiet --tag localhost/yolov12-stand-in "$folder"
+  bud localhost/yolov12-stand-in --quiet "$folder"
 }
 
 build() {
@@ -45,8 +62,9 @@ build() {
   if ! can_pull; then
     if [ "$tool" != buildah ] || ! command -v mmdebstrap >/dev/null; then
       echo "scripts/image.sh: the bases cannot be pulled; stand-ins need buildah and mmdebstrap" >&2
-      return 1
+      return 75
     fi
+    check_space
     echo "scripts/image.sh: the bases cannot be pulled: building on stand-ins, without conda, flash-attn and TensorRT" >&2
     make_stand_in
     local name
@@ -54,7 +72,7 @@ build() {
     arguments+=(--build-arg GPU_REQUIREMENTS=)
   fi
   if [ "$tool" = buildah ]; then
-    buildah bud --layers --network host --tag "$image" "${arguments[@]}" "$@" "$root"
+    bud "$image" --network host "${arguments[@]}" "$@" "$root"
   else
     DOCKER_BUILDKIT=1 "$tool" build --tag "$image" "${arguments[@]}" "$@" "$root"
   fi
