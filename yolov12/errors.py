@@ -5,6 +5,7 @@ YOLOv12Error
 ├── DataError                   a data set that cannot be used (also a ValueError)
 ├── WeightsError                a weight file that is missing or unreadable
 │   └── UntrustedWeightsError  a weight file that asks for code we do not run
+├── ExportError                 an exported graph that its builder refuses
 ├── DoesNotFitError             not even one image fits into memory (also a MemoryError)
 └── SeamError                   the installed Ultralytics lacks something we join (also an ImportError)
 """
@@ -28,6 +29,10 @@ class WeightsError(YOLOv12Error):
 
 class UntrustedWeightsError(WeightsError):
     """A weight file refers to code outside the allow-list, so loading it would run that code."""
+
+
+class ExportError(YOLOv12Error):
+    """A builder refuses an exported graph, for another reason than memory."""
 
 
 class DoesNotFitError(YOLOv12Error, MemoryError):

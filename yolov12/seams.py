@@ -23,11 +23,12 @@ _JOINED = "__yolov12_joined__"
 
 
 def _arguments() -> Mapping[str, Any]:
-    """Training arguments this package adds, with their defaults."""
+    """Arguments this package adds, with their defaults."""
+    from yolov12.export import options as export
     from yolov12.mas.config import DEFAULTS
-    from yolov12.training.options import OPTIONS
+    from yolov12.training import options as training
 
-    return {**OPTIONS, **DEFAULTS}
+    return {**training.OPTIONS, **DEFAULTS, **export.OPTIONS}
 
 
 def _add_arguments(defaults: Any) -> Any:
@@ -246,6 +247,61 @@ def _predict_in_slices(inference: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _check_before_exporting(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapper(self: Any, model: Any) -> Any:
+        from yolov12.export import session
+
+        session.before_export(self)
+        return call(self, model)
+
+    return wrapper
+
+
+def _cut_to_fit(export_onnx: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(export_onnx)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from yolov12.export import session
+
+        return session.export_onnx(export_onnx, self, *args, **kwargs)
+
+    return wrapper
+
+
+def _build_to_fit(export_engine: Callable[..., Any]) -> Callable[..., Any]:
+    from ultralytics.engine.exporter import try_export
+    from ultralytics.utils import colorstr
+
+    def wrapper(self: Any, prefix: str = colorstr("TensorRT:")) -> Any:
+        from yolov12.export import session
+
+        return session.export_engine(export_engine, self, prefix)
+
+    return functools.wraps(export_engine)(try_export(wrapper))
+
+
+def _one_logger(get_tensorrt_logger: Callable[[], Any]) -> Callable[[], Any]:
+    @functools.wraps(get_tensorrt_logger)
+    def wrapper() -> Any:
+        import tensorrt
+
+        from yolov12.export import engine
+
+        return getattr(tensorrt, "yolov12_logger", None) or engine.logger(tensorrt)
+
+    return wrapper
+
+
+def _load_with_its_library(load_model: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load_model)
+    def wrapper(self: Any, weight: Any) -> Any:
+        from yolov12.export import engine
+
+        return engine.load(load_model, self, weight)
+
+    return wrapper
+
+
 SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     "ultralytics.utils": {"DEFAULT_CFG_DICT": _add_arguments, "DEFAULT_CFG": _add_arguments},
     "ultralytics.utils.torch_utils": {"strip_optimizer": _check_before_stripping},
@@ -273,6 +329,13 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": _validate_in_slices},
     "ultralytics.engine.predictor": {"BasePredictor.inference": _predict_in_slices},
+    "ultralytics.engine.exporter": {
+        "Exporter.__call__": _check_before_exporting,
+        "Exporter.export_onnx": _cut_to_fit,
+        "Exporter.export_engine": _build_to_fit,
+    },
+    "ultralytics.utils.export.engine": {"get_tensorrt_logger": _one_logger},
+    "ultralytics.nn.backends.tensorrt": {"TensorRTBackend.load_model": _load_with_its_library},
     "ultralytics.engine.model": {"Model.train": _prepare_training},
 }
 

@@ -7,6 +7,7 @@ gpu=T4 or mem=16GiB     the card, or the memory; with both, `mem_limit` on that 
 boxes=100               in the image that has most: mosaic puts four images into one
 classes=80              that the model is trained for, by default as its file says
 --json                  for programs
+format=onnx             plans the exported graph instead: see `yolov12 plan format=onnx --help`
 
 The exit status is 0 if all fit, else 1.
 """
@@ -19,6 +20,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
+from yolov12.export import plan_command
 from yolov12.plan.arguments import Request, parse
 from yolov12.plan.estimate import Estimate, estimate
 from yolov12.plan.network import load
@@ -40,13 +42,19 @@ def main(args: list[str]) -> int:
     Raises:
         ConfigError: An argument is unknown, malformed or missing.
     """
+    of_export = any(word.lstrip("-").startswith("format=") for word in args)
     if {"help", "-h", "--help"} & set(args):
-        print(__doc__)
+        print(plan_command.__doc__ if of_export else __doc__)
         return 0
+    if of_export:
+        with contextlib.redirect_stdout(sys.stderr):
+            text, code = plan_command.main(args)
+        print(text)
+        return code
     request = parse(args)
     reports = _reports(request)
     print(as_json(reports) if request.json else as_text(reports, request))
-    return int(not all(report.choice.fits for report in reports))
+    return int(not all(each.choice.fits for each in reports))
 
 
 def _reports(request: Request) -> list[Report]:

@@ -1,0 +1,183 @@
+"""Exported graphs cut to fit: the same boxes, the memory that was planned, engines that build. Needs no GPU.
+
+    python benchmarks/export.py --out benchmarks/results/export.json          (about 40 minutes on two cores)
+    python benchmarks/export.py --out part.json --only rtx
+
+agree   n, s, m, l, x at 640 and m, x at 1280, static and dynamic, cut to a half and less: boxes and scores of two
+        photographs against the uncut graph in onnxruntime; the planned peak against a run node by node
+rtx     TensorRT-RTX: workspace limits under which YOLOv12-M at 1280 and YOLOv12-X at 640 and 1280 build
+
+Weights are drawn from a seed, BatchNorm is calibrated on the photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import node_by_node
+import numpy as np
+
+MIB = 2**20
+MODELS = [(scale, 640) for scale in "nsmlx"] + [("m", 1280), ("x", 1280)]
+SHARES = (0.5, 0.35)  # of the uncut peak
+
+
+def images(height: int, width: int) -> np.ndarray:
+    """(2, 3, height, width) of photographs, 0 to 1."""
+    import cv2
+    from ultralytics.utils import ASSETS
+
+    pictures = [cv2.resize(cv2.imread(str(ASSETS / name)), (width, height)) for name in ("bus.jpg", "zidane.jpg")]
+    return np.ascontiguousarray(np.stack(pictures)[..., ::-1].transpose(0, 3, 1, 2), np.float32) / 255
+
+
+def exported(scale: str, size: int, dynamic: bool, folder: Path) -> Path:
+    """A YOLOv12 as ONNX, with activations as large as a trained one's."""
+    import torch
+
+    from yolov12 import YOLO
+
+    os.chdir(folder)
+    torch.manual_seed(0)
+    model = YOLO(f"yolov12{scale}.yaml")
+    with torch.no_grad():
+        model.model.train()
+        for _ in range(10):
+            model.model(torch.from_numpy(images(320, 320)))
+        model.model.eval()
+    file = model.export(format="onnx", imgsz=size, dynamic=dynamic, verbose=False)
+    return Path(file).rename(f"{scale}{size}{'d' if dynamic else 's'}.onnx").resolve()
+
+
+def run(file: Path, image: np.ndarray) -> tuple[np.ndarray, float]:
+    """Output of a graph, and seconds."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session.run(None, {"images": image})
+    start = time.perf_counter()
+    (found,) = session.run(None, {"images": image})
+    return found, time.perf_counter() - start
+
+
+def agree(folder: Path) -> list[dict[str, Any]]:
+    """A row for each model, size and limit."""
+    import onnx_ir as ir
+
+    from yolov12.errors import DoesNotFitError
+    from yolov12.export import graph
+    from yolov12.export.rewrite import split
+
+    rows = []
+    for scale, size in MODELS:
+        for dynamic in (False, True):
+            file = exported(scale, size, dynamic, folder)
+            model = graph.load(file)
+            shape = (1, 3, size, size)
+            most = graph.at_most(model, shape)
+            least = graph.at_most(model, (1, 3, 32, 32))
+            photographs = images(size, size)
+            whole = graph.plan(model, graph.Shapes(model, most))
+            found, seconds = zip(*(run(file, image[None]) for image in photographs), strict=True)
+            measured = node_by_node.peak(file, photographs[:1])
+            for share in (1.0, *SHARES):
+                row = {"model": f"yolov12{scale}", "imgsz": size, "dynamic": dynamic, "share": share}
+                start = time.perf_counter()
+                try:
+                    done = split(model, int(share * whole.peak), most, least)
+                except DoesNotFitError as error:
+                    rows.append({**row, "problem": str(error), "split_s": round(time.perf_counter() - start, 1)})
+                    continue
+                row["split_s"] = round(time.perf_counter() - start, 1)
+                cut = file
+                if done.sites:
+                    cut = folder / "cut.onnx"
+                    ir.save(done.model, cut)
+                    measured = node_by_node.peak(cut, photographs[:1])
+                again, slower = zip(*(run(cut, image[None]) for image in photographs), strict=True)
+                off = np.abs(np.concatenate(again) - np.concatenate(found)).max(axis=(0, 2))
+                rows.append(
+                    {
+                        **row,
+                        "planned_bytes": done.plan.peak,
+                        "measured_bytes": measured,
+                        "planned_of_measured": round(done.plan.peak / measured, 4),
+                        "boxes_off_pixels": float(off[:4].max()),
+                        "scores_off": float(off[4:].max()),
+                        "highest_score": float(np.concatenate(found)[:, 4:].max()),
+                        "seconds_of_uncut": round(sum(slower) / sum(seconds), 2),
+                        "cuts": done.describe(),
+                    }
+                )
+                print({key: value for key, value in rows[-1].items() if key != "cuts"}, flush=True)
+            file.unlink()
+    return rows
+
+
+def rtx(folder: Path) -> list[dict[str, Any]]:
+    """A row for each build."""
+    import onnx_ir as ir
+
+    from yolov12.export import engine, graph
+    from yolov12.export.rewrite import split
+    from yolov12.export.session import workspace_for
+
+    library = engine.find("tensorrt_rtx")
+    rows = []
+
+    def build(name: str, file: Path, size: int, workspace: int, plan: graph.Plan) -> None:
+        job = engine.Job(file, folder / "built.engine", (1, 3, size, size))
+        (attempt,) = engine.build(library, job, workspace, engine.EFFORTS[:1])
+        rows.append({"model": name, "imgsz": size, "tensors_bytes": plan.peak, **attempt.as_dict()})
+        print(rows[-1], flush=True)
+
+    for scale, size, limits in (("m", 1280, (256,)), ("x", 640, ()), ("x", 1280, ())):
+        file = exported(scale, size, False, folder)
+        model = graph.load(file)
+        most = graph.at_most(model, (1, 3, size, size))
+        whole = graph.plan(model, graph.Shapes(model, most))
+        name = f"yolov12{scale}"
+        if limits:
+            build(f"{name}, uncut", file, size, 512 * MIB, whole)
+        for share in (1.0, 0.6, 0.4):
+            done = split(model, int(share * whole.peak), most)
+            ir.save(done.model, folder / "cut.onnx")
+            build(f"{name}, cut to {share:g}", folder / "cut.onnx", size, workspace_for(done.plan), done.plan)
+        for limit in limits:
+            fixed = workspace_for(whole) - whole.peak
+            done = split(model, limit * MIB - fixed, most)
+            ir.save(done.model, folder / "cut.onnx")
+            build(f"{name}, cut for {limit} MiB", folder / "cut.onnx", size, limit * MIB, done.plan)
+        file.unlink()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=("agree", "rtx"), default=("agree", "rtx"))
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    from yolov12 import autopatch
+
+    autopatch.apply()
+    from importlib import metadata
+
+    results = json.loads(out.read_text()) if out.exists() else {}
+    results["versions"] = {name: metadata.version(name) for name in ("torch", "onnxruntime", "onnx", "onnx-ir")}
+    for name in arguments.only:
+        with tempfile.TemporaryDirectory() as folder:
+            results[name] = {"agree": agree, "rtx": rtx}[name](Path(folder))
+        out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

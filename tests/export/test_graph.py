@@ -1,0 +1,114 @@
+"""The planner: what lives when, and that onnxruntime agrees."""
+
+import sys
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from yolov12.errors import ConfigError
+from yolov12.export import graph
+
+ROW = 4 * 8 * 8 * 4  # bytes of a (1, 4, 8, 8) tensor
+
+
+def test_a_tensor_lives_until_its_last_reader(make, planned):
+    model = make(
+        [
+            ("Softmax", ["images"], "a", {"axis": 1}),
+            ("Softmax", ["a"], "b", {"axis": 1}),
+            ("Softmax", ["b"], "c", {"axis": 1}),
+            ("Concat", ["a", "c"], "d", {"axis": 1}),
+        ]
+    )
+    found = planned(model, (1, 4, 8, 8))
+    assert [size // ROW for _, size in found.per_node] == [1, 2, 3, 4]  # b dies with c, so d lives beside a and c
+    assert found.peak == 4 * ROW
+    assert found.node.name == "d"
+    assert found.inputs == ROW
+    assert [value.name for value, _ in found.live] == ["d", "a", "c"]
+
+
+def test_views_take_no_bytes_and_keep_what_they_look_at(make, planned):
+    model = make(
+        [
+            ("Softmax", ["images"], "a", {"axis": 1}),
+            ("Reshape", ["a", "flat"], "b", {}),
+            ("Softmax", ["images"], "c", {"axis": 1}),
+            ("Softmax", ["b"], "d", {"axis": 1}),
+        ],
+        constants={"flat": np.array([1, 256], np.int64)},
+        outputs=["c", "d"],
+        ndim=None,
+    )
+    assert [size // ROW for _, size in planned(model, (1, 4, 8, 8)).per_node] == [1, 1, 2, 3]
+
+
+def test_outputs_live_to_the_end_and_weights_are_counted_apart(make, planned):
+    model = make(
+        [("Conv", ["images", "w"], "a", {}), ("Softmax", ["images"], "b", {"axis": 1})],
+        constants={"w": np.ones((4, 4, 1, 1), np.float32)},
+        outputs=["a", "b"],
+    )
+    found = planned(model, (1, 4, 8, 8))
+    assert found.peak == 2 * ROW
+    assert found.weights == 64
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 32, 32), (1, 3, 64, 96), (2, 3, 160, 128)])
+def test_shapes_of_dynamic_graphs_are_those_that_onnxruntime_finds(dynamic_file, shape):
+    model = graph.load(dynamic_file)
+    shapes = graph.Shapes(model, graph.at_most(model, shape))
+    proto = onnx.load(dynamic_file)
+    names = [name for node in proto.graph.node for name in node.output]
+    for name in set(names) - {value.name for value in proto.graph.output}:
+        proto.graph.output.add().name = name
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), options)
+    outputs = [each.name for each in session.get_outputs()]
+    found = dict(zip(outputs, session.run(None, {"images": np.zeros(shape, np.float32)}), strict=True))
+    assert {value.name: shape for value, shape in shapes.items() if value.name in found} == {
+        name: np.shape(array) for name, array in found.items()
+    }
+    values = {value.name: value for value in shapes}
+    for name, array in found.items():
+        assert shapes.bytes_of(values[name]) == array.nbytes
+        if values[name] in shapes.contents:
+            np.testing.assert_array_equal(shapes.contents[values[name]], array)
+
+
+@pytest.mark.parametrize(("which", "size"), [("static_file", 640), ("dynamic_file", 320)])
+def test_peak_is_that_of_a_run_node_by_node(which, size, request, measured, planned, real_image):
+    file = request.getfixturevalue(which)
+    peak = measured(file, real_image(size, size))
+    assert planned(graph.load(file), (1, 3, size, size)).peak == pytest.approx(peak, rel=1e-3)
+
+
+def test_a_graph_whose_sizes_depend_on_the_image_is_refused(make):
+    model = make([("NonZero", ["images"], "a", {})])
+    with pytest.raises(ConfigError, match="depends on the image"):
+        graph.Shapes(model, {})
+
+
+def test_an_input_of_any_length_needs_a_largest_one(dynamic_file):
+    with pytest.raises(ConfigError, match="say how long"):
+        graph.Shapes(graph.load(dynamic_file), {})
+
+
+def test_a_file_that_is_no_graph_is_refused(tmp_path):
+    (tmp_path / "no.onnx").write_bytes(b"no")
+    with pytest.raises(ConfigError, match=r"no\.onnx cannot be read"):
+        graph.load(tmp_path / "no.onnx")
+
+
+def test_shapes_of_a_changed_copy_are_taken_over(static_file):
+    model = graph.load(static_file)
+    shapes = graph.Shapes(model, {})
+    copy = graph.Shapes(model.clone(), {}, shapes.known())
+    assert {value.name: shape for value, shape in copy.items()} == {value.name: s for value, s in shapes.items()}
+    assert sys.getsizeof(copy.contents) == sys.getsizeof(shapes.contents)
+    assert isinstance(next(iter(copy)), ir.Value)

@@ -1,0 +1,71 @@
+"""Graphs that fit are left alone; others are cut until they do, and say the same about a photograph."""
+
+import time
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from yolov12.errors import DoesNotFitError
+from yolov12.export import graph
+from yolov12.export.rewrite import split
+
+MIB = 2**20
+
+
+def test_a_graph_that_fits_is_left_alone(static_file):
+    model = graph.load(static_file)
+    most = graph.at_most(model, (1, 3, 640, 640))
+    done = split(model, graph.plan(model, graph.Shapes(model, most)).peak, most)
+    assert done.model is model
+    assert done.sites == {}
+
+
+@pytest.mark.parametrize("limit", [0.75, 0.5])
+def test_a_cut_graph_fits_and_finds_the_same(static_file, limit, run, real_image, planned):
+    model = graph.load(static_file)
+    before = ir.to_proto(model).SerializeToString()
+    shape = (1, 3, 640, 640)
+    whole = planned(model, shape)
+    done = split(model, int(limit * whole.peak), graph.at_most(model, shape))
+    assert planned(done.model, shape).peak == done.plan.peak <= limit * whole.peak
+    assert ir.to_proto(model).SerializeToString() == before
+    assert len(done.describe()) == len(done.sites) > 0
+    proto = ir.to_proto(done.model)
+    onnx.checker.check_model(proto, full_check=True)
+    assert {each.key for each in proto.metadata_props} >= {"stride", "names", "imgsz"}
+    assert [each.name for each in proto.graph.output] == ["output0"]
+    image = real_image(640, 640)
+    np.testing.assert_allclose(run(done.model, image)[0], run(model, image)[0], atol=1e-3)
+
+
+def test_a_dynamic_graph_fits_at_its_largest_and_works_at_every_size(dynamic_file, run, real_image, planned):
+    model = graph.load(dynamic_file)
+    largest = (2, 3, 1280, 1280)
+    least, most = (graph.at_most(model, shape) for shape in ((1, 3, 32, 32), largest))
+    done = split(model, planned(model, largest).peak // 3, most, least)
+    assert planned(done.model, largest).peak <= planned(model, largest).peak // 3
+    assert {type(site).__name__ for site in done.sites} == {"Attention", "Region"}
+    for height, width in ((32, 32), (96, 160), (640, 480)):
+        image = np.repeat(real_image(height, width), 2, 0)
+        np.testing.assert_allclose(run(done.model, image)[0], run(model, image)[0], atol=1e-3)
+
+
+def test_several_images_are_taken_one_by_one_where_that_helps(make):
+    model = make(
+        [("Conv", ["images", "w"], "a", {}), ("Relu", ["a"], "b", {}), ("Conv", ["b", "v"], "c", {})],
+        (4, 4, 8, 8),
+        {"w": np.ones((64, 4, 1, 1), np.float32), "v": np.ones((1, 64, 1, 1), np.float32)},
+    )
+    done = split(model, 40_000, {})
+    assert done.plan.peak <= 40_000
+    assert "by images" in done.describe()[0]
+
+
+def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file):
+    model = graph.load(static_file)
+    start = time.monotonic()
+    with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB for its tensors.*3 MiB are there.*Use a smaller imgsz="):
+        split(model, 3 * MIB, graph.at_most(model, (1, 3, 640, 640)))
+    assert time.monotonic() - start < 60

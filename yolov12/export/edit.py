@@ -1,0 +1,113 @@
+"""What rewriting an ONNX graph needs: new nodes in their place, and lengths that are known only at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+__all__ = ["END", "Bound", "Editor", "by_name", "operand"]
+
+END = np.iinfo(np.int64).max
+"""What Slice takes for "to the end"."""
+
+Bound = int | ir.Value
+"""A place on an axis: a number, or a one-element int64 tensor where the axis has any length."""
+
+
+def by_name(model: ir.Model) -> dict[str, ir.Value]:
+    """Every tensor that a node computes, and every input."""
+    return {str(v.name): v for v in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]}
+
+
+def operand(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator always has."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+class Editor:
+    """Adds nodes to a graph, in the order they are asked for, all in one place.
+
+    Args:
+        model: The graph that is changed.
+        prefix: Begins the names of all that is new.
+    """
+
+    def __init__(self, model: ir.Model, prefix: str) -> None:
+        self._graph = model.graph
+        self._prefix = prefix
+        self._new: list[ir.Node] = []
+        self._constants: dict[tuple[int, ...], ir.Value] = {}
+
+    def add(
+        self, op: str, inputs: Sequence[ir.Value | None], name: str, count: int = 1, **attributes: Any
+    ) -> list[ir.Value]:
+        """Append a node.
+
+        Returns:
+            Its outputs.
+        """
+        node = ir.node(op, inputs, attributes, num_outputs=count, name=self._name(name))
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_output_{index}"
+        self._new.append(node)
+        return list(node.outputs)
+
+    def copy(self, node: ir.Node, inputs: Sequence[ir.Value | None], name: str, **changed: Any) -> list[ir.Value]:
+        """Append a node like another, with other inputs."""
+        attributes: dict[str, Any] = {**node.attributes, **changed}
+        return self.add(node.op_type, inputs, name, len(node.outputs), **attributes)
+
+    def ints(self, *numbers: int) -> ir.Value:
+        """A constant int64 vector."""
+        if numbers not in self._constants:
+            name = self._name("const_" + "_".join(str(number) for number in numbers))
+            value = ir.Value(name=name, const_value=ir.tensor(np.asarray(numbers, np.int64), name=name))
+            value.shape, value.dtype = ir.Shape([len(numbers)]), ir.DataType.INT64
+            self._graph.register_initializer(value)
+            self._constants[numbers] = value
+        return self._constants[numbers]
+
+    def bound(self, place: Bound) -> ir.Value:
+        """A place on an axis as a tensor."""
+        return self.ints(int(place)) if isinstance(place, (int, np.integer)) else place
+
+    def length(self, value: ir.Value, axis: int, name: str) -> ir.Value:
+        """How long an axis is at run time: a one-element int64 tensor."""
+        shape = self.add("Shape", [value], f"{name}/shape")[0]
+        return self.add("Gather", [shape, self.ints(axis)], f"{name}/length", axis=0)[0]
+
+    def compute(self, op: str, left: Bound, right: Bound, name: str) -> ir.Value:
+        """A place on an axis from two others."""
+        return self.add(op, [self.bound(left), self.bound(right)], name)[0]
+
+    def slice(self, value: ir.Value, axis: int, start: Bound, end: Bound, name: str) -> ir.Value:
+        """A part of a tensor; the tensor itself where the part is the whole."""
+        if isinstance(start, int) and start == 0 and isinstance(end, int) and end == END:
+            return value
+        return self.add("Slice", [value, self.bound(start), self.bound(end), self.ints(axis)], name)[0]
+
+    def replace(self, old: Sequence[ir.Node], values: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
+        """Put what was added where the last of `old` stands, and take `old` away.
+
+        Args:
+            old: Nodes whose outputs nobody else reads, but for those in `values`, in the graph's order.
+            values: Output of `old` → new tensor, which takes over its name and its readers.
+
+        Returns:
+            The nodes that were added.
+        """
+        self._graph.insert_before(old[-1], self._new)
+        for before, after in values.items():
+            before.replace_all_uses_with(after, replace_graph_outputs=True)
+            after.name, before.name = before.name, f"{before.name}_before"
+            after.shape, after.type = before.shape, before.type
+        self._graph.remove(old, safe=True)
+        return self._new
+
+    def _name(self, name: str) -> str:
+        return f"{self._prefix}/{name}"

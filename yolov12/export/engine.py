@@ -1,0 +1,291 @@
+"""Building a TensorRT engine inside a memory limit: the libraries behind one small interface, each attempt noted.
+
+Ultralytics' own `onnx2engine` talks to the library (precision, INT8 calibration, DLA, dynamic shapes, metadata); it is
+handed a builder of ours, whose configurations carry the limits. TensorRT-RTX is another product, for GeForce and RTX
+cards, whose engines TensorRT cannot load. It has TensorRT 11's interface and builds without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from ultralytics.utils import LOGGER, USER_CONFIG_DIR
+
+from yolov12.errors import ConfigError, ExportError
+from yolov12.training import files
+
+__all__ = ["BUILDERS", "Attempt", "Effort", "Job", "Library", "build", "find", "load", "logger"]
+
+BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
+"""`engine_builder=` → the product's name."""
+
+_RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: for whom to build where no card says
+_NO_ROOM = re.compile(r"out ?of ?memory|insufficient (workspace|memory)|bad_alloc|Requested size was", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a builder looks for fast kernels. Less needs less memory while it builds."""
+
+    level: int | None = None
+    """`builder_optimization_level`, 0 to 5; None: the library's default, 3."""
+    all_tactics: bool = True
+    """Whether tactics of other libraries (cuDNN, cuBLAS, …) are tried."""
+
+
+EFFORTS: Sequence[Effort] = (
+    Effort(),
+    Effort(level=2),
+    Effort(level=1, all_tactics=False),
+    Effort(level=0, all_tactics=False),
+)
+"""One after the other, as long as memory does not suffice."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build, in `onnx2engine`'s terms."""
+
+    onnx: Path
+    engine: Path
+    shape: tuple[int, ...]
+    """(images, channels, height, width)."""
+    dynamic: bool = False
+    quantize: int | str | None = None
+    dla: int | None = None
+    dataset: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    verbose: bool = False
+    prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A line of the journal."""
+
+    builder: str
+    workspace_bytes: int | None
+    level: int | None
+    all_tactics: bool
+    seconds: float
+    outcome: str
+    """`built`, `out of memory` or `failed`."""
+    message: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two products, imported."""
+
+    key: str
+    """As in `engine_builder=`."""
+    module: ModuleType
+
+    @property
+    def name(self) -> str:
+        """Name and version, for people."""
+        return f"{BUILDERS[self.key]} {self.module.__version__}"
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT-RTX."""
+        return self.key == "tensorrt_rtx"
+
+    @contextmanager
+    def installed(self, effort: Effort = Effort()) -> Iterator[None]:
+        """Let `import tensorrt` give this library, with builders that keep to an effort."""
+        before = sys.modules.get("tensorrt")
+        stand_in = sys.modules["tensorrt"] = _stand_in(self)
+        stand_in.effort = effort  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            del sys.modules["tensorrt"]
+            if before is not None:
+                sys.modules["tensorrt"] = before
+
+    def _configure(self, config: Any, effort: Effort) -> None:
+        if effort.level is not None:
+            config.builder_optimization_level = effort.level
+        if not effort.all_tactics:
+            config.set_tactic_sources(0)
+        if self.is_rtx:
+            if not torch.cuda.is_available():
+                config.num_compute_capabilities = len(_RTX_CARDS)
+                for index, name in enumerate(_RTX_CARDS):
+                    config.set_compute_capability(getattr(self.module.ComputeCapability, name), index)
+        else:
+            file = self._timings
+            config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
+
+    def _keep_timings(self, config: Any) -> None:
+        """What the next build of a similar network need not measure again."""
+        cache = None if self.is_rtx else config.get_timing_cache()
+        if cache is not None:
+            self._timings.parent.mkdir(parents=True, exist_ok=True)
+            files.write(self._timings, lambda file: file.write(bytes(cache.serialize())))
+
+    @property
+    def _timings(self) -> Path:
+        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        name = re.sub(r"[^\w.]+", "-", f"{self.name} {card}")
+        return Path(USER_CONFIG_DIR) / "yolov12-timings" / f"{name}.bin"
+
+
+def find(key: str) -> Library:
+    """Import what `engine_builder=` names; with `auto` TensorRT, or TensorRT-RTX where only that is installed.
+
+    Raises:
+        ConfigError: It is not installed, or no builder has that name.
+    """
+    if key not in ("auto", *BUILDERS):
+        raise ConfigError(f"engine_builder={key}: give one of auto, {', '.join(BUILDERS)}")
+    for each in BUILDERS if key == "auto" else (key,):
+        module = _import(each)
+        if module is not None:
+            return Library(each, module)
+    raise ConfigError(
+        "format=engine needs TensorRT, which is in the image (pip install tensorrt-cu12); for GeForce and RTX cards "
+        "TensorRT-RTX does, with engine_builder=tensorrt_rtx (pip install tensorrt-rtx-cu12)"
+    )
+
+
+def build(library: Library, job: Job, workspace: int | None, efforts: Sequence[Effort] = EFFORTS) -> Iterator[Attempt]:
+    """Build an engine with less and less effort, until the memory suffices. The file appears when it is whole.
+
+    Args:
+        library: That builds.
+        job: What.
+        workspace: Bytes the builder and the engine may use; None: as many as there are.
+        efforts: To try in turn.
+
+    Yields:
+        Each attempt. The last one's outcome is `built`, or `out of memory`.
+
+    Raises:
+        ExportError: The library refused the graph for another reason than memory.
+    """
+    for effort in efforts:
+        start = time.monotonic()
+        outcome, message = _attempt(library, job, workspace, effort)
+        seconds = round(time.monotonic() - start, 1)
+        yield Attempt(library.name, workspace, effort.level, effort.all_tactics, seconds, outcome, message)
+        if outcome == "built":
+            return
+        if outcome == "failed":
+            raise ExportError(f"{library.name} cannot build {job.engine}: {message}")
+
+
+def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
+    """Load an engine with the library that built it.
+
+    Args:
+        stock: Ultralytics' own method.
+        backend: Of Ultralytics.
+        file: An engine.
+
+    Raises:
+        ConfigError: It was built by TensorRT-RTX, which is not installed.
+    """
+    _, metadata = backend.engine_header(file)
+    if not str(metadata.get("engine_builder", "")).startswith(BUILDERS["tensorrt_rtx"]):
+        return stock(backend, file)
+    with find("tensorrt_rtx").installed():
+        return stock(backend, file)
+
+
+@functools.cache
+def logger(module: ModuleType) -> Any:
+    """The one logger of a library in this process, which remembers its errors."""
+
+    class Log(module.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.min_severity = module.ILogger.WARNING  # Ultralytics sets it
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+                self.errors.append(message)
+            LOGGER.debug(f"{module.__name__}: {message}")
+
+    return Log()
+
+
+@functools.cache
+def _stand_in(library: Library) -> ModuleType:
+    module = ModuleType("tensorrt")
+
+    class Builder(library.module.Builder):  # type: ignore[misc, name-defined]  # the library has no types
+        def create_builder_config(self) -> Any:
+            config = super().create_builder_config()
+            library._configure(config, module.effort)
+            return config
+
+        def build_serialized_network(self, network: Any, config: Any) -> Any:
+            built = super().build_serialized_network(network, config)
+            library._keep_timings(config)
+            return built
+
+        def __del__(self) -> None:
+            pass  # theirs only warns
+
+    vars(module).update(vars(library.module))
+    vars(module).update(Builder=Builder, __name__="tensorrt", yolov12_logger=logger(library.module))
+    if library.is_rtx:
+        vars(module)["__version__"] = f"11.0+rtx{library.module.__version__}"  # whose interface it has
+    return module
+
+
+def _attempt(library: Library, job: Job, workspace: int | None, effort: Effort) -> tuple[str, str]:
+    from ultralytics.utils.export.engine import onnx2engine
+
+    log = logger(library.module)
+    log.errors.clear()
+    try:
+        with files.replacing(job.engine) as unfinished, library.installed(effort):
+            onnx2engine(
+                str(job.onnx),
+                unfinished,
+                None if workspace is None else workspace / 2**30,
+                job.quantize,
+                job.dynamic,
+                job.shape,
+                dla=job.dla,
+                dataset=job.dataset,
+                metadata=dict(job.metadata),
+                verbose=job.verbose,
+                prefix=job.prefix,
+            )
+    except (RuntimeError, MemoryError) as error:
+        said = [*log.errors, str(error)]
+        no_room = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(map(_NO_ROOM.search, said))
+        return "out of memory" if no_room else "failed", said[0]
+    return "built", ""
+
+
+def _import(key: str) -> ModuleType | None:
+    if key == "tensorrt":
+        return importlib.import_module(key) if importlib.util.find_spec(key) else None
+    for name in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        if importlib.util.find_spec(name):
+            if importlib.util.find_spec("tensorrt_rtx_libs"):
+                importlib.import_module("tensorrt_rtx_libs")
+            return importlib.import_module(name)
+    return None

@@ -1,0 +1,156 @@
+"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280`: what an exported graph takes, and how it would be cut.
+
+model=yolov12x.yaml     or a weight file, or an .onnx file
+batch=1 imgsz=640       as in an export, and so is dynamic=True: then up to twice imgsz, as Ultralytics builds engines
+mem=256MiB              for weights, inputs, tensors and the builder; without it nothing is cut
+--json                  for programs
+
+The exit status is 0 if it fits, else 1. Tensors are counted in the precision of the graph, FP32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from yolov12.errors import ConfigError, DoesNotFitError
+from yolov12.export import graph
+from yolov12.export.rewrite import Split, split
+from yolov12.export.session import smallest_and_largest, tensors_limit, workspace_for
+from yolov12.mas.config import Config
+
+__all__ = ["main"]
+
+_DEFAULTS: Mapping[str, Any] = {
+    "model": None,
+    "format": "onnx",
+    "imgsz": "640",
+    "batch": "1",
+    "dynamic": "False",
+    "mem": None,
+    "json": "False",
+}
+
+
+def main(words: Sequence[str]) -> tuple[str, int]:
+    """Plan a graph.
+
+    Args:
+        words: After `yolov12 plan`.
+
+    Returns:
+        What to print, and the exit status: 0 if the graph fits, or there is no limit, else 1.
+
+    Raises:
+        ConfigError: An argument is unknown, malformed or missing.
+    """
+    given = _parse(words)
+    shape = (_count("batch", given), 3, _count("imgsz", given), _count("imgsz", given))
+    dynamic = _switch("dynamic", given)
+    limit = Config.parse({"mem_limit": given["mem"]}).limit
+    if isinstance(limit, float):
+        raise ConfigError(f"mem={given['mem']} is a share of a card. Give bytes, as in mem=256MiB")
+    with tempfile.TemporaryDirectory() as folder:
+        model = graph.load(_exported(given["model"], shape, dynamic, Path(folder)))
+        least, most = (graph.at_most(model, each) for each in smallest_and_largest(shape, dynamic))
+        whole = graph.plan(model, graph.Shapes(model, most))
+        cut, problem = None, ""
+        if limit is not None:
+            try:
+                cut = split(model, tensors_limit(whole, limit, "mem"), most, least)
+            except DoesNotFitError as error:
+                problem = str(error)
+    facts = _facts(given["model"], next(iter(most.values())), whole, limit, cut, problem)
+    return json.dumps(facts, indent=2) if _switch("json", given) else _text(facts), int(bool(problem))
+
+
+def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> Path:
+    if name.endswith(".onnx"):
+        return Path(name)
+    from yolov12 import YOLO
+
+    model = YOLO(name)
+    before = Path.cwd()
+    if Path(name).is_file():  # Ultralytics exports beside the weights
+        (folder / Path(name).name).symlink_to(Path(name).resolve())
+        model = YOLO(folder / Path(name).name)
+    os.chdir(folder)
+    try:
+        exported = model.export(format="onnx", imgsz=shape[2], batch=shape[0], dynamic=dynamic, verbose=False)
+    finally:
+        os.chdir(before)
+    return folder / str(exported)
+
+
+def _facts(
+    name: str, shape: Sequence[int], whole: graph.Plan, limit: int | None, cut: Split | None, problem: str
+) -> dict[str, Any]:
+    facts = {"model": name, "input": list(shape), "limit_bytes": limit, "uncut": _of(whole)}
+    if cut is not None:
+        facts["cut"] = {**_of(cut.plan), "cuts": cut.describe()}
+    return {**facts, "fits": not problem, "problem": problem}
+
+
+def _of(plan: graph.Plan) -> dict[str, Any]:
+    return {
+        "weights_bytes": plan.weights,
+        "inputs_bytes": plan.inputs,
+        "tensors_bytes": plan.peak,
+        "builder_bytes": workspace_for(plan),
+        "node": plan.node.name,
+        "largest": {str(value.name): size for value, size in plan.live[:4]},
+    }
+
+
+def _text(facts: Mapping[str, Any]) -> str:
+    columns = {"uncut": facts["uncut"], **({"cut": facts["cut"]} if "cut" in facts else {})}
+    rows = {"weights": "weights", "inputs": "inputs", "tensors": "tensors at the peak", "builder": "a builder needs"}
+    lines = [f"{facts['model']} as an ONNX graph, input {'x'.join(map(str, facts['input']))}, FP32", ""]
+    lines.append(f"{'MiB':22}" + "".join(f"{name:>10}" for name in columns))
+    for key, label in rows.items():
+        lines.append(f"{label:22}" + "".join(f"{each[f'{key}_bytes'] / 2**20:10,.1f}" for each in columns.values()))
+    for name, each in columns.items():
+        lines += ["", f"peak, {name}: {each['node']}"]
+        lines += [f"  {size / 2**20:8,.1f}  {tensor}" for tensor, size in each["largest"].items()]
+    if "cut" in facts:
+        lines += ["", *(facts["cut"]["cuts"] or ["It fits as it is: nothing is cut."])]
+    if facts["problem"]:
+        lines += ["", f"It does not fit: {facts['problem']}"]
+    return "\n".join(lines)
+
+
+def _parse(words: Sequence[str]) -> dict[str, Any]:
+    given = dict(_DEFAULTS)
+    for word in words:
+        key, _, value = word.lstrip("-").partition("=")
+        if key not in given:
+            near = get_close_matches(key, given, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Arguments of plan format=onnx: {', '.join(given)}"
+            raise ConfigError(f"unknown argument '{key}'. {hint}")
+        if not value and key not in ("json", "dynamic"):
+            raise ConfigError(f"'{word}' has no value, as in imgsz=1280")
+        given[key] = value or "True"
+    if given["model"] is None:
+        raise ConfigError("no model= given. Give a yaml, a weight file or an .onnx file, as in model=yolov12m.yaml")
+    if given["format"] not in ("onnx", "engine"):
+        raise ConfigError(
+            f"format={given['format']}: plans are made for onnx, and for engine, which has the same graph"
+        )
+    return given
+
+
+def _count(name: str, given: Mapping[str, Any]) -> int:
+    if not str(given[name]).isdecimal() or int(given[name]) < 1:
+        raise ConfigError(f"{name}={given[name]}: give a number, as in {name}={_DEFAULTS[name]}")
+    return int(given[name])
+
+
+def _switch(name: str, given: Mapping[str, Any]) -> bool:
+    if given[name].lower() not in ("true", "false"):
+        raise ConfigError(f"{name}={given[name]}: give True or False")
+    return bool(given[name].lower() == "true")
