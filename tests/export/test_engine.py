@@ -81,11 +81,12 @@ def test_arguments_mean_what_they_mean_upstream(folder):
 
 
 def test_an_engine_for_any_size_is_planned_for_its_largest(folder):
-    file = _export(imgsz=640, dynamic=True, mem_limit="140MiB")
-    plan, attempt = _journal(file)
-    assert attempt["outcome"] == "built"
-    assert plan["tensors_bytes"] < 70 * MIB < 150 * MIB < plan["tensors_uncut_bytes"]  # of images of 1280
-    assert plan["limit_bytes"] == attempt["workspace_bytes"] == 140 * MIB
+    file = _export(imgsz=640, dynamic=True, mem_limit="240MiB")
+    plan, *attempts = _journal(file)
+    assert plan["tensors_bytes"] < 165 * MIB < 170 * MIB < plan["tensors_uncut_bytes"]  # of images of 1280
+    assert plan["limit_bytes"] == 240 * MIB
+    assert attempts[-1]["outcome"] == "built"
+    assert attempts[-1]["workspace_bytes"] == 240 * MIB
 
 
 def test_less_effort_is_tried_while_memory_does_not_suffice(folder, library, static_file):
@@ -114,10 +115,12 @@ def test_a_builder_that_runs_out_of_memory_is_given_a_graph_that_is_cut_smaller(
     with pytest.raises(DoesNotFitError, match=r"ran out of memory building .*it may use 32 MiB \(mem_limit\)"):
         _export(imgsz=640, mem_limit="32MiB")
     rows = _journal(Path("yolov12n.engine"))
-    plans = [row["tensors_bytes"] for row in rows if "cuts" in row]
+    plans = [row["tensors_bytes"] for row in rows if "tensors_bytes" in row]
     assert len(plans) >= 2
     assert plans == sorted(plans, reverse=True)
-    assert sum(row.get("outcome") == "out of memory" for row in rows) == 4 + len(plans) - 1
+    assert (
+        sum(row.get("outcome") == "out of memory" for row in rows) == 4 + 1 + len(plans) - 1
+    )  # efforts, whole, cut smaller
 
 
 def test_a_graph_that_the_library_refuses_is_another_error(folder, library, make):

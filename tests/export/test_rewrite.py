@@ -68,4 +68,4 @@ def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file)
     start = time.monotonic()
     with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB for its tensors.*3 MiB are there.*Use a smaller imgsz="):
         split(model, 3 * MIB, graph.at_most(model, (1, 3, 640, 640)))
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120  # half a minute where nothing else runs

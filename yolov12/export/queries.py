@@ -7,6 +7,7 @@ well, which needs a running maximum). Softmax stays one plain node, which is wha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -59,14 +60,13 @@ class Attention:
         queries = operand(first, 0)
         axis = len(sizes.most[str(queries.name)]) - 2
         edit = Editor(model, self.out.removesuffix("_output_0"))
-        cuts = _cuts(edit, queries, axis, sizes.fixed(queries, axis), parts)
         made = []
-        for index, (start, end) in enumerate(pairwise(cuts)):
+        for index, part in enumerate(_parts(edit, queries, axis, sizes.fixed(queries, axis), parts)):
             new: dict[ir.Value | None, ir.Value] = {}
             for node in nodes:
                 inputs = [new.get(value, value) for value in node.inputs]
                 if node.outputs[0].name == self.scores:
-                    inputs[0] = edit.slice(queries, axis, start, end, f"part{index}/queries")
+                    inputs[0] = part
                 new[node.outputs[0]] = edit.copy(node, inputs, f"part{index}/{node.op_type}{len(new)}")[0]
             made.append(new[out])
         joined = edit.add("Concat", made, "parts", axis=axis + self.transposed)[0]
@@ -115,11 +115,17 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 
-def _cuts(edit: Editor, queries: ir.Value, axis: int, length: int | None, parts: int) -> list[Bound]:
+def _parts(edit: Editor, queries: ir.Value, axis: int, length: int | None, parts: int) -> Iterator[ir.Value]:
+    """The rows of the queries, some in each part; each is added to the graph when it is asked for."""
     if length is not None:
-        return [*(length * index // parts for index in range(parts)), END]
-    tokens = edit.length(queries, axis, "queries")
-    inner = [
-        edit.compute("Div", edit.compute("Mul", tokens, i, f"times{i}"), parts, f"cut{i}") for i in range(1, parts)
-    ]
-    return [0, *inner, END]
+        cuts: list[Bound] = [*(length * index // parts for index in range(parts)), END]
+        for index, (start, end) in enumerate(pairwise(cuts)):
+            yield edit.slice(queries, axis, start, end, f"part{index}/queries")
+        return
+    # Builders set memory aside for the longest a tensor may be, which they see of "the first n of what is left".
+    tokens = edit.compute("Add", edit.length(queries, axis, "queries"), parts - 1, "queries/rounded")
+    each = edit.compute("Div", tokens, parts, "queries/each")
+    for index in range(parts):
+        start = edit.compute("Mul", each, index, f"part{index}/start") if index else 0
+        left = edit.slice(queries, axis, start, END, f"part{index}/left")
+        yield edit.slice(left, axis, 0, each, f"part{index}/queries")

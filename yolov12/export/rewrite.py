@@ -25,7 +25,7 @@ _USEFUL = 0.99  # of the peak in fewer parts: a site that gains less from more p
 _NO_USE = -1
 _GROWTHS = 3  # regions around one start that are tried: those with least at their borders
 _STRIPS = 32  # at most
-_TRIES = 150  # graphs that are made and planned at most: what can be cut needs some 60, and this takes a minute
+_TRIES = 100  # graphs that are made and planned at most: what can be cut needs some 60, and this takes half a minute
 
 
 @dataclass(frozen=True)

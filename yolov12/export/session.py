@@ -28,8 +28,8 @@ __all__ = ["before_export", "export_engine", "export_onnx", "smallest_and_larges
 RESERVE_BYTES = 48 << 20
 """What a builder takes beside weights, inputs and tensors: kernels' scratch, rows padded for alignment."""
 
-_TIGHTER = (1.0, 0.7, 0.5)
-"""Shares of the room for tensors that the graph is cut to in turn, while the builder runs out of memory."""
+_TIGHTER = (0.7, 0.5)
+"""Shares of the room for tensors that the graph is cut to in turn, if the builder ran out of memory."""
 
 _SMALLEST = 32  # pixels: from there on Ultralytics' dynamic engines take images
 
@@ -181,34 +181,40 @@ def _build(library: engine.Library, job: engine.Job, exporter: Any, room: _Room)
         room = _Room(workspace, "workspace" if workspace != room.total else room.why)
     journal = _Journal(job.engine.with_suffix(".export.json"))
     whole = job.onnx.read_bytes() if room.total is not None else b""
-    last = None
+    last = _fit(job.onnx, exporter, room, 1.0, journal)
+    if _built(library, job, workspace, engine.EFFORTS, journal):
+        return job.engine
+    if last is not None and last.sites:  # a builder may know better how to run the whole
+        job.onnx.write_bytes(whole)
+        journal.uncut()
+        if _built(library, job, workspace, engine.EFFORTS[:1], journal):
+            return job.engine
     for share in _TIGHTER:
-        if last is not None:
-            job.onnx.write_bytes(whole)
+        if last is None:
+            break
+        job.onnx.write_bytes(whole)
         try:
             done = _fit(job.onnx, exporter, room, share, journal)
         except DoesNotFitError:
-            if last is None:
-                raise
             break
-        if last is not None and (done is None or done.plan.peak >= last.plan.peak):
-            break
-        for attempt in engine.build(library, job, workspace, engine.EFFORTS if share == 1 else engine.EFFORTS[-1:]):
-            journal.add(attempt)
-            LOGGER.info(
-                f"{job.prefix} {attempt.builder}: {attempt.outcome} after {attempt.seconds} s {attempt.message}"
-            )
-            if attempt.outcome == "built":
-                return job.engine
-        last = done
-        if done is None:
-            break
+        assert done is not None
+        if done.plan.peak < last.plan.peak and _built(library, job, workspace, engine.EFFORTS[-1:], journal):
+            return job.engine
     needs = "" if last is None else f" The graph needs about {workspace_for(last.plan) >> 20} MiB as it is planned."
     raise DoesNotFitError(
         f"{library.name} ran out of memory building {job.engine}: it may use "
         f"{'all there is' if workspace is None else f'{workspace >> 20} MiB ({room.why})'}.{needs} Use a smaller "
         f"imgsz= or batch=, half=True, or free memory on the GPU; {journal.file} has every attempt"
     )
+
+
+def _built(
+    library: engine.Library, job: engine.Job, workspace: int | None, efforts: Sequence[engine.Effort], journal: _Journal
+) -> bool:
+    for attempt in engine.build(library, job, workspace, efforts):
+        journal.add(attempt)
+        LOGGER.info(f"{job.prefix} {attempt.builder}: {attempt.outcome} after {attempt.seconds} s {attempt.message}")
+    return attempt.outcome == "built"
 
 
 def _fit(onnx: Path, exporter: Any, room: _Room, share: float, journal: _Journal | None = None) -> Split | None:
@@ -256,6 +262,10 @@ class _Journal:
                 "cuts": done.describe(),
             }
         )
+
+    def uncut(self) -> None:
+        """Note that the graph is whole again."""
+        self._write({"cuts": []})
 
     def add(self, attempt: engine.Attempt) -> None:
         """Note an attempt."""

@@ -353,7 +353,8 @@ def _is_local(node: ir.Node, axis: int, sizes: Sizes) -> bool:
         unusual = how.get_string("auto_pad", "NOTSET") != "NOTSET" or how.get_int("ceil_mode") == 1
         return _kernel(node) is not None and not unusual
     if node.op_type == "Resize":
-        return axis != ROWS or _repeats(node) is not None
+        # Builders need to see that a resized length is a multiple, which they do not of a strip of any length.
+        return axis != ROWS or (_repeats(node) is not None and sizes.fixed(node.outputs[0], axis) is not None)
     if node.op_type in _REGROUP:
         return node.attributes.get_int("axis", 0) % 4 != axis
     if node.op_type not in _POINTWISE or any(shape[axis] != shapes[-1][axis] for shape in shapes):
