@@ -94,6 +94,13 @@ def test_a_graph_whose_sizes_depend_on_the_image_is_refused(make):
         graph.Shapes(model, {})
 
 
+def test_an_operator_that_nobody_knows_is_refused(make):
+    model = make([("Relu", ["images"], "a", {})])
+    model.graph.node(0).op_type = "NoSuchOperator"
+    with pytest.raises(ConfigError, match="NoSuchOperator"):
+        graph.Shapes(model, {})
+
+
 def test_an_input_of_any_length_needs_a_largest_one(dynamic_file):
     with pytest.raises(ConfigError, match="say how long"):
         graph.Shapes(graph.load(dynamic_file), {})

@@ -147,11 +147,14 @@ class Shapes(dict[ir.Value, tuple[int, ...]]):
             for value in inputs
             if value in self.contents
         }
-        version = next(each.version for each in self._opsets if each.domain == node.domain)
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
-        found = onnx.shape_inference.infer_node_outputs(
-            schema, ir.to_proto(node), types, data, opset_imports=self._opsets
-        )
+        try:
+            version = next(each.version for each in self._opsets if each.domain == node.domain)
+            schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+            found = onnx.shape_inference.infer_node_outputs(
+                schema, ir.to_proto(node), types, data, opset_imports=self._opsets
+            )
+        except (StopIteration, onnx.defs.SchemaError, onnx.shape_inference.InferenceError) as error:
+            raise ConfigError(f"node {node.name} ({node.op_type}) is not one that can be planned: {error}") from error
         for value in node.outputs:
             tensor = found[str(value.name)].tensor_type if str(value.name) in found else None
             if tensor is None or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):

@@ -1,0 +1,75 @@
+"""`yolov12 plan format=onnx`: what an exported graph takes, and how it would be cut."""
+
+import json
+
+import pytest
+
+from yolov12.cli import main
+from yolov12.export import graph
+
+MIB = 2**20
+
+
+def _plan(capsys, *words: str) -> tuple[int, str, str]:
+    code = main(["plan", "format=onnx", *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_file_is_planned_as_it_is(capsys, static_file, planned):
+    code, out, _ = _plan(capsys, f"model={static_file}", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["uncut"]["tensors_bytes"] == planned(graph.load(static_file), (1, 3, 640, 640)).peak
+    assert facts["input"] == [1, 3, 640, 640]
+    assert "cut" not in facts
+
+
+def test_a_limit_shows_the_cuts(capsys, static_file):
+    code, out, _ = _plan(capsys, f"model={static_file}", "mem=76MiB")
+    assert code == 0
+    assert "tensors at the peak" in out
+    assert "by rows: 2 parts" in out
+    code, out, _ = _plan(capsys, f"model={static_file}", "mem=1GiB")
+    assert "nothing is cut" in out
+
+
+def test_what_does_not_fit_is_exit_status_1(capsys, static_file):
+    code, out, _ = _plan(capsys, f"model={static_file}", "mem=20MiB", "json")
+    assert code == 1
+    assert "needs" in json.loads(out)["problem"]
+
+
+def test_a_model_is_exported_and_leaves_nothing_behind(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = _plan(capsys, "model=yolov12n.yaml", "imgsz=160", "dynamic=True", "batch=2", "json")
+    assert code == 0
+    assert json.loads(out)["input"] == [2, 3, 320, 320]  # dynamic: up to twice imgsz
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["model=a.onnx", "imgzs=640"], "Did you mean 'imgsz'?"),
+        (["imgsz=640"], "no model= given"),
+        (["model=a.onnx", "imgsz=big"], "imgsz=big: give a number"),
+        (["model=a.onnx", "mem=0.5"], "Give bytes"),
+        (["model=a.onnx", "dynamic=perhaps"], "give True or False"),
+        (["model=none.onnx"], "none.onnx cannot be read"),
+    ],
+)
+def test_bad_arguments(capsys, words, problem):
+    code, _, err = _plan(capsys, *words)
+    assert code == 2
+    assert problem in err
+
+
+def test_another_format_is_not_planned(capsys):
+    assert main(["plan", "format=openvino", "model=a.onnx"]) == 2
+    assert "plans are made for onnx" in capsys.readouterr().err
+
+
+def test_help_says_what_there_is(capsys):
+    assert main(["plan", "format=onnx", "--help"]) == 0
+    assert "dynamic=True" in capsys.readouterr().out
