@@ -65,11 +65,20 @@ def test_any_number_of_tokens_even_fewer_than_parts(make, run):
     [
         (("Softmax", ["scaled"], "weights", {"axis": 2}), "over the queries"),
         (("Add", ["scores", "mask"], "scaled", {}), "a mask, whose rows would have to be cut too"),
+        (("MatMul", ["weights", "many"], "out", {}), "values of more axes"),
     ],
 )
 def test_other_things_are_left_alone(make, changed, why):
     nodes = [changed if node[2] == changed[2] else node for node in _attention()]
-    model = make(nodes, SHAPE, {"scale": np.float32(0.5), "mask": np.zeros((12, 12), np.float32)})
+    model = make(
+        nodes,
+        SHAPE,
+        {
+            "scale": np.float32(0.5),
+            "mask": np.zeros((12, 12), np.float32),
+            "many": np.ones((2, 1, 1, 12, 8), np.float32),
+        },
+    )
     assert _found(model, SHAPE)[0] == [], why
 
 

@@ -7,7 +7,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from yolov12.errors import DoesNotFitError
+from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.export import graph
 from yolov12.export.rewrite import split
 
@@ -69,3 +69,23 @@ def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file)
     with pytest.raises(DoesNotFitError, match=r"needs \d+ MiB for its tensors.*3 MiB are there.*Use a smaller imgsz="):
         split(model, 3 * MIB, graph.at_most(model, (1, 3, 640, 640)))
     assert time.monotonic() - start < 120  # half a minute where nothing else runs
+
+
+def test_a_graph_that_fits_need_not_work_at_the_smallest_size(make):
+    """As one that picks 300 of the boxes, of which an image of 32 pixels has fewer."""
+    nodes = [("Reshape", ["images", "flat"], "a", {}), ("TopK", ["a", "k"], "b", {})]
+    model = make([nodes[0]], ("n", 4, 8, 8), {"flat": np.array([-1], np.int64), "k": np.array([300], np.int64)}, ndim=1)
+    topk = ir.node("TopK", [model.graph.outputs[0], model.graph.initializers["k"]], num_outputs=2)
+    for index, value in enumerate(topk.outputs):
+        value.name = f"top{index}"
+    model.graph.append(topk)
+    model.graph.outputs[:] = topk.outputs
+    most = {"images": (4, 4, 8, 8)}
+    assert split(model, MIB, most, {"images": (1, 4, 8, 8)}).sites == {}
+
+
+def test_graphs_of_old_opsets_are_not_cut(make):
+    model = make([("Relu", ["images"], "a", {})])
+    model.opset_imports[""] = 12
+    with pytest.raises(ConfigError, match="opset=13 or newer"):
+        split(model, 10, {})

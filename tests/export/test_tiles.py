@@ -148,3 +148,25 @@ def test_what_lies_between_comes_along(make):
     sizes = _sizes(model, (1, 4, 16, 16), (1, 4, 16, 16))
     assert tiles.grow(model, sizes, ["a", "c"], tiles.ROWS, frozenset())[0].nodes == {"a", "b", "c"}
     assert tiles.grow(model, sizes, ["a", "c"], tiles.ROWS, frozenset(["b"])) == []
+
+
+@pytest.mark.parametrize(
+    ("node", "axis", "why"),
+    [
+        (("Concat", ["images", "same"], "a", {"axis": 1}), tiles.ROWS, "a constant that would have to be cut too"),
+        (("Resize", ["images", "", "", "lengths"], "a", {"mode": "nearest"}), tiles.IMAGES, "resized to lengths"),
+        (("Conv", ["images", "computed"], "a", {}), tiles.IMAGES, "weights that are computed"),
+        (("Softmax", ["images"], "a", {"axis": 2}), tiles.ROWS, "over rows"),
+    ],
+)
+def test_what_is_not_of_one_strip_is_left_whole(make, node, axis, why):
+    shape = (2, 4, 16, 16)
+    constants = {
+        "same": np.ones((2, 4, 16, 16), np.float32),
+        "lengths": np.array([2, 4, 32, 32], np.int64),
+        "raw": np.ones((2048, 4, 1, 1), np.float32),
+    }
+    computed = [("Relu", ["raw"], "computed", {})] if "computed" in node[1] else []
+    model = make([*computed, node], shape, constants)
+    sizes = _sizes(model, shape, shape)
+    assert tiles.grow(model, sizes, ["a"], axis, frozenset()) == [], why

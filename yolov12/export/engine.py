@@ -7,12 +7,14 @@ cards, whose engines TensorRT cannot load. It has TensorRT 11's interface and bu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -32,7 +34,11 @@ BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 """`engine_builder=` → the product's name."""
 
 _RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: for whom to build where no card says
-_NO_ROOM = re.compile(r"out ?of ?memory|insufficient (workspace|memory)|bad_alloc|Requested size was", re.IGNORECASE)
+_NO_ROOM = re.compile(
+    r"out ?of ?memory|insuff?icient (workspace|memory)|memory is insufficient|bad_alloc|Requested size was"
+    r"|could not find any implementation",  # under a workspace limit, that is what TensorRT says in the end
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class Library:
                 sys.modules["tensorrt"] = before
 
     def _configure(self, config: Any, effort: Effort) -> None:
-        if effort.level is not None:
+        if effort.level is not None and hasattr(config, "builder_optimization_level"):  # since TensorRT 8.6
             config.builder_optimization_level = effort.level
         if not effort.all_tactics:
             config.set_tactic_sources(0)
@@ -138,8 +144,9 @@ class Library:
         """What the next build of a similar network need not measure again."""
         cache = None if self.is_rtx else config.get_timing_cache()
         if cache is not None:
-            self._timings.parent.mkdir(parents=True, exist_ok=True)
-            files.write(self._timings, lambda file: file.write(bytes(cache.serialize())))
+            with contextlib.suppress(OSError):  # the engine is there, and not to be lost for this
+                self._timings.parent.mkdir(parents=True, exist_ok=True)
+                files.write(self._timings, lambda file: file.write(bytes(cache.serialize())))
 
     @property
     def _timings(self) -> Path:
@@ -212,18 +219,20 @@ def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
 
 @functools.cache
 def logger(module: ModuleType) -> Any:
-    """The one logger of a library in this process, which remembers its errors."""
+    """The one logger of a library in this process, which remembers its errors and warnings."""
 
     class Log(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.errors: list[str] = []
-            self.min_severity = module.ILogger.WARNING  # Ultralytics sets it
+            self.errors: deque[str] = deque(maxlen=100)
+            self.min_severity = module.ILogger.WARNING  # Ultralytics sets it; VERBOSE with verbose=True
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+            if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR, module.ILogger.WARNING):
                 self.errors.append(message)
-            LOGGER.debug(f"{module.__name__}: {message}")
+                LOGGER.warning(f"{module.__name__}: {message}")
+            elif self.min_severity == module.ILogger.VERBOSE:
+                LOGGER.info(f"{module.__name__}: {message}")
 
     return Log()
 

@@ -119,18 +119,29 @@ class Shapes(dict[ir.Value, tuple[int, ...]]):
         if node.op_type == "Shape":
             bounds = (node.attributes[name].as_int() if name in node.attributes else None for name in ("start", "end"))
             self._know(node.outputs[0], np.asarray(self[inputs[0]][slice(*bounds)], np.int64))
-        elif all(value in self.contents for value in inputs):
-            proto = ir.to_proto(node)
-            runs = ReferenceEvaluator(proto).run(None, {value.name: self.contents[value] for value in inputs})
-            for value, array in zip(node.outputs, runs, strict=True):
-                self._know(value, np.asarray(array))
-        else:
+        elif not (all(value in self.contents for value in inputs) and self._evaluate(node, inputs)):
             self._infer_types(node, inputs)
 
     def _take(self, value: ir.Value, known: Known) -> None:
         self._set(value, known.shape, known.dtype)
         if known.array is not None:
             self.contents[value] = known.array
+
+    def _evaluate(self, node: ir.Node, inputs: Sequence[ir.Value]) -> bool:
+        named = {str(value.name): self.contents[value] for value in inputs}
+        types = [
+            onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in named.items()
+        ]
+        outputs = [onnx.helper.make_empty_tensor_value_info(str(value.name)) for value in node.outputs]
+        alone = onnx.helper.make_graph([ir.to_proto(node)], "node", types, outputs)
+        try:
+            arrays = ReferenceEvaluator(onnx.helper.make_model(alone, opset_imports=self._opsets)).run(None, named)
+        except Exception:  # anything: it is one way to know more, and there is another
+            return False
+        for value, array in zip(node.outputs, arrays, strict=True):
+            self._know(value, np.asarray(array))
+        return True
 
     def _know(self, value: ir.Value, array: np.ndarray[Any, Any]) -> None:
         self._set(value, array.shape, ir.DataType.from_numpy(array.dtype))
@@ -247,7 +258,13 @@ def at_most(model: ir.Model, shape: Sequence[int]) -> dict[str, tuple[int, ...]]
     Args:
         model: The graph.
         shape: (images, channels, height, width).
+
+    Raises:
+        ConfigError: An input is no image.
     """
+    for value in model.graph.inputs:
+        if value.shape is not None and len(value.shape) != len(shape):
+            raise ConfigError(f"the input {value.name} has {len(value.shape)} axes: graphs that take images have four")
     return {
         str(value.name): tuple(
             axis if isinstance(axis, int) else most for axis, most in zip(value.shape or shape, shape, strict=True)

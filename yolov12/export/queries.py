@@ -98,13 +98,15 @@ def _around(softmax: ir.Node, sizes: Sizes) -> Attention | None:
     transposed = False
     if user is not None and user.op_type == "Transpose":
         transposed = True
-        order = list(user.attributes["perm"].as_ints())
+        order = list(user.attributes.get_ints("perm", []))
         if order != [*range(rank - 2), rank - 1, rank - 2]:
             return None
         after.append(user)
         weights = user.outputs[0]
         user = _only_reader(weights)
     if user is None or user.op_type != "MatMul" or user.inputs[int(transposed)] is not weights:
+        return None
+    if len(sizes.most[str(user.outputs[0].name)]) != rank:
         return None
     nodes = frozenset(str(node.outputs[0].name) for node in [*before, *after, user])
     return Attention(str(before[-1].outputs[0].name), str(user.outputs[0].name), nodes, transposed)

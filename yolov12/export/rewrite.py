@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from yolov12.errors import DoesNotFitError
+from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.export import queries, tiles
 from yolov12.export.graph import Known, Plan, Shapes, Sizes, plan
 
@@ -20,6 +20,7 @@ __all__ = ["Split", "split"]
 
 Site = queries.Attention | tiles.Region
 
+_OPSET = 13  # from there on Softmax is over one axis, and Slice, Split and Squeeze are as they are written here
 _LARGE = 0.08  # of the peak: tensors that are worth a look
 _USEFUL = 0.99  # of the peak in fewer parts: a site that gains less from more parts gets no more of them
 _NO_USE = -1
@@ -53,12 +54,20 @@ def split(
         model: Any graph; it is not changed.
         limit: Bytes for all tensors that live at the same time, without weights and inputs.
         most: Input name → the largest shape it will run at.
-        least: Input name → the smallest, where its axes are dynamic; as `most` if None.
+        least: Input name → the smallest, where its axes are dynamic; as `most` if None. A cut graph runs at sizes
+            between that the network halves without a rest, which are multiples of its stride.
 
     Raises:
         DoesNotFitError: It does not get that small; the message says how small it gets.
-        ConfigError: The graph cannot be planned.
+        ConfigError: The graph cannot be planned, or not be cut.
     """
+    whole = plan(model, Shapes(model, most))
+    if whole.peak <= limit:
+        return Split(model, whole, whole, {})
+    if model.opset_imports[""] < _OPSET:
+        raise ConfigError(
+            f"graphs of opset {model.opset_imports['']} cannot be cut: export with opset={_OPSET} or newer"
+        )
     return _Splitting(model, limit, most, least or most).run()
 
 

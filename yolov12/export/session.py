@@ -88,10 +88,9 @@ def export_onnx(stock: Callable[..., Any], exporter: Any, *args: Any, **kwargs: 
     """
     file = stock(exporter, *args, **kwargs)
     settings = exporter.args
-    if settings.format == "onnx" and getattr(settings, "mas", False) and settings.mem_limit is not None:
+    if settings.format == "onnx" and getattr(settings, "mas", False):
         limit = Config.parse(vars(settings)).limit
-        assert limit is not None
-        _fit(Path(file), exporter, _Room(int(limit), "mem_limit"), 1.0)
+        _fit(Path(file), exporter, _Room(None if limit is None else int(limit), "mem_limit"), 1.0)
     return file
 
 
@@ -169,7 +168,7 @@ def tensors_limit(plan: graph.Plan, total: int, why: str) -> int:
     if total <= fixed:
         raise DoesNotFitError(
             f"the exported graph needs {fixed >> 20} MiB for weights, inputs and the builder alone, and there are "
-            f"{total >> 20} MiB ({why}). Use a smaller model, imgsz= or batch=, or a larger {why.partition(',')[0]}"
+            f"{total >> 20} MiB ({why}). Use a smaller model, imgsz= or batch=, or let it have more"
         )
     return total - fixed
 
@@ -179,31 +178,37 @@ def _build(library: engine.Library, job: engine.Job, exporter: Any, room: _Room)
     if exporter.args.workspace:
         workspace = min(workspace or 1 << 62, int(exporter.args.workspace * 2**30))
         room = _Room(workspace, "workspace" if workspace != room.total else room.why)
+    told = room
+    if workspace is not None and not library.is_rtx and job.quantize in (16, 8):
+        room = _Room(2 * workspace, f"{room.why}, twice, as the plan is of FP32")
     journal = _Journal(job.engine.with_suffix(".export.json"))
     whole = job.onnx.read_bytes() if room.total is not None else b""
     last = _fit(job.onnx, exporter, room, 1.0, journal)
     if _built(library, job, workspace, engine.EFFORTS, journal):
         return job.engine
     if last is not None and last.sites:  # a builder may know better how to run the whole
-        job.onnx.write_bytes(whole)
+        files.write(job.onnx, lambda file: file.write(whole))
         journal.uncut()
         if _built(library, job, workspace, engine.EFFORTS[:1], journal):
             return job.engine
     for share in _TIGHTER:
         if last is None:
             break
-        job.onnx.write_bytes(whole)
+        files.write(job.onnx, lambda file: file.write(whole))
         try:
             done = _fit(job.onnx, exporter, room, share, journal)
         except DoesNotFitError:
             break
-        assert done is not None
+        if done is None:
+            break
         if done.plan.peak < last.plan.peak and _built(library, job, workspace, engine.EFFORTS[-1:], journal):
             return job.engine
+    if last is not None:
+        files.write(job.onnx, lambda file: file.write(whole))
     needs = "" if last is None else f" The graph needs about {workspace_for(last.plan) >> 20} MiB as it is planned."
     raise DoesNotFitError(
         f"{library.name} ran out of memory building {job.engine}: it may use "
-        f"{'all there is' if workspace is None else f'{workspace >> 20} MiB ({room.why})'}.{needs} Use a smaller "
+        f"{'all there is' if workspace is None else f'{workspace >> 20} MiB ({told.why})'}.{needs} Use a smaller "
         f"imgsz= or batch=, half=True, or free memory on the GPU; {journal.file} has every attempt"
     )
 
@@ -223,14 +228,14 @@ def _fit(onnx: Path, exporter: Any, room: _Room, share: float, journal: _Journal
         return None
     model = graph.load(onnx)
     least, most = smallest_and_largest(exporter.im.shape, bool(exporter.args.dynamic))
-    largest = graph.at_most(model, most)
     try:
-        sizes = graph.Sizes(model, largest, largest)
+        largest = graph.at_most(model, most)
+        whole = graph.plan(model, graph.Shapes(model, largest))
+        limit = int(tensors_limit(whole, room.total, room.why) * share)
+        done = split(model, limit, largest, graph.at_most(model, least))
     except ConfigError as error:
         LOGGER.warning(f"yolov12: {error}. The graph is left whole")
         return None
-    limit = int(tensors_limit(graph.plan(model, sizes.shapes), room.total, room.why) * share)
-    done = split(model, limit, largest, graph.at_most(model, least))
     if done.sites:
         files.write(onnx, lambda file: file.write(ir.to_proto(done.model).SerializeToString()))
         LOGGER.info(
@@ -248,6 +253,7 @@ class _Journal:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._rows: list[dict[str, Any]] = []
+        file.unlink(missing_ok=True)  # of an earlier export
 
     def graph(self, room: _Room, done: Split) -> None:
         """Note how a graph was cut."""

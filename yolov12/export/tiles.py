@@ -96,7 +96,7 @@ class Region:
 
 
 class _Strips:
-    """Which rows of which tensor each strip computes, at every size the graph may run at at once."""
+    """Which rows of which tensor each strip computes, at all sizes at once that the last tensor may have."""
 
     def __init__(self, nodes: Sequence[ir.Node], axis: int, sizes: Sizes, parts: int) -> None:
         self.nodes, self.axis, self.parts = nodes, axis, parts
@@ -351,12 +351,14 @@ def _is_local(node: ir.Node, axis: int, sizes: Sizes) -> bool:
     if node.op_type in _WINDOWS:
         how = node.attributes
         unusual = how.get_string("auto_pad", "NOTSET") != "NOTSET" or how.get_int("ceil_mode") == 1
-        return _kernel(node) is not None and not unusual
+        of_images = not any(value is not None and _moves(value, sizes) for value in node.inputs[1:])
+        return of_images and _kernel(node) is not None and not unusual
     if node.op_type == "Resize":
         # Builders need to see that a resized length is a multiple, which they do not of a strip of any length.
-        return axis != ROWS or (_repeats(node) is not None and sizes.fixed(node.outputs[0], axis) is not None)
+        return _repeats(node) is not None and (axis != ROWS or sizes.fixed(node.outputs[0], axis) is not None)
     if node.op_type in _REGROUP:
-        return node.attributes.get_int("axis", 0) % 4 != axis
+        whole = node.op_type == "Split" or all(value is not None and _moves(value, sizes) for value in node.inputs)
+        return whole and node.attributes.get_int("axis", 0) % 4 != axis
     if node.op_type not in _POINTWISE or any(shape[axis] != shapes[-1][axis] for shape in shapes):
         return False
     constants = (sizes.most[str(v.name)] for v in node.inputs if v is not None and not _moves(v, sizes))
@@ -374,8 +376,8 @@ def _repeats(node: ir.Node) -> int | None:
         or how.get_string("nearest_mode", "") != "floor"
     ):
         return None
-    rows = float(scales.numpy()[ROWS])
-    return int(rows) if rows >= 1 and rows == int(rows) else None
+    images, _, rows, _ = map(float, scales.numpy())
+    return int(rows) if images == 1 and rows >= 1 and rows == int(rows) else None
 
 
 def _window(node: ir.Node, axis: int) -> _Window:
