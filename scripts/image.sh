@@ -41,7 +41,7 @@ bud() { # tag, arguments of `buildah bud`: which would leave the image that had 
   local old
   old=$(buildah images --quiet "$1" 2>/dev/null || true)
   buildah bud --tag "$@"
-  [ -z "$old" ] || buildah rmi "$old" >/dev/null
+  [ -z "$old" ] || buildah rmi "$old" >/dev/null 2>&1 || true # a container may use it
 }
 
 make_stand_in() { # a base that has what the CUDA bases and conda's have, as far as the Dockerfile needs it
