@@ -1,11 +1,13 @@
 """Exported graphs cut to fit: the same boxes, the memory that was planned, engines that build. Needs no GPU.
 
     python benchmarks/export.py --out benchmarks/results/export.json          (about half an hour on two cores)
-    python benchmarks/export.py --out part.json --only rtx
+    python benchmarks/export.py --out part.json --only rtx dynamic hopeless
 
-agree   n, s, m, l, x at 640 and m, x at 1280, static and dynamic, cut to a half or three quarters: boxes and scores of
-        two photographs against the uncut graph in onnxruntime; the planned peak against a run node by node
-rtx     TensorRT-RTX: workspace limits under which YOLOv12-M at 1280 and YOLOv12-X at 640 and 1280 build
+agree     n, s, m, l, x at 640 and m, x at 1280, static and dynamic, cut to a half or three quarters: boxes and scores
+          of two photographs against the uncut graph in onnxruntime; the planned peak against a run node by node
+rtx       TensorRT-RTX: workspace limits under which YOLOv12-M at 1280 and YOLOv12-X at 640 and 1280 build
+dynamic   TensorRT-RTX: the smallest workspace in which YOLOv12-N for images up to 1280 builds, uncut and cut
+hopeless  seconds until a graph that cannot be cut so small is refused, or a builder that cannot do it gives up
 
 Weights are drawn from a seed, BatchNorm is calibrated on the photographs.
 """
@@ -154,10 +156,78 @@ def rtx(folder: Path) -> Iterator[dict[str, Any]]:
         file.unlink()
 
 
+def dynamic(folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each cut; the workspace by bisection, to 4 MiB."""
+    import onnx_ir as ir
+
+    from yolov12.export import engine, graph
+    from yolov12.export.rewrite import split
+
+    library = engine.find("tensorrt_rtx")
+    file = exported("n", 640, True, folder)
+    model = graph.load(file)
+    least, most = (graph.at_most(model, (1, 3, size, size)) for size in (32, 1280))
+    for limit in (None, 150, 100, 61):
+        done = split(model, (limit or 1 << 20) * MIB, most, least)
+        ir.save(done.model, folder / "cut.onnx")
+        job = engine.Job(folder / "cut.onnx", folder / "built.engine", (1, 3, 640, 640), dynamic=True)
+        low, high = 0, 1024
+        while high - low > 4:
+            middle = (low + high) // 2
+            (attempt,) = engine.build(library, job, middle * MIB, engine.EFFORTS[:1])
+            low, high = (low, middle) if attempt.outcome == "built" else (middle, high)
+        yield {"limit_mib": limit, "tensors_bytes": done.plan.peak, "workspace_mib": high, "cuts": done.describe()}
+
+
+def hopeless(folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each graph and for the builder."""
+    from yolov12 import YOLO
+    from yolov12.errors import DoesNotFitError
+    from yolov12.export import graph
+    from yolov12.export.rewrite import split
+
+    for scale, size, limit in (("n", 640, 3), ("x", 640, 20), ("x", 1280, 100)):
+        model = graph.load(exported(scale, size, False, folder))
+        start = time.perf_counter()
+        try:
+            split(model, limit * MIB, graph.at_most(model, (1, 3, size, size)))
+        except DoesNotFitError as error:
+            seconds = round(time.perf_counter() - start, 1)
+            yield {
+                "model": f"yolov12{scale}",
+                "imgsz": size,
+                "limit_mib": limit,
+                "seconds": seconds,
+                "error": str(error),
+            }
+    for scale, limit in (
+        ("n", "150MiB"),
+        ("m", "400MiB"),
+    ):  # enough by the plan, not for TensorRT-RTX
+        start = time.perf_counter()
+        try:
+            YOLO(f"yolov12{scale}.yaml").export(
+                format="engine", engine_builder="tensorrt_rtx", dynamic=True, mem_limit=limit, verbose=False
+            )
+            error_text = ""
+        except DoesNotFitError as error:
+            error_text = str(error)
+        seconds = round(time.perf_counter() - start, 1)
+        yield {
+            "model": f"yolov12{scale}, dynamic, export and all",
+            "limit": limit,
+            "seconds": seconds,
+            "error": error_text,
+        }
+
+
+PARTS = {"agree": agree, "rtx": rtx, "dynamic": dynamic, "hopeless": hopeless}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=("agree", "rtx"), default=("agree", "rtx"))
+    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     from yolov12 import autopatch
@@ -170,7 +240,7 @@ def main() -> None:
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = []
-            for row in {"agree": agree, "rtx": rtx}[name](Path(folder)):
+            for row in PARTS[name](Path(folder)):
                 print({key: value for key, value in row.items() if key != "cuts"}, flush=True)
                 results[name].append(row)
                 out.write_text(json.dumps(results, indent=1))

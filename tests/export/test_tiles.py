@@ -6,13 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yolov12.export import graph, tiles
+from yolov12.export.regions import Growth
+from yolov12.export.windows import IMAGES, ROWS
 
 
 def _sizes(model, least, most):
     return graph.Sizes(model, graph.at_most(model, least), graph.at_most(model, most))
 
 
-def _cut(model, sizes, parts, nodes=None, axis=tiles.ROWS):
+def _cut(model, sizes, parts, nodes=None, axis=ROWS):
     names = nodes or [node.outputs[0].name for node in model.graph]
     copy = model.clone()
     return copy if tiles.Region(frozenset(names), axis).apply(copy, sizes, parts) is not None else None
@@ -74,6 +76,10 @@ def test_strips_are_the_whole(chain, parts, data, make, run):
     np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-4, atol=1e-4)
 
 
+def _grown(model, sizes, seeds, axis=ROWS, taken=frozenset(), limit=1 << 40):
+    return Growth(model, sizes, axis, taken).around(frozenset(seeds), limit)
+
+
 def _conv(make, shape, kernel=3, stride=1):
     return make(
         [
@@ -111,7 +117,7 @@ def test_no_strip_is_empty(make):
 def test_images_one_after_the_other(make, run):
     shape = (3, 4, 16, 16)
     model = _conv(make, shape)
-    cut = _cut(model, _sizes(model, shape, shape), 3, axis=tiles.IMAGES)
+    cut = _cut(model, _sizes(model, shape, shape), 3, axis=IMAGES)
     image = np.random.default_rng(1).normal(size=shape).astype(np.float32)
     np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-5, atol=1e-5)
     assert not any(node.op_type == "Conv" and "pads" not in node.attributes for node in cut.graph)
@@ -132,13 +138,12 @@ def test_a_region_grows_to_where_little_is_held(make):
         {"wide": wide, "narrow": narrow},
     )
     sizes = _sizes(model, (1, 1, 16, 16), (1, 1, 16, 16))
-    regions = tiles.grow(model, sizes, ["c"], tiles.ROWS, frozenset())
-    assert regions[0].nodes == {"c"}
-    assert regions[-1].nodes == {"b", "c", "d"}
-    assert tiles.grow(model, sizes, ["c"], tiles.ROWS, frozenset(["d"]))[-1].nodes == {"b", "c"}
-    assert (
-        tiles.grow(model, sizes, ["a"], tiles.ROWS, frozenset()) == []
-    )  # Softmax over channels: not known to be local
+    grown = _grown(model, sizes, ["c"])
+    assert grown[0].nodes == {"c"}
+    assert grown[-1].nodes == {"b", "c", "d"}
+    assert _grown(model, sizes, ["c"], limit=2048) == [grown[-1]]  # at whose border are two tensors of 1 KiB
+    assert _grown(model, sizes, ["c"], taken=frozenset(["d"]))[-1].nodes == {"b", "c"}
+    assert _grown(model, sizes, ["a"]) == []  # Softmax over channels: not known to be local
 
 
 def test_what_lies_between_comes_along(make):
@@ -146,17 +151,17 @@ def test_what_lies_between_comes_along(make):
         [("Relu", ["images"], "a", {}), ("Sigmoid", ["a"], "b", {}), ("Mul", ["a", "b"], "c", {})], (1, 4, 16, 16)
     )
     sizes = _sizes(model, (1, 4, 16, 16), (1, 4, 16, 16))
-    assert tiles.grow(model, sizes, ["a", "c"], tiles.ROWS, frozenset())[0].nodes == {"a", "b", "c"}
-    assert tiles.grow(model, sizes, ["a", "c"], tiles.ROWS, frozenset(["b"])) == []
+    assert _grown(model, sizes, ["a", "c"])[0].nodes == {"a", "b", "c"}
+    assert _grown(model, sizes, ["a", "c"], taken=frozenset(["b"])) == []
 
 
 @pytest.mark.parametrize(
     ("node", "axis", "why"),
     [
-        (("Concat", ["images", "same"], "a", {"axis": 1}), tiles.ROWS, "a constant that would have to be cut too"),
-        (("Resize", ["images", "", "", "lengths"], "a", {"mode": "nearest"}), tiles.IMAGES, "resized to lengths"),
-        (("Conv", ["images", "computed"], "a", {}), tiles.IMAGES, "weights that are computed"),
-        (("Softmax", ["images"], "a", {"axis": 2}), tiles.ROWS, "over rows"),
+        (("Concat", ["images", "same"], "a", {"axis": 1}), ROWS, "a constant that would have to be cut too"),
+        (("Resize", ["images", "", "", "lengths"], "a", {"mode": "nearest"}), IMAGES, "resized to lengths"),
+        (("Conv", ["images", "computed"], "a", {}), IMAGES, "weights that are computed"),
+        (("Softmax", ["images"], "a", {"axis": 2}), ROWS, "over rows"),
     ],
 )
 def test_what_is_not_of_one_strip_is_left_whole(make, node, axis, why):
@@ -169,4 +174,4 @@ def test_what_is_not_of_one_strip_is_left_whole(make, node, axis, why):
     computed = [("Relu", ["raw"], "computed", {})] if "computed" in node[1] else []
     model = make([*computed, node], shape, constants)
     sizes = _sizes(model, shape, shape)
-    assert tiles.grow(model, sizes, ["a"], axis, frozenset()) == [], why
+    assert _grown(model, sizes, ["a"], axis) == [], why

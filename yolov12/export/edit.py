@@ -43,24 +43,13 @@ class Editor:
         self._new: list[ir.Node] = []
         self._constants: dict[tuple[int, ...], ir.Value] = {}
 
-    def add(
-        self, op: str, inputs: Sequence[ir.Value | None], name: str, count: int = 1, **attributes: Any
-    ) -> list[ir.Value]:
-        """Append a node.
-
-        Returns:
-            Its outputs.
-        """
-        node = ir.node(op, inputs, attributes, num_outputs=count, name=self._name(name))
-        for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}_output_{index}"
-        self._new.append(node)
-        return list(node.outputs)
+    def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        """Append a node of one output, and return that."""
+        return self._append(op, inputs, name, 1, attributes)[0]
 
     def copy(self, node: ir.Node, inputs: Sequence[ir.Value | None], name: str, **changed: Any) -> list[ir.Value]:
-        """Append a node like another, with other inputs."""
-        attributes: dict[str, Any] = {**node.attributes, **changed}
-        return self.add(node.op_type, inputs, name, len(node.outputs), **attributes)
+        """Append a node like another, with other inputs, and return its outputs."""
+        return self._append(node.op_type, inputs, name, len(node.outputs), {**node.attributes, **changed})
 
     def ints(self, *numbers: int) -> ir.Value:
         """A constant int64 vector."""
@@ -78,18 +67,18 @@ class Editor:
 
     def length(self, value: ir.Value, axis: int, name: str) -> ir.Value:
         """How long an axis is at run time: a one-element int64 tensor."""
-        shape = self.add("Shape", [value], f"{name}/shape")[0]
-        return self.add("Gather", [shape, self.ints(axis)], f"{name}/length", axis=0)[0]
+        shape = self.add("Shape", [value], f"{name}/shape")
+        return self.add("Gather", [shape, self.ints(axis)], f"{name}/length", axis=0)
 
     def compute(self, op: str, left: Bound, right: Bound, name: str) -> ir.Value:
         """A place on an axis from two others."""
-        return self.add(op, [self.bound(left), self.bound(right)], name)[0]
+        return self.add(op, [self.bound(left), self.bound(right)], name)
 
     def slice(self, value: ir.Value, axis: int, start: Bound, end: Bound, name: str) -> ir.Value:
         """A part of a tensor; the tensor itself where the part is the whole."""
         if isinstance(start, int) and start == 0 and isinstance(end, int) and end == END:
             return value
-        return self.add("Slice", [value, self.bound(start), self.bound(end), self.ints(axis)], name)[0]
+        return self.add("Slice", [value, self.bound(start), self.bound(end), self.ints(axis)], name)
 
     def replace(self, old: Sequence[ir.Node], values: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
         """Put what was added where the last of `old` stands, and take `old` away.
@@ -108,6 +97,15 @@ class Editor:
             after.shape, after.type = before.shape, before.type
         self._graph.remove(old, safe=True)
         return self._new
+
+    def _append(
+        self, op: str, inputs: Sequence[ir.Value | None], name: str, count: int, attributes: Mapping[str, Any]
+    ) -> list[ir.Value]:
+        node = ir.node(op, inputs, attributes, num_outputs=count, name=self._name(name))
+        for index, value in enumerate(node.outputs):
+            value.name = f"{node.name}_output_{index}"
+        self._new.append(node)
+        return list(node.outputs)
 
     def _name(self, name: str) -> str:
         return f"{self._prefix}/{name}"

@@ -35,10 +35,10 @@ BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 
 _RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: for whom to build where no card says
 _NO_ROOM = re.compile(
-    r"out ?of ?memory|insuff?icient (workspace|memory)|memory is insufficient|bad_alloc|Requested size was"
-    r"|could not find any implementation",  # under a workspace limit, that is what TensorRT says in the end
+    r"out ?of ?memory|insuff?icient (workspace|memory)|memory is insufficient|bad_alloc|Requested size was",
     re.IGNORECASE,
 )
+_NO_KERNEL = re.compile("could not find any implementation", re.IGNORECASE)  # for want of memory, if that is limited
 
 
 @dataclass(frozen=True)
@@ -285,6 +285,7 @@ def _attempt(library: Library, job: Job, workspace: int | None, effort: Effort) 
     except (RuntimeError, MemoryError) as error:
         said = [*log.errors, str(error)]
         no_room = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(map(_NO_ROOM.search, said))
+        no_room = no_room or (workspace is not None and any(map(_NO_KERNEL.search, said)))
         return "out of memory" if no_room else "failed", said[0]
     return "built", ""
 

@@ -69,7 +69,7 @@ class Attention:
                     inputs[0] = part
                 new[node.outputs[0]] = edit.copy(node, inputs, f"part{index}/{node.op_type}{len(new)}")[0]
             made.append(new[out])
-        joined = edit.add("Concat", made, "parts", axis=axis + self.transposed)[0]
+        joined = edit.add("Concat", made, "parts", axis=axis + self.transposed)
         return edit.replace(nodes, {out: joined})
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import onnx_ir as ir
 
 from yolov12.errors import ConfigError, DoesNotFitError
-from yolov12.export import queries, tiles
+from yolov12.export import queries, regions, tiles
 from yolov12.export.graph import Known, Plan, Shapes, Sizes, plan
+from yolov12.export.windows import IMAGES, ROWS
 
 __all__ = ["Split", "split"]
 
@@ -23,10 +25,8 @@ Site = queries.Attention | tiles.Region
 _OPSET = 13  # from there on Softmax is over one axis, and Slice, Split and Squeeze are as they are written here
 _LARGE = 0.08  # of the peak: tensors that are worth a look
 _USEFUL = 0.99  # of the peak in fewer parts: a site that gains less from more parts gets no more of them
-_NO_USE = -1
-_GROWTHS = 3  # regions around one start that are tried: those with least at their borders
 _STRIPS = 32  # at most
-_TRIES = 100  # graphs that are made and planned at most: what can be cut needs some 60, and this takes half a minute
+_NEAR = 1.1  # how near to what a graph really needs the number in an error is
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def split(
             between that the network halves without a rest, which are multiples of its stride.
 
     Raises:
-        DoesNotFitError: It does not get that small; the message says how small it gets.
+        DoesNotFitError: It does not get that small; the message says about how small it gets.
         ConfigError: The graph cannot be planned, or not be cut.
     """
     whole = plan(model, Shapes(model, most))
@@ -68,60 +68,66 @@ def split(
         raise ConfigError(
             f"graphs of opset {model.opset_imports['']} cannot be cut: export with opset={_OPSET} or newer"
         )
-    return _Splitting(model, limit, most, least or most).run()
+    splitting = _Splitting(model, most, least or most)
+    done = splitting.run(limit)
+    return done if isinstance(done, Split) else _refuse(splitting, limit, done, whole)
+
+
+def _refuse(splitting: _Splitting, limit: int, least: int, whole: Plan) -> NoReturn:
+    """Say what the graph needs instead: the first of slowly growing limits that it can be cut to."""
+    needs = whole
+    while _NEAR * least < whole.peak:
+        done = splitting.run(int(_NEAR * least))
+        if isinstance(done, Split):
+            needs = done.plan
+            break
+        least = max(done, int(_NEAR * least))
+    raise DoesNotFitError(
+        f"the exported graph needs about {needs.peak >> 20} MiB for its tensors, cut as small as it gets, beside "
+        f"{needs.weights >> 20} MiB of weights, and {limit >> 20} MiB are there for them (its peak then: "
+        f"{needs.describe()}). Use a smaller imgsz= or batch=, or a larger mem_limit="
+    )
 
 
 class _Splitting:
-    def __init__(
-        self, model: ir.Model, limit: int, most: Mapping[str, Sequence[int]], least: Mapping[str, Sequence[int]]
-    ) -> None:
-        self._model, self._limit, self._goal, self._most = model, limit, limit, most
+    def __init__(self, model: ir.Model, most: Mapping[str, Sequence[int]], least: Mapping[str, Sequence[int]]) -> None:
+        self._model, self._most = model, most
         self._sizes = Sizes(model, least, most)
         self._attentions = queries.find(model, self._sizes)
         self._known = self._sizes.shapes.known()
         self._known_of: dict[tuple[Site, int], dict[str, Known]] = {}  # new tensors of a site in so many parts
-        self._of_node: dict[ir.Node, Site] = {}
-        self._tries = 0
+        self._before = plan(model, self._sizes.shapes)
 
-    def run(self) -> Split:
-        before = plan(self._model, self._sizes.shapes)
-        done = Split(self._model, before, before, {})
-        while done.plan.peak > self._goal:
-            done = self._better(done)
-        if done.plan.peak > self._limit:
-            raise DoesNotFitError(self._sorry(done.plan))
+    def run(self, goal: int) -> Split | int:
+        """Cut until the peak is no higher than a goal; if it cannot be, what is needed at least."""
+        done, of_node = Split(self._model, self._before, self._before, {}), dict[ir.Node, Site]()
+        while done.plan.peak > goal:
+            better = self._better(done, of_node, goal)
+            if isinstance(better, int):
+                return better
+            done, of_node = better
         return done
 
-    def _better(self, now: Split) -> Split:
-        """The graph with one place cut smaller: into as few pieces as it takes there, or as small as it gets.
-
-        Where that is not enough, the goal becomes what was reached: the other places need be no smaller, and what the
-        graph needs in the end is known soon.
-        """
-        best, least = None, now.plan.peak
+    def _better(
+        self, now: Split, of_node: Mapping[ir.Node, Site], goal: int
+    ) -> tuple[Split, dict[ir.Node, Site]] | int:
+        """The graph with the place of its peak cut into as few pieces as it takes; if none do, the least peak there."""
+        least = now.plan.peak
         before: dict[Site, int] = {}  # its peak in fewer parts
-        for sites, site in self._proposals(now):
-            if before.get(site) == _NO_USE or self._tries == _TRIES:
+        useless: set[Site] = set()
+        for sites, site in self._proposals(now, of_node.get(now.plan.node), goal):
+            if site in useless or (tried := self._apply(sites)) is None:
                 continue
-            tried = self._apply(sites, now.before)
-            if tried is None:
-                continue
-            result, of_node = tried
-            peak = max(size for node, size in result.plan.per_node if of_node.get(node) == site)
-            before[site] = _NO_USE if peak > _USEFUL * before.get(site, now.plan.peak) else peak
-            if peak < least and result.plan.peak <= now.plan.peak:
-                best, least = (result, of_node), peak
-            if peak <= self._goal and best is not None:
-                break
-        if best is None:
-            self._goal = now.plan.peak
-            return now
-        self._goal = max(self._goal, least)
-        done, self._of_node = best
-        return done
+            peak = max(size for node, size in tried[0].plan.per_node if tried[1].get(node) == site)
+            if peak <= goal and tried[0].plan.peak <= now.plan.peak:
+                return tried
+            if peak > _USEFUL * before.get(site, now.plan.peak):
+                useless.add(site)
+            before[site] = peak
+            least = min(least, peak)
+        return least
 
-    def _apply(self, sites: Mapping[Site, int], before: Plan) -> tuple[Split, dict[ir.Node, Site]] | None:
-        self._tries += 1
+    def _apply(self, sites: Mapping[Site, int]) -> tuple[Split, dict[ir.Node, Site]] | None:
         model = self._model.clone()
         of_node: dict[ir.Node, Site] = {}
         known = dict(self._known)
@@ -138,12 +144,17 @@ class _Splitting:
                 made = (value for node, its in of_node.items() if its == site for value in node.outputs)
                 self._known_of[site, parts] = shapes.known(made)
         result = plan(model, shapes)
-        return Split(model, result, before, sites), of_node
+        return Split(model, result, self._before, sites), of_node
 
-    def _proposals(self, now: Split) -> Iterator[tuple[Mapping[Site, int], Site]]:
-        """What might lower the peak, in few pieces first."""
+    def _proposals(self, now: Split, here: Site | None, goal: int) -> Iterator[tuple[Mapping[Site, int], Site]]:
+        """What might lower the peak, in few pieces first.
+
+        Args:
+            now: The graph as it is cut.
+            here: The cut that the node of its peak belongs to, if any.
+            goal: Bytes; what cannot get there is left out.
+        """
         sites = dict(now.sites)
-        here = self._of_node.get(now.plan.node)
         seeds = self._seeds(now.plan)
         if here is not None:
             for parts in _more(sites[here], here.most(self._sizes)):
@@ -155,16 +166,13 @@ class _Splitting:
                 for parts in _more(1, attention.most(self._sizes)):
                     yield {**sites, attention: parts}, attention
         taken = frozenset[str]().union(*(site.nodes for site in sites))
-        for axis in (tiles.IMAGES, tiles.ROWS):
-            grown = [region for each in seeds for region in self._regions(each, axis, taken)]
-            regions = [region for region in dict.fromkeys(grown) if region != here]
+        for axis in (IMAGES, ROWS):
+            growth = regions.Growth(self._model, self._sizes, axis, taken)
+            grown = dict.fromkeys(region for each in seeds for region in growth.around(each, goal) if region != here)
             for parts in _more(1, _STRIPS):
-                for region in regions:
+                for region in grown:
                     if parts <= region.most(self._sizes):
                         yield {**sites, region: parts}, region
-
-    def _regions(self, seeds: frozenset[str], axis: int, taken: frozenset[str]) -> list[tiles.Region]:
-        return tiles.grow(self._model, self._sizes, seeds, axis, taken)[-_GROWTHS:]
 
     def _seeds(self, now: Plan) -> list[frozenset[str]]:
         """Where to begin: at the node that makes the peak, and at those that compute or read its large tensors."""
@@ -174,13 +182,6 @@ class _Splitting:
         starts: list[set[ir.Node]] = [{now.node}]
         starts += [{node, now.node} for node in sorted(made | read, key=lambda node: str(node.name))]
         return list(dict.fromkeys(frozenset(str(node.outputs[0].name) for node in start) for start in starts))
-
-    def _sorry(self, now: Plan) -> str:
-        return (
-            f"the exported graph needs {now.peak >> 20} MiB for its tensors, cut as small as it gets, beside "
-            f"{now.weights >> 20} MiB of weights, and {self._limit >> 20} MiB are there for them (what is left: "
-            f"{now.describe()}). Use a smaller imgsz= or batch=, or a larger mem_limit="
-        )
 
 
 def _more(parts: int, most: int) -> Iterator[int]:

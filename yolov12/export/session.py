@@ -153,13 +153,12 @@ def workspace_for(plan: graph.Plan) -> int:
     return plan.peak + plan.weights + plan.inputs + RESERVE_BYTES
 
 
-def tensors_limit(plan: graph.Plan, total: int, why: str) -> int:
+def tensors_limit(plan: graph.Plan, total: int) -> int:
     """Bytes that are left for a graph's tensors.
 
     Args:
         plan: Of the graph.
         total: Bytes for all that a builder needs.
-        why: Where that number comes from.
 
     Raises:
         DoesNotFitError: None are.
@@ -168,7 +167,7 @@ def tensors_limit(plan: graph.Plan, total: int, why: str) -> int:
     if total <= fixed:
         raise DoesNotFitError(
             f"the exported graph needs {fixed >> 20} MiB for weights, inputs and the builder alone, and there are "
-            f"{total >> 20} MiB ({why}). Use a smaller model, imgsz= or batch=, or let it have more"
+            f"{total >> 20} MiB. Use a smaller model, imgsz= or batch=, or let it have more"
         )
     return total - fixed
 
@@ -231,11 +230,13 @@ def _fit(onnx: Path, exporter: Any, room: _Room, share: float, journal: _Journal
     try:
         largest = graph.at_most(model, most)
         whole = graph.plan(model, graph.Shapes(model, largest))
-        limit = int(tensors_limit(whole, room.total, room.why) * share)
+        limit = int(tensors_limit(whole, room.total) * share)
         done = split(model, limit, largest, graph.at_most(model, least))
     except ConfigError as error:
         LOGGER.warning(f"yolov12: {error}. The graph is left whole")
         return None
+    except DoesNotFitError as error:
+        raise DoesNotFitError(f"{error}. The limit of {room.total >> 20} MiB is {room.why}") from None
     if done.sites:
         files.write(onnx, lambda file: file.write(ir.to_proto(done.model).SerializeToString()))
         LOGGER.info(

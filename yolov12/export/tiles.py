@@ -10,7 +10,7 @@ Where the graph takes several images at a time, the strips can be images, which 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,30 +20,11 @@ import onnx_ir as ir
 
 from yolov12.export.edit import END, Bound, Editor
 from yolov12.export.graph import Sizes
+from yolov12.export.windows import IMAGES, ROWS, moves, pads_of, window_of
 
-__all__ = ["IMAGES", "ROWS", "Region", "grow"]
+__all__ = ["Region"]
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
-
-IMAGES, ROWS = 0, 2
-"""The axes that strips run along."""
-
-_WINDOWS = frozenset({"Conv", "MaxPool"})
-_POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Relu", "LeakyRelu", "Tanh", "Clip", "Exp", "HardSwish"})
-_REGROUP = frozenset({"Split", "Concat"})
-_LARGEST = 150  # nodes in a region: beyond, halos cost more than they save
-
-
-class _Window(NamedTuple):
-    """How far an operator looks: row r of its output reads `span` rows of its input, from row stride·r − before.
-
-    With `repeat`, `repeat` rows of its output are the same row of its input.
-    """
-
-    stride: int
-    before: int
-    span: int
-    repeat: int = 1
 
 
 class _Rows(NamedTuple):
@@ -106,7 +87,7 @@ class _Strips:
         self.inputs = [
             v
             for v in dict.fromkeys(v for node in nodes for v in node.inputs)
-            if v and v not in inside and _moves(v, sizes)
+            if v and v not in inside and moves(v, sizes)
         ]
         tensors = [*self.inputs, *inside]
         most = {value: sizes.most[str(value.name)][axis] for value in tensors}
@@ -180,8 +161,8 @@ class _Strips:
                 for i, value in enumerate(node.inputs)
             ]
             changed = {}
-            if node.op_type in _WINDOWS and self.axis == ROWS:
-                _, left, _, right = _pads(node)
+            if self.axis == ROWS and node.op_type in ("Conv", "MaxPool"):
+                _, left, _, right = pads_of(node)
                 changed["pads"] = [int(pads[0][0]), left, int(pads[1][0]), right]
             new.update(zip(node.outputs, edit.copy(node, inputs, name, **changed), strict=True))
         return {
@@ -193,22 +174,19 @@ class _Strips:
 
     def whole(self, edit: Editor, parts: Sequence[ir.Value], value: ir.Value, length: Bound, name: str) -> ir.Value:
         """Put the strips of a tensor together."""
-        joined = edit.add("Concat", parts, name, axis=self.axis)[0]
+        joined = edit.add("Concat", parts, name, axis=self.axis)
         if len(self._base) == 1:
             return joined
         # Builders derive lengths from lengths, and do not see that those of strips add up to the whole tensor's.
         rows = edit.compute("Mul", length, self._scale[value], f"{name}/rows")
-        keep = edit.ints(0)
-        shape = edit.add("Concat", [keep if axis != self.axis else rows for axis in range(4)], f"{name}/shape", axis=0)[
-            0
-        ]
-        return edit.add("Reshape", [joined, shape], f"{name}/reshaped")[0]
+        lengths = [rows if axis == self.axis else edit.ints(0) for axis in range(4)]  # 0: as it is
+        return edit.add("Reshape", [joined, edit.add("Concat", lengths, f"{name}/shape", axis=0)], f"{name}/reshaped")
 
     def _spread(self, node: ir.Node) -> None:
         """From what is needed of a node's outputs to what is needed of its inputs."""
         above = max(self._above[value] for value in node.outputs)
         below = max(self._below[value] for value in node.outputs)
-        window = _window(node, self.axis)
+        window = window_of(node, self.axis)
         above, below = (-(-reach // window.repeat) for reach in (above, below))  # whole rows of the input
         for value in node.outputs:
             self._above[value], self._below[value] = above * window.repeat, below * window.repeat
@@ -222,7 +200,7 @@ class _Strips:
 
     def _reads(self, node: ir.Node, index: int) -> tuple[_Rows, list[Ints]]:
         """Rows of its inputs that a node reads for its rows, and how many it pads above and below."""
-        rows, window = self.rows(node.outputs[0], index), _window(node, self.axis)
+        rows, window = self.rows(node.outputs[0], index), window_of(node, self.axis)
         value = self._moving(node)[0]
         start = window.stride * (rows.start // window.repeat) - window.before
         end = window.stride * (rows.end // window.repeat - 1) - window.before + window.span
@@ -252,152 +230,3 @@ class _Strips:
         if len(self._base) > 1 and (short == short[0]).all():  # as far from the border at every size
             return -int(short[0]) or END
         return self._place(edit, value, cut, self._below[value], at, name)  # Slice stops at the border by itself
-
-
-def grow(model: ir.Model, sizes: Sizes, seeds: Iterable[str], axis: int, taken: frozenset[str]) -> list[Region]:
-    """Regions around some nodes, each larger than the last, with less and less to hold at their borders.
-
-    Args:
-        model: The graph.
-        sizes: Of it.
-        seeds: Nodes to begin with, by their first outputs.
-        axis: To cut.
-        taken: Nodes that must stay outside.
-    """
-    return _Growth(model, sizes, axis, taken).regions(seeds)
-
-
-class _Growth:
-    def __init__(self, model: ir.Model, sizes: Sizes, axis: int, taken: frozenset[str]) -> None:
-        self._sizes, self._axis = sizes, axis
-        nodes = [node for node in model.graph if node.outputs[0] not in sizes.shapes.contents]
-        self._nodes = nodes
-        self._index = {node: index for index, node in enumerate(nodes)}
-        self._local = [node.outputs[0].name not in taken and _is_local(node, axis, sizes) for node in nodes]
-        self._before = [1 << index for index in range(len(nodes))]  # bit sets: a node and all it depends on
-        for index, node in enumerate(nodes):
-            for value in node.inputs:
-                if (maker := self._maker(value)) is not None:
-                    self._before[index] |= self._before[maker]
-
-    def regions(self, seeds: Iterable[str]) -> list[Region]:
-        found: list[Region] = []
-        least = np.inf
-        names = set(seeds)
-        inside = self._closed(
-            {i for i, node in enumerate(self._nodes) if self._local[i] and node.outputs[0].name in names}
-        )
-        fixed: set[ir.Value] = set()
-        while inside and len(inside) <= _LARGEST:
-            border = self._border(inside)
-            total = sum(border.values())
-            if total < least:
-                least = total
-                found.append(Region(frozenset(str(self._nodes[i].outputs[0].name) for i in inside), self._axis))
-            open_ = [value for value in border if value not in fixed and border[value]]
-            if not open_:
-                break
-            value = max(open_, key=lambda each: border[each])
-            larger = self._closed(inside | self._across(value, inside))
-            if larger is None or larger == inside:
-                fixed.add(value)
-            else:
-                inside = larger
-        return found
-
-    def _across(self, value: ir.Value, inside: set[int]) -> set[int]:
-        maker = self._maker(value)
-        if maker is not None and maker not in inside:
-            return {maker}
-        return {self._index[use.node] for use in value.uses() if use.node in self._index}
-
-    def _maker(self, value: ir.Value | None) -> int | None:
-        node = None if value is None else value.producer()
-        return None if node is None else self._index.get(node)
-
-    def _closed(self, inside: set[int]) -> set[int] | None:
-        """With all that lies between its nodes; None if some of that cannot be cut."""
-        before = 0
-        for index in inside:
-            before |= self._before[index]
-        mask = sum(1 << index for index in inside)
-        closed = {i for i in range(len(self._nodes)) if before >> i & 1 and self._before[i] & mask}
-        return closed if all(self._local[i] for i in closed) else None
-
-    def _border(self, inside: set[int]) -> dict[ir.Value, int]:
-        """Tensors that are whole at the border, with their bytes; what the caller holds costs nothing."""
-        shapes = self._sizes.shapes
-        border: dict[ir.Value, int] = {}
-        for index in inside:
-            node = self._nodes[index]
-            for value in node.inputs:
-                if value is not None and _moves(value, self._sizes) and self._maker(value) not in inside:
-                    border[value] = 0 if value.is_graph_input() else shapes.bytes_of(value)
-            for value in node.outputs:
-                if value.is_graph_output() or any(self._index.get(use.node, -1) not in inside for use in value.uses()):
-                    border[value] = shapes.bytes_of(value)
-        return border
-
-
-def _moves(value: ir.Value, sizes: Sizes) -> bool:
-    """Whether a tensor is neither a constant nor computed from shapes alone."""
-    return not value.is_initializer() and value not in sizes.shapes.contents and value.const_value is None
-
-
-def _is_local(node: ir.Node, axis: int, sizes: Sizes) -> bool:
-    shapes = [sizes.most[str(v.name)] for v in [*node.inputs, *node.outputs] if v is not None and _moves(v, sizes)]
-    if any(len(shape) != 4 for shape in shapes):
-        return False
-    if node.op_type in _WINDOWS:
-        how = node.attributes
-        unusual = how.get_string("auto_pad", "NOTSET") != "NOTSET" or how.get_int("ceil_mode") == 1
-        of_images = not any(value is not None and _moves(value, sizes) for value in node.inputs[1:])
-        return of_images and _kernel(node) is not None and not unusual
-    if node.op_type == "Resize":
-        # Builders need to see that a resized length is a multiple, which they do not of a strip of any length.
-        return _repeats(node) is not None and (axis != ROWS or sizes.fixed(node.outputs[0], axis) is not None)
-    if node.op_type in _REGROUP:
-        whole = node.op_type == "Split" or all(value is not None and _moves(value, sizes) for value in node.inputs)
-        return whole and node.attributes.get_int("axis", 0) % 4 != axis
-    if node.op_type not in _POINTWISE or any(shape[axis] != shapes[-1][axis] for shape in shapes):
-        return False
-    constants = (sizes.most[str(v.name)] for v in node.inputs if v is not None and not _moves(v, sizes))
-    return all(len(shape) < 4 - axis or shape[axis - 4] == 1 for shape in constants)
-
-
-def _repeats(node: ir.Node) -> int | None:
-    """How often Resize repeats each row; None if that is not all it does."""
-    how = node.attributes
-    scales = node.inputs[2].const_value if len(node.inputs) == 3 and node.inputs[2] is not None else None
-    if scales is None or how.get_string("mode", "nearest") != "nearest":
-        return None
-    if (
-        how.get_string("coordinate_transformation_mode", "") != "asymmetric"
-        or how.get_string("nearest_mode", "") != "floor"
-    ):
-        return None
-    images, _, rows, _ = map(float, scales.numpy())
-    return int(rows) if images == 1 and rows >= 1 and rows == int(rows) else None
-
-
-def _window(node: ir.Node, axis: int) -> _Window:
-    if node.op_type == "Resize" and axis == ROWS:
-        return _Window(1, 0, 1, repeat=_repeats(node) or 1)
-    if node.op_type not in _WINDOWS or axis != ROWS:
-        return _Window(1, 0, 1)
-    kernel = _kernel(node) or [1]
-    stride = node.attributes.get_ints("strides", [1, 1])[0]
-    dilation = node.attributes.get_ints("dilations", [1, 1])[0]
-    return _Window(stride, _pads(node)[0], dilation * (kernel[0] - 1) + 1)
-
-
-def _kernel(node: ir.Node) -> Sequence[int] | None:
-    """Height and width of a window; None if the graph does not say."""
-    if "kernel_shape" in node.attributes:
-        return node.attributes["kernel_shape"].as_ints()
-    weights = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    return None if weights is None else [int(length) for length in weights.shape.numpy()[2:]]
-
-
-def _pads(node: ir.Node) -> Sequence[int]:
-    return node.attributes.get_ints("pads", [0, 0, 0, 0])

@@ -20,7 +20,6 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
-from yolov12.export import plan_command
 from yolov12.plan.arguments import Request, parse
 from yolov12.plan.estimate import Estimate, estimate
 from yolov12.plan.network import load
@@ -42,15 +41,17 @@ def main(args: list[str]) -> int:
     Raises:
         ConfigError: An argument is unknown, malformed or missing.
     """
-    of_export = any(word.lstrip("-").startswith("format=") for word in args)
-    if {"help", "-h", "--help"} & set(args):
-        print(plan_command.__doc__ if of_export else __doc__)
-        return 0
-    if of_export:
+    wants_help = bool({"help", "-h", "--help"} & set(args))
+    if any(word.lstrip("-").startswith("format=") for word in args):
+        from yolov12.plan import exported
+
         with contextlib.redirect_stdout(sys.stderr):
-            text, code = plan_command.main(args)
+            text, code = (exported.__doc__, 0) if wants_help else exported.main(args)
         print(text)
         return code
+    if wants_help:
+        print(__doc__)
+        return 0
     request = parse(args)
     reports = _reports(request)
     print(as_json(reports) if request.json else as_text(reports, request))

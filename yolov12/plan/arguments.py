@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -11,7 +12,7 @@ from yolov12.mas.config import Config
 from yolov12.mas.reading import Reading, limited_bytes
 from yolov12.plan.cards import Card, card
 
-__all__ = ["Request", "parse"]
+__all__ = ["Request", "count", "parse", "read", "switch"]
 
 _DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -73,16 +74,7 @@ def parse(words: list[str]) -> Request:
     Raises:
         ConfigError: A word is unknown, malformed or missing.
     """
-    given = dict(_DEFAULTS)
-    for word in words:
-        key, _, value = word.lstrip("-").partition("=")
-        if key not in given:
-            near = get_close_matches(key, given, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Arguments of plan: {', '.join(given)}"
-            raise ConfigError(f"unknown argument '{key}'. {hint}")
-        if not value and key not in ("json", "amp"):
-            raise ConfigError(f"'{word}' has no value, as in batch=256")
-        given[key] = value or True
+    given = read(words, _DEFAULTS, switches=("json", "amp"))
     found = None if given["gpu"] is None else card(given["gpu"])
     if given["model"] is None:
         raise ConfigError("no model= given. Give a yaml or a weight file, as in model=yolov12s.yaml, or model=all")
@@ -99,25 +91,59 @@ def parse(words: list[str]) -> Request:
         )
     return Request(
         models=models,
-        imgsz=_count("imgsz", given["imgsz"]),
-        batch=_count("batch", given["batch"]),
-        boxes=_count("boxes", given["boxes"]),
-        classes=None if given["classes"] is None else _count("classes", given["classes"]),
+        imgsz=count("imgsz", given["imgsz"]),
+        batch=count("batch", given["batch"]),
+        boxes=count("boxes", given["boxes"]),
+        classes=None if given["classes"] is None else count("classes", given["classes"]),
         optimizer=given["optimizer"],
-        amp=_switch("amp", given["amp"]),
+        amp=switch("amp", given["amp"]),
         config=config,
         card=found,
-        json=_switch("json", given["json"]),
+        json=switch("json", given["json"]),
     )
 
 
-def _count(name: str, value: Any) -> int:
+def read(words: Sequence[str], defaults: Mapping[str, Any], switches: Sequence[str]) -> dict[str, Any]:
+    """Put `key=value` words over defaults.
+
+    Args:
+        words: As written.
+        defaults: All there are.
+        switches: Those that mean True without a value.
+
+    Raises:
+        ConfigError: A word is unknown, or has no value.
+    """
+    given = dict(defaults)
+    for word in words:
+        key, _, value = word.lstrip("-").partition("=")
+        if key not in given:
+            near = get_close_matches(key, given, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Arguments of plan: {', '.join(given)}"
+            raise ConfigError(f"unknown argument '{key}'. {hint}")
+        if not value and key not in switches:
+            raise ConfigError(f"'{word}' has no value, as in batch=256")
+        given[key] = value or True
+    return given
+
+
+def count(name: str, value: Any) -> int:
+    """Read a number of things.
+
+    Raises:
+        ConfigError: It is none.
+    """
     if not str(value).isdecimal() or int(value) < 1:
         raise ConfigError(f"{name}={value}: give a number, as in {name}={_DEFAULTS[name] or 80}")
     return int(value)
 
 
-def _switch(name: str, value: Any) -> bool:
+def switch(name: str, value: Any) -> bool:
+    """Read True or False; `bf16`, as in amp=bf16, is on.
+
+    Raises:
+        ConfigError: It is neither.
+    """
     word = str(value).lower()
     if word not in ("true", "false", "bf16"):
         raise ConfigError(f"{name}={value}: give True or False")

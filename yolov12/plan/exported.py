@@ -14,7 +14,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,18 @@ from yolov12.export import graph
 from yolov12.export.rewrite import Split, split
 from yolov12.export.session import smallest_and_largest, tensors_limit, workspace_for
 from yolov12.mas.config import Config
+from yolov12.plan.arguments import count, read, switch
 
 __all__ = ["main"]
 
 _DEFAULTS: Mapping[str, Any] = {
     "model": None,
     "format": "onnx",
-    "imgsz": "640",
-    "batch": "1",
-    "dynamic": "False",
+    "imgsz": 640,
+    "batch": 1,
+    "dynamic": False,
     "mem": None,
-    "json": "False",
+    "json": False,
 }
 
 
@@ -49,9 +49,16 @@ def main(words: Sequence[str]) -> tuple[str, int]:
     Raises:
         ConfigError: An argument is unknown, malformed or missing.
     """
-    given = _parse(words)
-    shape = (_count("batch", given), 3, _count("imgsz", given), _count("imgsz", given))
-    dynamic = _switch("dynamic", given)
+    given = read(words, _DEFAULTS, switches=("json", "dynamic"))
+    if given["model"] is None:
+        raise ConfigError("no model= given. Give a yaml, a weight file or an .onnx file, as in model=yolov12m.yaml")
+    if given["format"] not in ("onnx", "engine"):
+        raise ConfigError(
+            f"format={given['format']}: plans are made for onnx, and for engine, which has the same graph"
+        )
+    size = count("imgsz", given["imgsz"])
+    shape = (count("batch", given["batch"]), 3, size, size)
+    dynamic, as_json = switch("dynamic", given["dynamic"]), switch("json", given["json"])
     limit = Config.parse({"mem_limit": given["mem"]}).limit
     if isinstance(limit, float):
         raise ConfigError(f"mem={given['mem']} is a share of a card. Give bytes, as in mem=256MiB")
@@ -62,11 +69,11 @@ def main(words: Sequence[str]) -> tuple[str, int]:
         cut, problem = None, ""
         if limit is not None:
             try:
-                cut = split(model, tensors_limit(whole, limit, "mem"), most, least)
+                cut = split(model, tensors_limit(whole, limit), most, least)
             except DoesNotFitError as error:
                 problem = str(error)
     facts = _facts(given["model"], next(iter(most.values())), whole, limit, cut, problem)
-    return json.dumps(facts, indent=2) if _switch("json", given) else _text(facts), int(bool(problem))
+    return json.dumps(facts, indent=2) if as_json else _text(facts), int(bool(problem))
 
 
 def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> Path:
@@ -74,11 +81,12 @@ def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> P
         return Path(name)
     from yolov12 import YOLO
 
+    if Path(name).is_file():  # Ultralytics exports beside the weights
+        link = folder / Path(name).name
+        link.symlink_to(Path(name).resolve())
+        name = str(link)
     model = YOLO(name)
     before = Path.cwd()
-    if Path(name).is_file():  # Ultralytics exports beside the weights
-        (folder / Path(name).name).symlink_to(Path(name).resolve())
-        model = YOLO(folder / Path(name).name)
     os.chdir(folder)
     try:
         exported = model.export(format="onnx", imgsz=shape[2], batch=shape[0], dynamic=dynamic, verbose=False)
@@ -122,35 +130,3 @@ def _text(facts: Mapping[str, Any]) -> str:
     if facts["problem"]:
         lines += ["", f"It does not fit: {facts['problem']}"]
     return "\n".join(lines)
-
-
-def _parse(words: Sequence[str]) -> dict[str, Any]:
-    given = dict(_DEFAULTS)
-    for word in words:
-        key, _, value = word.lstrip("-").partition("=")
-        if key not in given:
-            near = get_close_matches(key, given, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Arguments of plan format=onnx: {', '.join(given)}"
-            raise ConfigError(f"unknown argument '{key}'. {hint}")
-        if not value and key not in ("json", "dynamic"):
-            raise ConfigError(f"'{word}' has no value, as in imgsz=1280")
-        given[key] = value or "True"
-    if given["model"] is None:
-        raise ConfigError("no model= given. Give a yaml, a weight file or an .onnx file, as in model=yolov12m.yaml")
-    if given["format"] not in ("onnx", "engine"):
-        raise ConfigError(
-            f"format={given['format']}: plans are made for onnx, and for engine, which has the same graph"
-        )
-    return given
-
-
-def _count(name: str, given: Mapping[str, Any]) -> int:
-    if not str(given[name]).isdecimal() or int(given[name]) < 1:
-        raise ConfigError(f"{name}={given[name]}: give a number, as in {name}={_DEFAULTS[name]}")
-    return int(given[name])
-
-
-def _switch(name: str, given: Mapping[str, Any]) -> bool:
-    if given[name].lower() not in ("true", "false"):
-        raise ConfigError(f"{name}={given[name]}: give True or False")
-    return bool(given[name].lower() == "true")

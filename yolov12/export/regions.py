@@ -1,0 +1,98 @@
+"""Where strips pay: stretches of a graph that hold much inside and little at their borders."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from yolov12.export.graph import Sizes
+from yolov12.export.tiles import Region
+from yolov12.export.windows import is_local, moves
+
+__all__ = ["Growth"]
+
+_LARGEST = 150  # nodes in a region: beyond, halos cost more than they save
+
+
+class Growth:
+    """Regions of a graph, grown from some nodes to where less is held.
+
+    Args:
+        model: The graph.
+        sizes: Of it.
+        axis: To cut.
+        taken: Nodes that must stay outside, by their first outputs.
+    """
+
+    def __init__(self, model: ir.Model, sizes: Sizes, axis: int, taken: frozenset[str]) -> None:
+        self._sizes, self._axis = sizes, axis
+        self._nodes = [node for node in model.graph if node.outputs[0] not in sizes.shapes.contents]
+        self._index = {node: index for index, node in enumerate(self._nodes)}
+        self._local = [node.outputs[0].name not in taken and is_local(node, axis, sizes) for node in self._nodes]
+        self._before = [1 << index for index in range(len(self._nodes))]  # bit sets: a node and all it depends on
+        for index, node in enumerate(self._nodes):
+            for value in node.inputs:
+                if (maker := self._maker(value)) is not None:
+                    self._before[index] |= self._before[maker]
+
+    def around(self, seeds: frozenset[str], limit: int) -> list[Region]:
+        """Regions that begin with some nodes, each larger than the last and with less to hold at its border.
+
+        Args:
+            seeds: Nodes, by their first outputs.
+            limit: Bytes at the border, at most: those tensors are whole, however small the strips are.
+        """
+        found: list[Region] = []
+        least = limit + 1
+        inside = self._closed(
+            {i for i, node in enumerate(self._nodes) if self._local[i] and node.outputs[0].name in seeds}
+        )
+        fixed: set[ir.Value] = set()
+        while inside and len(inside) <= _LARGEST:
+            border = self._border(inside)
+            total = sum(border.values())
+            if total < least:
+                least = total
+                found.append(Region(frozenset(str(self._nodes[i].outputs[0].name) for i in inside), self._axis))
+            open_ = [value for value in border if value not in fixed and border[value]]
+            if not open_:
+                break
+            value = max(open_, key=lambda each: border[each])
+            larger = self._closed(inside | self._across(value, inside))
+            if larger is None or larger == inside:
+                fixed.add(value)
+            else:
+                inside = larger
+        return found
+
+    def _across(self, value: ir.Value, inside: set[int]) -> set[int]:
+        maker = self._maker(value)
+        if maker is not None and maker not in inside:
+            return {maker}
+        return {self._index[use.node] for use in value.uses() if use.node in self._index}
+
+    def _maker(self, value: ir.Value | None) -> int | None:
+        node = None if value is None else value.producer()
+        return None if node is None else self._index.get(node)
+
+    def _closed(self, inside: set[int]) -> set[int] | None:
+        """With all that lies between its nodes; None if some of that cannot be cut."""
+        before = 0
+        for index in inside:
+            before |= self._before[index]
+        mask = sum(1 << index for index in inside)
+        closed = {i for i in range(len(self._nodes)) if before >> i & 1 and self._before[i] & mask}
+        return closed if all(self._local[i] for i in closed) else None
+
+    def _border(self, inside: set[int]) -> dict[ir.Value, int]:
+        """Tensors that are whole at the border, with their bytes; what the caller holds costs nothing."""
+        shapes = self._sizes.shapes
+        border: dict[ir.Value, int] = {}
+        for index in inside:
+            node = self._nodes[index]
+            for value in node.inputs:
+                if value is not None and moves(value, self._sizes) and self._maker(value) not in inside:
+                    border[value] = 0 if value.is_graph_input() else shapes.bytes_of(value)
+            for value in node.outputs:
+                if value.is_graph_output() or any(self._index.get(use.node, -1) not in inside for use in value.uses()):
+                    border[value] = shapes.bytes_of(value)
+        return border
