@@ -133,6 +133,8 @@ def _from_file(file: str) -> dict[str, Any]:
 
 
 def _train(options: dict[str, Any]) -> None:
+    from ultralytics.utils import RANK
+
     resume = options.get("resume")
     if resume and resume != "auto":
         if resume is True:
@@ -143,6 +145,8 @@ def _train(options: dict[str, Any]) -> None:
     model = _model(options, default="yolov12n.yaml")
     model.train(**options)
     trainer = model.trainer
+    if RANK > 0:
+        return
     print(
         f"\nTrained. Everything is in {trainer.save_dir}\n"
         f"  weights   {trainer.best}\n"

@@ -7,6 +7,7 @@ YOLOv12Error
 │   └── UntrustedWeightsError  a weight file that asks for code we do not run
 ├── ExportError                 an exported graph that its builder refuses
 ├── DoesNotFitError             not even one image fits into memory (also a MemoryError)
+├── RankError                   another process of a training on several devices failed or is gone
 └── SeamError                   the installed Ultralytics lacks something we join (also an ImportError)
 """
 
@@ -37,6 +38,10 @@ class ExportError(YOLOv12Error):
 
 class DoesNotFitError(YOLOv12Error, MemoryError):
     """Not even one image fits into the memory there is; the message says how much it needs and what to do."""
+
+
+class RankError(YOLOv12Error):
+    """Another process of a training on several devices failed, is gone, or has other weights; the message names it."""
 
 
 class SeamError(YOLOv12Error, ImportError):

@@ -7,6 +7,7 @@ imports Ultralytics: `join` is called with each of its modules right after that 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -183,6 +184,60 @@ def _clear_false_starts(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def _find_the_others(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        from yolov12.training import team
+
+        given = inspect.signature(init).bind(self, *args, **kwargs)
+        given.apply_defaults()
+        cfg, overrides = given.arguments["cfg"], given.arguments["overrides"] or {}
+        settings = {**(cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})), **overrides}
+        team.gather(functools.partial(init, self, *args, **kwargs), self, settings)
+
+    return _clear_false_starts(wrapper)
+
+
+def _hand_signals_on(train: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(train)
+    def wrapper(self: Any) -> None:
+        from yolov12.training import team
+
+        team.launch(functools.partial(train, self), self)
+
+    return _clear_false_starts(wrapper)
+
+
+def _share_one_folder(get_save_dir: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(get_save_dir)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from yolov12.training import team
+
+        return team.one_folder(get_save_dir, *args, **kwargs)
+
+    return wrapper
+
+
+def _join_the_others(setup_ddp: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(setup_ddp)
+    def wrapper(self: Any) -> None:
+        from yolov12.training import team
+
+        team.setup_group(functools.partial(setup_ddp, self), self)
+
+    return wrapper
+
+
+def _share_batches(build: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(build)
+    def wrapper(self: Any) -> None:
+        from yolov12.training import team
+
+        team.build_loaders(functools.partial(build, self), self)
+
+    return wrapper
+
+
 def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(check_resume)
     def wrapper(self: Any, overrides: dict[str, Any]) -> None:
@@ -196,11 +251,12 @@ def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..
 def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setup_train)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        from yolov12.training import files, host, memory
+        from yolov12.training import files, host, memory, team
 
         if self.args.mas:
             host.limit_workers(self)
-        setup_train(self, *args, **kwargs)
+        with team.setting_up(functools.partial(memory.why_not, self)):
+            setup_train(self, *args, **kwargs)
         files.make_atomic(self)
         memory.attach(self)
 
@@ -320,12 +376,15 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
         "torch_safe_load": _load_safely,
     },
     "ultralytics.engine.trainer": {
-        "BaseTrainer.__init__": _clear_false_starts,
-        "BaseTrainer.train": _clear_false_starts,
+        "get_save_dir": _share_one_folder,
+        "BaseTrainer.__init__": _find_the_others,
+        "BaseTrainer.train": _hand_signals_on,
         "BaseTrainer.check_resume": _resume_with_our_arguments,
         "BaseTrainer.resume_training": _resume_in_mid_epoch,
         "BaseTrainer._do_train": _save_when_interrupted,
         "BaseTrainer._setup_train": _attach_engine,
+        "BaseTrainer._setup_ddp": _join_the_others,
+        "BaseTrainer._build_train_pipeline": _share_batches,
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": _validate_in_slices},
     "ultralytics.engine.predictor": {"BasePredictor.inference": _predict_in_slices},

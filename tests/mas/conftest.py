@@ -164,7 +164,7 @@ class Bench:
         self.reset()
         loss, items = self.model(self.preprocess(batch))
         loss.sum().backward()
-        return self.outcome(Result(loss.detach(), items, (len(batch["img"]),)))
+        return self.outcome(Result(loss.detach(), items, (len(batch["img"]),), self.meter.stopwatch()))
 
     def outcome(self, result: Result, before: bool = False) -> Outcome:
         """Collect what a step has left."""

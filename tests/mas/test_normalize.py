@@ -63,7 +63,7 @@ def test_one_group_is_pytorch_bit_for_bit(kind, affine):
         norms.begin()
         with norms.within((8,), 0):
             out = layer(x)
-        norms.commit((8,))
+        norms.commit(norms.averages((8,), 8))
         assert torch.equal(out, plain(x))
     torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=2**-52, atol=0)
     torch.testing.assert_close(layer.running_var, plain.running_var, rtol=2**-52, atol=0)
@@ -82,7 +82,7 @@ def test_groups_are_normalised_one_by_one(kind, micro_batches):
         with norms.within(sizes, first):
             out.append(layer(x[start : start + sum(sizes)]))
         start, first = start + sum(sizes), first + len(sizes)
-    norms.commit(groups)
+    norms.commit(norms.averages(groups, sum(groups)))
 
     parts = x.split(groups)
     assert torch.equal(torch.cat(out), torch.cat([copy.deepcopy(plain)(part) for part in parts]))
@@ -106,7 +106,7 @@ def test_group_that_runs_again_counts_once():
         with norms.within((4,), first):
             layer(x[4 * first : 4 * first + 4])
             layer(x[4 * first : 4 * first + 4])  # recomputed in the backward pass
-    norms.commit((4, 4))
+    norms.commit(norms.averages((4, 4), 8))
     mean = (x[:4].mean((0, 2, 3)) + x[4:].mean((0, 2, 3))) / 2
     torch.testing.assert_close(layer.running_mean, 0.9 * plain.running_mean + 0.1 * mean)
     assert layer.num_batches_tracked == 1
@@ -135,7 +135,7 @@ def test_frozen_layers_are_left_alone():
     with norms.within((3, 3), 0):
         inner = model[1](model[0](x))
         model[3](model[2](inner))
-    norms.commit((3, 3))
+    norms.commit(norms.averages((3, 3), 6))
     assert torch.equal(inner, frozen(model[0](x)))
     assert torch.equal(model[1].running_mean, frozen.running_mean)
     assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (0, 1)
@@ -143,7 +143,7 @@ def test_frozen_layers_are_left_alone():
     norms.begin()
     with norms.within((6,), 0):
         model(x)
-    norms.commit((6,))
+    norms.commit(norms.averages((6,), 6))
     assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (1, 2)
 
 
@@ -162,7 +162,7 @@ def test_model_can_be_copied_and_pickled_between_batches():
     norms.begin()
     with norms.within((2, 2), 0):
         model(x)
-    norms.commit((2, 2))
+    norms.commit(norms.averages((2, 2), 4))
     model.eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), model(x))
@@ -188,7 +188,7 @@ def test_batch_without_numbers_does_not_spoil_the_next():
     norms.begin()
     with norms.within((2, 2), 0):
         assert layer(x).isfinite().all()
-    norms.commit((2, 2))
+    norms.commit(norms.averages((2, 2), 4))
     assert layer.running_mean.isfinite().all()
     assert layer.running_var.isfinite().all()
 
@@ -204,7 +204,7 @@ def test_model_without_batchnorm():
     norms.begin()
     with norms.within((2, 2), 0):
         model(torch.ones(4, 3))
-    norms.commit((2, 2))
+    norms.commit(norms.averages((2, 2), 4))
 
 
 class WithActivation(nn.BatchNorm2d):

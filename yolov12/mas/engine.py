@@ -24,6 +24,8 @@ from yolov12.mas.layers import candidates
 from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import WAIT_S, BatchPlanner, WaysOut
 from yolov12.mas.plans import Ladder, make_ladder
+from yolov12.mas.ranks import ALONE, Ranks
+from yolov12.mas.replicas import checksum
 from yolov12.mas.rehearsal import GROUPS, PROFILE_IMAGES, rehearse
 from yolov12.mas.scheduler import History
 from yolov12.mas.speed import NEW_SIZE_MS, SpeedModel
@@ -33,6 +35,8 @@ from yolov12.mas.update import Undo, survive_first_update
 
 __all__ = ["Engine"]
 
+_CHECK_EVERY = 100
+"""Updates after which ranks compare their replicas."""
 _PATIENCE_S = 2.0
 """How long to wait for other processes where smaller images are another way."""
 
@@ -56,6 +60,7 @@ class Engine:
         cache: Folder in which plans are kept from run to run; by default they are made anew.
         ways_out: See `planner.WaysOut`.
         smaller: Called with a batch of which not even one image fits: the same with smaller images, or None.
+        ranks: Processes that share each batch; all of them call the same methods in the same order.
         log: Takes lines for the user.
     """
 
@@ -73,6 +78,7 @@ class Engine:
         cache: Path | None = None,
         ways_out: WaysOut = lambda share: (),
         smaller: Callable[[Any], Any | None] | None = None,
+        ranks: Ranks = ALONE,
         log: Callable[[str], None] = _log,
     ) -> None:
         self.config = config or Config()
@@ -91,7 +97,8 @@ class Engine:
         self._task, self._ways_out, self._smaller, self._log = task, ways_out, smaller, log
         self._notes: list[str] = []
         self._layers = candidates(model, layers, self.config.disabled_layers)
-        self._step = Step(model, task, self.meter, backward, self._layers, activations)
+        self._ranks = ranks
+        self._step = Step(model, task, self.meter, backward, self._layers, activations, ranks)
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._ladder: Ladder | None = None  # made when a batch does not fit as it is
@@ -101,19 +108,25 @@ class Engine:
         self._device_name = _name(next(model.parameters()).device)
         self._known = False
         self._images, self._most_boxes, self._patience_s = 0, 0, float(WAIT_S)  # of the batch at hand
+        self._of_all = 0  # its images on all ranks
         self._done: list[_Done] = []  # since the last update
         self._rows: list[tuple[Row, list[_Done]]] = []  # whose time is not known yet
         self._updates = 0
 
-    def step(self, batch: Any) -> Result:
+    def step(self, batch: Any, of_all: int | None = None) -> Result:
         """Run forward and backward of a batch; its gradient is then on the parameters, added to what was there.
 
         Args:
-            batch: On the host, of the kind the task knows; pinned memory lets copying overlap with computing.
+            batch: On the host, of the kind the task knows; pinned memory lets copying overlap with computing. Where
+                there are several ranks, this one's share, which may be no image, but for the first batch.
+            of_all: Images that all ranks have of the batch; by default those of this one.
 
         Raises:
-            DoesNotFitError: Not even one image fits. Gradients and running statistics are as before.
+            DoesNotFitError: Not even one image fits, here or on another rank. Gradients and running statistics are as
+                before.
+            RankError: Another rank failed or is gone.
         """
+        self._of_all = of_all or 0
         if self._done and all(parameter.grad is None for parameter in self._parameters):
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
         try:
@@ -134,19 +147,18 @@ class Engine:
 
     def _run(self, batch: Any, patience_s: float) -> Result:
         work, self._patience_s = self._look_at(batch), patience_s
-        self._images, self._most_boxes = work.images, max(work.boxes)
+        self._images, self._most_boxes = work.images, max(work.boxes, default=self._most_boxes)
         if not self._known:
             self._get_to_know(batch, work)
         planner = self._planner(work)
-        if self._wants_ladder(planner) and self.cost.largest and not self._fits(work.images, work, planner):
+        wants_ladder = work.images and self.cost.largest and self._wants_ladder(planner)
+        if wants_ladder and not self._fits(work.images, work, planner):
             self._make_ladder(batch, work)
             planner = self._planner(work)
-        watch = self.meter.stopwatch()
-        result = self._step.run(batch, work.images, planner)
-        watch.stop()
+        result = self._step.run(batch, work.images, planner, self._of_all or work.images)
         self._history = planner.history
         self.latest, self.micro_batches = planner, result.micro_batches
-        self._done.append(_Done(work, planner, result.micro_batches, watch))
+        self._done.append(_Done(work, planner, result.micro_batches, result.watch))
         return result
 
     def update(
@@ -173,23 +185,25 @@ class Engine:
         else:
             failures = survive_first_update(update or plain, optimizer, self.meter.release, remember)
         self._updates += 1
+        if self._ranks.size > 1 and self._updates % _CHECK_EVERY == 0:
+            self._ranks.say.checksum = checksum(self._step.model)
         if self._done:
             self._record(("out-of-memory in the optimizer",) * failures)
 
     def would_fit(self, height: int, width: int, *, whole_group: bool) -> bool:
-        """Whether images of a size are predicted to fit into what is free now; True before anything is known.
+        """Whether images of a size are predicted to fit into what is free now, on every rank; True before all is known.
 
         Args:
             height, width: In pixels.
             whole_group: A BatchNorm group with everything kept; otherwise one image with as little as can be.
         """
         if self.latest is None or not self.cost.largest:
-            return True
+            return self._ranks.all(True)
         images, level = (self.bn_group or 1, 0) if whole_group else (1, len(self._step.plans) - 1)
         reading = self.meter.read()
         _, needed_bytes = self.cost.upper(Features(images, height, width, self._most_boxes, level))
         budget_bytes = reading.budget_bytes(self.config.safety_ratio)
-        return reading.live_bytes + self._gradient_bytes + needed_bytes <= budget_bytes
+        return self._ranks.all(reading.live_bytes + self._gradient_bytes + needed_bytes <= budget_bytes)
 
     def note(self, event: str) -> None:
         """Add an event to the row of the step at hand."""
@@ -267,7 +281,9 @@ class Engine:
         if self.bn_group is None:
             if self._ladder is None and not self._fits(min(GROUPS[0], work.images), work, planner):
                 self._make_ladder(batch, work)
-            self.bn_group = next((group for group in GROUPS if self._holds(group, work, planner)), 1)
+            most = max((self._of_all or work.images) // self._ranks.size, 1)  # so that each rank has a group
+            held = (group for group in GROUPS if (group <= most or self._ranks.size == 1) and self._holds(group, work, planner))
+            self.bn_group = self._ranks.least(next(held, 1))
             held = f"; other processes hold {(planner.reading.others_bytes or 0) / 2**20:,.0f} MiB"
             others = held if self.bn_group < GROUPS[0] else ""
             self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group) in this run{others}")
@@ -347,7 +363,7 @@ class Engine:
             micro_batches=tuple(size for done in self._done for size in done.micro_batches),
             plan=str(self._step.plans[planners[-1].level]),
             image_size=f"{works[-1].height}x{works[-1].width}",
-            max_boxes=max(max(work.boxes) for work in works),
+            max_boxes=max(max(work.boxes, default=0) for work in works),
             predicted_bytes=max(planner.predicted_bytes for planner in planners),
             peak_bytes=max(planner.peak_bytes for planner in planners),
             held_bytes=planners[-1].reading.held_bytes,
@@ -371,9 +387,8 @@ class Engine:
                 return
             del self._rows[0]
             for done, time_ms in zip(batches, times, strict=True):
-                if time_ms is not None and done.planner.undisturbed:
-                    work = done.work
-                    self.speed.observe(done.micro_batches, work.height, work.width, done.planner.level, time_ms)
+                if time_ms is not None and done.planner.undisturbed and done.micro_batches:
+                    self._take_time(done, time_ms)
             if self.journal is not None:
                 self.journal.busy(self.meter.busy_percent())
                 try:
@@ -381,6 +396,13 @@ class Engine:
                 except OSError as error:  # a full disk is no reason to end a training
                     self._log(f"memory: the journal ends here, {error}")
                     self.journal = None
+
+    def _take_time(self, done: _Done, ms: float) -> None:
+        work, level = done.work, done.planner.level
+        usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.micro_batches)
+        if usual and self._ranks.size > 1:
+            self._ranks.say.images, self._ranks.say.ms = work.images, ms
+        self.speed.observe(done.micro_batches, work.height, work.width, level, ms)
 
 
 def _name(device: torch.device) -> str:

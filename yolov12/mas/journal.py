@@ -63,7 +63,7 @@ class Row:
         """Return the values of `COLUMNS`: MiB, milliseconds and images a second with one decimal, empty if unknown."""
         sizes_bytes = (self.predicted_bytes, self.peak_bytes, self.held_bytes, self.free_bytes, self.budget_bytes)
         return (
-            *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches))),
+            *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches or (0,)))),
             *(self.plan, self.image_size, self.max_boxes),
             *(f"{size_bytes / 2**20:.1f}" for size_bytes in sizes_bytes),
             "" if self.step_ms is None else f"{self.step_ms:.1f}",
@@ -79,13 +79,19 @@ class Journal:
         folder: Of the run; exists.
         resume: Go on after what is there. A last line that a kill cut off is dropped.
         steps: With `resume`, rows after so many are dropped: these steps will be made again.
+        rank: Of several processes, each keeps rows of its own share, in memory.rank1.csv and so on; that of rank 0 sums
+            them all up.
+        ranks: How many there are.
 
     Raises:
         OSError: From any method: the folder is gone, may not be written to, or its disk is full.
     """
 
-    def __init__(self, folder: str | Path, *, resume: bool = False, steps: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, resume: bool = False, steps: int | None = None, rank: int = 0, ranks: int = 1) -> None:
         self._csv, self._json, self._picture = (Path(folder, f"memory.{suffix}") for suffix in ("csv", "json", "png"))
+        self._rank, self._ranks = rank, ranks
+        if rank:
+            self._csv = self._csv.with_name(f"memory.rank{rank}.csv")
         self._lost = self._samples = 0
         self._percent_sum = 0.0
         self._before: Mapping[str, float | None] = {}

@@ -110,6 +110,7 @@ class GroupedBatchNorm:
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
+        self._usual: set[int] = set()  # of the batch before
         self.listener: Callable[[nn.Module, Tensor, Tensor, Again], None] | None = None
         """Is told of every output: the layer, the output, the input, and what makes the one of the other."""
 
@@ -125,10 +126,11 @@ class GroupedBatchNorm:
             like = layers[0].running_mean if layers else None
             self._means = torch.empty(0) if like is None else like.new_zeros(0, sum(self._channels))
             self._variances, self._views = self._means.clone(), []
+            self._usual.clear()
         # A value that is overwritten is multiplied by zero first, which an overflow would survive.
         self._means.zero_()
         self._variances.zero_()
-        self._called.clear()
+        self._called = set()
 
     @contextmanager
     def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
@@ -157,22 +159,39 @@ class GroupedBatchNorm:
         finally:
             self._activated = None
 
-    def commit(self, groups: Sequence[int]) -> None:
+    def averages(self, groups: Sequence[int], images: int) -> list[Tensor]:
+        """Give this rank's part of the batch's statistics, for summing up; overwrites what groups left.
+
+        Args:
+            groups: Images in each group of this rank, by which their statistics are weighted.
+            images: Of all ranks.
+        """
+        if not self._layers:
+            return []
+        if not groups:
+            self._called = self._usual  # follows the other ranks
+        shares = [size / images for size in groups]
+        parts = []
+        for rows in (self._means, self._variances):
+            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
+            parts.append(rows[: len(groups)].sum(0))
+        return parts
+
+    def commit(self, averages: Sequence[Tensor]) -> None:
         """Finish a batch: move the running statistics.
 
         Args:
-            groups: Images in each group of the whole batch, by which their statistics are weighted.
+            averages: Sums of what `averages` gave on all ranks.
         """
+        self._usual = self._called
         if not self._called:
             return
         called = sorted(self._called)
         layers = [self._layers[index] for index in called]
         momenta = [float(layer.momentum or 0.0) for layer in layers]
-        shares = [size / sum(groups) for size in groups]
-        for name, rows in (("running_mean", self._means), ("running_var", self._variances)):
+        for name, average in zip(("running_mean", "running_var"), averages, strict=True):
             running: list[Tensor] = [getattr(layer, name) for layer in layers]
-            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
-            mean = rows[: len(groups)].sum(0).split(self._channels)
+            mean = average.split(self._channels)
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
             torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index in called], momenta)))
         counts: list[Tensor] = [layer.num_batches_tracked for layer in layers]  # type: ignore[misc]

@@ -5,7 +5,8 @@ The gradient is that of the whole batch at once, however it was cut and whatever
 - a loss is numerator / normaliser, and numerators and normalisers are added up apart (total.py);
 - BatchNorm sees fixed groups of images (normalize.py);
 - a micro-batch computes its gradient on its own, and it is added when it is complete. A failed allocation costs the
-  micro-batch it hit: its gradient is dropped, the random generators are set back, and what is left runs again, smaller.
+  micro-batch it hit: its gradient is dropped, the random generators are set back, and what is left runs again, smaller;
+- several processes exchange nothing until all are through with their shares, and then only sums (ranks.py).
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from yolov12.errors import RankError
 from yolov12.mas import gradients
 from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.failures import is_out_of_memory
 from yolov12.mas.feed import Feed
-from yolov12.mas.meter import Meter
+from yolov12.mas.meter import Meter, Stopwatch
 from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.task import Task
+from yolov12.mas.ranks import ALONE, Ranks
+from yolov12.mas.task import Loss, Task
 from yolov12.mas.total import Total
 
 __all__ = ["Failure", "Planner", "Result", "Step"]
@@ -71,7 +74,9 @@ class Result:
     items: Mapping[str, Tensor]
     """Of the whole batch."""
     micro_batches: tuple[int, ...]
-    """Images in each, in the order they ran."""
+    """Images in each that ran here, in the order they ran."""
+    watch: Stopwatch
+    """Of this process's own work."""
 
 
 class Step:
@@ -84,6 +89,7 @@ class Step:
         backward: Differentiates a scalar; scales it first if half precision needs that.
         layers: Those that plans may name; see `checkpointing`.
         activations: See `normalize.GroupedBatchNorm`.
+        ranks: Processes that share each batch.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class Step:
         backward: Callable[[Tensor], None],
         layers: Mapping[str, nn.Module] | None = None,
         activations: Mapping[nn.Module, nn.Module] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._device = next(model.parameters()).device
@@ -101,34 +108,43 @@ class Step:
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """What a planner's level stands for."""
+        self._ranks = ranks
         self._parameters: list[nn.Parameter] = []
-        self._per_image: Tensor | None = None  # normaliser of the batch before
+        # Of the batch before:
+        self._per_image: Tensor | None = None  # normaliser
+        self._nothing: Loss | None = None  # a loss of no image
+        self._with_gradient: list[bool] = []  # of the parameters
 
     @property
     def fused(self) -> int:
         """BatchNorms that ran in one operation with their activation last."""
         return self._norms.fused
 
-    def run(self, batch: Any, images: int, planner: Planner) -> Result:
+    def run(self, batch: Any, images: int, planner: Planner, of_all: int | None = None) -> Result:
         """Run a batch, forward and backward.
 
         Args:
-            batch: On the host.
-            images: How many are in it.
+            batch: On the host: of several ranks, this one's share.
+            images: How many are in it; where there are several ranks, perhaps none.
             planner: See `Planner`.
+            of_all: Images of all ranks; by default there is one.
 
         Raises:
-            DoesNotFitError: From the planner. Gradients and running statistics are as before.
+            DoesNotFitError: From the planner, here or on another rank. Gradients and running statistics are as before.
+            RankError: Another rank failed or is gone.
         """
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         before, state = gradients.take(self._parameters), _RandomState(self._device)
-        total = Total(images, self._task.floor, self._per_image)
+        of_all = images if of_all is None else of_all
+        total = Total(of_all, self._task.floor, self._per_image)
         feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
         ran: list[int] = []
         groups_done: list[int] = []
         start, failure = 0, None
+        watch = self._meter.stopwatch()
         try:
+            self._ranks.reserve(self._parameters)
             while start < images:
                 plan = planner.plan(start, failure)
                 failure = None
@@ -144,17 +160,39 @@ class Step:
                     groups_done += groups
                     ran.append(stop - start)
                     start = stop
-            result = Result(total.loss(), total.items(), tuple(ran))
-            self._per_image = total.normaliser() / images
-            finished = total.finished_gradients()
-            self._norms.commit(groups_done)
-        except BaseException:
+            watch.stop()
+            finished, statistics = self._put_together(total, groups_done, of_all)
+            result = Result(total.loss(), total.items(), tuple(ran), watch)
+            self._per_image = total.normaliser() / of_all
+            self._norms.commit(statistics)
+        except BaseException as error:
             feed.drop()
             gradients.give(self._parameters, before)
             state.restore()
+            if not isinstance(error, RankError):
+                self._ranks.agree(error)
             raise
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
+
+    def _put_together(
+        self, total: Total, groups_done: list[int], of_all: int
+    ) -> tuple[gradients.Gradients, list[Tensor]]:
+        """Gradients and BatchNorm's statistics of the batch, over all ranks."""
+        if not groups_done:
+            assert self._nothing is not None
+            total.add(self._nothing)
+        statistics = self._norms.averages(groups_done, of_all)
+        self._ranks.agree()
+        total.sum_over(self._ranks)
+        finished = total.finished_gradients()
+        if finished is None:
+            both = zip(self._parameters, self._with_gradient, strict=True)
+            finished = [torch.zeros_like(parameter) if there else None for parameter, there in both]
+        self._ranks.sum([*(gradient for gradient in finished if gradient is not None), *statistics])
+        if self._ranks.size > 1:
+            self._nothing, self._with_gradient = total.nothing(), [gradient is not None for gradient in finished]
+        return finished, statistics
 
     def rehearse(
         self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None

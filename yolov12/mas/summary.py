@@ -97,7 +97,7 @@ def summarise(
         [float(row[name]) for row in rows] for name in ("peak_mib", "predicted_mib", "budget_mib")
     )
     errors = [abs(predicted - peak) / peak * 100 for predicted, peak in zip(predictions, peaks, strict=True) if peak]
-    largest = [max(map(int, row["micro_batches"].split())) for row in rows]
+    largest = [max(map(int, row["micro_batches"].split())) for row in rows if int(row["images"])]
     speeds = [float(row["images_per_s"]) for row in rows if row["images_per_s"]]
     mean = fmean(peaks) if peaks else None
     return Summary(

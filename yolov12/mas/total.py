@@ -1,8 +1,8 @@
 """The loss and gradient of a batch from those of its parts.
 
 A loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of
-target scores) is known only after its last part. So numerators are differentiated, divided by a guess that keeps half
-precision in range, and the gradient is multiplied by guess / normaliser at the end.
+target scores) is known only after its last part, of all ranks. So numerators are differentiated, divided by a guess that
+keeps half precision in range, and the gradient is multiplied by guess / normaliser at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from yolov12.mas import gradients
+from yolov12.mas.ranks import ALONE, Ranks
 from yolov12.mas.task import Loss
 
 __all__ = ["Total"]
@@ -22,7 +23,7 @@ class Total:
     """Adds up numerators, normalisers and gradients of the parts of a batch.
 
     Args:
-        images: In the batch.
+        images: In the batch, over all ranks.
         floor: See `task.Task`.
         per_image: Normaliser of an image in the batch before, for the guess; the first part may hold nothing to find.
     """
@@ -32,6 +33,8 @@ class Total:
         self._guess: Tensor | None = None
         self._gradients: gradients.Gradients | None = None
         self._parts: list[tuple[Tensor, Tensor, Mapping[str, Tensor]]] = []
+        self._sum: Tensor | None = None  # of normalisers, over all ranks
+        self._whole: tuple[Tensor, dict[str, Tensor]] | None = None  # loss and items, over all ranks
 
     def scaled(self, loss: Loss, images: int) -> Tensor:
         """The part's numerator over the guess of the batch's normaliser."""
@@ -55,20 +58,41 @@ class Total:
         items = {name: item.detach() for name, item in loss.items.items()}
         self._parts.append((self._as_tensor(loss), loss.value.detach(), items))
 
-    def finished_gradients(self) -> gradients.Gradients:
-        """Gradients of the batch's loss."""
-        assert self._gradients is not None
-        assert self._guess is not None
-        if len(self._parts) > 1:
+    def sum_over(self, ranks: Ranks) -> None:
+        """Make loss, items and normaliser those of all ranks; the gradients finished here are then for summing up."""
+        if ranks.size == 1:
+            return
+        _, value, items = self._parts[0]
+        names = sorted(items)  # of the same order on all ranks
+        numerators = [torch.zeros_like(number, dtype=torch.float64) for number in (value, *map(items.get, names))]
+        for normaliser, value, items in self._parts:
+            weight = normaliser.clamp(min=self._floor)
+            torch._foreach_add_(numerators, [number * weight for number in (value, *map(items.get, names))])
+        self._sum = torch.stack([normaliser for normaliser, *_ in self._parts]).sum()
+        ranks.sum([self._sum, *numerators])
+        loss, *rest = [(number / self.normaliser()).to(value.dtype) for number in numerators]
+        self._whole = loss, dict(zip(names, rest, strict=True))
+
+    def finished_gradients(self) -> gradients.Gradients | None:
+        """Gradients of the batch's loss; None where there was no part."""
+        if self._gradients is not None and (len(self._parts) > 1 or self._whole is not None):
+            assert self._guess is not None
             gradients.scale(self._gradients, self._guess / self.normaliser())
         return self._gradients
 
+    def nothing(self) -> Loss:
+        """A loss of no image, of the form of those added."""
+        _, value, items = self._parts[0]
+        return Loss(torch.zeros_like(value), 0.0, {name: torch.zeros_like(item) for name, item in items.items()})
+
     def loss(self) -> Tensor:
         """The batch's loss."""
-        return self._combined([value for _, value, _ in self._parts])
+        return self._whole[0] if self._whole else self._combined([value for _, value, _ in self._parts])
 
     def items(self) -> dict[str, Tensor]:
         """The batch's items."""
+        if self._whole:
+            return self._whole[1]
         return {name: self._combined([items[name] for *_, items in self._parts]) for name in self._parts[0][2]}
 
     def _combined(self, values: list[Tensor]) -> Tensor:
@@ -79,7 +103,8 @@ class Total:
 
     def normaliser(self) -> Tensor:
         """The batch's, or the floor."""
-        return torch.stack([normaliser for normaliser, *_ in self._parts]).sum().clamp(min=self._floor)
+        own = torch.stack([normaliser for normaliser, *_ in self._parts]).sum() if self._sum is None else self._sum
+        return own.clamp(min=self._floor)
 
     @staticmethod
     def _as_tensor(loss: Loss) -> Tensor:

@@ -43,7 +43,9 @@ class DetectionTask:
     ) -> None:
         self._preprocess, self._multi_scale = preprocess, multi_scale
         self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
-        self._images = 0
+        self.of_all = 0
+        """Images of the batch at hand on all ranks, for the one who knows; 0 for one rank."""
+        self._images = self._whole = 0
         self._boxes: list[int] = []  # of each of them
         self._ascending = False
         self._draw: Any = None  # the state of `random` from which all parts of a batch draw the same size
@@ -57,8 +59,9 @@ class DetectionTask:
         """See `mas.Task`."""
         images: Tensor = batch["img"]
         self._images = len(images)
+        self._whole = self.of_all or self._images
         self._draw = random.getstate() if self._multi_scale else None
-        if self._multi_scale:
+        if self._multi_scale and self._images:
             # A user's own preprocessing may look at more than images, and write on it.
             one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
             try:
@@ -105,7 +108,7 @@ class DetectionTask:
         images = len(boxes)
         normaliser: Tensor | float = sums[0] if self.exact else float(images)
         # The loss is times the images it is of; make it times those of the batch.
-        return Loss(loss if images == self._images else loss * (self._images / images), normaliser, items)
+        return Loss(loss if images == self._whole else loss * (self._whole / images), normaliser, items)
 
     @contextmanager
     def _same_draw(self) -> Iterator[None]:

@@ -16,6 +16,8 @@ class Interruption:
     """Turns SIGTERM, as `docker stop` sends it, into SystemExit(143), and SIGINT into KeyboardInterrupt."""
 
     def __init__(self) -> None:
+        self.at_once = True
+        """Whether an exception comes when the signal does, rather than where `check` is called."""
         self._signal: int | None = None
         self._deferrals = 0
         self._stock: dict[int, Any] = {}
@@ -38,6 +40,11 @@ class Interruption:
             if handler is not signal.default_int_handler:
                 handler(arrived, None)
 
+    @property
+    def due(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """Let a signal wait until the block is through."""
@@ -46,7 +53,8 @@ class Interruption:
             yield
         finally:
             self._deferrals -= 1
-        self.check()
+        if self.at_once:
+            self.check()
 
     def check(self) -> None:
         """Raise what is due: an exception from a handler can be lost, in a destructor for example."""
@@ -55,4 +63,5 @@ class Interruption:
 
     def _arrived(self, number: int, _: FrameType | None) -> None:
         self._signal = number
-        self.check()
+        if self.at_once:
+            self.check()

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
 from yolov12.training.arrangement import arranged
+from yolov12.training.sharing import SHARE, Sharing
 
 __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "random_state", "resumable", "set_random_state"]
 
@@ -78,13 +79,16 @@ class ResumableLoader:
         loader: An `InfiniteDataLoader` that has given no batch yet.
         image_size: Of the batches that stand for skipped ones.
         arrange: Whether images of a batch are brought into the order of `arrangement`.
+        sharing: Where several ranks share each batch.
     """
 
-    def __init__(self, loader: Any, image_size: int, *, arrange: bool = False) -> None:
-        self._loader, self._image_size = loader, image_size
-        self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator)
+    def __init__(
+        self, loader: Any, image_size: int, *, arrange: bool = False, sharing: Sharing | None = None
+    ) -> None:
+        self._loader, self._image_size, self._sharing = loader, image_size, sharing
+        self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator, sharing)
         self._first = _FirstState(loader.worker_init_fn)
-        self._collate = loader.collate_fn = _Collate(loader.collate_fn, arrange)
+        self._collate = loader.collate_fn = _Collate(loader.collate_fn, arrange, sharing is None)
         self._data = data_of(loader)
         loader.worker_init_fn = self._first
         self._workers: dict[int, _Worker | bytes] = {}
@@ -106,11 +110,7 @@ class ResumableLoader:
         self.position, skip, self._skip = 0, self._skip, 0
         for _ in range(skip):
             self.position += 1
-            yield {
-                "img": torch.zeros(0, 3, self._image_size, self._image_size),
-                "cls": torch.zeros(0, 1),
-                SKIPPED: True,
-            }
+            yield {**self._no_image(), SKIPPED: True}
         then, self._then = self._then, lambda: None
         then()
         for batch in itertools.islice(self._loader, len(self) - skip):
@@ -123,12 +123,25 @@ class ResumableLoader:
                 self._workers[index] = packed
                 self._next_worker = (index + 1) % self._loader.num_workers
             self.position += 1
+            if self._sharing is not None:
+                batch = {**(batch or self._no_image()), SHARE: self._sharing.taken()}
             yield batch
+
+    def _no_image(self) -> dict[str, Tensor]:
+        size = self._image_size
+        return {
+            "img": torch.zeros(0, 3, size, size, dtype=torch.uint8),
+            "cls": torch.zeros(0, 1),
+            "bboxes": torch.zeros(0, 4),
+            "batch_idx": torch.zeros(0),
+        }
 
     def reset(self) -> None:
         """See `InfiniteDataLoader`: what was loaded ahead is dropped, as the data set has changed."""
         self._loader.reset()
         self._order.drawn.clear()
+        if self._sharing is not None:
+            self._sharing.drop()
         if self._order.begin is not None and not self._skip:  # the epoch that was skipped had nothing left to load
             self._order.begin, self._first.states = None, []
             self._loader.generator.set_state(self._generator)
@@ -144,14 +157,16 @@ class ResumableLoader:
         """How to go on after the batch given last; `for_file` makes it fit for a file."""
         count = self._loader.num_workers
         order = [(self._next_worker + index) % count for index in range(count)]
+        workers = [self._workers.get(index) or {"seed": self._seed(index)} for index in order]
+        by_place = self._sharing is not None  # then there is nothing to remember
         return {
             "data": self._data,
             "position": self.position,
             "arrange": self._collate.arrange,
             "order": self._epoch_order,
             "generator": self._loader.generator.get_state(),
-            "workers": [self._workers.get(index) or {"seed": self._seed(index)} for index in order],
-            "buffer": list(self._buffer()),
+            "workers": [] if by_place else workers,
+            "buffer": [] if by_place else list(self._buffer()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], then: Callable[[], None]) -> bool:
@@ -169,6 +184,8 @@ class ResumableLoader:
         self._collate.arrange = state["arrange"]
         self._epoch_order = state["order"]
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
+        if self._sharing is not None:
+            return True
         if len(state["workers"]) != self._loader.num_workers:
             return False
         self._first.states = list(state["workers"])
@@ -188,8 +205,8 @@ class ResumableLoader:
 class _Order:
     """Batches of indices, over and over; keeps how the order of each epoch was drawn."""
 
-    def __init__(self, batches: Any, generator: torch.Generator) -> None:
-        self._batches, self._generator = batches, generator
+    def __init__(self, batches: Any, generator: torch.Generator, sharing: Sharing | None) -> None:
+        self._batches, self._generator, self._sharing = batches, generator, sharing
         self.drawn: deque[Tensor] = deque()
         """State of the generator before each epoch that is not begun; workers are ahead of the training."""
         self.begin: tuple[Tensor, int] | None = None
@@ -203,21 +220,30 @@ class _Order:
         if self.begin is not None:
             (state, skip), self.begin = self.begin, None
             self._generator.set_state(state)
+        state = self._generator.get_state()
         if skip < len(self):
-            self.drawn.append(self._generator.get_state())
-        yield from itertools.islice(iter(self._batches), skip, None)
+            self.drawn.append(state)
+        batches = itertools.islice(iter(self._batches), skip, None)
+        if self._sharing is None:
+            yield from batches
+            return
+        epoch = zlib.crc32(state.numpy().tobytes())
+        for position, indices in enumerate(batches, skip):
+            yield self._sharing.cut(indices, f"{epoch} {position}")
 
 
 class _Collate:
-    """Adds to a batch the state of the worker that loaded it."""
+    """Adds to a batch the state of the worker that loaded it, unless images are augmented by their place."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool) -> None:
-        self._collate, self.arrange = collate, arrange
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool) -> None:
+        self._collate, self.arrange, self._add_state = collate, arrange, add_state
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()
         state = None
-        if worker is not None:
+        if not samples:  # a share of no image
+            return {_STATE: state}
+        if worker is not None and self._add_state:
             buffer = list(getattr(worker.dataset, "buffer", []))
             state = worker.id, _packed({"buffer": buffer, "random": random_state()})
         if self.arrange:

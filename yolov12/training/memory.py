@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import copy
 import math
+import random
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from yolov12.mas import Config, Engine, Journal
+from yolov12.errors import ConfigError
+from yolov12.mas import Config, Engine, Journal, Result
 from yolov12.mas.config import DEFAULTS
+from yolov12.mas.ranks import ALONE, Ranks
 from yolov12.mas.rehearsal import GROUPS
 from yolov12.mas.update import Undo, copy_on_host
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
+from yolov12.training import team
 from yolov12.training.data_layer import DataLayer, rungs
 from yolov12.training.detection import DetectionTask
 from yolov12.training.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.options import Interval
 from yolov12.training.run_state import FILE, Keeper, find
+from yolov12.training.sharing import SHARE, Share, Sharing, augment_by_place
 
-__all__ = ["STATE", "attach", "do_train", "resume"]
+__all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
 
 STATE = "mas_state"
 """Of the trainer and of a checkpoint's `optimizer`: what the engine had learned when it was saved."""
@@ -46,7 +52,7 @@ def attach(trainer: Any) -> None:
     model = _unwrapped(trainer)
     if not trainer.resume:
         Path(trainer.wdir, FILE).unlink(missing_ok=True)  # of another run that was in this folder
-    if (reason := _why_not(trainer, model)) is not None:
+    if (reason := why_not(trainer, model)) is not None:
         if trainer.args.mas:
             LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
         if ignored := _ignored(trainer.args):
@@ -59,6 +65,8 @@ def attach(trainer: Any) -> None:
         multi_scale=trainer.args.multi_scale > 0,
         overlapping_masks=trainer.args.overlap_mask,
     )
+    others = team.found()
+    ranks = others.ranks if others is not None else ALONE
     if not task.exact:
         LOGGER.info("memory: parts of a batch are weighted by images, as this loss is not divided by one sum")
     state = getattr(trainer, _FOUND, None)
@@ -66,18 +74,25 @@ def attach(trainer: Any) -> None:
         model,
         task,
         Config.parse(vars(trainer.args)),
-        journal=Journal(trainer.save_dir, resume=bool(trainer.resume), steps=state and state["rows"]),
+        journal=Journal(
+            trainer.save_dir,
+            resume=bool(trainer.resume),
+            steps=state and state["rows"],
+            rank=ranks.rank,
+            ranks=ranks.size,
+        ),
         backward=lambda loss: trainer.scaler.scale(loss).backward(),
         layers=layer_names(model),
         activations=activations(model),
         cache=USER_CONFIG_DIR / "yolov12-plans",
         ways_out=lambda share: _ways_out(trainer, share),
         smaller=data_layer.smaller if trainer.args.mas_data != "off" else None,
+        ranks=ranks,
         log=LOGGER.info,
     )
     _keep_what_is_learned(trainer, engine)
     data_layer.serve(engine)
-    joint = _Joint(trainer, model, engine, data_layer)
+    joint = _Joint(trainer, model, task, engine, data_layer, ranks)
     if state is not None and joint.keeper is not None:
         joint.keeper.restore(state)
         delattr(trainer, _FOUND)
@@ -89,7 +104,7 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
         stock_resume(trainer, checkpoint)
         return
     setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
-    exact = _why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
+    exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
     if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
         from ultralytics.utils import LOGGER
@@ -105,15 +120,22 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
 
 def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     """Run Ultralytics' `_do_train`; whatever ends it, nothing is lost that was done."""
+    others = team.found()
     try:
-        return stock_train(trainer)
-    except BaseException:
+        done = stock_train(trainer)
+        if others is not None:
+            others.ranks.all(True)  # files of all are complete
+        return done
+    except BaseException as error:
+        if others is not None:
+            others.lookout.leaving(str(error) or type(error).__name__)
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
             keeper.save_at_last()
         raise
     finally:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
             keeper.end()
+        team.disband()
 
 
 def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
@@ -127,18 +149,38 @@ def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
 class _Joint:
     """Stands between one trainer and its engine."""
 
-    def __init__(self, trainer: Any, model: nn.Module, engine: Engine, data_layer: DataLayer) -> None:
-        self._trainer, self._engine, self._data_layer = trainer, engine, data_layer
+    def __init__(
+        self,
+        trainer: Any,
+        model: nn.Module,
+        task: DetectionTask,
+        engine: Engine,
+        data_layer: DataLayer,
+        ranks: Ranks,
+    ) -> None:
+        self._trainer, self._task, self._engine, self._data_layer = trainer, task, engine, data_layer
+        self._ranks = ranks
         self._of_epoch: dict[str, float] = {}
         self.keeper: Keeper | None = None  # of a loader of the user's own, nothing is known
+        self._sharing: Sharing | None = None
         if resumable(trainer.train_loader):
+            if ranks.size > 1:
+                self._sharing = _share(trainer, ranks, engine.config.bn_group)
             arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
-            loader = ResumableLoader(trainer.train_loader, trainer.args.imgsz, arrange=arrange)
+            loader = ResumableLoader(
+                trainer.train_loader,
+                trainer.args.imgsz,
+                arrange=arrange and self._sharing is None,  # of a share, no rank knows the whole
+                sharing=self._sharing,
+            )
             trainer.train_loader = loader
+            every = Interval.parse(trainer.args.save_every)
             self.keeper = Keeper(
-                trainer, model, engine, loader, Interval.parse(trainer.args.save_every), data_layer, self._of_epoch
+                trainer, model, engine, loader, every, data_layer, self._of_epoch, saves=ranks.rank == 0
             )
             setattr(trainer, _KEEPER, self.keeper)
+        elif ranks.size > 1:
+            raise ConfigError("a training loader of your own cannot be shared among processes: train in one, or mas=False")
         self._updates_asked = 0
         # A run that began without the engine goes on with the columns it has.
         self._logs = not trainer.csv.exists() or _COLUMN in trainer.csv.read_text().partition("\n")[0]
@@ -160,17 +202,34 @@ class _Joint:
         if self.keeper is not None:
             if SKIPPED in batch:
                 return self.keeper.skip()
-            self.keeper.interruption.check()
-        result = self._engine.step(self._data_layer.before(batch))
+            if self._sharing is None:
+                self.keeper.interruption.check()
+        result = self._step_of_all(batch) if self._sharing else self._engine.step(self._data_layer.before(batch))
         self._data_layer.after()
         self._keep_group()
         latest, of_epoch = self._engine.latest, self._of_epoch
         assert latest is not None
         of_epoch[_COLUMN] = max(of_epoch.get(_COLUMN, 0.0), round(latest.peak_bytes / 2**20, 1))
         of_epoch["memory/budget_MiB"] = round(latest.budget_bytes / 2**20, 1)
-        of_epoch["memory/micro_batch"] = max(of_epoch.get("memory/micro_batch", 0), *self._engine.micro_batches)
+        of_epoch["memory/micro_batch"] = max(of_epoch.get("memory/micro_batch", 0), *self._engine.micro_batches, 0)
         # A leaf: Ultralytics' own backward has nothing left to do.
         return result.loss.requires_grad_(), dict(result.items)
+
+    def _step_of_all(self, batch: dict[str, Any]) -> Result:
+        """All ranks do the same, and a signal that one has got ends all of them after the same step."""
+        assert self._sharing is not None
+        assert self.keeper is not None
+        share: Share = batch.pop(SHARE)
+        self._task.of_all = share.of_all
+        if self._trainer.args.multi_scale > 0:
+            random.seed(share.seed)  # the size that is drawn is that of the whole batch
+        self._ranks.say.stop = self.keeper.interruption.due
+        result = self._engine.step(self._data_layer.before(batch), share.of_all)
+        if any(said.stop for said in self._ranks.said):
+            self.keeper.interruption.check()
+            raise SystemExit(128 + signal.SIGTERM)
+        self._sharing.observe(self._ranks.said)
+        return result
 
     def _keep_group(self) -> None:
         """The group is fixed for the run, and for those that resume or repeat it."""
@@ -179,6 +238,8 @@ class _Joint:
         args, group = self._trainer.args, self._engine.bn_group
         if args.bn_group != group:
             args.bn_group = group
+            if self._ranks.rank:
+                return
             file = self._trainer.save_dir / "args.yaml"
             YAML.save(file, {**YAML.load(file), "bn_group": group})
 
@@ -190,7 +251,11 @@ class _Joint:
             self._engine.update(self._trainer.optimizer, self._stock_update, lambda: _remember(self._trainer))
 
     def _validate(self) -> Any:
-        metrics, fitness = self._stock_validate()
+        size, self._trainer.world_size = self._trainer.world_size, 1  # its statistics are put together in validation.py
+        try:
+            metrics, fitness = self._stock_validate()
+        finally:
+            self._trainer.world_size = size
         return (metrics if metrics is None else {**metrics, **self._metrics()}), fitness
 
     def _metrics(self) -> dict[str, float]:
@@ -200,9 +265,18 @@ class _Joint:
     def _epoch_starts(self, trainer: Any) -> None:
         self._engine.epoch = trainer.epoch + 1
         self._of_epoch.clear()
+        self._heed_signals(at_once=self._sharing is None)
 
     def _epoch_ends(self, trainer: Any) -> None:
-        trainer.metrics = {**trainer.metrics, **self._metrics()}
+        if trainer.metrics is not None:  # only of one of several ranks
+            trainer.metrics = {**trainer.metrics, **self._metrics()}
+        self._heed_signals(at_once=True)
+
+    def _heed_signals(self, *, at_once: bool) -> None:
+        if self.keeper is not None:
+            self.keeper.interruption.at_once = at_once
+            if at_once:
+                self.keeper.interruption.check()
 
     def _memory(self, fraction: bool = False) -> float:
         return float(self._stock_memory(fraction)) if fraction else _Column(self._engine)
@@ -218,7 +292,7 @@ class _Joint:
         from ultralytics.utils import LOGGER
 
         summary = self._engine.close(updates_expected=self._updates_asked)
-        if summary is not None:
+        if summary is not None and not self._ranks.rank:
             LOGGER.info(summary.as_text())
 
 
@@ -256,6 +330,21 @@ class _Column(float):
         return f"{max(sizes)}x{len(sizes)}  {float(self):.3g}/{budget:.3g}".rjust(_WIDTH - 1)
 
 
+def _share(trainer: Any, ranks: Ranks, group: int | None) -> Sharing:
+    """Let all ranks draw the batches that one process would draw."""
+    from ultralytics.utils import RANK
+
+    loader = trainer.train_loader
+    generator: Generator = loader.generator
+    generator.manual_seed((generator.initial_seed() - RANK - 1) % 2**64)  # Ultralytics adds the rank, -1 for one process
+    loader.sampler.set_epoch = lambda epoch: None  # for the loop: the order is the generator's
+    augment_by_place(loader.dataset)
+    if group is None:  # larger than it may come out, all of which divide it
+        group = next(group for group in GROUPS if group * ranks.size <= trainer.batch_size)
+    ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
+    return Sharing(ranks, min(trainer.batch_size, len(loader.dataset)), group or 1, ahead)
+
+
 def _unwrapped(trainer: Any) -> nn.Module:
     from ultralytics.utils.torch_utils import unwrap_model
 
@@ -277,11 +366,10 @@ def _ignored(args: Any) -> list[str]:
     return [f"{key}={value}" for key, value in given.items() if value != DEFAULTS[key]]
 
 
-def _why_not(trainer: Any, model: nn.Module) -> str | None:
+def why_not(trainer: Any, model: nn.Module) -> str | None:
+    """Say why batches run as Ultralytics runs them; None where the engine runs them."""
     if not trainer.args.mas:
         return "mas=False"
-    if trainer.world_size > 1:
-        return "several GPUs are not shared out yet"
     if trainer.device.type not in ("cuda", "cpu"):
         return f"{trainer.device.type} devices do not tell their memory"
     for name in ("compile", "distill_model", "quantize"):

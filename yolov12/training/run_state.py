@@ -74,6 +74,7 @@ class Keeper:
         every: How often to save.
         data_layer: Chooses the images' size.
         of_epoch: What is counted up in an epoch for results.csv.
+        saves: Of several ranks, one does.
     """
 
     def __init__(
@@ -85,18 +86,21 @@ class Keeper:
         every: Interval,
         data_layer: DataLayer,
         of_epoch: dict[str, float],
+        *,
+        saves: bool = True,
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
         self._data_layer, self._of_epoch = data_layer, of_epoch
-        self._every = every if trainer.args.save else Interval()
+        self._saves = saves and bool(trainer.args.save)
+        self._every = every if self._saves else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
         self._resumed: Mapping[str, Any] | None = None  # until its batches are skipped
         self._whole = True
-        self._lock = files.lock(trainer.wdir)
-        if self._lock is None:
+        self._lock = files.lock(trainer.wdir) if saves else None
+        if saves and self._lock is None:
             raise ConfigError(f"another process trains in {trainer.save_dir}: stop it, or give another name=")
         self.interruption = Interruption()
         self.interruption.watch()
@@ -133,11 +137,13 @@ class Keeper:
 
     def save_at_last(self) -> None:
         """Save when a run ends before its time, unless that was in the middle of an optimizer step."""
-        if self._trainer.args.save and self._whole and self._steps:
+        if self._saves and self._whole and self._steps:
             with self.interruption.deferred():
                 self._save_or_warn()
 
     def _take_note(self) -> None:
+        if not self._saves:
+            return
         trainer = self._trainer
         self._moment = {
             "epoch": trainer.epoch,

@@ -1,0 +1,106 @@
+"""One of several processes that share batches: `python rank.py FOLDER`, with its place in the environment.
+
+Reads a case a line from standard input, runs its share of that batch, leaves what came of it in the folder, and says
+so on standard output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from yolov12.errors import YOLOv12Error
+from yolov12.mas.checkpointing import KEEP_ALL
+from yolov12.mas.normalize import cut
+from yolov12.mas.ranks import ProcessRanks
+from yolov12.mas.replicas import checksum
+from yolov12.mas.step import Step
+
+_spec = importlib.util.spec_from_file_location("mas_conftest", Path(__file__).with_name("conftest.py"))
+assert _spec is not None
+assert _spec.loader is not None
+tools: Any = importlib.util.module_from_spec(_spec)
+sys.modules["mas_conftest"] = tools
+_spec.loader.exec_module(tools)
+
+
+class Fate:
+    """Of ranks that all live, whose failures are told on the store that they met on."""
+
+    def __init__(self) -> None:
+        self._store = dist.distributed_c10d._get_default_store()
+
+    def tell(self, failure: str) -> None:
+        self._store.set(f"failure/{dist.get_rank()}", failure)
+
+    def told(self, rank: int) -> str:
+        return self._store.get(f"failure/{rank}").decode()
+
+    def who(self, timeout_s: float) -> None:
+        return None
+
+
+def steady(bench: Any) -> Any:
+    """Images are not brightened by chance: ranks draw theirs apart."""
+    bench.preprocess = lambda batch: {**batch, "img": batch["img"].to(bench.dtype) / 255}
+    bench.task._preprocess = lambda batch: (bench.faults.reach("preprocess"), bench.preprocess(batch))[1]
+    return bench
+
+
+def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]:
+    """Run this rank's share of a case."""
+    batch = tools.make_batch(case["boxes"], case["seed"])
+    groups = cut(len(case["boxes"]), case["group"])
+    before, own = (sum(case["groups"][: ranks.rank + place]) for place in (0, 1))
+    start, stop = sum(groups[:before]), sum(groups[:own])
+    bench.task.of_all = 0
+    bench.faults.reset(())
+    bench.task.workload(batch)
+    share = {name: value for name, value in bench.task.part(batch, start, stop).items() if name != "yolov12_boxes"}
+    bench.task.of_all = len(case["boxes"])
+    faults = [tools.Fault(*place, tools.FAILURES[error]) for *place, error in case["faults"][ranks.rank]]
+    bench.step.plans = (KEEP_ALL, tools.random_plan(bench.layers, case["seed"]))
+    planner = tools.Scripted(groups[before:own], case["seed"] + ranks.rank, levels=(0, 1))
+    bench.reset((), case["before"])
+    images = bench.task.workload(share).images
+    bench.faults.reset(faults)
+    result = bench.step.run(share, images, planner, len(case["boxes"]))
+    outcome = bench.outcome(result, case["before"])
+    return {
+        "checksum": checksum(bench.model),
+        "gradient": outcome.gradient,
+        "buffers": outcome.buffers,
+        "loss": result.loss,
+        "items": dict(result.items),
+        "micro_batches": result.micro_batches,
+        "failures": len(planner.failures),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    ranks = ProcessRanks(Fate())
+    bench = steady(tools.Bench(tools.build("detect", "yolov12n.yaml")))
+    bench.step = Step(bench.model, bench.task, bench.meter, torch.Tensor.backward, bench.layers, ranks=ranks)
+    for index, line in enumerate(sys.stdin):
+        try:
+            found = run(bench, ranks, json.loads(line))
+        except YOLOv12Error as error:
+            found = {"error": f"{type(error).__name__}: {error}"}
+        if "gradient" in found:
+            found["gradient_sum"] = float(found["gradient"].sum())
+            if ranks.rank:
+                del found["gradient"]
+        torch.save(found, folder / f"{index}.{ranks.rank}.pt")
+        print("done", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,226 @@
+"""Several processes, one batch: what they tell each other in a step, and the sums that make their gradients one.
+
+Every process, or rank, runs its share of a batch by itself, with nothing exchanged in its forward and backward passes,
+so that an allocation that fails on one is that rank's own business. Then all say how it went, in one collective of a
+few bytes on the host, while devices still compute; and only if it went well everywhere are gradients added up.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from yolov12.errors import DoesNotFitError, RankError
+
+__all__ = ["ALONE", "Fate", "ProcessRanks", "Ranks", "Said"]
+
+BUCKET_BYTES = 32 * 2**20
+"""Of the flat buffer in which gradients are added up. It is there from the first batch on, so it cannot fail later."""
+_VERDICT_S = 45.0
+"""How long to wait for the name of a rank that is gone."""
+_FINE, _DOES_NOT_FIT, _FAILED = range(3)
+
+
+@dataclass
+class Said:
+    """What a rank says once a step."""
+
+    images: int = 0
+    """Of the last share of it whose time is known."""
+    ms: float = math.nan
+    """That its own work on this share took, without waiting for others; not a number where nothing new is known."""
+    stop: bool = False
+    """Whether it was asked to stop."""
+    checksum: int = 0
+    """Of its replica; 0 where it was not taken."""
+
+
+class Ranks(Protocol):
+    """The processes that share each batch."""
+
+    rank: int
+    """Which one this is, from 0."""
+    size: int
+    """How many there are."""
+    said: Sequence[Said]
+    """By every rank in the last `agree`."""
+    say: Said
+    """What this one says in the next."""
+
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        """Take the memory that `sum` will need for such tensors."""
+
+    def agree(self, failure: BaseException | None = None) -> None:
+        """Say that this rank's share is done, or why it is not, and hear the others.
+
+        Raises:
+            DoesNotFitError: On another rank not even one image fits.
+            RankError: Another rank failed in another way, or is gone.
+        """
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Add tensors up over all ranks, in place; of the same shapes and order on all of them."""
+
+    def all(self, flag: bool) -> bool:
+        """Whether it is true on every rank."""
+
+    def least(self, number: int) -> int:
+        """The smallest of what the ranks give."""
+
+
+class _Alone:
+    """One process."""
+
+    rank, size = 0, 1
+    said: Sequence[Said] = ()
+    say = Said()
+
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def agree(self, failure: BaseException | None = None) -> None:
+        pass
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def all(self, flag: bool) -> bool:
+        return flag
+
+    def least(self, number: int) -> int:
+        return number
+
+
+ALONE: Ranks = _Alone()
+"""A training in one process."""
+
+
+class Fate(Protocol):
+    """Knows what became of ranks that do not answer: `lookout.Lookout`."""
+
+    def tell(self, failure: str) -> None:
+        """Leave word of why this rank's share is not done."""
+
+    def told(self, rank: int) -> str:
+        """Return the word that another left."""
+
+    def who(self, timeout_s: float) -> str | None:
+        """Name the rank that is gone, and why; None where that is not known in time."""
+
+
+class ProcessRanks:
+    """Ranks of torch.distributed, whose default group adds tensors up.
+
+    Args:
+        fate: See there.
+        host_group: A gloo group of all ranks; by default the default group, which then has to be gloo's.
+    """
+
+    def __init__(self, fate: Fate, host_group: Any = None) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.said: Sequence[Said] = ()
+        self.say = Said()
+        self._fate, self._group = fate, host_group
+        self.names = self._exchange_names()
+        """Rank → host and device, for messages."""
+        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        """See `Ranks.reserve`."""
+        largest: dict[tuple[torch.device, torch.dtype], int] = {}
+        for tensor in tensors:
+            key = tensor.device, tensor.dtype
+            largest[key] = max(largest.get(key, BUCKET_BYTES // tensor.element_size()), tensor.numel())
+        for key, numbers in largest.items():
+            if key not in self._flat or self._flat[key].numel() < numbers:
+                self._flat[key] = torch.empty(numbers, device=key[0], dtype=key[1])
+
+    def agree(self, failure: BaseException | None = None) -> None:
+        """See `Ranks.agree`."""
+        state = _FINE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
+        if failure is not None:
+            self._fate.tell(str(failure) or type(failure).__name__)
+        say, self.say = self.say, Said()
+        table = torch.zeros(self.size, 5, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
+        table[self.rank] = torch.tensor([state, say.images, say.ms, say.stop, say.checksum], dtype=torch.float64)
+        with self._naming_the_lost():
+            dist.all_reduce(table, group=self._group)
+        states, rows = table[:, 0].tolist(), table[:, 1:].tolist()
+        self.said = [Said(int(images), ms, bool(stop), int(checksum)) for images, ms, stop, checksum in rows]
+        for kind, error in ((_FAILED, RankError), (_DOES_NOT_FIT, DoesNotFitError)):
+            if kind in states:
+                rank = states.index(kind)
+                if rank != self.rank and (failure is None or kind != state):
+                    raise error(f"{self.names[rank]}: {self._fate.told(rank)}")
+                break
+        self._compare()
+
+    def _compare(self) -> None:
+        checksums = [said.checksum for said in self.said]
+        if len(set(checksums)) == 1:
+            return
+        usual = max(checksums, key=checksums.count)
+        other = next(rank for rank, checksum in enumerate(checksums) if checksum != usual)
+        raise RankError(
+            f"{self.names[other]} has other weights than the other ranks. Memory or a link of this machine may be "
+            "faulty; resume=True goes on from the last save"
+        )
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """See `Ranks.sum`. Tensors go through a flat buffer, as many at once as it holds."""
+        self.reserve(tensors)
+        with self._naming_the_lost():
+            for flat, bucket in self._buckets(tensors):
+                numbers = [tensor.numel() for tensor in bucket]
+                used = flat[: sum(numbers)]
+                views = [view.view_as(tensor) for view, tensor in zip(used.split(numbers), bucket, strict=True)]
+                torch._foreach_copy_(views, bucket)
+                dist.all_reduce(used)
+                torch._foreach_copy_(bucket, views)
+
+    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.numel():
+                by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        for kind, of_kind in by_kind.items():
+            flat, bucket, numbers = self._flat[kind], [], 0
+            for tensor in of_kind:
+                if numbers + tensor.numel() > flat.numel():
+                    yield flat, bucket
+                    bucket, numbers = [], 0
+                bucket.append(tensor)
+                numbers += tensor.numel()
+            yield flat, bucket
+
+    def all(self, flag: bool) -> bool:
+        """See `Ranks.all`."""
+        return bool(self.least(int(flag)))
+
+    def least(self, number: int) -> int:
+        """See `Ranks.least`."""
+        numbers = torch.tensor(number)
+        with self._naming_the_lost():
+            dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self._group)
+        return int(numbers)
+
+    def _exchange_names(self) -> list[str]:
+        names: list[Any] = [None] * self.size
+        dist.all_gather_object(names, f"rank {self.rank} ({socket.gethostname()})", group=self._group)
+        return names
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # of gloo and NCCL; its text tells of sockets
+            lost = self._fate.who(_VERDICT_S) or f"a rank does not answer any more ({str(error).splitlines()[0]})"
+            raise RankError(f"{lost}. resume=True goes on from the last save, resume=auto does so by itself") from error

@@ -1,0 +1,129 @@
+"""Every rank draws the same batches, in the same order, and loads its own share of each.
+
+Shares are settled when a batch is drawn, which workers do ahead of the training. What ranks measured in a step counts
+from the first batch on that no rank has drawn by then, so that all cut each batch alike.
+
+An image is augmented from a seed of its place in the run, whoever loads it: shares do not change what is trained on, but
+for the partners of a mosaic, which are images that the same process has loaded lately (with cache=ram, any).
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from yolov12.mas.normalize import cut
+from yolov12.mas.ranks import Ranks, Said
+from yolov12.mas.shares import Balance, share_out
+
+__all__ = ["SHARE", "Share", "Sharing", "augment_by_place"]
+
+SHARE = "yolov12_share"
+"""In a batch: its `Share`."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has of a batch."""
+
+    of_all: int
+    """Images in the batch."""
+    seed: int
+    """Of the batch: for what all ranks are to draw alike."""
+
+
+class Sharing:
+    """Cuts batches for one rank.
+
+    Args:
+        ranks: Who shares them.
+        batch: Images in a whole batch.
+        group: Images in a BatchNorm group; ranks take whole groups.
+        ahead: Batches that this rank draws before the first is trained on.
+    """
+
+    def __init__(self, ranks: Ranks, batch: int, group: int, ahead: int) -> None:
+        self._ranks, self._group = ranks, group
+        self._whole = cut(batch, group)
+        self._ahead = -ranks.least(-ahead)  # of the one that draws furthest ahead
+        self._balance = Balance(ranks.size)
+        self._speeds: deque[tuple[int, Sequence[float]]] = deque([(0, self._balance.ms_per_image)])
+        """From which batch on ranks are taken to be how fast."""
+        self._drawn = self._trained = 0
+        self._waiting: deque[Share] = deque()
+
+    def cut(self, indices: Sequence[int], place: str) -> list[int]:
+        """Give this rank's images of a batch that is drawn, each with its seed.
+
+        Args:
+            indices: Of the whole batch.
+            place: Of the batch in the run.
+        """
+        shares = self.shares(len(indices))
+        start = sum(shares[: self._ranks.rank])
+        seed = zlib.crc32(place.encode())
+        self._drawn += 1
+        self._waiting.append(Share(len(indices), seed))
+        mine = range(start, start + shares[self._ranks.rank])
+        return [_Seeded(indices[index], zlib.crc32(f"{place} {index}".encode())) for index in mine]
+
+    def shares(self, images: int) -> tuple[int, ...]:
+        """Images of every rank in the batch that is drawn next."""
+        speeds = next(speeds for begin, speeds in reversed(self._speeds) if begin <= self._drawn)
+        return share_out(cut(images, self._group), speeds)
+
+    def taken(self) -> Share:
+        """Give the share that was drawn first and not taken: that of the batch that is trained on now."""
+        return self._waiting.popleft()
+
+    def observe(self, said: Sequence[Said]) -> None:
+        """Learn from a batch that was trained on."""
+        self._trained += 1
+        self._balance.observe([each.images for each in said], [each.ms for each in said])
+        self._balance.shares(self._whole)
+        if self._balance.ms_per_image != self._speeds[-1][1]:
+            self._speeds.append((self._trained + self._ahead, self._balance.ms_per_image))
+            while len(self._speeds) > 1 and self._speeds[1][0] <= self._trained:
+                self._speeds.popleft()
+
+    def drop(self) -> None:
+        """Forget what was drawn and not trained on: it will be drawn anew."""
+        self._drawn = self._trained
+        self._waiting.clear()
+
+
+class _Seeded(int):
+    """An index of a data set, and the seed of this use of it."""
+
+    seed: int
+
+    def __new__(cls, index: int, seed: int) -> _Seeded:
+        seeded = super().__new__(cls, index)
+        seeded.seed = seed
+        return seeded
+
+    def __reduce__(self) -> tuple[Callable[[int, int], _Seeded], tuple[int, int]]:
+        return _Seeded, (int(self), self.seed)
+
+
+def augment_by_place(dataset: Any) -> None:
+    """Let a data set of Ultralytics augment each image from the seed that it was drawn with."""
+    stock = getattr(dataset, "get_image_and_label", None)
+    if stock is None:  # one of the user's own, whose processes draw as they do
+        return
+
+    def load(index: int) -> Any:
+        if isinstance(index, _Seeded):
+            random.seed(index.seed)
+            np.random.seed(index.seed)  # noqa: NPY002 - Ultralytics draws from it
+            torch.manual_seed(index.seed)
+        return stock(int(index))
+
+    dataset.get_image_and_label = load
