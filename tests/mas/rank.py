@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from yolov12.errors import YOLOv12Error
+from yolov12.errors import DoesNotFitError
 from yolov12.mas.checkpointing import KEEP_ALL
+from yolov12.mas.lookout import Lookout, connect
 from yolov12.mas.normalize import cut
-from yolov12.mas.ranks import ProcessRanks
+from yolov12.mas.ranks import ProcessRanks, exchange_names
 from yolov12.mas.replicas import checksum
 from yolov12.mas.step import Step
 
@@ -30,27 +31,18 @@ sys.modules["mas_conftest"] = tools
 _spec.loader.exec_module(tools)
 
 
-class Fate:
-    """Of ranks that all live, whose failures are told on the store that they met on."""
-
-    def __init__(self) -> None:
-        self._store = dist.distributed_c10d._get_default_store()
-
-    def tell(self, failure: str) -> None:
-        self._store.set(f"failure/{dist.get_rank()}", failure)
-
-    def told(self, rank: int) -> str:
-        return self._store.get(f"failure/{rank}").decode()
-
-    def who(self, timeout_s: float) -> None:
-        return None
-
-
 def steady(bench: Any) -> Any:
     """Images are not brightened by chance: ranks draw theirs apart."""
     bench.preprocess = lambda batch: {**batch, "img": batch["img"].to(bench.dtype) / 255}
     bench.task._preprocess = lambda batch: (bench.faults.reach("preprocess"), bench.preprocess(batch))[1]
     return bench
+
+
+def raising(error: Exception) -> Any:
+    def plan(start: int, failure: Any) -> Any:
+        raise error
+
+    return plan
 
 
 def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +62,12 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     bench.reset((), case["before"])
     images = bench.task.workload(share).images
     bench.faults.reset(faults)
+    if (trouble := case.get("trouble")) and trouble["rank"] == ranks.rank:
+        planner.plan = raising({"fit": DoesNotFitError, "other": ValueError}[trouble["kind"]]("what it says"))
+    if case.get("flip") == ranks.rank:
+        next(bench.model.parameters()).data.view(-1)[7] += 1e-12
+    if "flip" in case:
+        ranks.say.checksum = checksum(bench.model)
     result = bench.step.run(share, images, planner, len(case["boxes"]))
     outcome = bench.outcome(result, case["before"])
     return {
@@ -86,13 +84,14 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    ranks = ProcessRanks(Fate())
+    lookout = Lookout(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names())
+    ranks = ProcessRanks(lookout)
     bench = steady(tools.Bench(tools.build("detect", "yolov12n.yaml")))
     bench.step = Step(bench.model, bench.task, bench.meter, torch.Tensor.backward, bench.layers, ranks=ranks)
     for index, line in enumerate(sys.stdin):
         try:
             found = run(bench, ranks, json.loads(line))
-        except YOLOv12Error as error:
+        except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         if "gradient" in found:
             found["gradient_sum"] = float(found["gradient"].sum())
@@ -100,6 +99,7 @@ def main(folder: Path) -> None:
                 del found["gradient"]
         torch.save(found, folder / f"{index}.{ranks.rank}.pt")
         print("done", flush=True)
+    lookout.close()
 
 
 if __name__ == "__main__":

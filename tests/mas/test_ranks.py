@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,11 @@ class Processes:
         for process in self._all:
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
+        stuck = threading.Timer(60, lambda: [process.kill() for process in self._all])
+        stuck.start()
         for process in self._all:
             assert "done\n" in iter(process.stdout.readline, "")  # Ultralytics has its say before
+        stuck.cancel()
         files = [self.folder / f"{self._cases}.{rank}.pt" for rank in range(self.size)]
         self._cases += 1
         found = [torch.load(file, weights_only=True) for file in files]
@@ -76,6 +80,13 @@ def alone(tools):
     return bench
 
 
+def fault(chance):
+    """Attempt, place, module and kind of error."""
+    place = chance.choice(PLACES)
+    module = chance.randrange(295) if place in ("forward", "backward") else 0
+    return [chance.choice([0, 0, 1, 2]), place, module, chance.randrange(4)]
+
+
 def draw(chance, size, groups=None):
     """A batch, how it is shared, and what fails on which rank."""
     group = chance.choice([1, 2])
@@ -87,13 +98,7 @@ def draw(chance, size, groups=None):
     boxes = [chance.choice([0, 1, 3, chance.randrange(40), chance.randrange(150)]) for _ in range(images)]
     shares = list(groups)
     shares[-1] += len(cut(images, group)) - sum(groups)  # what is left over is the last rank's
-    faults = [
-        [
-            [chance.choice([0, 0, 1, 2]), place, chance.randrange(295) if place in ("forward", "backward") else 0, error]
-            for place, error in [(chance.choice(PLACES), chance.randrange(4)) for _ in range(chance.choice([0, 1, 2]))]
-        ]
-        for _ in range(size)
-    ]
+    faults = [[fault(chance) for _ in range(chance.choice([0, 1, 2]))] for _ in range(size)]
     seed, before = chance.randrange(2**16), chance.random() < 0.3
     return {"boxes": boxes, "group": group, "groups": shares, "faults": faults, "seed": seed, "before": before}
 
@@ -123,3 +128,41 @@ def test_gradient_is_that_of_one_process(tools, processes, alone, groups):
         assert_same(tools, found, wanted, case)
         fired += sum(rank["failures"] for rank in found)
     assert fired
+
+
+def shared(boxes, groups, **more):
+    case = {"boxes": boxes, "group": 1, "groups": groups, "faults": [[]] * len(groups), "seed": 1, "before": True}
+    return {**case, **more}
+
+
+def test_a_rank_whose_share_is_no_image_takes_part(tools, processes, alone):
+    boxes, groups = [3, 0, 20], [2, *[0] * (processes.size - 2), 1]
+    if processes.size == 2:
+        boxes, groups = [3, 0], [2, 0]
+    processes.run(shared([1] * processes.size, [1] * processes.size))  # after a batch of which it had some
+    found = processes.run(case := shared(boxes, groups))
+    assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
+
+
+def test_all_end_a_batch_that_does_not_fit_on_one_and_can_go_on(tools, processes, alone):
+    boxes, groups = [3, 0, 20, 1], [1] * processes.size
+    groups[0] += len(boxes) - sum(groups)
+    last = processes.size - 1
+    found = processes.run(shared(boxes, groups, trouble={"rank": last, "kind": "fit"}))
+    assert found[last]["error"] == "DoesNotFitError: what it says"
+    others = {rank["error"] for rank in found[:last]}
+    assert others == {f"DoesNotFitError: rank {last} ({socket.gethostname()}): what it says"}
+    found = processes.run(shared(boxes, groups, trouble={"rank": 0, "kind": "other"}))
+    assert found[0]["error"] == "ValueError: what it says"
+    others = {rank["error"] for rank in found[1:]}
+    assert others == {f"RankError: rank 0 ({socket.gethostname()}): what it says"}
+    found = processes.run(case := shared(boxes, groups))
+    assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
+
+
+def test_a_replica_that_differs_is_found(processes):
+    boxes, groups = [3] * processes.size, [1] * processes.size
+    assert all("error" not in rank for rank in processes.run(shared(boxes, groups, flip=-1)))
+    found = processes.run(shared(boxes, groups, flip=1))
+    assert all(rank["error"].startswith("RankError: rank 1 (") for rank in found)
+    assert all("other weights" in rank["error"] for rank in found)

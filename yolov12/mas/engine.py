@@ -25,8 +25,8 @@ from yolov12.mas.meter import Meter, Stopwatch, meter_for
 from yolov12.mas.planner import WAIT_S, BatchPlanner, WaysOut
 from yolov12.mas.plans import Ladder, make_ladder
 from yolov12.mas.ranks import ALONE, Ranks
-from yolov12.mas.replicas import checksum
 from yolov12.mas.rehearsal import GROUPS, PROFILE_IMAGES, rehearse
+from yolov12.mas.replicas import checksum
 from yolov12.mas.scheduler import History
 from yolov12.mas.speed import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step import Failure, Result, Step
@@ -282,8 +282,9 @@ class Engine:
             if self._ladder is None and not self._fits(min(GROUPS[0], work.images), work, planner):
                 self._make_ladder(batch, work)
             most = max((self._of_all or work.images) // self._ranks.size, 1)  # so that each rank has a group
-            held = (group for group in GROUPS if (group <= most or self._ranks.size == 1) and self._holds(group, work, planner))
-            self.bn_group = self._ranks.least(next(held, 1))
+            groups = [group for group in GROUPS if group <= most or self._ranks.size == 1]
+            group = next((group for group in groups if self._holds(group, work, planner)), 1)
+            self.bn_group = self._ranks.least(group)
             held = f"; other processes hold {(planner.reading.others_bytes or 0) / 2**20:,.0f} MiB"
             others = held if self.bn_group < GROUPS[0] else ""
             self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group) in this run{others}")

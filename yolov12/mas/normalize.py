@@ -173,7 +173,8 @@ class GroupedBatchNorm:
         shares = [size / images for size in groups]
         parts = []
         for rows in (self._means, self._variances):
-            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
+            if groups:
+                torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
             parts.append(rows[: len(groups)].sum(0))
         return parts
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,8 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yolov12.errors import DoesNotFitError, RankError
+from yolov12.mas.lookout import Lookout
 
-__all__ = ["ALONE", "Fate", "ProcessRanks", "Ranks", "Said"]
+__all__ = ["ALONE", "ProcessRanks", "Ranks", "Said", "exchange_names"]
 
 BUCKET_BYTES = 32 * 2**20
 """Of the flat buffer in which gradients are added up. It is there from the first batch on, so it cannot fail later."""
@@ -103,34 +104,25 @@ ALONE: Ranks = _Alone()
 """A training in one process."""
 
 
-class Fate(Protocol):
-    """Knows what became of ranks that do not answer: `lookout.Lookout`."""
-
-    def tell(self, failure: str) -> None:
-        """Leave word of why this rank's share is not done."""
-
-    def told(self, rank: int) -> str:
-        """Return the word that another left."""
-
-    def who(self, timeout_s: float) -> str | None:
-        """Name the rank that is gone, and why; None where that is not known in time."""
+def exchange_names() -> list[str]:
+    """Rank → what messages call it."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, f"rank {dist.get_rank()} ({socket.gethostname()})")
+    return names
 
 
 class ProcessRanks:
-    """Ranks of torch.distributed, whose default group adds tensors up.
+    """Ranks of torch.distributed, whose default group adds up tensors of the host and of the device.
 
     Args:
-        fate: See there.
-        host_group: A gloo group of all ranks; by default the default group, which then has to be gloo's.
+        lookout: Says who is gone where a collective fails, and passes on what a number cannot say.
     """
 
-    def __init__(self, fate: Fate, host_group: Any = None) -> None:
+    def __init__(self, lookout: Lookout) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.said: Sequence[Said] = ()
         self.say = Said()
-        self._fate, self._group = fate, host_group
-        self.names = self._exchange_names()
-        """Rank → host and device, for messages."""
+        self._lookout = lookout
         self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
@@ -147,19 +139,19 @@ class ProcessRanks:
         """See `Ranks.agree`."""
         state = _FINE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
         if failure is not None:
-            self._fate.tell(str(failure) or type(failure).__name__)
+            self._lookout.tell(str(failure) or type(failure).__name__)
         say, self.say = self.say, Said()
         table = torch.zeros(self.size, 5, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
         table[self.rank] = torch.tensor([state, say.images, say.ms, say.stop, say.checksum], dtype=torch.float64)
         with self._naming_the_lost():
-            dist.all_reduce(table, group=self._group)
+            dist.all_reduce(table)
         states, rows = table[:, 0].tolist(), table[:, 1:].tolist()
         self.said = [Said(int(images), ms, bool(stop), int(checksum)) for images, ms, stop, checksum in rows]
         for kind, error in ((_FAILED, RankError), (_DOES_NOT_FIT, DoesNotFitError)):
             if kind in states:
                 rank = states.index(kind)
                 if rank != self.rank and (failure is None or kind != state):
-                    raise error(f"{self.names[rank]}: {self._fate.told(rank)}")
+                    raise error(f"{self._lookout.names[rank]}: {self._lookout.told(rank)}")
                 break
         self._compare()
 
@@ -170,8 +162,8 @@ class ProcessRanks:
         usual = max(checksums, key=checksums.count)
         other = next(rank for rank, checksum in enumerate(checksums) if checksum != usual)
         raise RankError(
-            f"{self.names[other]} has other weights than the other ranks. Memory or a link of this machine may be "
-            "faulty; resume=True goes on from the last save"
+            f"{self._lookout.names[other]} has other weights than the others have: memory or a link of its machine may "
+            "be faulty. resume=True goes on from the last save"
         )
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
@@ -192,7 +184,8 @@ class ProcessRanks:
             if tensor.numel():
                 by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         for kind, of_kind in by_kind.items():
-            flat, bucket, numbers = self._flat[kind], [], 0
+            flat, numbers = self._flat[kind], 0
+            bucket: list[Tensor] = []
             for tensor in of_kind:
                 if numbers + tensor.numel() > flat.numel():
                     yield flat, bucket
@@ -209,18 +202,13 @@ class ProcessRanks:
         """See `Ranks.least`."""
         numbers = torch.tensor(number)
         with self._naming_the_lost():
-            dist.all_reduce(numbers, dist.ReduceOp.MIN, group=self._group)
+            dist.all_reduce(numbers, dist.ReduceOp.MIN)
         return int(numbers)
-
-    def _exchange_names(self) -> list[str]:
-        names: list[Any] = [None] * self.size
-        dist.all_gather_object(names, f"rank {self.rank} ({socket.gethostname()})", group=self._group)
-        return names
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # of gloo and NCCL; its text tells of sockets
-            lost = self._fate.who(_VERDICT_S) or f"a rank does not answer any more ({str(error).splitlines()[0]})"
-            raise RankError(f"{lost}. resume=True goes on from the last save, resume=auto does so by itself") from error
+            gone = self._lookout.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
+            raise RankError(f"{gone}. resume=True goes on from the last save, and resume=auto by itself") from error

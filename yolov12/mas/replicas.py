@@ -16,7 +16,7 @@ _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum(model: nn.Module) -> int:
     """Checksum of all bits of parameters and buffers, never 0; waits for the device.
 
-    Bits are added up tensor by tensor, which needs no memory. That two errors in one tensor cancel out is left to chance.
+    Bits are added up tensor by tensor, which needs no memory; that errors in one cancel out is left to chance.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     sums = [_bits(tensor.detach()).sum(dtype=torch.int64) for tensor in tensors]

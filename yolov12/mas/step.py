@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from yolov12.errors import RankError
 from yolov12.mas import gradients
 from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.failures import is_out_of_memory
@@ -139,51 +138,56 @@ class Step:
         total = Total(of_all, self._task.floor, self._per_image)
         feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
-        ran: list[int] = []
-        groups_done: list[int] = []
-        start, failure = 0, None
         watch = self._meter.stopwatch()
         try:
-            self._ranks.reserve(self._parameters)
-            while start < images:
-                plan = planner.plan(start, failure)
-                failure = None
-                for index, groups in enumerate(plan):
-                    stop = start + sum(groups)
-                    following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
-                    live_bytes = self._meter.mark()
-                    layers = self.checkpointing.within(self.plans[planner.level])
-                    failure = self._attempt(feed, (start, stop, following), groups, len(groups_done), total, layers)
-                    if failure is not None:
-                        break
-                    planner.done(start, stop, live_bytes, self._meter.peak_bytes())
-                    groups_done += groups
-                    ran.append(stop - start)
-                    start = stop
-            watch.stop()
-            finished, statistics = self._put_together(total, groups_done, of_all)
+            try:
+                self._ranks.reserve(self._parameters)
+                ran, groups_done = self._run_share(feed, images, planner, total)
+                watch.stop()
+                statistics = self._norms.averages(groups_done, of_all)
+            except BaseException as error:
+                self._ranks.agree(error)
+                raise
+            self._ranks.agree()
+            finished = self._sum_over_ranks(total, statistics)
             result = Result(total.loss(), total.items(), tuple(ran), watch)
             self._per_image = total.normaliser() / of_all
             self._norms.commit(statistics)
-        except BaseException as error:
+        except BaseException:
             feed.drop()
             gradients.give(self._parameters, before)
             state.restore()
-            if not isinstance(error, RankError):
-                self._ranks.agree(error)
             raise
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
 
-    def _put_together(
-        self, total: Total, groups_done: list[int], of_all: int
-    ) -> tuple[gradients.Gradients, list[Tensor]]:
-        """Gradients and BatchNorm's statistics of the batch, over all ranks."""
-        if not groups_done:
+    def _run_share(self, feed: Feed, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
+        """Run what this rank has of a batch; returns images of its micro-batches, and of their BatchNorm groups."""
+        ran: list[int] = []
+        groups_done: list[int] = []
+        start, failure = 0, None
+        while start < images:
+            plan = planner.plan(start, failure)
+            failure = None
+            for index, groups in enumerate(plan):
+                stop = start + sum(groups)
+                following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
+                live_bytes = self._meter.mark()
+                layers = self.checkpointing.within(self.plans[planner.level])
+                failure = self._attempt(feed, (start, stop, following), groups, len(groups_done), total, layers)
+                if failure is not None:
+                    break
+                planner.done(start, stop, live_bytes, self._meter.peak_bytes())
+                groups_done += groups
+                ran.append(stop - start)
+                start = stop
+        if not images:
             assert self._nothing is not None
             total.add(self._nothing)
-        statistics = self._norms.averages(groups_done, of_all)
-        self._ranks.agree()
+        return ran, groups_done
+
+    def _sum_over_ranks(self, total: Total, statistics: list[Tensor]) -> gradients.Gradients:
+        """Make all that micro-batches left that of the whole batch; returns its gradients."""
         total.sum_over(self._ranks)
         finished = total.finished_gradients()
         if finished is None:
@@ -192,7 +196,7 @@ class Step:
         self._ranks.sum([*(gradient for gradient in finished if gradient is not None), *statistics])
         if self._ranks.size > 1:
             self._nothing, self._with_gradient = total.nothing(), [gradient is not None for gradient in finished]
-        return finished, statistics
+        return finished
 
     def rehearse(
         self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None

@@ -1,19 +1,19 @@
 """The loss and gradient of a batch from those of its parts.
 
 A loss is numerator / normaliser, both sums over images, and the normaliser of the batch (for detection the sum of
-target scores) is known only after its last part, of all ranks. So numerators are differentiated, divided by a guess that
-keeps half precision in range, and the gradient is multiplied by guess / normaliser at the end.
+target scores) is known only after its last part, on all ranks. So numerators are differentiated, divided by a guess
+that keeps half precision in range, and the gradient is multiplied by guess / normaliser at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from yolov12.mas import gradients
-from yolov12.mas.ranks import ALONE, Ranks
+from yolov12.mas.ranks import Ranks
 from yolov12.mas.task import Loss
 
 __all__ = ["Total"]
@@ -64,11 +64,11 @@ class Total:
             return
         _, value, items = self._parts[0]
         names = sorted(items)  # of the same order on all ranks
-        numerators = [torch.zeros_like(number, dtype=torch.float64) for number in (value, *map(items.get, names))]
-        for normaliser, value, items in self._parts:
+        numerators = [torch.zeros_like(number, dtype=torch.float64) for number in _numbers(value, items, names)]
+        for normaliser, part, items in self._parts:
             weight = normaliser.clamp(min=self._floor)
-            torch._foreach_add_(numerators, [number * weight for number in (value, *map(items.get, names))])
-        self._sum = torch.stack([normaliser for normaliser, *_ in self._parts]).sum()
+            torch._foreach_add_(numerators, [number * weight for number in _numbers(part, items, names)])
+        self._sum = self.unfloored()
         ranks.sum([self._sum, *numerators])
         loss, *rest = [(number / self.normaliser()).to(value.dtype) for number in numerators]
         self._whole = loss, dict(zip(names, rest, strict=True))
@@ -103,8 +103,11 @@ class Total:
 
     def normaliser(self) -> Tensor:
         """The batch's, or the floor."""
-        own = torch.stack([normaliser for normaliser, *_ in self._parts]).sum() if self._sum is None else self._sum
-        return own.clamp(min=self._floor)
+        return self.unfloored().clamp(min=self._floor)
+
+    def unfloored(self) -> Tensor:
+        """The batch's normaliser, however small."""
+        return torch.stack([normaliser for normaliser, *_ in self._parts]).sum() if self._sum is None else self._sum
 
     @staticmethod
     def _as_tensor(loss: Loss) -> Tensor:
@@ -112,3 +115,7 @@ class Total:
             return loss.normaliser.detach().double()  # counts and half precision do not add up exactly
         # Filled on the device: a copy would wait for it.
         return torch.full((), float(loss.normaliser), device=loss.value.device, dtype=torch.float64)
+
+
+def _numbers(value: Tensor, items: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    return [value, *(items[name] for name in names)]

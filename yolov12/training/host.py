@@ -49,7 +49,8 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
     if not args.workers or not isinstance(args.imgsz, int) or trainer.batch_size < 1:
         return
     workers = min(args.workers, (os.cpu_count() or 1) // max(trainer.world_size, 1))
-    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * 3 * args.imgsz**2
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * here * 3 * args.imgsz**2
     shm_bytes, host_bytes = _free_bytes(shm), (memory or HostMemory()).room_bytes()[1]
     fewer = affordable_workers(workers, batch_bytes, shm_bytes, host_bytes)
     if fewer >= workers:

@@ -82,9 +82,7 @@ class ResumableLoader:
         sharing: Where several ranks share each batch.
     """
 
-    def __init__(
-        self, loader: Any, image_size: int, *, arrange: bool = False, sharing: Sharing | None = None
-    ) -> None:
+    def __init__(self, loader: Any, image_size: int, *, arrange: bool = False, sharing: Sharing | None = None) -> None:
         self._loader, self._image_size, self._sharing = loader, image_size, sharing
         self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator, sharing)
         self._first = _FirstState(loader.worker_init_fn)

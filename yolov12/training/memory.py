@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from yolov12.errors import ConfigError
 from yolov12.mas import Config, Engine, Journal, Result
@@ -127,10 +127,10 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
             others.ranks.all(True)  # files of all are complete
         return done
     except BaseException as error:
-        if others is not None:
-            others.lookout.leaving(str(error) or type(error).__name__)
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
             keeper.save_at_last()
+        if others is not None:
+            others.lookout.leaving(str(error) or type(error).__name__)
         raise
     finally:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
@@ -180,7 +180,7 @@ class _Joint:
             )
             setattr(trainer, _KEEPER, self.keeper)
         elif ranks.size > 1:
-            raise ConfigError("a training loader of your own cannot be shared among processes: train in one, or mas=False")
+            raise ConfigError("a loader of your own cannot be shared among processes: train in one, or with mas=False")
         self._updates_asked = 0
         # A run that began without the engine goes on with the columns it has.
         self._logs = not trainer.csv.exists() or _COLUMN in trainer.csv.read_text().partition("\n")[0]
@@ -332,17 +332,16 @@ class _Column(float):
 
 def _share(trainer: Any, ranks: Ranks, group: int | None) -> Sharing:
     """Let all ranks draw the batches that one process would draw."""
-    from ultralytics.utils import RANK
-
     loader = trainer.train_loader
-    generator: Generator = loader.generator
-    generator.manual_seed((generator.initial_seed() - RANK - 1) % 2**64)  # Ultralytics adds the rank, -1 for one process
     loader.sampler.set_epoch = lambda epoch: None  # for the loop: the order is the generator's
     augment_by_place(loader.dataset)
     if group is None:  # larger than it may come out, all of which divide it
         group = next(group for group in GROUPS if group * ranks.size <= trainer.batch_size)
     ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
-    return Sharing(ranks, min(trainer.batch_size, len(loader.dataset)), group or 1, ahead)
+    boxes = None
+    if group and trainer.batch_size > group and hasattr(loader.dataset, "labels"):
+        boxes = [len(label["cls"]) for label in loader.dataset.labels]
+    return Sharing(ranks, min(trainer.batch_size, len(loader.dataset)), group or 1, ahead, boxes)
 
 
 def _unwrapped(trainer: Any) -> nn.Module:

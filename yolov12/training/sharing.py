@@ -3,8 +3,8 @@
 Shares are settled when a batch is drawn, which workers do ahead of the training. What ranks measured in a step counts
 from the first batch on that no rank has drawn by then, so that all cut each batch alike.
 
-An image is augmented from a seed of its place in the run, whoever loads it: shares do not change what is trained on, but
-for the partners of a mosaic, which are images that the same process has loaded lately (with cache=ram, any).
+An image is augmented from a seed of its place in the run, whoever loads it: shares do not change what is trained on,
+but for the partners of a mosaic, which are images that the same process has loaded lately (with cache=ram, any).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from yolov12.mas.normalize import cut
 from yolov12.mas.ranks import Ranks, Said
 from yolov12.mas.shares import Balance, share_out
+from yolov12.training.arrangement import arranged
 
 __all__ = ["SHARE", "Share", "Sharing", "augment_by_place"]
 
@@ -47,10 +48,12 @@ class Sharing:
         batch: Images in a whole batch.
         group: Images in a BatchNorm group; ranks take whole groups.
         ahead: Batches that this rank draws before the first is trained on.
+        boxes: Of each image of the data set, by which a batch is arranged (see `arrangement`): before augmentation, as
+            no rank knows more of the images of others. None to leave the order as it is.
     """
 
-    def __init__(self, ranks: Ranks, batch: int, group: int, ahead: int) -> None:
-        self._ranks, self._group = ranks, group
+    def __init__(self, ranks: Ranks, batch: int, group: int, ahead: int, boxes: Sequence[int] | None = None) -> None:
+        self._ranks, self._group, self._boxes = ranks, group, boxes
         self._whole = cut(batch, group)
         self._ahead = -ranks.least(-ahead)  # of the one that draws furthest ahead
         self._balance = Balance(ranks.size)
@@ -59,20 +62,22 @@ class Sharing:
         self._drawn = self._trained = 0
         self._waiting: deque[Share] = deque()
 
-    def cut(self, indices: Sequence[int], place: str) -> list[int]:
+    def cut(self, indices: Sequence[int], name: str) -> list[int]:
         """Give this rank's images of a batch that is drawn, each with its seed.
 
         Args:
             indices: Of the whole batch.
-            place: Of the batch in the run.
+            name: Of the batch, no other of the run has it.
         """
+        if self._boxes is not None:
+            indices = [indices[place] for place in arranged([self._boxes[index] for index in indices])]
         shares = self.shares(len(indices))
         start = sum(shares[: self._ranks.rank])
-        seed = zlib.crc32(place.encode())
+        seed = zlib.crc32(name.encode())
         self._drawn += 1
         self._waiting.append(Share(len(indices), seed))
         mine = range(start, start + shares[self._ranks.rank])
-        return [_Seeded(indices[index], zlib.crc32(f"{place} {index}".encode())) for index in mine]
+        return [_Seeded(indices[place], zlib.crc32(f"{name} {place}".encode())) for place in mine]
 
     def shares(self, images: int) -> tuple[int, ...]:
         """Images of every rank in the batch that is drawn next."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -27,12 +27,25 @@ from torch import nn
 from yolov12.errors import ConfigError, RankError
 from yolov12.mas.lookout import Lookout, connect
 from yolov12.mas.normalize import cut
-from yolov12.mas.ranks import ProcessRanks
+from yolov12.mas.ranks import ProcessRanks, exchange_names
 
-__all__ = ["Team", "build_loaders", "check_batch", "disband", "found", "gather", "launch", "one_folder", "setting_up", "setup_group"]
+__all__ = [
+    "Team",
+    "build_loaders",
+    "check_batch",
+    "disband",
+    "found",
+    "gather",
+    "launch",
+    "one_folder",
+    "setting_up",
+    "setup_group",
+]
 
 _TIMEOUT = timedelta(hours=3)
 """Of a collective, as Ultralytics has it: rank 0 may be long at what it does alone. Of the dead, the lookout tells."""
+_GRACE_S = 15.0
+"""For a process to save and end once another is gone; one whose device waits for the dead cannot."""
 
 
 class Team:
@@ -51,7 +64,8 @@ class Team:
             # NCCL refuses two processes on one device.
             gloo = self.device.type == "cpu" or self.shares_device
             dist.init_process_group("gloo" if gloo else "cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
-        self.lookout = Lookout(connect(str(training)), RANK, WORLD_SIZE)
+        names = exchange_names()
+        self.lookout = Lookout(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
         self.ranks = ProcessRanks(self.lookout)
 
 
@@ -96,6 +110,7 @@ def gather(stock_init: Callable[[], None], trainer: Any, settings: Mapping[str, 
     """
     global _team, _trainings
     from ultralytics.utils import RANK, WORLD_SIZE
+    from ultralytics.utils.torch_utils import init_seeds
 
     wanted = settings.get("device")
     devices = len(str(wanted).split(",")) if isinstance(wanted, str) else len(wanted or [0]) if _is_list(wanted) else 1
@@ -109,6 +124,8 @@ def gather(stock_init: Callable[[], None], trainer: Any, settings: Mapping[str, 
     _team = Team(wanted, _trainings)
     stock_init()
     trainer.device, trainer.world_size = _team.device, _team.ranks.size
+    # As in one process: weights begin alike, and loaders draw the same batches.
+    init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
 
 
 def launch(stock_train: Callable[[], None], trainer: Any) -> None:
@@ -140,7 +157,7 @@ def launch(stock_train: Callable[[], None], trainer: Any) -> None:
     except subprocess.CalledProcessError as error:
         if stopped:
             raise SystemExit(128 + signal.SIGTERM) from None
-        raise RankError(f"a process of the training failed, as it says above (exit status {error.returncode})") from None
+        raise RankError(f"a process of the training failed (exit status {error.returncode}): see above") from None
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, stock_handler)
@@ -155,7 +172,7 @@ def disband() -> None:
 
 
 def one_folder(get_save_dir: Callable[..., Path], args: Any, *more: Any, **others: Any) -> Path:
-    """Run Ultralytics' `get_save_dir`, which counts up to a name that is free, for a training once for all processes."""
+    """Run Ultralytics' `get_save_dir`, which counts up to a free name; of a training once for all processes."""
     if _team is None or getattr(args, "mode", None) != "train":
         return get_save_dir(args, *more, **others)
     box = [str(get_save_dir(args, *more, **others)) if _team.ranks.rank == 0 else None]

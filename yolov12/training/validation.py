@@ -3,15 +3,20 @@
 Ultralytics validates at twice the training batch, and keeps all of a batch on the device from its images to its boxes.
 Here a batch stays on the host. When Ultralytics runs the model, slices go all the way, to loss and boxes, and what it
 then asks for is there already.
+
+Several ranks validate parts of the data: some each of the batches that one process would have, or of the images where
+there is one batch. Ultralytics gathers what it counts; losses are put together here, and are those of one process too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.ops import Profile
@@ -21,6 +26,7 @@ from yolov12.mas.meter import meter_for
 from yolov12.mas.override import overridden
 from yolov12.mas.slices import Slices
 from yolov12.mas.total import Total
+from yolov12.training import team
 from yolov12.training.detection import BOXES, DetectionTask
 
 __all__ = ["predict", "validate"]
@@ -46,8 +52,11 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
         return stock(validator, trainer, model, **kwargs)
     _config_of(validator)  # a setting that cannot be is told before any data is read
     joint = _Validation(validator, trainer is not None)
+    others = team.found()
+    on_cpu = others is not None and trainer is None and others.device.type == "cpu"
     try:
-        return stock(validator, trainer, model, **kwargs)
+        with _on_the_cpu() if on_cpu else nullcontext():
+            return stock(validator, trainer, model, **kwargs)
     finally:
         joint.end()
 
@@ -84,9 +93,8 @@ class _Validation:
 
     def __init__(self, validator: Any, training: bool) -> None:
         self._validator, self._training = validator, training
-        self._stock = {
-            name: getattr(validator, name) for name in ("init_metrics", "preprocess", "postprocess", "finalize_metrics")
-        }
+        names = "init_metrics", "preprocess", "postprocess", "finalize_metrics", "gather_stats"
+        self._stock = {name: getattr(validator, name) for name in names}
         self._own = {name: vars(validator)[name] for name in self._stock if name in vars(validator)}
         self._slices: Slices | None = None
         self._stack = ExitStack()
@@ -94,6 +102,7 @@ class _Validation:
         self._host: dict[str, Any] = {}
         self._predictions: list[Any] = []
         self._items: dict[str, Tensor] = {}
+        self._sums: list[dict[str, Tensor]] = []  # of each batch: numerators of the items, and what divides them
         validator.init_metrics = self._begin
 
     def end(self) -> None:
@@ -127,6 +136,8 @@ class _Validation:
             self._stack.callback(vars(model).pop, "loss", None)
         validator.preprocess, validator.postprocess = self._keep, lambda _: self._predictions
         validator.finalize_metrics = self._finalize
+        if team.found() is not None:
+            validator.gather_stats = self._gather
 
     def _keep(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Everything but the images goes to the device."""
@@ -158,6 +169,8 @@ class _Validation:
             for _, loss in found:
                 total.add(loss)
             self._items = total.items()
+            weight = total.normaliser()
+            self._sums.append({**{name: item * weight for name, item in self._items.items()}, "": total.unfloored()})
 
     def _on_device(self, images: Tensor) -> Tensor:
         images = images.to(self._validator.device, non_blocking=True)
@@ -175,6 +188,28 @@ class _Validation:
         boxes, loss = part.pop(BOXES), self._loss
         return self._task.measured(self._model, boxes, lambda: loss({**part, "img": images}, predictions))
 
+    def _gather(self) -> None:
+        """Ultralytics' own, with the losses; on the host, where any backend can do it."""
+        validator, others = self._validator, team.found()
+        assert others is not None
+        mine = [{name: float(value) for name, value in each.items()} for each in self._sums]
+        gathered: list[Any] | None = [None] * others.ranks.size if others.ranks.rank == 0 else None
+        device, validator.device = validator.device, torch.device("cpu")
+        try:
+            with torch.inference_mode(False):  # gloo writes from a thread of its own
+                self._stock["gather_stats"]()
+                dist.gather_object(mine, gathered, dst=0)
+        finally:
+            validator.device = device
+        if gathered is not None and self._task is not None:
+            loader = validator.dataloader
+            batches = [each for of_rank in gathered for each in of_rank]
+            if loader.sampler.batch_size != loader.batch_size:  # then these are parts of one
+                batches = [{name: sum(part[name] for part in batches) for name in batches[0]}]
+            for name, value in validator.loss.items():
+                losses = [each[name] / max(each[""], self._task.floor) for each in batches]
+                value.fill_(sum(losses) / len(losses) * len(loader))  # Ultralytics divides by the batches of this rank
+
     def _finalize(self) -> None:
         """Ultralytics has just written down how long everything took, all of it as inference."""
         speed, images = self._validator.speed, len(self._validator.dataloader.dataset)
@@ -182,6 +217,20 @@ class _Validation:
             speed[name] += time.t / images * 1e3
             speed["inference"] -= time.t / images * 1e3
         self._stock["finalize_metrics"]()
+
+
+@contextmanager
+def _on_the_cpu() -> Iterator[None]:
+    """Ultralytics takes for granted that one of several processes has a GPU."""
+    from ultralytics.engine import validator as module
+
+    backend, stock = module.get_torch_device_backend, module.AutoBackend
+    module.get_torch_device_backend = lambda device: SimpleNamespace(current_device=lambda: 0)
+    module.AutoBackend = lambda *args, **kwargs: stock(*args, **{**kwargs, "device": torch.device("cpu")})
+    try:
+        yield
+    finally:
+        module.get_torch_device_backend, module.AutoBackend = backend, stock
 
 
 def _config_of(owner: Any) -> Config:

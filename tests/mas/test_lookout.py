@@ -1,0 +1,321 @@
+"""The lookout: rings of real processes that are killed, stopped, busy or done, and of threads on a store in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore, TCPStore
+
+from yolov12.mas.lookout import Gone, Lookout, connect
+
+BEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
+NOISE_S = 5.0
+"""By which a machine with other work may be late."""
+
+SLEEP = "ctypes.CDLL(None).sleep(60)  # as in a collective: Python's lock is free, and no signal handler runs"
+RANK = """
+import ctypes, os, time
+from yolov12.mas.lookout import Lookout, connect
+os.environ.update(environment)
+os.dup2(os.open(words, os.O_CREAT | os.O_WRONLY), 2)
+if hosts:
+    from torch.distributed import TCPStore
+    host = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
+for _ in range(100):
+    try:
+        lookout = Lookout(connect(), rank, size, beat_s=beat_s, dead_s=dead_s, grace_s=grace_s)
+        break
+    except RuntimeError:  # rank 0 has yet to begin
+        time.sleep(0.05)
+barrier.wait()
+exec(main)
+"""
+FORKS = multiprocessing.get_context("forkserver")  # which imports torch once, and not in this process with its threads
+FORKS.set_forkserver_preload(["yolov12.mas.lookout"])
+
+
+class Ranks:
+    """Processes, each with a lookout and something to do, on a store that this process has or that rank 0 has."""
+
+    def __init__(self, folder, mains, rank_0_hosts=False):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._store = None if rank_0_hosts else TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        barrier = FORKS.Barrier(len(mains) + 1)
+        self._words, self.all = [folder / f"{rank}.txt" for rank in range(len(mains))], []
+        for rank, main in enumerate(mains):
+            names = {
+                "main": main,
+                "rank": rank,
+                "size": len(mains),
+                "words": str(self._words[rank]),
+                "hosts": rank_0_hosts and rank == 0,
+                "barrier": barrier,
+                "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                "beat_s": BEAT_S,
+                "dead_s": DEAD_S,
+                "grace_s": GRACE_S,
+            }
+            self.all.append(FORKS.Process(target=exec, args=(RANK, names), daemon=True))
+            self.all[-1].start()
+        barrier.wait(60)
+
+    def send(self, rank, number):
+        os.kill(self.all[rank].pid, number)
+
+    def end(self, ranks, within_s):
+        """Wait for ranks to end; return their statuses."""
+        end = time.monotonic() + within_s
+        for rank in ranks:
+            self.all[rank].join(max(0.0, end - time.monotonic()))
+        return [self.all[rank].exitcode for rank in ranks]
+
+    def words(self, rank):
+        """What it wrote to stderr, without the remarks of PyTorch's C++."""
+        return [line for line in self._words[rank].read_text().splitlines() if line and line[0] != "["]
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    made = []
+
+    def make(*arguments, **keywords):
+        made.append(Ranks(tmp_path, *arguments, **keywords))
+        return made[-1]
+
+    yield make
+    for process in [process for team in made for process in team.all]:
+        process.kill()
+        process.join()
+
+
+# Processes
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_all_leave_and_name_the_rank_that_was_killed_or_stopped(ranks, number):
+    four = ranks([SLEEP] * 4)
+    four.send(2, number)
+    assert four.end([0, 1, 3], DEAD_S + GRACE_S + NOISE_S) == [1, 1, 1]
+    for rank in (0, 1, 3):
+        expected = f"yolov12: error: rank 2: has not been heard of for 1.5 s, so rank {rank} ends too"
+        assert four.words(rank) == [expected]
+    if number == signal.SIGSTOP:
+        four.send(2, signal.SIGCONT)  # nobody is left to work with
+        assert four.end([2], GRACE_S + NOISE_S) == [1]
+        assert four.words(2) == ["yolov12: error: rank 2: has not been heard of for 1.5 s, so rank 2 ends too"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_rank_0_is_named_when_its_store_dies_with_it(ranks, number):
+    three = ranks([SLEEP] * 3, rank_0_hosts=True)
+    three.send(0, number)
+    assert three.end([1, 2], DEAD_S + GRACE_S + NOISE_S) == [1, 1]
+    assert "rank 0: the store that it keeps for all does not answer, so rank 1 ends too" in three.words(1)[-1]
+
+
+def test_busy_ranks_are_not_dead_and_ranks_that_are_done_are_not_missed(ranks):
+    count = "end = time.monotonic() + 3.5\nwhile time.monotonic() < end: sum(range(1000))"
+    mains = ["time.sleep(0.5)", "ctypes.CDLL(None).usleep(3_500_000)", "", count, "time.sleep(0.2)"]
+    five = ranks([f"{main}\nlookout.close()\nassert lookout.gone(0) is None" for main in mains])
+    assert five.end(range(5), 3.5 + NOISE_S) == [0] * 5
+    assert [five.words(rank) for rank in range(5)] == [[]] * 5
+
+
+def test_rank_that_leaves_says_why_within_two_seconds(ranks):
+    hear = "gone = lookout.gone(2)\nlookout.close()\nos.write(2, str(gone).encode())"
+    four = ranks([hear, hear, "lookout.leaving('no space left on device')", hear])
+    assert four.end(range(4), 2 + NOISE_S) == [0] * 4
+    assert [four.words(rank) for rank in range(4)] == [["rank 2: no space left on device"]] * 2 + [[]] + [
+        ["rank 2: no space left on device"]
+    ]
+
+
+def test_process_that_ends_without_a_word_is_missed_at_once(run_python, monkeypatch):
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(host.port))
+    lookout = Lookout(connect(), 0, 2, beat_s=BEAT_S)
+    ended = run_python(
+        "-c", "from yolov12.mas.lookout import *; lookout = Lookout(connect(), 1, 2); raise SystemExit(3)"
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert lookout.gone(NOISE_S) == Gone(1, "rank 1", "its process ended before the run did")
+    lookout.close()
+
+
+# Threads, on a store in memory
+
+
+class Line:
+    """A rank's connection to a store, which can be cut, or go silent as that to a machine without power does."""
+
+    def __init__(self, store):
+        self._store, self.silent, self._cut = store, threading.Event(), False
+
+    def cut(self):
+        self._cut = True
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if self.silent.is_set():
+                threading.Event().wait(60)
+            if self._cut:
+                raise RuntimeError("Broken pipe")
+            return getattr(self._store, name)(*arguments)
+
+        return call
+
+
+class Ring:
+    """Lookouts of one process, with what each said and did at its end."""
+
+    def __init__(self, size, **options):
+        store = HashStore()
+        self.lines = [Line(store) for _ in range(size)]
+        self.said, self.left = [[] for _ in range(size)], [threading.Event() for _ in range(size)]
+        self.lookouts = [
+            Lookout(
+                line,
+                rank,
+                size,
+                **{"beat_s": 0.02, "dead_s": 0.5, "grace_s": 0.1, **options},
+                log=self.said[rank].append,
+                leave=lambda status, rank=rank: self.left[rank].set(),
+            )
+            for rank, line in enumerate(self.lines)
+        ]
+
+    def __getitem__(self, rank):
+        return self.lookouts[rank]
+
+
+@pytest.fixture
+def ring():
+    rings = []
+
+    def make(size, **options):
+        rings.append(Ring(size, **options))
+        return rings[-1]
+
+    yield make
+    for lookout in [lookout for ring in rings for lookout in ring.lookouts]:
+        lookout._caller.join = lambda _: None  # some hang, as they should
+        lookout.close()
+
+
+def test_ranks_that_are_done_are_stepped_over(ring):
+    six = ring(6, names=["a", "b", "c", "d", "e", "f"])
+    for rank in (2, 1):
+        six[rank].close()
+    six.lines[3].silent.set()
+    for rank in (0, 4, 5):
+        assert six[rank].gone(NOISE_S) == Gone(3, "d", "has not been heard of for 0.5 s")
+    assert six[1].gone(0) is None
+    assert str(six[0].gone(0)) == "d: has not been heard of for 0.5 s"
+
+
+def test_last_rank_watches_nobody(ring):
+    three = ring(3, dead_s=0.1)
+    three[1].close()
+    three[2].close()
+    assert three[0].gone(0.5) is None
+    three[0].close()
+    assert three.said == [[], [], []]
+
+
+def test_rank_that_has_not_begun_is_not_dead():
+    lookout = Lookout(HashStore(), 0, 2, beat_s=0.02, dead_s=0.1)
+    assert lookout.gone(0.5) is None
+    lookout.close()
+
+
+def test_first_to_be_named_stays_named(ring):
+    four = ring(4, grace_s=60)
+    four[2].leaving("first")
+    four[1].leaving("second")
+    four.lines[3].silent.set()
+    assert four[0].gone(NOISE_S) == Gone(2, "rank 2", "first")
+    assert four[1].gone(NOISE_S) == Gone(2, "rank 2", "first")
+    assert four[2].gone(0.1) is None
+
+
+def test_rank_leaves_after_the_grace_unless_it_closes(ring):
+    three = ring(3, grace_s=1.0)
+    three[2].leaving("why")
+    assert three[1].gone(NOISE_S)
+    three[1].close()
+    assert not three.left[0].is_set()
+    assert three.left[0].wait(NOISE_S)
+    assert three.said == [["yolov12: error: rank 2: why, so rank 0 ends too"], [], []]
+    assert not three.left[1].wait(0.5)
+
+
+def test_rank_that_was_taken_for_dead_leaves_too(ring):
+    two = ring(2)
+    two.lines[0]._store.compare_set("gone", "", '[1, "silent"]')
+    assert two.left[1].wait(NOISE_S)
+    assert two[1].gone(0) is None
+    assert two[0].gone(0) == Gone(1, "rank 1", "silent")
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_store_that_is_lost_counts_as_the_death_of_its_host(ring, silent, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    two = ring(2)
+    for line in two.lines:
+        line.silent.set() if silent else line.cut()
+    reason = "the store that it keeps for all does not answer"
+    assert two[1].gone(NOISE_S) == Gone(0, "rank 0", reason)
+    assert two[0].gone(NOISE_S) == Gone(-1, "the process that launched the run", reason)
+    assert two.left[0].wait(NOISE_S)
+    assert two.left[1].wait(NOISE_S)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    two = ring(2)
+    two.lines[1].cut()
+    assert two[1].gone(NOISE_S) == Gone(-1, "the process that launched the run", reason)
+
+
+def test_failures_are_told_without_anybody_leaving(ring):
+    two = ring(2)
+    two[0].tell("CUDA error")
+    two[0].tell("CUDA error 2")
+    assert two[1].told(0) == "CUDA error 2"
+    assert two[0].told(1) == "it failed"
+    assert two[1].gone(0.2) is None
+    two.lines[1].cut()
+    two[1].tell("to nobody")
+    assert two[1].told(0) == "it failed"
+
+
+def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_RUN_ID": "run"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def client(restarts, agent, prefix=""):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(agent))
+        return connect(prefix)
+
+    before = Lookout(client(0, True), 1, 2, beat_s=0.02)
+    before.leaving("before the restart")
+    for store, expected in [
+        (client(0, True), Gone(1, "rank 1", "before the restart")),
+        (client(1, True), None),
+        (client(0, True, "2"), None),
+    ]:
+        lookout = Lookout(store, 0, 2, beat_s=0.02)
+        assert lookout.gone(NOISE_S if expected else 0.3) == expected
+        lookout.close()
+    client(0, False).add("key", 1)  # machines that counted otherwise share a store that is new each time
+    assert client(1, False).check(["key"])

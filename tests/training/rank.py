@@ -1,0 +1,46 @@
+"""One of several processes that train together: `python rank.py MODEL ARGUMENTS FOLDER`, its place in the environment.
+
+Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from ultralytics import YOLO
+from ultralytics.utils.torch_utils import unwrap_model
+
+
+def main(name, arguments, folder):
+    rank = int(os.environ.get("RANK", "-1"))
+    model = YOLO(name)
+    losses = []
+    done = 0
+
+    def batch_ends(trainer):
+        nonlocal done
+        done += 1
+        losses.append({key: float(value) for key, value in trainer.loss_items.items()})
+        victim, after = json.loads(os.environ.get("KILL", "[-2, 0]"))
+        if rank == victim and done == after and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.add_callback("on_train_batch_end", batch_ends)
+    model.train(**arguments)
+    trainer = model.trainer
+    torch.save(
+        {
+            "weights": {name: value.clone() for name, value in unwrap_model(trainer.model).state_dict().items()},
+            "ema": trainer.ema.ema.state_dict(),
+            "losses": losses,
+            "folder": str(trainer.save_dir),
+        },
+        folder / f"{max(rank, 0)}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3]))
