@@ -55,6 +55,8 @@ class Engine:
             operation, faster and with half as much to keep.
         cache: Folder in which plans are kept from run to run; by default they are made anew.
         ways_out: See `planner.WaysOut`.
+        optimizer_bytes: Tells what the optimizer will hold from its first update on, and does not hold yet: the error
+            of a run that does not fit counts it.
         smaller: Called with a batch of which not even one image fits: the same with smaller images, or None.
         log: Takes lines for the user.
     """
@@ -72,6 +74,7 @@ class Engine:
         activations: Mapping[nn.Module, nn.Module] | None = None,
         cache: Path | None = None,
         ways_out: WaysOut = lambda share: (),
+        optimizer_bytes: Callable[[], int] = lambda: 0,
         smaller: Callable[[Any], Any | None] | None = None,
         log: Callable[[str], None] = _log,
     ) -> None:
@@ -89,6 +92,7 @@ class Engine:
         self.micro_batches: tuple[int, ...] = ()
         """Of the last batch: images in each."""
         self._task, self._ways_out, self._smaller, self._log = task, ways_out, smaller, log
+        self._optimizer_bytes = optimizer_bytes
         self._notes: list[str] = []
         self._layers = candidates(model, layers, self.config.disabled_layers)
         self._step = Step(model, task, self.meter, backward, self._layers, activations)
@@ -333,6 +337,7 @@ class Engine:
             speed=self.speed,
             history=self._history,
             gradient_bytes=self._gradient_bytes,
+            optimizer_bytes=self._optimizer_bytes,
             ways_out=self._ways_out,
             patience_s=self._patience_s,
         )
