@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
-from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.cost import SPREAD_UNSEEN, CostModel, Features
 from yolov12.mas.failures import does_not_fit, tried_to_allocate
 from yolov12.mas.meter import Meter
 from yolov12.mas.normalize import cut
@@ -197,14 +197,17 @@ class BatchPlanner:
 
     def _error(self, failure: Failure | None) -> DoesNotFitError:
         reading, ratio = self.reading, self._config.safety_ratio
+        fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes  # it may be something else
         # A limit that did for this batch alone would end the run in the next.
         beside = self._beside_bytes() + self._optimizer_bytes()
         needed = max(self._needed_bytes(failure) - self._beside_bytes(), 1) + beside
         ways = []
         if self._config.limit is not None:
-            at_least = self._failed_bytes(failure) > self._image_bytes(failure)
-            limit = f"{needed / (1 - ratio) // 2**20 + 1:,.0f} MiB"
-            ways.append(f"give a mem_limit {'above' if at_least else 'of'} {limit}")
+            roomy = (needed + SPREAD_UNSEEN * (needed - beside)) / (1 - ratio)  # batches to come may have fuller images
+            if self._failed_bytes(failure) > self._image_bytes(failure) or fits:
+                ways.append(f"give a mem_limit above {max(roomy, reading.total_bytes) // 2**20 + 1:,.0f} MiB")
+            else:
+                ways.append(f"give a mem_limit of {roomy // 2**20 + 1:,.0f} MiB")
         if needed <= min(reading.held_bytes + reading.free_bytes, reading.total_bytes):
             ways.append(f"give a mem_safety_ratio below {ratio:g}")
         if self._may_come_back(failure):
@@ -212,7 +215,7 @@ class BatchPlanner:
         share = (self.budget_bytes - beside) / (needed - beside)
         ways += [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
         error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
-        if failure is not None and self._needed_bytes(failure) <= self.budget_bytes:  # then it may be something else
+        if failure is not None and fits:
             error.args = (f"{error}. What failed: {failure.message.strip().splitlines()[0]}",)
         return error
 
