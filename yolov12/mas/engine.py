@@ -36,6 +36,9 @@ __all__ = ["Engine"]
 _PATIENCE_S = 2.0
 """How long to wait for other processes where smaller images are another way."""
 
+_SKIPPED_UPDATES = 16
+"""At most: a `GradScaler` halves its scale from 65,536 until it fits. The optimizer makes its state after that."""
+
 _log = logging.getLogger("yolov12.mas").info
 
 
@@ -172,7 +175,7 @@ class Engine:
             optimizer.zero_grad()
 
         failures = 0
-        if self._updates or optimizer.state:
+        if optimizer.state or self._updates >= _SKIPPED_UPDATES:
             (update or plain)()
         else:
             failures = survive_first_update(update or plain, optimizer, self.meter.release, remember)
