@@ -1,12 +1,12 @@
 """Label-dense data on a GPU under a limit, and a limit so small that images have to get smaller.
 
-    python benchmarks/dense.py --out benchmarks/results/dense.json      (about 5 minutes on one H100)
+    python benchmarks/dense.py --out benchmarks/results/dense.json      (about 7 minutes on one H100)
     python benchmarks/dense.py --out part.json --only ladder saving
 
 `dense`: 1,536 images, 2 % of them with 300 to 900 boxes among others of about 10, mosaic 1.0, copy_paste 0.1, whole
 epochs with data loading: stock Ultralytics, in a process without this package, at its largest stable batch, then ours.
 Peaks are of a step of the optimizer. `ladder`: a process leaves too little memory for one image, until it goes.
-`saving`: what it takes to save a run in mid-epoch; needs no GPU.
+`off`: the same without the ladder. `saving`: what it takes to save a run in mid-epoch; needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import multiprocessing
 import multiprocessing.pool
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -30,10 +31,12 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+ROOT = Path(__file__).parents[1]
 LIMIT_GIB = 16
 STOCK_BATCHES = (32,)
 """The largest at which its assigner does not go image by image, and its batch is not halved."""
-IMAGES, EPOCHS = 1536, {"stock": 2, "ours": 8}
+IMAGES, EPOCHS = 1536, {"stock": 4, "ours": 16}
+"""The second half is measured: by then files are read, and the controller has found its size and plan."""
 TRAIN: dict[str, Any] = {
     "imgsz": 640,
     "device": 0,
@@ -49,6 +52,7 @@ TRAIN: dict[str, Any] = {
     "close_mosaic": 0,
 }
 OURS: dict[str, Any] = {**TRAIN, "recipe": False}
+SMALL = {**OURS, "model": "yolov12x.yaml", "imgsz": 1280, "batch": 4, "nbs": 4, "workers": 8, "deterministic": False}
 
 
 def draw(folder: Path, images: int = IMAGES, seed: int = 0) -> str:
@@ -130,7 +134,8 @@ def _in_process(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     rows = (folder / "run" / "memory.csv").read_text().splitlines() if (folder / "run" / "memory.csv").exists() else []
     if done.returncode:
-        return {"exit_status": done.returncode, "log_tail": (done.stdout + done.stderr)[-600:], "memory_csv": rows}
+        tail = (done.stdout + done.stderr)[-600:].replace(f"{ROOT}/", "")
+        return {"exit_status": done.returncode, "log_tail": tail, "memory_csv": rows}
     return {**json.loads((folder / "out.json").read_text()), "memory_csv": rows}
 
 
@@ -150,14 +155,17 @@ def dense() -> dict[str, Any]:
 
 
 def _told(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """Of the second half, when sizes have settled and files are read."""
+    """Of the second half, and of all; alike are steps of the second half in which nothing was decided anew."""
     if "peaks_mib" in run:
         if rows := _rows(run):  # the engine resets the count for every micro-batch
             run["peaks_mib"] = [float(row["peak_mib"]) for row in rows]
+            alike = [float(row["peak_mib"]) for row in rows[-(len(rows) // 2) :] if not row["events"]]
+            run |= {"steps_alike": len(alike), "peak_sd_alike_mib": statistics.pstdev(alike)}
         epochs = len(run["epoch_s"]) // 2
         last = run["peaks_mib"][-(len(run["peaks_mib"]) // 2) :]
         run |= {
             "images_per_s": IMAGES * epochs / sum(run["epoch_s"][-epochs:]),
+            "images_per_s_all": IMAGES * len(run["epoch_s"]) / sum(run["epoch_s"]),
             "peak_mean_mib": statistics.mean(last),
             "peak_sd_mib": statistics.pstdev(last),
             "peak_sd_all_mib": statistics.pstdev(run["peaks_mib"]),
@@ -171,26 +179,42 @@ def _rows(run: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def ladder() -> dict[str, Any]:
-    """A process comes that leaves too little for one image, and goes; then the same without the ladder."""
+    """A process comes that leaves too little for one image, and goes."""
     data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
-    arguments = {**OURS, "model": "yolov12x.yaml", "imgsz": 1280, "batch": 4, "nbs": 4, "data": data}
-    arguments |= {"workers": 8, "deterministic": False}
+    arguments = {**SMALL, "data": data}
     folder = Path(tempfile.mkdtemp())
     with multiprocessing.pool.ThreadPool(1) as pool:
         auto = pool.apply_async(
-            functools.partial(_in_process, False, None, folder=folder, mas_data="auto", epochs=5, **arguments)
+            functools.partial(_in_process, False, None, folder=folder, mas_data="auto", epochs=8, **arguments)
         )
         budget_mib = _come_and_go(folder / "run" / "memory.csv", auto)
-        result = {"auto": auto.get()}
-    # A limit in place of the process: to one that may leave, the engine gives two minutes.
-    limit = f"{budget_mib / 0.9:.0f}MiB"
-    result["off"] = _in_process(False, None, **arguments, epochs=1, mas_data="off", mem_limit=limit)
-    for mode, run in result.items():
-        print(mode, {key: value for key, value in run.items() if key not in ("peaks_mib", "memory_csv")})
-        for row in _rows(run):
-            names = ("step", "image_size", "micro_batches", "predicted_mib", "peak_mib", "budget_mib", "events")
-            print(*(row[name] for name in names), sep=" | ", flush=True)
-    return {"budget_mib": budget_mib, **result}
+        result = _told_rows("auto", auto.get())
+    return {"budget_mib": budget_mib, "auto": result}
+
+
+def off(budget_mib: float) -> list[dict[str, Any]]:
+    """The same without the ladder: it ends in an error that names a limit, which is tried, and so on until it runs.
+
+    The first limit is in place of the process: to one that may leave, the engine gives two minutes.
+    """
+    data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
+    limit_mib, attempts = round(budget_mib / 0.9), []
+    while len(attempts) < 4:
+        run = _in_process(False, None, **SMALL, data=data, epochs=1, mas_data="off", mem_limit=f"{limit_mib}MiB")
+        attempts.append(_told_rows("off", {"mem_limit_mib": limit_mib, **run}))
+        named = re.search(r"give a mem_limit (?:of|above) ([\d,]+) MiB", run.get("log_tail", ""))
+        if named is None:
+            break
+        limit_mib = int(named[1].replace(",", ""))
+    return attempts
+
+
+def _told_rows(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    print(name, {key: value for key, value in run.items() if key not in ("peaks_mib", "memory_csv")})
+    for row in _rows(run):
+        names = ("step", "image_size", "micro_batches", "predicted_mib", "peak_mib", "budget_mib", "events")
+        print(*(row[name] for name in names), sep=" | ", flush=True)
+    return run
 
 
 def _come_and_go(file: Path, run: Any) -> float:
@@ -207,8 +231,14 @@ def _come_and_go(file: Path, run: Any) -> float:
             time.sleep(0.2)
 
     wait(lambda: len(rows()) >= 3)
-    held = []
-    while not run.ready() and (over := float(rows()[-1]["budget_mib"]) - LADDER_MIB) > 50:
+    held, leave_mib = [], float(LADDER_MIB)
+    while not run.ready() and rows()[-1]["image_size"] == "1280x1280":
+        over = float(rows()[-1]["budget_mib"]) - leave_mib
+        if over < 50:  # it was not too little
+            over = 50
+            leave_mib -= 50
+        free_mib = torch.cuda.mem_get_info()[0] / 2**20
+        over = max(min(over, free_mib - 256), 0)  # the training has to let go of more first
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             held.append(torch.empty(int(over * 2**20), dtype=torch.uint8, device="cuda"))
         seen = len(rows())
@@ -259,7 +289,12 @@ def _time_saves(into: dict[str, Any]) -> None:
     Keeper._save = timed  # type: ignore[method-assign]
 
 
-PARTS: dict[str, Callable[[], Any]] = {"dense": dense, "ladder": ladder, "saving": saving}
+PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "dense": lambda _: dense(),
+    "ladder": lambda _: ladder(),
+    "off": lambda result: off(result["ladder"]["budget_mib"]),
+    "saving": lambda _: saving(),
+}
 
 
 def main() -> None:
@@ -280,15 +315,15 @@ def main() -> None:
     import torch
     import ultralytics
 
-    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"measured_on": {}}
+    result["command"] = "python benchmarks/dense.py --out dense.json"
     for part in options.only:
-        result |= {
-            "command": "python benchmarks/dense.py --out dense.json",
+        result[part] = PARTS[part](result)
+        result["measured_on"][part] = {
             "date": time.strftime("%Y-%m-%d"),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
             "torch": torch.__version__,
             "ultralytics": ultralytics.__version__,
-            part: PARTS[part](),
         }
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

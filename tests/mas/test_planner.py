@@ -24,7 +24,7 @@ KEEP_ALL = (Level(1.0, 1.0),)
 def planner(
     images=16, group=4, room=64, others=(0,), history=AT_ONCE, levels=KEEP_ALL, known=(1, 2, 4, 8, 16), image=IMAGE,
     sleep=lambda seconds: None, ways_out=lambda share: ("amp=True", "imgsz=320", "a smaller model"), models=None,
-    **config,
+    boxes=None, live=0, gradients=0, optimizer=0, **config,
 ):  # fmt: skip
     """A planner on a card of so many images, of which every size up to 16 was seen; or with the models of another."""
     cost, speed = models or (CostModel(levels), SpeedModel(levels))
@@ -32,9 +32,10 @@ def planner(
         speed.ran(size, 640, 640)
         for _ in range(2):
             cost.observe(Features(size, 640, 640, 5), size * image)
-    meter = ReplayMeter(room * IMAGE, others)
-    work = Workload(640, 640, (5,) * images)
-    options = {"history": history, "gradient_bytes": 0, "ways_out": ways_out, "sleep": sleep}
+    meter = ReplayMeter(room * IMAGE, others, live, config.get("limit"))
+    work = Workload(640, 640, boxes or (5,) * images)
+    options = {"history": history, "gradient_bytes": gradients, "ways_out": ways_out, "sleep": sleep}
+    options["optimizer_bytes"] = lambda: optimizer
     return BatchPlanner(work, Config(**config), group, cost, meter, speed=speed, **options), meter
 
 
@@ -172,8 +173,52 @@ def test_ways_out_name_the_limit_and_the_safety_share_where_they_are_in_the_way(
     with pytest.raises(DoesNotFitError, match=r"give a mem_safety_ratio below 0.5"):
         one.plan(0, None)
     one, _ = planner(group=1, room=0.5, limit=50 * MIB)
-    with pytest.raises(DoesNotFitError, match=r"give a mem_limit of 112 MiB"):
+    with pytest.raises(DoesNotFitError, match=r"give a mem_limit of 118 MiB"):
         one.plan(0, None)
+
+
+def refused(one, start=0, failed=None):
+    """MiB that are needed and those of the limit to give, as the error says."""
+    with pytest.raises(DoesNotFitError) as caught:
+        one.plan(start, failed)
+    found = re.match(r"one image needs ([\d,]+) MiB .* give a mem_limit (?:of|above) ([\d,]+) MiB", str(caught.value))
+    return [int(number.replace(",", "")) for number in found.groups()]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.07, 0.1])
+def test_the_limit_that_is_named_does(ratio):
+    """With the gradients of the images before, the fullest image, and the state that the optimizer makes."""
+    crowded = {"boxes": (5, 5, 300, 5), "group": 1, "known": (1, 2), "gradients": 236 * MIB, "safety_ratio": ratio}
+    first = {**crowded, "live": 472 * MIB, "optimizer": 236 * MIB}
+    fits = {**crowded, "live": (472 + 236) * MIB}  # as it is from the second batch on
+    one, _ = planner(**first, limit=500 * MIB)
+    needed, limit = refused(one)
+    one, _ = planner(**fits, limit=limit * MIB)
+    assert ran(one.plan(0, None)) == [1] * 4
+    assert needed * MIB <= one.budget_bytes
+    image = 1.05 * IMAGE / MIB / (1 - ratio)  # of which a twentieth is for fuller images
+    one, _ = planner(**fits, limit=int(limit - 0.05 * image - 2) * MIB)
+    assert refused(one) == [needed, limit]
+
+
+def test_what_is_needed_is_more_than_the_budget():
+    """Also where that is for the sake of gradients alone, which are live once they have been made."""
+    one, _ = planner(group=1, room=1.5, gradients=IMAGE, safety_ratio=0.0, limit=int(1.5 * IMAGE))
+    assert refused(one)[0] > one.budget_bytes / MIB
+    one, _ = planner(
+        group=1, room=2.5, live=int(1.5 * IMAGE), gradients=IMAGE, safety_ratio=0.0, limit=int(2.5 * IMAGE)
+    )
+    assert refused(one, 4)[0] == 251
+
+
+@pytest.mark.parametrize(("images", "limit"), [(1.2, 152), (10, 1001)])
+def test_an_image_that_failed_needs_more_than_it_had_got_to(images, limit):
+    """Where it failed nobody knows how much was still to come; and it failed under the limit that there is."""
+    one, _ = planner(images=4, group=1, known=(), history=History(1), limit=int(images * IMAGE), gradients=10 * MIB)
+    one.plan(0, None)
+    one.plan(0, failure(1))
+    with pytest.raises(DoesNotFitError, match=rf"one image needs 130 MiB .* give a mem_limit above {limit:,} MiB"):
+        one.plan(0, failure(1))
 
 
 def test_ways_out_know_the_share_that_would_fit():

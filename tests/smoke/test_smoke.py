@@ -13,6 +13,7 @@ import torch
 from ultralytics import YOLO
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import SETTINGS
+from ultralytics.utils.metrics import box_iou
 
 from yolov12 import demo
 from yolov12.models.attention import attention, select_backend
@@ -80,8 +81,22 @@ def test_validates(trained):
 
 def boxes(weights):
     """Of the first picture of the validation set, by falling confidence."""
-    (result,) = YOLO(weights, task="detect").predict(picture(), imgsz=SIZE, conf=0.001, verbose=False, max_det=20)
+    (result,) = YOLO(weights, task="detect").predict(picture(), imgsz=SIZE, conf=0.001, verbose=False, max_det=100)
     return result.boxes.data.cpu()
+
+
+def assert_alike(found, expected, pixels, confidence):
+    """The first ten boxes of each are among the other's; by rank they are not, as confidences that are close swap.
+
+    For a tenth or two, the one of two boxes over each other that is dropped may be the other one.
+    """
+    for some, all_others in ((found, expected), (expected, found)):
+        alike = box_iou(some[:10, :4], all_others[:, :4]) > 0.7  # closer than two boxes of one result may be
+        alike &= some[:10, None, 5] == all_others[None, :, 5]
+        alike &= (some[:10, None, 4] - all_others[None, :, 4]).abs() < confidence
+        assert alike.any(1).all(), f"{some[:10]}\n{all_others}"
+        near = alike & ((some[:10, None, :4] - all_others[None, :, :4]).abs().amax(2) < pixels)
+        assert near.any(1).double().mean() >= 0.8, f"{some[:10]}\n{all_others}"
 
 
 def picture():
@@ -92,7 +107,7 @@ def picture():
 def test_onnx_finds_the_same(trained):
     best = trained / "weights" / "best.pt"
     exported = YOLO(best).export(format="onnx", imgsz=SIZE)
-    assert torch.allclose(boxes(exported), boxes(best), atol=1.0 if GPU else 0.1)
+    assert_alike(boxes(exported), boxes(best), pixels=1.0 if GPU else 0.1, confidence=0.01)
 
 
 @needs_gpu
@@ -100,6 +115,4 @@ def test_onnx_finds_the_same(trained):
 def test_tensorrt_finds_the_same(trained):
     best = trained / "weights" / "best.pt"
     exported = YOLO(best).export(format="engine", half=True, dynamic=True, imgsz=SIZE)
-    found, expected = boxes(exported), boxes(best)
-    assert abs(len(found) - len(expected)) <= 2
-    assert torch.allclose(found[:3, :4], expected[:3, :4], atol=4.0)
+    assert_alike(boxes(exported), boxes(best), pixels=4.0, confidence=0.05)

@@ -4,11 +4,14 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from ultralytics.utils.torch_utils import unwrap_model
 
 from yolov12 import cli
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import engine
 from yolov12.mas.host_memory import HostMeter
+from yolov12.training.memory import _optimizer_bytes
 
 MESSAGE = re.compile(
     r"one image needs (?P<needed>[\d,]+) MiB at its peak, "
@@ -50,6 +53,21 @@ def test_the_command_line_says_it_in_one_line(trainings, tmp_path, capsys):
     assert "Traceback" not in error
     assert "YOLOV12_TRACEBACK" not in error
     assert not any((tmp_path / "runs").rglob("*"))
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+def test_what_the_optimizer_will_hold_is_counted_until_it_does(trainings, tmp_path, optimizer):
+    """A limit that is named must do after the first update too."""
+    counted = []
+
+    def count(trainer):
+        counted.append(_optimizer_bytes(trainer, unwrap_model(trainer.model)))
+
+    callbacks = [("on_train_start", count), ("on_train_end", count)]
+    run = trainings.train(tmp_path, optimizer=optimizer, epochs=1, callbacks=callbacks)
+    state = [value for values in run.trainer.optimizer.state.values() for value in values.values()]
+    held = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
+    assert counted == [pytest.approx(held, rel=0.02), 0]
 
 
 def test_what_was_done_before_is_kept(trainings, tmp_path):

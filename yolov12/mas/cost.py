@@ -17,11 +17,12 @@ from typing import Any
 
 from yolov12.mas.peak_law import PeakLaw, Size
 
-__all__ = ["CostModel", "Features", "Level"]
+__all__ = ["SPREAD_UNSEEN", "CostModel", "Features", "Level"]
 
 _SIGMAS = 3.0
 _SPREAD_SEEN = 0.01  # least relative margin of a prediction for a shape that was seen
-_SPREAD_UNSEEN = 0.05  # and for one that was not
+SPREAD_UNSEEN = 0.05
+"""And for one that was not."""
 _SPREAD_MOST = 0.5
 _HALF_LIFE_BATCHES = 4  # after a first failure: together with the hold, about ten batches until a false alarm is gone
 _HALF_LIFE_MOST = 4096
@@ -191,7 +192,7 @@ class CostModel:
         spread = _SIGMAS * self._spread
         count = law.seen(features.size, features.boxes)
         if not count:
-            return min(max(spread, _SPREAD_UNSEEN), _SPREAD_MOST)
+            return min(max(spread, SPREAD_UNSEEN), _SPREAD_MOST)
         return min(max(spread * math.sqrt(1 + 1 / count), _SPREAD_SEEN), _SPREAD_MOST)
 
     def _expected_bytes(self, features: Features) -> float:

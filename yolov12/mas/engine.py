@@ -40,6 +40,9 @@ _CHECK_EVERY = 100
 _PATIENCE_S = 2.0
 """How long to wait for other processes where smaller images are another way."""
 
+_SKIPPED_UPDATES = 16
+"""At most: a `GradScaler` halves its scale from 65,536 until it fits. The optimizer makes its state after that."""
+
 _log = logging.getLogger("yolov12.mas").info
 
 
@@ -59,6 +62,8 @@ class Engine:
             operation, faster and with half as much to keep.
         cache: Folder in which plans are kept from run to run; by default they are made anew.
         ways_out: See `planner.WaysOut`.
+        optimizer_bytes: Tells what the optimizer will hold from its first update on, and does not hold yet: the error
+            of a run that does not fit counts it.
         smaller: Called with a batch of which not even one image fits: the same with smaller images, or None.
         ranks: Processes that share each batch; all of them call the same methods in the same order.
         log: Takes lines for the user.
@@ -77,6 +82,7 @@ class Engine:
         activations: Mapping[nn.Module, nn.Module] | None = None,
         cache: Path | None = None,
         ways_out: WaysOut = lambda share: (),
+        optimizer_bytes: Callable[[], int] = lambda: 0,
         smaller: Callable[[Any], Any | None] | None = None,
         ranks: Ranks = ALONE,
         log: Callable[[str], None] = _log,
@@ -95,6 +101,7 @@ class Engine:
         self.micro_batches: tuple[int, ...] = ()
         """Of the last batch: images in each."""
         self._task, self._ways_out, self._smaller, self._log = task, ways_out, smaller, log
+        self._optimizer_bytes = optimizer_bytes
         self._notes: list[str] = []
         self._layers = candidates(model, layers, self.config.disabled_layers)
         self._ranks = ranks
@@ -180,7 +187,7 @@ class Engine:
             optimizer.zero_grad()
 
         failures = 0
-        if self._updates or optimizer.state:
+        if optimizer.state or self._updates >= _SKIPPED_UPDATES:
             (update or plain)()
         else:
             failures = survive_first_update(update or plain, optimizer, self.meter.release, remember)
@@ -350,6 +357,7 @@ class Engine:
             speed=self.speed,
             history=self._history,
             gradient_bytes=self._gradient_bytes,
+            optimizer_bytes=self._optimizer_bytes,
             ways_out=self._ways_out,
             patience_s=self._patience_s,
         )

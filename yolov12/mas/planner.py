@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
-from yolov12.mas.cost import CostModel, Features
+from yolov12.mas.cost import SPREAD_UNSEEN, CostModel, Features
 from yolov12.mas.failures import does_not_fit, tried_to_allocate
 from yolov12.mas.meter import Meter
 from yolov12.mas.normalize import cut
@@ -39,6 +39,7 @@ class BatchPlanner:
         speed: Is asked, and told which sizes ran. What a batch took, which is known later, is for the caller to tell.
         history: Of the batch before; as an attribute it is for the next.
         gradient_bytes: Of all gradients of the model.
+        optimizer_bytes: Tells what the optimizer will hold from its first update on, and does not hold yet.
         ways_out: See `WaysOut`.
         patience_s: How long to wait for other processes to give memory back.
         sleep: Waits for so many seconds.
@@ -55,14 +56,16 @@ class BatchPlanner:
         speed: SpeedModel,
         history: History,
         gradient_bytes: int,
+        optimizer_bytes: Callable[[], int] = lambda: 0,
         ways_out: WaysOut = lambda share: (),
         patience_s: float = WAIT_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._work, self._config, self._group = work, config, group
         self._cost, self._speed, self._meter = cost, speed, meter
-        self._gradient_bytes, self._ways_out, self._sleep = gradient_bytes, ways_out, sleep
-        self._patience_s = patience_s
+        self._gradient_bytes, self._optimizer_bytes = gradient_bytes, optimizer_bytes
+        self._ways_out, self._sleep, self._patience_s = ways_out, sleep, patience_s
+        self._start = 0
         self._ceiling: float | None = None
         self._failed_at = self._waited_s = self._told_s = 0
         self.history = history
@@ -79,6 +82,7 @@ class BatchPlanner:
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
         """See `step.Planner.plan`."""
+        self._start = start
         if failure is not None:
             self.undisturbed = False
             self._read()
@@ -174,23 +178,44 @@ class BatchPlanner:
         return replace(self.reading, free_bytes=free_bytes).budget_bytes(self._config.safety_ratio)
 
     def _needed_bytes(self, failure: Failure | None) -> int:
-        predicted = self._cost.usual_bytes(self._features(0, 1, len(self._cost.levels) - 1))
-        failed = failure.peak_bytes + tried_to_allocate(failure.message) if failure and failure.images == 1 else 0
-        return max(self.reading.live_bytes + predicted, failed)
+        return self._beside_bytes() + max(self._image_bytes(failure), self._failed_bytes(failure))
+
+    def _beside_bytes(self) -> int:
+        """Live beside an image that runs alone, as `decide` counts it."""
+        return self.reading.live_bytes + (self._gradient_bytes if self._start == 0 and self._work.images > 1 else 0)
+
+    def _image_bytes(self, failure: Failure | None) -> int:
+        """Of the fullest one left, under the last plan, with the margin; after a failure, as if it had not failed."""
+        features = replace(self._features(self._start, self._work.images, len(self._cost.levels) - 1), images=1)
+        return self._cost.usual_bytes(features) if failure else self._cost.upper(features)[1]
+
+    def _failed_bytes(self, failure: Failure | None) -> int:
+        """What one image had taken when it failed, and asked for: it needs that at least."""
+        if failure is None or failure.images > 1:
+            return 0
+        return failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
 
     def _error(self, failure: Failure | None) -> DoesNotFitError:
-        reading, needed, ratio = self.reading, self._needed_bytes(failure), self._config.safety_ratio
+        reading, ratio = self.reading, self._config.safety_ratio
+        fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes  # it may be something else
+        # A limit that did for this batch alone would end the run in the next.
+        beside = self._beside_bytes() + self._optimizer_bytes()
+        needed = max(self._needed_bytes(failure) - self._beside_bytes(), 1) + beside
         ways = []
         if self._config.limit is not None:
-            ways.append(f"give a mem_limit of {needed / (1 - ratio) / 2**20:,.0f} MiB")
+            roomy = (needed + SPREAD_UNSEEN * (needed - beside)) / (1 - ratio)  # batches to come may have fuller images
+            if self._failed_bytes(failure) > self._image_bytes(failure) or fits:
+                ways.append(f"give a mem_limit above {max(roomy, reading.total_bytes) // 2**20 + 1:,.0f} MiB")
+            else:
+                ways.append(f"give a mem_limit of {roomy // 2**20 + 1:,.0f} MiB")
         if needed <= min(reading.held_bytes + reading.free_bytes, reading.total_bytes):
             ways.append(f"give a mem_safety_ratio below {ratio:g}")
         if self._may_come_back(failure):
             ways.append(f"stop the other processes, which hold {(reading.others_bytes or 0) / 2**20:,.0f} MiB of it")
-        share = (self.budget_bytes - reading.live_bytes) / max(needed - reading.live_bytes, 1)
+        share = (self.budget_bytes - beside) / (needed - beside)
         ways += [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
         error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
-        if failure is not None and needed <= self.budget_bytes:  # then it may be something else
+        if failure is not None and fits:
             error.args = (f"{error}. What failed: {failure.message.strip().splitlines()[0]}",)
         return error
 

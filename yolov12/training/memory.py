@@ -86,6 +86,7 @@ def attach(trainer: Any) -> None:
         activations=activations(model),
         cache=USER_CONFIG_DIR / "yolov12-plans",
         ways_out=lambda share: _ways_out(trainer, share),
+        optimizer_bytes=lambda: _optimizer_bytes(trainer, model),
         smaller=data_layer.smaller if trainer.args.mas_data != "off" else None,
         ranks=ranks,
         log=LOGGER.info,
@@ -393,6 +394,16 @@ def _remember(trainer: Any) -> Undo:
         values()
 
     return undo
+
+
+def _optimizer_bytes(trainer: Any, model: nn.Module) -> int:
+    """That the first update will add."""
+    from yolov12.plan.fixed import OPTIMIZERS, optimizer_state
+
+    name = type(trainer.optimizer).__name__
+    if trainer.optimizer.state or name not in OPTIMIZERS:
+        return 0
+    return optimizer_state(model, name)[1]
 
 
 def _ways_out(trainer: Any, share: float) -> Sequence[str]:
