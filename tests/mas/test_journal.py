@@ -154,8 +154,13 @@ def test_summary(tmp_path):
         "micro_batch_max": 128,
         "images_per_s": 288.0,  # the middle of 256 and 320
         "gpu_utilisation_percent": 95.0,
+        "rank": None,
+        "share_min": None,
+        "share_max": None,
+        "ranks_missing": 0,
+        "ranks": (),
     }
-    assert json.loads((tmp_path / "memory.json").read_text()) == asdict(summary)
+    assert json.loads((tmp_path / "memory.json").read_text()) == {**asdict(summary), "ranks": []}
     assert summary.as_text() == (
         "memory: 2 out-of-memories survived, 7 images lost, 3 of 4 updates\n"
         "  peak 7,000 ± 816 MiB, at most 8,000, of a budget of 7,200 to 7,400 MiB; predicted to 1.0 %\n"
@@ -227,6 +232,20 @@ def test_a_folder_that_disappears_is_a_plain_error(tmp_path):
     journal.add(row(1))
     with pytest.raises(FileNotFoundError):
         journal.close(updates_expected=None)
+
+
+def test_rows_that_a_power_cut_took_leave_a_gap(tmp_path):
+    """The save was of step 5, and what followed counts from there."""
+    write(tmp_path, [row(1), row(2)])
+    journal = Journal(tmp_path, resume=True, steps=5)
+    assert journal.next_step == 6
+    journal.add(row(6))
+    journal.close(updates_expected=None)
+    assert [(each["step"], each["events"]) for each in read_rows(tmp_path / "memory.csv")] == [
+        ("1", ""),
+        ("2", ""),
+        ("6", "resumed after step 5"),
+    ]
 
 
 def told(tmp_path, rows):

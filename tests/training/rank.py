@@ -1,6 +1,7 @@
 """One of several processes that train together: `python rank.py MODEL ARGUMENTS FOLDER`, its place in the environment.
 
-Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch.
+Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch;
+`VALIDATE` a model whose weights are validated, whatever was trained.
 """
 
 import json
@@ -28,7 +29,12 @@ def main(name, arguments, folder):
         if rank == victim and done == after and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def epoch_ends(trainer):
+        trainer.ema.ema.load_state_dict(YOLO(os.environ["VALIDATE"]).model.float().state_dict())
+
     model.add_callback("on_train_batch_end", batch_ends)
+    if "VALIDATE" in os.environ:
+        model.add_callback("on_train_epoch_end", epoch_ends)
     model.train(**arguments)
     trainer = model.trainer
     torch.save(
@@ -36,6 +42,7 @@ def main(name, arguments, folder):
             "weights": {name: value.clone() for name, value in unwrap_model(trainer.model).state_dict().items()},
             "ema": trainer.ema.ema.state_dict(),
             "losses": losses,
+            "metrics": {name: float(value) for name, value in (trainer.metrics or {}).items()},
             "folder": str(trainer.save_dir),
         },
         folder / f"{max(rank, 0)}.pt",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from ultralytics import YOLO
+
+from yolov12.errors import ConfigError
+from yolov12.training import team
 
 RANK = Path(__file__).with_name("rank.py")
 PLAIN = {"mosaic": 0, "hsv_h": 0, "hsv_s": 0, "hsv_v": 0, "fliplr": 0, "translate": 0, "scale": 0}
@@ -89,6 +93,12 @@ def results(folder):
     return [dict(zip(header, map(float, row), strict=True)) for row in rows]
 
 
+def rows(folder, rank):
+    """Of a rank's journal."""
+    name = f"memory.rank{rank}.csv" if rank else "memory.csv"
+    return list(csv.DictReader((Path(folder) / name).read_text().splitlines()))
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_run_in_several_processes_ends_as_in_one(settings, weights, alone, tmp_path, size):
     arguments = settings(tmp_path)
@@ -138,3 +148,121 @@ def test_torchrun_starts_them_again_and_the_run_ends_as_if_nothing_had_been(sett
         assert all(torch.equal(rank["weights"][name], found[0]["weights"][name]) for rank in found)
         torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-3, atol=1e-3)
     assert len(results(found[0]["folder"])) == 2
+
+
+def label_as_predicted(model, source, folder):
+    """A data set whose boxes are what a model finds, so that validation has something to count."""
+    for name in ("images", "labels"):
+        (folder / name).mkdir(parents=True)
+    for file in sorted((Path(source).parent / "images").iterdir()):
+        shutil.copy(file, folder / "images")
+        found = model.predict(file, imgsz=128, device="cpu", verbose=False)[0].boxes
+        lines = [
+            f"{int(kind)} {' '.join(map(str, box.tolist()))}"
+            for kind, box in zip(found.cls[:4], found.xywhn[:4], strict=True)
+        ]
+        (folder / "labels" / f"{file.stem}.txt").write_text("\n".join(lines))
+    (folder / "data.yaml").write_text(
+        json.dumps({"path": str(folder), "train": "images", "val": "images", "names": {0: "even", 1: "odd"}})
+    )
+    return folder / "data.yaml"
+
+
+def test_validation_in_several_processes_finds_what_one_finds(settings, weights, alone, tmp_path):
+    model = YOLO(Path(alone["folder"]) / "weights" / "best.pt")
+    for scores in model.model.model[-1].cv3:  # that it is not sure of anything yet would leave nothing to count
+        torch.nn.init.normal_(scores[-1].weight, std=0.5)
+        torch.nn.init.zeros_(scores[-1].bias)
+    begin = tmp_path / "begin.pt"
+    model.save(begin)
+    data = label_as_predicted(YOLO(begin), settings(tmp_path)["data"], tmp_path / "predicted")
+    arguments = settings(tmp_path, data=str(data), bn_group=2, epochs=1, save_json=True, batch=6, nbs=6)
+    processes = start(3, RANK, begin, json.dumps(arguments), tmp_path, VALIDATE=str(begin))
+    codes, outputs = finish(processes)  # of batches of 12, 12 and 8 images
+    assert codes == [0] * 3, "\n".join(outputs)
+    metrics = torch.load(tmp_path / "0.pt", weights_only=True)["metrics"]
+    best = tmp_path / "run" / "weights" / "best.pt"
+    one = YOLO(best).val(
+        data=str(data), imgsz=128, batch=12, rect=True, save_json=True, plots=False, device="cpu", project=tmp_path,
+        name="val", workers=0,
+    )  # fmt: skip
+    assert metrics["metrics/mAP50(B)"] > 0.01
+    for name, value in one.results_dict.items():
+        if name != "fitness":
+            assert metrics[name] == pytest.approx(value, abs=1e-12), name
+    predictions = [json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("run", "val")]
+    assert len(predictions[0]) == len(predictions[1]) > 0
+    assert predictions[0] == predictions[1]
+
+
+def test_torchrun_runs_the_command_and_each_rank_keeps_a_journal(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={port()}", "-m", "yolov12"]
+    words = [
+        "device=cpu",
+        "data=demo:images=42,val=0.2",
+        "imgsz=64",
+        "batch=8",
+        "nbs=8",
+        "epochs=1",
+        "model=yolov12n.yaml",
+    ]
+    done = subprocess.run(
+        [sys.executable, *launch, "train", *words, f"project={tmp_path}", "name=run"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("Trained. Everything is in") == 1
+    steps = [[int(row["images"]) for row in rows(tmp_path / "run", rank)] for rank in range(4)]
+    assert [sum(shares) for shares in zip(*steps, strict=True)] == [8, 8, 8, 8, 2]  # the last has an image for two
+    assert (tmp_path / "run" / "memory.png").exists()
+    assert len(json.loads((tmp_path / "run" / "memory.json").read_text())["ranks"]) == 4
+    assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
+
+
+def test_sigterm_ends_all_ranks_and_leaves_what_they_had_done(settings, weights, tmp_path):
+    arguments = settings(tmp_path, epochs=100)
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port()}"]
+    process = subprocess.Popen(
+        [sys.executable, *launch, RANK, weights, json.dumps(arguments), tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    journal = tmp_path / "run" / "memory.csv"
+    deadline = time.monotonic() + 100
+    while not journal.exists() or len(rows(tmp_path / "run", 0)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - asked < 30
+    state = torch.load(tmp_path / "run" / "weights" / "state.pt", map_location="cpu", weights_only=True)
+    steps = [len(rows(tmp_path / "run", rank)) for rank in range(2)]
+    assert steps[0] == steps[1] or abs(steps[0] - steps[1]) == 1
+    assert state["rows"] >= 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 1}, "batch=1 is less than an image for each of 2 processes"),
+        ({"batch": 8, "bn_group": 8}, "bn_group=8: batch=8 has fewer groups than the 2 processes"),
+        ({"batch": -1}, "batch=-1: for several processes give a number of images"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        team.check_batch(arguments, 2)
+
+
+def test_it_is_refused_before_anything_is_written(settings, weights, tmp_path):
+    codes, outputs = finish(start(2, RANK, weights, json.dumps(settings(tmp_path, batch=1)), tmp_path))
+    assert codes == [1, 1]
+    assert all("batch=1 is less than an image for each of 2 processes" in output for output in outputs)
+    assert not list(tmp_path.iterdir())

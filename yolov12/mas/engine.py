@@ -149,7 +149,7 @@ class Engine:
             return self._run(batch, WAIT_S)
         except BaseException:
             if self.journal is not None:
-                self.journal.lost(self._images)
+                self.journal.lost(self._of_all or self._images)
             raise
 
     def _run(self, batch: Any, patience_s: float) -> Result:

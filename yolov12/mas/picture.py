@@ -1,5 +1,7 @@
 """memory.png: what the engine did, step by step, for a person to see at a glance.
 
+Of several ranks it shows, a colour each: peak and budget, the share of each batch, and the speed.
+
 Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart
 (https://jfly.uni-koeln.de/color/); markers differ in shape too.
 """
@@ -7,11 +9,11 @@ Colours are those of Okabe and Ito, which people with any kind of colour vision 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,24 +27,30 @@ _BLACK, _BLUE, _ORANGE, _SKY = "#000000", "#0072B2", "#E69F00", "#56B4E9"
 _VERMILION, _GREEN, _PURPLE = "#D55E00", "#009E73", "#CC79A7"
 _BINS = 600  # of up to three steps each: more lines than there are pixels would make a solid band
 _EPOCHS = 60  # with more lines than this there is nothing else to see
+_RANK_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _BLACK, "#8C8C8C")  # of more, from a scale
+_NONE: Mapping[int, Sequence[_Row]] = {}
 _DOTTED_STEPS = 40  # up to here each step gets a dot; a line through one step alone would show nothing
 
 
-def save(rows: Sequence[_Row], path: Path) -> None:
+def save(rows: Sequence[_Row], path: Path, others: Mapping[int, Sequence[_Row]] = _NONE) -> None:
     """Write the picture as a PNG of 1200 x 800 pixels.
 
     Args:
         rows: As `read_rows` returns them; at least one.
         path: Of the file to write.
+        others: Rank → rows, of further ranks.
     """
-    draw(rows).savefig(path)
+    draw(rows, others).savefig(path)
 
 
-def draw(rows: Sequence[_Row]) -> Figure:
+def draw(rows: Sequence[_Row], others: Mapping[int, Sequence[_Row]] = _NONE) -> Figure:
     """Draw memory in GiB, micro-batches and images a second, one below the other over the steps.
+
+    Of several ranks, shares of the batch are in the place of micro-batches.
 
     Args:
         rows: As `read_rows` returns them; at least one.
+        others: Rank → rows, of further ranks.
     """
     # Here, for the engine needs no matplotlib; and not pyplot, which keeps figures and picks a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -52,11 +60,16 @@ def draw(rows: Sequence[_Row]) -> Figure:
     figure = Figure(figsize=(12, 8), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(5, 3, 3))
+    if others:
+        journals = {0: rows, **others}
+        rows = max(journals.values(), key=len)
+        _draw_ranks(panels, journals)
+    else:
+        shown = thin(rows)
+        _memory(panels[0], shown)
+        _micro_batches(panels[1], shown)
+        _speed(panels[2], shown)
     epochs = _new_epochs(rows)
-    shown = thin(rows)
-    _memory(panels[0], shown)
-    _micro_batches(panels[1], shown)
-    _speed(panels[2], shown)
     for axes in panels:
         axes.grid(axis="y", color="0.92")
         axes.set_axisbelow(True)
@@ -132,15 +145,145 @@ def _micro_batches(axes: Axes, rows: Sequence[_Row]) -> None:
 def _speed(axes: Axes, rows: Sequence[_Row]) -> None:
     timed = [row for row in rows if row["images_per_s"]]
     steps, speeds = _steps(timed), [float(row["images_per_s"]) for row in timed]
-    reach = max(2, len(timed) // 100)
     if len(timed) > _DOTTED_STEPS:
-        smooth = [median(speeds[max(0, index - reach) : index + reach + 1]) for index in range(len(speeds))]
         axes.plot(steps, speeds, color=_BLUE, alpha=0.3, linewidth=0.8, label="each step")
-        axes.plot(steps, smooth, color=_BLUE, linewidth=1.8, label="running median")
+        axes.plot(steps, _running_median(speeds), color=_BLUE, linewidth=1.8, label="running median")
     else:
         axes.plot(steps, speeds, color=_BLUE, linewidth=1.4, marker=_dot(rows), ms=4, label="each step")
     axes.set_ylim(0, max(speeds, default=1) * 1.1)
     _caption(axes, "Speed", "images/s")
+
+
+def _draw_ranks(panels: Sequence[Axes], journals: Mapping[int, Sequence[_Row]]) -> None:
+    shown, colors = _thin_alike(journals), _rank_colors(journals)
+    _memory_of_ranks(panels[0], shown, colors)
+    _shares(panels[1], shown, colors, every_step=shown == journals)
+    _speed_of_ranks(panels[2], shown, colors)
+
+
+def _thin_alike(journals: Mapping[int, Sequence[_Row]]) -> dict[int, Sequence[_Row]]:
+    """Choose the same steps of all ranks."""
+    if max(map(len, journals.values())) <= _BINS:
+        return dict(journals)
+    bins = max(_BINS // len(journals), _BINS // 10)
+    steps = {step for rows in journals.values() for step in _steps(thin(rows, bins))}
+    return {rank: [row for row in rows if int(row["step"]) in steps] for rank, rows in journals.items()}
+
+
+def _rank_colors(ranks: Iterable[int]) -> dict[int, Any]:
+    from matplotlib import colormaps
+
+    ranks = list(ranks)
+    if len(ranks) <= len(_RANK_COLORS):
+        return dict(zip(ranks, _RANK_COLORS, strict=False))
+    return {rank: colormaps["viridis"](0.92 * index / (len(ranks) - 1)) for index, rank in enumerate(ranks)}
+
+
+def _memory_of_ranks(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[int, Any]) -> None:
+    few = len(journals) <= len(_RANK_COLORS)
+    top = 0.001
+    for rank, rows in journals.items():
+        worked = [row for row in rows if int(row["images"])]
+        peaks = [float(row["peak_mib"]) / 1024 for row in worked]
+        budgets = [float(row["budget_mib"]) / 1024 for row in rows]
+        style = {"color": colors[rank], "alpha": 1 if few else 0.8}
+        axes.plot(_steps(rows), budgets, "--", linewidth=0.8, **style)
+        axes.plot(_steps(worked), peaks, linewidth=1.5 if few else 1.0, marker=_dot(rows), ms=4, **style)
+        _mark_rank(axes, worked, "out-of-memory", peaks, "X", colors[rank])
+        top = max(top, *budgets, *peaks, 0)
+    axes.set_ylim(0, top * 1.06)
+    resumed = sorted({int(row["step"]) - 0.5 for rows in journals.values() for row in rows if _has(row, "resumed")})
+    if resumed:
+        axes.vlines(resumed, 0, 1, "0.3", ":", transform=axes.get_xaxis_transform())
+    _entry(axes, "measured peak", linewidth=1.5)
+    _entry(axes, "budget", linestyle="--", linewidth=0.8)
+    if resumed:
+        _entry(axes, "resumed", linestyle=":")
+    _event_entry(axes, journals, "out-of-memory", "X", "out-of-memory, survived")
+    _rank_legend(axes, colors)
+    _caption(axes, "Memory of each rank", "GiB")
+
+
+def _rank_legend(axes: Axes, colors: Mapping[int, Any]) -> None:
+    """Tell ranks in a line of their own, above where the other legend comes; of many, some, which tell the scale."""
+    from matplotlib.lines import Line2D
+
+    every = math.ceil(len(colors) / len(_RANK_COLORS))
+    ranks = [rank for index, rank in enumerate(colors) if index % every == 0 or index == len(colors) - 1]
+    legend = axes.legend(
+        handles=[Line2D([], [], label=f"rank {rank}", color=colors[rank], linewidth=4) for rank in ranks],
+        loc="lower right",
+        bbox_to_anchor=(1, 1.06),
+        ncols=len(ranks),
+        frameon=False,
+        fontsize=9,
+    )
+    axes.add_artist(legend)  # or the next legend would take its place
+    legend.set_clip_on(False)  # or the layout would leave no room for it
+
+
+def _shares(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[int, Any], *, every_step: bool) -> None:
+    """Draw bands, one upon the other, which make up the batch; equal lines would hide each other."""
+    images = {rank: {int(row["step"]): int(row["images"]) for row in rows} for rank, rows in journals.items()}
+    below = dict.fromkeys(sorted(step for of_rank in images.values() for step in of_rank), 0)
+    steps = list(below)
+    if not every_step:  # which last batches of epochs are among those shown is chance
+        whole = [sum(of_rank.get(step, 0) for of_rank in images.values()) for step in steps]
+        dips = [index for index in range(1, len(steps) - 1) if whole[index] < min(whole[index - 1], whole[index + 1])]
+        steps = [step for index, step in enumerate(steps) if index not in set(dips)]
+    width = 1.4 if len(journals) <= len(_RANK_COLORS) else 0.5
+    for rank, rows in journals.items():
+        above = {step: count + images[rank].get(step, 0) for step, count in below.items()}
+        low, high = [below[step] for step in steps], [above[step] for step in steps]
+        axes.fill_between(steps, low, high, step="mid", color=colors[rank], alpha=0.35, linewidth=0)
+        axes.step(steps, high, where="mid", color=colors[rank], linewidth=width, marker=_dot(steps), ms=4)
+        middles = [(above[step] + below[step]) / 2 for step in _steps(rows)]
+        _mark_rank(axes, rows, "shrunk", middles, "v", colors[rank])
+        _mark_rank(axes, rows, "grew", middles, "^", colors[rank])
+        below = above
+    axes.set_ylim(0, max(*below.values(), 1) * 1.08)
+    _event_entry(axes, journals, "shrunk", "v", "micro-batch shrunk")
+    _event_entry(axes, journals, "grew", "^", "micro-batch grew")
+    _caption(axes, "Share of each rank in the batch", "images")
+
+
+def _speed_of_ranks(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[int, Any]) -> None:
+    top = 1.0
+    for rank, rows in journals.items():
+        timed = [row for row in rows if row["images_per_s"] and int(row["images"])]
+        speeds = [float(row["images_per_s"]) for row in timed]
+        if len(timed) > _DOTTED_STEPS:
+            speeds = _running_median(speeds)
+        axes.plot(_steps(timed), speeds, color=colors[rank], linewidth=1.4, marker=_dot(rows), ms=4)
+        top = max(top, *speeds, 0)
+    axes.set_ylim(0, top * 1.1)
+    smooth = any(len(rows) > _DOTTED_STEPS for rows in journals.values())
+    _caption(axes, "Speed of each rank's own work" + (", running median" if smooth else ""), "images/s")
+
+
+def _running_median(values: Sequence[float]) -> list[float]:
+    reach = max(2, len(values) // 100)
+    return [median(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
+
+
+def _entry(axes: Axes, label: str, **style: Any) -> None:
+    """Add to the legend what is drawn in the colours of the ranks."""
+    axes.plot([], [], label=label, **{"color": "0.3", **style})
+
+
+def _event_entry(axes: Axes, journals: Mapping[int, Sequence[_Row]], prefix: str, marker: str, label: str) -> None:
+    if any(_has(row, prefix) for rows in journals.values() for row in rows):
+        _entry(axes, label, linestyle="", marker=marker, ms=9, markerfacecolor="white", markeredgecolor=_BLACK)
+
+
+def _mark_rank(
+    axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: Any
+) -> None:
+    """Mark events: the shape says which, the colour whose."""
+    hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
+    if hits:
+        places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
+        axes.scatter(*places, s=85, marker=marker, color=color, edgecolor=_BLACK, linewidth=0.9, zorder=5)
 
 
 def _mark(
@@ -155,8 +298,9 @@ def _mark(
 def _caption(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.set_ylabel(unit)
-    # Above the panel, beside its title, where it hides nothing.
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9, columnspacing=1.5)
+    if axes.get_legend_handles_labels()[1]:
+        # Above the panel, beside its title, where it hides nothing.
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9, columnspacing=1.5)
 
 
 def _has(row: _Row, prefix: str) -> bool:
@@ -167,7 +311,7 @@ def _steps(rows: Sequence[_Row]) -> list[int]:
     return [int(row["step"]) for row in rows]
 
 
-def _dot(rows: Sequence[_Row]) -> str:
+def _dot(rows: Sequence[object]) -> str:
     return "o" if len(rows) <= _DOTTED_STEPS else ""
 
 

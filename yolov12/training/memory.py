@@ -70,6 +70,7 @@ def attach(trainer: Any) -> None:
     if not task.exact:
         LOGGER.info("memory: parts of a batch are weighted by images, as this loss is not divided by one sum")
     state = getattr(trainer, _FOUND, None)
+    Path(trainer.save_dir).mkdir(parents=True, exist_ok=True)  # on another machine than rank 0 there may be none
     engine = Engine(
         model,
         task,
@@ -125,7 +126,9 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     try:
         done = stock_train(trainer)
         if others is not None:
-            others.ranks.all(True)  # files of all are complete
+            if (keeper := getattr(trainer, _KEEPER, None)) is not None:
+                keeper.flush()
+            others.ranks.all(True)  # journals of all are complete
         return done
     except BaseException as error:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:

@@ -129,6 +129,10 @@ class Keeper:
         files.unlock(self._trainer.wdir, self._lock)
         self._steps = 0
 
+    def flush(self) -> None:
+        """Let the journal have all rows."""
+        self._engine.flush()
+
     def end(self) -> None:
         """Give back what a process has only once."""
         if self._lock is not None:
