@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from yolov12.cli import parse
+from yolov12.training.team import check_batch
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,3 +119,22 @@ def test_restarts_resume_by_themselves():
     words = parse(container["args"][1:])
     assert words["batch"] == 256
     assert words["resume"] == "auto"
+
+
+def test_a_training_on_several_machines_is_one_that_torchrun_and_we_understand():
+    from torch.distributed.run import parse_args
+
+    service, job = yaml.safe_load_all((ROOT / "docker" / "nodes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    launcher, *words = pod["containers"][0]["args"]
+    assert launcher == "torchrun"
+    asked = parse_args(words)
+    gpus = pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+    assert (int(asked.nnodes), int(asked.nproc_per_node)) == (job["spec"]["completions"], gpus)
+    host, _, _ = asked.rdzv_endpoint.partition(":")
+    assert host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert (asked.module, asked.training_script, asked.training_script_args[0]) == (True, "yolov12", "train")
+    settings = parse(asked.training_script_args[1:])
+    assert settings["resume"] == "auto"
+    check_batch(settings, int(asked.nnodes) * gpus)
