@@ -197,9 +197,9 @@ def test_validation_in_several_processes_finds_what_one_finds(settings, weights,
 
 def test_torchrun_runs_the_command_and_each_rank_keeps_a_journal(tmp_path):
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={port()}", "-m", "yolov12"]
-    words = "device=cpu data=demo:images=42,val=0.2 imgsz=64 batch=8 nbs=8 epochs=1 model=yolov12n.yaml".split()
+    words = ["device=cpu", "data=demo:images=42,val=0.2", "imgsz=64", "batch=8", "nbs=8", "epochs=1"]
     done = subprocess.run(
-        [sys.executable, *launch, "train", *words, f"project={tmp_path}", "name=run"],
+        [sys.executable, *launch, "train", "model=yolov12n.yaml", *words, f"project={tmp_path}", "name=run"],
         capture_output=True,
         text=True,
         timeout=200,

@@ -133,8 +133,7 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     except BaseException as error:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
             keeper.save_at_last()
-        if others is not None:
-            others.lookout.leaving(str(error) or type(error).__name__)
+        team.disband(error)
         raise
     finally:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:

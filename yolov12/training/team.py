@@ -112,17 +112,21 @@ def gather(stock_init: Callable[[], None], trainer: Any, settings: Mapping[str, 
     from ultralytics.utils import RANK, WORLD_SIZE
     from ultralytics.utils.torch_utils import init_seeds
 
-    wanted = settings.get("device")
-    devices = len(str(wanted).split(",")) if isinstance(wanted, str) else len(wanted or [0]) if _is_list(wanted) else 1
-    processes = WORLD_SIZE if RANK != -1 else devices
-    if processes > 1 and settings.get("mas", True):
+    processes = WORLD_SIZE if RANK != -1 else str(settings.get("device")).count(",") + 1  # "0,1", [0, 1]
+    shared = processes > 1 and settings.get("mas", True)
+    if shared and not settings.get("resume"):
         check_batch(settings, processes)
-    if RANK == -1 or not settings.get("mas", True):
+    if RANK == -1 or not shared:
         stock_init()
         return
     _trainings += 1
-    _team = Team(wanted, _trainings)
-    stock_init()
+    _team = Team(settings.get("device"), _trainings)
+    try:
+        stock_init()
+        check_batch(vars(trainer.args), processes)  # of a run that is resumed
+    except BaseException as error:
+        disband(error)
+        raise
     trainer.device, trainer.world_size = _team.device, _team.ranks.size
     # As in one process: weights begin alike, and loaders draw the same batches.
     init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
@@ -163,12 +167,14 @@ def launch(stock_train: Callable[[], None], trainer: Any) -> None:
             signal.signal(signal.SIGTERM, stock_handler)
 
 
-def disband() -> None:
-    """The training is over."""
+def disband(error: BaseException | None = None) -> None:
+    """The training is over, or ends with an error, of which the others are told."""
     global _team
-    if _team is not None:
+    if _team is not None and error is not None:
+        _team.lookout.leaving(str(error) or type(error).__name__)
+    elif _team is not None:
         _team.lookout.close()
-        _team = None
+    _team = None
 
 
 def one_folder(get_save_dir: Callable[..., Path], args: Any, *more: Any, **others: Any) -> Path:
@@ -261,7 +267,3 @@ def _place(argument: Any) -> tuple[torch.device, bool]:
     device = torch.device("cuda", devices[LOCAL_RANK % len(devices)])
     torch.cuda.set_device(device)
     return device, processes > len(devices)
-
-
-def _is_list(device: Any) -> bool:
-    return isinstance(device, (list, tuple))

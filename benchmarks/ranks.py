@@ -1,0 +1,742 @@
+"""Several processes, one batch: shares under pressure, gradients against those of one process, speed, and costs.
+
+    python benchmarks/ranks.py --out benchmarks/results/ranks.json      (about 6 minutes on two H100s)
+    python benchmarks/ranks.py --out part.json --only gradient speed
+    python benchmarks/ranks.py --out part.json --device cpu --small     (tries what needs no GPU, over gloo)
+
+`gradient`: of unequal shares, a process a card, against one process. `shared_card`: two processes on one card, with
+limits that differ, and a third that takes what is free for a while. `squeeze`: that on one of two cards over NCCL, with
+failed allocations injected. `speed`: whole trainings beside stock Ultralytics' DistributedDataParallel; images are in
+memory and not augmented, so that loading is not what is measured. `checksum`: what it takes to compare replicas, and
+to agree. A part that needs more cards is skipped. The exit status is 1 if what has to hold did not, or a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped,unused-ignore]
+
+ROOT = Path(__file__).parents[1]
+MIB_IN_GIB = 1024
+STILL = ("mosaic", "copy_paste", "hsv_h", "hsv_s", "hsv_v", "fliplr", "translate", "scale", "erasing")
+TRAIN: dict[str, Any] = {
+    **dict.fromkeys(STILL, 0.0),
+    "cache": "ram",
+    "plots": False,
+    "val": False,
+    "save": False,
+    "optimizer": "SGD",
+    "lr0": 1e-3,
+}
+FLOOR_MIB = 4 * MIB_IN_GIB
+"""Of a rank's budget; below, it is not pressed further: a BatchNorm group of 8 images has to fit."""
+BATCH, GROUP = 128, 8
+"""Images in a batch, and in a group."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where parts run, and whether they are only tried."""
+
+    device: str
+    small: bool
+    gpus: int
+
+    def sized(self, full: Any, small: Any) -> Any:
+        """One of two."""
+        return small if self.small else full
+
+    def arguments(self, images: int, steps: int, batch: int) -> dict[str, Any]:
+        """Of a training of at least so many steps."""
+        small = {"model": "yolov12n.yaml", "imgsz": 64, "workers": 0, "amp": False}
+        size = self.sized({"model": "yolov12s.yaml", "imgsz": 640, "workers": 3}, small)
+        epochs = -(-steps * batch // images)
+        return {**TRAIN, **size, "data": draw(images), "batch": batch, "nbs": batch, "epochs": epochs, "recipe": False}
+
+
+def draw(images: int) -> str:
+    """Noise with about 10 boxes on each image; returns the yaml."""
+    folder = Path(tempfile.mkdtemp()) / "noise"
+    for split, count in (("train", images), ("val", 16)):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        with multiprocessing.Pool(min(16, os.cpu_count() or 1)) as pool:
+            pool.map(functools.partial(_draw_one, folder, split), range(count))
+    names = "\n".join(f"  {index}: class{index}" for index in range(8))
+    file = folder / "data.yaml"
+    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
+    return str(file)
+
+
+def _draw_one(folder: Path, split: str, index: int) -> None:
+    import cv2
+    import numpy as np
+
+    chance = np.random.default_rng(index)
+    image = np.repeat(np.repeat(chance.integers(0, 256, (40, 40, 3), dtype=np.uint8), 16, 0), 16, 1)
+    boxes = int(chance.integers(6, 15))
+    places = np.column_stack((chance.uniform(0.2, 0.8, (boxes, 2)), chance.uniform(0.08, 0.3, (boxes, 2))))
+    lines = [f"{chance.integers(8)} " + " ".join(f"{value:.4f}" for value in place) for place in places]
+    cv2.imwrite(str(folder / "images" / split / f"{index}.jpg"), image)
+    (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
+
+
+class Processes:
+    """The ranks of one run, or one process; each does `WORK[kind]`, and writes what it has to tell to a file.
+
+    Args:
+        kind: See there.
+        work: For that function.
+        ranks: How many; 0 for one process that is no rank.
+        limit_s: After which they are ended.
+        environment: What is other than this process's own.
+    """
+
+    def __init__(self, kind: str, work: dict[str, Any], ranks: int, limit_s: float, **environment: str) -> None:
+        self._folder, self._deadline = Path(tempfile.mkdtemp()), time.monotonic() + limit_s
+        (self._folder / "work.json").write_text(json.dumps([kind, work]))
+        # As the .pth file of an installed package: processes that Ultralytics starts know our arguments too.
+        (self._folder / "sitecustomize.py").write_text("import yolov12.autopatch; yolov12.autopatch.install()\n")
+        paths = [str(self._folder), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        common = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **environment}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self._runs: list[subprocess.Popen[bytes]] = []
+        atexit.register(self.end)
+        for rank in range(max(ranks, 1)):
+            sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **sizes}
+            place |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            with (self._folder / f"{rank}.log").open("w") as log:
+                self._runs.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, "--rank-work", str(self._folder)],
+                        env={**os.environ, **common, **(place if ranks else {})},
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def running(self) -> bool:
+        """Whether all of them do, in time."""
+        return time.monotonic() < self._deadline and all(run.poll() is None for run in self._runs)
+
+    def end(self) -> None:
+        """End those that still run, with all that they started."""
+        for run in self._runs:
+            if run.poll() is None:
+                with suppress(psutil.NoSuchProcess):
+                    for child in psutil.Process(run.pid).children(recursive=True):
+                        with suppress(psutil.NoSuchProcess):
+                            child.kill()
+                run.kill()
+                run.wait()
+
+    def finish(self) -> dict[str, Any]:
+        """Wait for them; returns what they told, rank 0 first, or of those that failed the ends of their logs."""
+        late = []
+        for rank, run in enumerate(self._runs):
+            try:
+                run.wait(max(self._deadline - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                late.append(rank)
+        self.end()
+        statuses = [run.returncode for run in self._runs]
+        if not any(statuses):
+            ranks = range(len(statuses))
+            return {"told": [json.loads((self._folder / f"{rank}.json").read_text()) for rank in ranks]}
+        logs = [(self._folder / f"{rank}.log").read_text(errors="replace")[-1500:] for rank in range(len(statuses))]
+        return {
+            "failed": {"exit_statuses": statuses, "ended_for_time": late},
+            "log_tails": [log.replace(f"{ROOT}/", "") for log in logs],
+        }
+
+
+# What those processes do. Ultralytics reads the environment when it is imported, so nothing is imported above.
+
+
+def train(work: dict[str, Any]) -> dict[str, Any]:
+    """One training, with whatever is measured or injected."""
+    from ultralytics import YOLO
+
+    rank = int(os.environ.get("RANK", "-1"))
+    arguments = {**work["arguments"], **(work["of_rank"][rank] if "of_rank" in work else {})}
+    model = YOLO(arguments.pop("model"))
+    injected: list[str] = []
+    if rank >= 0 and rank == work.get("failing_rank"):
+        model.add_callback("on_train_batch_start", _fail_at(work["failing_steps"], injected))
+    if "clock" in work:
+        for name, callback in _clock(work["clock"]).items():
+            model.add_callback(name, callback)
+    model.train(**arguments)
+    return {"injected": injected, "ran_at": model.trainer.batch_size}
+
+
+def _fail_at(steps: Sequence[int], injected: list[str]) -> Callable[[Any], None]:
+    """Let one micro-batch of each of these steps run out of memory, the first or the second."""
+    import torch
+
+    from yolov12.training.detection import DetectionTask
+
+    stock, chance = DetectionTask.loss, random.Random(5)
+    step, wait = 0, -1
+
+    def begins(_: Any) -> None:
+        nonlocal step, wait
+        step += 1
+        if step in steps:
+            wait = chance.randrange(2)  # of a step with one micro-batch, the next step's first fails in its place
+
+    def loss(task: Any, model: Any, part: dict[str, Any]) -> Any:
+        nonlocal wait
+        found = stock(task, model, part)
+        wait, due = max(wait - 1, -1), wait == 0
+        if due:  # with all that the forward pass keeps in memory
+            injected.append(f"step {step}, {len(part['img'])} images")
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB (injected)")
+        return found
+
+    DetectionTask.loss = loss  # type: ignore[assignment,method-assign]
+    return begins
+
+
+def _clock(file: str) -> dict[str, Callable[[Any], None]]:
+    """Callbacks that write when epochs and batches end; they travel to the processes that Ultralytics starts."""
+    epochs: list[list[float]] = []
+
+    def now(trainer: Any) -> float:
+        import torch
+
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter()
+
+    def epoch_starts(trainer: Any) -> None:
+        epochs.append([now(trainer)])
+
+    def batch_ends(trainer: Any) -> None:
+        epochs[-1].append(time.perf_counter())
+
+    def epoch_ends(trainer: Any) -> None:
+        epochs[-1].append(now(trainer))
+        if os.environ.get("RANK", "0") in ("0", "-1"):
+            Path(file).write_text(json.dumps(epochs))
+
+    return {"on_train_epoch_start": epoch_starts, "on_train_batch_end": batch_ends, "on_train_epoch_end": epoch_ends}
+
+
+def _meet(device: str) -> tuple[Any, Any]:
+    """This process's place among the ranks, and its device."""
+    import torch
+    import torch.distributed as dist
+
+    from yolov12.mas.lookout import Lookout, connect
+    from yolov12.mas.ranks import ProcessRanks, exchange_names
+
+    place = torch.device("cpu")
+    if device == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    names = exchange_names()
+    return ProcessRanks(Lookout(connect(), dist.get_rank(), dist.get_world_size(), names=names)), place
+
+
+def _part(ranks: Any) -> None:
+    ranks.all(True)  # nobody is missed
+    ranks._lookout.close()
+
+
+class _InGroups:
+    """A planner that cuts what a rank has into micro-batches of so many groups."""
+
+    level = 0
+
+    def __init__(self, groups: Sequence[int], together: int) -> None:
+        self._groups, self._together = tuple(groups), together
+
+    def plan(self, start: int, failure: Any) -> list[tuple[int, ...]]:
+        """See `step.Planner`."""
+        if failure is not None:
+            raise RuntimeError(failure.message)
+        return [self._groups[at : at + self._together] for at in range(0, len(self._groups), self._together)]
+
+    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+        """See `step.Planner`."""
+
+
+def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of one batch by all ranks and, on rank 0, by one process."""
+    import torch
+    from ultralytics.cfg import get_cfg
+    from ultralytics.nn.tasks import DetectionModel
+
+    from yolov12.mas.meter import meter_for
+    from yolov12.mas.replicas import checksum
+    from yolov12.mas.step import Step
+    from yolov12.models.activations import activations
+    from yolov12.training.detection import BOXES, DetectionTask
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    ranks, device = _meet(work["device"])
+    torch.manual_seed(0)
+    model: Any = DetectionModel(work["model"], nc=80, verbose=False)
+    with torch.no_grad():
+        for scores in model.model[-1].cv3:  # not at its beginning: it finds objects, with scores of all sizes
+            scores[-1].bias.uniform_(-4.0, 0.0)
+    model.to(device).train().args = get_cfg()
+    images, shares = sum(work["shares"]), work["shares"]
+    counts = torch.randint(1, 20, (images,))
+    boxes = int(counts.sum())
+    batch = {
+        "img": torch.randint(0, 256, (images, 3, work["imgsz"], work["imgsz"]), dtype=torch.uint8),
+        "batch_idx": torch.repeat_interleave(torch.arange(images), counts).float(),
+        "cls": torch.randint(0, 80, (boxes, 1)).float(),
+        "bboxes": torch.rand(boxes, 4) * 0.3 + 0.2,
+    }
+
+    def preprocess(part: dict[str, Any]) -> dict[str, Any]:
+        part = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in part.items()}
+        return {**part, "img": part["img"].float() / 255}
+
+    task = DetectionTask(model, preprocess, multi_scale=False, overlapping_masks=True)
+    scale = 1.0
+    backward: Callable[[Any], None] = lambda loss: (loss * scale).backward()  # noqa: E731
+    options = (meter_for(device), backward, None, activations(model))
+    of_all, alone = Step(model, task, *options, ranks=ranks), Step(model, task, *options)
+    start = sum(shares[: ranks.rank])
+    task.workload(batch)
+    mine = {key: value for key, value in task.part(batch, start, start + shares[ranks.rank]).items() if key != BOXES}
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+
+    def run(step: Any, part: Any, half: bool, together: int = 2) -> tuple[Any, float]:
+        for _ in range(2):  # with the normaliser of the batch before, as in a training
+            model.load_state_dict(state)
+            model.zero_grad()
+            task.of_all = images if step is of_all else 0
+            planner = _InGroups([GROUP] * (task.workload(part).images // GROUP), together)
+            with torch.autocast(device.type, dtype, enabled=half):
+                result = step.run(part, len(part["img"]), planner, images)
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return torch.cat([gradient.double().flatten() for gradient in gradients]) / scale, float(result.loss.sum())
+
+    told: dict[str, Any] = {"device": str(device), "share": shares[ranks.rank]}
+    for name, half in (("fp32", False), ("half", True)):
+        scale = 128.0 if half else 1.0
+        ours, loss = run(of_all, mine, half)
+        found: dict[str, Any] = {"gradient_crc": zlib.crc32(ours.cpu().numpy().tobytes())}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+        found["checksum"] = checksum(model)
+        if ranks.rank == 0:
+
+            def off(one: Any, other: Any) -> float:
+                return float((one - other).norm() / other.norm())
+
+            (one, one_loss), (again, _), (other, _) = (run(alone, batch, half, cut) for cut in (2, 2, 1))
+            found |= {
+                "ranks_against_one": off(ours, one),
+                "one_twice": off(again, one),
+                "one_cut_otherwise": off(other, one),
+                "loss_off": abs(loss / one_loss - 1),
+                "finite": bool(ours.isfinite().all()),
+                "norm": float(one.norm()),
+            }
+        told[name] = found
+        ranks.all(True)
+    _part(ranks)
+    return told
+
+
+def rank_agree(work: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of the host that a step spends on agreeing, when no rank has to be waited for."""
+    ranks, _ = _meet("cpu")
+    times_ms = []
+    for _ in range(work["calls"]):
+        begin = time.perf_counter()
+        ranks.agree()
+        times_ms.append(1000 * (time.perf_counter() - begin))
+    _part(ranks)
+    return {"median_ms": statistics.median(times_ms), "p95_ms": statistics.quantiles(times_ms, n=20)[-1]}
+
+
+def checksums(work: dict[str, Any]) -> dict[str, Any]:
+    """Milliseconds of a checksum of each model, its launches and the device's answer included."""
+    import torch
+    from ultralytics.nn.tasks import DetectionModel
+
+    from yolov12.mas.replicas import checksum
+
+    found = {}
+    for name in work["models"]:
+        model: Any = DetectionModel(name, nc=80, verbose=False).to(work["device"])
+        times_ms = []
+        for _ in range(22):
+            if work["device"] == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            checksum(model)
+            times_ms.append(1000 * (time.perf_counter() - begin))
+        found[name] = statistics.median(times_ms[2:])
+    return found
+
+
+WORK = {"train": train, "gradient": rank_gradient, "agree": rank_agree, "checksums": checksums}
+
+
+# The parts.
+
+
+def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
+    """Shares of 3:5 on two cards, 1:2:2:3 on four."""
+    ranks = 2 if setup.device == "cpu" else min(setup.gpus, 4) // 2 * 2
+    if ranks < 2:
+        return {"skipped": "one GPU"}
+    shares = [8 * GROUP * parts // 8 for parts in ([3, 5] if ranks == 2 else [1, 2, 2, 3])]
+    size = {"model": setup.sized("yolov12s.yaml", "yolov12n.yaml"), "imgsz": setup.sized(640, 64)}
+    found = Processes("gradient", {**size, "device": setup.device, "shares": shares}, ranks, 200).finish()
+    if "failed" in found:
+        return {**found, "faults": ["it did not complete"]}
+    result: dict[str, Any] = {"ranks": ranks, "shares": shares, "images": sum(shares), **size}
+    faults = []
+    for name, most in (("fp32", 1e-3), ("half", 0.3)):  # of noise, the gradient of a few images of it
+        each = [told[name] for told in found["told"]]
+        alike = all(len({told[what] for told in each}) == 1 for what in ("gradient_crc", "checksum"))
+        row = {key: value for key, value in each[0].items() if key not in ("gradient_crc", "checksum")}
+        result[name] = {**row, "replicas_alike": alike}
+        floor = max(row["one_twice"], row["one_cut_otherwise"])
+        if not (alike and row["finite"] and row["ranks_against_one"] <= max(3 * floor, 1e-6) < most):
+            faults.append(f"{name}: {result[name]}")
+    return {**result, "faults": faults}
+
+
+@dataclass(frozen=True)
+class _Pressure:
+    """Of this process on a run: from step `begin` to `end` it leaves `leave_mib` of a card, or so much that no rank on
+    it has less than the floor; what ranks give back, it takes."""
+
+    card: int
+    ranks: tuple[int, ...]
+    leave_mib: float
+    begin: int
+    end: int
+
+
+def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup: Setup) -> dict[str, Any]:
+    import torch
+
+    from yolov12.mas.journal import read_ranks
+
+    def rows() -> list[list[dict[str, str]]]:
+        return list(read_ranks(folder).values()) if (folder / "memory.csv").exists() else []
+
+    def step() -> int:
+        journals = rows()
+        return min(map(len, journals)) if len(journals) == ranks else 0
+
+    while run.running() and step() < pressure.begin:
+        time.sleep(0.2)
+    begun, began_s = step(), time.monotonic()
+    held: list[Any] = []
+    taken: list[str] = []
+    device = torch.device(setup.device, pressure.card) if setup.device == "cuda" else torch.device("cpu")
+    while run.running() and step() < pressure.end and time.monotonic() - began_s < 60:
+        budget_mib = min(float(rows()[rank][-1]["budget_mib"]) for rank in pressure.ranks)
+        free_mib = 0.0 if held else pressure.leave_mib + 64  # of a host, a little
+        if device.type == "cuda":
+            free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
+        over_mib = int(min(free_mib - pressure.leave_mib, budget_mib - FLOOR_MIB if device.type == "cuda" else 64))
+        if over_mib >= 64:
+            with suppress(torch.cuda.OutOfMemoryError):  # it went to a rank
+                held.append(torch.empty(over_mib * 2**20, dtype=torch.uint8, device=device))
+                taken.append(f"step {step()}: {over_mib} of {free_mib:.0f} free, least budget {budget_mib:.0f}")
+        seen, looked_s = step(), time.monotonic()
+        while run.running() and (step() <= seen or time.monotonic() - looked_s < 1.2):  # rows come once a second
+            if time.monotonic() - looked_s > 10:
+                break
+            time.sleep(0.1)
+    ended = step()
+    held_mib = sum(block.numel() for block in held) / 2**20
+    held.clear()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {"from_step": begun, "to_step": ended, "held_mib": held_mib, "taken_mib": taken}
+
+
+def _pressed_run(work: dict[str, Any], ranks: int, pressure: _Pressure, setup: Setup, steps: int) -> dict[str, Any]:
+    """A run under pressure, and what became of it."""
+    from yolov12.mas.journal import read_ranks
+
+    project = Path(tempfile.mkdtemp())
+    folder = project / "run"
+    work["arguments"] |= {"project": str(project), "name": "run", "bn_group": setup.sized(GROUP, 2)}
+    batch, began_s = work["arguments"]["batch"], time.monotonic()
+    run = Processes("train", work, ranks, 150)
+    pressed: dict[str, Any] = {}
+    try:
+        pressed = _press(run, folder, ranks, pressure, setup)
+    finally:  # processes do not outlive this
+        found = run.finish()
+    result: dict[str, Any] = {"batch": batch, "seconds": round(time.monotonic() - began_s, 1), "pressure": pressed}
+    if "failed" in found:
+        result |= found
+    else:
+        result |= {"injected": [line for told in found["told"] for line in told["injected"]]}
+    if not (folder / "memory.csv").exists():
+        return {**result, "faults": ["there is no journal"]}
+    journals = [{int(row["step"]): row for row in rows} for rows in read_ranks(folder).values()]
+    whole = sorted(set.intersection(*map(set, journals)))
+    wrong = [step for step in whole if sum(int(rows[step]["images"]) for rows in journals) != batch]
+    summary = json.loads((folder / "memory.json").read_text()) if (folder / "memory.json").exists() else {}
+    complete = "failed" not in found and len(journals) == ranks and len(whole) >= steps
+    complete = complete and summary.get("updates") == summary.get("updates_expected") == len(whole)
+    faults = [f"step {step}: shares do not sum to {batch}" for step in wrong]
+    faults += [] if complete else ["it did not complete"]
+    lost = summary.get("images_lost")
+    faults += [f"{lost} images lost"] if lost else []
+    missed = len(work.get("failing_steps", ())) - len(result.get("injected", ()))
+    faults += [f"{missed} failures were not injected"] if missed and "failed" not in found else []
+    return {
+        **result,
+        "steps": len(whole),
+        "complete": complete,
+        "sums_exact": not wrong,
+        "summary": summary,
+        "phases": _phases(journals, whole, pressed) if whole else {},
+        "events": [
+            [f"{step}: {row['events']}" for step, row in sorted(rows.items()) if row["events"]] for rows in journals
+        ],
+        "columns": f"{' | '.join(('step', *_SHOWN))}; each of all ranks",
+        "rows": [
+            " | ".join((str(step), *(", ".join(rows[step][name] for rows in journals) for name in _SHOWN)))
+            for step in whole
+        ],
+        "faults": faults,
+    }
+
+
+_SHOWN = ("images", "micro_batches", "plan", "image_size", "budget_mib", "peak_mib", "step_ms")
+
+
+def _phases(journals: list[dict[int, dict[str, str]]], steps: list[int], pressed: dict[str, Any]) -> dict[str, Any]:
+    """Before, during and after the pressure, the second half of each, as shares follow what was measured."""
+    marks = (0, pressed.get("from_step", steps[-1]), pressed.get("to_step", steps[-1]), steps[-1])
+    found = {}
+    for name, begin, end in zip(("before", "during", "after"), marks, marks[1:], strict=False):
+        late = [step for step in steps if (begin + end) / 2 < step <= end]
+        if not late:
+            continue
+        ms = [[float(rows[step]["step_ms"]) for step in late if rows[step]["step_ms"]] for rows in journals]
+        budgets = [[float(rows[step]["budget_mib"]) for step in late] for rows in journals]
+        found[name] = {
+            "steps": [late[0], late[-1]],
+            "mean_shares": [statistics.mean(int(rows[step]["images"]) for step in late) for rows in journals],
+            "least_budgets_mib": [min(each) for each in budgets],
+            "median_budgets_mib": [statistics.median(each) for each in budgets],
+            "median_step_ms": [statistics.median(each) if each else None for each in ms],
+        }
+    return found
+
+
+def shared_card(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
+    """Two processes on card 0, which meet over gloo."""
+    steps, batch = setup.sized(200, 40), setup.sized(BATCH, 16)
+    arguments = {**setup.arguments(10 * batch, steps, batch), "device": 0 if setup.device == "cuda" else "cpu"}
+    work = {"arguments": arguments, "of_rank": [{"mem_limit": "40GiB"}, {"mem_limit": "16GiB"}]}
+    begin, end = setup.sized((40, 120), (10, 25))
+    return _pressed_run(work, 2, _Pressure(0, (0, 1), 3 * MIB_IN_GIB, begin, end), setup, steps)
+
+
+def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
+    """Two processes, a card each, of which the second is pressed and has allocations fail."""
+    if setup.device == "cuda" and setup.gpus < 2:
+        return {"skipped": "one GPU"}
+    steps, batch = setup.sized(360, 40), setup.sized(BATCH, 16)
+    device = "0,1" if setup.device == "cuda" else "cpu"
+    work = {"arguments": {**setup.arguments(20 * batch, steps, batch), "device": device}, "failing_rank": 1}
+    work["failing_steps"] = sorted(random.Random(7).sample(range(8, steps - 10), 5))
+    begin, end = setup.sized((60, 240), (10, 25))
+    return _pressed_run(work, 2, _Pressure(1, (1,), 4 * MIB_IN_GIB, begin, end), setup, steps)
+
+
+def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
+    """Ours and stock on 1, 2 and 4 cards."""
+    images, epochs, each = setup.sized((4096, 5, BATCH), (64, 3, 8))
+    arguments = {**setup.arguments(images, 1, each), "epochs": epochs, "workers": setup.sized(8, 0)}
+    arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
+    rows, faults = [], []
+    for gpus in (1, 2, 4):
+        if gpus > (setup.gpus if setup.device == "cuda" else 2):
+            break
+        for who in ("ours", "stock"):
+            if who == "stock" and gpus > 1 and setup.device == "cpu":
+                continue  # it has no several processes there
+            for batch in (each * gpus, each * gpus // 2):
+                row = _timed(who, gpus, {**arguments, "batch": batch, "nbs": batch}, images, setup)
+                if "failed" not in row or who == "ours" or "out of memory" not in str(row["log_tails"]).lower():
+                    break
+            rows.append(row)
+            print(json.dumps(row)[:600], flush=True)
+            if "failed" in row:
+                faults.append(f"{who} on {gpus}: it did not complete")
+    found = {(row["who"], row["gpus"]): row["images_per_s"] for row in rows if "images_per_s" in row}
+    one = {who: found.get((who, 1)) for who in ("ours", "stock")}
+    return {
+        "arguments": {key: value for key, value in arguments.items() if key not in ("data", "batch", "nbs")},
+        "images": images,
+        "rows": rows,
+        "scaling": {f"{who} {gpus}": rate / one[who] for (who, gpus), rate in found.items() if one[who]},
+        "ours_over_stock": {
+            str(gpus): rate / found["stock", gpus]
+            for (who, gpus), rate in found.items()
+            if who == "ours" and ("stock", gpus) in found
+        },
+        "faults": faults,
+    }
+
+
+def _timed(who: str, gpus: int, arguments: dict[str, Any], images: int, setup: Setup) -> dict[str, Any]:
+    """One training. Rates are those of the median epoch, and of the median step, of all but the first two epochs."""
+    project = Path(tempfile.mkdtemp())
+    arguments = {**arguments, "project": str(project), "name": "run"}
+    arguments["device"] = ",".join(map(str, range(gpus))) if setup.device == "cuda" else "cpu"
+    if who == "stock":
+        del arguments["recipe"]
+    ranks = gpus if setup.device == "cpu" and gpus > 1 else 0  # else Ultralytics starts them
+    began_s, patch = time.monotonic(), "0" if who == "stock" else "1"
+    clock = project / "clock.json"
+    work = {"arguments": arguments, "clock": str(clock)}
+    found = Processes("train", work, ranks, 150, YOLOV12_AUTOPATCH=patch).finish()
+    row = {"who": who, "gpus": gpus, "batch": arguments["batch"], "seconds": round(time.monotonic() - began_s, 1)}
+    if "failed" in found:
+        return {**row, **found}
+    epochs = json.loads(clock.read_text())
+    late = epochs[2:]
+    steps_s = [after - before for epoch in late for before, after in itertools.pairwise(epoch[1:-1])]
+    told = {
+        **row,
+        "ran_at": found["told"][0]["ran_at"],
+        "epoch_s": [epoch[-1] - epoch[0] for epoch in epochs],
+        "first_batch_s": statistics.median(epoch[1] - epoch[0] for epoch in late),
+        "images_per_s": images / statistics.median(epoch[-1] - epoch[0] for epoch in late),
+        "step_ms": 1000 * statistics.median(steps_s),
+        "images_per_s_by_steps": arguments["batch"] / statistics.median(steps_s),
+    }
+    if who == "ours":
+        summary = json.loads((project / "run" / "memory.json").read_text())
+        names = ("updates", "out_of_memories", "micro_batch_min", "micro_batch_median", "peak_max_mib", "images_per_s")
+        told["journal"] = {name: summary.get(name) for name in names}
+        told["journal"]["shares"] = [[rank["share_min"], rank["share_max"]] for rank in summary.get("ranks", ())]
+    return told
+
+
+def checksum(setup: Setup, result: dict[str, Any]) -> dict[str, Any]:
+    """Beside the time of a step of one card of `speed`, or of the slower process of `shared_card`."""
+    models = setup.sized(["yolov12s.yaml", "yolov12x.yaml"], ["yolov12n.yaml", "yolov12s.yaml"])
+    compared = Processes("checksums", {"models": models, "device": setup.device}, 0, 100).finish()
+    agreed = Processes("agree", {"calls": 200}, 2, 60).finish()
+    if "failed" in compared or "failed" in agreed:
+        return {"checksum": compared, "agree": agreed, "faults": ["it did not complete"]}
+    step_ms = None
+    for row in result.get("speed", {}).get("rows", ()):
+        if (row["who"], row["gpus"]) == ("ours", 1) and "step_ms" in row:
+            step_ms = row["step_ms"]
+    if step_ms is None and (phase := result.get("shared_card", {}).get("phases", {}).get("before")):
+        step_ms = max(ms for ms in phase["median_step_ms"] if ms is not None)
+    told, agree = compared["told"][0], agreed["told"][0]
+    return {
+        "checksum_ms": told,
+        "step_ms": step_ms,
+        "percent_of_100_steps": step_ms and {name: ms / step_ms for name, ms in told.items()},
+        "agree": agree,
+        "agree_percent_of_a_step": step_ms and 100 * agree["median_ms"] / step_ms,
+        "faults": [],
+    }
+
+
+PARTS: dict[str, Callable[[Setup, dict[str, Any]], dict[str, Any]]] = {
+    "gradient": gradient,
+    "shared_card": shared_card,
+    "squeeze": squeeze,
+    "speed": speed,
+    "checksum": checksum,
+}
+
+
+def main() -> int:
+    """Run the parts, and add their results to the file as they come."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--rank-work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_work is not None:
+        kind, work = json.loads((options.rank_work / "work.json").read_text())
+        rank = max(int(os.environ.get("RANK", "0")), 0)
+        (options.rank_work / f"{rank}.json").write_text(json.dumps(WORK[kind](work)))
+        return 0
+    if options.out is None:
+        parser.error("--out is needed")
+    import torch
+    import ultralytics
+
+    gpus = torch.cuda.device_count() if options.device == "cuda" else 0
+    setup = Setup(options.device, options.small, gpus)
+    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"measured_on": {}}
+    result["command"] = "python benchmarks/ranks.py --out ranks.json"
+    faults = []
+    for part in options.only:
+        began_s = time.monotonic()
+        try:
+            found = PARTS[part](setup, result)
+        except Exception:
+            found = {"failed": traceback.format_exc()[-1500:].replace(f"{ROOT}/", ""), "faults": ["it failed"]}
+        if "skipped" in found:
+            print(f"{part}: skipped, {found['skipped']}", flush=True)
+            continue
+        faults += [f"{part}: {fault}" for fault in found["faults"]]
+        result[part] = found
+        result["measured_on"][part] = {
+            "date": time.strftime("%Y-%m-%d"),
+            "device": torch.cuda.get_device_name() if gpus else f"{os.cpu_count()} CPU cores",
+            "gpus": gpus,
+            "torch": torch.__version__,
+            "ultralytics": ultralytics.__version__,
+            "seconds": round(time.monotonic() - began_s),
+        }
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        shown = {key: value for key, value in found.items() if key not in ("rows", "events", "summary", "arguments")}
+        print(f"{part}: {json.dumps(shown)[:4000]}", flush=True)
+    print("\n".join(faults) or "all held", flush=True)
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
