@@ -1,13 +1,13 @@
 """Shares of a batch that follow speed, in simulated fleets of cards whose speeds were measured.
 
-    python benchmarks/shares.py --out benchmarks/results/shares.json      (no GPU; a minute on one core)
+    python benchmarks/shares.py --out benchmarks/results/shares.json      (no GPU; minutes on one core)
 
 A card takes as long for an image as YOLOv12-S did on an H100 under one of seven memory limits
 (results/checkpointing.json, in BatchNorm groups of 32); that of groups of 8 is taken to be the same. A mixed fleet is
 drawn from these, each as likely as the others; in one of equals, all have 80 GiB. Times of every rank and step scatter
 by 3 %, and are the same for all that is compared: our shares, equal shares, and the ideal split, which knows all speeds
-and may cut images. Halfway, one card becomes slower by a third. Time in which libraries look for kernels, after a move,
-and for exchanging gradients is left out. `plan_ms` is what every rank spends on shares in a step.
+and may cut images. Halfway, one card becomes slower by a third. A move costs our shares what libraries take to look for
+kernels; exchanging gradients is left out. `plan_ms` is what every rank spends on shares in a step.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from typing import Any
 
 from yolov12.mas.normalize import cut
 from yolov12.mas.shares import Balance, share_out, slowest_ms
+from yolov12.mas.speed import NEW_SIZE_MS
 
 MEASURED = Path(__file__).parent / "results" / "checkpointing.json"
 IMAGES_PER_RANK, NOISE, SLOWER = 256, 0.03, 2 / 3
-STEPS = 400
+STEPS, LEARNED = 2000, 200
 FLEETS = {2: 40, 4: 40, 8: 20, 64: 5, 256: 2, 1024: 1}  # ranks → how many are drawn
 
 
@@ -54,6 +55,7 @@ def main() -> None:
         "images_per_rank": IMAGES_PER_RANK,
         "noise_percent": 100 * NOISE,
         "steps": STEPS,
+        "move_ms": NEW_SIZE_MS,
         "fleets": fleets,
         "plan_growth_256_to_1024": {str(group): round(by[1024, group] / by[256, group], 2) for group in (32, 8)},
     }
@@ -70,7 +72,7 @@ def _train(ranks: int, group: int, cards: Sequence[float], seed: int) -> dict[st
     victim, half = draw.randrange(ranks), STEPS // 2
     groups = cut(IMAGES_PER_RANK * ranks, group)
     equal = share_out(groups, [1.0] * ranks)
-    balance = Balance(ranks)
+    balance = Balance(ranks, NEW_SIZE_MS)
     ours_ms, equal_ms, whole_ms, ideal_ms, plan_ms = [], [], [], [], []
     moved: list[int] = []
     before: tuple[int, ...] | None = None
@@ -95,6 +97,7 @@ def _train(ranks: int, group: int, cards: Sequence[float], seed: int) -> dict[st
         ideal_ms.append(1000 * sum(groups) / total * max(noise))
         if before is not None and shares != before:
             moved.append(step)
+            ours_ms[-1] += NEW_SIZE_MS
         before = shares
     assert before is not None
     followed = [step - half for step in moved if step >= half]
@@ -102,11 +105,11 @@ def _train(ranks: int, group: int, cards: Sequence[float], seed: int) -> dict[st
         "images_per_s": 1000 * sum(groups) * STEPS / sum(ours_ms),
         "to_equal": sum(equal_ms) / sum(ours_ms),
         "to_ideal": sum(ideal_ms) / sum(ours_ms),
-        "to_ideal_once_learned": sum(ideal_ms[20:half]) / sum(ours_ms[20:half]),
+        "to_ideal_once_learned": sum(ideal_ms[LEARNED:half]) / sum(ours_ms[LEARNED:half]),
         "whole_groups_to_ideal": sum(ideal_ms) / sum(whole_ms),
         "end_over_best": slowest_ms(before, ms) / slowest_ms(whole, ms),
         "moves": len(moved),
-        "needless_moves": sum(20 <= step < half or step >= half + 20 for step in moved),
+        "needless_moves": sum(LEARNED <= step < half or step >= half + LEARNED for step in moved),
         "followed_after": followed[0] if followed else -1,
         "plan_ms": statistics.median(plan_ms),
         "plan_p99_ms": statistics.quantiles(plan_ms, n=100)[98],

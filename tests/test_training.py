@@ -18,7 +18,7 @@ from ultralytics import YOLO
 from ultralytics.utils import SETTINGS
 
 from yolov12 import cli, demo
-from yolov12.errors import ConfigError, DataError
+from yolov12.errors import ConfigError, DataError, RankError
 from yolov12.training.preflight import check_training_arguments
 from yolov12.training.recipes import recipe_for
 
@@ -319,7 +319,7 @@ def test_a_run_whose_processes_did_the_work_is_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.subprocess, "run", run)
     monkeypatch.setattr(module, "generate_ddp_command", lambda trainer: (["python"], str(tmp_path / "file")))
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(RankError, match="exit status 1"):
         trainer.train()
     assert (trainer.wdir / "last.pt").read_bytes() == b"fifty epochs"
 

@@ -232,3 +232,22 @@ def test_every_rank_comes_to_the_same_shares(seed, ranks):
         ms = [numbers.choice([None, math.nan, numbers.uniform(1.0, 900.0)]) for _ in range(ranks)]
         for balance in balances:
             balance.observe(shares, list(ms))
+
+
+def test_a_move_that_costs_is_made_when_staying_has_lost_as_much():
+    groups, steps = [8] * 16, 0
+    balance = Balance(2, move_ms=1000.0)
+    while balance.shares(groups) == (64, 64):
+        balance.observe([64, 64], [200.0, 100.0])
+        steps += 1
+        assert steps < 100
+    best_ms = max(200 / 64 * 40, 100 / 64 * 88)
+    assert 1000 / (200 - best_ms) <= steps <= 1000 / (200 - best_ms) + 10
+
+
+def test_a_share_that_waits_for_the_host_counts_as_what_it_would_have_had_time_for():
+    """A rank that takes 150 ms for any share up to 80 images is not slow because it was given 8."""
+    groups, balance = [8] * 16, Balance(2)
+    for _ in range(40):
+        balance.observe([120, 80], [150.0, 150.0])
+    assert balance.shares(groups) == (80, 48) or balance.shares(groups) == (72, 56)

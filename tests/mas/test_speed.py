@@ -43,6 +43,11 @@ def test_learns_what_host_and_device_take(images):
     assert best(speed, images) <= takes(images) * 1.02
 
 
+def test_knows_up_to_which_size_it_is_the_host_that_is_waited_for():
+    assert taught(card(host=80.0, image=1.25), 16, 32, 128, 256).flat_images(640, 640) == pytest.approx(64, rel=0.1)
+    assert SpeedModel(LADDER).flat_images(640, 640) == 0.0
+
+
 @pytest.mark.parametrize("seen", [16, 256])
 def test_one_size_leaves_open_what_is_waited_for(seen):
     """Expected is the longer, and at best it is the other."""

@@ -35,7 +35,7 @@ class Said:
     """What a rank says once a step."""
 
     images: int = 0
-    """Of the last share of it whose time is known."""
+    """Of the last share of it whose time is known; or more, where so many would have taken no longer."""
     ms: float = math.nan
     """That its own work on this share took, without waiting for others; not a number where nothing new is known."""
     stop: bool = False

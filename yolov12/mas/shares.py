@@ -83,9 +83,13 @@ class Balance:
 
     Args:
         ranks: How many share each batch.
+        move_ms: What new shares cost, as libraries look for kernels for them. They are taken when staying has lost as
+            much, so that it all costs at most twice what knowing the future would (ski rental: Karlin, Manasse,
+            Rudolph, Sleator, Competitive snoopy caching, 1988).
     """
 
-    def __init__(self, ranks: int) -> None:
+    def __init__(self, ranks: int, move_ms: float = 0.0) -> None:
+        self._move_ms, self._lost_ms = move_ms, 0.0
         self._late: list[list[float]] = [[] for _ in range(ranks)]
         self._found: list[float | None] = [None] * ranks  # of these, the medians
         self._ms: Sequence[float] = [1.0] * ranks  # per image, by which shares are as they are
@@ -102,7 +106,8 @@ class Balance:
         """Learn how long every rank's own work on its share of a step took.
 
         Args:
-            images: The share of each rank.
+            images: The share of each rank; more where so many would have taken no longer, as it is its host that is
+                waited for.
             ms: Milliseconds of its own work, without waiting for others. None or not a number where that is not known
                 or says nothing, as when a size was new. A share that is none, or much less than what the rank usually
                 has, says nothing either.
@@ -141,8 +146,11 @@ class Balance:
             live = self._live()
             best = share_out(groups, live)
             gain = _GAIN + _GAIN_MORE * len(live).bit_length()
-            if slowest_ms(best, live) < (1.0 - gain) * slowest_ms(shares, live):
-                self._ms, shares = live, best
+            best_ms, present_ms = slowest_ms(best, live), slowest_ms(shares, live)
+            better = best_ms < (1.0 - gain) * present_ms
+            self._lost_ms = self._lost_ms + present_ms - best_ms if better else 0.0
+            if better and self._lost_ms >= self._move_ms:
+                self._ms, shares, self._lost_ms = live, best, 0.0
         self._usual = shares
         return shares
 

@@ -116,6 +116,11 @@ class SpeedModel:
         doubt = _BOUNDED if size in self._times or len(self._times) > 1 else _UNSEEN
         return self._base_ms(size)[1] * self._factors[level] * (1.0 - doubt)
 
+    def flat_images(self, height: int, width: int) -> float:
+        """Images up to which a micro-batch takes as long as a smaller one, as it is the host that is waited for."""
+        device_ms = self._law.device_ms * megapixels((1, height, width))
+        return self._law.host_ms / device_ms if device_ms > 0 else 0.0
+
     def ran(self, images: int, height: int, width: int, *, timed: bool = True) -> None:
         """Note that a micro-batch has run.
 

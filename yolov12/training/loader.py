@@ -233,7 +233,7 @@ class _Order:
 class _Collate:
     """Adds to a batch the state of the worker that loaded it, unless images are augmented by their place."""
 
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool) -> None:
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool = True) -> None:
         self._collate, self.arrange, self._add_state = collate, arrange, add_state
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:

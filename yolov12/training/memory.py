@@ -22,6 +22,7 @@ from yolov12.mas import Config, Engine, Journal, Result
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.ranks import ALONE, Ranks
 from yolov12.mas.rehearsal import GROUPS
+from yolov12.mas.speed import NEW_SIZE_MS
 from yolov12.mas.update import Undo, copy_on_host
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
@@ -168,7 +169,7 @@ class _Joint:
         self._sharing: Sharing | None = None
         if resumable(trainer.train_loader):
             if ranks.size > 1:
-                self._sharing = _share(trainer, ranks, engine.config.bn_group)
+                self._sharing = _share(trainer, ranks, engine)
             arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
             loader = ResumableLoader(
                 trainer.train_loader,
@@ -333,18 +334,20 @@ class _Column(float):
         return f"{max(sizes)}x{len(sizes)}  {float(self):.3g}/{budget:.3g}".rjust(_WIDTH - 1)
 
 
-def _share(trainer: Any, ranks: Ranks, group: int | None) -> Sharing:
+def _share(trainer: Any, ranks: Ranks, engine: Engine) -> Sharing:
     """Let all ranks draw the batches that one process would draw."""
     loader = trainer.train_loader
     loader.sampler.set_epoch = lambda epoch: None  # for the loop: the order is the generator's
     augment_by_place(loader.dataset)
+    group = engine.config.bn_group
     if group is None:  # larger than it may come out, all of which divide it
         group = next(group for group in GROUPS if group * ranks.size <= trainer.batch_size)
     ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
     boxes = None
     if group and trainer.batch_size > group and hasattr(loader.dataset, "labels"):
         boxes = [len(label["cls"]) for label in loader.dataset.labels]
-    return Sharing(ranks, min(trainer.batch_size, len(loader.dataset)), group or 1, ahead, boxes)
+    move_ms = 0.0 if engine.meter.kind == "host" else NEW_SIZE_MS  # the same on all ranks
+    return Sharing(ranks, min(trainer.batch_size, len(loader.dataset)), group or 1, ahead, move_ms, boxes)
 
 
 def _unwrapped(trainer: Any) -> nn.Module:

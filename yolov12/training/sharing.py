@@ -48,15 +48,24 @@ class Sharing:
         batch: Images in a whole batch.
         group: Images in a BatchNorm group; ranks take whole groups.
         ahead: Batches that this rank draws before the first is trained on.
+        move_ms: What new shares cost, see `Balance`.
         boxes: Of each image of the data set, by which a batch is arranged (see `arrangement`): before augmentation, as
             no rank knows more of the images of others. None to leave the order as it is.
     """
 
-    def __init__(self, ranks: Ranks, batch: int, group: int, ahead: int, boxes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        batch: int,
+        group: int,
+        ahead: int,
+        move_ms: float = 0.0,
+        boxes: Sequence[int] | None = None,
+    ) -> None:
         self._ranks, self._group, self._boxes = ranks, group, boxes
         self._whole = cut(batch, group)
         self._ahead = -ranks.least(-ahead)  # of the one that draws furthest ahead
-        self._balance = Balance(ranks.size)
+        self._balance = Balance(ranks.size, move_ms)
         self._speeds: deque[tuple[int, Sequence[float]]] = deque([(0, self._balance.ms_per_image)])
         """From which batch on ranks are taken to be how fast."""
         self._drawn = self._trained = 0
