@@ -496,7 +496,7 @@ def _pressed_run(work: dict[str, Any], ranks: int, pressure: _Pressure, setup: S
     folder = project / "run"
     work["arguments"] |= {"project": str(project), "name": "run", "bn_group": setup.sized(GROUP, 2)}
     batch, began_s = work["arguments"]["batch"], time.monotonic()
-    run = Processes("train", work, ranks, 150)
+    run = Processes("train", work, ranks, 240)
     pressed: dict[str, Any] = {}
     try:
         pressed = _press(run, folder, ranks, pressure, setup)
@@ -565,10 +565,10 @@ def _phases(journals: list[dict[int, dict[str, str]]], steps: list[int], pressed
 
 def shared_card(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Two processes on card 0, which meet over gloo."""
-    steps, batch = setup.sized(160, 40), setup.sized(BATCH, 16)
+    steps, batch = setup.sized(500, 40), setup.sized(BATCH, 16)
     arguments = {**setup.arguments(10 * batch, steps, batch), "device": 0 if setup.device == "cuda" else "cpu"}
     work = {"arguments": arguments, "of_rank": [{"mem_limit": "40GiB"}, {"mem_limit": "16GiB"}]}
-    begin, end = setup.sized((40, 100), (10, 25))
+    begin, end = setup.sized((40, 340), (10, 25))
     return _pressed_run(work, 2, _Pressure(0, (0, 1), 3 * MIB_IN_GIB, begin, end), setup, steps)
 
 
@@ -576,11 +576,11 @@ def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Two processes, a card each, of which the second is pressed and has allocations fail."""
     if setup.device == "cuda" and setup.gpus < 2:
         return {"skipped": "one GPU"}
-    steps, batch = setup.sized(280, 40), setup.sized(BATCH, 16)
+    steps, batch = setup.sized(400, 40), setup.sized(BATCH, 16)
     device = "0,1" if setup.device == "cuda" else "cpu"
     work = {"arguments": {**setup.arguments(20 * batch, steps, batch), "device": device}, "failing_rank": 1}
     work["failing_steps"] = sorted(random.Random(7).sample(range(8, steps - 10), 5))
-    begin, end = setup.sized((50, 140), (10, 25))
+    begin, end = setup.sized((50, 220), (10, 25))
     return _pressed_run(work, 2, _Pressure(1, (1,), 4 * MIB_IN_GIB, begin, end), setup, steps)
 
 

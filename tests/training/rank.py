@@ -1,18 +1,22 @@
 """One of several processes that train together: `python rank.py MODEL ARGUMENTS FOLDER`, its place in the environment.
 
 Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch;
-`VALIDATE` a model whose weights are validated, whatever was trained.
+`VALIDATE` a model whose weights are validated, whatever was trained; `SLOW` the rank whose loss takes so many times as
+long.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
 from ultralytics import YOLO
 from ultralytics.utils.torch_utils import unwrap_model
+
+from yolov12.training.detection import DetectionTask
 
 
 def main(name, arguments, folder):
@@ -33,6 +37,17 @@ def main(name, arguments, folder):
         trainer.ema.ema.load_state_dict(YOLO(os.environ["VALIDATE"]).model.float().state_dict())
 
     model.add_callback("on_train_batch_end", batch_ends)
+    slow, times = json.loads(os.environ.get("SLOW", "[-2, 1]"))
+    if rank == slow:
+        loss = DetectionTask.loss
+
+        def slower(task, model, part):
+            began = time.perf_counter()
+            found = loss(task, model, part)
+            time.sleep((times - 1) * (time.perf_counter() - began))
+            return found
+
+        DetectionTask.loss = slower
     if "VALIDATE" in os.environ:
         model.add_callback("on_train_epoch_end", epoch_ends)
     model.train(**arguments)

@@ -258,3 +258,16 @@ def test_it_is_refused_before_anything_is_written(settings, weights, tmp_path):
     assert codes == [1, 1]
     assert all("batch=1 is less than an image for each of 2 processes" in output for output in outputs)
     assert not list(tmp_path.iterdir())
+
+
+def test_shares_follow_speed_and_batches_stay_whole(settings, weights, tmp_path):
+    """One of two ranks takes three times as long."""
+    arguments = settings(tmp_path, epochs=14, bn_group=2, val=False, plots=False)
+    codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path, SLOW="[1, 3]"))
+    assert codes == [0, 0], "\n".join(outputs)
+    steps = [[int(row["images"]) for row in rows(tmp_path / "run", rank)] for rank in range(2)]
+    assert [sum(shares) for shares in zip(*steps, strict=True)] == [16] * len(steps[0])
+    assert steps[0][0] == steps[1][0] == 8
+    assert steps[1][-1] < 8
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["weights"] for rank in range(2)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

@@ -1,0 +1,87 @@
+"""Who loads what: every image of every batch is loaded once, however far ranks draw ahead."""
+
+import pickle
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from yolov12.mas.ranks import Said
+from yolov12.training.sharing import Sharing, augment_by_place
+
+
+class Rank:
+    """One of several, of which another draws nine batches ahead."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def least(self, number):
+        return min(number, -9)
+
+
+def draws(sharing, batches, *, ahead, said):
+    """What a rank loads, in a training that says the same in every step."""
+    drawn = []
+    for step in range(len(batches)):
+        while len(drawn) < min(step + 1 + ahead, len(batches)):
+            drawn.append(sharing.cut(batches[len(drawn)], f"0 {len(drawn)}"))
+        assert sharing.taken().of_all == len(batches[step])
+        sharing.observe(said(step))
+    return drawn
+
+
+@pytest.mark.parametrize("aheads", [(0, 0, 0), (9, 9, 9), (0, 4, 9)])
+def test_every_image_is_loaded_once_however_far_ranks_draw_ahead(aheads):
+    chance = random.Random(1)
+    batches = [chance.sample(range(1000), 36 if number % 10 == 9 else 64) for number in range(80)]
+
+    def said(step):
+        slow = 3.0 if step > 30 else 1.0
+        return [Said(24, 24 * each) for each in (slow, 1.0, 1.5)]
+
+    loaded = [
+        draws(Sharing(Rank(rank, 3), 64, 4, ahead), batches, ahead=ahead, said=said)
+        for rank, ahead in enumerate(aheads)
+    ]
+    for batch, *shares in zip(batches, *loaded, strict=True):
+        assert [int(index) for share in shares for index in share] == batch
+        assert all(len(share) % 4 == 0 for share in shares)
+    sizes = [[len(share) for share in shares] for shares in zip(*loaded, strict=True)]
+    assert sizes[0] == [24, 20, 20]
+    assert sizes[28] == [24, 24, 16]  # by speed
+    assert sizes[-2][0] < 16
+
+
+def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():
+    boxes = [9, 1, 5, 3]
+    sharing = Sharing(Rank(0, 1), 4, 1, 0, 0.0, boxes)
+    assert [boxes[index] for index in sharing.cut([0, 1, 2, 3], "0 0")] == [9, 3, 5, 1]
+
+
+def test_what_was_drawn_and_dropped_is_drawn_anew():
+    sharing = Sharing(Rank(0, 2), 8, 2, 4)
+    for number in range(3):
+        sharing.cut(range(8), f"0 {number}")
+    sharing.taken()
+    sharing.observe([Said(), Said()])
+    sharing.drop()
+    assert len(sharing.cut(range(8), "0 1")) == 4
+    assert sharing.taken().of_all == 8
+
+
+def test_an_image_is_augmented_by_its_place_whoever_loads_it():
+    dataset = SimpleNamespace(
+        get_image_and_label=lambda index: (index, random.random(), np.random.rand(), torch.rand(1))
+    )
+    augment_by_place(dataset)
+    first = Sharing(Rank(0, 2), 8, 2, 4).cut(range(10, 18), "7 3")
+    second = Sharing(Rank(1, 2), 8, 2, 4).cut(range(10, 18), "7 3")
+    alone = Sharing(Rank(0, 1), 8, 2, 4).cut(range(10, 18), "7 3")
+    loaded = [dataset.get_image_and_label(pickle.loads(pickle.dumps(index))) for index in [*first, *second]]
+    again = [dataset.get_image_and_label(index) for index in alone]
+    assert [each[:3] for each in loaded] == [each[:3] for each in again]
+    assert len({each[1] for each in loaded}) == 8
+    assert type(loaded[0][0]) is int
