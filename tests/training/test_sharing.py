@@ -73,9 +73,10 @@ def test_what_was_drawn_and_dropped_is_drawn_anew():
 
 
 def test_an_image_is_augmented_by_its_place_whoever_loads_it():
-    dataset = SimpleNamespace(
-        get_image_and_label=lambda index: (index, random.random(), np.random.rand(), torch.rand(1))
-    )
+    def load(index):
+        return index, random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
+
+    dataset = SimpleNamespace(get_image_and_label=load)
     augment_by_place(dataset)
     first = Sharing(Rank(0, 2), 8, 2, 4).cut(range(10, 18), "7 3")
     second = Sharing(Rank(1, 2), 8, 2, 4).cut(range(10, 18), "7 3")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from yolov12.mas.peak_law import PeakLaw, Size
+from yolov12.mas.peak_law import SURPRISE, PeakLaw, Size
 
 __all__ = ["SPREAD_UNSEEN", "CostModel", "Features", "Level"]
 
@@ -23,6 +23,8 @@ _SIGMAS = 3.0
 _SPREAD_SEEN = 0.01  # least relative margin of a prediction for a shape that was seen
 SPREAD_UNSEEN = 0.05
 """And for one that was not."""
+_SPREAD_FURTHER = 0.5  # of what boxes beyond all that were seen add, once it is known what boxes cost
+_FURTHEST = 2.0  # times the boxes that were seen; beyond, all is open
 _SPREAD_MOST = 0.5
 _HALF_LIFE_BATCHES = 4  # after a first failure: together with the hold, about ten batches until a false alarm is gone
 _HALF_LIFE_MOST = 4096
@@ -190,10 +192,21 @@ class CostModel:
     def _margin(self, features: Features) -> float:
         law = self._laws[features.level]
         spread = _SIGMAS * self._spread
-        count = law.seen(features.size, features.boxes)
-        if not count:
+        count = law.seen(features.size)
+        further = max(features.boxes - law.most_boxes, 0)
+        if not count or (further and not self._knows_boxes(features, law.most_boxes)):
             return min(max(spread, SPREAD_UNSEEN), _SPREAD_MOST)
-        return min(max(spread * math.sqrt(1 + 1 / count), _SPREAD_SEEN), _SPREAD_MOST)
+        seen = max(spread * math.sqrt(1 + 1 / count), _SPREAD_SEEN)
+        if further:
+            known = self._expected_bytes(replace(features, boxes=law.most_boxes))
+            more = self._expected_bytes(features) - known
+            seen = (seen * known + _SPREAD_FURTHER * more) / (known + more)
+        return min(seen, _SPREAD_MOST)
+
+    def _knows_boxes(self, features: Features, most: int) -> bool:
+        """Whether boxes are not far from those that were seen, and what they cost is known, and more than a trace."""
+        known, more = (self._expected_bytes(replace(features, boxes=boxes)) for boxes in (most, most + 100))
+        return features.boxes <= _FURTHEST * most and more - known >= SURPRISE * known > 0
 
     def _expected_bytes(self, features: Features) -> float:
         law, boxes, per_box = self._laws[features.level], features.boxes, self._bytes_per_box

@@ -55,6 +55,11 @@ class PeakLaw:
         """Observations of a size; 0 if none had so many boxes under any size."""
         return len(self._seen.get(size, ())) if boxes <= self._most_boxes else 0
 
+    @property
+    def most_boxes(self) -> int:
+        """Of any image that was observed."""
+        return self._most_boxes
+
     def latest(self) -> tuple[Size, int] | None:
         """Size and boxes of the last observation."""
         size = next(reversed(self._seen), None)
