@@ -187,12 +187,14 @@ def _clear_false_starts(method: Callable[..., Any]) -> Callable[..., Any]:
 def _find_the_others(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
+        from ultralytics.cfg import get_cfg
+
         from yolov12.training import team
 
         given = inspect.signature(init).bind(self, *args, **kwargs)
         given.apply_defaults()
         cfg, overrides = given.arguments["cfg"], given.arguments["overrides"] or {}
-        settings = {**(cfg if isinstance(cfg, dict) else getattr(cfg, "__dict__", {})), **overrides}
+        settings = {**vars(get_cfg(cfg)), **overrides}
         team.gather(functools.partial(init, self, *args, **kwargs), self, settings)
 
     return _clear_false_starts(wrapper)

@@ -51,6 +51,10 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     groups = cut(len(case["boxes"]), case["group"])
     before, own = (sum(case["groups"][: ranks.rank + place]) for place in (0, 1))
     start, stop = sum(groups[:before]), sum(groups[:own])
+    counts = stop > start
+    mine = groups[before:own] if counts else (1,)
+    if not counts:  # then it runs one image for nothing
+        start, stop = 0, 1
     bench.task.of_all = 0
     bench.faults.reset(())
     bench.task.workload(batch)
@@ -58,7 +62,7 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     bench.task.of_all = len(case["boxes"])
     faults = [tools.Fault(*place, tools.FAILURES[error]) for *place, error in case["faults"][ranks.rank]]
     bench.step.plans = (KEEP_ALL, tools.random_plan(bench.layers, case["seed"]))
-    planner = tools.Scripted(groups[before:own], case["seed"] + ranks.rank, levels=(0, 1))
+    planner = tools.Scripted(mine, case["seed"] + ranks.rank, levels=(0, 1))
     bench.reset((), case["before"])
     images = bench.task.workload(share).images
     bench.faults.reset(faults)
@@ -68,7 +72,7 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
         next(bench.model.parameters()).data.view(-1)[7] += 1e-12
     if "flip" in case:
         ranks.say.checksum = checksum(bench.model)
-    result = bench.step.run(share, images, planner, len(case["boxes"]))
+    result = bench.step.run(share, images, planner, len(case["boxes"]), counts=counts)
     outcome = bench.outcome(result, case["before"])
     return {
         "checksum": checksum(bench.model),
@@ -76,7 +80,7 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
         "buffers": outcome.buffers,
         "loss": result.loss,
         "items": dict(result.items),
-        "micro_batches": result.micro_batches,
+        "micro_batches": result.micro_batches if counts else (),
         "failures": len(planner.failures),
     }
 

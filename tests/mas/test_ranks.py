@@ -139,7 +139,6 @@ def test_a_rank_whose_share_is_no_image_takes_part(tools, processes, alone):
     boxes, groups = [3, 0, 20], [2, *[0] * (processes.size - 2), 1]
     if processes.size == 2:
         boxes, groups = [3, 0], [2, 0]
-    processes.run(shared([1] * processes.size, [1] * processes.size))  # after a batch of which it had some
     found = processes.run(case := shared(boxes, groups))
     assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
 

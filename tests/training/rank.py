@@ -2,7 +2,7 @@
 
 Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch;
 `VALIDATE` a model whose weights are validated, whatever was trained; `SLOW` the rank whose loss takes so many times as
-long.
+long; `KILL_IN_VAL` a rank that dies in validation; `STOP` the batch after which all are interrupted.
 """
 
 import json
@@ -19,15 +19,22 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolov12.training.detection import DetectionTask
 
 
+def dies_in(validator):
+    validator.callbacks["on_val_start"].append(lambda _: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def main(name, arguments, folder):
     rank = int(os.environ.get("RANK", "-1"))
     model = YOLO(name)
-    losses = []
+    losses, rates = [], []
     done = 0
 
     def batch_ends(trainer):
         nonlocal done
         done += 1
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        if done in json.loads(os.environ.get("STOP", "[]")):
+            raise KeyboardInterrupt
         losses.append({key: float(value) for key, value in trainer.loss_items.items()})
         victim, after = json.loads(os.environ.get("KILL", "[-2, 0]"))
         if rank == victim and done == after and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
@@ -48,6 +55,8 @@ def main(name, arguments, folder):
             return found
 
         DetectionTask.loss = slower
+    if rank == int(os.environ.get("KILL_IN_VAL", "-2")):
+        model.add_callback("on_train_epoch_end", lambda trainer: dies_in(trainer.validator))
     if "VALIDATE" in os.environ:
         model.add_callback("on_train_epoch_end", epoch_ends)
     model.train(**arguments)
@@ -57,6 +66,7 @@ def main(name, arguments, folder):
             "weights": {name: value.clone() for name, value in unwrap_model(trainer.model).state_dict().items()},
             "ema": trainer.ema.ema.state_dict(),
             "losses": losses,
+            "rates": rates,
             "metrics": {name: float(value) for name, value in (trainer.metrics or {}).items()},
             "folder": str(trainer.save_dir),
         },

@@ -178,12 +178,12 @@ def test_validation_in_several_processes_finds_what_one_finds(settings, weights,
     data = label_as_predicted(YOLO(begin), settings(tmp_path)["data"], tmp_path / "predicted")
     arguments = settings(tmp_path, data=str(data), bn_group=2, epochs=1, save_json=True, batch=6, nbs=6)
     processes = start(3, RANK, begin, json.dumps(arguments), tmp_path, VALIDATE=str(begin))
-    codes, outputs = finish(processes)  # of batches of 12, 12 and 8 images
+    codes, outputs = finish(processes)  # eight batches of 4
     assert codes == [0] * 3, "\n".join(outputs)
     metrics = torch.load(tmp_path / "0.pt", weights_only=True)["metrics"]
     best = tmp_path / "run" / "weights" / "best.pt"
     one = YOLO(best).val(
-        data=str(data), imgsz=128, batch=12, rect=True, save_json=True, plots=False, device="cpu", project=tmp_path,
+        data=str(data), imgsz=128, batch=4, rect=True, save_json=True, plots=False, device="cpu", project=tmp_path,
         name="val", workers=0,
     )  # fmt: skip
     assert metrics["metrics/mAP50(B)"] > 0.01
@@ -271,3 +271,45 @@ def test_shares_follow_speed_and_batches_stay_whole(settings, weights, tmp_path)
     assert steps[1][-1] < 8
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True)["weights"] for rank in range(2)]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_death_in_validation_is_named_too(settings, weights, tmp_path):
+    processes = start(3, RANK, weights, json.dumps(settings(tmp_path, epochs=3)), tmp_path, KILL_IN_VAL="1")
+    assert processes[1].wait(200) == -signal.SIGKILL
+    codes, outputs = finish([processes[0], processes[2]], 60)
+    assert codes == [1, 1], outputs
+    assert all("rank 1 (" in output and "has not been heard of" in output for output in outputs), outputs
+
+
+def test_a_run_goes_on_at_a_short_last_batch_of_which_some_ranks_have_no_image(settings, weights, tmp_path):
+    """20 images in batches of 16: the second has one group for three ranks."""
+    data = Path(settings(tmp_path)["data"]).parent
+    lines = [str(file) for file in sorted((data / "images").iterdir())[:20]]
+    (tmp_path / "some.txt").write_text("\n".join(lines))
+    some = {"path": str(data), "train": str(tmp_path / "some.txt"), "val": "images", "names": {0: "even", 1: "odd"}}
+    (tmp_path / "some.yaml").write_text(json.dumps(some))
+    arguments = settings(tmp_path / "runs", data=str(tmp_path / "some.yaml"), resume="auto", epochs=2)
+    codes, outputs = finish(start(3, RANK, weights, json.dumps(arguments), tmp_path, STOP="[3]"))
+    assert all(codes), outputs
+    codes, outputs = finish(start(3, RANK, weights, json.dumps(arguments), tmp_path))
+    assert codes == [0] * 3, "\n".join(outputs)
+    assert "resume: epoch 2, after batch 1 of 2" in outputs[0]
+    steps = [[int(row["images"]) for row in rows(tmp_path / "runs" / "run", rank)] for rank in range(3)]
+    assert [sum(shares) for shares in zip(*steps, strict=True)] == [16, 4, 16, 4]
+
+
+def test_a_batch_larger_than_the_data_is_shared_out(settings, weights, tmp_path):
+    arguments = settings(tmp_path, batch=64, nbs=64, bn_group=None, epochs=1)
+    codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert [int(rows(tmp_path / "run", rank)[0]["images"]) for rank in range(2)] == [16, 16]
+
+
+def test_all_ranks_reckon_with_the_same_number_of_epochs(settings, weights, tmp_path):
+    """With `time`, Ultralytics asks each rank's own clock."""
+    arguments = settings(tmp_path, time=0.005, plots=False)
+    codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path))
+    assert codes == [0, 0], "\n".join(outputs)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert found[0]["rates"] == found[1]["rates"]
+    assert len(found[0]["rates"]) > 4

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ultralytics.data.build import InfiniteDataLoader
 
 from yolov12.mas.ranks import Said
+from yolov12.training.loader import ResumableLoader
 from yolov12.training.sharing import Sharing, augment_by_place
 
 
@@ -86,3 +88,51 @@ def test_an_image_is_augmented_by_its_place_whoever_loads_it():
     assert [each[:3] for each in loaded] == [each[:3] for each in again]
     assert len({each[1] for each in loaded}) == 8
     assert type(loaded[0][0]) is int
+
+
+def test_a_rank_whose_share_is_none_runs_an_image_that_does_not_count():
+    found = []
+    for rank in range(3):
+        sharing = Sharing(Rank(rank, 3), 12, 4, 0)
+        indices = sharing.cut([5, 6, 7], "0 0")
+        found.append((list(map(int, indices)), sharing.taken().counts))
+    assert found == [([5, 6, 7], True), ([5], False), ([5], False)]
+
+
+class Numbers(torch.utils.data.Dataset):
+    """22 images that are their indices."""
+
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, index):
+        return int(index)
+
+
+def order(workers, ahead):
+    """What a rank trains on in three epochs, before the last of which the loader is reset, as where mosaic closes."""
+    generator = torch.Generator().manual_seed(5)
+    loader = InfiniteDataLoader(
+        Numbers(),
+        batch_size=4,
+        shuffle=True,
+        num_workers=workers,
+        prefetch_factor=ahead,
+        generator=generator,
+        collate_fn=lambda samples: {"images": samples},
+        worker_init_fn=lambda index: None,
+    )
+    sharing = Sharing(Rank(0, 1), 4, 1, workers * (ahead or 0) + 1)
+    resumable, found = ResumableLoader(loader, 64, sharing=sharing), []
+    for epoch in range(3):
+        if epoch == 2:
+            resumable.reset()
+        for batch in resumable:
+            sharing.observe([Said()])
+            found.append(batch["images"])
+    loader.close()
+    return found
+
+
+def test_batches_are_alike_whatever_workers_had_loaded_when_mosaic_closes():
+    assert order(0, None) == order(1, 2) == order(2, 4)

@@ -115,25 +115,26 @@ class Engine:
         self._device_name = _name(next(model.parameters()).device)
         self._known = False
         self._images, self._most_boxes, self._patience_s = 0, 0, float(WAIT_S)  # of the batch at hand
-        self._of_all = 0  # its images on all ranks
+        self._of_all, self._counts = 0, True  # its images on all ranks; whether those of this one do
         self._done: list[_Done] = []  # since the last update
         self._rows: list[tuple[Row, list[_Done]]] = []  # whose time is not known yet
         self._updates = 0
 
-    def step(self, batch: Any, of_all: int | None = None) -> Result:
+    def step(self, batch: Any, of_all: int | None = None, *, counts: bool = True) -> Result:
         """Run forward and backward of a batch; its gradient is then on the parameters, added to what was there.
 
         Args:
             batch: On the host, of the kind the task knows; pinned memory lets copying overlap with computing. Where
-                there are several ranks, this one's share, which may be no image, but for the first batch.
+                there are several ranks, this one's share.
             of_all: Images that all ranks have of the batch; by default those of this one.
+            counts: See `Step.run`.
 
         Raises:
             DoesNotFitError: Not even one image fits, here or on another rank. Gradients and running statistics are as
                 before.
             RankError: Another rank failed or is gone.
         """
-        self._of_all = of_all or 0
+        self._of_all, self._counts = of_all or 0, counts
         if self._done and all(parameter.grad is None for parameter in self._parameters):
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
         try:
@@ -154,18 +155,17 @@ class Engine:
 
     def _run(self, batch: Any, patience_s: float) -> Result:
         work, self._patience_s = self._look_at(batch), patience_s
-        self._images, self._most_boxes = work.images, max(work.boxes, default=self._most_boxes)
+        self._images, self._most_boxes = work.images, max(work.boxes)
         if not self._known:
             self._get_to_know(batch, work)
         planner = self._planner(work)
-        wants_ladder = work.images and self.cost.largest and self._wants_ladder(planner)
-        if wants_ladder and not self._fits(work.images, work, planner):
+        if self._wants_ladder(planner) and self.cost.largest and not self._fits(work.images, work, planner):
             self._make_ladder(batch, work)
             planner = self._planner(work)
-        result = self._step.run(batch, work.images, planner, self._of_all or work.images)
+        result = self._step.run(batch, work.images, planner, self._of_all or work.images, counts=self._counts)
         self._history = planner.history
         self.latest, self.micro_batches = planner, result.micro_batches
-        self._done.append(_Done(work, planner, result.micro_batches, result.watch))
+        self._done.append(_Done(work, planner, result.micro_batches, result.watch, self._counts))
         return result
 
     def update(
@@ -193,9 +193,16 @@ class Engine:
             failures = survive_first_update(update or plain, optimizer, self.meter.release, remember)
         self._updates += 1
         if self._ranks.size > 1 and self._updates % _CHECK_EVERY == 0:
-            self._ranks.say.checksum = checksum(self._step.model)
+            self._keep_replicas_alike()
         if self._done:
             self._record(("out-of-memory in the optimizer",) * failures)
+
+    def _keep_replicas_alike(self) -> None:
+        model = self._step.model
+        if self._ranks.alike:
+            self._ranks.say.checksum = checksum(model)
+        else:
+            self._ranks.copy_from_first([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
 
     def would_fit(self, height: int, width: int, *, whole_group: bool) -> bool:
         """Whether images of a size are predicted to fit into what is free now, on every rank; True before all is known.
@@ -368,11 +375,11 @@ class Engine:
         row = Row(
             step=self.journal.next_step + len(self._rows) if self.journal is not None else self._updates,
             epoch=self.epoch,
-            images=sum(work.images for work in works),
+            images=sum(done.work.images for done in self._done if done.counts),
             micro_batches=tuple(size for done in self._done for size in done.micro_batches),
             plan=str(self._step.plans[planners[-1].level]),
             image_size=f"{works[-1].height}x{works[-1].width}",
-            max_boxes=max(max(work.boxes, default=0) for work in works),
+            max_boxes=max(max(work.boxes) for work in works),
             predicted_bytes=max(planner.predicted_bytes for planner in planners),
             peak_bytes=max(planner.peak_bytes for planner in planners),
             held_bytes=planners[-1].reading.held_bytes,
@@ -396,7 +403,7 @@ class Engine:
                 return
             del self._rows[0]
             for done, time_ms in zip(batches, times, strict=True):
-                if time_ms is not None and done.planner.undisturbed and done.micro_batches:
+                if time_ms is not None and done.planner.undisturbed:
                     self._take_time(done, time_ms)
             if self.journal is not None:
                 self.journal.busy(self.meter.busy_percent())
@@ -409,7 +416,7 @@ class Engine:
     def _take_time(self, done: _Done, ms: float) -> None:
         work, level = done.work, done.planner.level
         usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.micro_batches)
-        if usual and self._ranks.size > 1:
+        if usual and done.counts and self._ranks.size > 1:
             self._ranks.say.images, self._ranks.say.ms = max(work.images, self._as_quick(done)), ms
         self.speed.observe(done.micro_batches, work.height, work.width, level, ms)
 
@@ -433,3 +440,4 @@ class _Done:
     planner: BatchPlanner
     micro_batches: tuple[int, ...]
     watch: Stopwatch
+    counts: bool

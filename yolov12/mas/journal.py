@@ -68,7 +68,7 @@ class Row:
         """Return the values of `COLUMNS`: MiB, milliseconds and images a second with one decimal, empty if unknown."""
         sizes_bytes = (self.predicted_bytes, self.peak_bytes, self.held_bytes, self.free_bytes, self.budget_bytes)
         return (
-            *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches or (0,)))),
+            *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches))),
             *(self.plan, self.image_size, self.max_boxes),
             *(f"{size_bytes / 2**20:.1f}" for size_bytes in sizes_bytes),
             "" if self.step_ms is None else f"{self.step_ms:.1f}",

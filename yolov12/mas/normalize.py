@@ -110,7 +110,6 @@ class GroupedBatchNorm:
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
-        self._usual: set[int] = set()  # of the batch before
         self.listener: Callable[[nn.Module, Tensor, Tensor, Again], None] | None = None
         """Is told of every output: the layer, the output, the input, and what makes the one of the other."""
 
@@ -126,11 +125,10 @@ class GroupedBatchNorm:
             like = layers[0].running_mean if layers else None
             self._means = torch.empty(0) if like is None else like.new_zeros(0, sum(self._channels))
             self._variances, self._views = self._means.clone(), []
-            self._usual.clear()
         # A value that is overwritten is multiplied by zero first, which an overflow would survive.
         self._means.zero_()
         self._variances.zero_()
-        self._called = set()
+        self._called.clear()
 
     @contextmanager
     def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
@@ -168,13 +166,10 @@ class GroupedBatchNorm:
         """
         if not self._layers:
             return []
-        if not groups:
-            self._called = self._usual  # follows the other ranks
         shares = [size / images for size in groups]
         parts = []
         for rows in (self._means, self._variances):
-            if groups:
-                torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
+            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
             parts.append(rows[: len(groups)].sum(0))
         return parts
 
@@ -184,7 +179,6 @@ class GroupedBatchNorm:
         Args:
             averages: Sums of what `averages` gave on all ranks.
         """
-        self._usual = self._called
         if not self._called:
             return
         called = sorted(self._called)

@@ -29,6 +29,8 @@ _VERDICT_S = 45.0
 """How long to wait for the name of a rank that is gone."""
 _FINE, _DOES_NOT_FIT, _FAILED = range(3)
 
+_Kind = tuple[torch.device, torch.dtype]
+
 
 @dataclass
 class Said:
@@ -51,6 +53,8 @@ class Ranks(Protocol):
     """Which one this is, from 0."""
     size: int
     """How many there are."""
+    alike: bool
+    """Whether all have devices of one name: others may round an optimizer's step otherwise."""
     said: Sequence[Said]
     """By every rank in the last `agree`."""
     say: Said
@@ -70,6 +74,9 @@ class Ranks(Protocol):
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add tensors up over all ranks, in place; of the same shapes and order on all of them."""
 
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """Give tensors the values that they have on rank 0."""
+
     def all(self, flag: bool) -> bool:
         """Whether it is true on every rank."""
 
@@ -80,7 +87,7 @@ class Ranks(Protocol):
 class _Alone:
     """One process."""
 
-    rank, size = 0, 1
+    rank, size, alike = 0, 1, True
     said: Sequence[Said] = ()
     say = Said()
 
@@ -91,6 +98,9 @@ class _Alone:
         pass
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
+        pass
+
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         pass
 
     def all(self, flag: bool) -> bool:
@@ -116,24 +126,20 @@ class ProcessRanks:
 
     Args:
         lookout: Says who is gone where a collective fails, and passes on what a number cannot say.
+        alike: See `Ranks.alike`.
     """
 
-    def __init__(self, lookout: Lookout) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, lookout: Lookout, *, alike: bool = True) -> None:
+        self.rank, self.size, self.alike = dist.get_rank(), dist.get_world_size(), alike
         self.said: Sequence[Said] = ()
         self.say = Said()
         self._lookout = lookout
-        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._flat: dict[_Kind, Tensor] = {}
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.reserve`."""
-        largest: dict[tuple[torch.device, torch.dtype], int] = {}
-        for tensor in tensors:
-            key = tensor.device, tensor.dtype
-            largest[key] = max(largest.get(key, BUCKET_BYTES // tensor.element_size()), tensor.numel())
-        for key, numbers in largest.items():
-            if key not in self._flat or self._flat[key].numel() < numbers:
-                self._flat[key] = torch.empty(numbers, device=key[0], dtype=key[1])
+        for kind, of_kind in _by_kind(tensors).items():
+            self._buffer(kind, of_kind)
 
     def agree(self, failure: BaseException | None = None) -> None:
         """See `Ranks.agree`."""
@@ -168,31 +174,29 @@ class ProcessRanks:
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.sum`. Tensors go through a flat buffer, as many at once as it holds."""
-        self.reserve(tensors)
-        with self._naming_the_lost():
-            for flat, bucket in self._buckets(tensors):
-                numbers = [tensor.numel() for tensor in bucket]
-                used = flat[: sum(numbers)]
-                views = [view.view_as(tensor) for view, tensor in zip(used.split(numbers), bucket, strict=True)]
-                torch._foreach_copy_(views, bucket)
-                dist.all_reduce(used)
-                torch._foreach_copy_(bucket, views)
+        for kind, of_kind in _by_kind(tensors).items():
+            flat = self._buffer(kind, of_kind)
+            with self._naming_the_lost():
+                for bucket in _buckets(of_kind, flat.numel()):
+                    numbers = [tensor.numel() for tensor in bucket]
+                    used = flat[: sum(numbers)]
+                    views = [view.view_as(tensor) for view, tensor in zip(used.split(numbers), bucket, strict=True)]
+                    torch._foreach_copy_(views, bucket)
+                    dist.all_reduce(used)
+                    torch._foreach_copy_(bucket, views)
 
-    def _buckets(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for tensor in tensors:
-            if tensor.numel():
-                by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-        for kind, of_kind in by_kind.items():
-            flat, numbers = self._flat[kind], 0
-            bucket: list[Tensor] = []
-            for tensor in of_kind:
-                if numbers + tensor.numel() > flat.numel():
-                    yield flat, bucket
-                    bucket, numbers = [], 0
-                bucket.append(tensor)
-                numbers += tensor.numel()
-            yield flat, bucket
+    def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
+        """See `Ranks.copy_from_first`."""
+        with self._naming_the_lost():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    def _buffer(self, kind: _Kind, tensors: Sequence[Tensor]) -> Tensor:
+        numbers = [tensor.numel() for tensor in tensors]
+        most = max(*numbers, min(sum(numbers), BUCKET_BYTES // tensors[0].element_size()))
+        if kind not in self._flat or self._flat[kind].numel() < most:
+            self._flat[kind] = torch.empty(most, device=kind[0], dtype=kind[1])
+        return self._flat[kind]
 
     def all(self, flag: bool) -> bool:
         """See `Ranks.all`."""
@@ -209,6 +213,30 @@ class ProcessRanks:
     def _naming_the_lost(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # of gloo and NCCL; its text tells of sockets
-            gone = self._lookout.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
-            raise RankError(f"{gone}. resume=True goes on from the last save, and resume=auto by itself") from error
+        except RuntimeError as error:
+            raise self.blame(error) from error
+
+    def blame(self, error: RuntimeError) -> RankError:
+        """Say who is gone, where a collective failed: gloo and NCCL tell of sockets."""
+        gone = self._lookout.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
+        return RankError(f"{gone}. resume=True goes on from the last save, and resume=auto by itself")
+
+
+def _by_kind(tensors: Sequence[Tensor]) -> dict[_Kind, list[Tensor]]:
+    by_kind: dict[_Kind, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return by_kind
+
+
+def _buckets(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    numbers = 0
+    for tensor in tensors:
+        if numbers + tensor.numel() > most:
+            yield bucket
+            bucket, numbers = [], 0
+        bucket.append(tensor)
+        numbers += tensor.numel()
+    yield bucket

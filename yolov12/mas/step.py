@@ -26,7 +26,7 @@ from yolov12.mas.feed import Feed
 from yolov12.mas.meter import Meter, Stopwatch
 from yolov12.mas.normalize import GroupedBatchNorm
 from yolov12.mas.ranks import ALONE, Ranks
-from yolov12.mas.task import Loss, Task
+from yolov12.mas.task import Task
 from yolov12.mas.total import Total
 
 __all__ = ["Failure", "Planner", "Result", "Step"]
@@ -109,24 +109,24 @@ class Step:
         """What a planner's level stands for."""
         self._ranks = ranks
         self._parameters: list[nn.Parameter] = []
-        # Of the batch before:
-        self._per_image: Tensor | None = None  # normaliser
-        self._nothing: Loss | None = None  # a loss of no image
-        self._with_gradient: list[bool] = []  # of the parameters
+        self._per_image: Tensor | None = None  # normaliser of the batch before
 
     @property
     def fused(self) -> int:
         """BatchNorms that ran in one operation with their activation last."""
         return self._norms.fused
 
-    def run(self, batch: Any, images: int, planner: Planner, of_all: int | None = None) -> Result:
+    def run(
+        self, batch: Any, images: int, planner: Planner, of_all: int | None = None, *, counts: bool = True
+    ) -> Result:
         """Run a batch, forward and backward.
 
         Args:
             batch: On the host: of several ranks, this one's share.
-            images: How many are in it; where there are several ranks, perhaps none.
+            images: How many are in it.
             planner: See `Planner`.
-            of_all: Images of all ranks; by default there is one.
+            of_all: Images of all ranks that count; by default there is one rank.
+            counts: Whether the images do. A rank whose share is none runs one for nothing, and so has what others have.
 
         Raises:
             DoesNotFitError: From the planner, here or on another rank. Gradients and running statistics are as before.
@@ -149,7 +149,12 @@ class Step:
                 self._ranks.agree(error)
                 raise
             self._ranks.agree()
-            finished = self._sum_over_ranks(total, statistics)
+            total.sum_over(self._ranks, counts=counts)
+            finished = total.finished_gradients()
+            summed = [*(gradient for gradient in finished if gradient is not None), *statistics]
+            if not counts:
+                torch._foreach_zero_(summed)
+            self._ranks.sum(summed)
             result = Result(total.loss(), total.items(), tuple(ran), watch)
             self._per_image = total.normaliser() / of_all
             self._norms.commit(statistics)
@@ -181,22 +186,7 @@ class Step:
                 groups_done += groups
                 ran.append(stop - start)
                 start = stop
-        if not images:
-            assert self._nothing is not None
-            total.add(self._nothing)
         return ran, groups_done
-
-    def _sum_over_ranks(self, total: Total, statistics: list[Tensor]) -> gradients.Gradients:
-        """Make all that micro-batches left that of the whole batch; returns its gradients."""
-        total.sum_over(self._ranks)
-        finished = total.finished_gradients()
-        if finished is None:
-            both = zip(self._parameters, self._with_gradient, strict=True)
-            finished = [torch.zeros_like(parameter) if there else None for parameter, there in both]
-        self._ranks.sum([*(gradient for gradient in finished if gradient is not None), *statistics])
-        if self._ranks.size > 1:
-            self._nothing, self._with_gradient = total.nothing(), [gradient is not None for gradient in finished]
-        return finished
 
     def rehearse(
         self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None

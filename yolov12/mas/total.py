@@ -58,32 +58,33 @@ class Total:
         items = {name: item.detach() for name, item in loss.items.items()}
         self._parts.append((self._as_tensor(loss), loss.value.detach(), items))
 
-    def sum_over(self, ranks: Ranks) -> None:
-        """Make loss, items and normaliser those of all ranks; the gradients finished here are then for summing up."""
+    def sum_over(self, ranks: Ranks, *, counts: bool = True) -> None:
+        """Make loss, items and normaliser those of all ranks; the gradients finished here are then for summing up.
+
+        Args:
+            ranks: All of them do this.
+            counts: Whether what was added here is part of the batch.
+        """
         if ranks.size == 1:
             return
         _, value, items = self._parts[0]
         names = sorted(items)  # of the same order on all ranks
         numerators = [torch.zeros_like(number, dtype=torch.float64) for number in _numbers(value, items, names)]
-        for normaliser, part, items in self._parts:
+        self._sum = self.unfloored() if counts else torch.zeros_like(self.unfloored())
+        for normaliser, part, items in self._parts if counts else ():
             weight = normaliser.clamp(min=self._floor)
             torch._foreach_add_(numerators, [number * weight for number in _numbers(part, items, names)])
-        self._sum = self.unfloored()
         ranks.sum([self._sum, *numerators])
         loss, *rest = [(number / self.normaliser()).to(value.dtype) for number in numerators]
         self._whole = loss, dict(zip(names, rest, strict=True))
 
-    def finished_gradients(self) -> gradients.Gradients | None:
-        """Gradients of the batch's loss; None where there was no part."""
-        if self._gradients is not None and (len(self._parts) > 1 or self._whole is not None):
-            assert self._guess is not None
+    def finished_gradients(self) -> gradients.Gradients:
+        """Gradients of the batch's loss."""
+        assert self._gradients is not None
+        assert self._guess is not None
+        if len(self._parts) > 1 or self._whole is not None:
             gradients.scale(self._gradients, self._guess / self.normaliser())
         return self._gradients
-
-    def nothing(self) -> Loss:
-        """A loss of no image, of the form of those added."""
-        _, value, items = self._parts[0]
-        return Loss(torch.zeros_like(value), 0.0, {name: torch.zeros_like(item) for name, item in items.items()})
 
     def loss(self) -> Tensor:
         """The batch's loss."""

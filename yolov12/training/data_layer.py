@@ -155,8 +155,6 @@ class DataLayer:
         longer = max(images.shape[2:])
         if not self.rung or longer <= self.image_size:  # at full size nothing is touched, whatever size it is
             return batch
-        if not len(images):  # of several ranks, this one has no share
-            return {**batch, "img": images[..., : self.image_size, : self.image_size]}
         share = self.image_size / longer
         size = [math.ceil(side * share / self._stride) * self._stride for side in images.shape[2:]]
         return {**batch, "img": interpolate(images, size, mode="bilinear")}

@@ -61,7 +61,7 @@ class DetectionTask:
         self._images = len(images)
         self._whole = self.of_all or self._images
         self._draw = random.getstate() if self._multi_scale else None
-        if self._multi_scale and self._images:
+        if self._multi_scale:
             # A user's own preprocessing may look at more than images, and write on it.
             one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
             try:

@@ -108,7 +108,11 @@ class ResumableLoader:
         self.position, skip, self._skip = 0, self._skip, 0
         for _ in range(skip):
             self.position += 1
-            yield {**self._no_image(), SKIPPED: True}
+            yield {
+                "img": torch.zeros(0, 3, self._image_size, self._image_size),
+                "cls": torch.zeros(0, 1),
+                SKIPPED: True,
+            }
         then, self._then = self._then, lambda: None
         then()
         for batch in itertools.islice(self._loader, len(self) - skip):
@@ -122,24 +126,17 @@ class ResumableLoader:
                 self._next_worker = (index + 1) % self._loader.num_workers
             self.position += 1
             if self._sharing is not None:
-                batch = {**(batch or self._no_image()), SHARE: self._sharing.taken()}
+                batch[SHARE] = self._sharing.taken()
             yield batch
-
-    def _no_image(self) -> dict[str, Tensor]:
-        size = self._image_size
-        return {
-            "img": torch.zeros(0, 3, size, size, dtype=torch.uint8),
-            "cls": torch.zeros(0, 1),
-            "bboxes": torch.zeros(0, 4),
-            "batch_idx": torch.zeros(0),
-        }
 
     def reset(self) -> None:
         """See `InfiniteDataLoader`: what was loaded ahead is dropped, as the data set has changed."""
         self._loader.reset()
-        self._order.drawn.clear()
         if self._sharing is not None:
+            if self._order.drawn:  # other ranks may have drawn less far ahead
+                self._loader.generator.set_state(self._order.drawn[0])
             self._sharing.drop()
+        self._order.drawn.clear()
         if self._order.begin is not None and not self._skip:  # the epoch that was skipped had nothing left to load
             self._order.begin, self._first.states = None, []
             self._loader.generator.set_state(self._generator)
@@ -160,7 +157,7 @@ class ResumableLoader:
         return {
             "data": self._data,
             "position": self.position,
-            "arrange": self._collate.arrange,
+            "arrange": self._collate.arrange if self._sharing is None else self._sharing.arranges,
             "order": self._epoch_order,
             "generator": self._loader.generator.get_state(),
             "workers": [] if by_place else workers,
@@ -179,11 +176,11 @@ class ResumableLoader:
         """
         state = for_file(state)
         self._skip, self._then = state["position"], then
-        self._collate.arrange = state["arrange"]
         self._epoch_order = state["order"]
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if self._sharing is not None:
-            return True
+            return not state["workers"] and not state["buffer"]  # or it was one process, which draws otherwise
+        self._collate.arrange = state["arrange"]
         if len(state["workers"]) != self._loader.num_workers:
             return False
         self._first.states = list(state["workers"])
@@ -239,8 +236,6 @@ class _Collate:
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()
         state = None
-        if not samples:  # a share of no image
-            return {_STATE: state}
         if worker is not None and self._add_state:
             buffer = list(getattr(worker.dataset, "buffer", []))
             state = worker.id, _packed({"buffer": buffer, "random": random_state()})

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -109,6 +109,8 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
     exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
+    if (others := team.found()) is not None and not _same_on_all(others.ranks, state):
+        state = None
     if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
         from ultralytics.utils import LOGGER
 
@@ -119,6 +121,12 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     else:
         setattr(trainer, STATE, state["optimizer"].get(STATE))
         setattr(trainer, _FOUND, state)
+
+
+def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:
+    """Whether all ranks have found the same state; where they share no folder, they may not."""
+    step = -1 if state is None else state["epoch"] * 2**32 + state["loader"]["position"]
+    return ranks.least(step) == -ranks.least(-step)
 
 
 def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
@@ -134,12 +142,21 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     except BaseException as error:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
             keeper.save_at_last()
-        team.disband(error)
+        blamed = others.ranks.blame(error) if others is not None and _of_a_collective(error) else None
+        team.disband(blamed or error)
+        if blamed is not None:
+            raise blamed from error
         raise
     finally:
         if (keeper := getattr(trainer, _KEEPER, None)) is not None:
             keeper.end()
         team.disband()
+
+
+def _of_a_collective(error: BaseException) -> TypeGuard[RuntimeError]:
+    """Of Ultralytics' own, as in validation: they fail when another process is gone."""
+    words = "gloo", "NCCL", "Connection closed", "Connection reset"
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
@@ -185,6 +202,8 @@ class _Joint:
             setattr(trainer, _KEEPER, self.keeper)
         elif ranks.size > 1:
             raise ConfigError("a loader of your own cannot be shared among processes: train in one, or with mas=False")
+        if ranks.size > 1 and trainer.args.time:
+            self._stock_warmup, trainer._get_warmup_iterations = trainer._get_warmup_iterations, self._warmup
         self._updates_asked = 0
         # A run that began without the engine goes on with the columns it has.
         self._logs = not trainer.csv.exists() or _COLUMN in trainer.csv.read_text().partition("\n")[0]
@@ -215,7 +234,7 @@ class _Joint:
         assert latest is not None
         of_epoch[_COLUMN] = max(of_epoch.get(_COLUMN, 0.0), round(latest.peak_bytes / 2**20, 1))
         of_epoch["memory/budget_MiB"] = round(latest.budget_bytes / 2**20, 1)
-        of_epoch["memory/micro_batch"] = max(of_epoch.get("memory/micro_batch", 0), *self._engine.micro_batches, 0)
+        of_epoch["memory/micro_batch"] = max(of_epoch.get("memory/micro_batch", 0), *self._engine.micro_batches)
         # A leaf: Ultralytics' own backward has nothing left to do.
         return result.loss.requires_grad_(), dict(result.items)
 
@@ -228,12 +247,18 @@ class _Joint:
         if self._trainer.args.multi_scale > 0:
             random.seed(share.seed)  # the size that is drawn is that of the whole batch
         self._ranks.say.stop = self.keeper.interruption.due
-        result = self._engine.step(self._data_layer.before(batch), share.of_all)
+        result = self._engine.step(self._data_layer.before(batch), share.of_all, counts=share.counts)
         if any(said.stop for said in self._ranks.said):
             self.keeper.interruption.check()
             raise SystemExit(128 + signal.SIGTERM)
         self._sharing.observe(self._ranks.said)
         return result
+
+    def _warmup(self, batches: int) -> int:
+        """Ultralytics has just reckoned from its clock how many epochs there will be; others' clocks say otherwise."""
+        trainer = self._trainer
+        trainer.epochs = trainer.args.epochs = self._ranks.least(trainer.epochs)
+        return int(self._stock_warmup(batches))
 
     def _keep_group(self) -> None:
         """The group is fixed for the run, and for those that resume or repeat it."""
@@ -340,14 +365,15 @@ def _share(trainer: Any, ranks: Ranks, engine: Engine) -> Sharing:
     loader.sampler.set_epoch = lambda epoch: None  # for the loop: the order is the generator's
     augment_by_place(loader.dataset)
     group = engine.config.bn_group
+    batch = min(trainer.batch_size, len(loader.dataset))
     if group is None:  # larger than it may come out, all of which divide it
-        group = next(group for group in GROUPS if group * ranks.size <= trainer.batch_size)
+        group = next(group for group in GROUPS if group * ranks.size <= batch)
     ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
     boxes = None
-    if group and trainer.batch_size > group and hasattr(loader.dataset, "labels"):
+    if group and batch > group and hasattr(loader.dataset, "labels"):
         boxes = [len(label["cls"]) for label in loader.dataset.labels]
     move_ms = 0.0 if engine.meter.kind == "host" else NEW_SIZE_MS  # the same on all ranks
-    return Sharing(ranks, min(trainer.batch_size, len(loader.dataset)), group or 1, ahead, move_ms, boxes)
+    return Sharing(ranks, batch, group or 1, ahead, move_ms, boxes)
 
 
 def _unwrapped(trainer: Any) -> nn.Module:

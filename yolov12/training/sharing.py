@@ -38,6 +38,8 @@ class Share:
     """Images in the batch."""
     seed: int
     """Of the batch: for what all ranks are to draw alike."""
+    counts: bool
+    """Whether this rank's images are of the batch, or one that it runs for nothing, as its share is none."""
 
 
 class Sharing:
@@ -71,6 +73,11 @@ class Sharing:
         self._drawn = self._trained = 0
         self._waiting: deque[Share] = deque()
 
+    @property
+    def arranges(self) -> bool:
+        """Whether batches are arranged."""
+        return self._boxes is not None
+
     def cut(self, indices: Sequence[int], name: str) -> list[int]:
         """Give this rank's images of a batch that is drawn, each with its seed.
 
@@ -83,9 +90,9 @@ class Sharing:
         shares = self.shares(len(indices))
         start = sum(shares[: self._ranks.rank])
         seed = zlib.crc32(name.encode())
+        mine = range(start, start + shares[self._ranks.rank]) or range(1)
         self._drawn += 1
-        self._waiting.append(Share(len(indices), seed))
-        mine = range(start, start + shares[self._ranks.rank])
+        self._waiting.append(Share(len(indices), seed, shares[self._ranks.rank] > 0))
         return [_Seeded(indices[place], zlib.crc32(f"{name} {place}".encode())) for place in mine]
 
     def shares(self, images: int) -> tuple[int, ...]:

@@ -66,7 +66,10 @@ class Team:
             dist.init_process_group("gloo" if gloo else "cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
         names = exchange_names()
         self.lookout = Lookout(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
-        self.ranks = ProcessRanks(self.lookout)
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        kinds: list[Any] = [None] * WORLD_SIZE
+        dist.all_gather_object(kinds, kind)
+        self.ranks = ProcessRanks(self.lookout, alike=len(set(kinds)) == 1)
 
 
 _team: Team | None = None
@@ -171,7 +174,8 @@ def disband(error: BaseException | None = None) -> None:
     """The training is over, or ends with an error, of which the others are told."""
     global _team
     if _team is not None and error is not None:
-        _team.lookout.leaving(str(error) or type(error).__name__)
+        stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
+        _team.lookout.leaving("was asked to stop" if stopped else str(error) or type(error).__name__)
     elif _team is not None:
         _team.lookout.close()
     _team = None
@@ -232,8 +236,8 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
 def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
     """Run Ultralytics' `_build_train_pipeline`; for several processes that the engine trains with whole batches.
 
-    Training batches are cut as they are drawn (see `sharing`). Those of validation are dealt out, the same as one
-    process would have.
+    Training batches are cut as they are drawn (see `sharing`). Those of validation are as large as a share, and dealt
+    out.
     """
     if _team is None:
         stock_build()
@@ -241,7 +245,9 @@ def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
     get, size = trainer.get_dataloader, trainer.world_size
 
     def loader(path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
-        return get(path, batch_size=batch_size, rank=-1 if mode == "train" else rank, mode=mode)
+        if mode == "train":
+            return get(path, batch_size=batch_size, rank=-1, mode=mode)
+        return get(path, batch_size=max(batch_size // size, 1), rank=rank, mode=mode)
 
     trainer.get_dataloader, trainer.world_size = loader, 1
     try:
@@ -250,8 +256,8 @@ def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
         trainer.world_size = size
         del trainer.get_dataloader
     images = len(trainer.train_loader.dataset)
-    if images < size:
-        raise ConfigError(f"{images} images are less than one for each of {size} processes")
+    if images < trainer.batch_size:
+        check_batch({**vars(trainer.args), "batch": images}, size)
 
 
 def _place(argument: Any) -> tuple[torch.device, bool]:

@@ -5,7 +5,7 @@ Here a batch stays on the host. When Ultralytics runs the model, slices go all t
 then asks for is there already.
 
 Several ranks validate parts of the data: some each of the batches that one process would have, or of the images where
-there is one batch. Ultralytics gathers what it counts; losses are put together here, and are those of one process too.
+there is but one. Ultralytics gathers what it counts; losses are put together here, and are those of one process too.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class _Validation:
         return self._task.measured(self._model, boxes, lambda: loss({**part, "img": images}, predictions))
 
     def _gather(self) -> None:
-        """Ultralytics' own, with the losses; on the host, where any backend can do it."""
+        """Ultralytics' own, with the losses; on the host, as gloo cannot reduce its matrix on a GPU."""
         validator, others = self._validator, team.found()
         assert others is not None
         mine = [{name: float(value) for name, value in each.items()} for each in self._sums]
