@@ -33,6 +33,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 __all__ = ["Gone", "Lookout", "connect"]
 
+_READ_BEATS = 3
+"""In which all have read who is gone."""
 _PATIENCE_S = 5.0
 """Of a main thread with a store that may not answer."""
 
@@ -142,6 +144,8 @@ class Lookout:
         """Say that this rank ends before the run does, unless another is gone already, and `close`."""
         self._parting = reason
         self.close()
+        if self._rank == 0 and not _launcher_hosts():  # the store ends with this process: others are yet to read it
+            time.sleep(_READ_BEATS * self._beat_s)
 
     def close(self) -> None:
         """End the watch: the run is over or being ended, and nobody minds this rank's silence any more."""
