@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from yolov12.mas.normalize import cut
+from yolov12.mas.step import Step
 
 CASES = int(os.environ.get("YOLOV12_CASES", "100"))
 RANK = Path(__file__).with_name("rank.py")
@@ -165,3 +166,28 @@ def test_a_replica_that_differs_is_found(processes):
     found = processes.run(shared(boxes, groups, flip=1))
     assert all(rank["error"].startswith("RankError: rank 1 (") for rank in found)
     assert all("other weights" in rank["error"] for rank in found)
+
+
+def test_what_sums_need_is_there_before_ranks_agree(tools):
+    """Later, memory that is missing on one rank would be the end of all."""
+    calls = []
+
+    class Recording:
+        rank, size, alike, said = 0, 2, True, ()
+
+        def reserve(self, tensors):
+            calls.append(("reserve", sum(tensor.numel() for tensor in tensors)))
+
+        def agree(self, failure=None):
+            calls.append(("agree", failure))
+
+        def sum(self, tensors):
+            calls.append(("sum", sum(tensor.numel() for tensor in tensors)))
+
+    bench = tools.Bench(tools.build("detect", "yolov12n.yaml"))
+    bench.step = Step(bench.model, bench.task, bench.meter, torch.Tensor.backward, bench.layers, ranks=Recording())
+    bench.run(tools.batch([2, 1], 0))
+    assert [name for name, _ in calls] == ["reserve", "agree", "sum", "sum"]
+    (_, reserved), _, (_, few), (_, all_gradients) = calls
+    assert few < 10
+    assert all_gradients <= reserved

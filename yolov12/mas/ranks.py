@@ -24,7 +24,7 @@ from yolov12.mas.lookout import Lookout
 __all__ = ["ALONE", "ProcessRanks", "Ranks", "Said", "exchange_names"]
 
 BUCKET_BYTES = 32 * 2**20
-"""Of the flat buffer in which gradients are added up. It is there from the first batch on, so it cannot fail later."""
+"""Of the flat buffer in which gradients are added up, or less if they are less. It is there before ranks agree."""
 _VERDICT_S = 45.0
 """How long to wait for the name of a rank that is gone."""
 _FINE, _DOES_NOT_FIT, _FAILED = range(3)

@@ -141,10 +141,10 @@ class Step:
         watch = self._meter.stopwatch()
         try:
             try:
-                self._ranks.reserve(self._parameters)
                 ran, groups_done = self._run_share(feed, images, planner, total)
                 watch.stop()
                 statistics = self._norms.averages(groups_done, of_all)
+                self._ranks.reserve([*self._parameters, *statistics])  # while a failure is still this rank's own
             except BaseException as error:
                 self._ranks.agree(error)
                 raise
