@@ -1,14 +1,15 @@
 """Several processes, one batch: shares under pressure, gradients against those of one process, speed, and costs.
 
-    python benchmarks/ranks.py --out benchmarks/results/ranks.json      (about 6 minutes on two H100s)
+    python benchmarks/ranks.py --out benchmarks/results/ranks.json      (about 18 minutes on four H100s)
     python benchmarks/ranks.py --out part.json --only gradient speed
     python benchmarks/ranks.py --out part.json --device cpu --small     (tries what needs no GPU, over gloo)
 
 `gradient`: of unequal shares, a process a card, against one process. `shared_card`: two processes on one card, with
-limits that differ, and a third that takes what is free for a while. `squeeze`: that on one of two cards over NCCL, with
-failed allocations injected. `speed`: whole trainings beside stock Ultralytics' DistributedDataParallel; images are in
-memory and not augmented, so that loading is not what is measured. `checksum`: what it takes to compare replicas, and
-to agree. A part that needs more cards is skipped. The exit status is 1 if what has to hold did not, or a part failed.
+limits that differ, and a third that takes what is free for a while. `squeeze`: that on one of all cards over NCCL, 256
+images a card, with failed allocations injected. `speed`: whole trainings beside stock Ultralytics'
+DistributedDataParallel; images are in memory and not augmented, so that loading is not what is measured. `checksum`:
+what it takes to compare replicas, and to agree. A part that needs more cards is skipped. The exit status is 1 if what
+has to hold did not, or a part failed.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
+from ranks_work import GROUP
 
 ROOT = Path(__file__).parents[1]
 MIB_IN_GIB = 1024
@@ -51,8 +52,8 @@ TRAIN: dict[str, Any] = {
 }
 FLOOR_MIB = 4 * MIB_IN_GIB
 """Of a rank's budget; below, it is not pressed further: a BatchNorm group of 8 images has to fit."""
-BATCH, GROUP = 128, 8
-"""Images in a batch, and in a group."""
+BATCH = 128
+"""Images; of `speed` for each card."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,30 @@ class Setup:
         """One of two."""
         return small if self.small else full
 
-    def arguments(self, images: int, steps: int, batch: int) -> dict[str, Any]:
-        """Of a training of at least so many steps."""
+    def arguments(self, data: str, images: int, steps: int, batch: int) -> dict[str, Any]:
+        """Of a training of at least so many steps, on so many images."""
         small = {"model": "yolov12n.yaml", "imgsz": 64, "workers": 0, "amp": False}
         size = self.sized({"model": "yolov12s.yaml", "imgsz": 640, "workers": 3}, small)
         epochs = -(-steps * batch // images)
-        return {**TRAIN, **size, "data": draw(images), "batch": batch, "nbs": batch, "epochs": epochs, "recipe": False}
+        return {**TRAIN, **size, "data": data, "batch": batch, "nbs": batch, "epochs": epochs, "recipe": False}
+
+
+def boards(sets: int, imgsz: int) -> str:
+    """The demonstration data set, with 128 images of each of so many seeds to train on; returns the yaml."""
+    folder = Path(tempfile.mkdtemp())
+    with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
+        files = pool.map(functools.partial(_boards_of, folder, imgsz), range(sets))
+    names = files[0].read_text().partition("names:")[2]
+    train = "".join(f"- {file.parent / 'images' / 'train'}\n" for file in files)
+    file = folder / "data.yaml"
+    file.write_text(f"train:\n{train}val: {files[0].parent / 'images' / 'val'}\nnames:{names}")
+    return str(file)
+
+
+def _boards_of(folder: Path, imgsz: int, seed: int) -> Path:
+    from yolov12 import demo
+
+    return demo.ensure(f"demo:images=160,val=0.2,imgsz={imgsz},seed={seed}", folder)
 
 
 def draw(images: int) -> str:
@@ -103,7 +122,7 @@ def _draw_one(folder: Path, split: str, index: int) -> None:
 
 
 class Processes:
-    """The ranks of one run, or one process; each does `WORK[kind]`, and writes what it has to tell to a file.
+    """The ranks of one run, or one process; each does `ranks_work.WORK[kind]`, and writes down what it has to tell.
 
     Args:
         kind: See there.
@@ -132,7 +151,7 @@ class Processes:
             with (self._folder / f"{rank}.log").open("w") as log:
                 self._runs.append(
                     subprocess.Popen(
-                        [sys.executable, __file__, "--rank-work", str(self._folder)],
+                        [sys.executable, str(Path(__file__).with_name("ranks_work.py")), str(self._folder)],
                         env={**os.environ, **common, **(place if ranks else {})},
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -174,244 +193,6 @@ class Processes:
         }
 
 
-# What those processes do. Ultralytics reads the environment when it is imported, so nothing is imported above.
-
-
-def train(work: dict[str, Any]) -> dict[str, Any]:
-    """One training, with whatever is measured or injected."""
-    from ultralytics import YOLO
-
-    rank = int(os.environ.get("RANK", "-1"))
-    arguments = {**work["arguments"], **(work["of_rank"][rank] if "of_rank" in work else {})}
-    model = YOLO(arguments.pop("model"))
-    injected: list[str] = []
-    if rank >= 0 and rank == work.get("failing_rank"):
-        model.add_callback("on_train_batch_start", _fail_at(work["failing_steps"], injected))
-    if "clock" in work:
-        for name, callback in _clock(work["clock"]).items():
-            model.add_callback(name, callback)
-    model.train(**arguments)
-    return {"injected": injected, "ran_at": model.trainer.batch_size}
-
-
-def _fail_at(steps: Sequence[int], injected: list[str]) -> Callable[[Any], None]:
-    """Let one micro-batch of each of these steps run out of memory, the first or the second."""
-    import torch
-
-    from yolov12.training.detection import DetectionTask
-
-    stock, chance = DetectionTask.loss, random.Random(5)
-    step, wait = 0, -1
-
-    def begins(_: Any) -> None:
-        nonlocal step, wait
-        step += 1
-        if step in steps:
-            wait = chance.randrange(2)  # of a step with one micro-batch, the next step's first fails in its place
-
-    def loss(task: Any, model: Any, part: dict[str, Any]) -> Any:
-        nonlocal wait
-        found = stock(task, model, part)
-        wait, due = max(wait - 1, -1), wait == 0
-        if due:  # with all that the forward pass keeps in memory
-            injected.append(f"step {step}, {len(part['img'])} images")
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB (injected)")
-        return found
-
-    DetectionTask.loss = loss  # type: ignore[assignment,method-assign]
-    return begins
-
-
-def _clock(file: str) -> dict[str, Callable[[Any], None]]:
-    """Callbacks that write when epochs and batches end; they travel to the processes that Ultralytics starts."""
-    epochs: list[list[float]] = []
-
-    def now(trainer: Any) -> float:
-        import torch
-
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
-        return time.perf_counter()
-
-    def epoch_starts(trainer: Any) -> None:
-        epochs.append([now(trainer)])
-
-    def batch_ends(trainer: Any) -> None:
-        epochs[-1].append(time.perf_counter())
-
-    def epoch_ends(trainer: Any) -> None:
-        epochs[-1].append(now(trainer))
-        if os.environ.get("RANK", "0") in ("0", "-1"):
-            Path(file).write_text(json.dumps(epochs))
-
-    return {"on_train_epoch_start": epoch_starts, "on_train_batch_end": batch_ends, "on_train_epoch_end": epoch_ends}
-
-
-def _meet(device: str) -> tuple[Any, Any]:
-    """This process's place among the ranks, and its device."""
-    import torch
-    import torch.distributed as dist
-
-    from yolov12.mas.lookout import Lookout, connect
-    from yolov12.mas.ranks import ProcessRanks, exchange_names
-
-    place = torch.device("cpu")
-    if device == "cuda":
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    names = exchange_names()
-    return ProcessRanks(Lookout(connect(), dist.get_rank(), dist.get_world_size(), names=names)), place
-
-
-def _part(ranks: Any) -> None:
-    ranks.all(True)  # nobody is missed
-    ranks._lookout.close()
-
-
-class _InGroups:
-    """A planner that cuts what a rank has into micro-batches of so many groups."""
-
-    level = 0
-
-    def __init__(self, groups: Sequence[int], together: int) -> None:
-        self._groups, self._together = tuple(groups), together
-
-    def plan(self, start: int, failure: Any) -> list[tuple[int, ...]]:
-        """See `step.Planner`."""
-        if failure is not None:
-            raise RuntimeError(failure.message)
-        return [self._groups[at : at + self._together] for at in range(0, len(self._groups), self._together)]
-
-    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
-        """See `step.Planner`."""
-
-
-def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
-    """Gradients of one batch by all ranks and, on rank 0, by one process."""
-    import torch
-    from ultralytics.cfg import get_cfg
-    from ultralytics.nn.tasks import DetectionModel
-
-    from yolov12.mas.meter import meter_for
-    from yolov12.mas.replicas import checksum
-    from yolov12.mas.step import Step
-    from yolov12.models.activations import activations
-    from yolov12.training.detection import BOXES, DetectionTask
-
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    ranks, device = _meet(work["device"])
-    torch.manual_seed(0)
-    model: Any = DetectionModel(work["model"], nc=80, verbose=False)
-    with torch.no_grad():
-        for scores in model.model[-1].cv3:  # not at its beginning: it finds objects, with scores of all sizes
-            scores[-1].bias.uniform_(-4.0, 0.0)
-    model.to(device).train().args = get_cfg()
-    images, shares = sum(work["shares"]), work["shares"]
-    counts = torch.randint(1, 20, (images,))
-    boxes = int(counts.sum())
-    batch = {
-        "img": torch.randint(0, 256, (images, 3, work["imgsz"], work["imgsz"]), dtype=torch.uint8),
-        "batch_idx": torch.repeat_interleave(torch.arange(images), counts).float(),
-        "cls": torch.randint(0, 80, (boxes, 1)).float(),
-        "bboxes": torch.rand(boxes, 4) * 0.3 + 0.2,
-    }
-
-    def preprocess(part: dict[str, Any]) -> dict[str, Any]:
-        part = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in part.items()}
-        return {**part, "img": part["img"].float() / 255}
-
-    task = DetectionTask(model, preprocess, multi_scale=False, overlapping_masks=True)
-    scale = 1.0
-    backward: Callable[[Any], None] = lambda loss: (loss * scale).backward()  # noqa: E731
-    options = (meter_for(device), backward, None, activations(model))
-    of_all, alone = Step(model, task, *options, ranks=ranks), Step(model, task, *options)
-    start = sum(shares[: ranks.rank])
-    task.workload(batch)
-    mine = {key: value for key, value in task.part(batch, start, start + shares[ranks.rank]).items() if key != BOXES}
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-
-    def run(step: Any, part: Any, half: bool, together: int = 2) -> tuple[Any, float]:
-        for _ in range(2):  # with the normaliser of the batch before, as in a training
-            model.load_state_dict(state)
-            model.zero_grad()
-            task.of_all = images if step is of_all else 0
-            planner = _InGroups([GROUP] * (task.workload(part).images // GROUP), together)
-            with torch.autocast(device.type, dtype, enabled=half):
-                result = step.run(part, len(part["img"]), planner, images)
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        return torch.cat([gradient.double().flatten() for gradient in gradients]) / scale, float(result.loss.sum())
-
-    told: dict[str, Any] = {"device": str(device), "share": shares[ranks.rank]}
-    for name, half in (("fp32", False), ("half", True)):
-        scale = 1 / 16 if half else 1.0  # an untrained model's gradients are large
-        ours, loss = run(of_all, mine, half)
-        found: dict[str, Any] = {"gradient_crc": zlib.crc32(ours.cpu().numpy().tobytes())}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 1e-3 * parameter.grad
-        found["checksum"] = checksum(model)
-        if ranks.rank == 0:
-
-            def off(one: Any, other: Any) -> float:
-                return float((one - other).norm() / other.norm())
-
-            (one, one_loss), (again, _), (other, _) = (run(alone, batch, half, cut) for cut in (2, 2, 1))
-            found |= {
-                "ranks_against_one": off(ours, one),
-                "one_twice": off(again, one),
-                "one_cut_otherwise": off(other, one),
-                "loss_off": abs(loss / one_loss - 1),
-                "finite": bool(ours.isfinite().all()),
-                "norm": float(one.norm()),
-            }
-        told[name] = found
-        ranks.all(True)
-    _part(ranks)
-    return told
-
-
-def rank_agree(work: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of the host that a step spends on agreeing, when no rank has to be waited for."""
-    ranks, _ = _meet("cpu")
-    times_ms = []
-    for _ in range(work["calls"]):
-        begin = time.perf_counter()
-        ranks.agree()
-        times_ms.append(1000 * (time.perf_counter() - begin))
-    _part(ranks)
-    return {"median_ms": statistics.median(times_ms), "p95_ms": statistics.quantiles(times_ms, n=20)[-1]}
-
-
-def checksums(work: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a checksum of each model, its launches and the device's answer included."""
-    import torch
-    from ultralytics.nn.tasks import DetectionModel
-
-    from yolov12.mas.replicas import checksum
-
-    found = {}
-    for name in work["models"]:
-        model: Any = DetectionModel(name, nc=80, verbose=False).to(work["device"])
-        times_ms = []
-        for _ in range(22):
-            if work["device"] == "cuda":
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            checksum(model)
-            times_ms.append(1000 * (time.perf_counter() - begin))
-        found[name] = statistics.median(times_ms[2:])
-    return found
-
-
-WORK = {"train": train, "gradient": rank_gradient, "agree": rank_agree, "checksums": checksums}
-
-
-# The parts.
-
-
 def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Shares of 3:5 on two cards, 1:2:2:3 on four."""
     ranks = 2 if setup.device == "cpu" else min(setup.gpus, 4) // 2 * 2
@@ -438,7 +219,7 @@ def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Pressure:
     """Of this process on a run: from step `begin` to `end` it leaves `leave_mib` of a card, or so much that no rank on
-    it has less than the floor; what ranks give back, it takes."""
+    it has less than the floor; what ranks give back, it takes. At most for two minutes."""
 
     card: int
     ranks: tuple[int, ...]
@@ -465,7 +246,7 @@ def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup:
     held: list[Any] = []
     taken: list[str] = []
     device = torch.device(setup.device, pressure.card) if setup.device == "cuda" else torch.device("cpu")
-    while run.running() and step() < pressure.end and time.monotonic() - began_s < 60:
+    while run.running() and step() < pressure.end and time.monotonic() - began_s < 120:
         budget_mib = min(float(rows()[rank][-1]["budget_mib"]) for rank in pressure.ranks)
         free_mib = 0.0 if held else pressure.leave_mib + 64  # of a host, a little
         if device.type == "cuda":
@@ -496,7 +277,7 @@ def _pressed_run(work: dict[str, Any], ranks: int, pressure: _Pressure, setup: S
     folder = project / "run"
     work["arguments"] |= {"project": str(project), "name": "run", "bn_group": setup.sized(GROUP, 2)}
     batch, began_s = work["arguments"]["batch"], time.monotonic()
-    run = Processes("train", work, ranks, 240)
+    run = Processes("train", work, ranks, 270)
     pressed: dict[str, Any] = {}
     try:
         pressed = _press(run, folder, ranks, pressure, setup)
@@ -566,33 +347,40 @@ def _phases(journals: list[dict[int, dict[str, str]]], steps: list[int], pressed
 def shared_card(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Two processes on card 0, which meet over gloo."""
     steps, batch = setup.sized(500, 40), setup.sized(BATCH, 16)
-    arguments = {**setup.arguments(10 * batch, steps, batch), "device": 0 if setup.device == "cuda" else "cpu"}
+    images = 10 * batch
+    arguments = setup.arguments(draw(images), images, steps, batch)
+    arguments["device"] = 0 if setup.device == "cuda" else "cpu"
     work = {"arguments": arguments, "of_rank": [{"mem_limit": "40GiB"}, {"mem_limit": "16GiB"}]}
     begin, end = setup.sized((40, 340), (10, 25))
     return _pressed_run(work, 2, _Pressure(0, (0, 1), 3 * MIB_IN_GIB, begin, end), setup, steps)
 
 
 def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Two processes, a card each, of which the second is pressed and has allocations fail."""
-    if setup.device == "cuda" and setup.gpus < 2:
+    """A process for each card, of which the second is pressed and has allocations fail."""
+    ranks = min(setup.gpus, 4) if setup.device == "cuda" else 2
+    if ranks < 2:
         return {"skipped": "one GPU"}
-    steps, batch = setup.sized(400, 40), setup.sized(BATCH, 16)
-    device = "0,1" if setup.device == "cuda" else "cpu"
-    work = {"arguments": {**setup.arguments(20 * batch, steps, batch), "device": device}, "failing_rank": 1}
-    work["failing_steps"] = sorted(random.Random(7).sample(range(8, steps - 10), 5))
-    begin, end = setup.sized((50, 220), (10, 25))
-    return _pressed_run(work, 2, _Pressure(1, (1,), 4 * MIB_IN_GIB, begin, end), setup, steps)
+    steps, batch, sets = setup.sized((240, 256 * ranks, 8 * ranks), (40, 16, 2))
+    images = 128 * sets
+    arguments = setup.arguments(boards(sets, setup.sized(640, 256)), images, steps, batch)
+    arguments |= {"workers": setup.sized(8, 0)}
+    arguments["device"] = ",".join(map(str, range(ranks))) if setup.device == "cuda" else "cpu"
+    failing = sorted(random.Random(7).sample(range(8, steps - 10), 5))
+    work = {"arguments": arguments, "failing_rank": 1, "failing_steps": failing}
+    begin, end = setup.sized((30, 130), (10, 25))
+    return _pressed_run(work, ranks, _Pressure(1, (1,), 4 * MIB_IN_GIB, begin, end), setup, steps)
 
 
 def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Ours and stock on 1, 2 and 4 cards."""
-    images, epochs, each = setup.sized((4096, 5, BATCH), (64, 3, 8))
-    arguments = {**setup.arguments(images, 1, each), "epochs": epochs, "workers": setup.sized(8, 0)}
+    images, each = setup.sized((4096, BATCH), (64, 8))
+    arguments = {**setup.arguments(draw(images), images, 1, each), "workers": setup.sized(8, 0)}
     arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
     rows, faults = [], []
     for gpus in (1, 2, 4):
         if gpus > (setup.gpus if setup.device == "cuda" else 2):
             break
+        arguments["epochs"] = setup.sized(3 + 2 * gpus, 3)  # all but two are measured
         for who in ("ours", "stock"):
             if who == "stock" and gpus > 1 and setup.device == "cpu":
                 continue  # it has no several processes there
@@ -607,7 +395,7 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     found = {(row["who"], row["gpus"]): row["images_per_s"] for row in rows if "images_per_s" in row}
     one = {who: found.get((who, 1)) for who in ("ours", "stock")}
     return {
-        "arguments": {key: value for key, value in arguments.items() if key not in ("data", "batch", "nbs")},
+        "arguments": {key: value for key, value in arguments.items() if key not in ("data", "batch", "nbs", "epochs")},
         "images": images,
         "rows": rows,
         "scaling": {f"{who} {gpus}": rate / one[who] for (who, gpus), rate in found.items() if one[who]},
@@ -691,19 +479,11 @@ PARTS: dict[str, Callable[[Setup, dict[str, Any]], dict[str, Any]]] = {
 def main() -> int:
     """Run the parts, and add their results to the file as they come."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--rank-work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rank_work is not None:
-        kind, work = json.loads((options.rank_work / "work.json").read_text())
-        rank = max(int(os.environ.get("RANK", "0")), 0)
-        (options.rank_work / f"{rank}.json").write_text(json.dumps(WORK[kind](work)))
-        return 0
-    if options.out is None:
-        parser.error("--out is needed")
     import torch
     import ultralytics
 
