@@ -20,6 +20,7 @@ import functools
 import itertools
 import json
 import multiprocessing
+import multiprocessing.pool
 import os
 import random
 import socket
@@ -100,7 +101,7 @@ def draw(images: int) -> str:
     for split, count in (("train", images), ("val", 16)):
         for kind in ("images", "labels"):
             (folder / kind / split).mkdir(parents=True)
-        with multiprocessing.Pool(min(16, os.cpu_count() or 1)) as pool:
+        with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
             pool.map(functools.partial(_draw_one, folder, split), range(count))
     names = "\n".join(f"  {index}: class{index}" for index in range(8))
     file = folder / "data.yaml"
@@ -277,7 +278,7 @@ def _pressed_run(work: dict[str, Any], ranks: int, pressure: _Pressure, setup: S
     folder = project / "run"
     work["arguments"] |= {"project": str(project), "name": "run", "bn_group": setup.sized(GROUP, 2)}
     batch, began_s = work["arguments"]["batch"], time.monotonic()
-    run = Processes("train", work, ranks, 270)
+    run = Processes("train", work, ranks, 240)
     pressed: dict[str, Any] = {}
     try:
         pressed = _press(run, folder, ranks, pressure, setup)
@@ -360,19 +361,18 @@ def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     ranks = min(setup.gpus, 4) if setup.device == "cuda" else 2
     if ranks < 2:
         return {"skipped": "one GPU"}
-    steps, batch, sets = setup.sized((240, 256 * ranks, 8 * ranks), (40, 16, 2))
+    steps, batch, sets = setup.sized((200, 256 * ranks, 8 * ranks), (40, 16, 2))
     images = 128 * sets
     arguments = setup.arguments(boards(sets, setup.sized(640, 256)), images, steps, batch)
-    arguments |= {"workers": setup.sized(8, 0)}
     arguments["device"] = ",".join(map(str, range(ranks))) if setup.device == "cuda" else "cpu"
     failing = sorted(random.Random(7).sample(range(8, steps - 10), 5))
     work = {"arguments": arguments, "failing_rank": 1, "failing_steps": failing}
-    begin, end = setup.sized((30, 130), (10, 25))
+    begin, end = setup.sized((30, 90), (10, 25))
     return _pressed_run(work, ranks, _Pressure(1, (1,), 4 * MIB_IN_GIB, begin, end), setup, steps)
 
 
 def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Ours and stock on 1, 2 and 4 cards."""
+    """Ours and stock on 1, 2 and 4 cards, side by side where each has cards of its own."""
     images, each = setup.sized((4096, BATCH), (64, 8))
     arguments = {**setup.arguments(draw(images), images, 1, each), "workers": setup.sized(8, 0)}
     arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
@@ -381,17 +381,15 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
         if gpus > (setup.gpus if setup.device == "cuda" else 2):
             break
         arguments["epochs"] = setup.sized(3 + 2 * gpus, 3)  # all but two are measured
-        for who in ("ours", "stock"):
-            if who == "stock" and gpus > 1 and setup.device == "cpu":
-                continue  # it has no several processes there
-            for batch in (each * gpus, each * gpus // 2):
-                row = _timed(who, gpus, {**arguments, "batch": batch, "nbs": batch}, images, setup)
-                if "failed" not in row or who == "ours" or "out of memory" not in str(row["log_tails"]).lower():
-                    break
-            rows.append(row)
-            print(json.dumps(row)[:600], flush=True)
-            if "failed" in row:
-                faults.append(f"{who} on {gpus}: it did not complete")
+        timed = functools.partial(_timed, gpus=gpus, each=each, arguments=dict(arguments), images=images, setup=setup)
+        several = gpus > 1 and setup.device == "cpu"  # of which stock has none
+        whose = [("ours", 0)] if several else [("ours", 0), ("stock", gpus if setup.gpus >= 2 * gpus else 0)]
+        with multiprocessing.pool.ThreadPool(2 if setup.gpus >= 2 * gpus else 1) as pool:
+            for row in pool.starmap(timed, whose):
+                rows.append(row)
+                print(json.dumps(row)[:600], flush=True)
+                if "failed" in row:
+                    faults.append(f"{row['who']} on {gpus}: it did not complete")
     found = {(row["who"], row["gpus"]): row["images_per_s"] for row in rows if "images_per_s" in row}
     one = {who: found.get((who, 1)) for who in ("ours", "stock")}
     return {
@@ -408,11 +406,17 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _timed(who: str, gpus: int, arguments: dict[str, Any], images: int, setup: Setup) -> dict[str, Any]:
-    """One training. Rates are those of the median epoch, and of the median step, of all but the first two epochs."""
+def _timed(
+    who: str, first: int, gpus: int, each: int, arguments: dict[str, Any], images: int, setup: Setup
+) -> dict[str, Any]:
+    """One training on cards from `first` on.
+
+    Rates are those of the median epoch, and of the median step, of all but the first two epochs.
+    """
     project = Path(tempfile.mkdtemp())
-    arguments = {**arguments, "project": str(project), "name": "run"}
-    arguments["device"] = ",".join(map(str, range(gpus))) if setup.device == "cuda" else "cpu"
+    batch = each * gpus
+    arguments = {**arguments, "batch": batch, "nbs": batch, "project": str(project), "name": "run"}
+    arguments["device"] = ",".join(map(str, range(first, first + gpus))) if setup.device == "cuda" else "cpu"
     if who == "stock":
         del arguments["recipe"]
     ranks = gpus if setup.device == "cpu" and gpus > 1 else 0  # else Ultralytics starts them
@@ -420,7 +424,7 @@ def _timed(who: str, gpus: int, arguments: dict[str, Any], images: int, setup: S
     clock = project / "clock.json"
     work = {"arguments": arguments, "clock": str(clock)}
     found = Processes("train", work, ranks, 150, YOLOV12_AUTOPATCH=patch).finish()
-    row = {"who": who, "gpus": gpus, "batch": arguments["batch"], "seconds": round(time.monotonic() - began_s, 1)}
+    row = {"who": who, "gpus": gpus, "batch": batch, "seconds": round(time.monotonic() - began_s, 1)}
     if "failed" in found:
         return {**row, **found}
     epochs = json.loads(clock.read_text())
