@@ -13,7 +13,9 @@ from ultralytics.utils.torch_utils import init_seeds
 
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas import Engine
+from yolov12.mas.ranks import ALONE, Said
 from yolov12.training.data_layer import CALM, DataLayer, Rung, rungs
+from yolov12.training.sharing import Sharing
 
 SIZES = {"imgsz": 128, "mas_min_imgsz": 32}
 
@@ -201,6 +203,20 @@ def test_mixing_fades_with_the_rungs_and_stays_off_where_it_was_closed(data):
     loader.dataset.close_mosaic(get_cfg(overrides={"imgsz": 128}))
     layer._shared.value = 1
     assert boxes(loader) <= none
+
+
+def test_ranks_load_on_the_rung_that_was_settled_and_not_on_the_one_of_the_moment(data):
+    layer = a_layer()
+    loader = loaded(data, 0, layer)
+    sharing = Sharing(ALONE, 4, 4, 0, rung=lambda: layer.rung)
+    drawn = [sharing.cut(range(4), "0 0")]
+    layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
+    sharing.taken()
+    sharing.observe([Said()])
+    drawn.append(sharing.cut(range(4), "0 1"))
+    load = loader.dataset.__getitems__
+    assert [{sample["img"].shape[-1] for sample in load(indices)} for indices in drawn] == [{128}, {96}]
+    assert {sample["img"].shape[-1] for sample in load(range(4))} == {96}
 
 
 @pytest.mark.parametrize("cache", [None, "ram"])

@@ -11,7 +11,7 @@ from ultralytics.data.build import InfiniteDataLoader
 
 from yolov12.mas.ranks import Said
 from yolov12.training.loader import ResumableLoader
-from yolov12.training.sharing import Sharing, augment_by_place
+from yolov12.training.sharing import Sharing, augment_by_place, rung_of
 
 
 class Rank:
@@ -55,6 +55,28 @@ def test_every_image_is_loaded_once_however_far_ranks_draw_ahead(aheads):
     assert sizes[0] == [24, 20, 20]
     assert sizes[28] == [24, 24, 16]  # by speed
     assert sizes[-2][0] < 16
+
+
+@pytest.mark.parametrize("aheads", [(0, 0), (9, 9), (0, 9)])
+def test_a_batch_is_loaded_on_one_rung_however_far_ranks_draw_ahead(aheads):
+    batches = [list(range(16)) for _ in range(60)]
+    found = []
+    for rank, ahead in enumerate(aheads):
+        steps = []
+
+        def said(step, steps=steps):
+            steps.append(step)
+            return [Said(), Said()]
+
+        def rung(steps=steps):
+            return 3 if 20 <= len(steps) <= 40 else 0
+
+        sharing = Sharing(Rank(rank, 2), 16, 4, ahead, rung=rung)
+        loaded = draws(sharing, batches, ahead=ahead, said=said)
+        found.append([{rung_of([index], 7) for index in share} for share in loaded])
+    assert found[0] == found[1]
+    assert found[0] == [{3} if 29 <= number < 50 else {0} for number in range(60)]  # nine batches later
+    assert rung_of([5], 7) == 7
 
 
 def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():

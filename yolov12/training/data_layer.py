@@ -1,7 +1,8 @@
 """The data layer: smaller images, less mosaic and mixing, where nothing else makes a batch fit.
 
 Rungs go down from the full setting in steps of the stride. The rung is shared with the processes that load, which read
-it before each batch; a batch that was loaded before it changed is made smaller when it arrives.
+it before each batch; a batch that was loaded before it changed is made smaller when it arrives. Several ranks load a
+batch on the rung that was settled when they drew it (see `sharing`), as each loads a part.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from yolov12.mas import Engine
+from yolov12.training.sharing import rung_of
 
 __all__ = ["DataLayer", "Rung", "rungs"]
 
@@ -167,6 +169,7 @@ class _Loading:
         self._dataset, self._ladder, self._shared = dataset, ladder, shared
         self._settings, self._stock_build = copy.copy(settings), dataset.build_transforms
         self._transforms: dict[int, Any] = {}
+        self._rung = 0  # of the batch at hand
         self._stock_load, dataset.load_image = dataset.load_image, self._load_image
         dataset.build_transforms = self._build  # called anew when mosaic is closed
         dataset.__getitems__ = self._load  # PyTorch's way to load a batch
@@ -177,13 +180,13 @@ class _Loading:
         return self._stock_build(hyp)
 
     def _load(self, indices: Sequence[int]) -> list[Any]:
-        rung, dataset = self._shared.value, self._dataset
-        if not rung:
+        self._rung, dataset = rung_of(indices, self._shared.value), self._dataset
+        if not self._rung:
             return [dataset[index] for index in indices]
         full = dataset.imgsz, dataset.transforms
         try:
-            dataset.imgsz = self._ladder[rung].image_size
-            dataset.transforms = self._transforms_of(rung)
+            dataset.imgsz = self._ladder[self._rung].image_size
+            dataset.transforms = self._transforms_of(self._rung)
             return [dataset[index] for index in indices]
         finally:
             dataset.imgsz, dataset.transforms = full
@@ -192,7 +195,7 @@ class _Loading:
         """One that is in memory already, as it was loaded on a higher rung or for `cache=ram`, as small as the rung."""
         image, original, shape = self._stock_load(*args, **kwargs)
         share = self._dataset.imgsz / max(shape)
-        if self._shared.value and share < 1:
+        if self._rung and share < 1:
             height, width = (max(round(side * share), 1) for side in shape)
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
             image = image.reshape(height, width, -1)  # of one channel too

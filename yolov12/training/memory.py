@@ -186,7 +186,7 @@ class _Joint:
         self._sharing: Sharing | None = None
         if resumable(trainer.train_loader):
             if ranks.size > 1:
-                self._sharing = _share(trainer, ranks, engine)
+                self._sharing = _share(trainer, ranks, engine, data_layer)
             arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
             loader = ResumableLoader(
                 trainer.train_loader,
@@ -359,7 +359,7 @@ class _Column(float):
         return f"{max(sizes)}x{len(sizes)}  {float(self):.3g}/{budget:.3g}".rjust(_WIDTH - 1)
 
 
-def _share(trainer: Any, ranks: Ranks, engine: Engine) -> Sharing:
+def _share(trainer: Any, ranks: Ranks, engine: Engine, data_layer: DataLayer) -> Sharing:
     """Let all ranks draw the batches that one process would draw."""
     loader = trainer.train_loader
     loader.sampler.set_epoch = lambda epoch: None  # for the loop: the order is the generator's
@@ -373,7 +373,7 @@ def _share(trainer: Any, ranks: Ranks, engine: Engine) -> Sharing:
     if group and batch > group and hasattr(loader.dataset, "labels"):
         boxes = [len(label["cls"]) for label in loader.dataset.labels]
     move_ms = 0.0 if engine.meter.kind == "host" else NEW_SIZE_MS  # the same on all ranks
-    return Sharing(ranks, batch, group or 1, ahead, move_ms, boxes)
+    return Sharing(ranks, batch, group or 1, ahead, move_ms, boxes, lambda: data_layer.rung)
 
 
 def _unwrapped(trainer: Any) -> nn.Module:

@@ -1,7 +1,8 @@
 """Every rank draws the same batches, in the same order, and loads its own share of each.
 
-Shares are settled when a batch is drawn, which workers do ahead of the training. What ranks measured in a step counts
-from the first batch on that no rank has drawn by then, so that all cut each batch alike.
+Shares are settled when a batch is drawn, which workers do ahead of the training, and so is the rung that it is loaded
+on (see `data_layer`). What ranks measured in a step counts from the first batch on that no rank has drawn by then, so
+that all cut each batch alike, and load its images in one size.
 
 An image is augmented from a seed of its place in the run, whoever loads it: shares do not change what is trained on,
 but for the partners of a mosaic, which are images that the same process has loaded lately (with cache=ram, any).
@@ -24,7 +25,7 @@ from yolov12.mas.ranks import Ranks, Said
 from yolov12.mas.shares import Balance, share_out
 from yolov12.training.arrangement import arranged
 
-__all__ = ["SHARE", "Share", "Sharing", "augment_by_place"]
+__all__ = ["SHARE", "Share", "Sharing", "augment_by_place", "rung_of"]
 
 SHARE = "yolov12_share"
 """In a batch: its `Share`."""
@@ -53,6 +54,7 @@ class Sharing:
         move_ms: What new shares cost, see `Balance`.
         boxes: Of each image of the data set, by which a batch is arranged (see `arrangement`): before augmentation, as
             no rank knows more of the images of others. None to leave the order as it is.
+        rung: Tells the rung of the data layer, which is the same on all ranks.
     """
 
     def __init__(
@@ -63,13 +65,14 @@ class Sharing:
         ahead: int,
         move_ms: float = 0.0,
         boxes: Sequence[int] | None = None,
+        rung: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._ranks, self._group, self._boxes = ranks, group, boxes
+        self._ranks, self._group, self._boxes, self._rung = ranks, group, boxes, rung
         self._whole = cut(batch, group)
         self._ahead = -ranks.least(-ahead)  # of the one that draws furthest ahead
         self._balance = Balance(ranks.size, move_ms)
-        self._speeds: deque[tuple[int, Sequence[float]]] = deque([(0, self._balance.ms_per_image)])
-        """From which batch on ranks are taken to be how fast."""
+        self._settled: deque[tuple[int, Sequence[float], int]] = deque([(0, self._balance.ms_per_image, rung())])
+        """From which batch on ranks are taken to be how fast, and images are loaded on which rung."""
         self._drawn = self._trained = 0
         self._waiting: deque[Share] = deque()
 
@@ -89,16 +92,20 @@ class Sharing:
             indices = [indices[place] for place in arranged([self._boxes[index] for index in indices])]
         shares = self.shares(len(indices))
         start = sum(shares[: self._ranks.rank])
-        seed = zlib.crc32(name.encode())
+        seed, (_, rung) = zlib.crc32(name.encode()), self._now()
         mine = range(start, start + shares[self._ranks.rank]) or range(1)
         self._drawn += 1
         self._waiting.append(Share(len(indices), seed, shares[self._ranks.rank] > 0))
-        return [_Seeded(indices[place], zlib.crc32(f"{name} {place}".encode())) for place in mine]
+        return [_Drawn(indices[place], zlib.crc32(f"{name} {place}".encode()), rung) for place in mine]
 
     def shares(self, images: int) -> tuple[int, ...]:
         """Images of every rank in the batch that is drawn next."""
-        speeds = next(speeds for begin, speeds in reversed(self._speeds) if begin <= self._drawn)
+        speeds, _ = self._now()
         return share_out(cut(images, self._group), speeds)
+
+    def _now(self) -> tuple[Sequence[float], int]:
+        """What is settled for the batch that is drawn next."""
+        return next((speeds, rung) for begin, speeds, rung in reversed(self._settled) if begin <= self._drawn)
 
     def taken(self) -> Share:
         """Give the share that was drawn first and not taken: that of the batch that is trained on now."""
@@ -109,10 +116,11 @@ class Sharing:
         self._trained += 1
         self._balance.observe([each.images for each in said], [each.ms for each in said])
         self._balance.shares(self._whole)
-        if self._balance.ms_per_image != self._speeds[-1][1]:
-            self._speeds.append((self._trained + self._ahead, self._balance.ms_per_image))
-            while len(self._speeds) > 1 and self._speeds[1][0] <= self._trained:
-                self._speeds.popleft()
+        settled = self._balance.ms_per_image, self._rung()
+        if settled != self._settled[-1][1:]:
+            self._settled.append((self._trained + self._ahead, *settled))
+            while len(self._settled) > 1 and self._settled[1][0] <= self._trained:
+                self._settled.popleft()
 
     def drop(self) -> None:
         """Forget what was drawn and not trained on: it will be drawn anew."""
@@ -120,18 +128,24 @@ class Sharing:
         self._waiting.clear()
 
 
-class _Seeded(int):
-    """An index of a data set, and the seed of this use of it."""
+class _Drawn(int):
+    """An index of a data set, with the seed of this use of it and the rung that its batch is loaded on."""
 
     seed: int
+    rung: int
 
-    def __new__(cls, index: int, seed: int) -> _Seeded:
-        seeded = super().__new__(cls, index)
-        seeded.seed = seed
-        return seeded
+    def __new__(cls, index: int, seed: int, rung: int) -> _Drawn:
+        drawn = super().__new__(cls, index)
+        drawn.seed, drawn.rung = seed, rung
+        return drawn
 
-    def __reduce__(self) -> tuple[Callable[[int, int], _Seeded], tuple[int, int]]:
-        return _Seeded, (int(self), self.seed)
+    def __reduce__(self) -> tuple[Callable[[int, int, int], _Drawn], tuple[int, int, int]]:
+        return _Drawn, (int(self), self.seed, self.rung)
+
+
+def rung_of(indices: Sequence[int], otherwise: int) -> int:
+    """The rung that a batch is to be loaded on; `otherwise` where one process draws and loads all of it."""
+    return indices[0].rung if isinstance(indices[0], _Drawn) else otherwise
 
 
 def augment_by_place(dataset: Any) -> None:
@@ -141,7 +155,7 @@ def augment_by_place(dataset: Any) -> None:
         return
 
     def load(index: int) -> Any:
-        if isinstance(index, _Seeded):
+        if isinstance(index, _Drawn):
             random.seed(index.seed)
             np.random.seed(index.seed)  # noqa: NPY002 - Ultralytics draws from it
             torch.manual_seed(index.seed)
