@@ -1,6 +1,7 @@
 """The engine on a small convolutional model and an invented card, on which an image takes 100 MiB."""
 
 import functools
+import time
 
 import pytest
 import torch
@@ -353,6 +354,41 @@ def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
     world.step()
     assert world.engine.bn_group == 32
     assert world.sizes == [16]
+
+
+@pytest.mark.parametrize(("later", "asked_after"), [(0, []), (35.3, [5])])
+def test_images_do_not_get_smaller_where_no_size_would_fit(monkeypatch, tmp_path, later, asked_after):
+    """Others first leave no room for what stays in memory. Then all is free, or less than an image needs."""
+    world = World(others=[0, 0, *[40] * 5, later, 0], live=IMAGE // 4, bn_group=1, folder=tmp_path)
+    world.run(2)
+    asked, slept = [], []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        world.meter.advance()
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setitem(BatchPlanner.__init__.__kwdefaults__, "sleep", lambda seconds: None)
+
+    def smaller(batch):
+        asked.append(len(slept))
+        world.meter.advance()
+        return batch
+
+    world.engine._smaller = smaller
+    world.step()
+    world.engine.close()
+    assert len(slept) == 5
+    assert asked == asked_after
+    assert "waited 5 s for room" in list(read_rows(tmp_path / "memory.csv"))[-1]["events"]
+
+
+def test_nobody_waits_for_room_that_would_not_be_there_without_others_either(monkeypatch):
+    world = World(others=[0, 0, 1], bn_group=1)
+    world.run(2)
+    world.meter.live_bytes = 39 * IMAGE
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
+    assert not world.engine._waited_for_room()
 
 
 def test_a_layer_may_be_unfrozen_during_a_training():

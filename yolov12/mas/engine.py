@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -138,9 +139,12 @@ class Engine:
         if self._done and all(parameter.grad is None for parameter in self._parameters):
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
         try:
+            waited = False
             while self._smaller is not None:
                 with suppress(DoesNotFitError):
                     return self._run(batch, _PATIENCE_S)
+                if not waited and (waited := self._waited_for_room()):
+                    continue
                 smaller = self._smaller(batch)
                 if smaller is None:
                     break
@@ -244,6 +248,23 @@ class Engine:
         except OSError as error:
             self._log(f"memory: the journal is not complete, {error}")
             return None
+
+    def _waited_for_room(self) -> bool:
+        """Wait while there is no room for images of any size on some rank, if other processes may make room."""
+        seconds = 0
+        while seconds < WAIT_S:
+            reading, kept_bytes = self.meter.read(), self._gradient_bytes
+            kept_bytes += reading.live_bytes
+            room, hope = (
+                kept_bytes < each.budget_bytes(self.config.safety_ratio) for each in (reading, reading.without_others())
+            )
+            if self._ranks.all(room) or not self._ranks.all(hope):
+                break
+            time.sleep(1.0)
+            seconds += 1
+        if seconds:
+            self.note(f"waited {seconds} s for room")
+        return seconds > 0
 
     def _look_at(self, batch: Any) -> Workload:
         try:

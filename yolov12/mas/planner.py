@@ -171,11 +171,8 @@ class BatchPlanner:
 
     def _may_come_back(self, failure: Failure | None) -> bool:
         """Whether one image would fit if no other process held any of the device."""
-        return self.budget_bytes < self._needed_bytes(failure) <= self._budget_without_others()
-
-    def _budget_without_others(self) -> int:
-        free_bytes = self.reading.free_bytes + (self.reading.others_bytes or 0)
-        return replace(self.reading, free_bytes=free_bytes).budget_bytes(self._config.safety_ratio)
+        without_others = self.reading.without_others().budget_bytes(self._config.safety_ratio)
+        return self.budget_bytes < self._needed_bytes(failure) <= without_others
 
     def _needed_bytes(self, failure: Failure | None) -> int:
         return self._beside_bytes() + max(self._image_bytes(failure), self._failed_bytes(failure))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 __all__ = ["ClockStopwatch", "Meter", "Reading", "Stopwatch", "limited_bytes"]
@@ -34,6 +34,10 @@ class Reading:
         """
         reachable_bytes = min(self.held_bytes + self.free_bytes, self.total_bytes)
         return max(0, int(reachable_bytes - safety_ratio * self.total_bytes))
+
+    def without_others(self) -> Reading:
+        """As if no other process held any of the device."""
+        return replace(self, free_bytes=self.free_bytes + (self.others_bytes or 0), others_bytes=0)
 
 
 def limited_bytes(device_bytes: int, limit: int | float | None) -> int:
