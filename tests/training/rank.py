@@ -2,7 +2,8 @@
 
 Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch;
 `VALIDATE` a model whose weights are validated, whatever was trained; `SLOW` the rank whose loss takes so many times as
-long; `KILL_IN_VAL` a rank that dies in validation; `STOP` the batch after which all are interrupted.
+long; `KILL_IN_VAL` a rank that dies in validation; `STOP` the batch after which all are interrupted; `NO_ROOM` the rank
+on which images above 64 pixels do not fit, and after which batch they do; `WORKERS` how many each rank has.
 """
 
 import json
@@ -14,9 +15,40 @@ from pathlib import Path
 
 import torch
 from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.torch_utils import unwrap_model
 
+from yolov12.errors import DoesNotFitError
+from yolov12.mas import Engine
+from yolov12.mas.planner import BatchPlanner
 from yolov12.training.detection import DetectionTask
+
+
+def leave_no_room(while_):
+    plan, would_fit = BatchPlanner.plan, Engine.would_fit
+
+    def planned(planner, start, failure):
+        if while_() and planner._work.width > 64:
+            raise DoesNotFitError("more than there is")
+        return plan(planner, start, failure)
+
+    def fits(engine, height, width, *, whole_group):
+        if while_() and width > 64:
+            return engine._ranks.all(False)
+        return would_fit(engine, height, width, whole_group=whole_group)
+
+    BatchPlanner.plan, Engine.would_fit = planned, fits
+
+
+def load_with(workers):
+    """Of which Ultralytics has none on a CPU."""
+    stock = DetectionTrainer.get_dataloader
+
+    def get_dataloader(trainer, *args, **options):
+        trainer.args.workers = workers
+        return stock(trainer, *args, **options)
+
+    DetectionTrainer.get_dataloader = get_dataloader
 
 
 def dies_in(validator):
@@ -55,6 +87,11 @@ def main(name, arguments, folder):
             return found
 
         DetectionTask.loss = slower
+    crowded, until = json.loads(os.environ.get("NO_ROOM", "[-2, 0]"))
+    if rank == crowded:
+        leave_no_room(lambda: done < until)
+    if "WORKERS" in os.environ:
+        load_with(json.loads(os.environ["WORKERS"])[rank])
     if rank == int(os.environ.get("KILL_IN_VAL", "-2")):
         model.add_callback("on_train_epoch_end", lambda trainer: dies_in(trainer.validator))
     if "VALIDATE" in os.environ:

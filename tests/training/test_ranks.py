@@ -273,6 +273,19 @@ def test_shares_follow_speed_and_batches_stay_whole(settings, weights, tmp_path)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+def test_images_of_a_batch_are_of_one_size_on_all_ranks(settings, weights, tmp_path):
+    """One has no room for them for a while, and loads further ahead."""
+    arguments = settings(tmp_path, epochs=18, val=False, plots=False, mas_min_imgsz=32)
+    environment = {"NO_ROOM": "[1, 6]", "WORKERS": "[0, 1]"}
+    codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path, **environment))
+    assert codes == [0, 0], "\n".join(outputs)
+    sizes = [[row["image_size"] for row in rows(tmp_path / "run", rank)] for rank in range(2)]
+    assert sizes[0] == sizes[1]
+    assert sizes[0][0] == "64x64"
+    assert sizes[0][-1] == "128x128"
+    assert "96x96" in sizes[0]
+
+
 def test_a_death_in_validation_is_named_too(settings, weights, tmp_path):
     processes = start(3, RANK, weights, json.dumps(settings(tmp_path, epochs=3)), tmp_path, KILL_IN_VAL="1")
     assert processes[1].wait(200) == -signal.SIGKILL
