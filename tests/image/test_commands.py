@@ -71,6 +71,15 @@ def test_trains_validates_and_predicts(image, tmp_path):
     assert "mAP50" in done.stdout
 
 
+def test_trains_in_several_processes(image, tmp_path):
+    """A container without a network has a name that cannot be resolved, on which torchrun would wait."""
+    tmp_path.chmod(0o777)
+    launch = ("torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m", "yolov12", "train")
+    words = (*TINY, "project=/work/runs", "name=line", "bn_group=2")
+    image.run(*launch, *words, mounts=[f"{tmp_path}:/work"], folder="/work", check=0)
+    assert (tmp_path / "runs" / "line" / "memory.rank1.csv").exists()
+
+
 def test_another_user_trains_in_a_mounted_folder(image, tmp_path):
     tmp_path.chmod(0o777)
     done = image.run("train", *TINY, user="1000:1000", mounts=[f"{tmp_path}:/work"], folder="/work", check=0)
