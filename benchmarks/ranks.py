@@ -6,10 +6,10 @@
 
 `gradient`: of unequal shares, a process a card, against one process. `shared_card`: two processes on one card, with
 limits that differ, and a third that takes what is free for a while. `squeeze`: that on one of all cards over NCCL, 256
-images a card, with failed allocations injected. `speed`: whole trainings beside stock Ultralytics'
-DistributedDataParallel; images are in memory and not augmented, so that loading is not what is measured. `checksum`:
-what it takes to compare replicas, and to agree. A part that needs more cards is skipped. The exit status is 1 if what
-has to hold did not, or a part failed.
+images a card, with failed allocations injected. `death`: how soon others end when one is killed. `speed`: whole
+trainings beside stock Ultralytics' DistributedDataParallel; images are in memory and not augmented, so that loading is
+not what is measured. `checksum`: what it takes to compare replicas, and to agree. A part that needs more cards is
+skipped. The exit status is 1 if what has to hold did not, or a part failed.
 """
 
 from __future__ import annotations
@@ -162,6 +162,14 @@ class Processes:
         """Whether all of them do, in time."""
         return time.monotonic() < self._deadline and all(run.poll() is None for run in self._runs)
 
+    def kill(self, rank: int) -> None:
+        """End one at once."""
+        self._runs[rank].kill()
+
+    def any_runs(self) -> bool:
+        """Whether any of them does, in time."""
+        return time.monotonic() < self._deadline and any(run.poll() is None for run in self._runs)
+
     def end(self) -> None:
         """End those that still run, with all that they started."""
         for run in self._runs:
@@ -228,17 +236,24 @@ class _Pressure:
     end: int
 
 
+def _rows(folder: Path) -> list[list[dict[str, str]]]:
+    """Of every rank's journal, as far as they are written."""
+    from yolov12.mas.journal import read_ranks
+
+    return list(read_ranks(folder).values()) if (folder / "memory.csv").exists() else []
+
+
+def _steps(folder: Path, ranks: int) -> int:
+    """That all ranks have written down."""
+    journals = _rows(folder)
+    return min(map(len, journals)) if len(journals) == ranks else 0
+
+
 def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup: Setup) -> dict[str, Any]:
     import torch
 
-    from yolov12.mas.journal import read_ranks
-
-    def rows() -> list[list[dict[str, str]]]:
-        return list(read_ranks(folder).values()) if (folder / "memory.csv").exists() else []
-
     def step() -> int:
-        journals = rows()
-        return min(map(len, journals)) if len(journals) == ranks else 0
+        return _steps(folder, ranks)
 
     while run.running() and step() < pressure.begin:
         time.sleep(0.2)
@@ -247,7 +262,7 @@ def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup:
     taken: list[str] = []
     device = torch.device(setup.device, pressure.card) if setup.device == "cuda" else torch.device("cpu")
     while run.running() and step() < pressure.end and time.monotonic() - began_s < 120:
-        budget_mib = min(float(rows()[rank][-1]["budget_mib"]) for rank in pressure.ranks)
+        budget_mib = min(float(_rows(folder)[rank][-1]["budget_mib"]) for rank in pressure.ranks)
         free_mib = 0.0 if held else pressure.leave_mib + 64  # of a host, a little
         if device.type == "cuda":
             free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
@@ -272,8 +287,6 @@ def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup:
 
 def _pressed_run(work: dict[str, Any], ranks: int, pressure: _Pressure, setup: Setup, steps: int) -> dict[str, Any]:
     """A run under pressure, and what became of it."""
-    from yolov12.mas.journal import read_ranks
-
     project = Path(tempfile.mkdtemp())
     folder = project / "run"
     work["arguments"] |= {"project": str(project), "name": "run", "bn_group": setup.sized(GROUP, 2)}
@@ -291,7 +304,7 @@ def _pressed_run(work: dict[str, Any], ranks: int, pressure: _Pressure, setup: S
         result |= {"injected": [line for told in found["told"] for line in told["injected"]]}
     if not (folder / "memory.csv").exists():
         return {**result, "faults": ["there is no journal"]}
-    journals = [{int(row["step"]): row for row in rows} for rows in read_ranks(folder).values()]
+    journals = [{int(row["step"]): row for row in rows} for rows in _rows(folder)]
     whole = sorted(set.intersection(*map(set, journals)))
     wrong = [step for step in whole if sum(int(rows[step]["images"]) for rows in journals) != batch]
     summary = json.loads((folder / "memory.json").read_text()) if (folder / "memory.json").exists() else {}
@@ -369,6 +382,39 @@ def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     work = {"arguments": arguments, "failing_rank": 1, "failing_steps": failing}
     begin, end = setup.sized((30, 90), (10, 25))
     return _pressed_run(work, ranks, _Pressure(1, (1,), 4 * MIB_IN_GIB, begin, end), setup, steps)
+
+
+def death(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
+    """A process for each card, of which the last is killed: how soon the others end, and whom they blame."""
+    ranks = min(setup.gpus, 4) if setup.device == "cuda" else 2
+    if ranks < 2:
+        return {"skipped": "one GPU"}
+    batch, project = setup.sized(BATCH, 8) * ranks, Path(tempfile.mkdtemp())
+    arguments = setup.arguments(draw(4 * batch), 4 * batch, 1000, batch) | {"project": str(project), "name": "run"}
+    arguments["device"] = ",".join(map(str, range(ranks))) if setup.device == "cuda" else "cpu"
+    run, victim = Processes("train", {"arguments": arguments}, ranks, 200), ranks - 1
+    while run.running() and _steps(project / "run", ranks) < 15:
+        time.sleep(0.2)
+    steps, killed_s = _steps(project / "run", ranks), time.monotonic()
+    run.kill(victim)
+    while run.any_runs():
+        time.sleep(0.1)
+    ended_s = time.monotonic() - killed_s
+    found = run.finish()
+    statuses, logs = found["failed"]["exit_statuses"][:victim], found["log_tails"][:victim]
+    faults = [f"it had made {steps} steps"] if steps < 15 else []
+    faults += [f"the others took {ended_s:.0f} s to end"] if ended_s > 60 else []
+    faults += [f"exit statuses are {statuses}"] if set(statuses) != {1} else []
+    faults += ["its name was not told"] if not all(f"rank {victim} (" in log for log in logs) else []
+    told = [log.strip().splitlines()[-1] for log in logs]
+    return {
+        "ranks": ranks,
+        "steps": steps,
+        "ended_s": ended_s,
+        "exit_statuses": statuses,
+        "told": told,
+        "faults": faults,
+    }
 
 
 def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
@@ -466,6 +512,7 @@ PARTS: dict[str, Callable[[Setup, dict[str, Any]], dict[str, Any]]] = {
     "gradient": gradient,
     "shared_card": shared_card,
     "squeeze": squeeze,
+    "death": death,
     "speed": speed,
     "checksum": checksum,
 }
