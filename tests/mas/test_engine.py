@@ -356,31 +356,63 @@ def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
     assert world.sizes == [16]
 
 
-@pytest.mark.parametrize(("later", "asked_after"), [(0, []), (35.3, [5])])
-def test_images_do_not_get_smaller_where_no_size_would_fit(monkeypatch, tmp_path, later, asked_after):
-    """Others first leave no room for what stays in memory. Then all is free, or less than an image needs."""
-    world = World(others=[0, 0, *[40] * 5, later, 0], live=IMAGE // 4, bn_group=1, folder=tmp_path)
+@pytest.fixture
+def waiting(monkeypatch):
+    """Every second that somebody waits is a step of the world's trace; returns when they did."""
+    slept = []
+
+    def prepare(world):
+        def sleep(seconds):
+            slept.append(seconds)
+            world.meter.advance()
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        monkeypatch.setitem(BatchPlanner.__init__.__kwdefaults__, "sleep", sleep)
+        return slept
+
+    return prepare
+
+
+@pytest.mark.parametrize(("later", "asked_after"), [(0, []), (35.3, [7])])
+def test_images_do_not_get_smaller_where_no_size_would_fit(waiting, tmp_path, later, asked_after):
+    """Others first leave no room for what stays in memory. Then all is free, or for four seconds less than an image."""
+    world = World(others=[0, 0, *[40] * 5, *[later] * 4, 0], live=IMAGE // 4, bn_group=1, folder=tmp_path)
     world.run(2)
-    asked, slept = [], []
-
-    def sleep(seconds):
-        slept.append(seconds)
-        world.meter.advance()
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setitem(BatchPlanner.__init__.__kwdefaults__, "sleep", lambda seconds: None)
-
-    def smaller(batch):
-        asked.append(len(slept))
-        world.meter.advance()
-        return batch
-
-    world.engine._smaller = smaller
+    slept, asked = waiting(world), []
+    world.engine._smaller = lambda batch: asked.append(len(slept)) or batch
     world.step()
     world.engine.close()
-    assert len(slept) == 5
     assert asked == asked_after
-    assert "waited 5 s for room" in list(read_rows(tmp_path / "memory.csv"))[-1]["events"]
+    assert "s for room" in list(read_rows(tmp_path / "memory.csv"))[-1]["events"]
+
+
+def test_a_group_is_not_settled_while_there_is_no_room_for_any_image(waiting):
+    world = World(others=[40] * 12 + [0], live=IMAGE // 4)
+    world.engine._smaller = lambda batch: pytest.fail("images get smaller")
+    waiting(world)
+    world.step()
+    assert (world.engine.bn_group, world.sizes) == (32, [16])
+
+
+def test_where_no_room_comes_the_run_ends_after_two_minutes_with_images_as_they_are(waiting):
+    world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
+    world.run(2)
+    slept = waiting(world)
+    world.engine._smaller = lambda batch: pytest.fail("images get smaller")
+    with pytest.raises(DoesNotFitError):
+        world.step()
+    assert 120 <= len(slept) <= 125
+
+
+def test_a_wait_for_room_ends_when_the_process_is_asked_to_stop(waiting):
+    world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
+    world.run(2)
+    slept = waiting(world)
+    world.engine._smaller = lambda batch: pytest.fail("images get smaller")
+    world.engine.stopping = lambda: len(slept) > 6
+    with pytest.raises(SystemExit) as stop:
+        world.step()
+    assert (stop.value.code, len(slept)) == (143, 7)
 
 
 def test_nobody_waits_for_room_that_would_not_be_there_without_others_either(monkeypatch):
@@ -388,7 +420,7 @@ def test_nobody_waits_for_room_that_would_not_be_there_without_others_either(mon
     world.run(2)
     world.meter.live_bytes = 39 * IMAGE
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
-    assert not world.engine._waited_for_room()
+    assert world.engine._wait_for_room() is None
 
 
 def test_a_layer_may_be_unfrozen_during_a_training():

@@ -79,6 +79,28 @@ def test_a_batch_is_loaded_on_one_rung_however_far_ranks_draw_ahead(aheads):
     assert rung_of([5], 7) == 7
 
 
+def test_a_run_that_resumes_loads_on_the_rungs_that_were_settled():
+    def rungs(sharing, batches, first=0):
+        return [rung_of(sharing.cut(range(16), f"0 {first + number}"), 7) for number in range(batches)]
+
+    def trained(sharing, steps):
+        for _ in range(steps):
+            sharing.observe([Said(), Said()])
+
+    rung = 2
+    sharing = Sharing(Rank(0, 2), 16, 4, 9, rung=lambda: rung)
+    rungs(sharing, 9)
+    trained(sharing, 5)
+    rung = 1
+    trained(sharing, 4)
+    resumed = Sharing(Rank(0, 2), 16, 4, 9, rung=lambda: 0)  # its data layer knows the rung only later
+    resumed.load_state_dict(sharing.state_dict())
+    assert rungs(resumed, 12) == rungs(sharing, 12, 9) == [2] * 6 + [1] * 6
+    old = Sharing(Rank(0, 2), 16, 4, 9, rung=lambda: rung)
+    old.load_state_dict([])  # a file that does not know
+    assert rungs(old, 1) == [1]
+
+
 def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():
     boxes = [9, 1, 5, 3]
     sharing = Sharing(Rank(0, 1), 4, 1, 0, 0.0, boxes)

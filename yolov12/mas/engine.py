@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,8 @@ _CHECK_EVERY = 100
 """Updates after which ranks compare their replicas."""
 _PATIENCE_S = 2.0
 """How long to wait for other processes where smaller images are another way."""
+_STOP, _NONE, _HOPE, _ROOM = range(4)
+"""What a rank says of its room for images, the gravest first: it was asked to stop; none; some if others left; some."""
 
 _SKIPPED_UPDATES = 16
 """At most: a `GradScaler` halves its scale from 65,536 until it fits. The optimizer makes its state after that."""
@@ -97,6 +100,8 @@ class Engine:
         self.cost, self.speed = CostModel(), SpeedModel(new_size_ms=0.0 if self.meter.kind == "host" else NEW_SIZE_MS)
         self.epoch = 1
         """For the journal."""
+        self.stopping: Callable[[], bool] = lambda: False
+        """Tells whether this process was asked to stop: a wait for room then ends on all ranks, with SystemExit."""
         self.latest: BatchPlanner | None = None
         """Of the last batch: its peak, budget and events."""
         self.micro_batches: tuple[int, ...] = ()
@@ -139,18 +144,21 @@ class Engine:
         if self._done and all(parameter.grad is None for parameter in self._parameters):
             self._done.clear()  # what they added up was dropped, as Ultralytics does when it finds a NaN
         try:
-            waited = False
+            hopeful = True
             while self._smaller is not None:
                 with suppress(DoesNotFitError):
                     return self._run(batch, _PATIENCE_S)
-                if not waited and (waited := self._waited_for_room()):
+                if self.latest is None:  # what holds is to be found out anew
+                    self._known, self.bn_group = False, self.config.bn_group
+                if hopeful and (came := self._wait_for_room()) is not None:
+                    if not came:
+                        return self._run(batch, 0.0)  # smaller images would not fit either
+                    hopeful = False
                     continue
                 smaller = self._smaller(batch)
                 if smaller is None:
                     break
                 batch = smaller
-                if self.latest is None:  # what holds is to be found out anew
-                    self._known, self.bn_group = False, self.config.bn_group
             return self._run(batch, WAIT_S)
         except BaseException:
             if self.journal is not None:
@@ -249,22 +257,34 @@ class Engine:
             self._log(f"memory: the journal is not complete, {error}")
             return None
 
-    def _waited_for_room(self) -> bool:
-        """Wait while there is no room for images of any size on some rank, if other processes may make room."""
+    def _wait_for_room(self) -> bool | None:
+        """Wait while images of no size have room on some rank, if others may make some; whether they did.
+
+        None where there was nothing to wait for: there is room, or would not be if others held nothing.
+        """
         seconds = 0
-        while seconds < WAIT_S:
-            reading, kept_bytes = self.meter.read(), self._gradient_bytes
-            kept_bytes += reading.live_bytes
-            room, hope = (
-                kept_bytes < each.budget_bytes(self.config.safety_ratio) for each in (reading, reading.without_others())
-            )
-            if self._ranks.all(room) or not self._ranks.all(hope):
-                break
+        while (least := self._ranks.least(self._room())) == _HOPE and seconds < WAIT_S:
+            if not seconds:
+                self.meter.release()  # another rank may be waiting for it
             time.sleep(1.0)
             seconds += 1
-        if seconds:
-            self.note(f"waited {seconds} s for room")
-        return seconds > 0
+        if least == _STOP:
+            raise SystemExit(128 + signal.SIGTERM)
+        if not seconds:
+            return None
+        self.note(f"waited {seconds} s for room")
+        return least == _ROOM
+
+    def _room(self) -> int:
+        """Of this rank, beside what stays in memory: _STOP, _NONE, _HOPE or _ROOM."""
+        if self.stopping():
+            return _STOP
+        reading = self.meter.read()
+        kept_bytes = reading.live_bytes + self._gradient_bytes
+        now, alone = (
+            kept_bytes < each.budget_bytes(self.config.safety_ratio) for each in (reading, reading.without_others())
+        )
+        return _ROOM if now else _HOPE if alone else _NONE
 
     def _look_at(self, batch: Any) -> Workload:
         try:

@@ -153,7 +153,7 @@ class ResumableLoader:
         count = self._loader.num_workers
         order = [(self._next_worker + index) % count for index in range(count)]
         workers = [self._workers.get(index) or {"seed": self._seed(index)} for index in order]
-        by_place = self._sharing is not None  # then there is nothing to remember
+        by_place = self._sharing is not None  # then workers have nothing to remember
         return {
             "data": self._data,
             "position": self.position,
@@ -162,6 +162,7 @@ class ResumableLoader:
             "generator": self._loader.generator.get_state(),
             "workers": [] if by_place else workers,
             "buffer": [] if by_place else list(self._buffer()),
+            "rungs": self._sharing.state_dict() if self._sharing is not None else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], then: Callable[[], None]) -> bool:
@@ -179,6 +180,7 @@ class ResumableLoader:
         self._epoch_order = state["order"]
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if self._sharing is not None:
+            self._sharing.load_state_dict(state.get("rungs", []))
             return not state["workers"] and not state["buffer"]  # or it was one process, which draws otherwise
         self._collate.arrange = state["arrange"]
         if len(state["workers"]) != self._loader.num_workers:

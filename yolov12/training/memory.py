@@ -200,6 +200,7 @@ class _Joint:
                 trainer, model, engine, loader, every, data_layer, self._of_epoch, saves=ranks.rank == 0
             )
             setattr(trainer, _KEEPER, self.keeper)
+            engine.stopping = lambda: self.keeper is not None and self.keeper.interruption.due
         elif ranks.size > 1:
             raise ConfigError("a loader of your own cannot be shared among processes: train in one, or with mas=False")
         if ranks.size > 1 and trainer.args.time:

@@ -122,6 +122,14 @@ class Sharing:
             while len(self._settled) > 1 and self._settled[1][0] <= self._trained:
                 self._settled.popleft()
 
+    def state_dict(self) -> list[list[int]]:
+        """Rungs that are settled: from which batch on, counted from the next to be trained on, and which."""
+        return [[max(begin - self._trained, 0), rung] for begin, _, rung in self._settled]
+
+    def load_state_dict(self, state: Sequence[Sequence[int]]) -> None:
+        """Take what `state_dict` gave, before a batch is drawn."""
+        self._settled = deque((begin, self._balance.ms_per_image, rung) for begin, rung in state or [[0, self._rung()]])
+
     def drop(self) -> None:
         """Forget what was drawn and not trained on: it will be drawn anew."""
         self._drawn = self._trained
