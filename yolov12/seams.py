@@ -259,6 +259,8 @@ def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
             host.limit_workers(self)
         with team.setting_up(functools.partial(memory.why_not, self)):
             setup_train(self, *args, **kwargs)
+        if self.args.mas:
+            host.draw_less_ahead(self)
         files.make_atomic(self)
         memory.attach(self)
 

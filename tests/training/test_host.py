@@ -11,7 +11,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER, plotting
 
 from yolov12.mas.host_memory import HostMemory
-from yolov12.training.host import affordable_workers, limit_workers
+from yolov12.training.host import AHEAD, affordable_workers, limit_workers
 
 MIB, GIB = 2**20, 2**30
 
@@ -105,3 +105,20 @@ def test_only_images_that_are_drawn_are_turned_into_floats(tmp_path, monkeypatch
     ]
     assert floats == [16, 16, 40]
     assert all(np.array_equal(drawn[2], picture) for picture in drawn[:2])
+
+
+@pytest.mark.parametrize(("mas", "ahead"), [(True, AHEAD), (False, 4)])
+def test_workers_load_no_further_ahead_than_it_takes(tmp_path, trainings, mas, ahead):
+    """Batches that were asked for, and not trained on, when the first step was done."""
+    outstanding = []
+
+    def have_a_worker(trainer):
+        trainer.args.workers = 1  # without a GPU, Ultralytics has none
+
+    def look(trainer):
+        iterator = trainer.train_loader.iterator
+        outstanding.append(iterator._send_idx - iterator._rcvd_idx)
+
+    callbacks = [("on_pretrain_routine_start", have_a_worker), ("on_train_batch_end", look)]
+    trainings.train(tmp_path, mas=mas, callbacks=callbacks, epochs=1, val=False, save=False)
+    assert outstanding[0] == ahead

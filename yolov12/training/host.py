@@ -1,8 +1,8 @@
 """The host's memory around a training: batches on their way from workers, cached images, pictures.
 
-Ultralytics' loaders have up to four batches in flight for each worker, and validation, with twice the workers, two of
-twice the size for each. Workers hand them over in /dev/shm, of which a container has 64 MiB unless told otherwise; a
-write beyond that is a bus error. On their way to a GPU they leave it soon, for pinned memory.
+A training loader of Ultralytics has up to four batches in flight for each worker, ours two; validation, with twice the
+workers, has two of twice the size for each. Workers hand them over in /dev/shm, of which a container has 64 MiB unless
+told otherwise; a write beyond that is a bus error. On their way to a GPU they leave it soon, for pinned memory.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 from yolov12.mas.host_memory import HostMemory
 
-__all__ = ["affordable_workers", "cache_fits", "fewer_pictures", "limit_workers"]
+__all__ = ["AHEAD", "affordable_workers", "cache_fits", "draw_less_ahead", "fewer_pictures", "limit_workers"]
 
-_IN_SHM, _IN_FLIGHT = 4, 12
-"""Batches of training for each worker."""
+AHEAD = 2
+"""Batches that each worker of a training loads ahead (benchmarks/loading.py)."""
+_IN_SHM, _IN_FLIGHT = 4, AHEAD + 8
+"""Batches of the size of those of a training, for each of its workers, with those of validation."""
 _SHARE = 0.5
 """Of the host's memory, for batches in flight."""
 
@@ -65,6 +67,22 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
         f"{why}: going on with workers={fewer}"
     )
     args.workers = fewer
+
+
+def draw_less_ahead(trainer: Any) -> None:
+    """Let the training loader keep no more batches than it takes to hide what loading one takes.
+
+    Sizes of images, and shares of several ranks, are settled when a batch is drawn: with 8 workers, the 17th batch from
+    now has what is decided now, not the 33rd.
+
+    Args:
+        trainer: Of Ultralytics, with a training loader that has given no batch yet.
+    """
+    from ultralytics.data.build import InfiniteDataLoader
+
+    loader = trainer.train_loader
+    if isinstance(loader, InfiniteDataLoader) and loader.num_workers and loader.iterator is None:
+        loader.prefetch_factor = AHEAD
 
 
 def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: HostMemory | None = None) -> bool:

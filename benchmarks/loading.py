@@ -1,0 +1,123 @@
+"""How far workers should load ahead: speed of whole trainings with 2 and 4 batches a worker.
+
+    python benchmarks/loading.py --out benchmarks/results/loading.json      (about 6 minutes on one H100)
+    python benchmarks/loading.py --out part.json --device cpu --small
+
+Demonstration data, decoded in memory, with Ultralytics' augmentation and a validation after each epoch; in turn, twice
+each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from ranks import boards
+
+AHEADS = (4, 2)
+
+
+def train(ahead: int, model_file: str, images: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    """One training, of which the first epoch is not measured."""
+    from ultralytics import YOLO
+
+    from yolov12.training import host
+
+    host.AHEAD = ahead
+    begins: list[float] = []
+    ends: list[float] = []
+    waited: list[float] = []
+    last = 0.0
+
+    def now(trainer: Any) -> float:
+        import torch
+
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        return time.perf_counter()
+
+    def epoch_starts(trainer: Any) -> None:
+        nonlocal last
+        begins.append(now(trainer))
+        last = 0.0
+
+    def batch_starts(_: Any) -> None:
+        if last and len(begins) > 1:
+            waited.append(time.perf_counter() - last)
+
+    def batch_ends(_: Any) -> None:
+        nonlocal last
+        last = time.perf_counter()
+
+    model = YOLO(model_file)
+    model.add_callback("on_train_epoch_start", epoch_starts)
+    model.add_callback("on_train_epoch_end", lambda trainer: ends.append(now(trainer)))
+    model.add_callback("on_train_batch_start", batch_starts)
+    model.add_callback("on_train_batch_end", batch_ends)
+    model.train(**arguments)
+    epochs_s = [end - begin for begin, end in zip(begins[1:], ends[1:], strict=True)]
+    return {
+        "ahead": ahead,
+        "workers": model.trainer.train_loader.num_workers,
+        "epochs_s": epochs_s,
+        "images_per_s": images / statistics.median(epochs_s),
+        "images_per_s_with_val": images * len(epochs_s) / (ends[-1] - ends[0]),
+        "wait_ms": {"median": 1000 * statistics.median(waited), "mean": 1000 * statistics.mean(waited)},
+    }
+
+
+def main() -> None:
+    """All trainings, in this process, so that kernels are looked for once."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    import torch
+    import ultralytics
+
+    from yolov12 import autopatch
+
+    autopatch.apply()
+    sets, imgsz, workers = (1, 64, 1) if options.small else (10, 640, 8)
+    common = {
+        "imgsz": imgsz,
+        "device": 0 if options.device == "cuda" else "cpu",
+        "plots": False,
+        "save": False,
+        "cache": "ram",
+        "workers": workers,
+        "close_mosaic": 0,
+        "recipe": False,
+    }
+    cases = {"s": ("yolov12s.yaml", 128, 9), "x": ("yolov12x.yaml", 64, 4)}
+    if options.small:
+        cases = {"n": ("yolov12n.yaml", 16, 3)}
+    result: dict[str, Any] = {
+        "command": "python benchmarks/loading.py --out loading.json",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "arguments": common,
+    }
+    data, project = boards(sets, max(imgsz, 256)), tempfile.mkdtemp()
+    for name, (model, batch, epochs) in cases.items():
+        rows: list[dict[str, Any]] = []
+        result[name] = {"model": model, "batch": batch, "epochs": epochs, "rows": rows}
+        arguments = {**common, "data": data, "project": project, "batch": batch, "nbs": batch, "epochs": epochs}
+        for ahead in AHEADS * 2:
+            rows.append(train(ahead, model, 128 * sets, arguments))
+            print(name, json.dumps(rows[-1]), flush=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
