@@ -102,7 +102,8 @@ class Step:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
-        self._device = next(model.parameters()).device
+        self._all = list(model.parameters())  # to walk through a model takes the host a millisecond
+        self._device = self._all[0].device
         self._norms = GroupedBatchNorm(model, activations)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
@@ -132,7 +133,7 @@ class Step:
             DoesNotFitError: From the planner, here or on another rank. Gradients and running statistics are as before.
             RankError: Another rank failed or is gone.
         """
-        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before, state = gradients.take(self._parameters), _RandomState(self._device)
         of_all = images if of_all is None else of_all
         total = Total(of_all, self._task.floor, self._per_image)
@@ -201,7 +202,7 @@ class Step:
         Returns:
             Live bytes before it and at its peak, or the failure.
         """
-        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before = gradients.take(self._parameters)
         feed = Feed(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)
