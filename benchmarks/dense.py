@@ -16,7 +16,6 @@ import contextlib
 import csv
 import functools
 import json
-import multiprocessing
 import multiprocessing.pool
 import os
 import random
@@ -29,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from drawings import noise
 
 GIB = 2**30
 ROOT = Path(__file__).parents[1]
@@ -53,34 +54,6 @@ TRAIN: dict[str, Any] = {
 }
 OURS: dict[str, Any] = {**TRAIN, "recipe": False}
 SMALL = {**OURS, "model": "yolov12x.yaml", "imgsz": 1280, "batch": 4, "nbs": 4, "workers": 8, "deterministic": False}
-
-
-def draw(folder: Path, images: int = IMAGES, seed: int = 0) -> str:
-    """Noise with boxes on it, 2 % of the images crowded; returns the yaml."""
-    for split, count in (("train", images), ("val", 16)):
-        for kind in ("images", "labels"):
-            (folder / kind / split).mkdir(parents=True)
-        with multiprocessing.Pool(16) as pool:
-            pool.map(functools.partial(_draw_one, folder, split, seed), range(count))
-    names = "\n".join(f"  {index}: class{index}" for index in range(8))
-    file = folder / "data.yaml"
-    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
-    return str(file)
-
-
-def _draw_one(folder: Path, split: str, seed: int, index: int) -> None:
-    import cv2
-    import numpy as np
-
-    draw = np.random.default_rng((seed, index))
-    boxes = draw.integers(300, 901) if index % 50 == 7 else draw.integers(4, 17)
-    image = np.repeat(np.repeat(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8), 16, 0), 16, 1)
-    size = 0.03 if boxes > 100 else 0.15
-    lines = []
-    for x, y, w, h in zip(*draw.uniform(0.1, 0.9, (2, boxes)), *draw.uniform(size / 2, size, (2, boxes)), strict=True):
-        lines.append(f"{draw.integers(8)} {x:.4f} {y:.4f} {w:.4f} {h:.4f}")
-    cv2.imwrite(str(folder / "images" / split / f"{index}.jpg"), image)
-    (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
 
 
 def train(arguments: dict[str, Any], limit_gib: float | None) -> dict[str, Any]:
@@ -141,7 +114,7 @@ def _in_process(
 
 def dense() -> dict[str, Any]:
     """Stock at its largest stable batch, ours at batch=256."""
-    data = draw(Path(tempfile.mkdtemp()) / "dense")
+    data = noise(IMAGES, crowded=True)
     result: dict[str, Any] = {"limit_gib": LIMIT_GIB, "stock": []}
     for batch in STOCK_BATCHES:
         run = _in_process(
@@ -180,7 +153,7 @@ def _rows(run: dict[str, Any]) -> list[dict[str, str]]:
 
 def ladder() -> dict[str, Any]:
     """A process comes that leaves too little for one image, and goes."""
-    data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
+    data = noise(64, crowded=True)
     arguments = {**SMALL, "data": data}
     folder = Path(tempfile.mkdtemp())
     with multiprocessing.pool.ThreadPool(1) as pool:
@@ -197,7 +170,7 @@ def off(budget_mib: float) -> list[dict[str, Any]]:
 
     The first limit is in place of the process: to one that may leave, the engine gives two minutes.
     """
-    data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
+    data = noise(64, crowded=True)
     limit_mib, attempts = round(budget_mib / 0.9), []
     while len(attempts) < 4:
         run = _in_process(False, None, **SMALL, data=data, epochs=1, mas_data="off", mem_limit=f"{limit_mib}MiB")
@@ -263,7 +236,7 @@ def _device() -> Any:
 
 def saving(scales: str = "sx") -> list[dict[str, Any]]:
     """Seconds it takes to save a run, for a small model and the largest."""
-    data = draw(Path(tempfile.mkdtemp()) / "few", images=64)
+    data = noise(64, crowded=True)
     begin = {**OURS, "device": _device(), "save": True, "data": data, "batch": 16, "nbs": 16, "epochs": 2, "imgsz": 64}
     rows = []
     for scale in scales:

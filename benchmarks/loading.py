@@ -1,6 +1,6 @@
 """How far workers should load ahead: speed of whole trainings with 2 and 4 batches a worker.
 
-    python benchmarks/loading.py --out benchmarks/results/loading.json      (about 6 minutes on one H100)
+    python benchmarks/loading.py --out benchmarks/results/loading.json      (about 7 minutes on one H100)
     python benchmarks/loading.py --out part.json --device cpu --small
 
 Demonstration data, decoded in memory, with Ultralytics' augmentation and a validation after each epoch; in turn, twice
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ranks import boards
+from drawings import boards
 
 AHEADS = (4, 2)
 

@@ -15,16 +15,11 @@ skipped. The exit status is 1 if what has to hold did not, or a part failed.
 from __future__ import annotations
 
 import argparse
-import atexit
-import functools
 import itertools
 import json
-import multiprocessing
 import os
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,10 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped,unused-ignore]
+from drawings import boards, noise
+from ranks_processes import ROOT, Processes
 from ranks_work import GROUP
 
-ROOT = Path(__file__).parents[1]
 MIB_IN_GIB = 1024
 STILL = ("mosaic", "copy_paste", "hsv_h", "hsv_s", "hsv_v", "fliplr", "translate", "scale", "erasing")
 TRAIN: dict[str, Any] = {
@@ -74,131 +69,6 @@ class Setup:
         size = self.sized({"model": "yolov12s.yaml", "imgsz": 640, "workers": 3}, small)
         epochs = -(-steps * batch // images)
         return {**TRAIN, **size, "data": data, "batch": batch, "nbs": batch, "epochs": epochs, "recipe": False}
-
-
-def boards(sets: int, imgsz: int) -> str:
-    """The demonstration data set, with 128 images of each of so many seeds to train on; returns the yaml."""
-    folder = Path(tempfile.mkdtemp())
-    with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
-        files = pool.map(functools.partial(_boards_of, folder, imgsz), range(sets))
-    names = files[0].read_text().partition("names:")[2]
-    train = "".join(f"- {file.parent / 'images' / 'train'}\n" for file in files)
-    file = folder / "data.yaml"
-    file.write_text(f"train:\n{train}val: {files[0].parent / 'images' / 'val'}\nnames:{names}")
-    return str(file)
-
-
-def _boards_of(folder: Path, imgsz: int, seed: int) -> Path:
-    from yolov12 import demo
-
-    return demo.ensure(f"demo:images=160,val=0.2,imgsz={imgsz},seed={seed}", folder)
-
-
-def draw(images: int) -> str:
-    """Noise with about 10 boxes on each image; returns the yaml."""
-    folder = Path(tempfile.mkdtemp()) / "noise"
-    for split, count in (("train", images), ("val", 16)):
-        for kind in ("images", "labels"):
-            (folder / kind / split).mkdir(parents=True)
-        with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
-            pool.map(functools.partial(_draw_one, folder, split), range(count))
-    names = "\n".join(f"  {index}: class{index}" for index in range(8))
-    file = folder / "data.yaml"
-    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
-    return str(file)
-
-
-def _draw_one(folder: Path, split: str, index: int) -> None:
-    import cv2
-    import numpy as np
-
-    chance = np.random.default_rng(index)
-    image = np.repeat(np.repeat(chance.integers(0, 256, (40, 40, 3), dtype=np.uint8), 16, 0), 16, 1)
-    boxes = int(chance.integers(6, 15))
-    places = np.column_stack((chance.uniform(0.2, 0.8, (boxes, 2)), chance.uniform(0.08, 0.3, (boxes, 2))))
-    lines = [f"{chance.integers(8)} " + " ".join(f"{value:.4f}" for value in place) for place in places]
-    cv2.imwrite(str(folder / "images" / split / f"{index}.jpg"), image)
-    (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
-
-
-class Processes:
-    """The ranks of one run, or one process; each does `ranks_work.WORK[kind]`, and writes down what it has to tell.
-
-    Args:
-        kind: See there.
-        work: For that function.
-        ranks: How many; 0 for one process that is no rank.
-        limit_s: After which they are ended.
-        environment: What is other than this process's own.
-    """
-
-    def __init__(self, kind: str, work: dict[str, Any], ranks: int, limit_s: float, **environment: str) -> None:
-        self._folder, self._deadline = Path(tempfile.mkdtemp()), time.monotonic() + limit_s
-        (self._folder / "work.json").write_text(json.dumps([kind, work]))
-        # As the .pth file of an installed package: processes that Ultralytics starts know our arguments too.
-        (self._folder / "sitecustomize.py").write_text("import yolov12.autopatch; yolov12.autopatch.install()\n")
-        paths = [str(self._folder), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        common = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **environment}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        self._runs: list[subprocess.Popen[bytes]] = []
-        atexit.register(self.end)
-        for rank in range(max(ranks, 1)):
-            sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **sizes}
-            place |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
-            with (self._folder / f"{rank}.log").open("w") as log:
-                self._runs.append(
-                    subprocess.Popen(
-                        [sys.executable, str(Path(__file__).with_name("ranks_work.py")), str(self._folder)],
-                        env={**os.environ, **common, **(place if ranks else {})},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-
-    def running(self) -> bool:
-        """Whether all of them do, in time."""
-        return time.monotonic() < self._deadline and all(run.poll() is None for run in self._runs)
-
-    def kill(self, rank: int) -> None:
-        """End one at once."""
-        self._runs[rank].kill()
-
-    def any_runs(self) -> bool:
-        """Whether any of them does, in time."""
-        return time.monotonic() < self._deadline and any(run.poll() is None for run in self._runs)
-
-    def end(self) -> None:
-        """End those that still run, with all that they started."""
-        for run in self._runs:
-            if run.poll() is None:
-                with suppress(psutil.NoSuchProcess):
-                    for child in psutil.Process(run.pid).children(recursive=True):
-                        with suppress(psutil.NoSuchProcess):
-                            child.kill()
-                run.kill()
-                run.wait()
-
-    def finish(self) -> dict[str, Any]:
-        """Wait for them; returns what they told, rank 0 first, or of those that failed the ends of their logs."""
-        late = []
-        for rank, run in enumerate(self._runs):
-            try:
-                run.wait(max(self._deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
-                late.append(rank)
-        self.end()
-        statuses = [run.returncode for run in self._runs]
-        if not any(statuses):
-            ranks = range(len(statuses))
-            return {"told": [json.loads((self._folder / f"{rank}.json").read_text()) for rank in ranks]}
-        logs = [(self._folder / f"{rank}.log").read_text(errors="replace")[-1500:] for rank in range(len(statuses))]
-        return {
-            "failed": {"exit_statuses": statuses, "ended_for_time": late},
-            "log_tails": [log.replace(f"{ROOT}/", "") for log in logs],
-        }
 
 
 def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
@@ -374,7 +244,7 @@ def shared_card(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Two processes on card 0, which meet over gloo."""
     steps, batch = setup.sized(500, 40), setup.sized(BATCH, 16)
     images = 10 * batch
-    arguments = setup.arguments(draw(images), images, steps, batch)
+    arguments = setup.arguments(noise(images), images, steps, batch)
     arguments["device"] = 0 if setup.device == "cuda" else "cpu"
     work = {"arguments": arguments, "of_rank": [{"mem_limit": "40GiB"}, {"mem_limit": "16GiB"}]}
     begin, end = setup.sized((40, 340), (10, 25))
@@ -402,7 +272,7 @@ def death(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     if ranks < 2:
         return {"skipped": "one GPU"}
     batch, project = setup.sized(BATCH, 8) * ranks, Path(tempfile.mkdtemp())
-    arguments = setup.arguments(draw(4 * batch), 4 * batch, 1000, batch) | {"project": str(project), "name": "run"}
+    arguments = setup.arguments(noise(4 * batch), 4 * batch, 1000, batch) | {"project": str(project), "name": "run"}
     arguments["device"] = ",".join(map(str, range(ranks))) if setup.device == "cuda" else "cpu"
     run, victim = Processes("train", {"arguments": arguments}, ranks, 200), ranks - 1
     while run.running() and _steps(project / "run", ranks) < 15:
@@ -432,7 +302,7 @@ def death(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     """Ours and stock on 1, 2 and 4 cards, one after the other."""
     images, each = setup.sized((3072, BATCH), (64, 8))
-    arguments = {**setup.arguments(draw(images), images, 1, each), "workers": setup.sized(8, 0)}
+    arguments = {**setup.arguments(noise(images), images, 1, each), "workers": setup.sized(8, 0)}
     arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
     rows, faults = [], []
     for gpus in (1, 2, 4):

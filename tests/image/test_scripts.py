@@ -138,3 +138,12 @@ def test_a_training_on_several_machines_is_one_that_torchrun_and_we_understand()
     settings = parse(asked.training_script_args[1:])
     assert settings["resume"] == "auto"
     check_batch(settings, int(asked.nnodes) * gpus)
+
+
+def test_what_linters_and_tests_write_does_not_go_into_the_image():
+    """It is built while they run."""
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    written = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ultralytics", ".venv", ".venv.lock"}
+    assert written <= set(ignored)
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    assert not {line.split("/")[0] for line in tracked.stdout.splitlines()} & written

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from ultralytics.cfg import get_cfg
-from ultralytics.data.build import build_yolo_dataset
+from ultralytics.data.build import InfiniteDataLoader, build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER, plotting
 
 from yolov12.mas.host_memory import HostMemory
-from yolov12.training.host import AHEAD, affordable_workers, limit_workers
+from yolov12.training.host import AHEAD, affordable_workers, draw_less_ahead, limit_workers
 
 MIB, GIB = 2**20, 2**30
 
@@ -122,3 +122,10 @@ def test_workers_load_no_further_ahead_than_it_takes(tmp_path, trainings, mas, a
     callbacks = [("on_pretrain_routine_start", have_a_worker), ("on_train_batch_end", look)]
     trainings.train(tmp_path, mas=mas, callbacks=callbacks, epochs=1, val=False, save=False)
     assert outstanding[0] == ahead
+
+
+@pytest.mark.parametrize(("given", "kept"), [(1, 1), (4, AHEAD)])
+def test_a_loader_that_loads_less_ahead_is_left_alone(given, kept):
+    loader = InfiniteDataLoader([0] * 4, num_workers=1, prefetch_factor=given)
+    draw_less_ahead(SimpleNamespace(train_loader=loader))
+    assert loader.prefetch_factor == kept

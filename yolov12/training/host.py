@@ -82,7 +82,7 @@ def draw_less_ahead(trainer: Any) -> None:
 
     loader = trainer.train_loader
     if isinstance(loader, InfiniteDataLoader) and loader.num_workers and loader.iterator is None:
-        loader.prefetch_factor = AHEAD
+        loader.prefetch_factor = min(loader.prefetch_factor, AHEAD)
 
 
 def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: HostMemory | None = None) -> bool:

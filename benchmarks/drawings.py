@@ -1,0 +1,58 @@
+"""Data sets for the other benchmarks, drawn on all cores: images of 640 pixels unless they say otherwise."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["boards", "noise"]
+
+
+def boards(sets: int, imgsz: int) -> str:
+    """The demonstration data set, with 128 images of each of so many seeds to train on; returns the yaml."""
+    folder = Path(tempfile.mkdtemp())
+    with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
+        files = pool.map(functools.partial(_boards_of, folder, imgsz), range(sets))
+    names = files[0].read_text().partition("names:")[2]
+    train = "".join(f"- {file.parent / 'images' / 'train'}\n" for file in files)
+    file = folder / "data.yaml"
+    file.write_text(f"train:\n{train}val: {files[0].parent / 'images' / 'val'}\nnames:{names}")
+    return str(file)
+
+
+def _boards_of(folder: Path, imgsz: int, seed: int) -> Path:
+    from yolov12 import demo
+
+    return demo.ensure(f"demo:images=160,val=0.2,imgsz={imgsz},seed={seed}", folder)
+
+
+def noise(images: int, *, crowded: bool = False) -> str:
+    """Noise with 4 to 16 boxes on each image, or with 300 to 900 on 2 % of them; returns the yaml."""
+    folder = Path(tempfile.mkdtemp()) / "noise"
+    for split, count in (("train", images), ("val", 16)):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True)
+        with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
+            pool.map(functools.partial(_noise_of, folder, split, crowded), range(count))
+    names = "\n".join(f"  {index}: class{index}" for index in range(8))
+    file = folder / "data.yaml"
+    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}\n")
+    return str(file)
+
+
+def _noise_of(folder: Path, split: str, crowded: bool, index: int) -> None:
+    import cv2
+    import numpy as np
+
+    draw = np.random.default_rng((0, index))
+    boxes = draw.integers(300, 901) if crowded and index % 50 == 7 else draw.integers(4, 17)
+    image = np.repeat(np.repeat(draw.integers(0, 256, (40, 40, 3), dtype=np.uint8), 16, 0), 16, 1)
+    size = 0.03 if boxes > 100 else 0.15
+    lines = []
+    for x, y, w, h in zip(*draw.uniform(0.1, 0.9, (2, boxes)), *draw.uniform(size / 2, size, (2, boxes)), strict=True):
+        lines.append(f"{draw.integers(8)} {x:.4f} {y:.4f} {w:.4f} {h:.4f}")
+    cv2.imwrite(str(folder / "images" / split / f"{index}.jpg"), image)
+    (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
