@@ -167,7 +167,7 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
     import torch
 
     from yolov12 import mas
-    from yolov12.mas.checkpointing import REBUILD, RECOMPUTE
+    from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE
     from yolov12.models.activations import activations
     from yolov12.models.layer_names import layer_names
 
@@ -236,7 +236,7 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """What `yolov12 plan` predicts of the peaks that `ours` measured; on a machine without a GPU."""
     from memory import BOXES_PER_IMAGE
 
-    from yolov12.mas.checkpointing import Plan
+    from yolov12.mas.checkpointing.checkpointing import Plan
     from yolov12.plan import estimate, load
 
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -264,9 +264,9 @@ def freed() -> Iterator[dict[str, Any]]:
     import torch
 
     from yolov12 import mas
-    from yolov12.mas.knapsack import ladder
-    from yolov12.mas.layers import candidates
-    from yolov12.mas.rehearsal import profile
+    from yolov12.mas.checkpointing.layers import candidates
+    from yolov12.mas.profiling.solver import ladder
+    from yolov12.mas.profiling.warmup import profile
     from yolov12.models.activations import activations
     from yolov12.models.layer_names import layer_names
 

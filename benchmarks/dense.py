@@ -249,7 +249,7 @@ def saving(scales: str = "sx") -> list[dict[str, Any]]:
 
 
 def _time_saves(into: dict[str, Any]) -> None:
-    from yolov12.training.run_state import Keeper
+    from yolov12.training.run.run_state import Keeper
 
     save = Keeper._save
 

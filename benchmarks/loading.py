@@ -27,7 +27,7 @@ def train(ahead: int, model_file: str, images: int, arguments: dict[str, Any]) -
     """One training, of which the first epoch is not measured."""
     from ultralytics import YOLO
 
-    from yolov12.training import host
+    from yolov12.training.data import host
 
     host.AHEAD = ahead
     begins: list[float] = []

@@ -41,7 +41,7 @@ def prepare(
     from ultralytics.nn.tasks import DetectionModel
     from ultralytics.utils import DEFAULT_CFG
 
-    from yolov12.training.detection import DetectionTask
+    from yolov12.training.adapter.detection import DetectionTask
 
     torch.manual_seed(seed)
     model = DetectionModel(cfg, nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)

@@ -108,7 +108,7 @@ class _Pressure:
 
 def _rows(folder: Path) -> list[list[dict[str, str]]]:
     """Of every rank's journal, as far as they are written."""
-    from yolov12.mas.journal import read_ranks
+    from yolov12.mas.journal.journal import read_ranks
 
     return list(read_ranks(folder).values()) if (folder / "memory.csv").exists() else []
 

@@ -41,7 +41,7 @@ def _fail_at(steps: Sequence[int], injected: list[str]) -> Callable[[Any], None]
     """Let one micro-batch of each of these steps run out of memory, the first or the second."""
     import torch
 
-    from yolov12.training.detection import DetectionTask
+    from yolov12.training.adapter.detection import DetectionTask
 
     stock, chance = DetectionTask.loss, random.Random(5)
     step, wait = 0, -1
@@ -95,8 +95,8 @@ def _meet(device: str) -> tuple[Any, Any]:
     import torch
     import torch.distributed as dist
 
-    from yolov12.mas.lookout import Lookout, connect
-    from yolov12.mas.ranks import ProcessRanks, exchange_names
+    from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
+    from yolov12.mas.distributed.watchdog import Lookout, connect
 
     place = torch.device("cpu")
     if device == "cuda":
@@ -136,11 +136,11 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
 
-    from yolov12.mas.meter import meter_for
-    from yolov12.mas.replicas import checksum
-    from yolov12.mas.step import Step
+    from yolov12.mas.distributed.replicas import checksum
+    from yolov12.mas.memory.meter import meter_for
+    from yolov12.mas.step.step import Step
     from yolov12.models.activations import activations
-    from yolov12.training.detection import BOXES, DetectionTask
+    from yolov12.training.adapter.detection import BOXES, DetectionTask
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     ranks, device = _meet(work["device"])
@@ -233,7 +233,7 @@ def checksums(work: dict[str, Any]) -> dict[str, Any]:
     import torch
     from ultralytics.nn.tasks import DetectionModel
 
-    from yolov12.mas.replicas import checksum
+    from yolov12.mas.distributed.replicas import checksum
 
     found = {}
     for name in work["models"]:

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from yolov12.mas.normalize import cut
-from yolov12.mas.shares import Balance, share_out, slowest_ms
-from yolov12.mas.speed import NEW_SIZE_MS
+from yolov12.mas.distributed.shares import Balance, share_out, slowest_ms
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
 
 MEASURED = Path(__file__).parent / "results" / "checkpointing.json"
 IMAGES_PER_RANK, NOISE, SLOWER = 256, 0.03, 2 / 3
@@ -70,7 +70,7 @@ def _train(ranks: int, group: int, cards: Sequence[float], seed: int) -> dict[st
     draw = random.Random(f"{ranks} {seed}")
     speeds = [draw.choice(cards) for _ in range(ranks)]
     victim, half = draw.randrange(ranks), STEPS // 2
-    groups = cut(IMAGES_PER_RANK * ranks, group)
+    groups = split_groups(IMAGES_PER_RANK * ranks, group)
     equal = share_out(groups, [1.0] * ranks)
     balance = Balance(ranks, NEW_SIZE_MS)
     ours_ms, equal_ms, whole_ms, ideal_ms, plan_ms = [], [], [], [], []

@@ -19,8 +19,8 @@ from ultralytics.utils import SETTINGS
 
 from yolov12 import cli, demo
 from yolov12.errors import ConfigError, DataError, RankError
-from yolov12.training.preflight import check_training_arguments
-from yolov12.training.recipes import recipe_for
+from yolov12.training.run.preflight import check_training_arguments
+from yolov12.training.run.recipes import recipe_for
 
 TINY = ["epochs=1", "imgsz=96", "batch=4", "fraction=0.1", "workers=0", "device=cpu"]
 

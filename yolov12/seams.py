@@ -27,7 +27,7 @@ def _arguments() -> Mapping[str, Any]:
     """Arguments this package adds, with their defaults."""
     from yolov12.export import options as export
     from yolov12.mas.config import DEFAULTS
-    from yolov12.training import options as training
+    from yolov12.training.run import options as training
 
     return {**training.OPTIONS, **DEFAULTS, **export.OPTIONS}
 
@@ -108,7 +108,7 @@ def _check_before_stripping(strip_optimizer: Callable[..., Any]) -> Callable[...
         weights.read(f)  # it loads without any restriction, and a resumed run folder may be a stranger's
         if args or "s" in kwargs:
             return strip_optimizer(f, *args, **kwargs)
-        from yolov12.training import files
+        from yolov12 import files
 
         with files.replacing(f) as unfinished:
             return strip_optimizer(f, str(unfinished), **kwargs)
@@ -137,7 +137,7 @@ def _a2c2f_init(stock: Callable[..., None]) -> Callable[..., None]:
 def _check_container_before_caching(check_cache_ram: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(check_cache_ram)
     def wrapper(self: Any, *args: Any) -> bool:
-        from yolov12.training import host
+        from yolov12.training.data import host
 
         return host.cache_fits(check_cache_ram, self, *args)
 
@@ -147,7 +147,7 @@ def _check_container_before_caching(check_cache_ram: Callable[..., bool]) -> Cal
 def _plot_what_is_drawn(plot_images: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(plot_images)
     def wrapper(labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
-        from yolov12.training import host
+        from yolov12.training.data import host
 
         return host.fewer_pictures(plot_images, labels, images, *args, **kwargs)
 
@@ -163,7 +163,7 @@ def _add_official_stems(stems: frozenset[str]) -> frozenset[str]:
 def _prepare_training(train: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(train)
     def wrapper(self: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        from yolov12.training import session
+        from yolov12.training.run import session
 
         return session.train(train, self, trainer, kwargs)
 
@@ -173,7 +173,7 @@ def _prepare_training(train: Callable[..., Any]) -> Callable[..., Any]:
 def _clear_false_starts(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from yolov12.training import session
+        from yolov12.training.run import session
 
         try:
             return method(self, *args, **kwargs)
@@ -189,7 +189,7 @@ def _find_the_others(init: Callable[..., None]) -> Callable[..., None]:
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         from ultralytics.cfg import get_cfg
 
-        from yolov12.training import team
+        from yolov12.training.run import team
 
         given = inspect.signature(init).bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -203,7 +203,7 @@ def _find_the_others(init: Callable[..., None]) -> Callable[..., None]:
 def _hand_signals_on(train: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(train)
     def wrapper(self: Any) -> None:
-        from yolov12.training import team
+        from yolov12.training.run import team
 
         team.launch(functools.partial(train, self), self)
 
@@ -213,7 +213,7 @@ def _hand_signals_on(train: Callable[..., None]) -> Callable[..., None]:
 def _share_one_folder(get_save_dir: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_save_dir)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        from yolov12.training import team
+        from yolov12.training.run import team
 
         return team.one_folder(get_save_dir, *args, **kwargs)
 
@@ -223,7 +223,7 @@ def _share_one_folder(get_save_dir: Callable[..., Any]) -> Callable[..., Any]:
 def _join_the_others(setup_ddp: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setup_ddp)
     def wrapper(self: Any) -> None:
-        from yolov12.training import team
+        from yolov12.training.run import team
 
         team.setup_group(functools.partial(setup_ddp, self), self)
 
@@ -233,7 +233,7 @@ def _join_the_others(setup_ddp: Callable[..., None]) -> Callable[..., None]:
 def _share_batches(build: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(build)
     def wrapper(self: Any) -> None:
-        from yolov12.training import team
+        from yolov12.training.run import team
 
         team.build_loaders(functools.partial(build, self), self)
 
@@ -243,7 +243,7 @@ def _share_batches(build: Callable[..., None]) -> Callable[..., None]:
 def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(check_resume)
     def wrapper(self: Any, overrides: dict[str, Any]) -> None:
-        from yolov12.training import session
+        from yolov12.training.run import session
 
         session.check_resume(check_resume, self, overrides)
 
@@ -253,7 +253,10 @@ def _resume_with_our_arguments(check_resume: Callable[..., None]) -> Callable[..
 def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setup_train)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
-        from yolov12.training import files, host, memory, team
+        from yolov12 import files
+        from yolov12.training.adapter import trainer as memory
+        from yolov12.training.data import host
+        from yolov12.training.run import team
 
         if self.args.mas:
             host.limit_workers(self)
@@ -270,7 +273,7 @@ def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
 def _resume_in_mid_epoch(resume_training: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(resume_training)
     def wrapper(self: Any, ckpt: Any) -> None:
-        from yolov12.training import memory
+        from yolov12.training.adapter import trainer as memory
 
         memory.resume(resume_training, self, ckpt)
 
@@ -280,7 +283,7 @@ def _resume_in_mid_epoch(resume_training: Callable[..., None]) -> Callable[..., 
 def _save_when_interrupted(do_train: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(do_train)
     def wrapper(self: Any) -> Any:
-        from yolov12.training import memory
+        from yolov12.training.adapter import trainer as memory
 
         return memory.do_train(do_train, self)
 
@@ -290,7 +293,7 @@ def _save_when_interrupted(do_train: Callable[..., Any]) -> Callable[..., Any]:
 def _validate_in_slices(call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def wrapper(self: Any, trainer: Any = None, model: Any = None, **kwargs: Any) -> Any:
-        from yolov12.training import validation
+        from yolov12.training.adapter import validation
 
         return validation.validate(call, self, trainer, model, **kwargs)
 
@@ -300,7 +303,7 @@ def _validate_in_slices(call: Callable[..., Any]) -> Callable[..., Any]:
 def _predict_in_slices(inference: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inference)
     def wrapper(self: Any, im: Any, *args: Any, **kwargs: Any) -> Any:
-        from yolov12.training import validation
+        from yolov12.training.adapter import validation
 
         return validation.predict(inference, self, im, *args, **kwargs)
 

@@ -1,6 +1,6 @@
 """The controller and its rivals on 10,000 simulated traces of memory, against an oracle that knows what will come.
 
-    python benchmarks/controller.py --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
+    python -m benchmarks.controller --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
 
 A run is a training of 50 traces, of all kinds in turn: 3000 batches, 18 minutes on the fast card. What was learned
 in one trace serves in the next. The first of each run, which begins knowing nothing, is reported apart too.
@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-from yolov12.mas.rivals import POLICIES
-from yolov12.mas.tournament import Score, compare, summed
+from benchmarks.controller.rivals import POLICIES
+from benchmarks.controller.tournament import Score, compare, summed
 
 TRACES_PER_RUN, STEPS = 50, 60
 
@@ -36,7 +36,7 @@ def main() -> None:
             scores += found
             print(f"\r{(index + 1) * TRACES_PER_RUN} traces", end="", file=sys.stderr)
     result = {
-        "command": "python benchmarks/controller.py --out controller.json",
+        "command": "python -m benchmarks.controller --out controller.json",
         "date": datetime.date.today().isoformat(),
         "device": "simulated",
         "traces": arguments.traces,

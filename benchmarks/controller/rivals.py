@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from benchmarks.controller.simulate import PEAK_SCATTER, SAFETY_RATIO, Batch, Card, Run
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
-from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.normalize import cut
-from yolov12.mas.planner import BatchPlanner
-from yolov12.mas.scheduler import History
-from yolov12.mas.simulate import PEAK_SCATTER, SAFETY_RATIO, Batch, Card, Run
-from yolov12.mas.speed import SpeedModel
-from yolov12.mas.step import Failure, Planner
+from yolov12.mas.oom import Failure
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.peak_model import CostModel, Features
+from yolov12.mas.scheduling.planner import BatchPlanner
+from yolov12.mas.scheduling.scheduler import History
+from yolov12.mas.scheduling.time_model import SpeedModel
+from yolov12.mas.step.step import Planner
 from yolov12.mas.task import Workload
 
 __all__ = ["POLICIES", "Policy"]
@@ -115,7 +116,7 @@ class Sized:
             if not self._halves or failure.images <= card.group:
                 raise DoesNotFitError("as every other training")
             self._images = max(failure.images // 2, card.group)
-        groups = cut(card.images - start, card.group)
+        groups = split_groups(card.images - start, card.group)
         each = max(self._images // card.group, 1)
         return [groups[index : index + each] for index in range(0, len(groups), each)]
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas.cost import Level
-from yolov12.mas.reading import Reading
-from yolov12.mas.replay import ReplayMeter
-from yolov12.mas.step import Failure, Planner
+from yolov12.mas.memory.reading import Reading
+from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.oom import Failure
+from yolov12.mas.scheduling.peak_model import Level
+from yolov12.mas.step.step import Planner
 from yolov12.mas.task import Workload
 
 __all__ = ["CARDS", "KINDS", "SAFETY_RATIO", "Batch", "Card", "Moment", "Run", "level_peak_bytes", "trace"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from yolov12.mas.rivals import POLICIES
-from yolov12.mas.simulate import CARDS, KINDS, PEAK_SCATTER, Batch, Card, Moment, Run, trace
+from benchmarks.controller.rivals import POLICIES
+from benchmarks.controller.simulate import CARDS, KINDS, PEAK_SCATTER, Batch, Card, Moment, Run, trace
 
 __all__ = ["Score", "compare", "summed"]
 

@@ -1,4 +1,4 @@
-"""The controller against simulated memory: what it promises, on part of benchmarks/controller.py's traces."""
+"""The controller against simulated memory: what it promises, on part of benchmarks/controller's traces."""
 
 import random
 from concurrent.futures import ProcessPoolExecutor
@@ -7,9 +7,9 @@ from multiprocessing import get_context
 
 import pytest
 
-from yolov12.mas.rivals import POLICIES
-from yolov12.mas.simulate import CARDS, KINDS, trace
-from yolov12.mas.tournament import compare, summed
+from benchmarks.controller.rivals import POLICIES
+from benchmarks.controller.simulate import CARDS, KINDS, trace
+from benchmarks.controller.tournament import compare, summed
 
 AVOIDABLE_PERCENT = 0.1
 OF_ORACLE = 0.95

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, SegmentationModel
 
-from yolov12.mas.checkpointing import REBUILD, RECOMPUTE, Plan
-from yolov12.mas.layers import candidates
-from yolov12.mas.normalize import cut
-from yolov12.mas.replay import ReplayMeter
-from yolov12.mas.step import Failure, Result, Step
-from yolov12.training.detection import DetectionTask
+from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE, Plan
+from yolov12.mas.checkpointing.layers import candidates
+from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.oom import Failure
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.step.step import Result, Step
+from yolov12.training.adapter.detection import DetectionTask
 
 GIB = 2**30
 FAILURES: tuple[Callable[[], Exception], ...] = (
@@ -156,7 +157,7 @@ class Bench:
 
     def whole(self, batch: dict[str, Any], group: int) -> Outcome:
         """Run a batch at once, in groups."""
-        groups = cut(len(batch["img"]), group)
+        groups = split_groups(len(batch["img"]), group)
         return self.run(batch, Scripted(groups, plans=[[groups]]))
 
     def plain(self, batch: dict[str, Any]) -> Outcome:

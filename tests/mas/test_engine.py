@@ -11,9 +11,9 @@ from torch import nn
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Engine, Journal, Loss, TensorTask
-from yolov12.mas.journal import read_rows
-from yolov12.mas.planner import BatchPlanner
-from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.journal.journal import read_rows
+from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.scheduling.planner import BatchPlanner
 
 MIB = 2**20
 IMAGE = 100 * MIB

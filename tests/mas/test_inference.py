@@ -5,8 +5,8 @@ import torch
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config
-from yolov12.mas.replay import ReplayMeter
-from yolov12.mas.slices import Slices
+from yolov12.mas.inference import Slices
+from yolov12.mas.memory.replay import ReplayMeter
 
 MIB = 2**20
 IMAGE = 10 * MIB

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from yolov12.mas.nest import each_tensor
+from yolov12.mas.modules import each_tensor
 
 
 class Pair(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas.failures import does_not_fit, is_out_of_memory, tried_to_allocate
+from yolov12.mas.oom import does_not_fit, is_out_of_memory, tried_to_allocate
 
 MIB = 2**20
 

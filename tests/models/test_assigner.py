@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner, make_anchors
 
-from yolov12.mas.trace import ByteTrace
-from yolov12.training.assigning import ROWS_PER_IMAGE, cut_by_boxes, in_slices
+from yolov12.mas.profiling.trace import ByteTrace
+from yolov12.models.assigner import ROWS_PER_IMAGE, cut_by_boxes, in_slices
 
 CLASSES = 5
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from yolov12.mas.plans import ladder_of
+from yolov12.mas.profiling.ladder import ladder_of
 from yolov12.plan.choose import Wish, choose
 from yolov12.plan.estimate import fixed
 from yolov12.plan.roofline import Roofline

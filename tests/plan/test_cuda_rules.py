@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.plan.cuda_rules import HALF, cuda_rules
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.models.layer_names import layer_names
 from yolov12.plan import estimate, load
 from yolov12.plan.micro_batch import MicroBatch

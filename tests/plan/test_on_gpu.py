@@ -4,9 +4,9 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel
 
-from yolov12.mas.checkpointing import KEEP_ALL, RECOMPUTE, Checkpointing, Plan
-from yolov12.mas.layers import candidates
-from yolov12.mas.normalize import GroupedBatchNorm
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, RECOMPUTE, Checkpointing, Plan
+from yolov12.mas.checkpointing.layers import candidates
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.plan import load

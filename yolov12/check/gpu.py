@@ -11,7 +11,7 @@ import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 
 from yolov12.check.report import Cuda, Gpu, Process
-from yolov12.mas.nvml import ask, driver_api, nvml_session, same_gpu, used_bytes
+from yolov12.mas.memory.nvml import ask, driver_api, nvml_session, same_gpu, used_bytes
 
 __all__ = ["read_cuda"]
 

@@ -12,7 +12,7 @@ import torch
 
 from yolov12 import __version__
 from yolov12.check.report import Host
-from yolov12.mas.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, read_cgroup_memory, read_text
+from yolov12.mas.memory.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, read_cgroup_memory, read_text
 
 __all__ = ["read_cgroup_memory", "read_host", "read_versions"]
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from ultralytics.utils import LOGGER, USER_CONFIG_DIR
 
+from yolov12 import files
 from yolov12.errors import ConfigError, ExportError
-from yolov12.training import files
 
 __all__ = ["BUILDERS", "Attempt", "Effort", "Job", "Library", "build", "find", "load", "logger"]
 

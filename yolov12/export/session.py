@@ -16,12 +16,12 @@ import onnx_ir as ir
 import torch
 from ultralytics.utils import LOGGER
 
+from yolov12 import files
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.export import engine, graph
 from yolov12.export.rewrite import Split, split
 from yolov12.mas import Config
-from yolov12.mas.meter import meter_for
-from yolov12.training import files
+from yolov12.mas.memory.meter import meter_for
 
 __all__ = ["before_export", "export_engine", "export_onnx", "smallest_and_largest", "tensors_limit", "workspace_for"]
 

@@ -6,8 +6,8 @@ Needs torch, NumPy and SciPy, and no Ultralytics. See docs/engine.md for a page 
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas.config import Config
 from yolov12.mas.engine import Engine
-from yolov12.mas.journal import Journal
-from yolov12.mas.step import Result
+from yolov12.mas.journal.journal import Journal
+from yolov12.mas.step.step import Result
 from yolov12.mas.task import Loss, Task, TensorTask, Workload
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from yolov12.errors import ConfigError
 
-__all__ = ["DEFAULTS", "Config"]
+__all__ = ["DEFAULTS", "GROUPS", "Config"]
 
 DEFAULTS: Mapping[str, Any] = {
     "mas": True,
@@ -20,6 +20,9 @@ DEFAULTS: Mapping[str, Any] = {
     "disable_mas_layers": None,
 }
 """Training arguments, as users write them."""
+
+GROUPS = (32, 16, 8, 4, 2, 1)
+"""What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", re.IGNORECASE)
@@ -42,7 +45,7 @@ class Config:
     micro_batch: int | None = None
     """Images at once; None: as memory allows."""
     disabled_layers: tuple[str, ...] = ()
-    """Layers that are never rebuilt or recomputed; see `layers.candidates` for their names."""
+    """Layers that are never rebuilt or recomputed; see `checkpointing.layers.candidates` for their names."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, str):

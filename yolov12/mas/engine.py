@@ -16,24 +16,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas.checkpointing import KEEP_ALL
-from yolov12.mas.config import Config
-from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.failures import is_out_of_memory
-from yolov12.mas.journal import Journal, Row, Summary
-from yolov12.mas.ladder_cache import LadderCache
-from yolov12.mas.layers import candidates
-from yolov12.mas.meter import Meter, Stopwatch, meter_for
-from yolov12.mas.planner import WAIT_S, BatchPlanner, WaysOut
-from yolov12.mas.plans import Ladder, make_ladder
-from yolov12.mas.ranks import ALONE, Ranks
-from yolov12.mas.rehearsal import GROUPS, PROFILE_IMAGES, rehearse
-from yolov12.mas.replicas import checksum
-from yolov12.mas.scheduler import History
-from yolov12.mas.speed import NEW_SIZE_MS, SpeedModel
-from yolov12.mas.step import Failure, Result, Step
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
+from yolov12.mas.checkpointing.layers import candidates
+from yolov12.mas.config import GROUPS, Config
+from yolov12.mas.distributed.ranks import ALONE, Ranks
+from yolov12.mas.distributed.replicas import checksum
+from yolov12.mas.journal.journal import Journal, Row, Summary
+from yolov12.mas.memory.meter import meter_for
+from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.oom import Failure, is_out_of_memory
+from yolov12.mas.profiling.ladder import Ladder, make_ladder
+from yolov12.mas.profiling.ladder_cache import LadderCache
+from yolov12.mas.profiling.warmup import PROFILE_IMAGES, rehearse
+from yolov12.mas.scheduling.peak_model import CostModel, Features
+from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner, WaysOut
+from yolov12.mas.scheduling.scheduler import History
+from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
+from yolov12.mas.step.first_update import Undo, survive_first_update
+from yolov12.mas.step.step import Result, Step
 from yolov12.mas.task import Task, Workload
-from yolov12.mas.update import Undo, survive_first_update
 
 __all__ = ["Engine"]
 
@@ -61,11 +62,11 @@ class Engine:
         journal: Where rows go; by default nowhere.
         backward: Differentiates a scalar; with a `GradScaler`, `lambda loss: scaler.scale(loss).backward()`.
         layers: Name → layer: the outermost ones that may keep less for the backward pass; by default see
-            `layers.candidates`.
+            `checkpointing.layers.candidates`.
         activations: BatchNorm → SiLU that is applied to its output, which nothing else uses. On a GPU they are then one
             operation, faster and with half as much to keep.
         cache: Folder in which plans are kept from run to run; by default they are made anew.
-        ways_out: See `planner.WaysOut`.
+        ways_out: See `scheduling.planner.WaysOut`.
         optimizer_bytes: Tells what the optimizer will hold from its first update on, and does not hold yet: the error
             of a run that does not fit counts it.
         smaller: Called with a batch of which not even one image fits: the same with smaller images, or None.
@@ -191,7 +192,7 @@ class Engine:
         Args:
             optimizer: Of the model's parameters.
             update: What to do in place of `optimizer.step(); optimizer.zero_grad()`.
-            remember: See `update.survive_first_update`.
+            remember: See `step.first_update.survive_first_update`.
         """
 
         def plain() -> None:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from yolov12.mas.config import Config
-from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.failures import does_not_fit, is_out_of_memory, tried_to_allocate
-from yolov12.mas.meter import Meter
+from yolov12.mas.memory.reading import Meter
+from yolov12.mas.oom import does_not_fit, is_out_of_memory, tried_to_allocate
+from yolov12.mas.scheduling.peak_model import CostModel, Features
 
 __all__ = ["Slices"]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from yolov12.errors import DoesNotFitError
 
-__all__ = ["does_not_fit", "is_out_of_memory", "tried_to_allocate"]
+__all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tried_to_allocate"]
 
 # What libraries say that ask the device for memory behind PyTorch's back, and PyTorch's allocator for the host.
 _SIGNS = (
@@ -22,6 +23,17 @@ _SIGNS = (
 )
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An allocation that failed."""
+
+    images: int
+    """Of the micro-batch it hit."""
+    message: str
+    peak_bytes: int
+    """Of live bytes, until it failed."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov12.mas.failures import is_out_of_memory
+from yolov12.mas.oom import is_out_of_memory
 
 __all__ = ["ROWS_PER_IMAGE", "cut_by_boxes", "in_slices"]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from yolov12.errors import ConfigError
 from yolov12.mas.config import Config
-from yolov12.mas.reading import Reading, limited_bytes
+from yolov12.mas.memory.reading import Reading, limited_bytes
 from yolov12.plan.cards import Card, card
 
 __all__ = ["Request", "count", "parse", "read", "switch"]

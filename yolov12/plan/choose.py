@@ -6,20 +6,20 @@ import math
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.normalize import cut
-from yolov12.mas.plans import Ladder
-from yolov12.mas.profile import Time
-from yolov12.mas.rehearsal import GROUPS
-from yolov12.mas.scheduler import Decision, Group, State, decide
-from yolov12.mas.speed import SpeedModel
+from yolov12.mas.config import GROUPS
+from yolov12.mas.profiling.ladder import Ladder
+from yolov12.mas.profiling.profile import Time
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.peak_model import CostModel, Features
+from yolov12.mas.scheduling.scheduler import Decision, Group, State, decide
+from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.plan.estimate import Estimate, Fixed
 from yolov12.plan.loss import Line
 from yolov12.plan.micro_batch import IMAGES, MicroBatch
 
 __all__ = ["Choice", "Wish", "choose"]
 
-_MARGIN = 0.01  # the engine's, once it has seen a shape (cost.py)
+_MARGIN = 0.01  # the engine's, once it has seen a shape (peak_model.py)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def choose(micro_batch: MicroBatch, held: Fixed, ladder: Ladder, wish: Wish, tot
 
 
 def _sizes(batch: int, group: int, decision: Decision) -> tuple[int, ...]:
-    groups = cut(batch, group or 1)
+    groups = split_groups(batch, group or 1)
     ends = accumulate(decision.micro_batches)
     return tuple(sum(groups[end - count : end]) for count, end in zip(decision.micro_batches, ends, strict=True))
 
@@ -146,7 +146,7 @@ def _decide(cost: _Known, held: Fixed, ladder: Ladder, wish: Wish, group: int, t
         fixed=wish.micro_batch,
     )
     while True:
-        sizes = cut(wish.batch, group or 1)
+        sizes = split_groups(wish.batch, group or 1)
         groups = tuple(Group(images, wish.boxes) for images in sizes)
         decision = decide(replace(state, groups=groups), cost, speed)
         if decision.fits or max(sizes) == 1:

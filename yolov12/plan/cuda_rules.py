@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from yolov12.mas.trace import rounded
+from yolov12.mas.profiling.trace import rounded
 
 __all__ = ["HALF", "CudaRules", "FusedBatchNorm", "cuda_rules"]
 
@@ -147,7 +147,7 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class FusedBatchNorm:
-    """The bytes of the engine's own kernels, not their values: `normalize.Kernels`."""
+    """The bytes of the engine's own kernels, not their values: `batchnorm.grouped.Kernels`."""
 
     @staticmethod
     def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yolov12.mas.checkpointing import KEEP_ALL, Plan
-from yolov12.plan.fixed import LIBRARY_BYTES, NOMINAL_BATCH, gradients_bytes, optimizer_state, weights_bytes
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Plan
+from yolov12.models.optimizer_state import optimizer_state
+from yolov12.plan.fixed import LIBRARY_BYTES, NOMINAL_BATCH, gradients_bytes, weights_bytes
 from yolov12.plan.micro_batch import MicroBatch
 from yolov12.plan.network import Network, load
 

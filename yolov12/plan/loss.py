@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.profiling.trace import ByteTrace
+from yolov12.models.assigner import in_slices
 from yolov12.plan.cuda_rules import HALF, cuda_rules
 from yolov12.plan.network import Network
-from yolov12.training.assigning import in_slices
 
 __all__ = ["Line", "loss_bytes", "through"]
 

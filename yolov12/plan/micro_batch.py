@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
-from yolov12.mas.layers import candidates
-from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.profile import Profile, Time
-from yolov12.mas.reading import ClockStopwatch
-from yolov12.mas.rebuild import ACTIVATIONS
-from yolov12.mas.recorder import Recorder, WholePasses
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
+from yolov12.mas.checkpointing.layers import candidates
+from yolov12.mas.checkpointing.rebuild import ACTIVATIONS
+from yolov12.mas.memory.reading import ClockStopwatch
+from yolov12.mas.profiling.profile import Profile, Time
+from yolov12.mas.profiling.recorder import Recorder, WholePasses
+from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.plan.cuda_rules import FusedBatchNorm, cuda_rules
@@ -54,7 +54,7 @@ class MicroBatch:
         imgsz: Height and width of images.
         boxes: In the image that has most.
         amp: Whether autocast is on.
-        disabled: See `layers.candidates`.
+        disabled: See `checkpointing.layers.candidates`.
     """
 
     def __init__(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from yolov12.mas.checkpointing import REBUILD, RECOMPUTE
-from yolov12.mas.plans import ladder_of
-from yolov12.mas.profile import Profile
+from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE
+from yolov12.mas.profiling.ladder import ladder_of
+from yolov12.mas.profiling.profile import Profile
 from yolov12.plan.arguments import Request
 from yolov12.plan.choose import Choice, Wish, choose
 from yolov12.plan.estimate import Fixed, fixed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from yolov12.mas.profile import Time
+from yolov12.mas.profiling.profile import Time
 
 __all__ = ["Roofline", "Times"]
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from ultralytics.nn.tasks import DetectionModel
 
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
-from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
+from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from yolov12.mas.normalize import GroupedBatchNorm, cut
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.scheduling.groups import split_groups
 
 settings.register_profile("quick", deadline=None, derandomize=True, database=None)
 settings.load_profile("quick")
@@ -17,7 +18,7 @@ settings.load_profile("quick")
 
 @given(st.integers(1, 600), st.integers(0, 64))
 def test_cut_gives_groups_of_the_size_asked_for_and_none_that_is_noise(images, group):
-    sizes = cut(images, group)
+    sizes = split_groups(images, group)
     assert sum(sizes) == images
     if not group:
         assert sizes == (images,)
@@ -31,9 +32,9 @@ def test_cut_gives_groups_of_the_size_asked_for_and_none_that_is_noise(images, g
 @given(st.integers(1, 600), st.integers(1, 64), st.data())
 def test_what_is_left_of_a_batch_is_cut_as_it_was(images, group, data):
     """After a failure the rest is cut again: another cut would be another gradient."""
-    sizes = cut(images, group)
+    sizes = split_groups(images, group)
     done = data.draw(st.integers(0, len(sizes) - 1))
-    assert cut(images - sum(sizes[:done]), group) == sizes[done:]
+    assert split_groups(images - sum(sizes[:done]), group) == sizes[done:]
 
 
 def layer_and_copy(kind=nn.BatchNorm2d, channels=6, **options):

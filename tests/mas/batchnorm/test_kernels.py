@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from yolov12.mas import batchnorm_kernels
-from yolov12.mas.normalize import GroupedBatchNorm, cut
+from yolov12.mas.batchnorm import kernels as batchnorm_kernels
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.scheduling.groups import split_groups
 
 pytestmark = [
     pytest.mark.gpu,
@@ -106,9 +107,9 @@ def test_layers_use_them_and_keep_the_same_statistics(monkeypatch, fused):
     never = SimpleNamespace(applies=lambda *_: False)
     pairs = {model[1]: model[2]} if fused else None
     for plan, kernels in (
-        ([cut(20, 8)], batchnorm_kernels),
-        ([(size,) for size in cut(20, 8)], batchnorm_kernels),
-        ([cut(20, 8)], never),
+        ([split_groups(20, 8)], batchnorm_kernels),
+        ([(size,) for size in split_groups(20, 8)], batchnorm_kernels),
+        ([split_groups(20, 8)], never),
     ):
         model.load_state_dict(state)
         norms = GroupedBatchNorm(model, pairs, kernels)
@@ -118,7 +119,7 @@ def test_layers_use_them_and_keep_the_same_statistics(monkeypatch, fused):
             with norms.within(groups, first):
                 outs.append(model(x[start : start + sum(groups)]))
             first, start = first + len(groups), start + sum(groups)
-        norms.commit(norms.averages(cut(20, 8), 20))
+        norms.commit(norms.averages(split_groups(20, 8), 20))
         results.append((torch.cat(outs), {key: value.clone() for key, value in model.state_dict().items()}))
         assert norms.fused == fused * len(plan) * (kernels is not never)
     (a, buffers_a), *others = results

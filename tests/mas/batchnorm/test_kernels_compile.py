@@ -19,7 +19,7 @@ SCRIPT = """
 import json, sys
 import triton
 from triton.compiler import ASTSource
-from yolov12.mas import batchnorm_kernels as kernels
+from yolov12.mas.batchnorm import kernels
 
 TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", **dict.fromkeys(("x", "grad", "out"), "*fp16")}
 NUMBERS = ("pixels", "channels", "groups", "splits", "stride")
@@ -71,7 +71,7 @@ def driver(tmp_path_factory):
 def test_kernels_compile(driver, capability, tmp_path):
     environment = {
         **os.environ, "LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver),
-        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2]),
+        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3]),
     }  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, str(capability)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

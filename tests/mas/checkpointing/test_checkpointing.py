@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
-from yolov12.mas.layers import candidates
-from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Checkpointing, Plan
+from yolov12.mas.checkpointing.layers import candidates
+from yolov12.mas.profiling.trace import ByteTrace
 
 PLANS = {
     "rebuilt": lambda names: Plan(tuple((name, REBUILD) for name in names)),

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from yolov12.errors import ConfigError
-from yolov12.mas.layers import candidates, outermost
+from yolov12.mas.checkpointing.layers import candidates, outermost
 from yolov12.models.layer_names import layer_names
 
 

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas.checkpointing import KEEP_ALL
-from yolov12.mas.lookout import Lookout, connect
-from yolov12.mas.normalize import cut
-from yolov12.mas.ranks import ProcessRanks, exchange_names
-from yolov12.mas.replicas import checksum
-from yolov12.mas.step import Step
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
+from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
+from yolov12.mas.distributed.replicas import checksum
+from yolov12.mas.distributed.watchdog import Lookout, connect
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.step.step import Step
 
-_spec = importlib.util.spec_from_file_location("mas_conftest", Path(__file__).with_name("conftest.py"))
+_spec = importlib.util.spec_from_file_location("mas_conftest", Path(__file__).parents[1] / "conftest.py")
 assert _spec is not None
 assert _spec.loader is not None
 tools: Any = importlib.util.module_from_spec(_spec)
@@ -48,7 +48,7 @@ def raising(error: Exception) -> Any:
 def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]:
     """Run this rank's share of a case."""
     batch = tools.make_batch(case["boxes"], case["seed"])
-    groups = cut(len(case["boxes"]), case["group"])
+    groups = split_groups(len(case["boxes"]), case["group"])
     before, own = (sum(case["groups"][: ranks.rank + place]) for place in (0, 1))
     start, stop = sum(groups[:before]), sum(groups[:own])
     counts = stop > start

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from yolov12.mas.normalize import cut
-from yolov12.mas.step import Step
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.step.step import Step
 
 CASES = int(os.environ.get("YOLOV12_CASES", "100"))
 RANK = Path(__file__).with_name("rank.py")
@@ -98,7 +98,7 @@ def draw(chance, size, groups=None):
     images = sum(groups) * group + (chance.randrange(group) if group > 1 else 0)
     boxes = [chance.choice([0, 1, 3, chance.randrange(40), chance.randrange(150)]) for _ in range(images)]
     shares = list(groups)
-    shares[-1] += len(cut(images, group)) - sum(groups)  # what is left over is the last rank's
+    shares[-1] += len(split_groups(images, group)) - sum(groups)  # what is left over is the last rank's
     faults = [[fault(chance) for _ in range(chance.choice([0, 1, 2]))] for _ in range(size)]
     seed, before = chance.randrange(2**16), chance.random() < 0.3
     return {"boxes": boxes, "group": group, "groups": shares, "faults": faults, "seed": seed, "before": before}

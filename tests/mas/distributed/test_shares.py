@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from yolov12.mas.normalize import cut
-from yolov12.mas.shares import Balance, share_out, slowest_ms
+from yolov12.mas.distributed.shares import Balance, share_out, slowest_ms
+from yolov12.mas.scheduling.groups import split_groups
 
 speeds = st.floats(0.05, 50.0)
 
@@ -64,7 +64,7 @@ def test_groups_that_are_alike_go_to_who_is_done_with_them_first(count, ms):
 def test_equal_ranks_have_equal_shares():
     assert share_out([32] * 32, [5.0] * 4) == (256,) * 4
     assert share_out([32] * 9, [0.1] * 4) == (96, 64, 64, 64)
-    assert share_out(cut(1000, 32), [1.0] * 4) == (256, 256, 256, 232)
+    assert share_out(split_groups(1000, 32), [1.0] * 4) == (256, 256, 256, 232)
 
 
 def test_shares_of_the_issue():
@@ -141,13 +141,13 @@ def moves(shares):
 @pytest.mark.parametrize("group", [8, 32])
 def test_noise_moves_nothing(ranks, steps, group):
     training = Training([1.0] * ranks, seed=ranks)
-    seen = training.steps(cut(256 * ranks, group), steps)
+    seen = training.steps(split_groups(256 * ranks, group), steps)
     assert set(seen) == {(256,) * ranks}
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 32, 128])
 def test_a_rank_that_slows_down_has_less_to_do_soon(ranks):
-    groups = cut(256 * ranks, 8)
+    groups = split_groups(256 * ranks, 8)
     training = Training([1.0] * ranks, seed=ranks)
     before = training.steps(groups, 50)[-1]
     training.ms[1] = 1.5
@@ -160,7 +160,7 @@ def test_a_rank_that_slows_down_has_less_to_do_soon(ranks):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_tenth_is_followed(seed):
-    groups = cut(8 * 256, 8)
+    groups = split_groups(8 * 256, 8)
     training = Training([1.0] * 8, seed=seed)
     before = training.steps(groups, 100)[-1]
     training.ms[3] = 1.1
@@ -170,7 +170,7 @@ def test_a_tenth_is_followed(seed):
 
 
 def test_cards_of_a_mixed_fleet_are_done_together():
-    groups = cut(6 * 256, 8)
+    groups = split_groups(6 * 256, 8)
     training = Training([3.4, 1.0, 1.0, 1.3, 2.1, 1.1])
     seen = training.steps(groups, 300)
     assert seen[0] == (256,) * 6
@@ -180,7 +180,7 @@ def test_cards_of_a_mixed_fleet_are_done_together():
 
 def test_the_last_batch_of_an_epoch_moves_nothing_though_its_images_take_longer():
     training = Training([1.0, 1.5, 1.0, 1.2], fixed_ms=40.0)
-    usual, last = cut(1024, 8), cut(397, 8)
+    usual, last = split_groups(1024, 8), split_groups(397, 8)
     seen = [(training.step(usual), training.step(last)) for _ in range(150)]
     assert moves([one for one, _ in seen]) <= 3
     assert all(sum(one) == 1024 and sum(other) == 397 for one, other in seen)
@@ -188,14 +188,14 @@ def test_the_last_batch_of_an_epoch_moves_nothing_though_its_images_take_longer(
 
 def test_a_batch_that_is_smaller_from_now_on_is_learned_from():
     training = Training([1.0, 1.0])
-    training.steps(cut(1024, 8), 50)
+    training.steps(split_groups(1024, 8), 50)
     training.ms[0] = 2.0
-    last = training.steps(cut(256, 8), 20)[-1]
+    last = training.steps(split_groups(256, 8), 20)[-1]
     assert last[0] < last[1]
 
 
 def test_a_step_that_took_long_for_once_moves_nothing():
-    balance, groups = Balance(4), cut(1024, 8)
+    balance, groups = Balance(4), split_groups(1024, 8)
     for step in range(200):
         shares = balance.shares(groups)
         assert shares == (256,) * 4
@@ -203,7 +203,7 @@ def test_a_step_that_took_long_for_once_moves_nothing():
 
 
 def test_what_is_not_known_is_left_out():
-    balance, groups = Balance(3), cut(3 * 256, 8)
+    balance, groups = Balance(3), split_groups(3 * 256, 8)
     for _ in range(20):
         balance.observe(balance.shares(groups), [None, math.nan, math.inf])
     assert balance.shares(groups) == (256,) * 3
@@ -215,7 +215,7 @@ def test_what_is_not_known_is_left_out():
 
 def test_ranks_without_a_share_are_no_reason_to_fail():
     training = Training([1.0, 2.0, 1.0, 1.0])
-    seen = training.steps(cut(64, 32), 20)
+    seen = training.steps(split_groups(64, 32), 20)
     assert seen[0] == (32, 32, 0, 0)
     assert seen[-1][1] == 0
     assert all(sum(shares) == 64 for shares in seen)
@@ -226,7 +226,7 @@ def test_every_rank_comes_to_the_same_shares(seed, ranks):
     numbers = random.Random(seed)
     balances = [Balance(ranks) for _ in range(3)]
     for _ in range(20):
-        groups = cut(numbers.randrange(1, 100 * ranks), 8)
+        groups = split_groups(numbers.randrange(1, 100 * ranks), 8)
         shares, *others = [balance.shares(groups) for balance in balances]
         assert others == [shares, shares]
         ms = [numbers.choice([None, math.nan, numbers.uniform(1.0, 900.0)]) for _ in range(ranks)]

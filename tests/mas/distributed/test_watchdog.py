@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from yolov12.mas.lookout import Gone, Lookout, connect
+from yolov12.mas.distributed.watchdog import Gone, Lookout, connect
 
 BEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
 NOISE_S = 5.0
@@ -22,7 +22,7 @@ NOISE_S = 5.0
 SLEEP = "ctypes.CDLL(None).sleep(60)  # as in a collective: Python's lock is free, and no signal handler runs"
 RANK = """
 import ctypes, os, time
-from yolov12.mas.lookout import Lookout, connect
+from yolov12.mas.distributed.watchdog import Lookout, connect
 os.environ.update(environment)
 os.dup2(os.open(words, os.O_CREAT | os.O_WRONLY), 2)
 if hosts:
@@ -38,7 +38,7 @@ barrier.wait()
 exec(main)
 """
 FORKS = multiprocessing.get_context("forkserver")  # which imports torch once, and not in this process with its threads
-FORKS.set_forkserver_preload(["yolov12.mas.lookout"])
+FORKS.set_forkserver_preload(["yolov12.mas.distributed.watchdog"])
 
 
 class Ranks:
@@ -145,7 +145,7 @@ def test_process_that_ends_without_a_word_is_missed_at_once(run_python, monkeypa
     monkeypatch.setenv("MASTER_PORT", str(host.port))
     lookout = Lookout(connect(), 0, 2, beat_s=BEAT_S)
     ended = run_python(
-        "-c", "from yolov12.mas.lookout import *; lookout = Lookout(connect(), 1, 2); raise SystemExit(3)"
+        "-c", "from yolov12.mas.distributed.watchdog import *; lookout = Lookout(connect(), 1, 2); raise SystemExit(3)"
     )
     assert ended.returncode == 3, ended.stderr
     assert lookout.gone(NOISE_S) == Gone(1, "rank 1", "its process ended before the run did")

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 import pytest
 
-from yolov12.mas.journal import Journal, Row, read_rows
-from yolov12.mas.picture import draw, thin
+from yolov12.mas.journal.journal import Journal, Row, read_rows
+from yolov12.mas.journal.picture import draw, thin
 
 MIB = 2**20
 HEADER = (

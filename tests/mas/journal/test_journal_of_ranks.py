@@ -5,8 +5,8 @@ import json
 import pytest
 from matplotlib.colors import to_hex
 
-from yolov12.mas.journal import Journal, Row, read_ranks, read_rows
-from yolov12.mas.picture import draw
+from yolov12.mas.journal.journal import Journal, Row, read_ranks, read_rows
+from yolov12.mas.journal.picture import draw
 
 GIB = 2**30
 MIB = 2**20

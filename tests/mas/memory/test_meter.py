@@ -9,10 +9,14 @@ import pytest
 import torch
 
 from yolov12.errors import ConfigError
-from yolov12.mas import host_memory, nvml
-from yolov12.mas.host_memory import HostMemory, HostMeter
-from yolov12.mas.meter import CudaMeter, Reading, ReplayMeter, meter_for
-from yolov12.mas.nvml import NvmlGpu, OnceASecond
+from yolov12.mas.memory import host as host_memory
+from yolov12.mas.memory import nvml
+from yolov12.mas.memory.cuda import CudaMeter
+from yolov12.mas.memory.host import HostMemory, HostMeter
+from yolov12.mas.memory.meter import meter_for
+from yolov12.mas.memory.nvml import NvmlGpu, OnceASecond
+from yolov12.mas.memory.reading import Reading
+from yolov12.mas.memory.replay import ReplayMeter
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 GPU = torch.device("cuda:0")

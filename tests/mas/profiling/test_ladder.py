@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from yolov12 import mas
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
-from yolov12.mas.cost import Level
-from yolov12.mas.journal import read_rows
-from yolov12.mas.plans import Ladder
-from yolov12.mas.reading import ClockStopwatch, Reading
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.journal.journal import read_rows
+from yolov12.mas.memory.reading import ClockStopwatch, Reading
+from yolov12.mas.profiling.ladder import Ladder
+from yolov12.mas.profiling.trace import ByteTrace
+from yolov12.mas.scheduling.peak_model import Level
 
 BATCH = 16
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from yolov12 import mas
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
-from yolov12.mas.knapsack import ladder, peak_bytes
-from yolov12.mas.layers import outermost
-from yolov12.mas.rehearsal import profile
-from yolov12.mas.trace import ByteTrace
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.checkpointing.layers import outermost
+from yolov12.mas.profiling.solver import ladder, peak_bytes
+from yolov12.mas.profiling.trace import ByteTrace
+from yolov12.mas.profiling.warmup import profile
 
 IMAGES = 4
 SMALL = 2**16  # statistics of BatchNorm, the loss

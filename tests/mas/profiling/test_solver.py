@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
-from yolov12.mas.knapsack import ladder, peak_bytes, solve
-from yolov12.mas.profile import LayerCost, Profile, Time
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.profiling.profile import LayerCost, Profile, Time
+from yolov12.mas.profiling.solver import ladder, peak_bytes, solve
 
 
 @st.composite

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from yolov12.mas.trace import ByteTrace, rounded
+from yolov12.mas.profiling.trace import ByteTrace, rounded
 
 KIB = 1024
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov12.mas.cost import CostModel, Features, Level
+from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
 
 MIB = 2**20
 

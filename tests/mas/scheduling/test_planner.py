@@ -6,12 +6,12 @@ import pytest
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Workload
-from yolov12.mas.cost import CostModel, Features, Level
-from yolov12.mas.planner import WAIT_S, BatchPlanner
-from yolov12.mas.replay import ReplayMeter
-from yolov12.mas.scheduler import History
-from yolov12.mas.speed import SpeedModel
-from yolov12.mas.step import Failure
+from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.oom import Failure
+from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
+from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
+from yolov12.mas.scheduling.scheduler import History
+from yolov12.mas.scheduling.time_model import SpeedModel
 
 MIB = 2**20
 IMAGE = 100 * MIB

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from yolov12.mas.cost import CostModel, Features, Level
-from yolov12.mas.scheduler import Decision, Group, History, State, decide
-from yolov12.mas.speed import SpeedModel
+from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
+from yolov12.mas.scheduling.scheduler import Decision, Group, History, State, decide
+from yolov12.mas.scheduling.time_model import SpeedModel
 
 MIB = 2**20
 IMAGE = 100 * MIB

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from yolov12.mas.cost import Level
-from yolov12.mas.speed import NEW_SIZE_MS, SpeedModel
+from yolov12.mas.scheduling.peak_model import Level
+from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
 
 LADDER = (Level(1.0, 1.0), Level(0.8, 1.03), Level(0.6, 1.1), Level(0.4, 1.35))
 

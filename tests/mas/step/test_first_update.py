@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolov12.mas.update import copy_on_host, survive_first_update
+from yolov12.mas.step.first_update import copy_on_host, survive_first_update
 
 
 class Stingy(torch.optim.Adam):

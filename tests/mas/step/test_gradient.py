@@ -1,7 +1,8 @@
 """The gradient of a batch is the same however it was cut and whatever failed on the way: the engine's promise.
 
 On a real YOLOv12-N with Ultralytics' loss, in float64, where rounding is 1e-16 and anything else is a mistake. What is
-left, up to 2e-5, are single-precision sums inside that loss. `YOLOV12_CASES=2000 pytest tests/mas/test_gradient.py`
+left, up to 2e-5, are single-precision sums inside that loss.
+`YOLOV12_CASES=2000 pytest tests/mas/step/test_gradient.py`
 tries more.
 """
 
@@ -16,9 +17,9 @@ from torch import nn
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Engine
-from yolov12.mas.checkpointing import KEEP_ALL
-from yolov12.mas.normalize import cut
-from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
+from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.scheduling.groups import split_groups
 
 CASES = int(os.environ.get("YOLOV12_CASES", "100"))
 GIB = 2**30
@@ -94,7 +95,7 @@ def run_disturbed(tools, bench, boxes, group, seed, drawn, before):
     batch = tools.batch(boxes, seed)
     wanted = bench.whole(batch, group)
     bench.step.plans = (KEEP_ALL, tools.plan(bench.layers, seed), tools.plan(bench.layers, seed + 1))
-    planner = tools.Scripted(cut(len(boxes), group), seed, levels=(0, 1, 2))
+    planner = tools.Scripted(split_groups(len(boxes), group), seed, levels=(0, 1, 2))
     outcome = bench.run(batch, planner, faults_of(tools, bench, drawn), before)
     assert len(planner.failures) == len(bench.faults.fired)
     event(f"{len(planner.failures)} failures")
@@ -214,7 +215,7 @@ def oriented(tools):
 def test_gradient_of_oriented_boxes(tools, oriented, boxes, group, seed, drawn):
     batch = tools.batch(boxes, seed, angles=True)
     wanted = oriented.whole(batch, group)
-    planner = tools.Scripted(cut(len(boxes), group), seed)
+    planner = tools.Scripted(split_groups(len(boxes), group), seed)
     assert_same(tools, oriented.run(batch, planner, faults_of(tools, oriented, drawn)), wanted, 2e-5)
 
 

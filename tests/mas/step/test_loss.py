@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from yolov12.mas.step.loss import Total
 from yolov12.mas.task import Loss
-from yolov12.mas.total import Total
 
 
 def scales(normalisers, per_image=None, floor=1.0):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from yolov12.mas.feed import Feed
+from yolov12.mas.step.prefetch import Feed
 
 CPU = torch.device("cpu")
 

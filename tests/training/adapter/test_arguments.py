@@ -78,7 +78,7 @@ def test_the_engine_is_switched_off_by_a_word(trainings, tmp_path, word):
 def test_a_share_of_the_memory_and_a_number_of_bytes(trainings, tmp_path):
     half = trainings.train(tmp_path, **trainings.SPLIT, mem_limit=0.5, mem_safety_ratio=0, epochs=1)
     fixed = trainings.train(tmp_path, **trainings.SPLIT, mem_limit="3GiB", mem_safety_ratio=0.5, epochs=1)
-    from yolov12.mas.host_memory import HostMemory
+    from yolov12.mas.memory.host import HostMemory
 
     total_mib = HostMemory().room_bytes()[0] / 2**20
     assert max(float(row["budget_mib"]) for row in half.memory) <= total_mib / 2 + 0.1

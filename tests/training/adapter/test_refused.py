@@ -10,8 +10,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolov12 import cli
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import engine
-from yolov12.mas.host_memory import HostMeter
-from yolov12.training.memory import _optimizer_bytes
+from yolov12.mas.memory.host import HostMeter
+from yolov12.training.adapter.trainer import _optimizer_bytes
 
 MESSAGE = re.compile(
     r"one image needs (?P<needed>[\d,]+) MiB at its peak, "

@@ -3,8 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yolov12.training.arrangement import arranged
-from yolov12.training.loader import _Collate
+from yolov12.training.data.arrangement import arranged
+from yolov12.training.data.loader import _Collate
 
 boxes = st.lists(st.one_of(st.integers(0, 40), st.integers(300, 1000)), min_size=1, max_size=300)
 

@@ -10,8 +10,8 @@ from ultralytics.data.build import InfiniteDataLoader, build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER, plotting
 
-from yolov12.mas.host_memory import HostMemory
-from yolov12.training.host import AHEAD, affordable_workers, draw_less_ahead, limit_workers
+from yolov12.mas.memory.host import HostMemory
+from yolov12.training.data.host import AHEAD, affordable_workers, draw_less_ahead, limit_workers
 
 MIB, GIB = 2**20, 2**30
 

@@ -10,7 +10,7 @@ from ultralytics.data.build import InfiniteDataLoader, build_dataloader, build_y
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import init_seeds
 
-from yolov12.training.loader import SKIPPED, ResumableLoader, for_file, random_state, resumable, set_random_state
+from yolov12.training.data.loader import SKIPPED, ResumableLoader, for_file, random_state, resumable, set_random_state
 
 BATCH, EPOCHS, CLOSE = 4, 4, 2
 

@@ -13,9 +13,9 @@ from ultralytics.utils.torch_utils import init_seeds
 
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas import Engine
-from yolov12.mas.ranks import ALONE, Said
-from yolov12.training.data_layer import CALM, DataLayer, Rung, rungs
-from yolov12.training.sharing import Sharing
+from yolov12.mas.distributed.ranks import ALONE, Said
+from yolov12.training.data.resolution import CALM, DataLayer, Rung, rungs
+from yolov12.training.data.sharing import Sharing
 
 SIZES = {"imgsz": 128, "mas_min_imgsz": 32}
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from ultralytics.data.build import InfiniteDataLoader
 
-from yolov12.mas.ranks import Said
-from yolov12.training.loader import ResumableLoader
-from yolov12.training.sharing import Sharing, augment_by_place, rung_of
+from yolov12.mas.distributed.ranks import Said
+from yolov12.training.data.loader import ResumableLoader
+from yolov12.training.data.sharing import Sharing, augment_by_place, rung_of
 
 
 class Rank:

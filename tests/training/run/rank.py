@@ -20,8 +20,8 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Engine
-from yolov12.mas.planner import BatchPlanner
-from yolov12.training.detection import DetectionTask
+from yolov12.mas.scheduling.planner import BatchPlanner
+from yolov12.training.adapter.detection import DetectionTask
 
 
 def leave_no_room(while_):

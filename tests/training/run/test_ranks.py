@@ -18,7 +18,7 @@ import torch
 from ultralytics import YOLO
 
 from yolov12.errors import ConfigError
-from yolov12.training import team
+from yolov12.training.run import team
 
 RANK = Path(__file__).with_name("rank.py")
 PLAIN = {"mosaic": 0, "hsv_h": 0, "hsv_s": 0, "hsv_v": 0, "fliplr": 0, "translate": 0, "scale": 0}

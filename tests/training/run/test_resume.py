@@ -11,12 +11,12 @@ import torch
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolov12.errors import ConfigError
+from yolov12.files import AtomicPath
 from yolov12.mas import Engine
-from yolov12.training import run_state
-from yolov12.training.files import AtomicPath
-from yolov12.training.interruption import Interruption
-from yolov12.training.options import Interval
-from yolov12.training.resume import latest_interrupted
+from yolov12.training.run import run_state
+from yolov12.training.run.interruption import Interruption
+from yolov12.training.run.options import Interval
+from yolov12.training.run.resume import latest_interrupted
 
 
 class PowerCutError(Exception):
@@ -331,7 +331,7 @@ def test_one_process_trains_in_a_folder(trainings, tmp_path):
     run = cut(trainings, tmp_path, name="line")
     where = {"project": tmp_path, "name": "line"}
     code = (
-        "import sys, pathlib; from yolov12.training.files import lock; "
+        "import sys, pathlib; from yolov12.files import lock; "
         "kept = lock(pathlib.Path(sys.argv[1])); print(kept is not None, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov12.mas import batchnorm_kernels
-from yolov12.mas.override import overridden
+from yolov12.mas.batchnorm import kernels as batchnorm_kernels
+from yolov12.mas.modules import overridden
 
-__all__ = ["GroupedBatchNorm", "Kernels", "cut"]
+__all__ = ["GroupedBatchNorm", "Kernels"]
 
 Again = Callable[[Tensor], Tensor]
 """Makes an output of a BatchNorm once more, from its input."""
@@ -49,19 +49,6 @@ class Kernels(Protocol):
         silu: bool = False,
     ) -> tuple[Tensor, Again]:
         """See there."""
-
-
-def cut(images: int, group: int) -> tuple[int, ...]:
-    """Sizes of the groups that so many images are cut into.
-
-    Groups of `group` images; what is left over is a group of its own, unless it would be less than a quarter of one,
-    whose statistics would be noise: then it shares evenly with the group before it. `group=0` is one group.
-    """
-    full, rest = divmod(images, group) if group else (0, images)
-    sizes = [group] * full + [rest] * bool(rest)
-    if full and 0 < 4 * rest < max(group, 5):  # never one image alone, which some layers cannot normalise
-        sizes[-2:] = group + rest - (group + rest) // 2, (group + rest) // 2
-    return tuple(sizes)
 
 
 class GroupedBatchNorm:

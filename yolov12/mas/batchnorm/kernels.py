@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov12.mas.failures import is_out_of_memory
+from yolov12.mas.oom import is_out_of_memory
 
 try:
     import triton

@@ -8,7 +8,7 @@ recompute   only its inputs stay, and its forward pass runs again (Chen, Xu, Zha
             https://arxiv.org/abs/1604.06174), by `torch.utils.checkpoint`
 
 Gradients are the same whatever the plan. So are running statistics: a BatchNorm that runs again overwrites the row of
-its group (normalize.py).
+its group (batchnorm/grouped.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from yolov12.mas.nest import each_tensor
-from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.override import overridden
-from yolov12.mas.rebuild import ACTIVATIONS, Outputs
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.rebuild import ACTIVATIONS, Outputs
+from yolov12.mas.modules import each_tensor, overridden
 
 __all__ = ["KEEP_ALL", "REBUILD", "RECOMPUTE", "Checkpointing", "Plan"]
 

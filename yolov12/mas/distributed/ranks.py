@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yolov12.errors import DoesNotFitError, RankError
-from yolov12.mas.lookout import Lookout
+from yolov12.mas.distributed.watchdog import Lookout
 
 __all__ = ["ALONE", "ProcessRanks", "Ranks", "Said", "exchange_names"]
 

@@ -1,6 +1,6 @@
 """How many images of each batch every rank takes, so that all are done at the same time.
 
-A batch is cut into BatchNorm groups (`normalize.cut`), and every rank takes a run of whole ones, rank 0 the first. As
+A batch is cut into BatchNorm groups (`groups.split_groups`), and every rank takes a run of whole ones, rank 0 the first. As
 a rank can run any share, in micro-batches, shares follow speed: a card that is slower, or that has little memory and
 recomputes more, takes fewer images. Where the groups are alike, the shares of least time come from giving each group to
 the rank that would be done with it first (list scheduling: Graham, Bounds on multiprocessing timing anomalies, 1969),

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from yolov12.mas import picture
-from yolov12.mas.summary import RESUMED, Summary, summarise
+from yolov12.mas.journal import picture
+from yolov12.mas.journal.summary import RESUMED, Summary, summarise
 
 __all__ = ["COLUMNS", "RESUMED", "Journal", "Row", "Summary", "read_ranks", "read_rows"]
 

@@ -1,10 +1,4 @@
-"""Meters: the memory of the device a model trains on, read before every step and around every micro-batch.
-
-meter = meter_for(torch.device("cuda:0"), limit=0.5)
-live_bytes = meter.mark()
-...                                                     # forward and backward
-increment_bytes = meter.peak_bytes() - live_bytes
-"""
+"""Reads the memory of a CUDA device."""
 
 from __future__ import annotations
 
@@ -13,31 +7,11 @@ from typing import Any
 
 import torch
 
-from yolov12.errors import ConfigError
-from yolov12.mas.host_memory import HostMemory, HostMeter
-from yolov12.mas.nvml import NvmlGpu, OnceASecond
-from yolov12.mas.reading import Meter, Reading, Stopwatch, limited_bytes
-from yolov12.mas.replay import ReplayMeter
+from yolov12.mas.memory.host import HostMemory
+from yolov12.mas.memory.nvml import NvmlGpu, OnceASecond
+from yolov12.mas.memory.reading import Reading, Stopwatch, limited_bytes
 
-__all__ = ["CudaMeter", "HostMeter", "Meter", "Reading", "ReplayMeter", "Stopwatch", "meter_for"]
-
-
-def meter_for(device: torch.device, limit: int | float | None = None) -> Meter:
-    """Return the meter of a device.
-
-    Args:
-        device: A CUDA device or the CPU.
-        limit: What this process may hold: bytes (int), a share of the device (float, above 0 to 1), or None. More than
-            the device is the device. PyTorch's allocator on the GPU stops there too, whatever it was told before.
-
-    Raises:
-        ConfigError: The device is neither.
-    """
-    if device.type == "cuda":
-        return CudaMeter(device, limit)
-    if device.type == "cpu":
-        return HostMeter(limit)
-    raise ConfigError(f"memory of device '{device}' cannot be read. Train on a GPU (device=0) or on device=cpu")
+__all__ = ["CudaMeter"]
 
 
 class CudaMeter:

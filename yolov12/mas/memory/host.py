@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yolov12.mas.cgroups import CGROUPS, read_cgroup_memory, read_fields
-from yolov12.mas.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
+from yolov12.mas.memory.cgroups import CGROUPS, read_cgroup_memory, read_fields
+from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
 
 __all__ = ["HostMemory", "HostMeter", "trim_heap"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from yolov12.mas.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
+from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
 
 __all__ = ["ReplayMeter"]
 

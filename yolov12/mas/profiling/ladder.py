@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from yolov12.mas.checkpointing import KEEP_ALL, RECOMPUTE, Plan
-from yolov12.mas.cost import Level
-from yolov12.mas.knapsack import ladder
-from yolov12.mas.layers import outermost
-from yolov12.mas.meter import Meter
-from yolov12.mas.profile import Profile
-from yolov12.mas.rehearsal import profile
-from yolov12.mas.step import Step
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, RECOMPUTE, Plan
+from yolov12.mas.checkpointing.layers import outermost
+from yolov12.mas.memory.reading import Meter
+from yolov12.mas.profiling.profile import Profile
+from yolov12.mas.profiling.solver import ladder
+from yolov12.mas.profiling.warmup import profile
+from yolov12.mas.scheduling.peak_model import Level
+from yolov12.mas.step.step import Step
 
 __all__ = ["Ladder", "ladder_of", "make_ladder"]
 
@@ -55,7 +55,7 @@ def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch
     Args:
         step: Runs the model.
         meter: Of its device.
-        layers: See `layers.candidates`.
+        layers: See `checkpointing.layers.candidates`.
         batch: On the host.
         images: How many to profile with; libraries should have seen this number.
     """

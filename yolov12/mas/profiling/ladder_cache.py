@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from yolov12.mas.plans import Ladder
+from yolov12.mas.profiling.ladder import Ladder
 from yolov12.mas.task import Workload
 
 __all__ = ["LadderCache"]

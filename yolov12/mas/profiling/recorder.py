@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov12.mas.checkpointing import Checkpointing
-from yolov12.mas.nest import each_tensor
-from yolov12.mas.override import overridden
-from yolov12.mas.profile import LayerCost, Profile, Time
-from yolov12.mas.reading import Stopwatch
-from yolov12.mas.rebuild import ACTIVATIONS, Outputs
+from yolov12.mas.checkpointing.checkpointing import Checkpointing
+from yolov12.mas.checkpointing.rebuild import ACTIVATIONS, Outputs
+from yolov12.mas.memory.reading import Stopwatch
+from yolov12.mas.modules import each_tensor, overridden
+from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
 __all__ = ["Peaks", "Recorder", "WholePasses"]
 

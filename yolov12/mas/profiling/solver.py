@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
-from yolov12.mas.profile import LayerCost, Profile, Time
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
 __all__ = ["Rung", "ladder", "peak_bytes", "solve"]
 

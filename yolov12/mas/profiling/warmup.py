@@ -11,20 +11,19 @@ from typing import Any
 
 from torch import nn
 
-from yolov12.mas.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
-from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.meter import Meter
-from yolov12.mas.profile import Profile
-from yolov12.mas.recorder import Recorder, WholePasses
-from yolov12.mas.speed import SpeedModel
-from yolov12.mas.step import Failure, Step
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.memory.reading import Meter
+from yolov12.mas.oom import Failure
+from yolov12.mas.profiling.profile import Profile
+from yolov12.mas.profiling.recorder import Recorder, WholePasses
+from yolov12.mas.profiling.trace import ByteTrace
+from yolov12.mas.scheduling.peak_model import CostModel, Features
+from yolov12.mas.scheduling.time_model import SpeedModel
+from yolov12.mas.step.step import Step
 from yolov12.mas.task import Workload
-from yolov12.mas.trace import ByteTrace
 
-__all__ = ["GROUPS", "PROFILE_IMAGES", "profile", "rehearse"]
+__all__ = ["PROFILE_IMAGES", "profile", "rehearse"]
 
-GROUPS = (32, 16, 8, 4, 2, 1)
-"""What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
 PROFILE_IMAGES = 8
 """At most."""
 _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
@@ -74,7 +73,7 @@ def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: An
     Args:
         step: Runs them, on a model with these layers.
         meter: Of its device.
-        layers: See `layers.candidates`.
+        layers: See `checkpointing.layers.candidates`.
         batch: On the host.
         images: How many to run; libraries should have seen this number.
     """

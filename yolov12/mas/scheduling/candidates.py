@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from yolov12.mas.cost import CostModel, Features
-from yolov12.mas.speed import SpeedModel
+from yolov12.mas.scheduling.peak_model import CostModel, Features
+from yolov12.mas.scheduling.time_model import SpeedModel
 
 __all__ = ["Arm", "Cut", "Group", "History", "State", "arm_of", "cut_evenly", "cuts", "features_of", "safe_arms"]
 __all__ += ["under_ceiling", "upper_bytes"]

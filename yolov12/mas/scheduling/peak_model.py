@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from yolov12.mas.peak_law import SURPRISE, PeakLaw, Size
+from yolov12.mas.scheduling.peak_law import SURPRISE, PeakLaw, Size
 
 __all__ = ["SPREAD_UNSEEN", "CostModel", "Features", "Level"]
 

@@ -9,13 +9,12 @@ from itertools import accumulate
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
-from yolov12.mas.cost import SPREAD_UNSEEN, CostModel, Features
-from yolov12.mas.failures import does_not_fit, tried_to_allocate
-from yolov12.mas.meter import Meter
-from yolov12.mas.normalize import cut
-from yolov12.mas.scheduler import Decision, Group, History, State, decide
-from yolov12.mas.speed import SpeedModel
-from yolov12.mas.step import Failure
+from yolov12.mas.memory.reading import Meter
+from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.peak_model import SPREAD_UNSEEN, CostModel, Features
+from yolov12.mas.scheduling.scheduler import Decision, Group, History, State, decide
+from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.task import Workload
 
 __all__ = ["BatchPlanner", "WaysOut"]
@@ -106,7 +105,7 @@ class BatchPlanner:
         """Groups as they should be, or smaller ones, the last rung: BatchNorm then sees fewer images for a batch."""
         group = self._group or 1
         while self._ceiling != 0:
-            sizes = cut(self._work.images - start, group)
+            sizes = split_groups(self._work.images - start, group)
             decision = decide(self._state(start, sizes), self._cost, self._speed)
             if decision.fits:
                 return self._accept(decision, sizes, group)

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from yolov12.mas.arms import (
+from yolov12.mas.scheduling.candidates import (
     Arm,
     Group,
     History,
@@ -34,8 +34,8 @@ from yolov12.mas.arms import (
     under_ceiling,
     upper_bytes,
 )
-from yolov12.mas.cost import CostModel
-from yolov12.mas.speed import SpeedModel
+from yolov12.mas.scheduling.peak_model import CostModel
+from yolov12.mas.scheduling.time_model import SpeedModel
 
 __all__ = ["Decision", "Group", "History", "State", "decide"]
 
@@ -43,7 +43,7 @@ ROOM_TO_GROW = 0.01
 """Share of the budget that must stay free under an arm that needs more memory, as readings of memory scatter."""
 MOVE_BATCHES = 0.1
 """Price of a move, in batches: memory is given back and asked for again. In simulation 0.05 to 0.25, and a room of 0 to
-0.03, make a difference of 0.5 % (benchmarks/controller.py)."""
+0.03, make a difference of 0.5 % (benchmarks/controller)."""
 _LARGEST_STEP = 4  # a prediction further out than this times what was observed is a guess
 _EQUAL = 1.02  # times as long is as long, as times scatter by more; then the fewest micro-batches
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from yolov12.mas.peak_law import Size
+from yolov12.mas.scheduling.peak_law import Size
 
 __all__ = ["SpeedLaw", "megapixels"]
 

@@ -1,7 +1,7 @@
 """The online model of a micro-batch's time, by images, height, width and checkpoint plan.
 
 A size that was measured takes what it took, the mean of late, and a plan multiplies it by a factor, which begins as
-that of its profile. For other sizes there is a law (speed_law.py), which says what is expected and what it would be at
+that of its profile. For other sizes there is a law (time_law.py), which says what is expected and what it would be at
 best: optimism in the face of uncertainty (Auer, Cesa-Bianchi, Fischer: Finite-time analysis of the multiarmed bandit
 problem, 2002). Measured times are forgotten exponentially (Garivier, Moulines: On upper-confidence bound policies for
 switching bandit problems, 2011), as other processes come and go.
@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from yolov12.mas.cost import Level
-from yolov12.mas.peak_law import Size
-from yolov12.mas.speed_law import SpeedLaw, megapixels
+from yolov12.mas.scheduling.peak_law import Size
+from yolov12.mas.scheduling.peak_model import Level
+from yolov12.mas.scheduling.time_law import SpeedLaw, megapixels
 
 __all__ = ["NEW_SIZE_MS", "SpeedModel"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from yolov12.mas.failures import is_out_of_memory
+from yolov12.mas.oom import is_out_of_memory
 
 __all__ = ["Undo", "copy_on_host", "survive_first_update"]
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from yolov12.mas import gradients
-from yolov12.mas.ranks import Ranks
+from yolov12.mas.distributed.ranks import Ranks
+from yolov12.mas.step import gradients
 from yolov12.mas.task import Loss
 
 __all__ = ["Total"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from yolov12.mas.failures import is_out_of_memory
-from yolov12.mas.nest import each_tensor
+from yolov12.mas.modules import each_tensor
+from yolov12.mas.oom import is_out_of_memory
 
 __all__ = ["Feed"]
 

@@ -2,11 +2,11 @@
 
 The gradient is that of the whole batch at once, however it was cut and whatever failed on the way:
 
-- a loss is numerator / normaliser, and numerators and normalisers are added up apart (total.py);
-- BatchNorm sees fixed groups of images (normalize.py);
+- a loss is numerator / normaliser, and numerators and normalisers are added up apart (loss.py);
+- BatchNorm sees fixed groups of images (batchnorm/grouped.py);
 - a micro-batch computes its gradient on its own, and it is added when it is complete. A failed allocation costs the
   micro-batch it hit: its gradient is dropped, the random generators are set back, and what is left runs again, smaller;
-- several processes exchange nothing until all are through with their shares, and then only sums (ranks.py).
+- several processes exchange nothing until all are through with their shares, and then only sums (distributed/ranks.py).
 """
 
 from __future__ import annotations
@@ -19,28 +19,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from yolov12.mas import gradients
-from yolov12.mas.checkpointing import KEEP_ALL, Checkpointing, Plan
-from yolov12.mas.failures import is_out_of_memory
-from yolov12.mas.feed import Feed
-from yolov12.mas.meter import Meter, Stopwatch
-from yolov12.mas.normalize import GroupedBatchNorm
-from yolov12.mas.ranks import ALONE, Ranks
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
+from yolov12.mas.distributed.ranks import ALONE, Ranks
+from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.oom import Failure, is_out_of_memory
+from yolov12.mas.step import gradients
+from yolov12.mas.step.loss import Total
+from yolov12.mas.step.prefetch import Feed
 from yolov12.mas.task import Task
-from yolov12.mas.total import Total
 
-__all__ = ["Failure", "Planner", "Result", "Step"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An allocation that failed."""
-
-    images: int
-    """Of the micro-batch it hit."""
-    message: str
-    peak_bytes: int
-    """Of live bytes, until it failed."""
+__all__ = ["Planner", "Result", "Step"]
 
 
 class Planner(Protocol):
@@ -87,7 +76,7 @@ class Step:
         meter: Of that device.
         backward: Differentiates a scalar; scales it first if half precision needs that.
         layers: Those that plans may name; see `checkpointing`.
-        activations: See `normalize.GroupedBatchNorm`.
+        activations: See `batchnorm.grouped.GroupedBatchNorm`.
         ranks: Processes that share each batch.
     """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from yolov12.mas.task import Loss, Workload
-from yolov12.training.assigning import in_slices
+from yolov12.models.assigner import in_slices
 
 __all__ = ["BOXES", "DetectionTask"]
 

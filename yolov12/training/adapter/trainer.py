@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from yolov12.errors import ConfigError
 from yolov12.mas import Config, Engine, Journal, Result
-from yolov12.mas.config import DEFAULTS
-from yolov12.mas.ranks import ALONE, Ranks
-from yolov12.mas.rehearsal import GROUPS
-from yolov12.mas.speed import NEW_SIZE_MS
-from yolov12.mas.update import Undo, copy_on_host
+from yolov12.mas.config import DEFAULTS, GROUPS
+from yolov12.mas.distributed.ranks import ALONE, Ranks
+from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
+from yolov12.mas.step.first_update import Undo, copy_on_host
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
-from yolov12.training import team
-from yolov12.training.data_layer import DataLayer, rungs
-from yolov12.training.detection import DetectionTask
-from yolov12.training.loader import SKIPPED, ResumableLoader, resumable
-from yolov12.training.options import Interval
-from yolov12.training.run_state import FILE, Keeper, find
-from yolov12.training.sharing import SHARE, Share, Sharing, augment_by_place
+from yolov12.models.optimizer_state import OPTIMIZERS, optimizer_state
+from yolov12.training.adapter.detection import DetectionTask
+from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
+from yolov12.training.data.resolution import DataLayer, rungs
+from yolov12.training.data.sharing import SHARE, Share, Sharing, augment_by_place
+from yolov12.training.run import team
+from yolov12.training.run.options import Interval
+from yolov12.training.run.run_state import FILE, Keeper, find
 
 __all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
 
@@ -430,8 +430,6 @@ def _remember(trainer: Any) -> Undo:
 
 def _optimizer_bytes(trainer: Any, model: nn.Module) -> int:
     """That the first update will add."""
-    from yolov12.plan.fixed import OPTIMIZERS, optimizer_state
-
     name = type(trainer.optimizer).__name__
     if trainer.optimizer.state or name not in OPTIMIZERS:
         return 0

@@ -22,12 +22,12 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils.ops import Profile
 
 from yolov12.mas import Config
-from yolov12.mas.meter import meter_for
-from yolov12.mas.override import overridden
-from yolov12.mas.slices import Slices
-from yolov12.mas.total import Total
-from yolov12.training import team
-from yolov12.training.detection import BOXES, DetectionTask
+from yolov12.mas.inference import Slices
+from yolov12.mas.memory.meter import meter_for
+from yolov12.mas.modules import overridden
+from yolov12.mas.step.loss import Total
+from yolov12.training.adapter.detection import BOXES, DetectionTask
+from yolov12.training.run import team
 
 __all__ = ["predict", "validate"]
 

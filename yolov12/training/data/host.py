@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from yolov12.mas.host_memory import HostMemory
+from yolov12.mas.memory.host import HostMemory
 
 __all__ = ["AHEAD", "affordable_workers", "cache_fits", "draw_less_ahead", "fewer_pictures", "limit_workers"]
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
-from yolov12.training.arrangement import arranged
-from yolov12.training.sharing import SHARE, Sharing
+from yolov12.training.data.arrangement import arranged
+from yolov12.training.data.sharing import SHARE, Sharing
 
 __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "random_state", "resumable", "set_random_state"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from yolov12.mas import Engine
-from yolov12.training.sharing import rung_of
+from yolov12.training.data.sharing import rung_of
 
 __all__ = ["DataLayer", "Rung", "rungs"]
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from yolov12.mas.normalize import cut
-from yolov12.mas.ranks import Ranks, Said
-from yolov12.mas.shares import Balance, share_out
-from yolov12.training.arrangement import arranged
+from yolov12.mas.distributed.ranks import Ranks, Said
+from yolov12.mas.distributed.shares import Balance, share_out
+from yolov12.mas.scheduling.groups import split_groups
+from yolov12.training.data.arrangement import arranged
 
 __all__ = ["SHARE", "Share", "Sharing", "augment_by_place", "rung_of"]
 
@@ -68,7 +68,7 @@ class Sharing:
         rung: Callable[[], int] = lambda: 0,
     ) -> None:
         self._ranks, self._group, self._boxes, self._rung = ranks, group, boxes, rung
-        self._whole = cut(batch, group)
+        self._whole = split_groups(batch, group)
         self._ahead = -ranks.least(-ahead)  # of the one that draws furthest ahead
         self._balance = Balance(ranks.size, move_ms)
         self._settled: deque[tuple[int, Sequence[float], int]] = deque([(0, self._balance.ms_per_image, rung())])
@@ -101,7 +101,7 @@ class Sharing:
     def shares(self, images: int) -> tuple[int, ...]:
         """Images of every rank in the batch that is drawn next."""
         speeds, _ = self._now()
-        return share_out(cut(images, self._group), speeds)
+        return share_out(split_groups(images, self._group), speeds)
 
     def _now(self) -> tuple[Sequence[float], int]:
         """What is settled for the batch that is drawn next."""

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-_FILE = Path(__file__).parents[1] / "cfg" / "recipes.yaml"
+_FILE = Path(__file__).parents[2] / "cfg" / "recipes.yaml"
 
 
 def recipe_for(model_yaml: Mapping[str, Any], chosen: Collection[str]) -> tuple[str, dict[str, float]]:

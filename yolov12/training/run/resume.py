@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from yolov12.files import is_locked
 from yolov12.models import weights
-from yolov12.training.files import is_locked
-from yolov12.training.run_state import FILE
+from yolov12.training.run.run_state import FILE
 
 __all__ = ["interrupted", "latest_interrupted"]
 

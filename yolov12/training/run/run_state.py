@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolov12 import files
 from yolov12.errors import ConfigError
 from yolov12.mas import Engine
 from yolov12.models import weights
-from yolov12.training import files
-from yolov12.training.data_layer import DataLayer
-from yolov12.training.interruption import Interruption
-from yolov12.training.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
-from yolov12.training.options import Interval
+from yolov12.training.data.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
+from yolov12.training.data.resolution import DataLayer
+from yolov12.training.run.interruption import Interruption
+from yolov12.training.run.options import Interval
 
 __all__ = ["FILE", "Keeper", "find"]
 

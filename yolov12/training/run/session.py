@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from yolov12.mas.config import DEFAULTS, Config
-from yolov12.training.options import OPTIONS, Interval, check_data_layer
-from yolov12.training.preflight import check_training_arguments
-from yolov12.training.recipes import recipe_for
-from yolov12.training.resume import latest_interrupted
-from yolov12.training.run_state import FILE
+from yolov12.training.run.options import OPTIONS, Interval, check_data_layer
+from yolov12.training.run.preflight import check_training_arguments
+from yolov12.training.run.recipes import recipe_for
+from yolov12.training.run.resume import latest_interrupted
+from yolov12.training.run.run_state import FILE
 
 __all__ = ["check_resume", "remove_false_start", "train"]
 

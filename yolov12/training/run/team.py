@@ -25,9 +25,9 @@ import torch.distributed as dist
 from torch import nn
 
 from yolov12.errors import ConfigError, RankError
-from yolov12.mas.lookout import Lookout, connect
-from yolov12.mas.normalize import cut
-from yolov12.mas.ranks import ProcessRanks, exchange_names
+from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
+from yolov12.mas.distributed.watchdog import Lookout, connect
+from yolov12.mas.scheduling.groups import split_groups
 
 __all__ = [
     "Team",
@@ -96,7 +96,7 @@ def check_batch(settings: Mapping[str, Any], processes: int) -> None:
         raise ConfigError(f"batch={batch}: for several processes give a number of images; any number will fit")
     if batch < processes:
         raise ConfigError(f"batch={batch} is less than an image for each of {processes} processes")
-    if isinstance(group, int) and group and len(cut(int(batch), group)) < processes:
+    if isinstance(group, int) and group and len(split_groups(int(batch), group)) < processes:
         raise ConfigError(
             f"bn_group={group}: batch={batch} has fewer groups than the {processes} processes that share it: "
             f"give {int(batch) // processes} or less, or leave it out"

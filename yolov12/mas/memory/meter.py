@@ -1,0 +1,36 @@
+"""Meters: the memory of the device a model trains on, read before every step and around every micro-batch.
+
+meter = meter_for(torch.device("cuda:0"), limit=0.5)
+live_bytes = meter.mark()
+...                                                     # forward and backward
+increment_bytes = meter.peak_bytes() - live_bytes
+"""
+
+from __future__ import annotations
+
+import torch
+
+from yolov12.errors import ConfigError
+from yolov12.mas.memory.cuda import CudaMeter
+from yolov12.mas.memory.host import HostMeter
+from yolov12.mas.memory.reading import Meter
+
+__all__ = ["meter_for"]
+
+
+def meter_for(device: torch.device, limit: int | float | None = None) -> Meter:
+    """Return the meter of a device.
+
+    Args:
+        device: A CUDA device or the CPU.
+        limit: What this process may hold: bytes (int), a share of the device (float, above 0 to 1), or None. More than
+            the device is the device. PyTorch's allocator on the GPU stops there too, whatever it was told before.
+
+    Raises:
+        ConfigError: The device is neither.
+    """
+    if device.type == "cuda":
+        return CudaMeter(device, limit)
+    if device.type == "cpu":
+        return HostMeter(limit)
+    raise ConfigError(f"memory of device '{device}' cannot be read. Train on a GPU (device=0) or on device=cpu")
