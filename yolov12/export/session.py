@@ -295,11 +295,7 @@ def _room(exporter: Any) -> _Room:
     config = Config.parse(vars(exporter.args))
     if exporter.device.type == "cpu":
         return _Room(config.limit if isinstance(config.limit, int) else None, "mem_limit")
-    meter = meter_for(exporter.device, config.limit)
-    try:
-        budget = meter.read().budget_bytes(config.safety_ratio)
-    finally:
-        meter.close()
+    budget = meter_for(exporter.device, config.limit).read().budget_bytes(config.safety_ratio)
     return _Room(budget, "what is free now" if config.limit is None else "mem_limit, and what is free now")
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
-from yolov12.mas.config import GROUPS
 from yolov12.mas.profiling.ladder import Ladder
 from yolov12.mas.profiling.profile import Time
-from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.candidates import beside_bytes
+from yolov12.mas.scheduling.groups import decide_groups, largest_group, least_bytes
 from yolov12.mas.scheduling.peak_model import CostModel, Features
-from yolov12.mas.scheduling.scheduler import Decision, Group, State, decide
+from yolov12.mas.scheduling.scheduler import Decision, Group, State
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.plan.estimate import Estimate, Fixed
 from yolov12.plan.loss import Line
@@ -59,20 +59,20 @@ def choose(micro_batch: MicroBatch, held: Fixed, ladder: Ladder, wish: Wish, tot
     """
     cost = _Known(ladder, micro_batch.lines(ladder.plans[0]).peak)
     while True:
-        decision, group = _decide(cost, held, ladder, wish, _group(cost, held, wish), total)
-        sizes = _sizes(wish.batch, group, decision)
+        group = _group(cost, held, wish)
+        decision, groups, used = _decide(cost, held, ladder, wish, group, total)
+        sizes = _sizes(groups, decision)
         if cost.knows(decision.level, max(sizes)):
             break
         _, peak_bytes = micro_batch.trace(max(sizes), ladder.plans[decision.level])
         cost.learn(decision.level, max(sizes), peak_bytes)
-    live_bytes = held.live_bytes + (held.gradients_bytes if len(sizes) > 1 else 0)
+    live_bytes = beside_bytes(held.live_bytes, held.gradients_bytes, alone=len(sizes) == 1)
     images = max(sizes)
     estimate = Estimate(images, ladder.plans[decision.level], live_bytes, cost.peak_bytes(decision.level, images))
-    return Choice(estimate, sizes, group or images, decision.fits)
+    return Choice(estimate, sizes, used if group else images, decision.fits)
 
 
-def _sizes(batch: int, group: int, decision: Decision) -> tuple[int, ...]:
-    groups = split_groups(batch, group or 1)
+def _sizes(groups: tuple[int, ...], decision: Decision) -> tuple[int, ...]:
     ends = accumulate(decision.micro_batches)
     return tuple(sum(groups[end - count : end]) for count, end in zip(decision.micro_batches, ends, strict=True))
 
@@ -118,37 +118,31 @@ class _Known(CostModel):
 def _group(cost: _Known, held: Fixed, wish: Wish) -> int:
     if wish.bn_group is not None:
         return wish.bn_group
-    live_bytes = held.live_bytes + held.gradients_bytes
+    room_bytes = wish.budget_bytes - beside_bytes(held.live_bytes, held.gradients_bytes)
 
-    def holds(group: int) -> bool:
-        images = min(group, wish.batch)
-        if group > (wish.micro_batch or group):
-            return False
-        levels = range(len(cost.levels))
-        uppers = [cost.upper(Features(images, wish.imgsz, wish.imgsz, wish.boxes, level))[1] for level in levels]
-        return live_bytes + min(uppers) <= wish.budget_bytes
+    def fits(group: int) -> bool:
+        features = Features(min(group, wish.batch), wish.imgsz, wish.imgsz, wish.boxes)
+        return least_bytes(cost, features) <= room_bytes
 
-    return next((group for group in GROUPS if holds(group)), 1)
+    return largest_group(fits, micro_batch=wish.micro_batch)
 
 
-def _decide(cost: _Known, held: Fixed, ladder: Ladder, wish: Wish, group: int, total: Time) -> tuple[Decision, int]:
-    """As the engine's planner: where not even one group fits, in smaller groups."""
+def _decide(
+    cost: _Known, held: Fixed, ladder: Ladder, wish: Wish, group: int, total: Time
+) -> tuple[Decision, tuple[int, ...], int]:
     # The host launches as many operations for one image as for many.
     host_ms, megapixels = total.host_ms * IMAGES[0], wish.imgsz**2 / 1e6
     speed = SpeedModel(ladder.levels, (host_ms, total.device_ms / megapixels))
-    state = State(
-        groups=(),
-        height=wish.imgsz,
-        width=wish.imgsz,
-        budget_bytes=wish.budget_bytes,
-        live_bytes=held.live_bytes,
-        gradient_bytes=held.gradients_bytes,
-        fixed=wish.micro_batch,
-    )
-    while True:
-        sizes = split_groups(wish.batch, group or 1)
-        groups = tuple(Group(images, wish.boxes) for images in sizes)
-        decision = decide(replace(state, groups=groups), cost, speed)
-        if decision.fits or max(sizes) == 1:
-            return decision, group
-        group = max(sizes) // 2
+
+    def state(sizes: tuple[int, ...]) -> State:
+        return State(
+            groups=tuple(Group(images, wish.boxes) for images in sizes),
+            height=wish.imgsz,
+            width=wish.imgsz,
+            budget_bytes=wish.budget_bytes,
+            live_bytes=held.live_bytes,
+            gradient_bytes=held.gradients_bytes,
+            fixed=wish.micro_batch,
+        )
+
+    return decide_groups(wish.batch, group, state, cost, speed)

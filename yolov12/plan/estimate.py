@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Plan
+from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.models.optimizer_state import optimizer_state
 from yolov12.plan.fixed import LIBRARY_BYTES, NOMINAL_BATCH, gradients_bytes, weights_bytes
 from yolov12.plan.micro_batch import MicroBatch
@@ -111,5 +112,5 @@ def estimate(
     network = model if isinstance(model, Network) else load(model, classes)
     held = fixed(network, batch, optimizer, ema)
     _, peak_bytes = MicroBatch(network, imgsz, boxes, amp).trace(micro_batch, plan)
-    earlier = held.gradients_bytes if batch > micro_batch else 0
-    return Estimate(micro_batch, plan, held.live_bytes + earlier, peak_bytes)
+    live_bytes = beside_bytes(held.live_bytes, held.gradients_bytes, alone=batch <= micro_batch)
+    return Estimate(micro_batch, plan, live_bytes, peak_bytes)

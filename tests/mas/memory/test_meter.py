@@ -209,7 +209,7 @@ def test_card_where_nvml_refuses(card):
     assert meter.kind == "cuda"
     assert meter.read() == Reading(2 * GIB, GIB, 3 * GIB, 8 * GIB, 3 * GIB)
     assert meter.busy_percent() is None
-    assert card.fractions == [(1.0, 0)]  # a limit of an earlier run is gone
+    assert card.fractions == []
 
 
 def test_card_peak(card):
@@ -221,9 +221,43 @@ def test_card_peak(card):
 
 @pytest.mark.parametrize(("limit", "total"), [(2 * GIB, 2 * GIB), (0.25, 2 * GIB), (1.0, 8 * GIB), (99 * GIB, 8 * GIB)])
 def test_limit_on_a_card_stops_the_allocator_too(card, limit, total):
-    reading = meter_for(GPU, limit).read()
-    assert reading == Reading(2 * GIB, GIB, 3 * GIB, total, 3 * GIB)
-    assert card.fractions == [(total / (8 * GIB), 0)]
+    meter = meter_for(GPU, limit)
+    assert meter.read() == Reading(2 * GIB, GIB, 3 * GIB, total, 3 * GIB)
+    assert card.fractions == []  # reading changes nothing
+    with meter.limited():
+        assert card.fractions == [(total / (8 * GIB), 0)]
+    assert card.fractions[1:] == [(1.0, 0)]
+
+
+def test_a_limit_on_a_card_gives_back_the_one_around_it(card):
+    """As a prediction in a callback of a training; without a limit of its own it leaves the training's as it is."""
+    training, prediction, unlimited = (meter_for(GPU, limit) for limit in (0.5, 0.25, None))
+    with training.limited():
+        with prediction.limited():
+            pass
+        with unlimited.limited():
+            pass
+        assert card.fractions == [(0.5, 0), (0.25, 0), (0.5, 0)]
+    assert card.fractions[3:] == [(1.0, 0)]
+
+
+def test_limits_on_a_card_may_end_in_any_order(card):
+    """A prediction that is streamed may outlive a training that began before it."""
+    training, prediction = (meter_for(GPU, limit).limited() for limit in (0.5, 0.25))
+    training.__enter__()
+    prediction.__enter__()
+    training.__exit__(None, None, None)
+    assert card.fractions[-1] == (0.25, 0)
+    prediction.__exit__(None, None, None)
+    assert card.fractions[-1] == (1.0, 0)
+
+
+def test_a_limit_that_the_user_has_set_is_found_and_restored(card, monkeypatch):
+    """PyTorch tells it from 2.8 on."""
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.7, raising=False)
+    with meter_for(GPU, 0.5).limited():
+        pass
+    assert card.fractions == [(0.5, 0), (0.7, 0)]
 
 
 def test_own_context_is_not_others(card):
@@ -268,7 +302,8 @@ def test_integrated_card_has_what_the_host_has_available(card, invented):
     assert meter.kind == "integrated"
     assert meter.read() == Reading(2 * GIB, GIB, 4 * GIB, 7 * GIB, GIB)
     assert CudaMeter(GPU, 0.5, memory).read().total_bytes == 7 * GIB // 2
-    assert card.fractions == [(1.0, 0), (3.5 / 8, 0)]
+    with CudaMeter(GPU, 0.5, memory).limited():
+        assert card.fractions == [(3.5 / 8, 0)]
 
 
 def test_stopwatch_waits_for_nothing(card, monkeypatch):
@@ -325,20 +360,6 @@ def test_replay_with_a_limit():
         meter.use(3 * GIB + 1)
 
 
-def test_replay_of_a_journal():
-    rows = [
-        {"held_mib": "2048.0", "free_mib": "6144.0", "budget_mib": "7168.0", "step": "0"},
-        {"held_mib": "2048.0", "free_mib": "1024.5", "budget_mib": "2048.5", "step": "1"},
-        {"held_mib": "2048.0", "free_mib": "9000.0", "budget_mib": "7168.0", "step": "2"},  # more than a limited run's
-    ]
-    meter = ReplayMeter.from_rows(rows, 8 * GIB, live_bytes=GIB)
-    assert meter.read().others_bytes == 0
-    meter.advance()
-    assert meter.read().others_bytes == 5 * GIB - MIB // 2
-    meter.advance()
-    assert meter.read().others_bytes == 0
-
-
 def test_replayed_clock():
     meter = ReplayMeter(GIB, [0])
     stopwatch = meter.stopwatch()
@@ -376,12 +397,10 @@ def test_peak_on_a_gpu_is_what_was_allocated():
 def test_limit_on_a_gpu_is_kept():
     whole = meter_for(GPU)
     whole.release()
-    try:
-        limited = meter_for(GPU, whole.read().held_bytes + 64 * MIB)
+    limited = meter_for(GPU, whole.read().held_bytes + 64 * MIB)
+    with limited.limited():
         assert limited.read().budget_bytes(0) == limited.read().total_bytes
         torch.empty(48 * MIB, dtype=torch.uint8, device=GPU)
         with pytest.raises(torch.cuda.OutOfMemoryError):
             torch.empty(80 * MIB, dtype=torch.uint8, device=GPU)
-    finally:
-        meter_for(GPU)
     torch.empty(80 * MIB, dtype=torch.uint8, device=GPU)

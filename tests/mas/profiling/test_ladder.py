@@ -1,5 +1,6 @@
 """The engine with plans, on a card that is the CPU with its tensors counted byte by byte."""
 
+import contextlib
 import json
 
 import pytest
@@ -42,8 +43,8 @@ class Card(ByteTrace):
     def release(self):
         pass
 
-    def close(self):
-        pass
+    def limited(self):
+        return contextlib.nullcontext()
 
     def stopwatch(self):
         return ClockStopwatch(lambda: self.now_ms)
@@ -121,7 +122,7 @@ def test_layers_left_alone_are_in_no_plan_and_keep_their_memory(whole, tmp_path)
     limit = 0.75 * whole.latest.peak_bytes
     free, bound = Run(limit), Run(limit, folder=tmp_path, disabled_layers=("0", "2", "3"))
     assert not {"0", "2", "3"} & {name for plan in bound.engine._step.plans for name, _ in plan.modes}
-    lowest = [run.engine.cost.levels[-1].share for run in (free, bound)]
+    lowest = [run.engine._planner.cost.levels[-1].share for run in (free, bound)]
     assert lowest[1] > lowest[0] + 0.1
     bound.engine.close()
     rows = read_rows(tmp_path / "memory.csv")
@@ -164,7 +165,7 @@ def test_a_ladder_is_made_once_for_the_same_training(whole, tmp_path, monkeypatc
     limit = 0.7 * whole.latest.peak_bytes
     first = Run(limit, cache=tmp_path / "plans")
     (file,) = (tmp_path / "plans").iterdir()
-    monkeypatch.setattr("yolov12.mas.engine.make_ladder", lambda *_: pytest.fail("profiles once more"))
+    monkeypatch.setattr("yolov12.mas.calibration.make_ladder", lambda *_: pytest.fail("profiles once more"))
     second = Run(limit, cache=tmp_path / "plans")
     assert second.engine._step.plans == first.engine._step.plans
     monkeypatch.undo()
@@ -252,7 +253,7 @@ def test_a_model_without_layers_that_are_called():
 def test_a_guess_is_not_kept_for_later_runs(whole, tmp_path):
     one_image = Run(1e12, bn_group=1, micro_batch=1).latest.peak_bytes
     tight = Run(1.05 * one_image, bn_group=1, safety_ratio=0.0, cache=tmp_path / "plans")
-    if tight.engine._ladder.guessed:
+    if tight.engine._calibration.ladder.guessed:
         assert not (tmp_path / "plans").exists()
         assert tight.engine.state_dict()["ladder"] is None
     assert len(Run(0.7 * whole.latest.peak_bytes, cache=tmp_path / "plans").engine._step.plans) > 3

@@ -23,7 +23,7 @@ def profiled(tools):
     bench.task.workload(batch)
     bench.reset()
     engine = mas.Engine(bench.model, bench.task, mas.Config(bn_group=IMAGES))
-    return engine._step, batch, profile(engine._step, engine.meter, engine._layers, batch, IMAGES)
+    return engine._step, batch, profile(engine._step, engine.meter, engine._calibration.layers, batch, IMAGES)
 
 
 def kept_bytes(step, batch, plan):

@@ -1,10 +1,11 @@
 """How many images of each batch every rank takes, so that all are done at the same time.
 
-A batch is cut into BatchNorm groups (`groups.split_groups`), and every rank takes a run of whole ones, rank 0 the first. As
-a rank can run any share, in micro-batches, shares follow speed: a card that is slower, or that has little memory and
-recomputes more, takes fewer images. Where the groups are alike, the shares of least time come from giving each group to
-the rank that would be done with it first (list scheduling: Graham, Bounds on multiprocessing timing anomalies, 1969),
-of which all but the last few follow from the common time that ranks would have if images could be cut.
+A batch is split into BatchNorm groups (`groups.split_groups`), and every rank takes a run of whole ones, rank 0 the
+first. As a rank can run any share, in micro-batches, shares follow speed: a card that is slower, or that has little
+memory and recomputes more, takes fewer images. Where the groups are alike, the shares of least time come from giving
+each group to the rank that would be done with it first (list scheduling: Graham, Bounds on multiprocessing timing
+anomalies, 1969), of which all but the last few follow from the common time that ranks would have if images could be
+cut.
 
 A new share makes libraries look for kernels for seconds, so shares stay until moving is worth it. Everything follows
 from what all ranks have heard, by sums, products, quotients and comparisons in a fixed order, which IEEE 754 rounds

@@ -127,8 +127,9 @@ class HostMeter:
         gc.collect()
         trim_heap()
 
-    def close(self) -> None:
-        """Nothing was set."""
+    def limited(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing: only the budget enforces a limit on the host."""
+        return contextlib.nullcontext()
 
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch that is running."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -83,8 +84,8 @@ class Meter(Protocol):
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch that is running."""
 
-    def close(self) -> None:
-        """Take back what the meter has set: no more is measured."""
+    def limited(self) -> AbstractContextManager[None]:
+        """Return a context in which the process is held to the meter's limit, where something can enforce it."""
 
     def busy_percent(self) -> float | None:
         """Return the share of the last sample period in which the GPU had work; None where not known."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
 
 __all__ = ["ReplayMeter"]
-
-_MIB = 2**20
 
 
 class ReplayMeter:
@@ -37,21 +36,6 @@ class ReplayMeter:
         self._peak_bytes = live_bytes
         self._now_ms = 0.0
 
-    @classmethod
-    def from_rows(
-        cls, rows: Iterable[Mapping[str, str]], total_bytes: int, live_bytes: int = 0, limit: int | float | None = None
-    ) -> ReplayMeter:
-        """Replay a run's `memory.csv`: others held what was neither held nor free.
-
-        Args:
-            rows: The journal's rows, of which `held_mib` and `free_mib` are read.
-            total_bytes: What the card had, or the limit of that run.
-            live_bytes: See the class.
-            limit: See `meter_for`.
-        """
-        ours = [float(row["held_mib"]) + float(row["free_mib"]) for row in rows]
-        return cls(total_bytes, [max(0, total_bytes - round(mib * _MIB)) for mib in ours], live_bytes, limit)
-
     def advance(self) -> None:
         """Go on to the next step of the trace; stay at the last."""
         self._step = min(self._step + 1, len(self._others_bytes) - 1)
@@ -70,8 +54,8 @@ class ReplayMeter:
         room_bytes = min(self._card_bytes - self._others_bytes[self._step], self._limited_bytes)
         if peak_bytes > room_bytes:
             raise torch.cuda.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {peak_bytes_above_live / _MIB:.2f} MiB. "
-                f"GPU 0 has {(room_bytes - self.live_bytes) / _MIB:.2f} MiB left for this process (replayed)."
+                f"CUDA out of memory. Tried to allocate {peak_bytes_above_live / 2**20:.2f} MiB. "
+                f"GPU 0 has {(room_bytes - self.live_bytes) / 2**20:.2f} MiB left for this process (replayed)."
             )
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
 
@@ -93,8 +77,9 @@ class ReplayMeter:
     def release(self) -> None:
         """Do nothing: there is no cache."""
 
-    def close(self) -> None:
-        """Nothing was set."""
+    def limited(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: tests decide what fits."""
+        return nullcontext()
 
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch on the replay's clock."""

@@ -9,8 +9,8 @@ from itertools import accumulate
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
 
-__all__ = ["Arm", "Cut", "Group", "History", "State", "arm_of", "cut_evenly", "cuts", "features_of", "safe_arms"]
-__all__ += ["under_ceiling", "upper_bytes"]
+__all__ = ["Arm", "Cut", "Group", "History", "State", "arm_of", "beside_bytes", "cut_evenly", "cuts", "features_of"]
+__all__ += ["safe_arms", "under_ceiling", "upper_bytes"]
 
 _NEXT_CUT = 1.25  # cuts whose number of micro-batches differs by less are as good as the same
 
@@ -174,5 +174,16 @@ def under_ceiling(state: State, cost: CostModel, cut: Cut, level: int) -> bool:
     return state.ceiling is None or cut.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
 
 
+def beside_bytes(live_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:
+    """Bytes allocated beside a micro-batch.
+
+    Args:
+        live_bytes: Bytes allocated before the batch, or before what is left of it.
+        gradient_bytes: Bytes of one set of gradients. Earlier micro-batches of the batch leave one.
+        alone: True for a micro-batch that is all of its batch, so that no earlier one leaves gradients.
+    """
+    return live_bytes if alone else live_bytes + gradient_bytes
+
+
 def _live_bytes(state: State, cut: Cut) -> int:
-    return state.live_bytes + (state.gradient_bytes if len(cut.counts) > 1 else 0)
+    return beside_bytes(state.live_bytes, state.gradient_bytes, alone=len(cut.counts) == 1)
