@@ -1,9 +1,10 @@
-"""memory.png: what the engine did, step by step, for a person to see at a glance.
+"""memory.png: a picture of what the engine did, step by step.
 
-Of several ranks it shows, a colour each: peak and budget, the share of each batch, and the speed.
+With several ranks, the picture shows each rank in its own colour: its peak and budget, its share of each batch, and its
+speed.
 
-Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart
-(https://jfly.uni-koeln.de/color/); markers differ in shape too.
+The colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart
+(https://jfly.uni-koeln.de/color/). Markers also differ in shape.
 """
 
 from __future__ import annotations
@@ -25,34 +26,39 @@ _Row = Mapping[str, str]
 
 _BLACK, _BLUE, _ORANGE, _SKY = "#000000", "#0072B2", "#E69F00", "#56B4E9"
 _VERMILION, _GREEN, _PURPLE = "#D55E00", "#009E73", "#CC79A7"
-_BINS = 600  # of up to three steps each: more lines than there are pixels would make a solid band
-_EPOCHS = 60  # with more lines than this there is nothing else to see
-_RANK_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _BLACK, "#8C8C8C")  # of more, from a scale
+# Parts into which a long run is divided, with up to three steps drawn for each. With more lines than pixels, the
+# picture would be a solid band.
+_BINS = 600
+# Most epochs that are marked with a vertical line. More lines would hide everything else.
+_EPOCHS = 60
+_RANK_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _BLACK, "#8C8C8C")  # more ranks use a colour scale
 _NONE: Mapping[int, Sequence[_Row]] = {}
-_DOTTED_STEPS = 40  # up to here each step gets a dot; a line through one step alone would show nothing
+# Most steps for which each gets a dot. A line through a single step would be invisible.
+_DOTTED_STEPS = 40
 
 
 def save(rows: Sequence[_Row], path: Path, others: Mapping[int, Sequence[_Row]] = _NONE) -> None:
     """Write the picture as a PNG of 1200 x 800 pixels.
 
     Args:
-        rows: As `read_rows` returns them; at least one.
-        path: Of the file to write.
-        others: Rank → rows, of further ranks.
+        rows: At least one row, as `read_rows` returns them.
+        path: File to write.
+        others: Rank → rows, for the ranks above 0.
     """
     draw(rows, others).savefig(path)
 
 
 def draw(rows: Sequence[_Row], others: Mapping[int, Sequence[_Row]] = _NONE) -> Figure:
-    """Draw memory in GiB, micro-batches and images a second, one below the other over the steps.
+    """Draw memory in GiB, micro-batches and images/s in three panels over the steps.
 
-    Of several ranks, shares of the batch are in the place of micro-batches.
+    With several ranks, the second panel shows each rank's share of the batch.
 
     Args:
-        rows: As `read_rows` returns them; at least one.
-        others: Rank → rows, of further ranks.
+        rows: At least one row, as `read_rows` returns them.
+        others: Rank → rows, for the ranks above 0.
     """
-    # Here, for the engine needs no matplotlib; and not pyplot, which keeps figures and picks a window system.
+    # Imported here, because the engine does not need matplotlib. Not pyplot, which keeps every figure alive and selects
+    # a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -85,10 +91,11 @@ def draw(rows: Sequence[_Row], others: Mapping[int, Sequence[_Row]] = _NONE) -> 
 
 
 def thin(rows: Sequence[_Row], bins: int = _BINS) -> list[_Row]:
-    """Choose the rows to draw of a long run.
+    """Choose the rows of a long run to draw.
 
-    Of each of `bins` equal stretches stay the steps with the highest peak, the lowest budget and the middle speed, and
-    every step with an event. Whole rows are chosen, so that all that is drawn at a step happened at that step.
+    The run is divided into `bins` equal parts. From each part, the steps with the highest peak, the lowest budget and
+    the median speed are drawn, and all steps with an event. Whole rows are chosen, so everything drawn at a step
+    happened at that step.
     """
     if len(rows) <= bins:
         return list(rows)
@@ -133,7 +140,7 @@ def _micro_batches(axes: Axes, rows: Sequence[_Row]) -> None:
         axes.step(steps, values, where="mid", color=color, linewidth=width, marker=dot, ms=4, label=label)
     _mark(axes, rows, "shrunk", largest, "v", _VERMILION, "shrunk")
     _mark(axes, rows, "grew", largest, "^", _GREEN, "grew")
-    # Both on one scale of powers of two: halving the one doubles the other, and it looks like that.
+    # Both lines share one scale of powers of two, so that halving one and doubling the other look alike.
     axes.set_yscale("log", base=2)
     top = max(*largest, *counts)
     powers = [2**power for power in range(math.ceil(math.log2(top)) + 1)]
@@ -162,7 +169,7 @@ def _draw_ranks(panels: Sequence[Axes], journals: Mapping[int, Sequence[_Row]]) 
 
 
 def _thin_alike(journals: Mapping[int, Sequence[_Row]]) -> dict[int, Sequence[_Row]]:
-    """Choose the same steps of all ranks."""
+    """Choose the same steps for all ranks."""
     if max(map(len, journals.values())) <= _BINS:
         return dict(journals)
     bins = max(_BINS // len(journals), _BINS // 10)
@@ -205,7 +212,7 @@ def _memory_of_ranks(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors:
 
 
 def _rank_legend(axes: Axes, colors: Mapping[int, Any]) -> None:
-    """Tell ranks in a line of their own, above where the other legend comes; of many, some, which tell the scale."""
+    """Draw a legend of the ranks above the place of the other legend. With many ranks it names only some of them."""
     from matplotlib.lines import Line2D
 
     every = math.ceil(len(colors) / len(_RANK_COLORS))
@@ -218,16 +225,17 @@ def _rank_legend(axes: Axes, colors: Mapping[int, Any]) -> None:
         frameon=False,
         fontsize=9,
     )
-    axes.add_artist(legend)  # or the next legend would take its place
-    legend.set_clip_on(False)  # or the layout would leave no room for it
+    axes.add_artist(legend)  # otherwise the next legend would replace it
+    legend.set_clip_on(False)  # otherwise the layout would leave no room for it
 
 
 def _shares(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[int, Any], *, every_step: bool) -> None:
-    """Draw bands, one upon the other, which make up the batch; equal lines would hide each other."""
+    """Draw the shares as stacked bands, which add up to the batch. Lines of equal shares would hide each other."""
     images = {rank: {int(row["step"]): int(row["images"]) for row in rows} for rank, rows in journals.items()}
     below = dict.fromkeys(sorted(step for of_rank in images.values() for step in of_rank), 0)
     steps = list(below)
-    if not every_step:  # which last batches of epochs are among those shown is chance
+    # It is chance which of the smaller last batches of epochs are among the steps drawn, so they are left out.
+    if not every_step:
         whole = [sum(of_rank.get(step, 0) for of_rank in images.values()) for step in steps]
         dips = [index for index in range(1, len(steps) - 1) if whole[index] < min(whole[index - 1], whole[index + 1])]
         steps = [step for index, step in enumerate(steps) if index not in set(dips)]
@@ -267,7 +275,7 @@ def _running_median(values: Sequence[float]) -> list[float]:
 
 
 def _entry(axes: Axes, label: str, **style: Any) -> None:
-    """Add to the legend what is drawn in the colours of the ranks."""
+    """Add a legend entry in grey for something that is drawn in the colours of the ranks."""
     axes.plot([], [], label=label, **{"color": "0.3", **style})
 
 
@@ -279,7 +287,7 @@ def _event_entry(axes: Axes, journals: Mapping[int, Sequence[_Row]], prefix: str
 def _mark_rank(
     axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: Any
 ) -> None:
-    """Mark events: the shape says which, the colour whose."""
+    """Mark events. The shape shows the kind of event, and the colour shows the rank."""
     hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
     if hits:
         places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
@@ -299,7 +307,7 @@ def _caption(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.set_ylabel(unit)
     if axes.get_legend_handles_labels()[1]:
-        # Above the panel, beside its title, where it hides nothing.
+        # The legend is above the panel, beside its title, where it hides nothing.
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9, columnspacing=1.5)
 
 

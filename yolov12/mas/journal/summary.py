@@ -1,4 +1,4 @@
-"""A whole run in a few numbers and lines, from the rows of its journal, or of the journals of all its ranks."""
+"""Summarises a whole run in a few numbers and lines, from the rows of its journal or of the journals of all ranks."""
 
 from __future__ import annotations
 
@@ -13,55 +13,68 @@ RESUMED = "resumed"
 """Event that the journal adds to the first row after a resume."""
 
 _Row = Mapping[str, str]
-_LINES = 8  # of more ranks only those that stand out are told
+# Most ranks that get a line each. With more ranks, only the slowest and the one with most failures are printed.
+_LINES = 8
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run, with the parts before a resume. None where there is nothing to tell it from.
+    """Figures of a whole run, with the parts before a resume. None means that there is no data.
 
-    Of several ranks it covers all whose journals there are, and `ranks` has each by itself. Steps in which a rank had
-    no image tell nothing about its memory and its speed.
+    With several ranks, the figures cover all ranks whose journals were found, and `ranks` has the figures of each rank.
+    Steps in which a rank had no images do not count for its memory and speed.
     """
 
     updates: int
-    """That the weights have gone through."""
+    """Updates that are part of the final weights."""
     updates_expected: int | None
+    """Updates that the whole run should have made; None if unknown."""
     updates_repeated: int
-    """Not among `updates`: made after the last checkpoint before an interruption, and made again after the resume."""
+    """Updates not counted in `updates`: an interruption undid them, and they were made again after the resume."""
     images: int
-    """In `updates`."""
+    """Images of the updates in `updates`."""
     images_lost: int | None
-    """That entered a step and did not reach an update; None in `ranks`."""
+    """Images that entered a step but did not reach an update; None in `ranks`."""
     out_of_memories: int
-    """Survived ones."""
+    """Allocation failures that the run survived."""
     retries: int
+    """Attempts that repeated a failed micro-batch unchanged."""
     shrinks: int
+    """Steps in which the micro-batch became smaller."""
     grows: int
+    """Steps in which the micro-batch became larger."""
     peak_mean_mib: float | None
+    """Mean of the measured peaks of allocated memory, in MiB."""
     peak_sd_mib: float | None
+    """Standard deviation of the measured peaks, in MiB."""
     peak_max_mib: float | None
+    """Highest measured peak, in MiB."""
     budget_min_mib: float | None
+    """Lowest budget of a step, in MiB."""
     budget_max_mib: float | None
+    """Highest budget of a step, in MiB."""
     prediction_error_percent: float | None
-    """Median of |predicted - measured| / measured peak."""
+    """Median of |predicted - measured| / measured peak, in percent."""
     micro_batch_min: int | None
-    """Images in the largest micro-batch of a step; so are the two below."""
+    """Least over the steps of the images in a step's largest micro-batch."""
     micro_batch_median: int | None
+    """Median over the steps of the images in a step's largest micro-batch."""
     micro_batch_max: int | None
+    """Most images in a micro-batch."""
     images_per_s: float | None
-    """Median of the steps. Of several ranks: images of all in a step, by the longest time that one of them computed."""
+    """Median over the steps. With several ranks: images of all ranks in a step by the slowest rank's own time."""
     gpu_utilisation_percent: float | None
-    """Mean of the samples, which are of rank 0's device; None in `ranks`."""
+    """Mean of the utilisation samples of rank 0's device, in percent; None in `ranks`."""
     rank: int | None = None
-    """In `ranks`: which. None elsewhere, like the two below."""
+    """Index of the rank, in the entries of `ranks`; None elsewhere."""
     share_min: int | None = None
-    """Images that the rank had in a step, of those that were of a whole batch."""
+    """Least images that the rank had in a step with a whole batch; None outside `ranks`."""
     share_max: int | None = None
+    """Most images that the rank had in a step with a whole batch; None outside `ranks`."""
     ranks_missing: int = 0
-    """Whose journals are not in the folder of rank 0: no figure has anything of them."""
+    """Number of ranks whose journals are not in rank 0's folder. They are not part of any figure."""
     ranks: tuple[Summary, ...] = ()
-    """Each rank by itself, 0 first; empty if there is one."""
+    """Summary of each rank, rank 0 first; empty if there is only one rank."""
 
     def as_text(self) -> str:
         """Return the lines to log at the end of a run."""
@@ -130,15 +143,15 @@ def summarise(
     busy_percent: float | None,
     ranks_missing: int = 0,
 ) -> Summary:
-    """Sum up the rows of memory.csv, and of the files of other ranks.
+    """Summarise the rows of memory.csv, and of the files of the other ranks.
 
     Args:
-        journals: Rank → rows by column name. The first is that whose updates count: of one rank, or of rank 0 of all.
-        updates_expected: From `first_step` on; None where not known.
-        first_step: Where the part of the run begins that is not from before a resume.
-        images_lost: See `Summary`, as the next two.
-        busy_percent: GPU utilisation.
-        ranks_missing: How many.
+        journals: Rank → rows as column → text. Updates are counted in the first entry: rank 0, or the only rank.
+        updates_expected: Updates expected from `first_step` on; None if unknown.
+        first_step: First step since the last resume.
+        images_lost: Images that entered a step but did not reach an update.
+        busy_percent: Mean GPU utilisation; None if unknown.
+        ranks_missing: Number of ranks whose journals are missing.
     """
     first = next(iter(journals.values()))
     kept = [_step(row) for row in _kept(first)]
@@ -160,7 +173,7 @@ def summarise(
 
 
 def _whole_steps(journals: Iterable[Sequence[_Row]]) -> set[int]:
-    """Steps with as many images as most have: the last batch of an epoch may be smaller, and so are a warm-up's."""
+    """Return the steps of usual size. Last batches of epochs and batches of Ultralytics' warm-up have fewer images."""
     images: dict[int, int] = {}
     for row in (row for rows in journals for row in rows):
         images[_step(row)] = images.get(_step(row), 0) + int(row["images"])
@@ -175,7 +188,7 @@ def _of_rank(rank: int, rows: Sequence[_Row], again: Collection[int], whole: Col
 
 
 def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summary:
-    """Return what rows tell. Updates `again` were made once more after a resume."""
+    """Compute the figures of some rows. Updates in `again` were repeated after a resume."""
     rows = [row for journal in journals for row in journal]
     worked = [row for row in rows if int(row["images"])]
     events = [event for row in rows for event in row["events"].split("; ")]
@@ -211,7 +224,7 @@ def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summ
 
 
 def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:
-    """Images a second of all ranks together in each step whose times are known: who is done waits for the last."""
+    """Return images/s of all ranks together for each step whose times are known. The slowest rank's time counts."""
     steps: dict[int, list[_Row]] = {}
     for row in (row for journal in journals for row in journal if int(row["images"])):
         steps.setdefault(_step(row), []).append(row)
@@ -223,7 +236,7 @@ def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:
 
 
 def _kept(rows: Iterable[_Row]) -> list[_Row]:
-    """Rows whose update is in the weights: a resume may start an epoch anew, from the checkpoint before it."""
+    """Return the rows whose update is in the weights. A resume may repeat an epoch from the checkpoint before it."""
     kept: list[_Row] = []
     for row in rows:
         if RESUMED in row["events"].split("; "):
