@@ -1,4 +1,4 @@
-"""BatchNorm groups of a batch: the sizes it is split into."""
+"""Splits a batch into BatchNorm groups."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ __all__ = ["split_groups"]
 
 
 def split_groups(images: int, group: int) -> tuple[int, ...]:
-    """Sizes of the groups that so many images are cut into.
+    """Return the sizes of the groups into which a batch is split.
 
-    Groups of `group` images; what is left over is a group of its own, unless it would be less than a quarter of one,
-    whose statistics would be noise: then it shares evenly with the group before it. `group=0` is one group.
+    Groups have `group` images each. The remaining images form a group of their own. If that group would be smaller than
+    a quarter of `group`, its statistics would be too noisy; then the last full group and the remaining images are
+    divided into two groups of about equal size.
+
+    Args:
+        images: Images in the batch.
+        group: Images in a group; 0 makes the whole batch one group.
     """
     full, rest = divmod(images, group) if group else (0, images)
     sizes = [group] * full + [rest] * bool(rest)
-    if full and 0 < 4 * rest < max(group, 5):  # never one image alone, which some layers cannot normalise
+    # The 5 prevents a group of one image, which some layers cannot normalise.
+    if full and 0 < 4 * rest < max(group, 5):
         sizes[-2:] = group + rest - (group + rest) // 2, (group + rest) // 2
     return tuple(sizes)
