@@ -106,7 +106,7 @@ class GroupedBatchNorm:
 
     def begin(self) -> None:
         """Start a batch: clear the statistics of the previous batch."""
-        self._activations = {norm: act for norm, act in self._pairs.items() if not _watched(norm, act)}
+        self._activations = {norm: act for norm, act in self._pairs.items() if not _has_hooks(norm, act)}
         self.fused = 0
         layers = [layer for layer in self._all if layer.training]
         if layers != self._layers:
@@ -167,10 +167,10 @@ class GroupedBatchNorm:
         """
         if not self._layers:
             return []
-        shares = [size / images for size in groups]
+        weights = [size / images for size in groups]
         parts = []
         for rows in (self._means, self._variances):
-            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
+            torch._foreach_mul_(list(rows[: len(groups)].unbind()), weights)
             parts.append(rows[: len(groups)].sum(0))
         return parts
 
@@ -265,7 +265,7 @@ class GroupedBatchNorm:
             raise RuntimeError("an activation was not applied to the output of the BatchNorm that it is said to follow")
 
 
-def _watched(norm: nn.Module, activation: nn.Module) -> bool:
+def _has_hooks(norm: nn.Module, activation: nn.Module) -> bool:
     return any(
         (
             norm._forward_hooks, norm._backward_hooks, norm._backward_pre_hooks,

@@ -65,23 +65,23 @@ def _outermost(model: nn.Module) -> dict[str, nn.Module]:
     inner = {name: child for name, child in children.items() if list(child.children())}
     if len(inner) == 1 and len(children) == 1:
         return _outermost(next(iter(inner.values()))) or children
-    return _called(children)
+    return _called_children(children)
 
 
 def _blocks(prefix: str, layer: nn.Module, depth: int) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
-    for name, child in _called(dict(layer.named_children())).items():
+    for name, child in _called_children(dict(layer.named_children())).items():
         if depth and list(child.children()):
             found |= {f"{prefix}.{name}": child, **_blocks(f"{prefix}.{name}", child, depth - 1)}
     return found
 
 
-def _called(children: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+def _called_children(children: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the children that are called: a `ModuleList` is not called, its members are."""
     found: dict[str, nn.Module] = {}
     for name, child in children.items():
         if isinstance(child, nn.ModuleList):
-            found |= _called({f"{name}.{index}": part for index, part in enumerate(child)})
+            found |= _called_children({f"{name}.{index}": part for index, part in enumerate(child)})
         elif type(child).forward is not nn.Module.forward:
             found[name] = child
     return found

@@ -29,12 +29,12 @@ class _Output:
     def __init__(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         self._again = again
         self._size, self._stride = tensor.size(), tensor.stride()
-        self._held: Tensor | None = None
+        self._kept: Tensor | None = None
         self._last: weakref.ref[Tensor] | None = None
 
     def get(self, hold: bool = False) -> Tensor:
         """Return the tensor; compute it if it no longer exists. With `hold`, it is kept for the next call."""
-        value, self._held = self._held, None
+        value, self._kept = self._kept, None
         if value is None and self._last is not None:
             value = self._last()
         if value is None:
@@ -44,7 +44,7 @@ class _Output:
                     value = value.new_empty_strided(self._size, self._stride).copy_(value)
             self._last = weakref.ref(value)
         if hold:
-            self._held = value
+            self._kept = value
         return value
 
 

@@ -75,7 +75,7 @@ def share_out(groups: Sequence[int], ms_per_image: Sequence[float]) -> tuple[int
             first = [size] * (ranks - len(end)) + end
             # If the last rank does not have the odd group before its own, it gets no other group.
             taking = ranks - (len(end) - 1)
-            found.append(_pour(size, first[:taking], ms_per_image, left) + first[taking:])
+            found.append(_add_groups(size, first[:taking], ms_per_image, left) + first[taking:])
     best = min(found, key=lambda shares: slowest_ms(shares, ms_per_image))
     return tuple(best)
 
@@ -105,10 +105,10 @@ class Balance:
 
     def __init__(self, ranks: int, move_ms: float = 0.0) -> None:
         self._move_ms, self._lost_ms = move_ms, 0.0
-        self._late: list[list[float]] = [[] for _ in range(ranks)]
-        self._found: list[float | None] = [None] * ranks  # medians of `_late`
+        self._latest: list[list[float]] = [[] for _ in range(ranks)]
+        self._medians: list[float | None] = [None] * ranks  # of `_latest`
         self._ms: Sequence[float] = [1.0] * ranks  # per image, as used for the present shares
-        self._news = False
+        self._has_news = False
         self._images = 0  # in the previous batch
         self._usual: Sequence[int] = [0] * ranks  # shares of the last batch that was not smaller than its predecessor
 
@@ -130,11 +130,11 @@ class Balance:
         for rank, (share, time_ms) in enumerate(zip(images, ms, strict=True)):
             usual = share > 0 and share >= _USUAL * self._usual[rank]
             if usual and time_ms is not None and 0.0 < time_ms < math.inf:
-                late = self._late[rank]
+                late = self._latest[rank]
                 late.append(time_ms / share)
                 del late[:-_WINDOW]
-                self._found[rank] = _speed(late)
-                self._news = True
+                self._medians[rank] = _speed(late)
+                self._has_news = True
 
     def shares(self, groups: Sequence[int]) -> tuple[int, ...]:
         """Return the shares of the next batch.
@@ -156,24 +156,24 @@ class Balance:
         shares = share_out(groups, self._ms)
         if images < before:
             return shares
-        if self._news:
-            self._news = False
-            live = self._live()
-            best = share_out(groups, live)
-            gain = _GAIN + _GAIN_MORE * len(live).bit_length()
-            best_ms, present_ms = slowest_ms(best, live), slowest_ms(shares, live)
+        if self._has_news:
+            self._has_news = False
+            current_ms = self._current_ms()
+            best = share_out(groups, current_ms)
+            gain = _GAIN + _GAIN_MORE * len(current_ms).bit_length()
+            best_ms, present_ms = slowest_ms(best, current_ms), slowest_ms(shares, current_ms)
             better = best_ms < (1.0 - gain) * present_ms
             self._lost_ms = self._lost_ms + present_ms - best_ms if better else 0.0
             if better and self._lost_ms >= self._move_ms:
-                self._ms, shares, self._lost_ms = live, best, 0.0
+                self._ms, shares, self._lost_ms = current_ms, best, 0.0
         self._usual = shares
         return shares
 
-    def _live(self) -> list[float]:
+    def _current_ms(self) -> list[float]:
         """Return milliseconds per image of each rank. Ranks with too few measurements get the median of the others."""
-        known = [ms for ms in self._found if ms is not None]
+        known = [ms for ms in self._medians if ms is not None]
         usual = _median(known) if known else 1.0
-        return [usual if ms is None else ms for ms in self._found]
+        return [usual if ms is None else ms for ms in self._medians]
 
 
 def _one_each(groups: Sequence[int], ms_per_image: Sequence[float]) -> tuple[int, ...]:
@@ -184,7 +184,7 @@ def _one_each(groups: Sequence[int], ms_per_image: Sequence[float]) -> tuple[int
     return tuple(shares)
 
 
-def _pour(size: int, first: Sequence[int], ms_per_image: Sequence[float], count: int) -> list[int]:
+def _add_groups(size: int, first: Sequence[int], ms_per_image: Sequence[float], count: int) -> list[int]:
     """Add `count` groups to the shares in `first`. Each group goes to the rank that would finish it first."""
     both = list(zip(first, ms_per_image, strict=False))
     images, speed = float(count * size), 0.0

@@ -116,17 +116,17 @@ class Lookout:
         self._rank, self._size = rank, size
         self._beat_s, self._dead_s, self._grace_s = beat_s, dead_s, grace_s
         self._log, self._leave = log, leave
-        self._watched, self._pulse = (rank + 1) % size, _Pulse(beat_s)
+        self._watched, self._standstill = (rank + 1) % size, _StandstillTimer(beat_s)
         self._rounds = 0
         self._parting: str | None = None
         self._gone: Gone | None = None
         self._known, self._closed = threading.Event(), threading.Event()
-        self._beat()
+        self._send_heartbeat()
         # Most requests to a store have no timeout. One thread makes them, and a second thread notices if the first gets
         # no answer.
-        self._caller = threading.Thread(target=self._call, name="lookout-store", daemon=True)
+        self._caller = threading.Thread(target=self._run_requests, name="lookout-store", daemon=True)
         self._caller.start()
-        threading.Thread(target=self._mind, name="lookout", daemon=True).start()
+        threading.Thread(target=self._watch, name="lookout", daemon=True).start()
         atexit.register(self.leaving, "its process ended before the run did")
 
     def gone(self, timeout_s: float) -> Gone | None:
@@ -171,58 +171,58 @@ class Lookout:
         self._caller.join(_PATIENCE_S)
         self._known.set()
 
-    def _call(self) -> None:
+    def _run_requests(self) -> None:
         try:
             while not self._closed.is_set():
-                self._look()
+                self._check_heartbeats()
                 self._rounds += 1
                 self._closed.wait(self._beat_s)
             if self._parting is not None:
-                self._accuse(self._rank, self._parting)
+                self._report_gone(self._rank, self._parting)
             self._store.add(f"closed/{self._rank}", 1)
         except RuntimeError:  # a lost connection does not come back
-            self._lose_store()
+            self._report_lost_store()
 
-    def _beat(self) -> None:
+    def _send_heartbeat(self) -> None:
         self._store.add(f"beat/{self._rank}", 1)
 
-    def _look(self) -> None:
-        self._beat()
+    def _check_heartbeats(self) -> None:
+        self._send_heartbeat()
         if self._store.check(["gone"]):  # `get` alone would wait
-            self._learn(self._store.get("gone"))
+            self._read_report(self._store.get("gone"))
             return
         beats = self._store.add(f"beat/{self._watched}", 0)
-        quiet_s = self._pulse.quiet_s(beats)
+        quiet_s = self._standstill.quiet_s(beats)
         if not beats or not quiet_s:
             return
         if self._store.check([f"closed/{self._watched}"]):
-            self._watched, self._pulse = (self._watched + 1) % self._size, _Pulse(self._beat_s)
+            self._watched, self._standstill = (self._watched + 1) % self._size, _StandstillTimer(self._beat_s)
         elif quiet_s >= self._dead_s:
-            self._accuse(self._watched, f"has not been heard of for {self._dead_s:g} s")
+            self._report_gone(self._watched, f"has not been heard of for {self._dead_s:g} s")
 
-    def _accuse(self, rank: int, reason: str) -> None:
-        self._learn(self._store.compare_set("gone", "", json.dumps([rank, reason])))  # the first message wins
+    def _report_gone(self, rank: int, reason: str) -> None:
+        self._read_report(self._store.compare_set("gone", "", json.dumps([rank, reason])))  # the first message wins
 
-    def _learn(self, word: bytes) -> None:
+    def _read_report(self, word: bytes) -> None:
         rank, reason = json.loads(word)
-        self._conclude(Gone(rank, self.names[rank], reason))
+        self._set_gone(Gone(rank, self.names[rank], reason))
 
-    def _lose_store(self) -> None:
+    def _report_lost_store(self) -> None:
         rank = -1 if _launcher_hosts() or self._rank == 0 else 0
         name = self.names[0] if rank == 0 else "the process that launched the run"
-        self._conclude(Gone(rank, name, "the store that it keeps for all does not answer"))
+        self._set_gone(Gone(rank, name, "the store that it keeps for all does not answer"))
 
-    def _conclude(self, gone: Gone) -> None:
+    def _set_gone(self, gone: Gone) -> None:
         self._gone = self._gone or gone
         self._known.set()
 
-    def _mind(self) -> None:
-        calls = _Pulse(self._beat_s)
+    def _watch(self) -> None:
+        calls = _StandstillTimer(self._beat_s)
         while not self._known.is_set():
             if self._closed.wait(self._beat_s):
                 return
             if calls.quiet_s(self._rounds) >= self._dead_s:
-                self._lose_store()
+                self._report_lost_store()
         if self._closed.wait(self._grace_s):
             return
         try:
@@ -231,11 +231,11 @@ class Lookout:
             self._leave(1)
 
 
-class _Pulse:
+class _StandstillTimer:
     """Measures how long a counter has stood still. Time in which this process itself was stopped does not count."""
 
-    def __init__(self, look_s: float) -> None:
-        self._longest_s = 2 * look_s
+    def __init__(self, interval_s: float) -> None:
+        self._longest_s = 2 * interval_s
         self._count, self._quiet_s, self._looked = -1, 0.0, time.monotonic()
 
     def quiet_s(self, count: int) -> float:

@@ -108,8 +108,8 @@ class Journal:
         self._percent_sum = 0.0
         self._before: Mapping[str, float | None] = {}
         if not resume:
-            self._begin_anew()
-        rows, last_step = self._take_up(steps) if resume else ([], 0)
+            self._remove_old_files()
+        rows, last_step = self._resume(steps) if resume else ([], 0)
         self._next_step = last_step + 1
         self._resumed_rows, self._first_step = len(rows), self._next_step
         self._mark = (RESUMED if steps is None else f"{RESUMED} after step {steps}") if last_step else ""
@@ -119,20 +119,20 @@ class Journal:
         if not rank:
             self._file = self._open()
 
-    def _begin_anew(self) -> None:
+    def _remove_old_files(self) -> None:
         self._csv.unlink(missing_ok=True)
         if not self._rank:
-            for path in (self._json, self._picture, *_others(self._folder).values()):
+            for path in (self._json, self._picture, *_rank_files(self._folder).values()):
                 path.unlink(missing_ok=True)
 
-    def _take_up(self, steps: int | None) -> tuple[list[dict[str, str]], int]:
+    def _resume(self, steps: int | None) -> tuple[list[dict[str, str]], int]:
         """Truncate the file to the valid rows. Return them, and the last step number, which all ranks agree on."""
         first = self._folder / _FIRST
         if steps is None and self._rank and first.exists():
             steps = _last_step(read_rows(first))  # a kill may cost some ranks more rows
         rows: list[dict[str, str]] = []
         if self._csv.exists():
-            _cut(self._csv, steps)
+            _truncate(self._csv, steps)
             rows = read_rows(self._csv)
             if not self._rank and self._json.exists():
                 self._before = json.loads(self._json.read_text("utf-8"))
@@ -142,9 +142,9 @@ class Journal:
             for path in (self._json, self._picture):
                 path.unlink(missing_ok=True)
         last_step = _last_step(rows) if steps is None else steps
-        for rank, path in _others(self._folder).items():
+        for rank, path in _rank_files(self._folder).items():
             if not self._rank and rank >= self._ranks:  # this rank no longer exists, but its rows count
-                _cut(path, last_step)
+                _truncate(path, last_step)
         return rows, last_step
 
     def _open(self) -> TextIO:
@@ -246,7 +246,7 @@ class Journal:
         return before + (now - before) * (rows - self._resumed_rows) / max(rows, 1)
 
 
-def _cut(path: Path, steps: int | None) -> None:
+def _truncate(path: Path, steps: int | None) -> None:
     """Truncate a file to complete rows, and to those up to step number `steps` if it is given."""
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n")]
@@ -273,10 +273,10 @@ def read_ranks(folder: Path) -> dict[int, list[dict[str, str]]]:
     Returns:
         Rank → rows, rank 0 first.
     """
-    return {0: read_rows(folder / _FIRST), **{rank: read_rows(path) for rank, path in _others(folder).items()}}
+    return {0: read_rows(folder / _FIRST), **{rank: read_rows(path) for rank, path in _rank_files(folder).items()}}
 
 
-def _others(folder: Path) -> dict[int, Path]:
+def _rank_files(folder: Path) -> dict[int, Path]:
     """Return the files of the ranks above 0."""
     names = {
         path: path.name.removeprefix("memory.rank").removesuffix(".csv") for path in folder.glob("memory.rank*.csv")

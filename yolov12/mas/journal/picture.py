@@ -121,7 +121,7 @@ def _memory(axes: Axes, rows: Sequence[_Row]) -> None:
     axes.plot(steps, budget, color=_BLACK, linewidth=1.6, marker=dot, ms=4, label="budget")
     axes.plot(steps, peak, color=_BLUE, linewidth=1.4, marker=dot, ms=4, label="measured peak")
     axes.plot(steps, predicted, "--", color=_ORANGE, linewidth=1.1, marker=dot, ms=4, label="predicted peak")
-    if resumed := [int(row["step"]) - 0.5 for row in rows if _has(row, "resumed")]:
+    if resumed := [int(row["step"]) - 0.5 for row in rows if _has_event(row, "resumed")]:
         axes.vlines(resumed, 0, 1, _GREEN, ":", label="resumed", transform=axes.get_xaxis_transform())
     _mark(axes, rows, "out-of-memory", peak, "X", _VERMILION, "out-of-memory, survived")
     axes.set_ylim(0, max(*peak, *predicted, *held, *budget, 0.001) * 1.06)
@@ -162,13 +162,13 @@ def _speed(axes: Axes, rows: Sequence[_Row]) -> None:
 
 
 def _draw_ranks(panels: Sequence[Axes], journals: Mapping[int, Sequence[_Row]]) -> None:
-    shown, colors = _thin_alike(journals), _rank_colors(journals)
+    shown, colors = _thin_all(journals), _rank_colors(journals)
     _memory_of_ranks(panels[0], shown, colors)
     _shares(panels[1], shown, colors, every_step=shown == journals)
     _speed_of_ranks(panels[2], shown, colors)
 
 
-def _thin_alike(journals: Mapping[int, Sequence[_Row]]) -> dict[int, Sequence[_Row]]:
+def _thin_all(journals: Mapping[int, Sequence[_Row]]) -> dict[int, Sequence[_Row]]:
     """Choose the same steps for all ranks."""
     if max(map(len, journals.values())) <= _BINS:
         return dict(journals)
@@ -199,14 +199,16 @@ def _memory_of_ranks(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors:
         _mark_rank(axes, worked, "out-of-memory", peaks, "X", colors[rank])
         top = max(top, *budgets, *peaks, 0)
     axes.set_ylim(0, top * 1.06)
-    resumed = sorted({int(row["step"]) - 0.5 for rows in journals.values() for row in rows if _has(row, "resumed")})
+    resumed = sorted(
+        {int(row["step"]) - 0.5 for rows in journals.values() for row in rows if _has_event(row, "resumed")}
+    )
     if resumed:
         axes.vlines(resumed, 0, 1, "0.3", ":", transform=axes.get_xaxis_transform())
-    _entry(axes, "measured peak", linewidth=1.5)
-    _entry(axes, "budget", linestyle="--", linewidth=0.8)
+    _legend_entry(axes, "measured peak", linewidth=1.5)
+    _legend_entry(axes, "budget", linestyle="--", linewidth=0.8)
     if resumed:
-        _entry(axes, "resumed", linestyle=":")
-    _event_entry(axes, journals, "out-of-memory", "X", "out-of-memory, survived")
+        _legend_entry(axes, "resumed", linestyle=":")
+    _event_legend_entry(axes, journals, "out-of-memory", "X", "out-of-memory, survived")
     _rank_legend(axes, colors)
     _caption(axes, "Memory of each rank", "GiB")
 
@@ -250,8 +252,8 @@ def _shares(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[
         _mark_rank(axes, rows, "grew", middles, "^", colors[rank])
         below = above
     axes.set_ylim(0, max(*below.values(), 1) * 1.08)
-    _event_entry(axes, journals, "shrunk", "v", "micro-batch shrunk")
-    _event_entry(axes, journals, "grew", "^", "micro-batch grew")
+    _event_legend_entry(axes, journals, "shrunk", "v", "micro-batch shrunk")
+    _event_legend_entry(axes, journals, "grew", "^", "micro-batch grew")
     _caption(axes, "Share of each rank in the batch", "images")
 
 
@@ -274,21 +276,23 @@ def _running_median(values: Sequence[float]) -> list[float]:
     return [median(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
 
 
-def _entry(axes: Axes, label: str, **style: Any) -> None:
+def _legend_entry(axes: Axes, label: str, **style: Any) -> None:
     """Add a legend entry in grey for something that is drawn in the colours of the ranks."""
     axes.plot([], [], label=label, **{"color": "0.3", **style})
 
 
-def _event_entry(axes: Axes, journals: Mapping[int, Sequence[_Row]], prefix: str, marker: str, label: str) -> None:
-    if any(_has(row, prefix) for rows in journals.values() for row in rows):
-        _entry(axes, label, linestyle="", marker=marker, ms=9, markerfacecolor="white", markeredgecolor=_BLACK)
+def _event_legend_entry(
+    axes: Axes, journals: Mapping[int, Sequence[_Row]], prefix: str, marker: str, label: str
+) -> None:
+    if any(_has_event(row, prefix) for rows in journals.values() for row in rows):
+        _legend_entry(axes, label, linestyle="", marker=marker, ms=9, markerfacecolor="white", markeredgecolor=_BLACK)
 
 
 def _mark_rank(
     axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: Any
 ) -> None:
     """Mark events. The shape shows the kind of event, and the colour shows the rank."""
-    hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
+    hits = [index for index, row in enumerate(rows) if _has_event(row, prefix)]
     if hits:
         places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
         axes.scatter(*places, s=85, marker=marker, color=color, edgecolor=_BLACK, linewidth=0.9, zorder=5)
@@ -297,7 +301,7 @@ def _mark_rank(
 def _mark(
     axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: str, label: str
 ) -> None:
-    hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
+    hits = [index for index, row in enumerate(rows) if _has_event(row, prefix)]
     if hits:
         places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
         axes.scatter(*places, s=85, marker=marker, color=color, edgecolor="white", linewidth=0.7, zorder=5, label=label)
@@ -311,7 +315,7 @@ def _caption(axes: Axes, title: str, unit: str) -> None:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9, columnspacing=1.5)
 
 
-def _has(row: _Row, prefix: str) -> bool:
+def _has_event(row: _Row, prefix: str) -> bool:
     return any(event.startswith(prefix) for event in row["events"].split("; "))
 
 

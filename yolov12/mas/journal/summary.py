@@ -99,9 +99,9 @@ class Summary:
             + (f"; {self.images_per_s:,.1f} images/s" if self.images_per_s is not None else "")
             + (f"; {gpu} busy {busy:.0f} % of the time" if busy is not None else "")
         )
-        return "\n  ".join((text, *self._lines_of_ranks()))
+        return "\n  ".join((text, *self._rank_lines()))
 
-    def _lines_of_ranks(self) -> list[str]:
+    def _rank_lines(self) -> list[str]:
         told = list(self.ranks)
         if len(told) > _LINES:
             slowest = min(told, key=lambda each: math.inf if each.images_per_s is None else each.images_per_s)
@@ -109,7 +109,7 @@ class Summary:
             fullest = max(self.ranks, key=lambda each: each.out_of_memories)
             if fullest.out_of_memories and fullest is not slowest:
                 told = sorted((slowest, fullest), key=self.ranks.index)
-        lines = [each._line() for each in told]
+        lines = [each._rank_line() for each in told]
         if more := len(self.ranks) - len(told):
             lines.append(f"{more:,} more ranks, of which none was slower or had more out-of-memories")
         if self.ranks_missing:
@@ -117,7 +117,7 @@ class Summary:
             lines.append(f"without what other ranks did: {journals} not in this folder")
         return lines
 
-    def _line(self) -> str:
+    def _rank_line(self) -> str:
         if self.peak_max_mib is None:
             return f"rank {self.rank}: no images"
         share = f"{_span(self.share_min, self.share_max)} images a step in " if self.share_min is not None else ""
@@ -154,14 +154,14 @@ def summarise(
         ranks_missing: Number of ranks whose journals are missing.
     """
     first = next(iter(journals.values()))
-    kept = [_step(row) for row in _kept(first)]
+    kept = [_step(row) for row in _valid_rows(first)]
     again = {_step(row) for row in first}.difference(kept)
     if updates_expected is not None:
         updates_expected += sum(step < first_step for step in kept)
     ranks: tuple[Summary, ...] = ()
     if len(journals) > 1:
         whole = _whole_steps(journals.values())
-        ranks = tuple(_of_rank(rank, rows, again, whole) for rank, rows in journals.items())
+        ranks = tuple(_rank_summary(rank, rows, again, whole) for rank, rows in journals.items())
     return replace(
         _figures(list(journals.values()), again),
         updates_expected=updates_expected,
@@ -181,7 +181,7 @@ def _whole_steps(journals: Iterable[Sequence[_Row]]) -> set[int]:
     return {step for step, count in images.items() if count == whole}
 
 
-def _of_rank(rank: int, rows: Sequence[_Row], again: Collection[int], whole: Collection[int]) -> Summary:
+def _rank_summary(rank: int, rows: Sequence[_Row], again: Collection[int], whole: Collection[int]) -> Summary:
     shares = [int(row["images"]) for row in rows if _step(row) in whole]
     low, high = min(shares, default=None), max(shares, default=None)
     return replace(_figures([rows], again), rank=rank, share_min=low, share_max=high)
@@ -235,7 +235,7 @@ def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:
     ]
 
 
-def _kept(rows: Iterable[_Row]) -> list[_Row]:
+def _valid_rows(rows: Iterable[_Row]) -> list[_Row]:
     """Return the rows whose update is in the weights. A resume may repeat an epoch from the checkpoint before it."""
     kept: list[_Row] = []
     for row in rows:

@@ -78,9 +78,9 @@ class ReplayMeter:
 
     def read(self) -> Reading:
         """Read the memory at this step of the trace."""
-        others = self._others_bytes[self._step]
-        free = max(0, self._card_bytes - others - self.live_bytes)
-        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others)
+        others_bytes = self._others_bytes[self._step]
+        free = max(0, self._card_bytes - others_bytes - self.live_bytes)
+        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others_bytes)
 
     def mark(self) -> int:
         """Reset the peak; return the bytes allocated now."""

@@ -127,15 +127,15 @@ class Recorder:
         Args:
             stopwatch: Starts a stopwatch of the device.
         """
-        outputs = _Recorded(self)
+        outputs = _RecordedOutputs(self)
         with (
             self._checkpointing.remembering(outputs, lambda: True),
-            torch.autograd.graph.saved_tensors_hooks(self._see, lambda tensor: tensor),
-            overridden({layer: partial(self._call, name, layer.forward) for name, layer in self._layers.items()}),
+            torch.autograd.graph.saved_tensors_hooks(self._record_saved, lambda tensor: tensor),
+            overridden({layer: partial(self._run_layer, name, layer.forward) for name, layer in self._layers.items()}),
         ):
             versions = self._versions()
             yield
-            self._fixed |= self._written(versions)
+            self._fixed |= self._overwritten(versions)
         saved = {key: made for key, made in outputs.made.items() if key in self._saved}
         self._rebuildable = {key: layers for key, (layers, *_) in saved.items()}
         for name in self._layers:
@@ -225,18 +225,18 @@ class Recorder:
         )
         return Profile(scaled, loss, extra, total)
 
-    def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_layer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name in self._calls:
             self._fixed.add(name)
         first = len(self._alive)
-        call = self._calls[name] = _Call(inputs=self._hold((args, kwargs)))
+        call = self._calls[name] = _Call(inputs=self._keep_alive((args, kwargs)))
         call.given = [(tensor, tensor._version) for tensor in self._alive[first:]]
         self.stack.append(name)
         try:
             result = forward(*args, **kwargs)
         finally:
             self.stack.pop()
-        call.outputs = self._hold(result)
+        call.outputs = self._keep_alive(result)
         return result
 
     def _versions(self) -> list[tuple[nn.Module, Tensor, int]]:
@@ -244,7 +244,7 @@ class Recorder:
         modules = (module for module in self._model.modules() if not isinstance(module, _BatchNorm))
         return [(module, buffer, buffer._version) for module in modules for buffer in module.buffers(recurse=False)]
 
-    def _written(self, versions: list[tuple[nn.Module, Tensor, int]]) -> set[str]:
+    def _overwritten(self, versions: list[tuple[nn.Module, Tensor, int]]) -> set[str]:
         """Return layers that change a buffer, and layers whose inputs were overwritten during or after their call."""
         moved = {module for module, buffer, version in versions if buffer._version != version}
         found = {name for name, layer in self._layers.items() if moved & set(layer.modules())}
@@ -260,12 +260,12 @@ class Recorder:
             self._fixed |= {name for name, holder in self._layers.items() if layer in set(holder.modules())}
         self._norms_called.add(layer)
 
-    def _hold(self, nest: Any) -> dict[int, int]:
+    def _keep_alive(self, nest: Any) -> dict[int, int]:
         first = len(self._alive)
         each_tensor(nest, lambda tensor: self._alive.append(tensor.detach()))
         return {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in self._alive[first:]}
 
-    def _see(self, tensor: Tensor) -> Tensor:
+    def _record_saved(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         key = _storage(tensor)
         # Weights are in memory anyway. So are their half-precision copies, until autocast ends.
@@ -287,20 +287,20 @@ class Recorder:
         # A recomputed layer needs its inputs. If nothing else keeps an input, that memory is not freed: for example, a
         # tensor that the layer's first convolution converts to half precision.
         given = [size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned]
-        held_bytes = sum(given) if freed else 0
+        kept_input_bytes = sum(given) if freed else 0
         rebuilt = [key for key, layers in self._rebuildable.items() if name in layers]
 
         def per_image(keys: Sequence[int]) -> float:
             return sum(self._saved[key].bytes for key in keys) / images
 
         if name in self._fixed or isinstance(self._layers[name], ACTIVATIONS):
-            freed, held_bytes, rebuilt = [], 0, []
+            freed, kept_input_bytes, rebuilt = [], 0, []
         return LayerCost(
             name=name,
             inside=self._inside[name],
             stage=stage,
             kept_bytes=per_image(list(own)),
-            recompute_frees_bytes=per_image(freed) - held_bytes / images,
+            recompute_frees_bytes=per_image(freed) - kept_input_bytes / images,
             rebuild_frees_bytes=per_image(rebuilt),
             recompute=self._time(self._forward, name, images),
             rebuild=self._time(self._rebuilds, name, images),
@@ -347,7 +347,7 @@ class Recorder:
         return above(len(self._stages)), tuple(above(index) for index in range(len(self._stages)))
 
 
-class _Recorded(Outputs):
+class _RecordedOutputs(Outputs):
     """Keeps all outputs, and records the layer in which each was made."""
 
     def __init__(self, recorder: Recorder) -> None:

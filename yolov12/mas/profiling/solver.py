@@ -103,16 +103,16 @@ class _Programme:
         # it that may be recomputed.
         stages = profile.stages()
         kept = np.cumsum([stage.kept_bytes for stage in stages])
-        fixed, rows = [kept[-1] + profile.loss_extra_bytes], [self._freed(len(stages), None)]
+        fixed, rows = [kept[-1] + profile.loss_extra_bytes], [self._changes(len(stages), None)]
         for index, stage in enumerate(stages):
             extra = kept[index] + profile.stage_extra_bytes[stage.stage]
             inside = [i for i, c in enumerate(self._choices) if c.layer.stage == stage.stage and c.mode == RECOMPUTE]
             for again in (None, *inside):
                 fixed.append(extra)
-                rows.append(self._freed(stage.stage, again))
+                rows.append(self._changes(stage.stage, again))
         self._fixed, self._grows = np.array(fixed), np.array(rows)
 
-    def _freed(self, stage: int, again: int | None) -> list[float]:
+    def _changes(self, stage: int, again: int | None) -> list[float]:
         """Return the change in bytes per choice in the phase of a stage, in which choice `again` is recomputed."""
         return [
             -choice.frees_bytes * (choice.layer.stage <= stage) + choice.frees_bytes * (index == again)
@@ -150,7 +150,7 @@ class _Programme:
         if not self._choices:
             return np.zeros(0) if (most >= 0).all() else None
         more = len(costs) - len(self._choices)
-        once = np.array([self._chain(layer) + [0.0] * more for layer in self._profile.layers])
+        once = np.array([self._exclusive(layer) + [0.0] * more for layer in self._profile.layers])
         scale = self._fixed.max()
         found = milp(
             costs / (abs(costs).max() or 1.0),
@@ -161,7 +161,7 @@ class _Programme:
         )
         return None if found.x is None else np.round(found.x[: len(self._choices)])
 
-    def _chain(self, layer: LayerCost) -> list[float]:
+    def _exclusive(self, layer: LayerCost) -> list[float]:
         """Return 1.0 for each choice about the layer or a layer around it. Only one of these choices is allowed."""
         by_name = {each.name: each for each in self._profile.layers}
         names: list[str] = []

@@ -177,7 +177,7 @@ def arm_of(state: State, cost: CostModel, speed: SpeedModel, cut: Cut, level: in
     return Arm(
         cut,
         level,
-        peak_bytes=_live_bytes(state, cut) + max(cost.predict(each) for each in features_of(state, cut, level)),
+        peak_bytes=_allocated_bytes(state, cut) + max(cost.predict(each) for each in features_of(state, cut, level)),
         upper_bytes=upper_bytes(state, cost, cut, level),
         ms=sum(count * speed.expected_ms(images, *where, level) for count, images in times),
         best_ms=sum(count * speed.optimistic_ms(images, *where, level) for count, images in times),
@@ -196,7 +196,7 @@ def upper_bytes(state: State, cost: CostModel, cut: Cut, level: int, most_boxes:
         most_boxes: If given, predict as if no image had more boxes than this.
     """
     uppers = [cost.upper(each) for each in features_of(state, cut, level, most_boxes)]
-    return _live_bytes(state, cut) + max(upper for _, upper in uppers)
+    return _allocated_bytes(state, cut) + max(upper for _, upper in uppers)
 
 
 def features_of(state: State, cut: Cut, level: int, most_boxes: int | None = None) -> list[Features]:
@@ -212,5 +212,5 @@ def under_ceiling(state: State, cost: CostModel, cut: Cut, level: int) -> bool:
     return state.ceiling is None or cut.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
 
 
-def _live_bytes(state: State, cut: Cut) -> int:
+def _allocated_bytes(state: State, cut: Cut) -> int:
     return state.live_bytes + (state.gradient_bytes if len(cut.counts) > 1 else 0)

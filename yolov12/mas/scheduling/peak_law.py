@@ -50,7 +50,7 @@ class PeakLaw:
         self.sizes = 0
         """Number of different pixel counts observed. With a single one, the constant part cannot be determined."""
         self._seen: dict[Size, list[tuple[int, int]]] = {}  # (boxes, bytes), latest size last
-        self._off: dict[Size, float] = {}  # corrections in bytes
+        self._corrections: dict[Size, float] = {}  # in bytes
         self._line = (0.0, 0.0, 0.0)
         self._kink = 0.0
         self._most_boxes = 0
@@ -94,8 +94,8 @@ class PeakLaw:
         rising = c1 * pixels * max(share, 1.0) + c2 * tables + beyond
         if share < 1.0:
             rising = min(rising, c1 * pixels * share + boxes * per_box)
-        off = self._off.get(size, 0.0)
-        return c0 * fixed + rising + (off if share == 1.0 else max(off, 0.0))
+        correction = self._corrections.get(size, 0.0)
+        return c0 * fixed + rising + (correction if share == 1.0 else max(correction, 0.0))
 
     def observe(self, size: Size, boxes: int, needed_bytes: int) -> None:
         """Learn the bytes that a micro-batch needed above the memory allocated before it."""
@@ -107,11 +107,11 @@ class PeakLaw:
             del rows[next(index for index, (most, _) in enumerate(rows) if most <= usual)]
         if len(self._seen) > _SIZES:
             oldest = next(iter(self._seen))
-            del self._seen[oldest], self._off[oldest]
+            del self._seen[oldest], self._corrections[oldest]
         self._most_boxes = max(self._most_boxes, boxes)
         self._count += 1
         if new_size:
-            self._look_at_sizes()
+            self._update_sizes()
         if known:
             self.spread = (0.95 * self.spread**2 + 0.05 * min(error, 0.5) ** 2) ** 0.5
         surprised = error > max(SURPRISE, 2 * self.spread)
@@ -119,13 +119,13 @@ class PeakLaw:
         if not known or error > _SHOCK or (surprised and due):
             self._fit()
         else:
-            self._off[size] = median(each - self._plain(size, most) for most, each in rows)
+            self._corrections[size] = median(each - self._line_bytes(size, most) for most, each in rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned, in a form that JSON can store."""
         return {
             "seen": [[*size, [list(row) for row in rows]] for size, rows in self._seen.items()],
-            "off": [[*size, off] for size, off in self._off.items()],
+            "off": [[*size, correction] for size, correction in self._corrections.items()],
             "law": [*self._line, self._kink, self.spread],
             "counts": [self._most_boxes, self._count, self._fitted_at],
         }
@@ -136,17 +136,17 @@ class PeakLaw:
             (images, height, width): [(boxes, bytes_) for boxes, bytes_ in rows]
             for images, height, width, rows in state["seen"]
         }
-        self._off = {(images, height, width): off for images, height, width, off in state["off"]}
+        self._corrections = {(images, height, width): correction for images, height, width, correction in state["off"]}
         c0, c1, c2, self._kink, self.spread = state["law"]
         self._line = c0, c1, c2
         self._most_boxes, self._count, self._fitted_at = state["counts"]
-        self._look_at_sizes()
+        self._update_sizes()
 
-    def _look_at_sizes(self) -> None:
+    def _update_sizes(self) -> None:
         self.largest = max((size[0] for size in self._seen), default=0)
         self.sizes = len({images * height * width for images, height, width in self._seen})
 
-    def _plain(self, size: Size, boxes: int) -> float:
+    def _line_bytes(self, size: Size, boxes: int) -> float:
         return sum(a * b for a, b in zip(_terms(size, boxes, self._kink), self._line, strict=True))
 
     def _fit(self) -> None:
@@ -165,7 +165,7 @@ class PeakLaw:
             low, high = max(low, self._kink - step), min(high, self._kink + step)
         squares = 0.0
         for size, rows in self._seen.items():
-            self._off[size] = median(each - self._plain(size, most) for most, each in rows)
+            self._corrections[size] = median(each - self._line_bytes(size, most) for most, each in rows)
             squares += sum((self.expected_bytes(size, most) / each - 1.0) ** 2 for most, each in rows)
         freedom = len(seen) - len(self._seen)  # every size has its own correction
         if freedom > 0:

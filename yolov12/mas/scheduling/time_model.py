@@ -62,7 +62,7 @@ class _Mean:
 
 
 @dataclass(frozen=True)
-class _First:
+class _FirstRun:
     """The time of a batch with new sizes."""
 
     counts: Mapping[Size, int]
@@ -98,7 +98,7 @@ class SpeedModel:
         self._arms: dict[_Arm, _Mean] = {}
         # Sizes that have run in this process → whether their first time has been used.
         self._warm: dict[Size, bool] = {}
-        self._first: list[_First] = []
+        self._first: list[_FirstRun] = []
         self._factors = [level.slow for level in self.levels]
         self._times: dict[Size, float] = {}  # milliseconds at level 0
         self._law = SpeedLaw.fit((), self._prior_ms)
@@ -169,7 +169,7 @@ class SpeedModel:
         new = [size for size in counts if not self._warm.get(size, False)]
         if new:
             self._warm.update(dict.fromkeys(new, True))
-            self._first = [*self._first, _First(counts, len(new), level, ms)][-_FIRST:]
+            self._first = [*self._first, _FirstRun(counts, len(new), level, ms)][-_FIRST:]
             return
         total = sum(count * self.expected_ms(*size, level) for size, count in counts.items())
         means = {size: self.expected_ms(*size, level) * ms / total for size in counts}
@@ -180,7 +180,7 @@ class SpeedModel:
         for arm in list(self._arms)[:-_ARMS]:
             del self._arms[arm]
         self._fit()
-        self._account()
+        self._learn_new_size_ms()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned, in a form that JSON can store.
@@ -203,7 +203,7 @@ class SpeedModel:
         self.new_size_ms = state["new_size_ms"]
         self.set_levels(levels)
 
-    def _account(self) -> None:
+    def _learn_new_size_ms(self) -> None:
         """Learn the cost of new sizes from batches whose usual time is known by now."""
         for first in list(self._first):
             if all(any(arm[:3] == size for arm in self._arms) for size in first.counts):
