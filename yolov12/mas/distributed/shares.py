@@ -106,7 +106,7 @@ class Balance:
     def __init__(self, ranks: int, move_ms: float = 0.0) -> None:
         self._move_ms, self._lost_ms = move_ms, 0.0
         self._latest: list[list[float]] = [[] for _ in range(ranks)]
-        self._medians: list[float | None] = [None] * ranks  # of `_latest`
+        self._medians: list[float | None] = [None] * ranks  # one per list in `_latest`
         self._ms: Sequence[float] = [1.0] * ranks  # per image, as used for the present shares
         self._has_news = False
         self._images = 0  # in the previous batch
