@@ -133,8 +133,8 @@ class GroupedBatchNorm:
             first: Number of groups of the batch that come before this micro-batch.
 
         Raises:
-            RuntimeError: An activation was not applied to the output of its BatchNorm, or a layer was given a number of
-                images that is no multiple of the micro-batch's.
+            RuntimeError: An activation was not applied to the output of its BatchNorm, or a layer got a number of
+                images that is not a multiple of the micro-batch's.
         """
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
@@ -251,7 +251,7 @@ class GroupedBatchNorm:
         )
 
     def forget_activated(self) -> None:
-        """Drop the expectation that an activation follows: a recomputed layer may end with its BatchNorm."""
+        """Do not expect an activation after the last BatchNorm: a recomputed layer may end with it."""
         self._activated = None
 
     def _activate(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

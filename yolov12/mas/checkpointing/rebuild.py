@@ -20,7 +20,7 @@ from torch import Tensor, nn
 __all__ = ["ACTIVATIONS", "Outputs"]
 
 ACTIVATIONS = (nn.SiLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.Hardswish, nn.Mish, nn.ELU)
-"""Activations whose backward pass needs their input. Others, such as ReLU, keep one tensor less anyway."""
+"""Activations whose backward pass needs their input. Other activations, such as ReLU, keep one tensor less anyway."""
 
 
 class _Output:
@@ -40,7 +40,7 @@ class _Output:
         if value is None:
             with torch.no_grad():
                 value = self._again()
-                if value.stride() != self._stride:  # the strides of its views count on its own strides
+                if value.stride() != self._stride:  # views of it rely on its strides
                     value = value.new_empty_strided(self._size, self._stride).copy_(value)
             self._last = weakref.ref(value)
         if hold:
@@ -56,7 +56,7 @@ class _View:
         self.place = tensor.size(), tensor.stride(), tensor.storage_offset()
 
     def get(self, hold: bool = False) -> Tensor:
-        """Return the view, of a tensor that is computed if necessary; see `_Output.get`."""
+        """Return the view; compute its tensor if that no longer exists. For `hold` see `_Output.get`."""
         whole = self.output.get(hold)
         return whole if self.place == (whole.size(), whole.stride(), 0) else whole.as_strided(*self.place)
 
@@ -98,7 +98,7 @@ class Outputs:
         return tensor.detach() if output is None else _View(output, tensor)
 
     def unpack(self, packed: Tensor | _View) -> Tensor:
-        """Return the tensor in place of which `pack` saved something; for `saved_tensors_hooks`."""
+        """Return the tensor that `pack` replaced; for `saved_tensors_hooks`."""
         return packed.get() if isinstance(packed, _View) else packed
 
     def activate(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ A batch consists of BatchNorm groups (`groups.split_groups`). Each rank gets con
 the first ones. A rank can run a share of any size in micro-batches, so shares follow speed: a card that is slower, or
 that recomputes more because it has little memory, gets fewer images. If all groups are equal, list scheduling gives the
 shares of least time: each group goes to the rank that would finish it first (Graham, Bounds on multiprocessing timing
-anomalies, 1969). All but the last few of these steps follow from the time that ranks would need if images were
-divisible.
+anomalies, 1969). Most groups are given out at once, based on the time that ranks would need if images were divisible.
+Only the last few are given out one by one.
 
 After a change of shares, libraries search for new kernels, which takes seconds. Shares therefore stay until a change is
 worth it. All ranks know the same measurements and compute with sums, products, quotients and comparisons in a fixed
@@ -49,8 +49,8 @@ def share_out(groups: Sequence[int], ms_per_image: Sequence[float]) -> tuple[int
 
     Returns:
         Images of each rank, in whole groups. If there are fewer groups than ranks, the fastest ranks get one group each
-        and the others 0; otherwise every rank gets at least one group. The time is O(n log n) for n ranks, plus a look
-        at each group.
+        and the others 0; otherwise every rank gets at least one group. The computation takes O(n log n) for n ranks,
+        plus one comparison per group.
 
     Raises:
         ValueError: Groups before the last two differ.
@@ -170,7 +170,7 @@ class Balance:
         return shares
 
     def _current_ms(self) -> list[float]:
-        """Return milliseconds per image of each rank. Ranks with too few measurements get the median of the others."""
+        """Return milliseconds per image of each rank. Ranks with too few measurements get the other ranks' median."""
         known = [ms for ms in self._medians if ms is not None]
         usual = _median(known) if known else 1.0
         return [usual if ms is None else ms for ms in self._medians]

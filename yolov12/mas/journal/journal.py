@@ -129,7 +129,7 @@ class Journal:
         """Truncate the file to the valid rows. Return them, and the last step number, which all ranks agree on."""
         first = self._folder / _FIRST
         if steps is None and self._rank and first.exists():
-            steps = _last_step(read_rows(first))  # a kill may cost some ranks more rows
+            steps = _last_step(read_rows(first))  # a kill may cost each rank another number of rows
         rows: list[dict[str, str]] = []
         if self._csv.exists():
             _truncate(self._csv, steps)
@@ -160,7 +160,7 @@ class Journal:
         return self._next_step
 
     def add(self, row: Row) -> None:
-        """Write a row. It reaches the file with a row a second later, or with `flush`, `summary` or `close`."""
+        """Write a row. Rows reach the file about once a second, and with `flush`, `summary` or `close`."""
         if self._mark:
             row = dataclasses.replace(row, events=(self._mark, *row.events))
             self._mark = ""

@@ -96,6 +96,10 @@ def thin(rows: Sequence[_Row], bins: int = _BINS) -> list[_Row]:
     The run is divided into `bins` equal parts. From each part, the steps with the highest peak, the lowest budget and
     the median speed are drawn, and all steps with an event. Whole rows are chosen, so everything drawn at a step
     happened at that step.
+
+    Args:
+        rows: Rows, as `read_rows` returns them.
+        bins: Number of parts. A run with at most as many rows is drawn completely.
     """
     if len(rows) <= bins:
         return list(rows)

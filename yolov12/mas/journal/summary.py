@@ -56,21 +56,21 @@ class Summary:
     prediction_error_percent: float | None
     """Median of |predicted - measured| / measured peak, in percent."""
     micro_batch_min: int | None
-    """Least over the steps of the images in a step's largest micro-batch."""
+    """Smallest micro-batch size of the steps. The size of a step is the images in its largest micro-batch."""
     micro_batch_median: int | None
-    """Median over the steps of the images in a step's largest micro-batch."""
+    """Median micro-batch size of the steps."""
     micro_batch_max: int | None
-    """Most images in a micro-batch."""
+    """Largest micro-batch size of the steps."""
     images_per_s: float | None
-    """Median over the steps. With several ranks: images of all ranks in a step by the slowest rank's own time."""
+    """Median over the steps. With several ranks, a step's images are divided by the slowest rank's own time."""
     gpu_utilisation_percent: float | None
     """Mean of the utilisation samples of rank 0's device, in percent; None in `ranks`."""
     rank: int | None = None
     """Index of the rank, in the entries of `ranks`; None elsewhere."""
     share_min: int | None = None
-    """Least images that the rank had in a step with a whole batch; None outside `ranks`."""
+    """Smallest share of the rank in a step with a whole batch, in images; None outside `ranks`."""
     share_max: int | None = None
-    """Most images that the rank had in a step with a whole batch; None outside `ranks`."""
+    """Largest share of the rank in a step with a whole batch, in images; None outside `ranks`."""
     ranks_missing: int = 0
     """Number of ranks whose journals are not in rank 0's folder. They are not part of any figure."""
     ranks: tuple[Summary, ...] = ()

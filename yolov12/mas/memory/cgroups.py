@@ -12,8 +12,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 """File that lists the control groups of this process."""
 
-# Files with the limit and the usage, and the field of the page cache that is part of the usage but given up on demand:
-# version 2, then version 1.
+# Names in version 2, then in version 1: the file with the limit, the file with the usage, and the field with the page
+# cache, which counts as usage although the kernel gives it up on demand.
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -23,7 +23,9 @@ class HostMemory:
     """Memory of the host, read from `/proc` and the control groups, or from psutil where there is no `/proc`."""
 
     proc: Path = _PROC
+    """Folder where `/proc` is mounted."""
     cgroups: Path = CGROUPS
+    """Folder where the control groups are mounted."""
 
     def machine_bytes(self) -> tuple[int, int]:
         """Read total and available bytes of the machine, without regard to control groups.
@@ -69,8 +71,8 @@ class HostMeter:
 
     Freed memory mostly stays in the C library's heap. The resident size alone therefore measures the largest step so
     far: on YOLO12-N at 320 pixels, 1 image after a step of 8 adds 0 MiB, not 83. So `mark` first returns the heap to
-    the system. After that, resident memory is allocated memory, and its peak grows by 71 to 89 MiB per image in any
-    order.
+    the system. After that, resident memory is allocated memory, and its peak grows by 71 to 89 MiB per image, whatever
+    ran before.
 
     This costs 6 to 19 ms per mark, and a step takes 20 to 30 % longer to get its pages again (2 cores). It is therefore
     done for the first marks, from which a cost model learns most, and then every ten seconds. At other marks, and where

@@ -27,8 +27,8 @@ class Reading:
     def budget_bytes(self, safety_ratio: float) -> int:
         """Return the bytes that this process may use, at least 0.
 
-        The budget is the memory that this process has reserved or that is free, less a safety margin. A limit has the
-        effect of a card of that size: the budget is at most `(1 - safety_ratio) * total_bytes`.
+        The budget is the memory that this process has reserved or that is free, minus the safety fraction of the total.
+        A limit has the effect of a card of that size: the budget is at most `(1 - safety_ratio) * total_bytes`.
 
         Args:
             safety_ratio: Fraction of the total that stays free, 0 to 1.
@@ -55,7 +55,7 @@ def limited_bytes(device_bytes: int, limit: int | float | None) -> int:
 
 
 class Stopwatch(Protocol):
-    """Times work on a device, from its creation to `stop`. Neither of the two waits for the device."""
+    """Times work on a device, from its creation to `stop`. Neither creation nor `stop` waits for the device."""
 
     def stop(self) -> None:
         """Record the time at which the device has finished all work launched so far."""

@@ -1,7 +1,7 @@
 """The ladder of checkpoint plans of a run: level 0 keeps everything, and each level above it keeps less.
 
-`make_ladder` profiles the model with a few images, and `ladder_of` solves for the plans. Where there is no memory even
-for that profile, the ladder has two levels: keep everything, and recompute everything.
+`make_ladder` profiles the model with a few images, and `ladder_of` computes the plans from that profile. If there is
+not enough memory for a profile, the ladder has two levels: keep everything, and recompute everything.
 """
 
 from __future__ import annotations

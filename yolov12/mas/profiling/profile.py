@@ -12,7 +12,9 @@ class Time:
     """Milliseconds per image. Small batches are launch-bound (limited by the host), large batches by the device."""
 
     host_ms: float
+    """Time per image if the host is the bottleneck."""
     device_ms: float
+    """Time per image if the device is the bottleneck."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class LayerCost:
     kept_bytes: float
     """Bytes that this layer makes and that any layer keeps for its backward pass."""
     recompute_frees_bytes: float
-    """Bytes of `kept_bytes` that are freed if the layer is recomputed, less what then has to be kept besides."""
+    """Bytes of `kept_bytes` that recomputing the layer frees, minus the inputs that must be kept for it."""
     rebuild_frees_bytes: float
-    """Bytes of `kept_bytes` that are freed if outputs of BatchNorm and activations are rebuilt."""
+    """Bytes of `kept_bytes` that rebuilding outputs of BatchNorm and activations frees."""
     recompute: Time
     """Additional time if the layer is recomputed."""
     rebuild: Time

@@ -7,7 +7,7 @@ which gradients reach the layers.
 
 A `Recorder` provides two contexts for two passes over the same few images, each forward and backward: first
 `saved_tensors`, then `times_and_peaks`. `profile` combines what they saw with the time of whole passes under three
-plans. Only those whole passes include the cost of hooks and bookkeeping.
+plans. Only the whole passes show what the hooks and the bookkeeping of checkpointing cost.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Recorder:
         self._device = next(model.parameters()).device
         self._forward: dict[str, _Timer] = {}
         self._rebuilds: dict[str, _Timer] = {}
-        self._marks: list[tuple[int, int]] = []  # (stage, peak bytes until its gradient came)
+        self._marks: list[tuple[int, int]] = []  # (stage, peak bytes before its gradient arrived)
         self._live_bytes = 0
 
     @contextmanager

@@ -113,7 +113,10 @@ class _Programme:
         self._fixed, self._grows = np.array(fixed), np.array(rows)
 
     def _changes(self, stage: int, again: int | None) -> list[float]:
-        """Return the change in bytes per choice in the phase of a stage, in which choice `again` is recomputed."""
+        """Return the bytes by which each choice changes the phase of a stage.
+
+        Choice `again` frees nothing in that phase, because its layer is being recomputed.
+        """
         return [
             -choice.frees_bytes * (choice.layer.stage <= stage) + choice.frees_bytes * (index == again)
             for index, choice in enumerate(self._choices)

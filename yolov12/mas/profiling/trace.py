@@ -34,9 +34,9 @@ def rounded(size_bytes: int) -> int:
 class ByteTrace(TorchDispatchMode):
     """Counts the bytes of all storages that are made while the mode is active, until they are freed.
 
-    Storages from before do not count, and neither does their end. A storage that is freed after the mode has ended is
-    still subtracted. Autograd runs the backward pass of CUDA tensors in its own threads. PyTorch passes on to them the
-    modes of the thread that called `backward`, so these operations count, too.
+    Storages that were made before do not count, also not when they are freed. A storage that is freed after the mode
+    has ended is still subtracted. Autograd runs the backward pass of CUDA tensors in its own threads. PyTorch passes on
+    to them the modes of the thread that called `backward`, so these operations count, too.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class ByteTrace(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # `torch.tensor` makes its tensor unseen, then calls `lift_fresh` on it.
+        # `torch.tensor` makes its tensor without a visible operation, then calls `lift_fresh` on it.
         made_before = func is not torch.ops.aten.lift_fresh.default
         given = {_key(tensor) for tensor in _tensors((args, kwargs)) if made_before}
         for tensor in _tensors(result):

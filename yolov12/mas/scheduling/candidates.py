@@ -43,7 +43,7 @@ class History:
     regret_ms: float = 0.0
     """Milliseconds lost so far against the best arm of the sizes that have run."""
     new_regret_ms: float = 0.0
-    """Milliseconds lost so far against the best arm with a new size, at that arm's optimistic time."""
+    """Milliseconds lost so far against the best arm with a new size, if that arm takes only its optimistic time."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ def cuts(groups: Sequence[Group], *, every: bool = False, most: int | None = Non
 
     Args:
         groups: Groups of the batch.
-        every: Yield also splits that are usually skipped: those into unequal micro-batches if a few more micro-batches
-            would all be equal, and those into nearly as many micro-batches as the split before.
+        every: Yield also the splits that are skipped by default. These are splits into unequal micro-batches where
+            slightly more micro-batches would all be equal, and splits into nearly as many micro-batches as the previous
+            split.
         most: Most images in a micro-batch, as far as whole groups allow.
     """
     count, last = len(groups), 0

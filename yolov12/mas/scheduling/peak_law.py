@@ -82,8 +82,8 @@ class PeakLaw:
             size: Size of the micro-batch.
             boxes: Boxes of the image that has most.
             share: Factor on activations, to predict for another plan: its share relative to this plan's. The tables of
-                the assignment keep their size. If the other plan keeps less, tables may dominate from fewer boxes on;
-                the result assumes at worst from the first box.
+                the assignment keep their size. If the other plan keeps less, the tables may determine the peak from
+                fewer boxes on. The result is safe even if they do so from the first box.
             bytes_per_box: What other plans have learned, used for boxes beyond the most observed here. Tables have the
                 same size under all plans.
         """

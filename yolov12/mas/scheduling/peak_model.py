@@ -97,7 +97,7 @@ class _Bound:
 
 
 class CostModel:
-    """Learns from every micro-batch. It is precise for shapes that it has observed and cautious about others.
+    """Learns from every micro-batch. It is precise for shapes that it has observed and cautious about other shapes.
 
     Args:
         levels: The checkpoint plans, starting with level 0.
