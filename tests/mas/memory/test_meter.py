@@ -1,4 +1,4 @@
-"""The meters: on this machine's memory, on an invented card, on a replayed one, and on this machine's GPU."""
+"""The meters: for this machine's memory, a simulated card, a replayed card, and this machine's GPU."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_budget_is_never_negative():
     assert Reading(0, 0, GIB, 80 * GIB, None).budget_bytes(0.1) == 0
 
 
-# The host of this machine. Linux counts resident pages per processor and adds them up in steps: hence the 8 MiB.
+# The host of this machine. Linux counts resident pages per processor and adds them up in steps, hence the 8 MiB.
 
 
 @needs_linux
@@ -64,7 +64,7 @@ def test_small_host_step_is_measured_after_a_large_one():
     live_bytes = meter.mark()
     blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(3200)]
     assert meter.peak_bytes() - live_bytes >= 192 * MIB
-    last = blocks.pop()  # at the end of the heap, so that all below stays resident when it is freed
+    last = blocks.pop()  # at the end of the heap: the freed memory below it stays resident
     del blocks
     live_bytes = meter.mark()
     blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(800)]
@@ -91,15 +91,15 @@ def test_device_that_no_meter_reads():
         meter_for(torch.device("mps"))
 
 
-# An invented host
+# A simulated host
 
 
 @pytest.fixture
 def invented(tmp_path):
-    """An invented host of 8 GiB, and the function that sets this process' resident size and its peak, in MiB."""
+    """Return a simulated host of 8 GiB and a function that sets this process' resident size and its peak, in MiB."""
     memory = HostMemory(tmp_path / "proc", tmp_path / "cgroup")
     (memory.proc / "self").mkdir(parents=True)
-    (memory.proc / "self/clear_refs").mkdir()  # not permitted
+    (memory.proc / "self/clear_refs").mkdir()  # a folder, so the reset is not permitted
     (memory.proc / "meminfo").write_text(f"MemTotal: {8 * MIB} kB\nMemFree: 1 kB\nMemAvailable: {6 * MIB} kB\n")
 
     def hold(now_mib, peak_mib):
@@ -147,8 +147,8 @@ def test_host_whose_peak_cannot_be_reset_and_heap_not_be_given_back(invented, mo
     assert meter.mark() == GIB
     hold(1500, 3000)
     assert meter.peak_bytes() == 3000 * MIB
-    assert meter.mark() == GIB  # 1500 MiB may be the C library's
-    hold(1800, 3000)  # what was highest is the step before
+    assert meter.mark() == GIB  # the other 476 MiB may be in the C library's heap
+    hold(1800, 3000)  # the peak is that of the previous step
     assert meter.peak_bytes() == 1800 * MIB
     hold(900, 3200)
     assert meter.peak_bytes() == 3200 * MIB
@@ -162,11 +162,11 @@ def test_host_resident_size_without_proc(tmp_path):
     assert HostMemory(tmp_path, tmp_path).room_bytes()[0] == pytest.approx(HostMemory().machine_bytes()[0])
 
 
-# An invented card
+# A simulated card
 
 
 class Card:
-    """Stands for torch.cuda: 8 GiB, of which 3 are free, 2 ours, and 1 of those live."""
+    """Replacement for torch.cuda with 8 GiB: 3 free, 2 reserved by this process, and 1 of those allocated."""
 
     def __init__(self):
         self.integrated, self.fractions, self.nvml = 0, [], {}
@@ -265,7 +265,7 @@ def test_own_context_is_not_others(card):
     card.nvml["nvmlDeviceGetComputeRunningProcesses"] = [own, SimpleNamespace(pid=2**30, usedGpuMemory=None)]
     meter = meter_for(GPU)
     assert meter.read().others_bytes == 3 * GIB - 300 * MIB
-    card.free -= GIB  # another process takes some
+    card.free -= GIB  # another process allocates memory
     assert meter.read().others_bytes == 4 * GIB - 300 * MIB
 
 
@@ -342,7 +342,7 @@ def test_replay_of_an_invented_trace():
     meter.use(9 * GIB)
     assert meter.peak_bytes() == 10 * GIB
     assert meter.mark() == meter.peak_bytes() == GIB
-    for _ in range(2):  # the last step stays
+    for _ in range(2):  # the last value stays
         meter.advance()
         assert meter.read().budget_bytes(0.1) == 3 * GIB
         with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^CUDA out of memory"):
@@ -382,7 +382,7 @@ def test_peak_on_a_gpu_is_what_was_allocated():
     block = torch.ones(64 * MIB + 1, dtype=torch.uint8, device=GPU)
     assert meter.read().live_bytes == meter.peak_bytes()
     del block
-    # The allocator rounds up to 512 bytes, and leaves a rest of up to 1 MiB with the block.
+    # The allocator rounds up to 512 bytes and may give up to 1 MiB more with a block.
     assert 64 * MIB < meter.peak_bytes() - live_bytes <= 65 * MIB + 512
     assert meter.mark() == meter.peak_bytes() == live_bytes
     stopwatch.stop()

@@ -1,4 +1,4 @@
-"""A meter without a device: replays what other processes held, for tests and simulation."""
+"""A meter that needs no device: it replays the memory use of other processes, for tests and simulations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["ReplayMeter"]
 
 
 class ReplayMeter:
-    """A card that is not there, for tests and simulation: other processes hold what a trace says, step by step.
+    """A simulated card on which other processes use memory according to a trace, step by step.
 
-    Its allocator keeps no cache, and its clock moves on `tick` alone.
+    Its allocator has no cache, and its clock advances only with `tick`.
 
     Args:
-        total_bytes: What the card has.
-        others_bytes: What others hold, for each step; the last one stays.
-        live_bytes: This process' own live tensors. May be set at any time.
-        limit: See `meter_for`.
+        total_bytes: Memory of the card.
+        others_bytes: Memory of other processes at each step. After the last step, its value stays.
+        live_bytes: Memory allocated by this process. May be changed at any time.
+        limit: Memory limit; see `meter_for`.
     """
 
     kind = "cuda"
@@ -37,18 +37,19 @@ class ReplayMeter:
         self._now_ms = 0.0
 
     def advance(self) -> None:
-        """Go on to the next step of the trace; stay at the last."""
+        """Go to the next step of the trace, or stay at the last."""
         self._step = min(self._step + 1, len(self._others_bytes) - 1)
 
     def tick(self, ms: float) -> None:
-        """Move the clock."""
+        """Advance the clock."""
         self._now_ms += ms
 
     def use(self, peak_bytes_above_live: int) -> None:
-        """Take memory for a moment, as a micro-batch does.
+        """Allocate memory and free it at once, like a micro-batch.
 
         Raises:
-            torch.cuda.OutOfMemoryError: It does not fit beside the live tensors and the others, or into the limit.
+            torch.cuda.OutOfMemoryError: The memory does not fit beside this process' and other processes' memory, or it
+                exceeds the limit.
         """
         peak_bytes = self.live_bytes + peak_bytes_above_live
         room_bytes = min(self._card_bytes - self._others_bytes[self._step], self._limited_bytes)
@@ -61,17 +62,17 @@ class ReplayMeter:
 
     def read(self) -> Reading:
         """Read the memory at this step of the trace."""
-        others = self._others_bytes[self._step]
-        free = max(0, self._card_bytes - others - self.live_bytes)
-        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others)
+        others_bytes = self._others_bytes[self._step]
+        free = max(0, self._card_bytes - others_bytes - self.live_bytes)
+        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others_bytes)
 
     def mark(self) -> int:
-        """Forget the peak; return the live bytes."""
+        """Reset the peak; return the bytes allocated now."""
         self._peak_bytes = self.live_bytes
         return self.live_bytes
 
     def peak_bytes(self) -> int:
-        """Return the highest bytes since the mark."""
+        """Return the highest allocated bytes since the last mark."""
         return max(self._peak_bytes, self.live_bytes)
 
     def release(self) -> None:
@@ -82,9 +83,9 @@ class ReplayMeter:
         return nullcontext()
 
     def stopwatch(self) -> Stopwatch:
-        """Return a stopwatch on the replay's clock."""
+        """Start a stopwatch that uses the simulated clock."""
         return ClockStopwatch(lambda: self._now_ms)
 
     def busy_percent(self) -> float | None:
-        """Return None: nothing runs."""
+        """Return None, because nothing runs."""
         return None

@@ -215,12 +215,12 @@ def _size(facts: TensorFacts, dim: int | None = None) -> Any:
 
 
 _FROM_FACTS: Mapping[Any, Callable[..., Any]] = {
-    Tensor.shape.__get__: lambda facts: facts.shape,
+    Tensor.shape.__get__: lambda facts: facts.shape,  # type: ignore[attr-defined,unused-ignore]
     Tensor.size: _size,
     Tensor.__len__: lambda facts: facts.shape[0],
     Tensor.dim: lambda facts: len(facts.shape),
-    Tensor.ndim.__get__: lambda facts: len(facts.shape),  # type: ignore[attr-defined]
+    Tensor.ndim.__get__: lambda facts: len(facts.shape),  # type: ignore[attr-defined,unused-ignore]
     Tensor.numel: lambda facts: facts.shape.numel(),
-    Tensor.dtype.__get__: lambda facts: facts.dtype,
-    Tensor.device.__get__: lambda facts: facts.device,
+    Tensor.dtype.__get__: lambda facts: facts.dtype,  # type: ignore[attr-defined,unused-ignore]
+    Tensor.device.__get__: lambda facts: facts.device,  # type: ignore[attr-defined,unused-ignore]
 }
