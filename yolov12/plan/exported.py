@@ -1,11 +1,11 @@
-"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280`: what an exported graph takes, and how it would be cut.
+"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280` plans the memory of an exported graph and how to split it.
 
-model=yolov12x.yaml     or a weight file, or an .onnx file
-batch=1 imgsz=640       as in an export, and so is dynamic=True: then up to twice imgsz, as Ultralytics builds engines
-mem=256MiB              for weights, inputs, tensors and the builder; without it nothing is cut
---json                  for programs
+model=yolov12x.yaml     a model yaml, a weight file or an .onnx file
+batch=1 imgsz=640       as in an export; with dynamic=True up to twice imgsz, as Ultralytics builds engines
+mem=256MiB              limit for weights, inputs, tensors and the builder; without a limit nothing is split
+--json                  print JSON
 
-The exit status is 0 if it fits, else 1. Tensors are counted in the precision of the graph, FP32.
+The exit status is 0 if the graph fits, else 1. Tensors are counted in FP32, the precision of the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from yolov12.export import graph
 from yolov12.export.rewrite import Split, split
 from yolov12.export.session import smallest_and_largest, tensors_limit, workspace_for
 from yolov12.mas.config import Config
-from yolov12.plan.arguments import count, read, switch
+from yolov12.plan.arguments import parse_count, parse_switch, parse_words
 
 __all__ = ["main"]
 
@@ -38,30 +38,30 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def main(words: Sequence[str]) -> tuple[str, int]:
-    """Plan a graph.
+    """Plan an exported graph.
 
     Args:
-        words: After `yolov12 plan`.
+        words: The words after `yolov12 plan`.
 
     Returns:
-        What to print, and the exit status: 0 if the graph fits, or there is no limit, else 1.
+        The text to print, and the exit status: 0 if the graph fits or there is no limit, else 1.
 
     Raises:
         ConfigError: An argument is unknown, malformed or missing.
     """
-    given = read(words, _DEFAULTS, switches=("json", "dynamic"))
+    given = parse_words(words, _DEFAULTS, switches=("json", "dynamic"))
     if given["model"] is None:
         raise ConfigError("no model= given. Give a yaml, a weight file or an .onnx file, as in model=yolov12m.yaml")
     if given["format"] not in ("onnx", "engine"):
         raise ConfigError(
             f"format={given['format']}: plans are made for onnx, and for engine, which has the same graph"
         )
-    size = count("imgsz", given["imgsz"])
-    shape = (count("batch", given["batch"]), 3, size, size)
-    dynamic, as_json = switch("dynamic", given["dynamic"]), switch("json", given["json"])
+    size = parse_count("imgsz", given["imgsz"])
+    shape = (parse_count("batch", given["batch"]), 3, size, size)
+    dynamic, as_json = parse_switch("dynamic", given["dynamic"]), parse_switch("json", given["json"])
     limit = Config.parse({"mem_limit": given["mem"]}).limit
     if isinstance(limit, float):
-        raise ConfigError(f"mem={given['mem']} is a share of a card. Give bytes, as in mem=256MiB")
+        raise ConfigError(f"mem={given['mem']} is a fraction of a card. Give bytes, as in mem=256MiB")
     with tempfile.TemporaryDirectory() as folder:
         model = graph.load(_exported(given["model"], shape, dynamic, Path(folder)))
         least, most = (graph.at_most(model, each) for each in smallest_and_largest(shape, dynamic))
@@ -81,7 +81,7 @@ def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> P
         return Path(name)
     from yolov12 import YOLO
 
-    if Path(name).is_file():  # Ultralytics exports beside the weights
+    if Path(name).is_file():  # Ultralytics writes the export to the folder of the weights
         link = folder / Path(name).name
         link.symlink_to(Path(name).resolve())
         name = str(link)
