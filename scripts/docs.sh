@@ -10,5 +10,5 @@ export NO_MKDOCS_2_WARNING=1 # of the theme's authors about a future version
 if [ "${1:-}" = serve ]; then
   exec mkdocs serve "${@:2}"
 fi
-mkdocs build --strict --quiet --clean "$@"
+mkdocs build --strict --clean "$@" # with --quiet, warnings would not count
 echo "docs: site/index.html"

@@ -1,7 +1,7 @@
 """Hooks of MkDocs: links from the pages of docs/ to other files of the repository work in the site, too.
 
-A page may link to `../../benchmarks/results/memory.json`, as a reader of the repository expects. In the site, such files
-lie in the folder `repository/`, and the links point there.
+A page may link to `../../benchmarks/results/memory.json`, as a reader of the repository expects. In the site, such a
+file is in the folder `repository/`, and the link points there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).parents[1]
 FOLDER = "repository"
@@ -29,7 +29,9 @@ def on_files(files: Files, config: Any) -> Files:
             path = _in_repository(page.src_uri, match[2])
             if path is None or _in_site(path) in files.src_uris or not (ROOT / path).is_file():
                 continue
-            file = File.generated(config, _in_site(path), abs_src_path=str(ROOT / path))
+            file = File.generated(
+                config, _in_site(path), abs_src_path=str(ROOT / path), inclusion=InclusionLevel.NOT_IN_NAV
+            )
             files.append(file)
             if path.endswith(".md"):
                 waiting.append(file)
