@@ -16,6 +16,7 @@ from onnx import helper
 
 from yolov12 import YOLO
 from yolov12.export import graph
+from yolov12.export.shapes import Shapes
 
 Shape = tuple[int | str, ...]
 
@@ -103,10 +104,10 @@ def measured() -> Callable[[Path, np.ndarray], int]:
 
 
 @pytest.fixture
-def planned() -> Callable[..., graph.Plan]:
+def planned() -> Callable[..., graph.MemoryPlan]:
     """Plan a graph at the largest size given."""
 
-    def plan(model: ir.Model, shape: tuple[int, ...]) -> graph.Plan:
-        return graph.plan(model, graph.Shapes(model, graph.at_most(model, shape)))
+    def plan(model: ir.Model, shape: tuple[int, ...]) -> graph.MemoryPlan:
+        return graph.plan(model, Shapes(model, graph.input_shapes(model, shape)))
 
     return plan

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 
 from yolov12.export import graph, tiles
 from yolov12.export.regions import Growth
+from yolov12.export.shapes import Sizes
 from yolov12.export.windows import IMAGES, ROWS
 
 
 def _sizes(model, least, most):
-    return graph.Sizes(model, graph.at_most(model, least), graph.at_most(model, most))
+    return Sizes(model, graph.input_shapes(model, least), graph.input_shapes(model, most))
 
 
 def _cut(model, sizes, parts, nodes=None, axis=ROWS):

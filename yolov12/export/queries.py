@@ -14,7 +14,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from yolov12.export.edit import END, Bound, Editor, by_name, operand
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 
 __all__ = ["Attention", "find"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 from yolov12.export.tiles import Region
 from yolov12.export.windows import is_local, moves
 

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from yolov12.export.edit import END, Bound, Editor
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 from yolov12.export.windows import IMAGES, ROWS, moves, pads_of, window_of
 
 __all__ = ["Region"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 
 __all__ = ["IMAGES", "ROWS", "Window", "is_local", "moves", "pads_of", "window_of"]
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from yolov12.errors import ConfigError
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Reading, limited_bytes
 from yolov12.plan.cards import Card, card
+from yolov12.plan.words import count, read, switch
 
-__all__ = ["Request", "count", "parse", "read", "switch"]
+__all__ = ["Request", "parse"]
 
 _DEFAULTS: dict[str, Any] = {
     "model": None,
@@ -91,60 +90,13 @@ def parse(words: list[str]) -> Request:
         )
     return Request(
         models=models,
-        imgsz=count("imgsz", given["imgsz"]),
-        batch=count("batch", given["batch"]),
-        boxes=count("boxes", given["boxes"]),
-        classes=None if given["classes"] is None else count("classes", given["classes"]),
+        imgsz=count("imgsz", given["imgsz"], 640),
+        batch=count("batch", given["batch"], 16),
+        boxes=count("boxes", given["boxes"], 100),
+        classes=None if given["classes"] is None else count("classes", given["classes"], 80),
         optimizer=given["optimizer"],
         amp=switch("amp", given["amp"]),
         config=config,
         card=found,
         json=switch("json", given["json"]),
     )
-
-
-def read(words: Sequence[str], defaults: Mapping[str, Any], switches: Sequence[str]) -> dict[str, Any]:
-    """Put `key=value` words over defaults.
-
-    Args:
-        words: As written.
-        defaults: All there are.
-        switches: Those that mean True without a value.
-
-    Raises:
-        ConfigError: A word is unknown, or has no value.
-    """
-    given = dict(defaults)
-    for word in words:
-        key, _, value = word.lstrip("-").partition("=")
-        if key not in given:
-            near = get_close_matches(key, given, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Arguments of plan: {', '.join(given)}"
-            raise ConfigError(f"unknown argument '{key}'. {hint}")
-        if not value and key not in switches:
-            raise ConfigError(f"'{word}' has no value, as in batch=256")
-        given[key] = value or True
-    return given
-
-
-def count(name: str, value: Any) -> int:
-    """Read a number of things.
-
-    Raises:
-        ConfigError: It is none.
-    """
-    if not str(value).isdecimal() or int(value) < 1:
-        raise ConfigError(f"{name}={value}: give a number, as in {name}={_DEFAULTS[name] or 80}")
-    return int(value)
-
-
-def switch(name: str, value: Any) -> bool:
-    """Read True or False; `bf16`, as in amp=bf16, is on.
-
-    Raises:
-        ConfigError: It is neither.
-    """
-    word = str(value).lower()
-    if word not in ("true", "false", "bf16"):
-        raise ConfigError(f"{name}={value}: give True or False")
-    return word != "false"
