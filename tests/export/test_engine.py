@@ -1,4 +1,4 @@
-"""Engines built inside limits, with TensorRT-RTX, which builds without a GPU and is another product than TensorRT."""
+"""Engines are built inside limits. The library is TensorRT-RTX, which builds without a GPU and is no TensorRT."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _metadata(file: Path) -> dict:
 
 @pytest.mark.slow
 def test_an_engine_fits_where_the_uncut_graph_does_not(folder, library):
-    """YOLOv12-M at 1280 in 256 MiB of workspace; uncut, it does not build in 512."""
+    """YOLOv12-M at 1280 builds in 256 MiB of workspace; as a whole graph it does not build in 512 MiB."""
     onnx_file = YOLO("yolov12m.yaml").export(format="onnx", imgsz=1280, verbose=False)
     job = engine.Job(Path(onnx_file), folder / "uncut.engine", (1, 3, 1280, 1280))
     (attempt,) = engine.build(library, job, 512 * MIB, engine.EFFORTS[:1])
@@ -119,7 +119,7 @@ def test_what_does_not_fit_says_what_it_needs_and_leaves_the_engine_there_was(fo
 
 
 def test_a_builder_that_runs_out_of_memory_is_given_a_graph_that_is_cut_smaller(folder, monkeypatch):
-    """With a reserve so small that the plan is too hopeful, as it might be on a card."""
+    """The reserve is made so small that the plan is too hopeful, which can happen on a card."""
     monkeypatch.setattr(budget, "RESERVE_BYTES", 0)
     with pytest.raises(DoesNotFitError, match=r"ran out of memory building .*it may use 32 MiB \(mem_limit\)"):
         _export(imgsz=640, mem_limit="32MiB")

@@ -1,4 +1,4 @@
-"""The planner: what lives when, and that onnxruntime agrees."""
+"""The memory plan of a graph: which tensors are live when. onnxruntime agrees."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""Attention in parts of the queries, however it is written down."""
+"""Attention is split into parts of the queries, however a graph spells it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Graphs that fit are left alone; others are cut until they do, and say the same about a photograph."""
+"""Graphs that fit are left alone; others are split until they do, and find the same in a photograph."""
 
 import time
 
@@ -77,7 +77,7 @@ def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file)
 
 
 def test_a_graph_that_fits_need_not_work_at_the_smallest_size(make):
-    """As one that picks 300 of the boxes, of which an image of 32 pixels has fewer."""
+    """A graph that picks 300 boxes does not: an image of 32 pixels has fewer."""
     nodes = [("Reshape", ["images", "flat"], "a", {}), ("TopK", ["a", "k"], "b", {})]
     model = make([nodes[0]], ("n", 4, 8, 8), {"flat": np.array([-1], np.int64), "k": np.array([300], np.int64)}, ndim=1)
     topk = ir.node("TopK", [model.graph.outputs[0], model.graph.initializers["k"]], num_outputs=2)

@@ -27,9 +27,9 @@ class Counts:
     def __init__(self) -> None:
         self.loads = 0
         self.plans: Counter[tuple[str, ...]] = Counter()
-        """Names of a graph's nodes → how often it was planned."""
+        """Names of a graph's nodes → number of times that it was planned."""
         self.writes = 0
-        """Of the ONNX file."""
+        """Number of times that the ONNX file was written."""
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def test_images_one_after_the_other(make, run):
 
 
 def test_a_region_grows_to_where_little_is_held(make):
-    """Wide tensors inside, narrow ones at both ends."""
+    """The tensors inside the region are wide, those at its two ends narrow."""
     narrow, wide = np.ones((1, 8, 1, 1), np.float32), np.ones((8, 1, 1, 1), np.float32)
     model = make(
         [

@@ -25,9 +25,10 @@ _FP32_OF_FP16 = 2
 def build_within(library: engine.Library, job: engine.Job, exported: ExportedGraph, limit: MemoryLimit) -> None:
     """Build an engine in limited memory, and note each attempt in a journal beside it.
 
-    The graph is first split as its plan says. A builder may know better how to run the whole graph, or need more than
-    was planned: so follow the whole graph and then tighter splits. Each is written to the ONNX file just before it is
-    built. If all fail, the file holds the whole graph.
+    The first attempts are with the graph as its plan says it fits. If the builder runs out of memory, the whole graph
+    is next, as the builder may know a better way to run it, and then the graph split further, as the builder may need
+    more than was planned. Each variant is written to the ONNX file just before it is built. If all attempts fail, the
+    file holds the whole graph.
 
     Args:
         library: The builder.
@@ -42,19 +43,24 @@ def build_within(library: engine.Library, job: engine.Job, exported: ExportedGra
     journal = ExportJournal(job.engine.with_suffix(".export.json"))
     planned = _limit_of_plan(library, job, limit)
 
-    def succeeds(variant: Split | None, efforts: Sequence[engine.Effort]) -> bool:
+    def builds(variant: Split | None, efforts: Sequence[engine.Effort]) -> bool:
         exported.write(variant)
         if variant is not None:
             journal.add_split(planned, variant)
-        return _succeeds(library, job, limit, efforts, journal)
+        outcome = ""
+        for attempt in engine.build(library, job, limit.total_bytes, efforts):
+            journal.add_attempt(attempt)
+            outcome = attempt.outcome
+            LOGGER.info(f"{job.prefix} {attempt.builder}: {outcome} after {attempt.seconds} s {attempt.message}")
+        return outcome == "built"
 
     first = exported.split(planned)
-    if succeeds(first, engine.EFFORTS):
+    if builds(first, engine.EFFORTS):
         return
     if first is not None:
         if first.sites:
             journal.add_whole()
-            if succeeds(None, engine.EFFORTS[:1]):
+            if builds(None, engine.EFFORTS[:1]):
                 return
         least_bytes = first.plan.peak_bytes
         for fraction in _TIGHTER:
@@ -63,7 +69,7 @@ def build_within(library: engine.Library, job: engine.Job, exported: ExportedGra
                 break
             if tighter.plan.peak_bytes < least_bytes:
                 least_bytes = tighter.plan.peak_bytes
-                if succeeds(tighter, engine.EFFORTS[-1:]):
+                if builds(tighter, engine.EFFORTS[-1:]):
                     return
         exported.write()
     raise _failure(library, job, limit, first, journal)
@@ -74,22 +80,6 @@ def _limit_of_plan(library: engine.Library, job: engine.Job, limit: MemoryLimit)
     if limit.total_bytes is None or library.is_rtx or job.quantize not in (16, 8):
         return limit
     return MemoryLimit(_FP32_OF_FP16 * limit.total_bytes, f"{limit.source}, twice, as the plan is of FP32")
-
-
-def _succeeds(
-    library: engine.Library,
-    job: engine.Job,
-    limit: MemoryLimit,
-    efforts: Sequence[engine.Effort],
-    journal: ExportJournal,
-) -> bool:
-    """Build what is in the ONNX file, with less effort each time; return whether there is an engine."""
-    outcome = ""
-    for attempt in engine.build(library, job, limit.total_bytes, efforts):
-        journal.add_attempt(attempt)
-        outcome = attempt.outcome
-        LOGGER.info(f"{job.prefix} {attempt.builder}: {outcome} after {attempt.seconds} s {attempt.message}")
-    return outcome == "built"
 
 
 def _failure(

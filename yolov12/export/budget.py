@@ -23,7 +23,7 @@ class MemoryLimit:
     total_bytes: int | None
     """Bytes for weights, inputs, tensors and the builder; None if there is no limit."""
     source: str
-    """Where the number comes from, in words."""
+    """Origin of the number, in words: `mem_limit`, `workspace` or the memory that is free."""
 
 
 def smallest_and_largest(shape: Sequence[int], dynamic: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:

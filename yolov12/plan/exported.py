@@ -1,7 +1,7 @@
-"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280`: what an exported graph takes, and how it would be cut.
+"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280`: the memory of an exported graph, and how it would be cut.
 
 model=yolov12x.yaml     or a weight file, or an .onnx file
-batch=1 imgsz=640       as in an export, and so is dynamic=True: then up to twice imgsz, as Ultralytics builds engines
+batch=1 imgsz=640       as in an export. With dynamic=True the plan is of twice imgsz, the largest that engines take
 mem=256MiB              for weights, inputs, tensors and the builder; without it nothing is cut
 --json                  for programs
 
