@@ -62,7 +62,7 @@ class Training:
         import torch
 
         with torch.autocast("cuda", torch.float16):
-            part = self.task._preprocess(_part(self.batch, start, start + batch))
+            part = self.task.preprocess(_part(self.batch, start, start + batch))
             loss, _ = self.model(part)
         self.scaler.scale(loss.sum()).backward()
 
@@ -213,7 +213,7 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
             "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
             "peak_mib": max(step["peak_mib"] for step in last),
             "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
-            "ladder": [[level.share, level.slow] for level in engine.cost.levels],
+            "ladder": [[level.share, level.slow] for level in engine._planner.cost.levels],
             "steps": steps,
         }
         told = {key: value for key, value in row.items() if key not in ("steps", "ladder", "plan")}
@@ -238,7 +238,7 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
     from yolov12.mas.checkpointing.checkpointing import Plan
     from yolov12.plan.estimate import estimate
-    from yolov12.plan.network import load
+    from yolov12.plan.fake_model import load
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for part, measured in result.items():

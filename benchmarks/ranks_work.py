@@ -139,6 +139,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
     from yolov12.mas.distributed.replicas import checksum
     from yolov12.mas.memory.meter import meter_for
     from yolov12.mas.step.step import Step
+    from yolov12.mas.task import Share
     from yolov12.models.activations import activations
     from yolov12.training.adapter.detection import BOXES, DetectionTask
 
@@ -164,7 +165,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
         part = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in part.items()}
         return {**part, "img": part["img"].float() / 255}
 
-    task = DetectionTask(model, preprocess, multi_scale=False, overlapping_masks=True)
+    task = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True)
     scale = 1.0
     backward: Callable[[Any], None] = lambda loss: (loss * scale).backward()  # noqa: E731
     options = (meter_for(device), backward, None, activations(model))
@@ -179,10 +180,9 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
         for _ in range(2):  # with the normaliser of the batch before, as in a training
             model.load_state_dict(state)
             model.zero_grad()
-            task.of_all = images if step is of_all else 0
             planner = _InGroups([GROUP] * (task.workload(part).images // GROUP), together)
             with torch.autocast(device.type, dtype, enabled=half):
-                result = step.run(part, len(part["img"]), planner, images)
+                result = step.run(part, len(part["img"]), planner, Share(images))
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         return torch.cat([gradient.double().flatten() for gradient in gradients]) / scale, float(result.loss.sum())
 

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# Sourced by login shells and interactive ones.
-# shellcheck disable=SC1091 # part of the image
+# Login shells and interactive shells source this file.
+# shellcheck disable=SC1091 # the file exists in the image
 . /opt/conda/etc/profile.d/conda.sh
 conda activate yolov12

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# docker run IMAGE train|val|predict|export|plan|check key=value...: the script of that name
-# docker run IMAGE any other command: that command
-# docker run -it IMAGE: a shell
+# docker run IMAGE train|val|predict|export|plan|check key=value...   runs the script of that name
+# docker run IMAGE COMMAND...                                         runs any other command
+# docker run -it IMAGE                                                starts a shell
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -21,9 +21,9 @@ yolov12: YOLOv12 with training that does not run out of GPU memory
 
   docker run --gpus all --shm-size=8g -v "$PWD:/work" -w /work IMAGE train data=coco.yaml batch=256
   docker run --gpus all IMAGE val|predict|export key=value...
-  docker run IMAGE plan model=all mem=16GiB     what a training will take; needs no GPU
-  docker run --gpus all IMAGE check             what this machine can do
-  docker run --gpus all -it IMAGE               a shell
+  docker run IMAGE plan model=all mem=16GiB     predict the memory of a training; needs no GPU
+  docker run --gpus all IMAGE check             report what this machine has and whether it can train
+  docker run --gpus all -it IMAGE               start a shell
 
 This container:
 HELP

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Before a training in a container: what docker was not told, a line each, with the flag that cures it. Arguments are those
-# of the training. Ends with 1 only where training cannot work.
+# Checks a container before a training. Prints one line per problem, with the docker flag that solves it.
+# Arguments are those of the training. The exit status is 1 if training cannot work, else 0.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-oldest_driver=525.60.13 # of CUDA 12.1, https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
+oldest_driver=525.60.13 # for CUDA 12.1, https://docs.nvidia.com/cuda/cuda-toolkit-release-notes
 
 say() { echo "yolov12: $*" >&2; }
 
-argument() { # name: its value, from arguments key=value
+argument() { # name: prints the value of a key=value argument
   local word
   for word in "${words[@]}"; do
     [ "${word%%=*}" != "$1" ] || echo "${word#*=}"
   done
 }
 
-at_least() { # a b: whether version a is b or newer
+at_least() { # a b: succeeds if version a is b or newer
   [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$2" ]
 }
 
@@ -22,9 +22,9 @@ check_gpu() {
   local driver
   [ "$(argument device)" != cpu ] || return 0
   if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || [ -z "$driver" ]; then
-    say "no GPU was passed to this container: docker run --gpus all ... (training goes on without one, slowly)"
+    say "no GPU was passed to this container: docker run --gpus all ... (training runs on the CPU, slowly)"
   elif ! at_least "$driver" "$oldest_driver"; then
-    say "driver $driver of this machine is older than $oldest_driver, which CUDA 12.1 needs: update it (device=cpu goes without)"
+    say "driver $driver of this machine is older than $oldest_driver, which CUDA 12.1 needs: update it, or train with device=cpu"
     return 1
   fi
 }
@@ -35,7 +35,7 @@ check_shm() {
   [ "$free_kib" -gt 65536 ] || say "/dev/shm has $((free_kib / 1024)) MiB, too little for workers: docker run --shm-size=8g ..."
 }
 
-check_folder() { # the nearest that exists of where runs go
+check_folder() { # checks the folder of the runs, or its nearest existing parent
   local folder
   folder=$(argument project)
   if [ -z "$folder" ]; then

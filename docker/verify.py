@@ -1,4 +1,4 @@
-"""Asserts what the image was built with: the locked versions, torch 2.3 for CUDA 12.1, and what was compiled for it.
+"""Checks the packages of the image: the locked versions, torch 2.3 for CUDA 12.1, and imports of GPU packages.
 
 python docker/verify.py [requirements/gpu.txt]
 """
@@ -14,7 +14,14 @@ MODULES = {"flash-attn": "flash_attn", "tensorrt-cu12": "tensorrt"}
 
 
 def pinned(file: Path) -> dict[str, str]:
-    """Distribution → version, of those that are for this Python and platform."""
+    """Read the pinned distributions of a requirements file.
+
+    Args:
+        file: A requirements file with lines such as `numpy==1.26.4`.
+
+    Returns:
+        Distribution → version, for those that apply to this Python and platform.
+    """
     from packaging.requirements import Requirement
 
     lines = re.findall(r"^[\w.-]+==[^\\\n]+", file.read_text(), re.MULTILINE)
@@ -23,7 +30,14 @@ def pinned(file: Path) -> dict[str, str]:
 
 
 def main(files: list[str]) -> None:
-    """Check the lock, and the files given."""
+    """Check the installed distributions.
+
+    Args:
+        files: Requirements files to check in addition to the lock. The modules that they install are also imported.
+
+    Raises:
+        AssertionError: A version differs.
+    """
     import torch
 
     for file in [LOCK, *map(Path, files)]:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Says what this machine can do, and exits with 1 if it cannot train.
+# Reports what this machine has and whether it can train. The exit status is 1 if it cannot.
 # Arguments are key=value, as in scripts/check.sh device=0.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

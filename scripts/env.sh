@@ -1,10 +1,11 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: puts a Python with this package and its locked requirements first on PATH.
-# Inside the image or an active `yolov12` environment that is the one used; otherwise .venv, made on first use.
+# The other scripts source this file. It puts a Python with this package and its locked requirements first on PATH.
+# In the image or an active `yolov12` environment, this is the Python of the environment. Else it is the Python of .venv,
+# which is made on first use.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-find_python() { # prints a Python that has wheels of torch 2.3.1
+find_python() { # prints the path of a Python for which torch 2.3.1 has wheels
   local name
   for name in python3.11 python3.12 python3.10 python3; do
     if "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
@@ -28,7 +29,7 @@ install_package() { # python
   "$1" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e "$root"
 }
 
-make_venv() { # unless this clone, in this place, has one with these requirements
+make_venv() { # does nothing if this clone has a .venv with these requirements, made at this path
   local stamp python
   stamp=$root/.venv/installed-$( (cat "$root/requirements/lock.txt" "$root/pyproject.toml" && echo "$root") | cksum | tr ' ' -)
   [ ! -e "$stamp" ] || return 0
@@ -44,9 +45,9 @@ make_venv() { # unless this clone, in this place, has one with these requirement
 }
 
 if [ "${CONDA_DEFAULT_ENV:-}" = yolov12 ]; then
-  python -I -c 'import yolov12.autopatch' 2>/dev/null || install_package python # -I: not from the current folder
+  python -I -c 'import yolov12.autopatch' 2>/dev/null || install_package python # -I ignores the current folder
 else
-  if command -v flock >/dev/null; then # a second script waits for the first to finish making it
+  if command -v flock >/dev/null; then # only one script makes .venv, others wait
     exec 9>"$root/.venv.lock"
     flock 9
   fi
@@ -55,7 +56,7 @@ else
   export VIRTUAL_ENV=$root/.venv PATH=$root/.venv/bin:$PATH
 fi
 
-# In an image that is read-only, or for another user than root: what is written goes to the current folder.
+# If the image is read-only or the user is not root, files are written to the current folder.
 work=$root
 [ -w "$root" ] || work=$PWD
 if [ ! -w "$work" ]; then
@@ -68,7 +69,7 @@ if [ ! -w "${TMPDIR:-/tmp}" ]; then
   mkdir -p "$TMPDIR"
 fi
 
-# Ultralytics keeps its settings, among them where data sets and runs go, per user. Here they belong to the clone.
+# Ultralytics stores its settings per user, also the folders of data sets and runs. Here they are stored per clone.
 if [ -z "${YOLO_CONFIG_DIR:-}" ]; then
   export YOLO_CONFIG_DIR=$work/.ultralytics
   if ! grep -qsF "\"$work/runs\"" "$YOLO_CONFIG_DIR/Ultralytics/settings.json"; then

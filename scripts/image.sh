@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds and tests the image, with docker, podman or buildah, whichever there is.
+# Builds and tests the image with docker, podman or buildah, the first that works.
 #   scripts/image.sh build [arguments of `docker build`]
 #   scripts/image.sh test [arguments of pytest]
-# Where the bases cannot be pulled and buildah and mmdebstrap are there, the image is built on stand-ins: a Debian in place
-# of the CUDA bases and a few lines in place of conda, without flash-attn and TensorRT; all else is the same.
-# Exit status 75: this machine cannot build it, and nothing was tried.
+# If the base images cannot be pulled, stand-ins replace them: a Debian for the CUDA images and a small script for conda,
+# without flash-attn and TensorRT. This needs buildah and mmdebstrap. Everything else is the same.
+# Exit status 75 means: this machine cannot build the image, and nothing was tried.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 image=${YOLOV12_IMAGE:-yolov12}
@@ -22,13 +22,13 @@ tool() {
   return 75
 }
 
-default_of() { # argument: its default in the Dockerfile
+default_of() { # name: prints the default of a Dockerfile argument
   sed -n "s/^ARG $1=//p" "$root/Dockerfile" | head -n 1
 }
 
 can_pull() { "$tool" pull --quiet "$(default_of CUDA_RUNTIME)" >/dev/null 2>&1; }
 
-check_space() { # buildah holds an image of 7 GB five times while it commits it
+check_space() { # buildah stores five copies of the 7 GB image while it commits
   local free
   free=$(df --output=avail -BG "$(buildah info --format '{{.store.GraphRoot}}')" | tail -n 1 | tr -dc 0-9)
   if [ "$free" -lt 36 ]; then
@@ -37,14 +37,14 @@ check_space() { # buildah holds an image of 7 GB five times while it commits it
   fi
 }
 
-bud() { # tag, arguments of `buildah bud`: which would leave the image that had the tag, without one
+bud() { # tag, arguments of `buildah bud`: builds the image and deletes the one that had the tag
   local old
   old=$(buildah images --quiet "$1" 2>/dev/null || true)
   buildah bud --tag "$@"
-  [ -z "$old" ] || buildah rmi "$old" >/dev/null 2>&1 || true # a container may use it
+  [ -z "$old" ] || buildah rmi "$old" >/dev/null 2>&1 || true # fails if a container uses it
 }
 
-make_stand_in() { # a base that has what the CUDA bases and conda's have, as far as the Dockerfile needs it
+make_stand_in() { # builds a base image with what the Dockerfile needs of the CUDA and conda images
   local folder=$cache/stand-in
   mkdir -p "$folder"
   cp "$root"/docker/stand-in/* "$folder"
@@ -61,11 +61,11 @@ build() {
   local arguments=()
   if ! can_pull; then
     if [ "$tool" != buildah ] || ! command -v mmdebstrap >/dev/null; then
-      echo "scripts/image.sh: the bases cannot be pulled; stand-ins need buildah and mmdebstrap" >&2
+      echo "scripts/image.sh: the base images cannot be pulled; stand-ins need buildah and mmdebstrap" >&2
       return 75
     fi
     check_space
-    echo "scripts/image.sh: the bases cannot be pulled: building on stand-ins, without conda, flash-attn and TensorRT" >&2
+    echo "scripts/image.sh: the base images cannot be pulled: building on stand-ins, without conda, flash-attn and TensorRT" >&2
     make_stand_in
     local name
     for name in CUDA_DEVEL CUDA_RUNTIME CONDA; do arguments+=(--build-arg "$name=localhost/yolov12-stand-in"); done
@@ -79,7 +79,7 @@ build() {
 }
 
 tool=$(tool)
-if [ "$tool" = buildah ] && [ "$(id -u)" = 0 ]; then # in a container itself, more often than not
+if [ "$tool" = buildah ] && [ "$(id -u)" = 0 ]; then # this is mostly inside a container
   export BUILDAH_ISOLATION=${BUILDAH_ISOLATION:-chroot} STORAGE_DRIVER=${STORAGE_DRIVER:-overlay}
 fi
 case "${1:-}" in

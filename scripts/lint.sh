@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every linter over everything it is for.
+# Runs all linters.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
@@ -10,4 +10,4 @@ ruff format --check
 mypy
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x -P SCRIPTDIR
 git ls-files -z '*Dockerfile*' | xargs -0 -r hadolint
-echo "lint: nothing to complain about"
+echo "lint: no findings"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Regenerates the hash-locked requirement files from requirements/*.in. Needs uv; takes a minute.
-# Arguments go to `uv pip compile`, such as --upgrade; without it, versions stay what they are where they can.
+# Regenerates the requirement files with hashes from requirements/*.in, in about a minute. Needs uv.
+# Arguments such as --upgrade go to `uv pip compile`. Without --upgrade, versions change only if they must.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../requirements"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Tries on this machine's GPU what the image is for: attention, a training under pressure, val, export. Minutes.
-# Attention needs flash-attn, TensorRT itself; training, val and ONNX need neither, nor the image.
-# Arguments go to pytest, as in scripts/smoke.sh --junitxml=smoke.xml. What this machine cannot do is skipped, and said.
+# Tests the main features on this machine's GPU in a few minutes: attention, training under memory pressure, val, export.
+# The attention test needs flash-attn, the TensorRT test needs TensorRT. Training, val and ONNX need only this package.
+# Arguments go to pytest, as in scripts/smoke.sh --junitxml=smoke.xml. A test that cannot run here is skipped and listed.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests, a process on each core. Arguments go to pytest, as in scripts/test.sh -m 'not slow'; on a GPU, which
-# they would have to share, scripts/test.sh -n 0 -m gpu.
+# Runs the tests, with one process per core. Arguments go to pytest, as in scripts/test.sh -m 'not slow'.
+# Tests on a GPU must not share it: scripts/test.sh -n 0 -m gpu.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"

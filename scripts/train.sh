@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains. Without arguments: YOLOv12-N on the embedded data set, about a minute on two CPU cores.
+# Trains a model. Without arguments, trains YOLOv12-N on the embedded data set, about a minute on two CPU cores.
 # Arguments are key=value, as in scripts/train.sh device=0.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

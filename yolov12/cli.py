@@ -1,9 +1,11 @@
 """`yolov12 train|val|predict|export|check|plan key=value ...`: the grammar of Ultralytics' `yolo`.
 
-Missing arguments have useful defaults: `train` without `data` trains YOLOv12-N on the embedded data set, `val`,
-`predict` and `export` without `model` take the weights trained last. `check --json` and `plan --help` have arguments of
-their own. Exit status: 0, or 1 for a failure, or 2 for arguments that cannot work; then one line on stderr says what to
-do. `YOLOV12_TRACEBACK=1` shows where it happened.
+Missing arguments have defaults. `train` without `data=` trains YOLOv12-N on the embedded data set. `val`, `predict` and
+`export` without `model=` use the weights that were trained last. `check` also has `--json`; `plan --help` lists the
+arguments of `plan`.
+
+Exit status: 0 on success, 1 after a failure, 2 if an argument is not valid. Every error is one line on stderr that says
+what to do. `YOLOV12_TRACEBACK=1` shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from yolov12.errors import ConfigError, WeightsError, YOLOv12Error
 
 __all__ = ["main"]
 
-# Under a minute on two CPU cores, and it learns something: many small steps, few images with mosaic.
+# Takes less than a minute on two CPU cores, and the model learns: many small steps, mosaic in the first epoch only.
 DEMO_TRAINING: dict[str, Any] = {
     "data": "demo",
     "epochs": 5,
@@ -33,7 +35,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "close_mosaic": 4,
 }
 
-# What Ultralytics says by these is mostly something the user can mend; anything else shows its traceback at once.
+# Ultralytics mostly uses these types for what the user can fix. An error of any other type shows its traceback.
 _USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
 
 
@@ -41,10 +43,10 @@ def main(args: list[str] | None = None) -> int:
     """Run one command line.
 
     Args:
-        args: The words after `yolov12`; those of this process if None.
+        args: The words after `yolov12`. None stands for the arguments of this process.
 
     Returns:
-        The exit status.
+        The exit status: 0, 1 or 2.
     """
     verb, *words = (sys.argv[1:] if args is None else args) or ["help"]
     verb = verb.lstrip("-")
@@ -73,14 +75,15 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get("YOLOV12_TRACEBACK") == "1":
             raise
         hint = "" if isinstance(error, YOLOv12Error) else " (YOLOV12_TRACEBACK=1 shows where)"
-        print(f"yolov12: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)  # Ultralytics' have many lines
+        message = " ".join(str(error).split())  # messages of Ultralytics may have several lines
+        print(f"yolov12: error: {message}{hint}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
 def _use_every_core() -> None:
-    # Ultralytics starts with one thread, to leave the CPU to its data workers. Where the CPU is what trains there are
-    # none, and the other cores would idle.
+    # Ultralytics starts with one thread and leaves the other cores to its data workers. Training on the CPU has no data
+    # workers, so the other cores would be idle.
     import torch
 
     if not torch.cuda.is_available():
@@ -88,13 +91,16 @@ def _use_every_core() -> None:
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """Read `key=value` words as `yolo` does.
+    """Parse `key=value` words with the grammar of Ultralytics' `yolo`.
+
+    Args:
+        words: The words after the command.
 
     Returns:
-        Argument name → value; the task, if one is named, as `task`.
+        Argument name → value. A task such as `detect` is stored under `task`.
 
     Raises:
-        ConfigError: A word is no argument, or names one that does not exist.
+        ConfigError: A word is not an argument, has no value, or names an unknown argument.
     """
     from ultralytics.cfg import TASKS, _handle_deprecation, merge_equals_args, parse_key_value_pair
     from ultralytics.utils import DEFAULT_CFG_DICT
@@ -128,7 +134,7 @@ def _from_file(file: str) -> dict[str, Any]:
     from ultralytics.utils import YAML
     from ultralytics.utils.checks import check_yaml
 
-    # A copy of Ultralytics' defaults has every key: what is empty there is not set, and the command is the mode.
+    # A copy of Ultralytics' defaults lists every key. An empty value means: not set. The command replaces `mode`.
     return {k: v for k, v in YAML.load(check_yaml(file)).items() if v is not None and k not in ("cfg", "mode")}
 
 
@@ -165,7 +171,7 @@ def _predict(options: dict[str, Any]) -> None:
     if "source" not in options:
         options["source"] = _validation_images(model)
     options.setdefault("save", True)
-    for _ in model.predict(stream=True, **options):  # streamed: results of a long source would fill the memory
+    for _ in model.predict(stream=True, **options):  # a stream: the results of a long video would fill memory
         pass
 
 

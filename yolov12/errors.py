@@ -1,23 +1,23 @@
-"""Every way this package can refuse to go on. All messages say what happened and what to do.
+"""The errors that this package raises on purpose. Every message says what happened and what to do.
 
 YOLOv12Error
-├── ConfigError                 an argument that cannot work (also a ValueError)
-├── DataError                   a data set that cannot be used (also a ValueError)
-├── WeightsError                a weight file that is missing or unreadable
-│   └── UntrustedWeightsError  a weight file that asks for code we do not run
-├── ExportError                 an exported graph that its builder refuses
-├── DoesNotFitError             not even one image fits into memory (also a MemoryError)
-├── RankError                   another process of a training on several devices failed or is gone
-└── SeamError                   the installed Ultralytics lacks something we join (also an ImportError)
+├── ConfigError                 an argument is not valid (also a ValueError)
+├── DataError                   a data set cannot be used (also a ValueError)
+├── WeightsError                a weight file is missing or unreadable
+│   └── UntrustedWeightsError   a weight file asks for code outside the allow-list
+├── ExportError                 a builder refuses an exported graph
+├── DoesNotFitError             one image does not fit into memory (also a MemoryError)
+├── RankError                   another rank of a distributed training failed or is gone
+└── SeamError                   the installed Ultralytics lacks a name that we patch (also an ImportError)
 """
 
 
 class YOLOv12Error(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose."""
 
 
 class ConfigError(YOLOv12Error, ValueError):
-    """An argument is unknown, malformed, or cannot work on this machine."""
+    """An argument is unknown or malformed, or this machine does not support it."""
 
 
 class DataError(YOLOv12Error, ValueError):
@@ -29,20 +29,20 @@ class WeightsError(YOLOv12Error):
 
 
 class UntrustedWeightsError(WeightsError):
-    """A weight file refers to code outside the allow-list, so loading it would run that code."""
+    """A weight file names code outside the allow-list. Loading the file would run that code."""
 
 
 class ExportError(YOLOv12Error):
-    """A builder refuses an exported graph, for another reason than memory."""
+    """A builder refuses an exported graph for a reason other than memory."""
 
 
 class DoesNotFitError(YOLOv12Error, MemoryError):
-    """Not even one image fits into the memory there is; the message says how much it needs and what to do."""
+    """One image does not fit into memory. The message gives the bytes needed, the bytes free, and ways out."""
 
 
 class RankError(YOLOv12Error):
-    """Another process of a training on several devices failed, is gone, or has other weights; the message names it."""
+    """Another rank failed, is gone, or has different weights. The message names the rank."""
 
 
 class SeamError(YOLOv12Error, ImportError):
-    """The installed Ultralytics has no such function or class; the message names the seam."""
+    """The installed Ultralytics lacks a function or class that we patch. The message names it."""

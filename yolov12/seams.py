@@ -254,7 +254,7 @@ def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(setup_train)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         from yolov12 import files
-        from yolov12.training.adapter import trainer as memory
+        from yolov12.training.adapter import attach as memory
         from yolov12.training.data import host
         from yolov12.training.run import team
 
@@ -270,10 +270,20 @@ def _attach_engine(setup_train: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _run_logical_batches(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from yolov12.training.adapter import logical_batch
+
+        return logical_batch.call(call, self, *args, **kwargs)
+
+    return wrapper
+
+
 def _resume_in_mid_epoch(resume_training: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(resume_training)
     def wrapper(self: Any, ckpt: Any) -> None:
-        from yolov12.training.adapter import trainer as memory
+        from yolov12.training.adapter import attach as memory
 
         memory.resume(resume_training, self, ckpt)
 
@@ -283,7 +293,7 @@ def _resume_in_mid_epoch(resume_training: Callable[..., None]) -> Callable[..., 
 def _save_when_interrupted(do_train: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(do_train)
     def wrapper(self: Any) -> Any:
-        from yolov12.training.adapter import trainer as memory
+        from yolov12.training.adapter import attach as memory
 
         return memory.do_train(do_train, self)
 
@@ -378,6 +388,7 @@ SEAMS: Mapping[str, Mapping[str, Callable[[Any], Any]]] = {
         "A2C2f.__init__": _a2c2f_init,
     },
     "ultralytics.nn.tasks": {
+        "BaseModel.__call__": _run_logical_batches,
         "parse_model": _build_layout,
         "yaml_model_load": _find_our_yaml,
         "torch_safe_load": _load_safely,

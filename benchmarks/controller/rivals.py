@@ -12,7 +12,6 @@ from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.planner import BatchPlanner
-from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.step.step import Planner
 from yolov12.mas.task import Workload
@@ -37,40 +36,34 @@ class Ours:
     """The scheduler of this package, told of the checkpoint plans what a profile would tell."""
 
     def __init__(self, run: Run, told: Card) -> None:
-        self._run, self._config = run, Config(safety_ratio=SAFETY_RATIO)
-        self.cost, self.speed = CostModel(told.levels), SpeedModel(told.levels)
-        self.history = History()
-        self._latest: BatchPlanner | None = None
-        self._sizes: list[int] = []
-        rehearsed = min(told.group, 8)
-        needed = run.card.usual_bytes(rehearsed, 40, 0)
-        self.cost.observe(Features(rehearsed, 640, 640, 40), int(needed))
-        self.speed.ran(rehearsed, 640, 640, timed=False)
+        self._group = run.card.group
+        self._planner = _Noted(
+            Config(safety_ratio=SAFETY_RATIO),
+            CostModel(told.levels),
+            SpeedModel(told.levels),
+            run.device,
+            gradient_bytes=run.card.gradient_bytes,
+            sleep=lambda seconds: None,
+        )
+        warmed_up = min(told.group, 8)
+        needed = run.card.usual_bytes(warmed_up, 40, 0)
+        self._planner.cost.observe(Features(warmed_up, 640, 640, 40), int(needed))
+        self._planner.speed.ran(warmed_up, 640, 640, timed=False)
 
     def restart(self) -> None:
         """Goes on with what it knows."""
 
     def planner(self, work: Workload) -> Planner:
         """See `Policy`."""
-        self._latest = _Noted(
-            work,
-            self._config,
-            self._run.card.group,
-            self.cost,
-            self._run.device,
-            speed=self.speed,
-            history=self.history,
-            gradient_bytes=self._run.card.gradient_bytes,
-            sleep=lambda seconds: None,
-        )
-        return self._latest
+        self._planner.sizes = ()
+        self._planner.begin(work, self._group)
+        return self._planner
 
     def learn(self, batch: Batch) -> None:
         """See `Policy`."""
-        assert isinstance(self._latest, _Noted)
-        self.history = self._latest.history
-        if self._latest.undisturbed and not batch.died:
-            self.speed.observe(self._latest.sizes, 640, 640, self._latest.level, batch.ms)
+        report = self._planner.complete()
+        if report.undisturbed and not batch.died:
+            self._planner.speed.observe(self._planner.sizes, 640, 640, report.level, batch.ms)
 
 
 class _Noted(BatchPlanner):

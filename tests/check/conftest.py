@@ -1,4 +1,4 @@
-"""Invented machines to judge and to render."""
+"""Reports of simulated machines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def t4() -> Gpu:
 
 @pytest.fixture
 def machine() -> Callable[..., Report]:
-    """Report on a machine with these GPUs on which all else works, save what `cuda`, `host` and `changes` change."""
+    """Make the report of a working machine with the given GPUs. `cuda`, `host` and `changes` replace fields."""
 
     def report_on(
         *gpus: Gpu,

@@ -1,4 +1,4 @@
-"""`yolov12 check` as a command: its arguments, its output, its exit code."""
+"""The command `yolov12 check`: arguments, output and exit status."""
 
 import json
 

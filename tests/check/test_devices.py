@@ -1,4 +1,4 @@
-"""`device=`: its grammar, and the devices it comes to."""
+"""Parsing `device=` and resolving it to PyTorch devices."""
 
 from dataclasses import replace
 
@@ -41,6 +41,7 @@ def test_device_resolution(h100):
     assert resolve_device((-1,), gpus, None) == ("cuda:1",)
     assert resolve_device((-1, 1), gpus, None) == ("cuda:0", "cuda:1")
     assert resolve_device((-1,), [], None) == ("cpu",)
-    assert resolve_device((5,), gpus, "4,5") == ("cuda:1",)  # numbers of CUDA_VISIBLE_DEVICES, as Ultralytics allows
+    # Ultralytics also accepts the numbers in CUDA_VISIBLE_DEVICES.
+    assert resolve_device((5,), gpus, "4,5") == ("cuda:1",)
     assert resolve_device((1,), gpus, "4,1") == ("cuda:1",)
     assert resolve_device((7,), gpus, None) == ("cuda:7",)

@@ -1,4 +1,4 @@
-"""The probes: they work here, and they find what is broken."""
+"""The probes work on this machine and detect broken kernels."""
 
 import pytest
 import torch

@@ -1,11 +1,11 @@
-"""What an invented machine's report says as text and as JSON."""
+"""Reports of simulated machines as text and as JSON."""
 
 import json
 from dataclasses import replace
 
 from yolov12.check import problems
 from yolov12.check.render import as_json, as_text
-from yolov12.check.report import Gpu, Process
+from yolov12.check.report import Gpu, OtherProcess
 
 GIB = 2**30
 
@@ -20,14 +20,14 @@ def test_jetson_without_nvml(machine):
     assert "version not available, supports CUDA 12.2" in text
 
 
-def test_memory_that_no_visible_process_holds_is_mentioned(machine, h100):
+def test_memory_used_by_no_visible_process_is_mentioned(machine, h100):
     assert "other containers" in as_text(machine(replace(h100, free_bytes=40 * GIB)))
     assert "other containers" not in as_text(machine(h100))
     assert "other containers" not in as_text(machine(replace(h100, free_bytes=40 * GIB, own_bytes=39 * GIB)))
 
 
 def test_json_holds_the_report_and_the_judgement(machine, t4):
-    told = json.loads(as_json(machine(replace(t4, processes=(Process(1, "x", 5),)), device="7")))
+    told = json.loads(as_json(machine(replace(t4, processes=(OtherProcess(1, "x", 5),)), device="7")))
     assert told["can_train"] is False
     assert len(told["problems"]) == 1
     assert told["gpus"][0]["free_bytes"] == 14 * GIB

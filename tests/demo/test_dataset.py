@@ -1,4 +1,4 @@
-"""The embedded data set on disk: what is written, that it stays the same, and what happens when two write it."""
+"""The demo data set on disk: its content, reproducibility, and concurrent or interrupted writes."""
 
 import hashlib
 import subprocess
@@ -19,13 +19,13 @@ HELD_BACK = range(len(CLASS_NAMES) - HELD_BACK_COUNT, len(CLASS_NAMES))
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Relative path of every file, and the hash of its bytes."""
+    """Return relative path → hash of the bytes, for every file."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def labels(folder: Path) -> dict[str, np.ndarray]:
-    """Label rows (n, 5) of every image, by the image's number."""
+    """Return image number → label rows (n, 5)."""
     files = sorted(folder.glob("labels/*/*.txt"))
     return {p.stem: np.loadtxt(p, ndmin=2) for p in files}
 
@@ -35,7 +35,7 @@ def default_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ensure("demo", tmp_path_factory.mktemp("default")).parent
 
 
-# --- what is written
+# --- content
 
 
 def test_default_holds_every_image_with_its_labels_in_two_splits(default_folder: Path) -> None:
@@ -68,11 +68,11 @@ def test_a_few_images_hold_many_times_the_objects_of_most(default_folder: Path) 
     in_val = [len(p.read_text().splitlines()) for p in default_folder.glob("labels/val/*.txt")]
     assert counts.max() / np.median(counts) >= 8
     assert (counts >= 150).sum() == 8  # one in twenty of 160
-    assert max(in_val) >= 150  # validation meets them too
+    assert max(in_val) >= 150  # the validation split has such images, too
     assert ((counts >= 5) & (counts <= 40)).mean() >= 0.85
 
 
-# --- the same again, larger, elsewhere
+# --- the same data set again, larger, or in another place
 
 
 def test_same_spec_same_bytes_and_another_seed_another_picture(tmp_path: Path) -> None:
@@ -123,12 +123,12 @@ def test_holding_back_removes_two_defects_and_moves_no_class_id(tmp_path: Path) 
     for number, rows in all_rows.items():
         rest = {tuple(row) for row in rows if row[0] not in HELD_BACK}
         sound = {tuple(row) for row in kept_rows[number]}
-        assert rest <= sound  # everything else is where it was, under the same id
+        assert rest <= sound  # all other boxes and ids are unchanged
         shifted = sum(rows[:, 0] == CLASS_NAMES.index("shifted"))
-        assert len(sound - rest) == shifted  # a part that is not shifted now is labelled as the part it is
+        assert len(sound - rest) == shifted  # without the shift, the part has its own label
 
 
-# --- two at once, and interruptions
+# --- concurrent and interrupted writes
 
 
 def test_two_processes_at_once_both_get_the_whole_data_set(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_two_processes_at_once_both_get_the_whole_data_set(tmp_path: Path) -> No
     assert [p.returncode for p in both] == [0, 0]
     assert answers == [f"{folder / 'data.yaml'} 30\n"] * 2
     assert contents(folder) == contents(alone.parent)  # other processes draw the same bytes
-    assert [p.name for p in (tmp_path / "shared").iterdir()] == [folder.name]  # the loser cleaned up
+    assert [p.name for p in (tmp_path / "shared").iterdir()] == [folder.name]  # the slower process deleted its copy
 
 
 def test_an_interrupted_write_leaves_nothing_that_looks_complete(
@@ -170,7 +170,7 @@ def test_an_interrupted_write_leaves_nothing_that_looks_complete(
         patch.setattr(dataset, "draw_board", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ensure("demo:images=5", tmp_path)
-    assert drawn == [["."]] * 4  # even while drawing, and so after SIGKILL, only a hidden folder exists
+    assert drawn == [["."]] * 4  # during drawing, and so after SIGKILL, only a hidden folder exists
     assert list(tmp_path.iterdir()) == []
     assert len(labels(ensure("demo:images=5", tmp_path).parent)) == 5
 

@@ -1,4 +1,4 @@
-"""The pictures and the boxes in them: a box is where its object is, and objects can be told apart."""
+"""Drawn images: boxes match their objects, and objects are visible."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ def board(index: int, *, dense: bool = False, hold_back: bool = False) -> tuple[
 
 
 def test_a_defects_box_is_where_the_picture_changes() -> None:
-    """Held back or not, only the cracks differ; the lens may spread a difference by one pixel."""
+    """Holding back changes only the cracks. The blur of the lens may spread a change by one pixel."""
     cracks_seen = 0
     for index in range(60):
         picture, boxes = board(index)
@@ -42,7 +42,7 @@ def test_parts_stand_out_from_what_surrounds_their_boxes(name: str) -> None:
             differs = np.abs(patch - np.median(patch[~within], 0)).mean(2)
             stands_out.append(differs[within].mean() > differs[~within].mean())
     assert len(stands_out) >= 10
-    assert np.mean(stands_out) >= 0.8  # a black IC on a black board is hard to see, as it is in life
+    assert np.mean(stands_out) >= 0.8  # a black IC on a black board is hard to see, as in reality
 
 
 @pytest.mark.parametrize("dense", [False, True])

@@ -1,4 +1,4 @@
-"""The text `demo:key=value,...`: what it asks for, and how a mistake in it is answered."""
+"""Parsing `demo:key=value,...`, and the error messages for mistakes in it."""
 
 from pathlib import Path
 

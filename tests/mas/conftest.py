@@ -21,7 +21,7 @@ from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.step.step import Result, Step
-from yolov12.training.adapter.detection import DetectionTask
+from yolov12.training.adapter.detection import DetectionTask, criterion_of
 
 GIB = 2**30
 FAILURES: tuple[Callable[[], Exception], ...] = (
@@ -187,7 +187,7 @@ class Bench:
 
             module.register_forward_hook(after)
         self.modules = len(modules)
-        criterion = self.model.criterion
+        criterion = criterion_of(self.model)
         match, loss = criterion.assigner.get_pos_mask, criterion.bce.forward
 
         def matching(*args: Any, **kwargs: Any) -> Any:
@@ -203,7 +203,7 @@ class Bench:
 
 class _Task(DetectionTask):
     def __init__(self, bench: Bench, **options: Any) -> None:
-        super().__init__(bench.model, bench.preprocess, **options)
+        super().__init__(bench.preprocess, **options)
         self._faults = bench.faults
 
     def part(self, batch: Any, start: int, stop: int) -> dict[str, Any]:

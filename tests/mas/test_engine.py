@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import Config, Engine, Journal, Loss, TensorTask
+from yolov12.mas import Advice, Config, Engine, Journal, Loss, TensorTask
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.scheduling.planner import BatchPlanner
@@ -49,6 +49,7 @@ class World:
         self.fail = lambda images: False
         self.wait_ms = wait_ms  # of every micro-batch, besides a millisecond an image
         self.lines, self.sizes, self.batch = [], [], batch
+        self.options = {}  # of every step
         self.engine = Engine(
             self.model,
             TensorTask(self.loss),
@@ -56,7 +57,7 @@ class World:
             meter=self.meter,
             journal=self.journal,
             layers={},  # on this card an image takes what it takes
-            ways_out=ways_out,
+            advice=Advice(ways_out),
             log=self.lines.append,
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
@@ -77,11 +78,11 @@ class World:
         return tuple(torch.randn(images, *shape, generator=draw, dtype=torch.float64) for shape in ((3, 64, 64), (2,)))
 
     def step(self, seed=0, images=None):
-        self.engine.step(self.data(seed, images))
+        result = self.engine.step(self.data(seed, images), **self.options)
         self.engine.update(self.optimizer)
         self.meter.advance()
-        self.sizes.append(max(self.engine.micro_batches))
-        return self.engine.latest.events
+        self.sizes.append(max(result.micro_batches))
+        return list(result.events)
 
     def run(self, steps):
         return [self.step(index) for index in range(steps)]
@@ -249,11 +250,10 @@ def test_loss_that_writes_on_its_images():
 
 def test_journal(tmp_path):
     world = World(folder=tmp_path, others=[0, 0, 29, 0], bn_group=4, live=2 * IMAGE)
-    world.engine.epoch = 3
     for _ in range(3):
         for seed in range(2):  # two batches an update
             world.engine.step(world.data(seed))
-        world.engine.update(world.optimizer)
+        world.engine.update(world.optimizer, epoch=3)
         world.meter.advance()
     summary = world.engine.close(updates_expected=3)
     rows = read_rows(tmp_path / "memory.csv")
@@ -344,13 +344,13 @@ def test_never_plans_above_the_budget_of_an_invented_trace(others, group, batch)
         assert latest.predicted_bytes <= latest.budget_bytes
         assert latest.peak_bytes <= latest.budget_bytes
         assert not [event for event in events if event.startswith("out-of-memory")]
-        assert sum(world.engine.micro_batches) == batch
+        assert sum(latest.micro_batches) == batch
 
 
 def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
     """They let go after three seconds; a group of one image would have been for the whole run."""
     world = World(others=[40, 40, 40, 0])
-    monkeypatch.setitem(BatchPlanner.__init__.__kwdefaults__, "sleep", lambda seconds: world.meter.advance())
+    monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds: world.meter.advance())
     world.step()
     assert world.engine.bn_group == 32
     assert world.sizes == [16]
@@ -367,7 +367,7 @@ def waiting(monkeypatch):
             world.meter.advance()
 
         monkeypatch.setattr(time, "sleep", sleep)
-        monkeypatch.setitem(BatchPlanner.__init__.__kwdefaults__, "sleep", sleep)
+        monkeypatch.setattr(world.engine._planner, "sleep", sleep)
         return slept
 
     return prepare
@@ -379,7 +379,7 @@ def test_images_do_not_get_smaller_where_no_size_would_fit(waiting, tmp_path, la
     world = World(others=[0, 0, *[40] * 5, *[later] * 4, 0], live=IMAGE // 4, bn_group=1, folder=tmp_path)
     world.run(2)
     slept, asked = waiting(world), []
-    world.engine._smaller = lambda batch: asked.append(len(slept)) or batch
+    world.options["smaller"] = lambda batch: asked.append(len(slept)) or batch
     world.step()
     world.engine.close()
     assert asked == asked_after
@@ -388,7 +388,7 @@ def test_images_do_not_get_smaller_where_no_size_would_fit(waiting, tmp_path, la
 
 def test_a_group_is_not_settled_while_there_is_no_room_for_any_image(waiting):
     world = World(others=[40] * 12 + [0], live=IMAGE // 4)
-    world.engine._smaller = lambda batch: pytest.fail("images get smaller")
+    world.options["smaller"] = lambda batch: pytest.fail("images get smaller")
     waiting(world)
     world.step()
     assert (world.engine.bn_group, world.sizes) == (32, [16])
@@ -398,7 +398,7 @@ def test_where_no_room_comes_the_run_ends_after_two_minutes_with_images_as_they_
     world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
     world.run(2)
     slept = waiting(world)
-    world.engine._smaller = lambda batch: pytest.fail("images get smaller")
+    world.options["smaller"] = lambda batch: pytest.fail("images get smaller")
     with pytest.raises(DoesNotFitError):
         world.step()
     assert 120 <= len(slept) <= 125
@@ -408,8 +408,8 @@ def test_a_wait_for_room_ends_when_the_process_is_asked_to_stop(waiting):
     world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
     world.run(2)
     slept = waiting(world)
-    world.engine._smaller = lambda batch: pytest.fail("images get smaller")
-    world.engine.stopping = lambda: len(slept) > 6
+    world.options["smaller"] = lambda batch: pytest.fail("images get smaller")
+    world.options["stop_requested"] = lambda: len(slept) > 6
     with pytest.raises(SystemExit) as stop:
         world.step()
     assert (stop.value.code, len(slept)) == (143, 7)
@@ -420,7 +420,7 @@ def test_nobody_waits_for_room_that_would_not_be_there_without_others_either(mon
     world.run(2)
     world.meter.live_bytes = 39 * IMAGE
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
-    assert world.engine._wait_for_room() is None
+    assert world.engine._room.wait(lambda: False)[1] == 0
 
 
 def test_a_layer_may_be_unfrozen_during_a_training():

@@ -1,4 +1,4 @@
-"""Tensors are found in whatever holds them, and all else is as it was."""
+"""Tensors in nested containers are changed, and everything else stays as it was."""
 
 from collections import OrderedDict
 from typing import NamedTuple
@@ -11,14 +11,14 @@ from yolov12.mas.modules import each_tensor
 
 
 class Pair(NamedTuple):
-    """Of whatever there is."""
+    """A named tuple of any two objects."""
 
     first: object
     second: object
 
 
 class Words(list):
-    """A list of somebody's own, which is not looked into."""
+    """A user's own list class, which is not searched."""
 
 
 WORDS = Words(["a"])

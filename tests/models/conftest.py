@@ -7,14 +7,14 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names are looked up in the current folder, and hostile files write there: it is the test's own."""
+    """Run each test in its own folder. Names are looked up there, and hostile files write there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("YOLOV12_TRUST_WEIGHTS", raising=False)
 
 
 @pytest.fixture
 def write_zip() -> Callable[..., Path]:
-    """Write what `torch.save` writes: an archive of one pickle, given without its frame, and more records."""
+    """Write an archive like `torch.save`: one pickle, given without protocol and stop opcode, and more records."""
 
     def write(path: Path, body: bytes, **records: bytes) -> Path:
         with zipfile.ZipFile(path, "w") as archive:

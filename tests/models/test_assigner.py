@@ -1,4 +1,4 @@
-"""The assigner in slices: the same targets, in tables that stay level."""
+"""The assigner in slices: the same targets with smaller tables."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner, make_anchors
 
 from yolov12.mas.profiling.trace import ByteTrace
-from yolov12.models.assigner import ROWS_PER_IMAGE, cut_by_boxes, in_slices
+from yolov12.models.assigner import ROWS_PER_IMAGE, in_slices, split_by_boxes
 
 CLASSES = 5
 
 
 def batch(boxes, rotated=False, side=128, seed=0):
-    """What Ultralytics' losses give their assigners, for so many boxes in each image; the later are padding."""
+    """Make the inputs of an assigner for the given number of boxes in each image, padded to the largest number."""
     draw = torch.Generator().manual_seed(seed)
     feats = [torch.zeros(1, 1, side // stride, side // stride) for stride in (8, 16, 32)]
     anchors, strides = make_anchors(feats, (8, 16, 32), 0.5)
@@ -49,7 +49,7 @@ def test_targets_are_those_of_all_at_once(kind, second, boxes):
         found = assigner(*inputs)
     for ours, stock in zip(found, wanted, strict=True):
         assert ours.dtype == stock.dtype
-        # Where tensors are of other lengths, the last values are computed by other instructions.
+        # Kernels compute the last values of a tensor with other instructions, so its length changes rounding.
         torch.testing.assert_close(ours, stock, rtol=1e-6 if ours.is_floating_point() else 0, atol=0)
     torch.testing.assert_close(sums[0], wanted[2].sum())
     assert (assigner.bs, assigner.n_max_boxes) == (len(boxes), max(boxes))
@@ -60,7 +60,7 @@ def test_targets_are_those_of_all_at_once(kind, second, boxes):
 @settings(deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=64))
 def test_slices_hold_every_image_once_and_are_level(boxes):
-    slices = cut_by_boxes(boxes)
+    slices = split_by_boxes(boxes)
     assert sorted(index for each in slices for index in each) == list(range(len(boxes)))
     for each in slices:
         assert len(each) * max(boxes[index] for index in each) <= max(ROWS_PER_IMAGE * len(boxes), *boxes)
@@ -69,7 +69,7 @@ def test_slices_hold_every_image_once_and_are_level(boxes):
     assert len(slices) <= 2 + sum(boxes) // (ROWS_PER_IMAGE * len(boxes) // 2 + 1)
 
 
-def test_a_crowd_costs_what_it_is():
+def test_one_crowded_image_does_not_enlarge_the_tables_of_all():
     boxes = [400] + [20] * 31
     assigner = TaskAlignedAssigner(topk=10, num_classes=CLASSES)
     inputs, peaks = batch(boxes), []
@@ -84,7 +84,7 @@ def test_a_crowd_costs_what_it_is():
     assert peaks[1] < 0.2 * peaks[0]
 
 
-def test_a_failed_allocation_is_no_reason_to_go_image_by_image():
+def test_a_failed_allocation_raises_and_does_not_retry_image_by_image():
     assigner = TaskAlignedAssigner(topk=10, num_classes=CLASSES)
     assigner.get_pos_mask = lambda *args, **kwargs: torch.empty(2**60)
     with pytest.raises(MemoryError), in_slices(assigner, [300, 1]):

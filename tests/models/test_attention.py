@@ -12,7 +12,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def qkv(dtype=torch.float32, device="cpu", tokens=50, grad=False):
-    """Strided views of one tensor, as the v1 layout makes them."""
+    """Make q, k and v as strided views of one tensor, like the v1 layout."""
     torch.manual_seed(0)
     x = torch.randn(3, tokens, 4, 3 * 32, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
     return x, x.split(32, dim=3)
@@ -118,7 +118,7 @@ def test_traced_graph_is_matmul_softmax_matmul():
         "aten::matmul",
     ]
     assert "aten::scaled_dot_product_attention" not in kinds
-    assert "aten::max" not in kinds  # a max-subtraction of our own keeps TensorRT from fusing attention
+    assert "aten::max" not in kinds  # TensorRT does not fuse attention with an explicit maximum
     torch.testing.assert_close(traced(*parts), attention(*parts), rtol=1e-5, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_gpu_backends_agree_with_float64(dtype, tolerance, deterministic):
         grad = torch.randn_like(out)
         (mine,) = torch.autograd.grad(out, x, grad, retain_graph=True)
         (again,) = torch.autograd.grad(attention(*x.split(32, dim=3)), x, grad)
-        assert torch.is_deterministic_algorithms_warn_only_enabled()  # strict mode did not outlive the backward
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # strict mode ended with the backward pass
     finally:
         torch.use_deterministic_algorithms(False)
     expected = reference(*parts)
@@ -148,7 +148,7 @@ def test_gpu_backends_agree_with_float64(dtype, tolerance, deterministic):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 @pytest.mark.parametrize("name", ["yolov12n.yaml", "yolo12n.yaml"])
 def test_a_compiler_sees_one_graph(name, device):
-    """`train(compile=True)`: each break costs a launch and all fusion across it."""
+    """`train(compile=True)` loses speed with each graph break: kernels are not fused across it."""
     from ultralytics.nn.tasks import DetectionModel
 
     model = DetectionModel(name, verbose=False).to(device)

@@ -1,4 +1,4 @@
-"""data/official.json holds what the official code, run once beside this project, computed (see its `source`)."""
+"""Both layouts, compared with outputs of the official code in data/official.json (`source` says how they were made)."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ from yolov12.models.layouts import building, layout_of
 DATA = Path(__file__).parent / "data"
 OFFICIAL = json.loads((DATA / "official.json").read_text())
 TURBO_PARAMETERS = {"n": 2_553_904, "s": 9_127_424, "m": 19_670_784, "l": 26_506_496, "x": 59_414_176}
-# Ultralytics' own yolo12.yaml states these
+# as stated in Ultralytics' yolo12.yaml
 V1_PARAMETERS = {"n": 2_602_288, "s": 9_284_096, "m": 20_199_168, "l": 26_450_784, "x": 59_210_784}
 
 
@@ -30,7 +30,7 @@ def parameters(name: str) -> int:
 
 
 def weights_by_name(state_dict):
-    """Weights that depend on their names alone, so that two codes can make the same ones."""
+    """Make weights that depend only on their names, so that both implementations have the same weights."""
     made = {}
     for key, tensor in state_dict.items():
         shape = tuple(tensor.shape)
@@ -47,7 +47,7 @@ def weights_by_name(state_dict):
         elif key.endswith("gamma"):
             value = rng.uniform(0.1, 0.3, shape)
         elif key.endswith("weight"):
-            # large queries and keys make attention pick, so that a mix-up of heads or of q and k shows
+            # large queries and keys make attention selective, so that swapped heads or swapped q and k are detected
             value = rng.uniform(0.5, 1, shape) * (6 if ".qk" in key else 2 if ".attn." in key else 1)
         else:
             value = rng.normal(0, 0.1, shape)
@@ -88,17 +88,17 @@ def test_turbo_computes_what_the_official_code_computes(scale):
 
 @pytest.mark.parametrize(("name", "layout"), [("n", "turbo"), ("n-v1", "v1")])
 def test_files_the_official_code_wrote_are_told_apart_and_compute_what_they_did(name, layout, tmp_path):
-    """Written by the official code (Ultralytics 8.3.63), with zeros for weights so that they pack small."""
+    """The official code (Ultralytics 8.3.63) wrote these files, with zero weights so that they compress well."""
     file = tmp_path / "yolov12n.pt"  # both releases use this name
     file.write_bytes(gzip.decompress((DATA / f"official-{layout}-n.pt.gz").read_bytes()))
     model = YOLO(file).model
     assert model.yaml["layout"] == layout
     check_against_official(name, torch.float64, 1e-6, model)
-    rebuilt = DetectionModel(model.yaml, verbose=False)  # what training from it starts with
+    rebuilt = DetectionModel(model.yaml, verbose=False)  # as a training from this checkpoint does
     check_against_official(name, torch.float64, 1e-6, rebuilt)
 
 
-@pytest.mark.parametrize("scale", "nsm")  # l and x amplify with these weights: fp32 is off by pixels in either code
+@pytest.mark.parametrize("scale", "nsm")  # l and x amplify rounding errors with these weights, in both implementations
 def test_turbo_computes_what_the_official_code_computes_in_fp32(scale):
     check_against_official(scale, torch.float32, 1e-4)
 
@@ -124,7 +124,7 @@ torch.save([m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.gr
     assert run.returncode == 0, run.stderr
     weights, x, y, x_grad, w_grad = torch.load(stock)
     ours = AAttn(64, 2, area).train()
-    # statistics were already updated by the stock pass; training mode does not read them
+    # The stock pass has already updated the running statistics, but training mode does not read them.
     ours.load_state_dict(weights)
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     out = ours(x)
@@ -142,7 +142,7 @@ torch.save([m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.gr
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 1e-2), (torch.bfloat16, 4e-2), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("layout", ["v1", "turbo"])
 def test_attention_block_on_a_gpu_agrees_with_float64(layout, dtype, tolerance, memory_format, deterministic):
-    """The module, not the function: its gradients reach the kernels with whatever strides the layout gives them."""
+    """Tests the module, not the function, because the layout determines the strides of gradients at the kernels."""
     torch.manual_seed(0)
     with building(layout):
         block = AAttn(64, 2, 4).eval()
@@ -207,15 +207,15 @@ def test_saved_checkpoint_holds_no_class_of_ours_and_keeps_its_layout(name, tmp_
     with torch.no_grad():
         torch.testing.assert_close(again.model.eval()(x)[0], model.model.half().float().eval()(x)[0])
     assert again.model.yaml["layout"] == model.model.yaml["layout"]
-    rebuilt = DetectionModel(again.model.yaml, verbose=False)  # what training from it starts with
+    rebuilt = DetectionModel(again.model.yaml, verbose=False)  # as a training from this checkpoint does
     rebuilt.load_state_dict(again.model.state_dict())
 
 
 def test_official_turbo_checkpoint_is_recognised_by_its_modules(tmp_path):
-    """Official files name no layout, and v1.0 files carry the same file names as turbo ones."""
+    """Official files have no `layout` key, and v1.0 files have the same names as turbo files."""
     model = YOLO("yolov12n.yaml")
     del model.model.yaml["layout"]
-    model.model.yaml["backbone"][1][3] = [128, 3, 2]  # not even the grouped convolutions are needed to tell
+    model.model.yaml["backbone"][1][3] = [128, 3, 2]  # the layout is found without the grouped convolutions
     model.save(tmp_path / "yolov12n.pt")
     assert YOLO(tmp_path / "yolov12n.pt").model.yaml["layout"] == "turbo"
 

@@ -19,7 +19,7 @@ from ultralytics.nn import modules
 from yolov12.errors import UntrustedWeightsError, WeightsError
 from yolov12.models import weights
 
-# The opcodes of a pickle, to write what `pickle.dumps` would not.
+# These functions write pickle opcodes, for pickles that `pickle.dumps` does not write.
 
 
 def name(module: str, attribute: str) -> bytes:
@@ -35,7 +35,7 @@ def mapping(**items: bytes) -> bytes:
 
 
 def made(module: str, attribute: str, **state: bytes) -> bytes:
-    """An instance made without its __init__ and given attributes."""
+    """Write the opcodes that create an instance without `__init__` and set attributes."""
     return name(module, attribute) + b")\x81" + mapping(**state) + b"b"
 
 
@@ -129,7 +129,7 @@ HOSTILE = {
 
 @pytest.fixture
 def write_legacy() -> Callable[..., Path]:
-    """Write what `torch.save` wrote before it wrote archives."""
+    """Write the older format of `torch.save`, which is not an archive."""
 
     def write(path: Path, body: bytes) -> Path:
         head = b"".join(pickle.dumps(part, 2) for part in (MAGIC_NUMBER, PROTOCOL_VERSION, {"little_endian": True}))

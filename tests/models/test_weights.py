@@ -124,7 +124,7 @@ def test_a_state_that_another_package_would_run_is_refused() -> None:
 
 
 def test_a_strangers_run_folder_cannot_smuggle_code_past_the_end_of_training(tmp_path):
-    """Ultralytics strips the optimizer from best.pt at the end, loading it without any restriction."""
+    """At the end of a training, stock Ultralytics loads best.pt without restrictions to strip the optimizer."""
     from ultralytics.utils.torch_utils import strip_optimizer
 
     file = tmp_path / "best.pt"

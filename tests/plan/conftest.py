@@ -1,15 +1,15 @@
 import pytest
 
-from yolov12.plan.micro_batch import MicroBatch
-from yolov12.plan.network import load
+from yolov12.plan.fake_model import load
+from yolov12.plan.micro_batch import MicroBatchTracer
 
 
 @pytest.fixture(scope="session")
-def network():
+def fake_model():
     return load("yolov12n.yaml", classes=7)
 
 
 @pytest.fixture(scope="session")
-def micro_batch(network):
-    """Small images: in shapes only they take as long as large ones, but the loss is computed."""
-    return MicroBatch(network, imgsz=128, boxes=20)
+def tracer(fake_model):
+    """Trace small images. The loss runs with real tensors, and its time grows with the image size."""
+    return MicroBatchTracer(fake_model, imgsz=128, boxes=20)

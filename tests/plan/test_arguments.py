@@ -30,7 +30,7 @@ def test_arguments_that_cannot_work(words, says):
 def test_budget_of_a_limit_and_of_a_card():
     assert parse(["model=x", "mem=16GiB"]).budget_bytes == int(0.9 * 16 * GIB)
     card = parse(["model=x", "gpu=T4"])
-    assert card.budget_bytes == pytest.approx(0.9 * card.total_bytes, rel=0.04)  # less the CUDA context
+    assert card.budget_bytes == pytest.approx(0.9 * card.total_bytes, rel=0.04)  # minus the CUDA context
     assert card.budget_bytes < 0.9 * card.total_bytes
     assert parse(["model=x", "gpu=H100", "mem=0.5", "mem_safety_ratio=0"]).budget_bytes == pytest.approx(
         39.6 * GIB, rel=0.01
@@ -38,6 +38,6 @@ def test_budget_of_a_limit_and_of_a_card():
     assert parse(["model=x", "gpu=T4", "mem=80GiB"]).total_bytes == card.total_bytes
 
 
-def test_models():
+def test_several_models_and_all():
     assert parse(["model=all", "mem=1GiB"]).models[-1] == "yolov12x.yaml"
     assert parse(["model=a.yaml,b.pt", "mem=1GiB", "--json"]).models == ("a.yaml", "b.pt")

@@ -1,4 +1,4 @@
-"""`yolov12 plan` as a command: its output and its exit code."""
+"""The command `yolov12 plan`: output and exit status."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What autocast casts on a GPU, and what attention keeps there."""
+"""Autocast dtypes and tensors of fused attention, as on a GPU."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_attention_keeps_its_output_and_a_number_for_each_query():
     q = torch.rand(2, 4, 100, 32, dtype=HALF, requires_grad=True)
     with cuda_rules(), ByteTrace() as trace:
         out = F.scaled_dot_product_attention(q, q, q)
-        # 2 * 4 * 100 queries: 32 values of two bytes, and one of four; a matrix of weights would be 160,000.
+        # 800 queries, each with 32 values of 2 bytes and one of 4. The attention matrix would take 160,000 bytes.
         assert trace.live_bytes == 51_200 + 3_584
         torch.autograd.backward(out, torch.empty_like(out))
     assert q.grad.shape == q.shape
@@ -53,4 +53,4 @@ def test_temporary_tensors_within_operations_are_seen():
     flags = torch.ones(1000, dtype=torch.int8)
     with ByteTrace() as trace, cuda_rules():
         assert flags.sum() == 1000
-    assert trace.peak_bytes() >= 8000  # the summands as 64-bit integers
+    assert trace.peak_bytes() >= 8000  # the sum converts to 64-bit integers

@@ -1,4 +1,4 @@
-"""What is traced without a GPU, against the allocator of one."""
+"""Memory traced without a GPU, compared with the allocator of a GPU."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, RECOMPUTE, Checkpo
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
-from yolov12.plan.loss import _boxes
-from yolov12.plan.micro_batch import MicroBatch
-from yolov12.plan.network import load
+from yolov12.plan.fake_model import load
+from yolov12.plan.loss_bytes import _boxes
+from yolov12.plan.micro_batch import MicroBatchTracer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,35 +23,35 @@ IMAGES, BOXES = 8, 50
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_peak_of_a_micro_batch(recompute):
-    network = load("yolov12n.yaml")
-    names = layer_names(network.model)
+    fake_model = load("yolov12n.yaml")
+    names = layer_names(fake_model.model)
     plan = Plan(tuple((name, RECOMPUTE) for name in names)) if recompute else KEEP_ALL
-    predicted = MicroBatch(network, 640, BOXES).trace(IMAGES, plan)
+    predicted = MicroBatchTracer(fake_model, 640, BOXES).trace(IMAGES, plan)
 
     model = DetectionModel("yolov12n.yaml", verbose=False).cuda().to(memory_format=torch.channels_last).train()
     model.model[-1].dfl.requires_grad_(False)
-    model.args = network.model.args
+    model.args = fake_model.model.args
     norms = GroupedBatchNorm(model, activations(model))
     checkpointing = Checkpointing(model, candidates(model, layer_names(model)), norms)
     boxes = {key: value.cuda() for key, value in _boxes(IMAGES, BOXES, 80, torch.Generator().manual_seed(0)).items()}
-    for _ in range(2):  # libraries take their workspaces
+    for _ in range(2):  # the first pass allocates the workspaces of libraries
         model.zero_grad()
         norms.begin()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        live_bytes = torch.cuda.memory_allocated()
+        allocated_bytes = torch.cuda.memory_allocated()
         with torch.autocast("cuda", torch.float16), norms.within((IMAGES,), 0):
             ahead = torch.zeros(IMAGES, 3, 640, 640, dtype=torch.uint8, device="cuda")
             batch = {**boxes, "img": ahead.float() / 255}
             with checkpointing.within(plan):
                 predictions = model(batch["img"])
-                kept_bytes = torch.cuda.memory_allocated() - live_bytes
-                kept_bytes -= predictions["boxes"].nbytes + predictions["scores"].nbytes  # for the loss
+                kept_bytes = torch.cuda.memory_allocated() - allocated_bytes
+                kept_bytes -= predictions["boxes"].nbytes + predictions["scores"].nbytes  # they are part of the loss
                 loss = model.loss(batch, predictions)[0].sum()
             del predictions
             with torch.autocast("cuda", enabled=False):
                 loss.backward()
-        peak_bytes = torch.cuda.max_memory_allocated() - live_bytes
+        peak_bytes = torch.cuda.max_memory_allocated() - allocated_bytes
         del ahead, batch, loss
     print(f"kept {kept_bytes / predicted[0]:.3f}, peak {peak_bytes / predicted[1]:.3f} of what is predicted")
     assert kept_bytes == pytest.approx(predicted[0], rel=0.05)

@@ -1,6 +1,6 @@
-"""`yolov12 check [device=0] [--json]`: what this machine has, and whether training on it can work.
+"""`yolov12 check [device=0] [--json]` reports what this machine has and whether it can train.
 
-Everything is read once into a `Report`; the judgement and the two ways to write it are functions of that alone.
+The machine is read once into a `Report`. Findings and output are pure functions of that report.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 from difflib import get_close_matches
 
 from yolov12.check.devices import parse_device, resolve_device
-from yolov12.check.gpu import read_cuda
-from yolov12.check.host import read_host, read_versions
-from yolov12.check.judge import problems, warnings
+from yolov12.check.findings import problems, warnings
+from yolov12.check.gpu_info import read_cuda
+from yolov12.check.host_info import read_host, read_versions
 from yolov12.check.probe import probe_attention, probe_training
 from yolov12.check.render import as_json, as_text, verdict
 from yolov12.check.report import Report
@@ -23,19 +23,21 @@ __all__ = ["Report", "main", "problems", "read_report", "warnings"]
 
 
 def main(args: list[str]) -> int:
-    """Check this machine and write the findings on stdout.
+    """Check this machine and print the report.
+
+    The last line says whether training can work, and if not, why. With `--json` that line goes to stderr.
 
     Args:
         args: The words after `yolov12 check`: `device=...` and `--json`.
 
     Returns:
-        0 if training on the device can work, 1 if it cannot; then the last line says why (with `--json`, on stderr).
+        The exit status: 0 if training on the device can work, else 1.
 
     Raises:
         ConfigError: An argument is unknown, or the device is malformed.
     """
     device, json = _parse(args)
-    with contextlib.redirect_stdout(sys.stderr):  # libraries talk while they load; stdout is for the report
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print while they load; stdout is for the report
         report = read_report(device)
     failed = bool(problems(report))
     print(as_json(report) if json else as_text(report))
@@ -45,13 +47,17 @@ def main(args: list[str]) -> int:
 
 
 def read_report(device: str = "") -> Report:
-    """Read this machine and try attention and a training step on the device.
+    """Read this machine, and probe attention and a training step on the device.
 
     Args:
-        device: As for training: `cpu`, `mps`, `0`, `cuda:0`, `0,1`, `-1`; empty for GPU 0, or the CPU without one.
+        device: `cpu`, `mps`, `0`, `cuda:0`, `0,1` or `-1`, as for training. Empty means GPU 0, or the CPU if there is
+            no GPU.
+
+    Returns:
+        All readings.
 
     Raises:
-        ConfigError: The device is malformed. One that does not exist is not an error but a problem of the report.
+        ConfigError: The device is malformed. A device that does not exist raises nothing: `problems` reports it.
     """
     wanted = parse_device(device)
     host = read_host()

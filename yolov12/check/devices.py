@@ -1,4 +1,4 @@
-"""What `device=` means: Ultralytics' grammar, without importing Ultralytics."""
+"""Parses and resolves `device=` with Ultralytics' grammar, without importing Ultralytics."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from yolov12.errors import ConfigError
 __all__ = ["parse_device", "resolve_device"]
 
 IDLE = -1
-"""`device=-1`: a GPU of Ultralytics' choice."""
+"""The number in `device=-1`, which lets Ultralytics choose an idle GPU."""
 
 
 def parse_device(device: str) -> str | tuple[int, ...]:
-    """Read a device argument.
+    """Parse a device argument.
 
     Args:
         device: `cpu`, `mps`, `0`, `cuda:0`, `0,1`, `-1` for an idle GPU, or empty for the default.
 
     Returns:
-        `cpu`, `mps`, or the numbers of GPUs, -1 among them for an idle one; no numbers for the default.
+        `cpu`, `mps`, or a tuple of GPU numbers, in which -1 stands for an idle GPU. The default is an empty tuple.
 
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: The text is malformed, or names a GPU twice.
     """
     text = device.lower()
     for remove in ("cuda:", "none", "(", ")", "[", "]", "'", " "):
@@ -40,15 +40,15 @@ def parse_device(device: str) -> str | tuple[int, ...]:
 
 
 def resolve_device(wanted: str | tuple[int, ...], gpus: Sequence[Gpu], visible_devices: str | None) -> tuple[str, ...]:
-    """Say which PyTorch devices are meant on this machine.
+    """Resolve a device argument to PyTorch devices of this machine.
 
     Args:
-        wanted: From `parse_device`.
-        gpus: The GPUs of this machine; those without an index are not used.
-        visible_devices: `CUDA_VISIBLE_DEVICES`: GPUs may be named by the numbers in it, as Ultralytics allows.
+        wanted: The result of `parse_device`.
+        gpus: The GPUs of this machine. GPUs without an index are ignored.
+        visible_devices: The value of `CUDA_VISIBLE_DEVICES`. As in Ultralytics, a GPU may be named by its number there.
 
     Returns:
-        Names such as `cpu` or `cuda:0`, not all of which need exist.
+        Device names such as `cpu` or `cuda:0`. A named device may not exist.
     """
     if isinstance(wanted, str):
         return (wanted,)
@@ -59,7 +59,7 @@ def resolve_device(wanted: str | tuple[int, ...], gpus: Sequence[Gpu], visible_d
         wanted = tuple(index if index == IDLE else visible.index(str(index)) for index in wanted)
     chosen: list[int] = []
     for index in wanted:
-        if index == IDLE:  # Ultralytics also looks at how busy a GPU is; a check has no use for that
+        if index == IDLE:  # Ultralytics also compares the load of GPUs; a check needs memory only
             left = usable.keys() - set(wanted) - set(chosen)
             if not left:
                 continue

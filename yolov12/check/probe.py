@@ -1,4 +1,4 @@
-"""Small computations that show whether a device does what training needs: attention, and one training step."""
+"""Probes a device: runs attention and one small training step, and checks the results."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from yolov12.check.report import Attention, TrainingStep
+from yolov12.check.report import AttentionProbe, TrainingProbe
 from yolov12.models.attention import attention, select_backend
 
 __all__ = ["probe_attention", "probe_training"]
 
-# fp16 and TF32 keep 10 bits: a rounding costs 2^-10 of a value, and about twenty of those are the worst a correct
-# kernel adds up to in the output and the gradients. A broken one is off by the size of the values.
+# fp16 and TF32 have 10 mantissa bits, so one rounding error is 2^-10 of the value. A correct kernel accumulates at most
+# about twenty of them in the output and the gradients. The error of a broken kernel is as large as the values.
 MAX_RELATIVE_ERROR = 0.02
 
-# What area attention gets at 640 pixels: 20 x 20 positions, heads of 32.
+# The shape of area attention at 640 pixels: (batch, 20 x 20 tokens, heads, head_dim).
 _SHAPE = (2, 400, 2, 32)
 
-# dtype, PyTorch's deterministic mode, where Ultralytics comes by here, needed for training with default arguments.
+# Columns: dtype; deterministic mode; the Ultralytics call that uses both; True if training needs it by default.
 _CPU_USES = ((torch.float32, True, "training", True),)
 _CUDA_USES = (
     (torch.float16, True, "training", True),
@@ -43,18 +43,28 @@ _KERNELS = {
 }
 
 
-def probe_attention(device: str) -> tuple[Attention, ...]:
-    """Run the model's attention forward and backward on `device` and compare it with a float32 reference.
+def probe_attention(device: str) -> tuple[AttentionProbe, ...]:
+    """Run the model's attention forward and backward on a device and compare it with a float32 reference.
+
+    Args:
+        device: A PyTorch device, such as `cpu` or `cuda:0`.
 
     Returns:
-        One result for each way Ultralytics comes by on such a device.
+        One result for each combination of dtype and deterministic mode that Ultralytics uses on this device.
     """
     uses = _CUDA_USES if device.startswith("cuda") else _CPU_USES
     return tuple(_probe(torch.device(device), *use) for use in uses)
 
 
-def probe_training(device: str) -> TrainingStep:
-    """Train a convolution and a BatchNorm for one step on `device`, in mixed precision if it is a CUDA device."""
+def probe_training(device: str) -> TrainingProbe:
+    """Run forward and backward pass of two convolutions and a BatchNorm, on CUDA in mixed precision.
+
+    Args:
+        device: A PyTorch device, such as `cpu` or `cuda:0`.
+
+    Returns:
+        The time in milliseconds, or the reason for a failure.
+    """
     mixed = device.startswith("cuda")
     start_s = time.perf_counter()
     failure = None
@@ -66,13 +76,13 @@ def probe_training(device: str) -> TrainingStep:
         out.float().square().sum().backward()
         if not all(torch.isfinite(p.grad).all() and p.grad.any() for p in layers.parameters() if p.grad is not None):
             failure = "its gradients are not finite, or zero"
-    except Exception as error:  # whatever it is, it is the finding
+    except Exception as error:  # any error is the result of the probe
         failure = _first_line(error)
     step_ms = (time.perf_counter() - start_s) * 1000
-    return TrainingStep(device, "fp16" if mixed else "fp32", None if failure else round(step_ms, 1), failure)
+    return TrainingProbe(device, "fp16" if mixed else "fp32", None if failure else round(step_ms, 1), failure)
 
 
-def _probe(device: torch.device, dtype: torch.dtype, deterministic: bool, use: str, needed: bool) -> Attention:
+def _probe(device: torch.device, dtype: torch.dtype, deterministic: bool, use: str, needed: bool) -> AttentionProbe:
     name = {torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     backend = select_backend(device, dtype)
     inputs = [_noise(*_SHAPE, seed=seed).to(dtype) for seed in range(4)]  # q, k, v, gradient of the output
@@ -86,13 +96,13 @@ def _probe(device: torch.device, dtype: torch.dtype, deterministic: bool, use: s
                 ((ours.float().cpu() - right).abs().max() / right.abs().max()).item()
                 for ours, right in zip(results, _reference(inputs), strict=True)
             )
-        if not relative_error <= MAX_RELATIVE_ERROR:  # a NaN is not less either
+        if not relative_error <= MAX_RELATIVE_ERROR:  # also true if the error is NaN
             failure = f"it is off by {relative_error:.2g} of the largest value ({MAX_RELATIVE_ERROR} is allowed)"
-    except Exception as error:  # whatever it is, it is the finding
+    except Exception as error:  # any error is the result of the probe
         failure = _first_line(error)
     if backend.name == "sdpa":
         kernel = next((_KERNELS[name] for name in seen.names if name in _KERNELS), None)
-    return Attention(str(device), name, use, needed, backend.name, backend.reason, kernel, relative_error, failure)
+    return AttentionProbe(str(device), name, use, needed, backend.name, backend.reason, kernel, relative_error, failure)
 
 
 def _forward_and_backward(inputs: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -104,7 +114,7 @@ def _forward_and_backward(inputs: list[Tensor], device: torch.device) -> list[Te
 
 
 def _reference(inputs: list[Tensor]) -> list[Tensor]:
-    # On the CPU and written out, so that it shares nothing with what is tested.
+    # Runs on the CPU and uses the formula itself, so that it shares no code with the tested kernel.
     q, k, v, grad = (x.float().transpose(1, 2) for x in inputs)
     for x in (q, k, v):
         x.requires_grad_()
@@ -113,7 +123,7 @@ def _reference(inputs: list[Tensor]) -> list[Tensor]:
 
 
 class _Operations(TorchDispatchMode):
-    """Writes down the operations that ran, so that the kernel is seen and not guessed."""
+    """Records the names of the operations that run, which shows the kernel that was used."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
@@ -126,7 +136,7 @@ class _Operations(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _deterministic(on: bool) -> Iterator[None]:
-    # As Ultralytics sets it for training: warnings, not errors, where PyTorch has no reproducible kernel.
+    # Ultralytics trains with warn_only, too: if PyTorch has no deterministic kernel, it warns and does not raise.
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

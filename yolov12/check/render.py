@@ -1,4 +1,4 @@
-"""Writes a report as text for people or as JSON for programs."""
+"""Formats a report as text or as JSON."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import dataclasses
 import json
 from collections.abc import Iterator
 
-from yolov12.check.judge import format_bytes, problems, warnings
-from yolov12.check.report import Attention, Cuda, Gpu, Host, Report, TrainingStep
+from yolov12.check.findings import format_bytes, problems, warnings
+from yolov12.check.report import AttentionProbe, Cuda, Gpu, Host, Report, TrainingProbe
 
 __all__ = ["as_json", "as_text", "verdict"]
 
-# The driver and CUDA contexts of hidden processes; below this it is what every card holds back for itself.
+# Threshold for reporting memory that no visible process uses. Every GPU reserves less than this for itself.
 _UNSEEN_BYTES = 2**30
 
 
 def as_json(report: Report) -> str:
-    """Write the whole report as one JSON object, with `can_train`, `problems` and `warnings`; quantities in bytes."""
+    """Format the report as one JSON object, with memory in bytes and time in milliseconds.
+
+    The keys are the fields of `Report` and, before them, `can_train`, `problems` and `warnings`.
+    """
     found = problems(report)
-    judged = {"can_train": not found, "problems": found, "warnings": warnings(report)}
-    return json.dumps(judged | dataclasses.asdict(report), indent=2)
+    findings = {"can_train": not found, "problems": found, "warnings": warnings(report)}
+    return json.dumps(findings | dataclasses.asdict(report), indent=2)
 
 
 def as_text(report: Report) -> str:
-    """Write the report as a table; the last line says whether training can work."""
+    """Format the report as text. The last line is the verdict."""
     lines = ["GPU", *_indent(_cuda_lines(report.cuda)), *_indent(line for gpu in report.gpus for line in _gpu(gpu))]
     if report.attention:
         lines += ["Attention", *_indent(line for probe in report.attention for line in _attention(probe))]
@@ -37,7 +40,7 @@ def as_text(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """Say in one line whether training can work, and if not why."""
+    """Format one line that says whether training can work, and if not, why."""
     device = f"device={report.device}" if report.device else f"{', '.join(report.devices)} (default device)"
     if found := problems(report):
         return f"Training on {device} cannot work: {'; '.join(found)}"
@@ -74,18 +77,18 @@ def _gpu(gpu: Gpu) -> Iterator[str]:
     seen = gpu.own_bytes + sum(process.used_bytes or 0 for process in gpu.processes)
     unseen = (gpu.total_bytes or 0) - (gpu.free_bytes or 0) - seen
     if unseen > _UNSEEN_BYTES and gpu.memory_source == "NVML":
-        yield f"   {'':11}{format_bytes(unseen)} is held by what cannot be seen from here, such as other containers"
+        yield f"   {'':11}{format_bytes(unseen)} is used by what is not visible here, such as other containers"
 
 
-def _attention(probe: Attention) -> Iterator[str]:
+def _attention(probe: AttentionProbe) -> Iterator[str]:
     how = f"{probe.backend} ({probe.kernel} kernel)" if probe.kernel else probe.backend
     works = f"BROKEN: {probe.failure}" if probe.failure else f"works, relative error {probe.relative_error:.1e}"
     yield f"{probe.device} {probe.dtype}, {probe.use}: {how}, {works}"
     yield f"   because {probe.reason}"
 
 
-def _training(step: TrainingStep) -> str:
-    return f"{step.device} {step.dtype}: {step.failure or f'works, {step.step_ms:.0f} ms with the start of the device'}"
+def _training(step: TrainingProbe) -> str:
+    return f"{step.device} {step.dtype}: {step.failure or f'works, {step.step_ms:.0f} ms including device start'}"
 
 
 def _host(host: Host) -> Iterator[str]:

@@ -1,20 +1,21 @@
-"""What `yolov12 check` knows about a machine: plain data, filled by the readers beside this file."""
+"""The data that `yolov12 check` reads from a machine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Attention", "Cuda", "Gpu", "Host", "Process", "Report", "TrainingStep"]
+__all__ = ["AttentionProbe", "Cuda", "Gpu", "Host", "OtherProcess", "Report", "TrainingProbe"]
 
 
 @dataclass(frozen=True)
-class Process:
-    """Another process that holds memory of a GPU."""
+class OtherProcess:
+    """Another process that uses memory of a GPU."""
 
     pid: int
     name: str | None
-    """None if it may not be read, as for a process outside this container."""
+    """Name of the program. None if it cannot be read, as for a process outside this container."""
     used_bytes: int | None
+    """GPU memory of the process. None if NVML does not report it."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +23,24 @@ class Gpu:
     """One GPU."""
 
     index: int | None
-    """As in `device=0`; None if PyTorch does not see this GPU."""
+    """PyTorch's number of this GPU, as in `device=0`. None if PyTorch does not see it."""
     name: str
     capability: tuple[int, int] | None
+    """Compute capability, such as (9, 0). None if unknown."""
     total_bytes: int | None
     free_bytes: int | None
     memory_source: str
-    """Who said so: `NVML`, `torch.cuda.mem_get_info` or `MemAvailable`."""
+    """Source of the memory readings: `NVML`, `torch.cuda.mem_get_info` or `MemAvailable`."""
     integrated: bool = False
-    """The GPU shares the host's memory, as on a Jetson."""
+    """True if the GPU shares the host's memory, as on a Jetson."""
     nvml_index: int | None = None
-    """As in nvidia-smi; None if NVML does not know this GPU."""
+    """Number of this GPU in nvidia-smi. None if NVML does not know the GPU."""
     matched_by: str | None = None
-    """How the two indices were found to be one GPU: `UUID` or `PCI bus id`."""
-    processes: tuple[Process, ...] | None = None
-    """Other processes on this GPU; None if NVML does not tell."""
+    """Property that matches `index` to `nvml_index`: `UUID` or `PCI bus id`. None if they were not matched."""
+    processes: tuple[OtherProcess, ...] | None = None
+    """Other processes on this GPU. None if NVML does not report them."""
     own_bytes: int = 0
-    """What this process holds; 0 from the command line, where nothing has run yet."""
+    """GPU memory of this process. 0 on the command line, because nothing has run yet."""
 
 
 @dataclass(frozen=True)
@@ -46,81 +48,86 @@ class Cuda:
     """The NVIDIA driver and PyTorch's CUDA."""
 
     driver: str | None
-    """Driver version; None if there is no driver, or NVML does not tell."""
+    """Driver version. None if there is no driver, or NVML does not report it."""
     driver_cuda: tuple[int, int] | None
-    """The newest CUDA version the driver supports; None if there is no driver."""
+    """Newest CUDA version that the driver supports. None if there is no driver."""
     torch_cuda: str | None
-    """The CUDA version PyTorch was built for; None for a build without CUDA."""
+    """CUDA version that PyTorch was built for. None if it was built without CUDA."""
     arch_list: tuple[str, ...]
-    """What PyTorch's kernels are built for, such as `sm_90`."""
+    """Architectures that PyTorch has kernels for, such as `sm_90`."""
     error: str | None
-    """Why PyTorch cannot use CUDA, in its own words; None if it can."""
+    """PyTorch's message if it cannot use CUDA, else None."""
     visible_devices: str | None
-    """`CUDA_VISIBLE_DEVICES`."""
+    """Value of `CUDA_VISIBLE_DEVICES`. None if it is not set."""
 
 
 @dataclass(frozen=True)
-class Attention:
-    """What area attention really runs on, and whether it computes what it should."""
+class AttentionProbe:
+    """Result of running area attention in one dtype on one device."""
 
     device: str
     dtype: str
     use: str
-    """Where Ultralytics comes by here."""
+    """Ultralytics call that runs attention in this way, such as `training`."""
     needed: bool
-    """Training with default arguments needs it."""
+    """True if training with default arguments runs attention in this way."""
     backend: str
+    """`flash`, `sdpa` or `math`."""
     reason: str
+    """Why this back end was chosen."""
     kernel: str | None
-    """PyTorch's kernel, if the back end is `sdpa`."""
+    """PyTorch's kernel if the back end is `sdpa`, else None."""
     relative_error: float | None
-    """Largest error of the output and the gradients against a float32 reference, relative to the largest value."""
+    """Largest error of output and gradients against a float32 reference, relative to the largest value."""
     failure: str | None
-    """Why it cannot be used; None if it can."""
+    """Reason if attention fails or is inaccurate, else None."""
 
 
 @dataclass(frozen=True)
-class TrainingStep:
-    """A convolution, BatchNorm, SiLU and their gradients on a small tensor."""
+class TrainingProbe:
+    """Result of one small training step on one device."""
 
     device: str
     dtype: str
     step_ms: float | None
-    """Including the start of CUDA and cuDNN; None if it failed."""
+    """Milliseconds, including the start of CUDA and cuDNN. None if the step failed."""
     failure: str | None
+    """Reason if the step failed, else None."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """The machine, or what this container may have of it."""
+    """The host, or the part of it that this container may use."""
 
     cpu_count: int
     ram_total_bytes: int
     ram_available_bytes: int
     ram_limited_by_cgroup: bool
+    """True if a limit of this container is lower than the RAM of the host."""
     shm_total_bytes: int | None
-    """Size of /dev/shm; None if there is none."""
+    """Size of /dev/shm. None if it does not exist."""
     shm_free_bytes: int | None
     in_container: bool
     has_gpu_device_files: bool
-    """/dev has nodes of an NVIDIA GPU."""
+    """True if /dev has device files of an NVIDIA GPU."""
     has_mps: bool = False
-    """PyTorch can use Apple's GPU."""
+    """True if PyTorch can use an Apple GPU."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything `yolov12 check` reads."""
+    """All readings of `yolov12 check`."""
 
     device: str
-    """As asked for; empty for the default."""
+    """Value of `device=`. Empty for the default."""
     devices: tuple[str, ...]
-    """What that means here, such as `cuda:0`."""
+    """PyTorch devices that `device` stands for on this machine, such as `cuda:0`."""
     cuda: Cuda
     gpus: tuple[Gpu, ...]
-    attention: tuple[Attention, ...]
-    training: tuple[TrainingStep, ...]
+    attention: tuple[AttentionProbe, ...]
+    training: tuple[TrainingProbe, ...]
     host: Host
     versions: dict[str, str | None]
-    """None for what is not installed."""
+    """Name → installed version. None means: not installed."""
     pinned_ultralytics: str
+    """Ultralytics version that this package is made for."""

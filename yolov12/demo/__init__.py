@@ -1,4 +1,4 @@
-"""The embedded data set, `data=demo`: an electronics inspection line, drawn on first use.
+"""The embedded data set `data=demo`: images of an electronics inspection line, drawn on first use.
 
 >>> ensure("demo:images=400,seed=1", Path("datasets"))      # doctest: +SKIP
 PosixPath('datasets/yolov12-demo-v1-400-320-s1-val0.2/data.yaml')

@@ -1,6 +1,6 @@
-"""What a drawn board is: its classes, the plan of what stands where, and the colours everything agrees on.
+"""Data types of a drawn board: classes, parts, `BoardDrawing`, and colour helpers.
 
-Lengths in the tables of this package are pixels of a 320-pixel image; they grow with the image.
+Length constants in this package are pixels of a 320-pixel image. They scale with the image size.
 """
 
 import math
@@ -14,35 +14,35 @@ CLASS_NAMES = (
     "resistor", "capacitor", "ic", "led", "connector",
     "missing", "bridge", "scratch", "shifted", "crack",
 )  # fmt: skip
-HELD_BACK_COUNT = 2  # the last classes of the list, so that the ids of the others never change
-CAN_FROM = 0.62  # a capacitor whose look[0] is above this is a round aluminium can
+HELD_BACK_COUNT = 2  # the last classes: holding them back changes no other class id
+CAN_FROM = 0.62  # a capacitor with a larger look[0] is a round aluminium can
 
-Image = NDArray[np.uint8]  # (height, width, channels), BGR or BGRA
+Image = NDArray[np.uint8]  # (height, width, channels) uint8, BGR or BGRA
 Colour = tuple[float, ...]  # BGR or BGRA, 0 to 255
-Line = NDArray[np.int32]  # points (n, 2), x and y in pixels
-Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, the end excluded
+Polyline = NDArray[np.int32]  # points (n, 2): x and y in pixels
+Rect = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels; x1 and y1 are excluded
 
 
 @dataclass(frozen=True)
 class DrawConfig:
-    """What to draw. `imgsz`: side in pixels. `dense`: a panel of 150 to 320 small parts instead of one board.
-
-    `hold_back`: leave out the last `HELD_BACK_COUNT` classes; parts that would carry such a defect are sound.
-    """
+    """Settings of one image."""
 
     imgsz: int
+    """Side of the square image in pixels."""
     dense: bool = False
+    """Draw a panel of 150 to 320 small parts instead of one board."""
     hold_back: bool = False
+    """Leave out the last `HELD_BACK_COUNT` classes. Parts are drawn without these defects."""
 
     @property
     def scale(self) -> float:
-        """Pixels of this image per pixel of a 320-pixel one."""
+        """Pixels of this image per pixel of a 320-pixel image."""
         return self.imgsz / 320
 
 
 @dataclass(frozen=True)
 class Box:
-    """A labelled rectangle in pixels: `x0 <= x < x1`, `y0 <= y < y1`; `class_id` indexes CLASS_NAMES."""
+    """A labelled rectangle: `x0 <= x < x1` and `y0 <= y < y1` in pixels. `class_id` is an index of CLASS_NAMES."""
 
     class_id: int
     x0: int
@@ -53,59 +53,59 @@ class Box:
 
 @dataclass(frozen=True)
 class Part:
-    """A part in its place; painted lying flat, then turned."""
+    """A placed part. It is painted without rotation, then turned."""
 
     kind: str
     x: int  # centre, pixels
     y: int
-    w: int  # size before turning, pixels; w is along the terminals
+    w: int  # size before turning, pixels; w is the side along the terminals
     h: int
     turns: int  # quarter turns
-    look: NDArray[np.float64]  # six uniforms that decide variant, colours, pin count, text
-    fate: NDArray[np.float64]  # six uniforms that decide where and how a defect shows
-    flaw: str  # the class of its defect, or ""
+    look: NDArray[np.float64]  # six numbers from 0 to 1 that choose variant, colours, pin count and text
+    defect_look: NDArray[np.float64]  # six numbers from 0 to 1 that choose place and shape of the defect
+    defect: str  # class name of the defect, or "" for none
 
     @property
     def room_px(self) -> int:
-        """Side of the square in which the part can slip and turn."""
+        """Side in pixels of a square that contains the part however it is shifted and rotated."""
         return round(math.hypot(self.w, self.h) + 0.26 * min(self.w, self.h))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything on one board."""
+class BoardDrawing:
+    """All objects on one board, before rendering."""
 
     board: Rect
-    mask: Colour  # of the solder mask
-    finish: Colour  # of the pads
+    mask: Colour  # colour of the solder mask
+    finish: Colour  # colour of the pads
     parts: list[Part]
-    traces: list[Line]
-    pours: list[Rect]  # areas of copper under the solder mask
-    scores: list[Line]  # where a panel is later broken into modules
+    traces: list[Polyline]
+    pours: list[Rect]  # copper areas under the solder mask
+    scores: list[Polyline]  # lines along which a panel is broken into modules
     screws: list[tuple[int, int]]
-    scratch: Line | None
+    scratch: Polyline | None
 
 
 def class_names(hold_back: bool) -> tuple[str, ...]:
-    """Names of the classes that are drawn; the position is the class id."""
+    """Return the names of the classes that are drawn. The position of a name is its class id."""
     return CLASS_NAMES[:-HELD_BACK_COUNT] if hold_back else CLASS_NAMES
 
 
-def to_pixels(points: NDArray[np.float64]) -> Line:
-    """The nearest whole pixels."""
+def to_pixels(points: NDArray[np.float64]) -> Polyline:
+    """Round points (n, 2) to the nearest pixels."""
     return np.rint(points).astype(np.int32)
 
 
 def tint(colour: Colour, factor: float, add: float = 0.0) -> Colour:
-    """A lighter or darker shade."""
+    """Multiply a colour by `factor`, add `add`, and limit each channel to 255."""
     return tuple(min(255.0, c * factor + add) for c in colour)
 
 
 def is_dark(bgr: Sequence[float]) -> bool:
-    """Whether light print reads better on this colour than dark."""
+    """Return True if light text is easier to read on this colour than dark text."""
     return sum(bgr) < 400
 
 
 def ink_on(bgr: Sequence[float]) -> Colour:
-    """The colour of print that reads well on this one."""
+    """Return a text colour that is easy to read on this colour."""
     return (225, 228, 226) if is_dark(bgr) else (40, 40, 42)

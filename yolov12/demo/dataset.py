@@ -1,12 +1,12 @@
-"""The demo data set on disk: what `data=demo:...` asks for, and writing it as an ordinary YOLO data set.
+"""Parses `data=demo:...` and writes the demo data set as an ordinary YOLO data set.
 
-How many objects an image holds is skewed on purpose: the memory a detector needs in training follows the
-number of labels in a batch, and a data set of equally full images would never show a memory peak. Ordinary
-boards hold about 5 to 45 objects (log-normal, median about 15). In every block of 20 images one is a panel
-of 150 to 330: 5 % of the images carry about 40 % of the labels.
+The number of objects per image is skewed on purpose. The memory that a detector needs in training grows with the number
+of labels in a batch, and images with equally many labels would never show a memory peak. An ordinary board has about 5
+to 45 objects (log-normal, median about 15). One image in every 20 is a panel with 150 to 330 objects, so 5 % of the
+images have about 40 % of the labels.
 
-An image depends on the seed and its own index alone, so a larger data set begins with the smaller one. Bytes
-are the same on every run with the same NumPy and OpenCV.
+An image depends only on the seed and its own index, so the images of a small data set are also the first images of a
+larger one. With the same NumPy and OpenCV, every run writes the same bytes.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from yolov12.demo.board import Box, DrawConfig, class_names
 from yolov12.demo.draw import draw_board
 from yolov12.errors import ConfigError, DataError
 
-GENERATOR_VERSION = 1  # part of the folder name: raise it when any pixel or label changes
+GENERATOR_VERSION = 1  # part of the folder name: increase it if any pixel or label changes
 _DENSE_EVERY = 20
 _JPEG_QUALITY = 92
 
@@ -37,32 +37,32 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DemoSpec:
-    """What to draw. The defaults draw in a few seconds and train YOLOv12-N in minutes on two CPU cores.
+    """Settings of the data set. The defaults are drawn in seconds and train YOLOv12-N in minutes on two CPU cores.
 
-    160 images put over a hundred missing, shifted and cracked parts in the training split. 320 pixels is where
-    the parts of a panel, 12 by 7 pixels, are still told apart, at a quarter of the work of 640.
+    With 160 images, the training split has more than a hundred missing, shifted and cracked parts. At 320 pixels, the
+    parts of a panel are 12 by 7 pixels and can still be recognised, and an image costs a quarter of one at 640 pixels.
     """
 
     images: int = 160
-    """Number of images, both splits together."""
+    """Number of images in both splits together."""
     seed: int = 0
-    """Another seed, other boards."""
+    """Seed of the random choices. Another seed gives other boards."""
     imgsz: int = 320
     """Side of the square images in pixels."""
     val: float = 0.2
-    """Fraction of the images in the validation split, spread evenly over the indices."""
+    """Fraction of the images in the validation split. They are spread evenly over the indices."""
     hold_back: bool = False
-    """Leave out the last two defect classes; adding them later keeps the ids of the others."""
+    """Leave out the last two defect classes. Adding them later changes no other class id."""
 
     @property
     def folder(self) -> str:
-        """Name of the data set's folder; different specs and generator versions never share one."""
+        """Name of the folder. Different settings and generator versions have different folders."""
         held = "-hold" if self.hold_back else ""
         return f"yolov12-demo-v{GENERATOR_VERSION}-{self.images}-{self.imgsz}-s{self.seed}-val{self.val!r}{held}"
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Class names; the position is the class id."""
+        """Class names. The position of a name is its class id."""
         return class_names(self.hold_back)
 
 
@@ -70,7 +70,7 @@ def _boolean(text: str) -> bool:
     return {"true": True, "false": False}[text.lower()]
 
 
-# key: how to read it, what is allowed, and that in words
+# setting → parser, check, and the allowed values in words
 _RULES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str]] = {
     "images": (int, lambda n: 2 <= n <= 100_000, "a whole number from 2 to 100000"),
     "seed": (int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2147483647"),
@@ -81,17 +81,24 @@ _RULES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str]] = {
 
 
 def is_demo(data: object) -> bool:
-    """Whether `data` names the embedded data set: "demo", or "demo:" and settings."""
+    """Return True if `data` names the embedded data set: "demo", or "demo:" and settings."""
     return isinstance(data, str) and (data == "demo" or data.startswith("demo:"))
 
 
 def parse(spec: str) -> DemoSpec:
-    """Read "demo" or "demo:images=2000,seed=1,hold_back=True,imgsz=640,val=0.2" (any keys, any order).
+    """Parse the name of a demo data set.
 
-    Raises ConfigError for anything else, naming what is valid.
+    Args:
+        spec: "demo", or "demo:" and settings in any order, as in "demo:images=2000,seed=1,hold_back=True".
+
+    Returns:
+        The settings. Those that are not given have their defaults.
+
+    Raises:
+        ConfigError: The text is malformed, or a setting is unknown or out of range. The message lists what is valid.
     """
     if not is_demo(spec):
-        raise ConfigError(f"data={spec!r} is not the embedded data set; write demo or demo:images=160,seed=0")
+        raise ConfigError(f"data={spec!r} is not the embedded data set. Write demo or demo:images=160,seed=0")
     settings: dict[str, Any] = {}
     for item in filter(None, spec.partition(":")[2].split(",")):
         key, _, text = (piece.strip() for piece in item.partition("="))
@@ -100,7 +107,7 @@ def parse(spec: str) -> DemoSpec:
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise ConfigError(f"data=demo has no setting {key!r}{hint}; valid: {', '.join(_RULES)}")
         if key in settings:
-            raise ConfigError(f"data=demo: {key} is given twice; give it once")
+            raise ConfigError(f"data=demo: {key} is given twice. Give it once")
         read, allowed, words = _RULES[key]
         try:
             settings[key] = read(text)
@@ -111,20 +118,30 @@ def parse(spec: str) -> DemoSpec:
     demo = DemoSpec(**settings)
     if int(demo.images * demo.val) == 0:
         raise ConfigError(
-            f"data=demo: val={demo.val} of {demo.images} images leaves none for validation; "
-            f"use images={math.ceil(1 / demo.val)} or more, or a larger val"
+            f"data=demo: val={demo.val} of {demo.images} images leaves none for validation. "
+            f"Give images={math.ceil(1 / demo.val)} or more, or a larger val"
         )
     return demo
 
 
 def ensure(spec: str, root: Path) -> Path:
-    """Path of the data.yaml of the data set that `spec` asks for; drawn under `root` on first use.
+    """Return the data.yaml of a demo data set. If the data set does not exist, draw it.
 
-    The data set appears whole or not at all: it is drawn in a hidden folder beside its place and renamed.
-    Of two processes that draw it at the same time, one's copy stays and both use it. data.yaml names no
-    `path`, which Ultralytics reads as "where this file is": the folder may be moved or mounted elsewhere.
+    The data set is drawn in a hidden folder, which is then renamed, so it is never incomplete. If two processes draw it
+    at the same time, one copy stays and both use it. The data.yaml has no `path`, so Ultralytics looks beside it: the
+    folder may be moved or mounted elsewhere.
 
-    Raises ConfigError (spec), DataError (something else has the folder's name), OSError (disk).
+    Args:
+        spec: The name that `parse` reads.
+        root: The folder that holds data sets.
+
+    Returns:
+        The path of the data.yaml.
+
+    Raises:
+        ConfigError: The name is not valid.
+        DataError: Something else has the name of the data set's folder.
+        OSError: The data set cannot be written.
     """
     demo = parse(spec)
     folder = root / demo.folder
@@ -135,12 +152,12 @@ def ensure(spec: str, root: Path) -> Path:
     _log.info("drawing %d images of %d pixels into %s", demo.images, demo.imgsz, folder)
     try:
         _write(demo, partial)
-        os.rename(partial, folder)  # noqa: PTH104  (the one step that must be atomic, said plainly)
+        os.rename(partial, folder)  # noqa: PTH104  (plain os.rename: this step must be atomic)
     except OSError:
         if not folder.exists():
             raise
         if not data_yaml.is_file():
-            raise DataError(f"{folder} exists but holds no data.yaml; remove it and run again") from None
+            raise DataError(f"{folder} exists but has no data.yaml. Remove it and run again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return data_yaml
@@ -151,7 +168,7 @@ def _write(demo: DemoSpec, folder: Path) -> None:
         (folder / "images" / split).mkdir(parents=True)
         (folder / "labels" / split).mkdir(parents=True)
     for index in range(demo.images):
-        # Evenly spread, and decided without the total, so that no image changes split as a data set grows.
+        # Spread evenly, and independent of the total: no image changes its split if the data set grows.
         split = "val" if int((index + 1) * demo.val) > int(index * demo.val) else "train"
         config = DrawConfig(demo.imgsz, _is_dense(demo.seed, index), demo.hold_back)
         image, boxes = draw_board(np.random.default_rng([demo.seed, index]), config)
@@ -165,18 +182,18 @@ def _write(demo: DemoSpec, folder: Path) -> None:
 
 
 def _is_dense(seed: int, index: int) -> bool:
-    # Steps of 7 visit every place of a block in turn, so the panels do not all fall into one split.
+    # The place of the panel advances by 7 from block to block, so that panels occur in both splits.
     block, place = divmod(index, _DENSE_EVERY)
     return place == (seed + 7 * block) % _DENSE_EVERY
 
 
 def _label_line(box: Box, imgsz: int) -> str:
-    """YOLO's "class centre-x centre-y width height", as fractions of the image."""
+    """Format "class centre-x centre-y width height", as fractions of the image."""
     centre_x, centre_y = (box.x0 + box.x1) / 2 / imgsz, (box.y0 + box.y1) / 2 / imgsz
     width, height = (box.x1 - box.x0) / imgsz, (box.y1 - box.y0) / imgsz
     return f"{box.class_id} {centre_x:.6f} {centre_y:.6f} {width:.6f} {height:.6f}\n"
 
 
 def _spec_of(demo: DemoSpec) -> str:
-    """The spec that `parse` reads back to `demo`."""
+    """Format the settings as a text that `parse` reads."""
     return "demo:" + ",".join(f"{field.name}={getattr(demo, field.name)}" for field in fields(demo))

@@ -1,6 +1,6 @@
-"""Paint parts, their pads and their defects, each on a small transparent canvas of its own: a sprite, BGRA.
+"""Paints parts, pads and defects as sprites: small transparent images, (height, width, 4) uint8 in BGRA order.
 
-The box of a thing is the bounding rectangle of its sprite's opaque pixels, so boxes are tight by construction.
+The label box of an object is the bounding rectangle of the opaque pixels of its sprite, so boxes are exact.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from yolov12.demo.board import CAN_FROM, Colour, Image, Part, Rect, ink_on, tint
 
 _SILVER = (178, 184, 188, 255)
 _LENSES = ((60, 60, 235), (80, 215, 90), (235, 140, 60), (90, 225, 240), (225, 245, 250))
-_SHELLS = ((224, 230, 232), (44, 42, 42), (150, 190, 206))  # of connectors
+_SHELLS = ((224, 230, 232), (44, 42, 42), (150, 190, 206))  # colours of connector housings
 _LABELS = ("LM358", "ATM32", "74HC0", "U2F4", "NE555", "TPS62", "MX25L", "ESP8")
 
 
 def pads(part: Part, finish: Colour) -> Image:
-    """The metal on the board under the pins of a part."""
+    """Paint the metal pads under the pins of a part."""
     more = _margin(part)
     sprite = _blank(part, more)
     for x0, y0, x1, y1 in _pins(part):
@@ -33,7 +33,7 @@ def pads(part: Part, finish: Colour) -> Image:
 
 
 def body(part: Part) -> Image:
-    """The part itself, with its pins and its marking."""
+    """Paint a part with its pins and its marking."""
     sprite = _blank(part)
     if part.kind != "connector":
         for x0, y0, x1, y1 in _pins(part):
@@ -45,18 +45,18 @@ def body(part: Part) -> Image:
         "led": _paint_led,
         "connector": _paint_connector,
     }[part.kind]
-    marking = paint(sprite, part)  # the text to print on it
+    marking = paint(sprite, part)  # text to print on the part
     if marking and part.h >= 9:
         _engrave(sprite, marking)
     return sprite
 
 
 def bridge(part: Part) -> Image:
-    """Solder across the gap of two neighbouring legs."""
+    """Paint a solder bridge between two neighbouring legs."""
     more, leg = _margin(part), _leg(part)
     sprite = _blank(part, more)
     row = [pin for pin in _pins(part) if pin[1] == 0 and pin[3] == leg]
-    first = int(part.fate[0] * (len(row) - 1))
+    first = int(part.defect_look[0] * (len(row) - 1))
     left, right = row[first][0] + more, row[first + 1][2] + more
     centre, axes = ((left + right) // 2, more + leg // 2), ((right - left) // 2 + 1, leg // 2 + more)
     cv2.ellipse(sprite, centre, axes, 0, 0, 360, (168, 174, 178, 255), -1)
@@ -66,11 +66,11 @@ def bridge(part: Part) -> Image:
 
 
 def crack(part: Part, body: Image) -> Image:
-    """A jagged split from one long side of the body to the other: a dark gap with a pale broken edge."""
+    """Paint a jagged crack across the body: a dark gap with a bright edge."""
     sprite = np.zeros_like(body)
-    down = np.linspace(0, 1, len(part.fate))
-    lean = (0.55 + 0.3 * part.fate[1]) * (1 if part.fate[0] < 0.5 else -1)
-    xs = part.w * (0.35 + 0.3 * part.fate[0]) + part.h * (lean * (down - 0.5) + (part.fate - 0.5) * 0.3)
+    down = np.linspace(0, 1, len(part.defect_look))
+    lean = (0.55 + 0.3 * part.defect_look[1]) * (1 if part.defect_look[0] < 0.5 else -1)
+    xs = part.w * (0.35 + 0.3 * part.defect_look[0]) + part.h * (lean * (down - 0.5) + (part.defect_look - 0.5) * 0.3)
     line = to_pixels(np.stack([xs, down * (part.h - 1)], 1))
     thick = max(1, round(part.h / 18))
     cv2.polylines(sprite, [line + np.array([thick, 0], np.int32)], False, (198, 202, 204, 255), thick)
@@ -80,7 +80,7 @@ def crack(part: Part, body: Image) -> Image:
 
 
 def paint_hole(image: Image, centre: Sequence[int], radius: float, finish: Colour) -> None:
-    """A drilled hole in a metal ring; on a sprite the hole is transparent, for its colour has no alpha."""
+    """Paint a drilled hole in a metal ring. On a sprite the hole is transparent, because its colour has no alpha."""
     cv2.circle(image, centre, round(radius), finish, -1, cv2.LINE_AA)
     cv2.circle(image, centre, round(radius * 0.55), (28, 28, 28), -1, cv2.LINE_AA)
 
@@ -90,27 +90,27 @@ def _blank(part: Part, margin: int = 0) -> Image:
 
 
 def _margin(part: Part) -> int:
-    """How far in pixels the canvas of pads and bridges reaches beyond the part."""
+    """Return the pixels by which pads and bridges extend beyond the part."""
     return max(1, round(part.h * 0.08))
 
 
 def _leg(part: Part) -> int:
-    """Length in pixels of the legs of an IC."""
+    """Return the length of the legs of an IC in pixels."""
     return max(2, round(min(part.w, part.h) * 0.13))
 
 
 def _cap(part: Part) -> int:
-    """Length in pixels of the metal caps that the body of a passive leaves bare."""
+    """Return the length of the metal caps at both ends of a passive, in pixels."""
     return max(2, round(part.w * 0.2))
 
 
 def _is_quad(part: Part) -> bool:
-    """Whether an IC has legs on all four sides."""
+    """Return True if an IC has legs on all four sides."""
     return bool(part.look[0] < 0.4)
 
 
 def _pins(part: Part) -> list[Rect]:
-    """The metal of a part on its own canvas: two ends, two or four rows of legs, or a row of posts."""
+    """Return the metal of a part in sprite pixels: two ends, two or four rows of legs, or a row of posts."""
     w, h = part.w, part.h
     if part.kind == "ic":
         return _legs(part)
@@ -151,7 +151,7 @@ def _paint_capacitor(sprite: Image, part: Part) -> str:
         cv2.ellipse(sprite, centre, (radius, radius), 0, 130, 230, (58, 50, 46, 255), -1)
         cv2.circle(sprite, centre, radius, (150, 154, 156, 255), 1)
         return f"{int(look[2] * 9) + 1}0"
-    if look[0] > 0.3:  # tantalum: a bar marks the positive end
+    if look[0] > 0.3:  # a tantalum capacitor: a bar marks the positive end
         _block(sprite, cap * 0.5, 0, w - cap * 0.5, h, (44, 158, 226))
         _block(sprite, cap * 0.5, 0, cap * 1.3, h, (30, 70, 120))
         return f"{int(look[2] * 90) + 10}"
@@ -186,7 +186,7 @@ def _paint_connector(sprite: Image, part: Part) -> str:
 
 
 def _block(sprite: Image, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
-    """A filled rectangle, lit from the top left."""
+    """Paint a filled rectangle that is lit from the top left."""
     at, to = (round(x0), round(y0)), (round(x1) - 1, round(y1) - 1)
     cv2.rectangle(sprite, at, to, (*colour, 255), -1)
     cv2.line(sprite, at, (to[0], at[1]), (*tint(colour, 1.15, 14), 255))
@@ -194,7 +194,7 @@ def _block(sprite: Image, x0: float, y0: float, x1: float, y1: float, colour: Co
 
 
 def _engrave(sprite: Image, text: str) -> None:
-    """Print `text` in the middle of a part, as large as half its width."""
+    """Print text in the middle of a part, at most half as wide and 0.45 times as high as the part."""
     h, w = sprite.shape[:2]
     (wide, high), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 1.0, 1)
     font = min(w * 0.5 / wide, h * 0.45 / high)

@@ -139,11 +139,7 @@ def _memory_there_is(exporter: Any) -> MemoryLimit:
     config = Config.parse(vars(exporter.args))
     if exporter.device.type == "cpu":
         return MemoryLimit(_limit_bytes(config), "mem_limit")
-    meter = meter_for(exporter.device, config.limit)
-    try:
-        budget_bytes = meter.read().budget_bytes(config.safety_ratio)
-    finally:
-        meter.close()
+    budget_bytes = meter_for(exporter.device, config.limit).read().budget_bytes(config.safety_ratio)
     return MemoryLimit(budget_bytes, "what is free now" if config.limit is None else "mem_limit, and what is free now")
 
 

@@ -1,16 +1,18 @@
-"""Training steps that fit into whatever memory is free, with the gradient of the whole batch.
+"""Memory-aware scheduling (MAS): training steps that fit into whatever memory is free, with the exact gradient.
 
-Needs torch, NumPy and SciPy, and no Ultralytics. See docs/engine.md for a page that uses it on a model of one's own.
+Needs torch, NumPy and SciPy, and no Ultralytics. docs/engine.md uses it on a model of one's own.
 """
 
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas.config import Config
 from yolov12.mas.engine import Engine
 from yolov12.mas.journal.journal import Journal
+from yolov12.mas.scheduling.planner import Advice
 from yolov12.mas.step.step import Result
-from yolov12.mas.task import Loss, Task, TensorTask, Workload
+from yolov12.mas.task import Loss, Share, Task, TensorTask, Workload
 
 __all__ = [
+    "Advice",
     "Config",
     "ConfigError",
     "DoesNotFitError",
@@ -18,6 +20,7 @@ __all__ = [
     "Journal",
     "Loss",
     "Result",
+    "Share",
     "Task",
     "TensorTask",
     "Workload",

@@ -1,4 +1,4 @@
-"""Modules and what they are given: other forward passes for a while, and nested containers of tensors."""
+"""Helpers for modules and their inputs: a temporary forward pass, and a map over tensors in nested containers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from torch import Tensor, nn
 __all__ = ["each_tensor", "overridden"]
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))
-"""What batches have the most of, and what is not looked into."""
+"""Most frequent types in batches; `each_tensor` returns them unchanged at once."""
 
 
 @contextmanager
 def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules other forward passes, and then back what they had."""
-    # Past Module.__setattr__, which is slow and has nothing to do here.
+    """Replace the forward passes of modules inside the context, then restore them.
+
+    Args:
+        forwards: Module → function that is called in place of its `forward`.
+    """
+    # Written to `__dict__` directly, because Module.__setattr__ is slow and has nothing to do here.
     own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     for module, forward in forwards.items():
         module.__dict__["forward"] = forward
@@ -32,7 +36,13 @@ def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
 
 
 def each_tensor(nest: Any, change: Callable[[Any], Any], kind: type = Tensor) -> Any:
-    """Change all tensors, or other leaves of a kind, in nested tuples, lists and dictionaries."""
+    """Return a copy of nested tuples, lists and dictionaries in which all tensors are replaced.
+
+    Args:
+        nest: A tensor or a container. Other objects are returned unchanged.
+        change: Is called with each leaf of the kind; its result replaces the leaf.
+        kind: Type of the leaves to replace.
+    """
     if isinstance(nest, kind):
         return change(nest)
     if type(nest) in _PLAIN:

@@ -1,4 +1,4 @@
-"""What the engine has to be told about a training: how to cut its batches and what its loss is divided by."""
+"""What the engine is told about a training: how its batches are split, and what its loss is divided by."""
 
 from __future__ import annotations
 
@@ -9,84 +9,101 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Loss", "Task", "TensorTask", "Workload"]
+__all__ = ["Loss", "Share", "Task", "TensorTask", "Workload"]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides the memory a batch needs, known while it is still on the host."""
+    """Properties of a batch that decide how much memory it needs, known while it is still on the host."""
 
     height: int
+    """Height of every image as the model gets it, in pixels."""
     width: int
-    """Of every image, in pixels, as the model gets them."""
+    """Width of every image as the model gets it, in pixels."""
     boxes: tuple[int, ...]
-    """Number of boxes of each image, hence also how many images there are; zeros where there is no such thing."""
+    """Number of boxes in each image, so its length is the number of images. Zeros for a task without boxes."""
 
     @property
     def images(self) -> int:
-        """How many there are."""
+        """Number of images in the batch."""
         return len(self.boxes)
 
     @property
-    def pixels(self) -> int:
-        """Of one image."""
-        return self.height * self.width
+    def most_boxes(self) -> int:
+        """Number of boxes in the image that has most."""
+        return max(self.boxes)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of a batch that several ranks train on together: what the batch is on all of them."""
+
+    batch_images: int
+    """Number of images in the whole batch, over all ranks."""
+    is_padding: bool = False
+    """True for an empty share. The rank runs one padding image with weight zero, so that it takes part in every
+    collective."""
+    seed: int = 0
+    """Seed of the batch, for random draws that must be the same on all ranks."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of part of a batch, and what it was divided by, so that parts can be put together exactly.
+    """Loss of a part of a batch, and the normaliser it was divided by, so that parts add up exactly.
 
     The loss of a batch is numerator / max(normaliser, floor), and both are sums over its images. For a part, `value` is
-    numerator / max(normaliser, floor) of that part alone: what a loss function returns anyway. The engine multiplies
-    the division away, adds numerators and normalisers over all parts, and divides once.
+    numerator / max(normaliser, floor) of that part alone, which is what a loss function returns anyway. The engine
+    undoes the division, adds numerators and normalisers over all parts, and divides once.
     """
 
     value: Tensor
-    """Any shape; its sum is differentiated."""
+    """Loss of the part, of any shape; its sum is differentiated."""
     normaliser: Tensor | float
-    """What the value was divided by, before the floor: a sum over the part, such as its number of images or targets."""
+    """Divisor of the value before the floor: a sum over the part, such as its number of images or of targets."""
     items: Mapping[str, Tensor] = field(default_factory=dict)
     """Scalars to report, divided as the value was."""
+    times_images: bool = False
+    """True if the value is also multiplied by the number of images it covers, as Ultralytics' losses are. The engine
+    then replaces the images of the part by those of the whole batch."""
 
 
 class Task(Protocol):
-    """Joins the engine to one kind of training."""
+    """Adapter between the engine and one kind of training."""
 
     floor: float
-    """A normaliser smaller than this counts as this: 1 for Ultralytics' detection losses, which clamp at it."""
+    """Smallest normaliser: a smaller sum counts as this one. Ultralytics' detection losses clamp at 1."""
 
     def workload(self, batch: Any) -> Workload:
-        """Say what a batch on the host will cost memory for."""
+        """Return the properties of a batch on the host that decide its memory."""
 
     def part(self, batch: Any, start: int, stop: int) -> Any:
-        """Cut images `start` to `stop` out of a batch on the host: nested containers of tensors, views if possible."""
+        """Return images `start` to `stop` of a batch on the host: nested containers of tensors, views if possible."""
 
     def loss(self, model: nn.Module, part: Any) -> Loss:
-        """Run forward and loss on a part that is now on the model's device."""
+        """Run forward pass and loss on a part that is now on the model's device."""
 
 
 class TensorTask:
-    """Batches that are tuples of tensors, one entry per image in each.
+    """Task for batches that are tuples of tensors with one entry per image.
 
     Args:
         loss: Called with the model and the tensors of a part; returns a `Loss`, or a mean over the part's images.
-        floor: See `Task`.
+        floor: Smallest normaliser, see `Task.floor`.
     """
 
     def __init__(self, loss: Callable[..., Loss | Tensor], floor: float = 0.0) -> None:
         self._loss, self.floor = loss, floor
 
     def workload(self, batch: Sequence[Tensor]) -> Workload:
-        """Take the last two dimensions of the first tensor as the image's; of a sequence, its length."""
+        """Take the last two dimensions of the first tensor as height and width; for sequences, the length as height."""
         height, width = (*batch[0].shape[1:], 1, 1)[:2] if batch[0].ndim < 3 else batch[0].shape[-2:]
         return Workload(int(height), int(width), (0,) * len(batch[0]))
 
     def part(self, batch: Sequence[Tensor], start: int, stop: int) -> tuple[Tensor, ...]:
-        """Cut every tensor."""
+        """Slice every tensor."""
         return tuple(tensor[start:stop] for tensor in batch)
 
     def loss(self, model: nn.Module, part: Sequence[Tensor]) -> Loss:
-        """Call the function given, and count images where it does not."""
+        """Call the loss function; if it returns a mean, the normaliser is the number of images."""
         loss = self._loss(model, *part)
         return loss if isinstance(loss, Loss) else Loss(loss, torch.full((), len(part[0]), device=loss.device))

@@ -1,4 +1,4 @@
-"""Which activation follows which BatchNorm in an Ultralytics model."""
+"""Finds the activation that follows each BatchNorm of an Ultralytics model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ __all__ = ["activations"]
 
 
 def activations(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """BatchNorm → the activation that is applied to its output, which nothing else uses."""
+    """Find pairs of a BatchNorm and an activation in which only the activation uses the BatchNorm's output.
+
+    Args:
+        model: A model built from Ultralytics' layers.
+
+    Returns:
+        BatchNorm → its activation.
+    """
     blocks = [part for part in model.modules() if isinstance(part, Conv) and type(part).forward is Conv.forward]
-    # `fuse()` takes the BatchNorm away and gives the block another forward pass.
+    # `fuse()` removes the BatchNorm of a block and replaces the block's `forward`.
     return {block.bn: block.act for block in blocks if "forward" not in vars(block) and hasattr(block, "bn")}

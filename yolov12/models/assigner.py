@@ -1,8 +1,9 @@
-"""The matching of boxes to anchors in slices of images, so that one crowded image is not paid for by all.
+"""Runs Ultralytics' assigner in slices of images, so that one image with many boxes does not enlarge all tables.
 
-Ultralytics' assigner makes tables of images × boxes of the fullest image × anchors: among 32 images, one of 900 boxes
-makes them thirty times as large. Each image is matched on its own, so slices of images with about as many boxes give
-the same result with tables that stay level. What is cut depends on the boxes alone.
+The assigner matches boxes to anchors. Its tables have the size images × largest number of boxes × anchors: one image
+with 900 boxes among 32 images makes them thirty times as large. Images are matched independently of each other. Slices
+of images with similar numbers of boxes therefore give the same result with much smaller tables. How images are split
+into slices depends only on their numbers of boxes.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from torch import Tensor
 
 from yolov12.mas.oom import is_out_of_memory
 
-__all__ = ["ROWS_PER_IMAGE", "cut_by_boxes", "in_slices"]
+__all__ = ["ROWS_PER_IMAGE", "in_slices", "split_by_boxes"]
 
 ROWS_PER_IMAGE = 64
-"""Of a table, on average: boxes that an image may have before slices are cut."""
+"""Limit of the table rows of a slice, per image of the batch. A slice has as many rows as its images × the boxes of its
+fullest image."""
 
 
-def cut_by_boxes(boxes: Sequence[int]) -> list[list[int]]:
-    """Indices of the images of each slice: as many as keep `images × boxes of the fullest` level, the fullest first.
+def split_by_boxes(boxes: Sequence[int]) -> list[list[int]]:
+    """Split images into slices whose tables have about the same size, `images × largest number of boxes`.
 
     Args:
-        boxes: Of each image.
+        boxes: Number of boxes of each image.
+
+    Returns:
+        Image indices of each slice. The slice with the fullest image comes first.
     """
     most_rows = max(ROWS_PER_IMAGE * len(boxes), *boxes)
     order = sorted(range(len(boxes)), key=lambda index: -boxes[index])
@@ -41,17 +46,23 @@ def cut_by_boxes(boxes: Sequence[int]) -> list[list[int]]:
 
 @contextmanager
 def in_slices(assigner: Any, boxes: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Let an assigner work in slices, and collect the sums of target scores that it gives out.
+    """Make an assigner run in slices, and collect its sums of target scores.
 
-    By itself it survives failed allocations by going image by image, every time again. Here they fail, as a smaller
-    micro-batch is faster.
+    After a failed allocation, Ultralytics' assigner retries image by image, in every batch again. Here a failed
+    allocation raises, because a smaller micro-batch is faster.
 
     Args:
-        assigner: A `TaskAlignedAssigner` of Ultralytics, or one of its kind.
-        boxes: Of each image of the batch that it will be given.
+        assigner: A `TaskAlignedAssigner` of Ultralytics, or a subclass.
+        boxes: Number of boxes of each image of the next batch.
+
+    Yields:
+        A list. Each call of the assigner appends its sum of target scores, a scalar tensor.
+
+    Raises:
+        MemoryError: An allocation failed in the assigner.
     """
     sums: list[Tensor] = []
-    slices = cut_by_boxes(boxes)
+    slices = split_by_boxes(boxes)
     assign = assigner._forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +74,7 @@ def in_slices(assigner: Any, boxes: Sequence[int]) -> Iterator[list[Tensor]]:
             if not is_out_of_memory(error):
                 raise
             message = str(error)
-        raise MemoryError(message)  # which is no RuntimeError, so it is not caught there
+        raise MemoryError(message)  # not a RuntimeError, which the assigner would catch
 
     hook = assigner.register_forward_hook(lambda module, inputs, output: sums.append(output[2].sum()))
     assigner._forward = run
@@ -85,7 +96,10 @@ def _sliced(
     *truths: Tensor,
     **more: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Args of the assigner: all but the anchors have an entry for each image, and truths one for each box in it."""
+    """Run the assigner on each slice. All inputs except `anchors` have images as the first dimension.
+
+    The second dimension of `truths` is the boxes of an image, padded to the largest number of boxes.
+    """
     images, most = assigner.bs, assigner.n_max_boxes
     results: tuple[Tensor, ...] = ()
     try:

@@ -1,13 +1,13 @@
-"""Scaled dot-product attention for every YOLOv12 layout, through the fastest kernel that may be used.
+"""Scaled dot-product attention of both YOLOv12 layouts, with the fastest kernel available.
 
-`attention(q, k, v)` is the whole interface. The back end is chosen per call from the tensors' device and
-dtype, never at import, so one process may train on a GPU, validate on the CPU and export to ONNX.
+`attention(q, k, v)` is the interface. Each call chooses a back end by the device and dtype of its tensors. Nothing is
+chosen at import, so one process can train on a GPU, validate on the CPU and export to ONNX.
 
-flash   flash-attn 2 (Dao, 2023, https://arxiv.org/abs/2307.08691): installed, CUDA capability >= 8.0, fp16/bf16
-sdpa    `torch.nn.functional.scaled_dot_product_attention`, which picks its own kernel
-math    MatMul -> Softmax -> MatMul: for exported graphs, and where no fused kernel takes the dtype
+flash   flash-attn 2 (Dao, 2023, https://arxiv.org/abs/2307.08691), for fp16 and bf16 from compute capability 8.0 on
+sdpa    `torch.nn.functional.scaled_dot_product_attention`, which chooses its own kernel
+math    MatMul -> Softmax -> MatMul, for exported graphs and for dtypes without a fused kernel
 
-PyTorch's deterministic mode, which Ultralytics turns on for training, is honoured by each.
+Ultralytics trains in PyTorch's deterministic mode. Every back end supports it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the attention, and why: shown by `yolov12 check`."""
+    """Back end of the attention and the reason for it, as `yolov12 check` shows them."""
 
     name: str
     """`flash`, `sdpa` or `math`."""
@@ -39,18 +39,20 @@ class Backend:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention, softmax(q kᵀ / √d) v, in the inputs' own dtype.
+    """Compute softmax(q kᵀ / √head_dim) v.
 
     Args:
-        q, k, v: (batch, tokens, heads, head_dim) of one dtype and device, each head's channels side by side.
+        q: Queries, (batch, tokens, heads, head_dim). The last dimension is contiguous.
+        k: Keys. Shape, dtype and device are those of `q`.
+        v: Values. Shape, dtype and device are those of `q`.
 
     Returns:
-        (batch, tokens, heads, head_dim), dtype of `q`.
+        (batch, tokens, heads, head_dim) in the dtype of `q`.
     """
     if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
         return _math(q, k, v)  # an exported graph must not depend on the exporting machine
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if torch.compiler.is_compiling():  # a compiler sees through PyTorch's own attention, not through our choice
+    if torch.compiler.is_compiling():  # the compiler can trace PyTorch's attention, not `select_backend`
         backend = "math" if deterministic and q.is_cuda else "sdpa"
     else:
         backend = select_backend(q.device, q.dtype).name
@@ -60,7 +62,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if backend == "math":
         return _math(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if deterministic and q.is_cuda:  # never compiled
+    if deterministic and q.is_cuda:  # not reached while compiling
         fused = _DeterministicFlash if _has_flash_kernel(q.device, q.dtype) else _DeterministicEfficient
         out = fused.apply(q, k, v)  # type: ignore[no-untyped-call]
     else:
@@ -69,7 +71,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def select_backend(device: torch.device, dtype: torch.dtype) -> Backend:
-    """Choose the back end for tensors of `dtype` on `device`."""
+    """Choose the back end of the attention.
+
+    Args:
+        device: Device of the tensors.
+        dtype: Dtype of the tensors.
+
+    Returns:
+        The back end and the reason for it.
+    """
     if device.type != "cuda":
         return Backend("sdpa", f"{device.type} tensors go through PyTorch's own attention")
     if dtype is torch.float64 or (dtype is torch.bfloat16 and _capability(device) < (8, 0)):
@@ -107,7 +117,7 @@ def _flash_attn_or_reason() -> Callable[..., Any] | str:
         func: Callable[..., Any] = importlib.import_module("flash_attn").flash_attn_func
     except ModuleNotFoundError:
         return "flash-attn is not installed"
-    except (ImportError, OSError, AttributeError) as error:  # a build for another torch fails only when loaded
+    except (ImportError, OSError, AttributeError) as error:  # a build for another torch version fails here
         return f"flash-attn is installed but does not load ({error})"
     return func
 
@@ -120,8 +130,8 @@ def _flash_attn() -> Callable[..., Any]:
 
 @contextmanager
 def _strictly_deterministic() -> Iterator[None]:
-    # The fused backwards are reproducible only in strict mode. Under `warn_only=True`, which is what Ultralytics sets,
-    # they warn and stay non-deterministic, so strict mode is on for the one kernel.
+    # Backward passes of fused kernels are deterministic only in strict mode. With `warn_only=True`, which Ultralytics
+    # sets, they warn and stay non-deterministic. Strict mode is therefore on for this one kernel.
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
@@ -131,7 +141,7 @@ def _strictly_deterministic() -> Iterator[None]:
 
 
 class _DeterministicFlash(torch.autograd.Function):
-    """PyTorch's flash kernel with a reproducible backward. Shapes: (batch, heads, tokens, head_dim)."""
+    """PyTorch's flash kernel with a deterministic backward pass. Shapes: (batch, heads, tokens, head_dim)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -150,7 +160,10 @@ class _DeterministicFlash(torch.autograd.Function):
 
 
 class _DeterministicEfficient(torch.autograd.Function):
-    """PyTorch's memory-efficient kernel (fp32, and GPUs before 8.0) with a reproducible backward. Shapes as above."""
+    """PyTorch's memory-efficient kernel with a deterministic backward pass, for fp32 and for GPUs older than 8.0.
+
+    Shapes: (batch, heads, tokens, head_dim).
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""The two YOLOv12 layouts as variants of Ultralytics' own classes.
+"""Both YOLOv12 layouts, turbo and v1, in Ultralytics' own classes.
 
-Checkpoints must hold stock classes only, so there is no `TurboAttention` here: `AAttn` and `A2C2f` stay the stock
-classes and get another `__init__` and `forward`. Which layout an instance has is told by what is in it.
+Checkpoints must hold stock classes only, so there is no class `TurboAttention`. `AAttn` and `A2C2f` stay the stock
+classes and get another `__init__` and `forward`. The submodules of an instance tell its layout.
 
-turbo  the official weights since 2025: `qk` and `v` projections, 5x5 `pe` on v, MLP ratio 1.5 for scales l and x
-v1     the paper's, and Ultralytics' `yolo12`: one `qkv` projection, 7x7 `pe`, MLP ratio 1.2 for scales l and x
+turbo  official weights since 2025: `qk` and `v` projections, 5x5 `pe` on v, MLP ratio 1.5 for scales l and x
+v1     the paper and Ultralytics' `yolo12`: one `qkv` projection, 7x7 `pe` on v, MLP ratio 1.2 for scales l and x
 
 Source: https://github.com/sunsmarterjie/yolov12 and https://arxiv.org/abs/2502.12524
 """
@@ -33,12 +33,19 @@ _building: ContextVar[str] = ContextVar("yolov12_layout", default=V1)
 
 
 def layout_of(model_yaml: Mapping[str, Any]) -> str:
-    """Tell the layout a model yaml describes: its `layout` key, else what sets the official turbo yaml apart.
+    """Find the layout that a model yaml describes.
 
-    The official turbo yaml names no layout; it is the one whose first strided convolutions have groups.
+    The `layout` key decides. The official yamls do not have it: in the turbo one, the first strided convolutions are
+    grouped, in the v1 one they are not.
+
+    Args:
+        model_yaml: A parsed model yaml.
+
+    Returns:
+        `turbo` or `v1`.
 
     Raises:
-        ConfigError: The `layout` key names neither.
+        ConfigError: The `layout` key has another value.
     """
     if layout := model_yaml.get("layout"):
         if layout not in (TURBO, V1):
@@ -51,7 +58,7 @@ def layout_of(model_yaml: Mapping[str, Any]) -> str:
 
 
 def mark_layout(model: nn.Module) -> None:
-    """Write the layout of a loaded model into its yaml, so that building it again gives the same layout."""
+    """Write the layout of a loaded model into its yaml, so that a rebuilt model has the same layout."""
     kinds = {TURBO if hasattr(m, "qk") else V1 for m in model.modules() if type(m).__name__ == "AAttn"}
     if kinds and isinstance(model_yaml := getattr(model, "yaml", None), dict):
         model_yaml["layout"] = TURBO if TURBO in kinds else V1
@@ -59,7 +66,7 @@ def mark_layout(model: nn.Module) -> None:
 
 @contextmanager
 def building(layout: str) -> Iterator[None]:
-    """While this is entered, new `AAttn` and `A2C2f` modules get `layout`."""
+    """Build new `AAttn` and `A2C2f` modules with this layout, `turbo` or `v1`, inside the `with` block."""
     token = _building.set(layout)
     try:
         yield
@@ -70,9 +77,12 @@ def building(layout: str) -> Iterator[None]:
 def packaged_yaml(path: str | Path) -> tuple[Path, str] | None:
     """Find the model yaml of this package for a name such as `yolov12s.yaml` or `yolov12s-v1.yaml`.
 
+    Args:
+        path: The name that a user gave as `model=`.
+
     Returns:
-        The file and the scale letter (empty if the name has none), or None for any other name and where the user
-        has a file of that name, with or without the scale letter: Ultralytics looks for both.
+        The file and the scale letter, which is empty if the name has none. None for any other name, and if the current
+        folder has a file of this name, with or without the scale letter: that file has priority.
     """
     match = _MODEL_YAML.fullmatch(str(path))
     if match is None:
@@ -84,7 +94,7 @@ def packaged_yaml(path: str | Path) -> tuple[Path, str] | None:
 
 
 def attention_init(stock_init: Callable[..., None]) -> Callable[..., None]:
-    """Make `AAttn.__init__`: the stock one, or the turbo layout while `building(TURBO)`."""
+    """Return an `AAttn.__init__` that builds the turbo layout inside `building(TURBO)` and else calls the stock one."""
 
     def init(self: Any, dim: int, num_heads: int, area: int = 1) -> None:
         if _building.get() != TURBO:
@@ -104,7 +114,10 @@ def attention_init(stock_init: Callable[..., None]) -> Callable[..., None]:
 
 
 def a2c2f_init(stock_init: Callable[..., None]) -> Callable[..., None]:
-    """Make `A2C2f.__init__`: Ultralytics gives scales l and x (the residual ones) MLP ratio 1.2, turbo has 1.5."""
+    """Return an `A2C2f.__init__` that sets the MLP ratio 1.5 for scales l and x of the turbo layout.
+
+    Only these scales are residual. Ultralytics gives them 1.2.
+    """
 
     def init(
         self: Any,
@@ -126,9 +139,9 @@ def a2c2f_init(stock_init: Callable[..., None]) -> Callable[..., None]:
 
 
 def attention_forward(stock_forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make `AAttn.forward` for both layouts.
+    """Return an `AAttn.forward` for both layouts.
 
-    On the CPU v1.0 is trained by the stock method, so that the weights are those of Ultralytics bit for bit.
+    Training v1 on the CPU calls the stock method, so the weights equal those of stock Ultralytics bit for bit.
     """
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -140,13 +153,13 @@ def attention_forward(stock_forward: Callable[..., Tensor]) -> Callable[..., Ten
 
 
 def _attention_forward(self: Any, x: Tensor) -> Tensor:
-    """Args: x: (batch, channels, height, width), height × width divisible by `area`. Returns: the same shape."""
+    """Map (batch, channels, height, width) to the same shape. `area` must divide height × width."""
     batch, _, height, width = x.shape
     tokens = height * width
     heads, head_dim = self.num_heads, self.head_dim
 
     def split_heads(y: Tensor, *parts: int) -> Tensor:
-        # The fused kernels want each head's channels side by side, which is what channels_last already holds.
+        # Fused kernels need the channels of a head to be contiguous. In channels_last they already are.
         return y.flatten(2).transpose(1, 2).contiguous().view(batch * self.area, tokens // self.area, *parts)
 
     def to_image(y: Tensor) -> Tensor:

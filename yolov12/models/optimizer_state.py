@@ -1,4 +1,4 @@
-"""Bytes of the optimizer's state, by its name."""
+"""Bytes of the optimizer state, by the name of the optimizer."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from yolov12.mas.profiling.trace import rounded
 __all__ = ["OPTIMIZERS", "optimizer_state", "tensors_bytes"]
 
 OPTIMIZERS = {"SGD": 1, "MuSGD": 1, "Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 2}
-"""Tensors of a parameter's size that they keep, as Ultralytics makes them; MuSGD one more for matrices and filters."""
+"""Optimizer → number of state tensors per parameter, with Ultralytics' settings. MuSGD keeps one more for 2-D and 4-D
+parameters."""
 
 
 def optimizer_state(model: nn.Module, name: str) -> tuple[str, int]:
-    """The optimizer that a name stands for, and the bytes of its state.
+    """Resolve the name of an optimizer and compute the size of its state.
 
     Args:
-        model: Has the parameters.
-        name: As in `optimizer=`; `auto` counts as in trainings of more than 10,000 steps, where it is MuSGD. In shorter
-            ones it is AdamW, which keeps about as much.
+        model: The model to train.
+        name: A value of `optimizer=`. For `auto`, MuSGD is assumed, which Ultralytics chooses for more than 10,000
+            steps. For fewer steps it chooses AdamW, whose state has about the same size.
+
+    Returns:
+        The name of the optimizer, and the bytes of its state.
 
     Raises:
         ConfigError: Ultralytics has no such optimizer.
@@ -38,5 +42,5 @@ def optimizer_state(model: nn.Module, name: str) -> tuple[str, int]:
 
 
 def tensors_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that PyTorch's allocator gives tensors, each rounded up to its blocks."""
+    """Return the bytes that PyTorch's CUDA allocator needs for tensors, each rounded up to whole blocks."""
     return sum(rounded(tensor.numel() * tensor.element_size()) for tensor in tensors)

@@ -1,16 +1,16 @@
-"""A stand-in for the `pickle` module that runs no code named by the file it reads.
+"""A replacement for the `pickle` module that runs no code named by the file it reads.
 
-For `torch.load(..., pickle_module=Restricted())`. Four rules, each closing one way in:
+It is used as `torch.load(..., pickle_module=RestrictedPickle())`. Each of four rules closes one attack:
 
-1. A name in the file becomes a *token*, never the class or function itself, so no callable of the file's choosing can
-   end up in what is loaded.
-2. REDUCE calls nothing but the functions in `CALLS`; each checks its arguments.
-3. NEWOBJ makes layers, losses and assigners without calling their `__init__`; BUILD fills what the file itself made,
-   never a class, a function or a module.
-4. Everything else is written down and an inert object takes its place: reading goes on, so the refusal can name all
-   of it. Nothing is imported because a file names it.
+1. A name in the file becomes a *token*, never the class or function itself. The loaded object can therefore not contain
+   a callable that the file chose.
+2. REDUCE calls only the functions in `CALLS`, which check their arguments.
+3. NEWOBJ creates layers, losses and assigners without calling `__init__`. BUILD sets attributes of objects that the
+   file created, never of a class, a function or a module.
+4. Everything else is listed and replaced by a placeholder. Reading continues, so the error lists all of it. Nothing is
+   imported because a file names it.
 
-Ultralytics' own restricted loading (`ultralytics.nn.tasks._SafeLoad`) needs torch 2.6; this works from 2.3.
+Ultralytics' restricted loading (`ultralytics.nn.tasks._SafeLoad`) needs torch 2.6. This module works from torch 2.3 on.
 """
 
 from __future__ import annotations
@@ -24,33 +24,35 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from yolov12.models.allowed import CALLS, RENAMED, Refusal, Token, known_class, named, numpy_state
+from yolov12.models.allow_list import CALLS, RENAMED, RefusedCall, Token, allowed_class, describe, numpy_state
 
-__all__ = ["Restricted"]
-
-
-class _Inert:
-    """Takes the place of what was refused."""
+__all__ = ["RestrictedPickle"]
 
 
-class Restricted:
-    """What `torch.load` takes from a pickle module, for reading one file.
+class _Placeholder:
+    """Replaces an object that was refused."""
+
+
+class RestrictedPickle:
+    """The `pickle_module` argument of `torch.load`, for reading one file.
 
     `refused` lists what the file asked for and did not get. If it is not empty, the result must not be used.
+
+    Args:
+        record_bytes: Name → bytes of each record of the zip archive. None for the older format without archive.
     """
 
     def __init__(self, record_bytes: Mapping[str, int] | None = None) -> None:
-        """`record_bytes`: size of each record of the zip archive, by name; None for the older, unzipped format."""
         self.__name__ = __name__  # torch.load compares it with "dill"
         self.refused: list[str] = []
         self.Unpickler = type("Unpickler", (_Unpickler,), {"refused": self.refused, "record_bytes": record_bytes})
 
     def load(self, file: Any, **kwargs: Any) -> Any:
-        """Read one pickle, as `pickle.load`."""
+        """Read one pickle. The arguments are those of `pickle.load`."""
         return self.Unpickler(file, **kwargs).load()
 
 
-class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes can be replaced
+class _Unpickler(pickle._Unpickler):  # the Python implementation, whose opcodes can be replaced
     refused: list[str]
     record_bytes: Mapping[str, int] | None
     stack: list[Any]
@@ -58,26 +60,26 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes c
     readline: Callable[[], bytes]
     pop_mark: Callable[[], list[Any]]
 
-    def refuse(self, what: str) -> _Inert:
-        what = ascii(what)[1:-1][:120]  # the file chose these characters: none may reach a terminal as it is
+    def refuse(self, what: str) -> _Placeholder:
+        what = ascii(what)[1:-1][:120]  # escapes control characters, which the file chose
         if what not in self.refused:
             self.refused.append(what)
-        return _Inert()
+        return _Placeholder()
 
-    def refuse_call(self, function: Any) -> _Inert:
-        if isinstance(function, _Inert) or (isinstance(function, Token) and function.refused):
-            return _Inert()  # it is listed already
-        return self.refuse(f"a call of {named(function)}")
+    def refuse_call(self, function: Any) -> _Placeholder:
+        if isinstance(function, _Placeholder) or (isinstance(function, Token) and function.refused):
+            return _Placeholder()  # it is already listed
+        return self.refuse(f"a call of {describe(function)}")
 
     def find_class(self, module: str, name: str) -> Any:
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
         full = RENAMED.get(full, full)
-        if full.startswith("ultralytics.yolo.utils."):  # where early releases kept them
+        if full.startswith("ultralytics.yolo.utils."):  # their place in early releases
             full = full.replace(".yolo", "", 1)
         if full.startswith("torch.") and isinstance(dtype := vars(torch).get(full[6:]), torch.dtype):
             return dtype
-        token = Token(full, call=CALLS.get(full), cls=None if full in CALLS else known_class(full))
+        token = Token(full, call=CALLS.get(full), cls=None if full in CALLS else allowed_class(full))
         if token.refused:
             self.refuse(full)
         return token
@@ -95,12 +97,12 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes c
             return
         try:
             self.append(function.call(*args))
-        except Refusal as e:
+        except RefusedCall as e:
             self.append(self.refuse(str(e)))
         except Exception:
             if not self.refused:
                 raise
-            self.append(_Inert())  # an argument had been refused; read on for what else there is
+            self.append(_Placeholder())  # an argument was refused; read on to list the rest
 
     def load_newobj(self) -> None:
         args, token = self.stack.pop(), self.stack.pop()
@@ -113,18 +115,18 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes c
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         kind: Any = type(target)
-        if isinstance(target, _Inert) or isinstance(state, _Inert) or numpy_state(target, state):
+        if isinstance(target, _Placeholder) or isinstance(state, _Placeholder) or numpy_state(target, state):
             return
         if type(state) is not dict or not all(type(key) is str and not key.startswith("__") for key in state):
-            self.refuse(f"setting the state of {named(target)}")
+            self.refuse(f"setting the state of {describe(target)}")
         elif held := [value.name for value in state.values() if isinstance(value, Token) and not value.refused]:
             self.refuse(f"{held[0]} as an attribute")
         elif issubclass(kind, nn.Module):
-            kind.__setstate__(target, state)  # from the class: one in the instance would be the file's
-        elif kind is OrderedDict or known_class(f"{kind.__module__}.{kind.__name__}"):
+            kind.__setstate__(target, state)  # not `target.__setstate__`, which may come from the file
+        elif kind is OrderedDict or allowed_class(f"{kind.__module__}.{kind.__name__}"):
             vars(target).update(state)
         else:
-            self.refuse(f"setting attributes of {named(target)}")
+            self.refuse(f"setting attributes of {describe(target)}")
 
     def load_persid(self) -> None:
         self.readline()
@@ -134,14 +136,14 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes c
         pid = self.stack.pop()
         if type(pid) is not tuple or len(pid) < 4 or pid[0] not in ("storage", "module"):
             self.append(self.refuse("a persistent id"))
-        elif pid[0] == "module":  # the older format names a class so, with its source, which torch would compare
+        elif pid[0] == "module":  # the older format: a class with its source, which torch compares
             self.append(pid[1])
         else:
             self.check_size(*pid[1:5])
             self.append(self.persistent_load(pid))
 
     def check_size(self, storage_type: Any, key: Any, location: Any, numel: Any) -> None:
-        # torch believes `numel` and would read past the end of a shorter record.
+        # torch does not check `numel` and would read past the end of a shorter record.
         if type(key) is not str or type(numel) is not int:
             raise pickle.UnpicklingError("a tensor without a record")
         announced = numel * storage_type.dtype.itemsize
@@ -160,8 +162,8 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes c
             target.extend(items)
         elif type(target) is set:
             target.update(items)
-        elif not isinstance(target, _Inert):
-            self.refuse(f"adding items to {named(target)}")
+        elif not isinstance(target, _Placeholder):
+            self.refuse(f"adding items to {describe(target)}")
 
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -174,8 +176,8 @@ class _Unpickler(pickle._Unpickler):  # the one written in Python: its opcodes c
         target = self.stack[-1]
         if type(target) in (dict, OrderedDict):
             target.update(zip(items[::2], items[1::2], strict=True))
-        elif not isinstance(target, _Inert):
-            self.refuse(f"adding items to {named(target)}")
+        elif not isinstance(target, _Placeholder):
+            self.refuse(f"adding items to {describe(target)}")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch,

@@ -1,8 +1,8 @@
-"""Loading weight files without running what is in them.
+"""Loads weight files without running code that they contain.
 
-A `.pt` file is a pickle, and a pickle can call any function there is. Files are shared, so none is trusted: what is
-read is data, tensors and the layers Ultralytics checkpoints are made of, with the same code on every torch from 2.3.
-`YOLOV12_TRUST_WEIGHTS=1` hands a file to the stock loader instead, which runs whatever it says.
+A `.pt` file is a pickle, and a pickle can call any function. Users share these files, so no file is trusted. The loader
+reads plain data, tensors and the layers of Ultralytics checkpoints, from torch 2.3 on. `YOLOV12_TRUST_WEIGHTS=1` uses
+the stock loader instead, which runs all code in the file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from yolov12.errors import UntrustedWeightsError, WeightsError
-from yolov12.models.names import OFFICIAL, resolve
-from yolov12.models.unpickle import Restricted
+from yolov12.models.unpickle import RestrictedPickle
+from yolov12.models.weight_names import OFFICIAL, resolve
 from yolov12.models.yaml_check import check_yaml
 
 __all__ = ["OFFICIAL", "check_yaml", "load", "read", "resolve"]
@@ -30,17 +30,17 @@ TRUST = "YOLOV12_TRUST_WEIGHTS"
 
 
 def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -> tuple[dict[str, Any], str]:
-    """Load a checkpoint: `ultralytics.nn.tasks.torch_safe_load` without its dangers.
+    """Load a checkpoint, like `ultralytics.nn.tasks.torch_safe_load` but without running its code.
 
     Args:
         weight: A path, or a name that `resolve` knows.
-        trusted_loader: The stock loader, used when YOLOV12_TRUST_WEIGHTS=1; looked up when it is not given.
+        trusted_loader: The stock loader, used if YOLOV12_TRUST_WEIGHTS=1. Default: the one of Ultralytics.
 
     Returns:
-        The checkpoint, whose `ema` or `model` is a module, and the path of the file.
+        The checkpoint, with a module under `ema` or `model`, and the path of the file.
 
     Raises:
-        UntrustedWeightsError: The file asks for something that would run code; the message lists all of it.
+        UntrustedWeightsError: The file asks for code outside the allow-list. The message lists all of it.
         WeightsError: The file is missing, incomplete, or not a checkpoint.
     """
     file = resolve(weight)
@@ -55,24 +55,30 @@ def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -
 
 
 def read(file: str | Path) -> Any:
-    """Read a file as `torch.load(file, map_location="cpu")` does, without running what is in it.
+    """Read a file like `torch.load(file, map_location="cpu")`, without running its code.
+
+    Args:
+        file: A file that `torch.save` wrote.
+
+    Returns:
+        The object in the file, with tensors on the CPU.
 
     Raises:
-        UntrustedWeightsError: The file asks for something that would run code; the message lists all of it.
+        UntrustedWeightsError: The file asks for code outside the allow-list. The message lists all of it.
         WeightsError: The file is missing, incomplete, or was not written by `torch.save`.
     """
     path = Path(file)
     if _trusted():
         return torch.load(path, map_location="cpu", weights_only=False)
-    pickle_module = Restricted()
+    pickle_module = RestrictedPickle()
     try:
         with path.open("rb") as stream:
             start = stream.read(4)
         if zipped := start == b"PK\x03\x04":
-            pickle_module = Restricted(_records(path))
-        elif start[:1] != pickle.PROTO:  # what torch.save wrote before it wrote archives starts with a pickle
+            pickle_module = RestrictedPickle(_records(path))
+        elif start[:1] != pickle.PROTO:  # the older format of torch.save starts with a pickle
             raise pickle.UnpicklingError("no torch.save file")
-        # From memory, torch does not try the tar format that came before 2017, which writes files while it reads.
+        # From a buffer, torch does not try its tar format from before 2017, which writes files while it reads.
         source = path if zipped else io.BytesIO(path.read_bytes())
         found = torch.load(source, map_location="cpu", pickle_module=pickle_module, weights_only=False)
     except WeightsError:
@@ -81,13 +87,13 @@ def read(file: str | Path) -> Any:
         if not pickle_module.refused:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             raise WeightsError(
-                f"{file} cannot be read as a checkpoint: it is empty, incomplete, or something else ({reason:.200}). "
+                f"{file} cannot be read as a checkpoint: it is empty, incomplete, or another format ({reason:.200}). "
                 "Delete it and download or copy it again."
             ) from e
     if pickle_module.refused:
         raise UntrustedWeightsError(
             f"{file} asks for {', '.join(pickle_module.refused)}, which no checkpoint of Ultralytics needs. None of it "
-            f"was run. If you trust whoever made the file, set {TRUST}=1 to load it all the same."
+            f"was run. If you trust the author of the file, set {TRUST}=1 to load it without this check."
         )
     return found
 
@@ -103,17 +109,17 @@ def _stock_loader() -> Callable[..., Any]:
 
 
 def _records(path: Path) -> dict[str, int]:
-    # Asked of torch's own reader: two readers can be made to see two different lists of contents in one file.
+    # Use torch's own reader: a crafted file can show different records to different readers.
     reader: Any = torch._C.PyTorchFileReader(str(path))
     if "constants.pkl" in reader.get_all_records():
         raise WeightsError(
-            f"{path} is a TorchScript archive, which is a program. Load the .pt file it was exported from, or run it "
-            "as an exported model with another suffix than .pt."
+            f"{path} is a TorchScript archive, which is a program. Load the .pt file that it was exported from, or "
+            "rename it to .torchscript to run it as an exported model."
         )
     with ZipFile(path) as archive:
         entries = archive.infolist()
     sizes = {entry.filename.partition("/")[2].lower(): entry.file_size for entry in entries}
-    if len(sizes) != len(entries):  # torch might read another one than the one whose size we know
+    if len(sizes) != len(entries):  # torch may read another record than the one with this size
         raise BadZipFile("two records have the same name")
     return sizes
 
@@ -127,33 +133,38 @@ def _raise_without_model(file: str, found: Any) -> None:
     state = found.get("model", found) if isinstance(found, dict) else None
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         raise WeightsError(
-            f"{file} holds {len(state)} tensors and no model (a state dict). Build their model and fill it: "
+            f"{file} holds {len(state)} tensors and no model (a state dict). Build the model and load them: "
             f"model = YOLO('yolov12s.yaml'); model.model.load_state_dict(torch.load({file!r}, weights_only=True)); "
-            "model.save() then makes a checkpoint of it."
+            "model.save() then writes a checkpoint."
         )
     raise WeightsError(f"{file} holds a {type(found).__name__} without a model. Give a checkpoint that YOLO saved.")
 
 
 def _check_settings(file: str, checkpoint: dict[str, Any]) -> None:
-    """Deal with what Ultralytics would act on later."""
+    """Refuse or remove settings that would make Ultralytics run or download something later."""
     if checkpoint.get("modelopt"):
         raise UntrustedWeightsError(
-            f"{file} holds a state for NVIDIA ModelOpt, which installs and runs that package to restore it. If you "
-            f"trust whoever made the file, set {TRUST}=1."
+            f"{file} holds a state for NVIDIA ModelOpt. To restore it, Ultralytics would install and run that package. "
+            f"If you trust the author of the file, set {TRUST}=1."
         )
     settings = checkpoint.get("train_args") or {}
     if not isinstance(settings, dict):
-        raise WeightsError(f"{file} has train_args that are a {type(settings).__name__}. Give one that YOLO saved.")
-    if _is_elsewhere(settings.get("data")):
+        raise WeightsError(
+            f"{file} has train_args of type {type(settings).__name__}. Give a checkpoint that YOLO saved."
+        )
+    if _is_remote(settings.get("data")):
         from ultralytics.utils import LOGGER
 
-        LOGGER.warning(f"{file} was trained on {settings.pop('data')!r:.120}. That is not fetched unasked: pass data=.")
+        LOGGER.warning(
+            f"{file} was trained on {settings.pop('data')!r:.120}. This data set is not downloaded automatically. "
+            "Give data=."
+        )
 
 
-def _is_elsewhere(data: Any) -> bool:
-    """Whether `val()` and `resume` would fetch this data set, and run the `download:` code or the cache in it."""
+def _is_remote(data: Any) -> bool:
+    """Return True if `val()` and `resume` would download this data set and run its `download:` code or its cache."""
     text = str(data)
     if re.search(r"[a-z]{2,}:[/\\]|^[/\\]{2}", text, re.IGNORECASE):
         return True
-    # A classification data set that is not here is fetched from the Ultralytics assets' address plus this text.
+    # Ultralytics appends the name of a missing classification data set to the address of its assets.
     return re.search(r"%|\.\.", text) is not None and not Path(text).exists()

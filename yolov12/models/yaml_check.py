@@ -1,7 +1,7 @@
-"""Checking a model yaml before Ultralytics evaluates it.
+"""Checks a model yaml before Ultralytics evaluates it.
 
-`ultralytics.nn.tasks.parse_model` passes `activation` to `eval` and takes whatever global a layer's row names, any
-function included. A yaml comes out of a weight file as often as off the disk, so both are checked here first.
+`ultralytics.nn.tasks.parse_model` passes `activation` to `eval`, and calls any global that the row of a layer names.
+The yaml may come from an untrusted weight file, so both are checked first.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from yolov12.errors import UntrustedWeightsError
 
 
 def check_yaml(model_yaml: Mapping[str, Any]) -> None:
-    """Let a model yaml pass if building the model from it can run nothing but constructors of layers.
+    """Check that building a model from a yaml runs only constructors of layers.
 
-    Types are compared exactly: what is checked here must be what `parse_model` sees.
+    Types are compared exactly, because a subclass of `str` or `list` could show `parse_model` another content.
 
     Args:
-        model_yaml: `activation` (optional), `backbone` and `head`, rows of [from, number, module, arguments].
+        model_yaml: A parsed model yaml: `activation` (optional), and `backbone` and `head`, whose rows are
+            [from, number, module, arguments].
 
     Raises:
-        UntrustedWeightsError: `activation` is not a call of a `torch.nn` class with literal arguments, or a row names
-            something that is not a layer.
+        UntrustedWeightsError: `activation` is not a call of a `torch.nn` class with literal arguments, or a row does
+            not name a layer.
     """
     activation = model_yaml.get("activation")
     if activation and not _is_activation(activation):

@@ -1,15 +1,15 @@
-"""`yolov12 plan model=yolov12s.yaml batch=256 mem=16GiB`: what a training will take, on a machine without a GPU.
+"""`yolov12 plan model=yolov12s.yaml batch=256 mem=16GiB` predicts the memory of a training, without a GPU.
 
-model=yolov12x.yaml     or a yaml of your own, a weight file, several with commas; model=all is yolov12{n,s,m,l,x}
-batch=16 imgsz=640      as in training, and so are optimizer, amp, mem_safety_ratio, bn_group, micro_batch and
+model=yolov12x.yaml     a model yaml or a weight file, or several with commas; model=all is yolov12{n,s,m,l,x}
+batch=16 imgsz=640      as in training; also optimizer, amp, mem_safety_ratio, bn_group, micro_batch and
                         disable_mas_layers
-gpu=T4 or mem=16GiB     the card, or the memory; with both, `mem_limit` on that card
-boxes=100               in the image that has most: mosaic puts four images into one
-classes=80              that the model is trained for, by default as its file says
---json                  for programs
-format=onnx             plans the exported graph instead: see `yolov12 plan format=onnx --help`
+gpu=T4 or mem=16GiB     the GPU, or its memory; with both, mem is the `mem_limit` on that GPU
+boxes=100               boxes of the fullest image; mosaic combines four images into one
+classes=80              classes of the model; by default those in its file
+--json                  print JSON
+format=onnx             plan the exported graph instead, see `yolov12 plan format=onnx --help`
 
-The exit status is 0 if all fit, else 1.
+The exit status is 0 if all models fit, else 1.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["main"]
 
 
 def main(args: list[str]) -> int:
-    """Plan and write on stdout.
+    """Plan a training, or an exported graph, and print the plan.
 
     Args:
         args: The words after `yolov12 plan`.
 
     Returns:
-        0 if all models fit, else 1.
+        The exit status: 0 if all models fit, else 1.
 
     Raises:
         ConfigError: An argument is unknown, malformed or missing.
@@ -71,7 +71,7 @@ def _reports(request: Request) -> list[Report]:
 
 
 def _report(name: str, request: Request) -> Report:
-    with contextlib.redirect_stdout(sys.stderr):  # libraries talk while they load; stdout is for the plan
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print while they load; stdout is for the plan
         from yolov12.plan.report import make_report
 
         return make_report(name, request)

@@ -1,4 +1,4 @@
-"""Arguments of `yolov12 plan`."""
+"""Parses the arguments of `yolov12 plan`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from yolov12.errors import ConfigError
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Reading, limited_bytes
 from yolov12.plan.cards import Card, card
-from yolov12.plan.words import count, read, switch
+from yolov12.plan.words import parse_count, parse_switch, parse_words
 
 __all__ = ["Request", "parse"]
 
@@ -37,48 +37,55 @@ _EVERY_SCALE = tuple(f"yolov12{scale}.yaml" for scale in "nsmlx")
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """Parsed arguments of `yolov12 plan`."""
 
     models: tuple[str, ...]
     imgsz: int
     batch: int
     boxes: int
-    """In the image that has most."""
+    """Boxes of the fullest image."""
     classes: int | None
-    """None: as the model's file says."""
+    """Number of classes. None means: the number in the model's file."""
     optimizer: str
     amp: bool
     config: Config
-    """Of the engine."""
+    """Settings of the engine."""
     card: Card | None
+    """The GPU, or None if only its memory is given."""
     json: bool
 
     @property
     def total_bytes(self) -> int:
-        """What the card has, or the limit where that is smaller."""
+        """Memory of the GPU in bytes, or `mem` if that is smaller."""
         if self.card is None:
             return int(self.config.limit or 0)
         return limited_bytes(self.card.total_bytes, self.config.limit)
 
     @property
     def budget_bytes(self) -> int:
-        """What the engine may hold, if nothing else uses the card."""
+        """Bytes that the engine may use if no other process uses the GPU."""
         free_bytes = self.total_bytes if self.card is None else self.card.total_bytes - self.card.system_bytes
         return Reading(0, 0, free_bytes, self.total_bytes, None).budget_bytes(self.config.safety_ratio)
 
 
 def parse(words: list[str]) -> Request:
-    """Read `key=value` words.
+    """Parse the arguments of a plan.
+
+    Args:
+        words: The words after `yolov12 plan`, such as `batch=256`.
+
+    Returns:
+        The parsed arguments, with defaults for those not given.
 
     Raises:
-        ConfigError: A word is unknown, malformed or missing.
+        ConfigError: A word is unknown or malformed, or a required one is missing.
     """
-    given = read(words, _DEFAULTS, switches=("json", "amp"))
+    given = parse_words(words, _DEFAULTS, switches=("json", "amp"))
     found = None if given["gpu"] is None else card(given["gpu"])
     if given["model"] is None:
         raise ConfigError("no model= given. Give a yaml or a weight file, as in model=yolov12s.yaml, or model=all")
     if given["mem"] is None and given["gpu"] is None:
-        raise ConfigError("how much memory is there? Give mem=16GiB, or a card, as in gpu=T4")
+        raise ConfigError("no mem= or gpu= given. Give mem=16GiB, or a card, as in gpu=T4")
     if "," in given["model"] or given["model"] == "all":
         models = _EVERY_SCALE if given["model"] == "all" else tuple(given["model"].split(","))
     else:
@@ -86,17 +93,17 @@ def parse(words: list[str]) -> Request:
     config = Config.parse({name: given[key] for key, name in _CONFIG.items()})
     if found is None and isinstance(config.limit, float):
         raise ConfigError(
-            f"mem={given['mem']} is a share of a card. Give bytes, as in mem=16GiB, or the card, as in gpu=T4"
+            f"mem={given['mem']} is a fraction of a card. Give bytes, as in mem=16GiB, or the card, as in gpu=T4"
         )
     return Request(
         models=models,
-        imgsz=count("imgsz", given["imgsz"], 640),
-        batch=count("batch", given["batch"], 16),
-        boxes=count("boxes", given["boxes"], 100),
-        classes=None if given["classes"] is None else count("classes", given["classes"], 80),
+        imgsz=parse_count("imgsz", given["imgsz"], 640),
+        batch=parse_count("batch", given["batch"], 16),
+        boxes=parse_count("boxes", given["boxes"], 100),
+        classes=None if given["classes"] is None else parse_count("classes", given["classes"], 80),
         optimizer=given["optimizer"],
-        amp=switch("amp", given["amp"]),
+        amp=parse_switch("amp", given["amp"]),
         config=config,
         card=found,
-        json=switch("json", given["json"]),
+        json=parse_switch("json", given["json"]),
     )

@@ -1,4 +1,4 @@
-"""Common cards: what PyTorch reports of their memory, and what bounds their speed."""
+"""Memory and speed of common GPUs."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU."""
+    """A model of GPU."""
 
     name: str
     total_bytes: int
-    """As `torch.cuda.mem_get_info` reports it: less than what is printed on the box."""
+    """Memory that `torch.cuda.mem_get_info` reports. The nominal memory is larger."""
     capability: tuple[int, int]
+    """Compute capability, such as (9, 0)."""
     teraflops: float
-    """Dense, in half precision, as its maker says."""
+    """Nominal 1e12 operations per second in half precision, without sparsity."""
     gigabytes_per_s: float
+    """Nominal memory bandwidth, in 1e9 bytes per second."""
     integrated: bool = False
-    """It shares the host's memory, of which the system needs a part."""
+    """True if the GPU shares the host's memory, as on a Jetson."""
 
     @property
     def system_bytes(self) -> int:
-        """What a process cannot have: the CUDA context, on a Jetson also the operating system."""
+        """Bytes that no process can allocate: the CUDA context, and on a Jetson the operating system."""
         return (450 + 2560 * self.integrated) * _MIB
 
     @property
     def attention(self) -> str:
-        """Which kernel runs the attention, in half precision."""
+        """Kernel of the attention in half precision."""
         if self.capability >= (8, 0):
             return "flash"
         return "memory-efficient (flash needs compute capability 8.0)"
@@ -62,10 +64,16 @@ CARDS: tuple[Card, ...] = (
 
 
 def card(name: str) -> Card:
-    """Find a card; `gpu=t4`, `a100-80gb` and `RTX3090` are understood, a name of several is the smallest of them.
+    """Find a GPU by its name.
+
+    Args:
+        name: A name such as `t4`, `a100-80gb` or `RTX3090`. If it fits several GPUs, the smallest one is meant.
+
+    Returns:
+        The GPU.
 
     Raises:
-        ConfigError: There is no such card.
+        ConfigError: The name is unknown.
     """
     wanted = _plain(name)
     by_plain = {_plain(each.name): each for each in CARDS}

@@ -1,154 +1,161 @@
-"""The engine's own decision, on bytes that were traced instead of learned."""
+"""Makes the engine's decision before a training, with traced memory in place of measured memory."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
-from yolov12.mas.config import GROUPS
 from yolov12.mas.profiling.ladder import Ladder
 from yolov12.mas.profiling.profile import Time
-from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.candidates import beside_bytes
+from yolov12.mas.scheduling.groups import decide_groups, largest_group, least_bytes
 from yolov12.mas.scheduling.peak_model import CostModel, Features
-from yolov12.mas.scheduling.scheduler import Decision, Group, State, decide
+from yolov12.mas.scheduling.scheduler import Decision, Group, State
 from yolov12.mas.scheduling.time_model import SpeedModel
-from yolov12.plan.estimate import Estimate, Fixed
-from yolov12.plan.loss import Line
-from yolov12.plan.micro_batch import IMAGES, MicroBatch
+from yolov12.plan.estimate import Estimate, FixedMemory
+from yolov12.plan.loss_bytes import LinearBytes
+from yolov12.plan.micro_batch import IMAGES, MicroBatchTracer
 
-__all__ = ["Choice", "Wish", "choose"]
+__all__ = ["Choice", "Requirements", "choose"]
 
-_MARGIN = 0.01  # the engine's, once it has seen a shape (peak_model.py)
+_MARGIN = 0.01  # the engine's margin for a shape that it has observed (peak_model.py)
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is asked for."""
+class Requirements:
+    """Size of a training and the memory for it."""
 
     batch: int
+    """Images in a batch."""
     imgsz: int
+    """Height and width of the images in pixels."""
     boxes: int
+    """Boxes of the fullest image."""
     budget_bytes: int
+    """Bytes that the training may allocate."""
     bn_group: int | None
-    """None: the largest that fits, as the engine does; 0: that of the micro-batch."""
+    """Size of a BatchNorm group. None means: the largest that fits, as in the engine; 0 means: the micro-batch."""
     micro_batch: int | None
-    """None: as memory allows."""
+    """Images in a micro-batch. None means: as many as fit."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the engine would do."""
+    """Decision of the engine for a training."""
 
     estimate: Estimate
     sizes: tuple[int, ...]
-    """Images in each micro-batch."""
+    """Images in each micro-batch of a batch."""
     bn_group: int
+    """Images in a BatchNorm group."""
     fits: bool
+    """True if peak and margin are within the budget."""
 
 
-def choose(micro_batch: MicroBatch, held: Fixed, ladder: Ladder, wish: Wish, total: Time) -> Choice:
-    """Choose a micro-batch and a plan; the peak of what is chosen is traced.
+def choose(tracer: MicroBatchTracer, fixed: FixedMemory, ladder: Ladder, wanted: Requirements, total: Time) -> Choice:
+    """Choose micro-batches and a checkpoint plan. The peak of the chosen combination is traced, not interpolated.
 
     Args:
-        micro_batch: Traces plans.
-        held: What else is there.
-        ladder: Of plans.
-        wish: See there.
-        total: Of an image, forward and backward, with everything kept.
+        tracer: Traces the memory of micro-batches.
+        fixed: Memory that does not depend on the micro-batch.
+        ladder: The checkpoint plans.
+        wanted: Size of the training and its memory.
+        total: Time of forward and backward pass of one image without checkpointing.
+
+    Returns:
+        The decision.
     """
-    cost = _Known(ladder, micro_batch.lines(ladder.plans[0]).peak)
+    cost = _TracedCostModel(ladder, tracer.linear_bytes(ladder.plans[0]).peak)
     while True:
-        decision, group = _decide(cost, held, ladder, wish, _group(cost, held, wish), total)
-        sizes = _sizes(wish.batch, group, decision)
+        group = _group(cost, fixed, wanted)
+        decision, groups, used = _decide(cost, fixed, ladder, wanted, group, total)
+        sizes = _sizes(groups, decision)
         if cost.knows(decision.level, max(sizes)):
             break
-        _, peak_bytes = micro_batch.trace(max(sizes), ladder.plans[decision.level])
+        _, peak_bytes = tracer.trace(max(sizes), ladder.plans[decision.level])
         cost.learn(decision.level, max(sizes), peak_bytes)
-    live_bytes = held.live_bytes + (held.gradients_bytes if len(sizes) > 1 else 0)
+    allocated_bytes = beside_bytes(fixed.allocated_bytes, fixed.gradients_bytes, alone=len(sizes) == 1)
     images = max(sizes)
-    estimate = Estimate(images, ladder.plans[decision.level], live_bytes, cost.peak_bytes(decision.level, images))
-    return Choice(estimate, sizes, group or images, decision.fits)
+    estimate = Estimate(images, ladder.plans[decision.level], allocated_bytes, cost.peak_bytes(decision.level, images))
+    return Choice(estimate, sizes, used if group else images, decision.fits)
 
 
-def _sizes(batch: int, group: int, decision: Decision) -> tuple[int, ...]:
-    groups = split_groups(batch, group or 1)
+def _sizes(groups: tuple[int, ...], decision: Decision) -> tuple[int, ...]:
     ends = accumulate(decision.micro_batches)
     return tuple(sum(groups[end - count : end]) for count, end in zip(decision.micro_batches, ends, strict=True))
 
 
-class _Known(CostModel):
-    """Says what was traced; until then, what follows from the line of keeping all and the shares of plans."""
+class _TracedCostModel(CostModel):
+    """Predicts traced peaks exactly, and other peaks from the trace without checkpointing.
 
-    def __init__(self, ladder: Ladder, keep: Line) -> None:
+    A peak that was not traced is the linear function without checkpointing, scaled by the activation bytes of the plan
+    and by a factor from the traces of the same plan.
+    """
+
+    def __init__(self, ladder: Ladder, keep: LinearBytes) -> None:
         super().__init__(ladder.levels)
         self._keep = keep
         self._traced: dict[tuple[int, int], int] = {}
         self._factors = dict.fromkeys(range(len(ladder.levels)), 1.0)
 
     def knows(self, level: int, images: int) -> bool:
-        """Whether this was traced."""
+        """Return True if this combination was traced."""
         return (level, images) in self._traced
 
     def learn(self, level: int, images: int, peak_bytes: int) -> None:
-        """Take what was traced, which tells about the plan's other sizes too."""
+        """Store a traced peak. It also corrects the other sizes of the same plan."""
         self._factors[level] *= peak_bytes / self.peak_bytes(level, images)
         self._traced[level, images] = peak_bytes
 
     def peak_bytes(self, level: int, images: int) -> int:
-        """Of a micro-batch, above what is live before it."""
-        line = Line(self._keep.fixed_bytes, self._keep.bytes_per_image * self.levels[level].share)
+        """Return the peak of a micro-batch, without the memory allocated before it."""
+        line = LinearBytes(self._keep.fixed_bytes, self._keep.bytes_per_image * self.levels[level].share)
         return self._traced.get((level, images)) or round(line(images) * self._factors[level])
 
     @property
     def largest(self) -> int:
-        """See `CostModel`: no prediction is far out."""
+        """Largest observed number of images (see `CostModel`). Without limit, because any number can be traced."""
         return 2**31
 
     def predict(self, features: Features) -> int:
-        """See `CostModel`."""
+        """Return the predicted peak in bytes (see `CostModel`)."""
         return self.peak_bytes(features.level, features.images)
 
     def upper(self, features: Features) -> tuple[int, int]:
-        """See `CostModel`."""
-        bytes_ = self.predict(features)
-        return bytes_, math.ceil(bytes_ * (1 + _MARGIN))
+        """Return the predicted peak without and with the margin, in bytes (see `CostModel`)."""
+        expected_bytes = self.predict(features)
+        return expected_bytes, math.ceil(expected_bytes * (1 + _MARGIN))
 
 
-def _group(cost: _Known, held: Fixed, wish: Wish) -> int:
-    if wish.bn_group is not None:
-        return wish.bn_group
-    live_bytes = held.live_bytes + held.gradients_bytes
+def _group(cost: _TracedCostModel, fixed: FixedMemory, wanted: Requirements) -> int:
+    if wanted.bn_group is not None:
+        return wanted.bn_group
+    room_bytes = wanted.budget_bytes - beside_bytes(fixed.allocated_bytes, fixed.gradients_bytes)
 
-    def holds(group: int) -> bool:
-        images = min(group, wish.batch)
-        if group > (wish.micro_batch or group):
-            return False
-        levels = range(len(cost.levels))
-        uppers = [cost.upper(Features(images, wish.imgsz, wish.imgsz, wish.boxes, level))[1] for level in levels]
-        return live_bytes + min(uppers) <= wish.budget_bytes
+    def fits(group: int) -> bool:
+        features = Features(min(group, wanted.batch), wanted.imgsz, wanted.imgsz, wanted.boxes)
+        return least_bytes(cost, features) <= room_bytes
 
-    return next((group for group in GROUPS if holds(group)), 1)
+    return largest_group(fits, micro_batch=wanted.micro_batch)
 
 
-def _decide(cost: _Known, held: Fixed, ladder: Ladder, wish: Wish, group: int, total: Time) -> tuple[Decision, int]:
-    """As the engine's planner: where not even one group fits, in smaller groups."""
-    # The host launches as many operations for one image as for many.
-    host_ms, megapixels = total.host_ms * IMAGES[0], wish.imgsz**2 / 1e6
+def _decide(
+    cost: _TracedCostModel, fixed: FixedMemory, ladder: Ladder, wanted: Requirements, group: int, total: Time
+) -> tuple[Decision, tuple[int, ...], int]:
+    # The number of operations that the host launches does not depend on the number of images.
+    host_ms, megapixels = total.host_ms * IMAGES[0], wanted.imgsz**2 / 1e6
     speed = SpeedModel(ladder.levels, (host_ms, total.device_ms / megapixels))
-    state = State(
-        groups=(),
-        height=wish.imgsz,
-        width=wish.imgsz,
-        budget_bytes=wish.budget_bytes,
-        live_bytes=held.live_bytes,
-        gradient_bytes=held.gradients_bytes,
-        fixed=wish.micro_batch,
-    )
-    while True:
-        sizes = split_groups(wish.batch, group or 1)
-        groups = tuple(Group(images, wish.boxes) for images in sizes)
-        decision = decide(replace(state, groups=groups), cost, speed)
-        if decision.fits or max(sizes) == 1:
-            return decision, group
-        group = max(sizes) // 2
+
+    def state(sizes: tuple[int, ...]) -> State:
+        return State(
+            groups=tuple(Group(images, wanted.boxes) for images in sizes),
+            height=wanted.imgsz,
+            width=wanted.imgsz,
+            budget_bytes=wanted.budget_bytes,
+            live_bytes=fixed.allocated_bytes,
+            gradient_bytes=fixed.gradients_bytes,
+            fixed=wanted.micro_batch,
+        )
+
+    return decide_groups(wanted.batch, group, state, cost, speed)

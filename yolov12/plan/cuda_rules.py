@@ -1,9 +1,9 @@
-"""What CUDA does otherwise than the CPU, for tensors that are on neither: autocast's dtypes, attention, BatchNorm.
+"""Applies CUDA's rules for autocast, attention and BatchNorm to fake CPU tensors.
 
-PyTorch's autocast acts by device, and fake CUDA tensors need a driver. So a forward pass here runs on fake CPU tensors,
-and this mode casts what autocast would cast on a GPU:
+PyTorch's autocast depends on the device, and fake CUDA tensors need a driver. A forward pass therefore runs on fake CPU
+tensors, and this mode casts what autocast casts on a GPU:
 https://pytorch.org/docs/stable/amp.html#cuda-op-specific-behavior
-bfloat16 stands for float16 too: it has the same size, and the CPU computes with it.
+bfloat16 also represents float16: it has the same size, and the CPU supports it.
 """
 
 from __future__ import annotations
@@ -39,17 +39,24 @@ _RESIZE = "interpolate upsample"
 
 @contextmanager
 def cuda_rules(amp: bool = True) -> Iterator[CudaRules]:
-    """Cast as autocast on a GPU does, and keep of attention what its fused kernels keep.
+    """Cast like autocast on a GPU, and keep the tensors that fused attention kernels keep.
 
     Args:
-        amp: Whether autocast is on.
+        amp: True for mixed precision.
+
+    Yields:
+        The active mode.
     """
-    with CudaRules(amp) as rules, _OutOfSight():  # type: ignore[no-untyped-call]
+    with CudaRules(amp) as rules, _HiddenOperations():  # type: ignore[no-untyped-call]
         yield rules
 
 
 class CudaRules(TorchFunctionMode):
-    """See `cuda_rules`. Half precision copies of weights stay as long as this, as they do until autocast ends."""
+    """The function mode of `cuda_rules`. Like autocast, it keeps half precision copies of weights until it ends.
+
+    Args:
+        amp: True for mixed precision.
+    """
 
     def __init__(self, amp: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -62,7 +69,7 @@ class CudaRules(TorchFunctionMode):
 
     @property
     def copies_bytes(self) -> int:
-        """Of weights in half precision, so far."""
+        """Bytes of the half precision copies of weights so far."""
         return sum(rounded(copy.numel() * copy.element_size()) for _, copy in self._copies.values())
 
     def __torch_function__(
@@ -70,7 +77,8 @@ class CudaRules(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        name = name.strip("_") if name.startswith("__") else name  # `a @ b` is `__matmul__`; `pow_` stays as it is
+        if name.startswith("__"):  # an operator such as `__matmul__`; the in-place `pow_` keeps its name
+            name = name.strip("_")
         dtype = self._rules.get(name)
         if name in self._to_widest and _has_float(args):
             dtype = torch.float32
@@ -78,9 +86,9 @@ class CudaRules(TorchFunctionMode):
             args, kwargs = self._cast((args, kwargs), dtype)
         if name == "scaled_dot_product_attention":
             return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
-        within = _within(name, args)
+        temporary = _temporary(name, args)
         result = func(*args, **kwargs)
-        del within
+        del temporary
         return result
 
     def _cast(self, nest: Any, dtype: torch.dtype) -> Any:
@@ -96,13 +104,13 @@ class CudaRules(TorchFunctionMode):
         return self._copies[id(tensor)][1]
 
 
-def _within(name: str, args: Any) -> Tensor | None:
-    """The few large temporary tensors that are made and dropped within an operation."""
+def _temporary(name: str, args: Any) -> Tensor | None:
+    """Allocate the large temporary tensor of an operation. None if the operation uses none."""
     if not args or not isinstance(args[0], Tensor):
         return None
-    if name == "binary_cross_entropy_with_logits":  # the logarithm of a sigmoid
+    if name == "binary_cross_entropy_with_logits":  # holds the logarithm of a sigmoid
         return torch.empty_like(args[0])
-    if name == "sum" and not args[0].is_floating_point() and args[0].dtype != torch.int64:  # the summands as integers
+    if name == "sum" and not args[0].is_floating_point() and args[0].dtype != torch.int64:  # converts to int64
         return torch.empty_like(args[0], dtype=torch.int64)
     return None
 
@@ -115,20 +123,23 @@ def _counts(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-class _OutOfSight(TorchDispatchMode):
-    """Keeps what fake tensors compute with, to find shapes, from the function mode above."""
+class _HiddenOperations(TorchDispatchMode):
+    """Hides from the function mode what fake tensors run internally to find shapes."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.prim.device.default:  # asked for several times an operation; a way that takes long
+        if func is torch.ops.prim.device.default:  # called several times per operation, and slow otherwise
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         with torch._C.DisableTorchFunction():
             return func(*args, **(kwargs or {}))
 
 
 class _FusedAttention(torch.autograd.Function):
-    """The bytes of flash and memory-efficient attention, not its values. Shapes: (batch, heads, tokens, head_dim)."""
+    """Allocates the tensors of flash and memory-efficient attention, without values.
+
+    Shapes: (batch, heads, tokens, head_dim).
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -140,18 +151,18 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, *_ = ctx.saved_tensors
-        sums = torch.empty_like(q, dtype=torch.float32)  # in which the gradient of q is added up
+        sums = torch.empty_like(q, dtype=torch.float32)  # accumulates the gradient of q
         gradients = tuple(torch.empty_like(each) for each in (q, k, v))
         del sums
         return gradients
 
 
 class FusedBatchNorm:
-    """The bytes of the engine's own kernels, not their values: `batchnorm.grouped.Kernels`."""
+    """Allocates the tensors of the engine's fused BatchNorm (`batchnorm.grouped.Kernels`), without values."""
 
     @staticmethod
     def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:
-        """As there, where it compiles."""
+        """Return True if the fused kernels support these tensors, as on a GPU."""
         return (
             weight.dtype == means.dtype == torch.float32
             and x.ndim == 4
@@ -169,7 +180,11 @@ class FusedBatchNorm:
         eps: float,
         silu: bool = False,
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """As there."""
+        """Allocate the tensors of one call. The arguments are those of the fused kernels.
+
+        Returns:
+            The output, and a function that allocates the output again, as rebuilding does.
+        """
         statistics = torch.empty(2, len(sizes), x.shape[1])
         out: Tensor = _FusedBatchNorm.apply(x, weight, bias, statistics)  # type: ignore[no-untyped-call]
         return out, torch.empty_like

@@ -1,85 +1,94 @@
-"""Peak bytes of a training step, put together: what is always there, and one micro-batch."""
+"""Estimates the peak memory of a training step: fixed memory plus one micro-batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Plan
+from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.models.optimizer_state import optimizer_state
-from yolov12.plan.fixed import LIBRARY_BYTES, NOMINAL_BATCH, gradients_bytes, weights_bytes
-from yolov12.plan.micro_batch import MicroBatch
-from yolov12.plan.network import Network, load
+from yolov12.plan.fake_model import FakeModel, load
+from yolov12.plan.fixed_bytes import LIBRARY_BYTES, NOMINAL_BATCH, gradients_bytes, weights_bytes
+from yolov12.plan.micro_batch import MicroBatchTracer
 
-__all__ = ["Estimate", "Fixed", "estimate", "fixed"]
+__all__ = ["Estimate", "FixedMemory", "estimate", "fixed_memory"]
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedMemory:
     """Bytes that do not depend on the micro-batch."""
 
     weights_bytes: int
     """Parameters and buffers."""
     gradients_bytes: int
-    """One set of them."""
+    """One gradient for each trained parameter."""
     optimizer: str
+    """Name of the optimizer."""
     optimizer_bytes: int
+    """State of the optimizer."""
     ema_bytes: int
+    """Moving average of the weights (EMA)."""
     library_bytes: int
+    """Workspace of cuBLAS."""
     accumulates: bool
-    """Gradients stay from one batch to the next, as Ultralytics adds up batches smaller than 64."""
+    """True if gradients stay allocated between batches, because Ultralytics accumulates over small batches."""
 
     @property
-    def live_bytes(self) -> int:
-        """Between batches."""
-        held = self.weights_bytes + self.optimizer_bytes + self.ema_bytes + self.library_bytes
-        return held + self.gradients_bytes * self.accumulates
+    def allocated_bytes(self) -> int:
+        """Allocated bytes between batches."""
+        always_bytes = self.weights_bytes + self.optimizer_bytes + self.ema_bytes + self.library_bytes
+        return always_bytes + self.gradients_bytes * self.accumulates
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one step takes."""
+    """Predicted memory of one training step."""
 
     images: int
-    """Of a micro-batch."""
+    """Images in the micro-batch."""
     plan: Plan
-    live_bytes: int
-    """Before a micro-batch, from the second of a batch on."""
+    """Checkpoint plan."""
+    allocated_bytes: int
+    """Allocated bytes before a micro-batch. If a batch has several micro-batches, gradients are included."""
     micro_batch_bytes: int
-    """Above that, at the peak."""
+    """Bytes that the micro-batch adds at its peak."""
 
     @property
     def peak_bytes(self) -> int:
-        """What `torch.cuda.max_memory_allocated` would say."""
-        return self.live_bytes + self.micro_batch_bytes
+        """Predicted `torch.cuda.max_memory_allocated`."""
+        return self.allocated_bytes + self.micro_batch_bytes
 
 
-def fixed(network: Network, batch: int, optimizer: str = "auto", ema: bool = True) -> Fixed:
-    """Sum up what does not depend on the micro-batch.
+def fixed_memory(fake_model: FakeModel, batch: int, optimizer: str = "auto", ema: bool = True) -> FixedMemory:
+    """Compute the memory that does not depend on the micro-batch.
 
     Args:
-        network: The model.
-        batch: Images of one.
-        optimizer: As in `optimizer=`.
-        ema: Whether a moving average of the weights is kept, as Ultralytics does.
+        fake_model: The model.
+        batch: Images in a batch.
+        optimizer: A value of `optimizer=`.
+        ema: True if the training keeps a moving average of the weights, as Ultralytics does.
+
+    Returns:
+        The parts of that memory in bytes.
 
     Raises:
-        ConfigError: There is no such optimizer.
+        ConfigError: The optimizer is unknown.
     """
-    name, state_bytes = optimizer_state(network.model, optimizer)
-    weights = weights_bytes(network.model)
-    return Fixed(
+    name, state_bytes = optimizer_state(fake_model.model, optimizer)
+    weights = weights_bytes(fake_model.model)
+    return FixedMemory(
         weights_bytes=weights,
-        gradients_bytes=gradients_bytes(network.model),
+        gradients_bytes=gradients_bytes(fake_model.model),
         optimizer=name,
         optimizer_bytes=state_bytes,
         ema_bytes=weights if ema else 0,
         library_bytes=LIBRARY_BYTES,
-        accumulates=batch <= NOMINAL_BATCH * 2 // 3,  # where round(64 / batch) is 2 or more
+        accumulates=batch <= NOMINAL_BATCH * 2 // 3,  # Ultralytics accumulates round(64 / batch) batches
     )
 
 
 def estimate(
-    model: str | Network,
+    model: str | FakeModel,
     *,
     micro_batch: int,
     plan: Plan = KEEP_ALL,
@@ -94,22 +103,25 @@ def estimate(
     """Predict the peak of a training step without a GPU.
 
     Args:
-        model: As in `model=`, or what `load` made of it.
-        micro_batch: Images at once.
-        plan: What is rebuilt and recomputed.
-        imgsz: Height and width of images.
-        batch: Images of a batch.
-        boxes: In the image that has most.
-        optimizer: As in `optimizer=`.
-        amp: Whether autocast is on.
-        ema: Whether a moving average of the weights is kept.
-        classes: That the model finds; by default as its file says.
+        model: A value of `model=`, or a result of `load`.
+        micro_batch: Images in a micro-batch.
+        plan: The checkpoint plan.
+        imgsz: Height and width of the images in pixels.
+        batch: Images in a batch.
+        boxes: Boxes of the fullest image.
+        optimizer: A value of `optimizer=`.
+        amp: True for mixed precision.
+        ema: True if the training keeps a moving average of the weights.
+        classes: Number of classes. None means: the number in the model's file.
+
+    Returns:
+        The predicted memory in bytes.
 
     Raises:
-        ConfigError: It is no detection model, or there is no such optimizer.
+        ConfigError: The model is not a detection model, or the optimizer is unknown.
     """
-    network = model if isinstance(model, Network) else load(model, classes)
-    held = fixed(network, batch, optimizer, ema)
-    _, peak_bytes = MicroBatch(network, imgsz, boxes, amp).trace(micro_batch, plan)
-    earlier = held.gradients_bytes if batch > micro_batch else 0
-    return Estimate(micro_batch, plan, held.live_bytes + earlier, peak_bytes)
+    fake_model = model if isinstance(model, FakeModel) else load(model, classes)
+    fixed = fixed_memory(fake_model, batch, optimizer, ema)
+    _, peak_bytes = MicroBatchTracer(fake_model, imgsz, boxes, amp).trace(micro_batch, plan)
+    allocated_bytes = beside_bytes(fixed.allocated_bytes, fixed.gradients_bytes, alone=batch <= micro_batch)
+    return Estimate(micro_batch, plan, allocated_bytes, peak_bytes)

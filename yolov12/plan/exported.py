@@ -1,11 +1,11 @@
-"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280`: the memory of an exported graph, and how it would be cut.
+"""`yolov12 plan model=yolov12m.yaml format=onnx imgsz=1280` plans the memory of an exported graph and how to split it.
 
-model=yolov12x.yaml     or a weight file, or an .onnx file
-batch=1 imgsz=640       as in an export. With dynamic=True the plan is of twice imgsz, the largest that engines take
-mem=256MiB              for weights, inputs, tensors and the builder; without it nothing is cut
---json                  for programs
+model=yolov12x.yaml     a model yaml, a weight file or an .onnx file
+batch=1 imgsz=640       as in an export; with dynamic=True up to twice imgsz, as Ultralytics builds engines
+mem=256MiB              limit for weights, inputs, tensors and the builder; without a limit nothing is split
+--json                  print JSON
 
-The exit status is 0 if it fits, else 1. Tensors are counted in the precision of the graph, FP32.
+The exit status is 0 if the graph fits, else 1. Tensors are counted in FP32, the precision of the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from yolov12.export import graph
 from yolov12.export.budget import smallest_and_largest, tensors_limit, workspace_for
 from yolov12.export.graph import MemoryPlan
 from yolov12.export.rewrite import Split, Splitter
-from yolov12.plan.words import count, read, switch
+from yolov12.plan.words import parse_count, parse_switch, parse_words
 from yolov12.sizes import parse_memory_size
 
 __all__ = ["main"]
@@ -39,30 +39,30 @@ _DEFAULTS: Mapping[str, Any] = {
 
 
 def main(words: Sequence[str]) -> tuple[str, int]:
-    """Plan a graph.
+    """Plan an exported graph.
 
     Args:
         words: The words after `yolov12 plan`.
 
     Returns:
-        What to print, and the exit status: 0 if the graph fits, or there is no limit, else 1.
+        The text to print, and the exit status: 0 if the graph fits or there is no limit, else 1.
 
     Raises:
         ConfigError: An argument is unknown, malformed or missing.
     """
-    given = read(words, _DEFAULTS, switches=("json", "dynamic"))
+    given = parse_words(words, _DEFAULTS, switches=("json", "dynamic"))
     if given["model"] is None:
         raise ConfigError("no model= given. Give a yaml, a weight file or an .onnx file, as in model=yolov12m.yaml")
     if given["format"] not in ("onnx", "engine"):
         raise ConfigError(
             f"format={given['format']}: plans are made for onnx, and for engine, which has the same graph"
         )
-    size = count("imgsz", given["imgsz"], 640)
-    shape = (count("batch", given["batch"], 1), 3, size, size)
-    dynamic, as_json = switch("dynamic", given["dynamic"]), switch("json", given["json"])
+    size = parse_count("imgsz", given["imgsz"], 640)
+    shape = (parse_count("batch", given["batch"], 1), 3, size, size)
+    dynamic, as_json = parse_switch("dynamic", given["dynamic"]), parse_switch("json", given["json"])
     limit = parse_memory_size(given["mem"], "mem")
     if isinstance(limit, float):
-        raise ConfigError(f"mem={given['mem']} is a share of a card. Give bytes, as in mem=256MiB")
+        raise ConfigError(f"mem={given['mem']} is a fraction of a card. Give bytes, as in mem=256MiB")
     with tempfile.TemporaryDirectory() as folder:
         model = graph.load(_exported(given["model"], shape, dynamic, Path(folder)))
         least, most = (graph.input_shapes(model, each) for each in smallest_and_largest(shape, dynamic))
@@ -83,7 +83,7 @@ def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> P
         return Path(name)
     from yolov12 import YOLO  # not before it is needed: an ONNX file is planned without torch
 
-    if Path(name).is_file():  # Ultralytics exports beside the weights
+    if Path(name).is_file():  # Ultralytics writes the export to the folder of the weights
         link = folder / Path(name).name
         link.symlink_to(Path(name).resolve())
         name = str(link)

@@ -1,4 +1,4 @@
-"""One micro-batch, forward and backward, in shapes only: the engine's own layers and plans, followed byte by byte."""
+"""Traces the memory of one micro-batch on fake tensors, with the engine's own layers and checkpoint plans."""
 
 from __future__ import annotations
 
@@ -24,78 +24,103 @@ from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.plan.cuda_rules import FusedBatchNorm, cuda_rules
-from yolov12.plan.loss import Line, loss_bytes, through
-from yolov12.plan.network import Network
-from yolov12.plan.roofline import Roofline, Times
+from yolov12.plan.fake_model import FakeModel
+from yolov12.plan.loss_bytes import LinearBytes, line_through, loss_bytes
+from yolov12.plan.roofline import LayerTimes, Roofline
 
-__all__ = ["IMAGES", "Lines", "MicroBatch"]
+__all__ = ["IMAGES", "KeptAndPeak", "MicroBatchTracer"]
 
 IMAGES = (8, 32)
-"""That lines are drawn through. In shapes only, many take as long as few, but of few the gradients may be the peak."""
+"""Numbers of images that are traced to fit linear functions. With fewer, gradients may dominate the peak. On fake
+tensors, more images take no longer."""
 
 _REBUILDING = 0.2
-"""Host's time of an operation that is done again without modules and graph, relative to one with them; on an H100's."""
+"""Host time to rebuild BatchNorm and activation, relative to their first run. Rebuilding calls no module and records no
+graph. The value was measured on the host of an H100."""
 
 
 @dataclass(frozen=True)
-class Lines:
-    """Bytes of a micro-batch by its images, above what is live before it."""
+class KeptAndPeak:
+    """Bytes that a micro-batch adds, by its number of images."""
 
-    kept: Line
-    """When the forward pass is done."""
-    peak: Line
+    kept: LinearBytes
+    """Bytes after the forward pass."""
+    peak: LinearBytes
+    """Bytes at the peak."""
 
 
-class MicroBatch:
-    """Runs micro-batches of a model that exists in shapes only.
+class MicroBatchTracer:
+    """Runs micro-batches of a fake model and traces their memory.
 
     Args:
-        network: The model.
-        imgsz: Height and width of images.
-        boxes: In the image that has most.
-        amp: Whether autocast is on.
-        disabled: See `checkpointing.layers.candidates`.
+        fake_model: The model.
+        imgsz: Height and width of the images in pixels.
+        boxes: Boxes of the fullest image.
+        amp: True for mixed precision.
+        disabled: Names of layers without checkpointing, see `checkpointing.layers.candidates`.
     """
 
     def __init__(
-        self, network: Network, imgsz: int, boxes: int, amp: bool = True, disabled: tuple[str, ...] = ()
+        self, fake_model: FakeModel, imgsz: int, boxes: int, amp: bool = True, disabled: tuple[str, ...] = ()
     ) -> None:
-        self._network, self._imgsz, self._amp = network, imgsz, amp
-        self._layers = candidates(network.model, layer_names(network.model), disabled)
-        self._norms = GroupedBatchNorm(network.model, activations(network.model), FusedBatchNorm())
-        self._checkpointing = Checkpointing(network.model, self._layers, self._norms)
-        self._loss_bytes = loss_bytes(network, imgsz, boxes, amp)
+        self._fake_model, self._imgsz, self._amp = fake_model, imgsz, amp
+        self._layers = candidates(fake_model.model, layer_names(fake_model.model), disabled)
+        self._norms = GroupedBatchNorm(fake_model.model, activations(fake_model.model), FusedBatchNorm())
+        self._checkpointing = Checkpointing(fake_model.model, self._layers, self._norms)
+        self._loss_bytes = loss_bytes(fake_model, imgsz, boxes, amp)
         self._traces: dict[tuple[Plan, int], tuple[int, int]] = {}
         self.half_weights_bytes = 0
-        """Copies of weights that autocast keeps; known when a micro-batch has run."""
+        """Bytes of the weight copies that autocast keeps. Known after the first micro-batch."""
 
-    def lines(self, plan: Plan = KEEP_ALL) -> Lines:
-        """Trace micro-batches of two sizes under a plan."""
+    def linear_bytes(self, plan: Plan = KEEP_ALL) -> KeptAndPeak:
+        """Trace micro-batches of two sizes and fit linear functions.
+
+        Args:
+            plan: The checkpoint plan.
+
+        Returns:
+            Kept and peak bytes by number of images.
+        """
         traces = {images: self.trace(images, plan) for images in IMAGES}
-        kept, peak = (through({images: trace[index] for images, trace in traces.items()}) for index in (0, 1))
-        return Lines(kept, peak)
+        kept, peak = (line_through({images: trace[index] for images, trace in traces.items()}) for index in (0, 1))
+        return KeptAndPeak(kept, peak)
 
     def trace(self, images: int, plan: Plan = KEEP_ALL) -> tuple[int, int]:
-        """Follow one micro-batch, all of its images; bytes kept after the forward pass, and at the peak."""
+        """Trace one micro-batch.
+
+        Args:
+            images: Images in the micro-batch.
+            plan: The checkpoint plan.
+
+        Returns:
+            Bytes that the micro-batch adds: kept after the forward pass, and at the peak.
+        """
         if (plan, images) not in self._traces:
-            with self._network.mode, ByteTrace() as trace:
+            with self._fake_model.mode, ByteTrace() as trace:
                 kept_bytes = self._run(images, self._checkpointing.within(plan), lambda: trace.live_bytes)
                 self._traces[plan, images] = kept_bytes, trace.peak_bytes()
         return self._traces[plan, images]
 
     def profile(self, roofline: Roofline) -> Profile:
-        """What each layer costs, as the engine has it; the milliseconds are those of a card that is not there."""
-        recorder = Recorder(self._network.model, self._layers, self._checkpointing)
+        """Profile the layers like the engine does, with estimated times.
+
+        Args:
+            roofline: Estimates the times of the GPU.
+
+        Returns:
+            Bytes and milliseconds per image of each layer and of the whole model.
+        """
+        recorder = Recorder(self._fake_model.model, self._layers, self._checkpointing)
         images, no_watch = IMAGES[0], partial(ClockStopwatch, lambda: 0.0)
-        with self._network.mode, _Highest() as trace:
+        with self._fake_model.mode, _HighestPeak() as trace:
             self._run(images, recorder.saved_tensors(no_watch))
-            held_bytes = trace.highest_bytes = trace.mark()  # what the recorder has seen it holds
+            recorder_bytes = trace.highest_bytes = trace.mark()  # the recorder keeps the tensors that it has seen
             around = recorder.times_and_peaks(no_watch, trace)
             kept_bytes = self._run(images, around, lambda: trace.live_bytes)
             found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes())
             trace.mark()
-            # It was a plain pass, too.
-            self._traces[KEEP_ALL, images] = kept_bytes - held_bytes, trace.highest_bytes - held_bytes
+            # The recorder's pass is also the trace without checkpointing.
+            self._traces[KEEP_ALL, images] = kept_bytes - recorder_bytes, trace.highest_bytes - recorder_bytes
         times = self._times(roofline, images)
 
         def of_image(time: Time, factor: float = 1.0) -> Time:
@@ -111,31 +136,31 @@ class MicroBatch:
                 )
                 for layer in found.layers
             ),
-            # A backward pass is two forward passes' work.
+            # A backward pass takes about twice the time of a forward pass.
             total=Time(3 * of_image(times.whole[""]).host_ms, 3 * of_image(times.whole[""]).device_ms),
         )
 
-    def _times(self, roofline: Roofline, images: int) -> Times:
-        """Of a forward pass: the whole model as "", its layers, and BatchNorm and activations in them."""
-        model: nn.Module = self._network.model
+    def _times(self, roofline: Roofline, images: int) -> LayerTimes:
+        """Estimate a forward pass: the whole model, named "", its layers, and their BatchNorms and activations."""
+        model: nn.Module = self._fake_model.model
         cheap = [part for part in model.modules() if isinstance(part, (_BatchNorm, *ACTIVATIONS))]
-        times = Times()
+        times = LayerTimes()
         timing = roofline.timing({"": model, **self._layers}, cheap, times)
-        with self._network.mode, roofline, cuda_rules(self._amp), timing:
+        with self._fake_model.mode, roofline, cuda_rules(self._amp), timing:
             model(_pixels(images, self._imgsz).float())
         return times
 
     def _run(self, images: int, around: AbstractContextManager[None], measure: Callable[[], int] = lambda: 0) -> int:
-        """As step.py runs a micro-batch; what `measure` gives between forward and backward pass."""
-        model: nn.Module = self._network.model
+        """Run a micro-batch like step.py. Returns what `measure` returns between forward and backward pass."""
+        model: nn.Module = self._fake_model.model
         self._norms.begin()
         with cuda_rules(self._amp) as rules, self._norms.within((images,), 0):
-            ahead = _pixels(images, self._imgsz)  # the next micro-batch comes while this one computes
-            image = _pixels(images, self._imgsz).float() / 255  # stays in the batch, in place of the pixels
+            ahead = _pixels(images, self._imgsz)  # the engine prefetches the next micro-batch
+            image = _pixels(images, self._imgsz).float() / 255  # replaces the uint8 pixels in the batch
             with around:
                 loss = _forward(model, image, self._loss_bytes(images))
             measured = measure()
-            # Past `backward`, for which the mode would be off: it is a function of its own, which recomputes others.
+            # Not `loss.backward()`: PyTorch disables function modes inside it, and recomputed layers need `cuda_rules`.
             _engine_run_backward(
                 (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
@@ -146,8 +171,8 @@ class MicroBatch:
         return measured
 
 
-class _Highest(ByteTrace):
-    """Remembers the highest peak over all marks."""
+class _HighestPeak(ByteTrace):
+    """Keeps the highest peak across all calls of `mark`."""
 
     highest_bytes = 0
 
@@ -167,7 +192,7 @@ def _forward(model: nn.Module, image: Tensor, loss_peak_bytes: int) -> Tensor:
 
 
 class _Loss(torch.autograd.Function):
-    """Takes the bytes of the loss, and gives gradients."""
+    """Allocates the peak bytes of the loss and returns gradients of the right shapes."""
 
     @staticmethod
     def forward(ctx: Any, boxes: Tensor, scores: Tensor, peak_bytes: int) -> Tensor:

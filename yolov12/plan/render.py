@@ -1,4 +1,4 @@
-"""Writes reports as a table for people or as JSON for programs."""
+"""Formats reports as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MIB, _GIB = 2**20, 2**30
 
 
 def as_json(reports: Sequence[Report]) -> str:
-    """Write all as one JSON object; quantities in bytes."""
+    """Format the reports as one JSON object, with memory in bytes."""
     return json.dumps({"plans": [_plain(report) for report in reports]}, indent=2)
 
 
@@ -38,7 +38,12 @@ def _plain(report: Report) -> dict[str, Any]:
 
 
 def as_text(reports: Sequence[Report], request: Request) -> str:
-    """Write a table with a column for each model; the last lines say whether they fit."""
+    """Format the reports as a table in MiB with a column for each model. The last lines are the verdicts.
+
+    Args:
+        reports: At least one report, all for the same request.
+        request: The arguments of the plan.
+    """
     first = reports[0]
     precision = "half precision" if request.amp else "fp32"
     rows: list[tuple[str, Callable[[Report], str]]] = [
@@ -77,7 +82,7 @@ def as_text(reports: Sequence[Report], request: Request) -> str:
 
 
 def verdict(report: Report, request: Request) -> str:
-    """Say in one line whether a training fits, and how."""
+    """Format one line that says whether a training fits, and with which checkpoint plan."""
     choice = report.choice
     where = f"a {request.card.name}" if request.card else f"{report.total_bytes / _GIB:.4g} GiB"
     peak = f"{choice.estimate.peak_bytes / _GIB:.1f} GiB"
@@ -86,7 +91,8 @@ def verdict(report: Report, request: Request) -> str:
         plan = str(choice.estimate.plan) or "all activations kept"
         return f"{report.model} fits: {peak} at the peak, {budget} may be used; {plan}."
     least = f"{choice.estimate.images} image{'s' * (choice.estimate.images > 1)} at once"
-    return f"{report.model} does not fit: {least} with all that can be recomputed take {peak}, {budget} may be used."
+    need = f"{least} need{'s' * (choice.estimate.images == 1)} {peak} with every layer recomputed"
+    return f"{report.model} does not fit: {need}, {budget} may be used."
 
 
 def _mib(size_bytes: int) -> str:

@@ -1,4 +1,4 @@
-"""What `yolov12 plan` found out about a model: plain data, and how it is made."""
+"""Plans a training of one model, and holds the result as data."""
 
 from __future__ import annotations
 
@@ -8,61 +8,69 @@ from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE
 from yolov12.mas.profiling.ladder import ladder_of
 from yolov12.mas.profiling.profile import Profile
 from yolov12.plan.arguments import Request
-from yolov12.plan.choose import Choice, Wish, choose
-from yolov12.plan.estimate import Fixed, fixed
-from yolov12.plan.micro_batch import MicroBatch
-from yolov12.plan.network import load
+from yolov12.plan.choose import Choice, Requirements, choose
+from yolov12.plan.estimate import FixedMemory, fixed_memory
+from yolov12.plan.fake_model import load
+from yolov12.plan.micro_batch import MicroBatchTracer
 from yolov12.plan.roofline import Roofline
 
-__all__ = ["Levers", "Report", "make_report"]
+__all__ = ["ActivationBytes", "Report", "make_report"]
 
-_USUAL_CARD = (312.0, 1555.0)  # an A100, where only memory is given: plans hardly depend on it
+_USUAL_CARD = (312.0, 1555.0)  # an A100, if only memory is given: the plan hardly depends on the GPU
 
 
 @dataclass(frozen=True)
-class Levers:
-    """Bytes that an image keeps for the backward pass."""
+class ActivationBytes:
+    """Activation bytes that one image keeps for the backward pass."""
 
     kept_bytes: int
-    """As it is."""
+    """Without checkpointing."""
     rebuilt_bytes: int
-    """With all BatchNorm and activation outputs rebuilt."""
+    """With the outputs of all BatchNorm and activation modules rebuilt."""
     recomputed_bytes: int
     """With all layers recomputed."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """One model."""
+    """Plan of one model."""
 
     model: str
     imgsz: int
     batch: int
     boxes: int
     attention: str
-    """Which kernel runs it."""
-    fixed: Fixed
+    """Kernel of the attention."""
+    fixed: FixedMemory
     half_weights_bytes: int
-    levers: Levers
+    """Copies of weights in half precision, which autocast keeps."""
+    levers: ActivationBytes
     choice: Choice
     budget_bytes: int
     total_bytes: int
 
 
 def make_report(name: str, request: Request) -> Report:
-    """Build a model in shapes, trace it and plan for it.
+    """Plan a training without a GPU: build a fake model, trace its memory, and choose micro-batch and plan.
+
+    Args:
+        name: A model yaml or a weight file.
+        request: The arguments of the plan.
+
+    Returns:
+        The plan, memory in bytes.
 
     Raises:
-        ConfigError: It is no detection model, or an argument does not go with it.
+        ConfigError: The model is not a detection model, or an argument is not valid for it.
     """
-    network = load(name, request.classes)
-    stride = max(network.strides)
-    imgsz = -(-request.imgsz // stride) * stride  # as Ultralytics rounds it
-    held = fixed(network, request.batch, request.optimizer)
-    micro_batch = MicroBatch(network, imgsz, request.boxes, request.amp, request.config.disabled_layers)
+    fake_model = load(name, request.classes)
+    stride = max(fake_model.strides)
+    imgsz = -(-request.imgsz // stride) * stride  # rounded up, as Ultralytics does
+    fixed = fixed_memory(fake_model, request.batch, request.optimizer)
+    tracer = MicroBatchTracer(fake_model, imgsz, request.boxes, request.amp, request.config.disabled_layers)
     card = request.card
-    profile = micro_batch.profile(Roofline(*(_USUAL_CARD if card is None else (card.teraflops, card.gigabytes_per_s))))
-    wish = Wish(
+    profile = tracer.profile(Roofline(*(_USUAL_CARD if card is None else (card.teraflops, card.gigabytes_per_s))))
+    requirements = Requirements(
         batch=request.batch,
         imgsz=imgsz,
         boxes=request.boxes,
@@ -76,18 +84,18 @@ def make_report(name: str, request: Request) -> Report:
         batch=request.batch,
         boxes=request.boxes,
         attention=_attention(request),
-        fixed=held,
-        half_weights_bytes=micro_batch.half_weights_bytes,
-        levers=_levers(micro_batch.lines().kept.bytes_per_image, profile),
-        choice=choose(micro_batch, held, ladder_of(profile), wish, profile.total),
-        budget_bytes=wish.budget_bytes,
+        fixed=fixed,
+        half_weights_bytes=tracer.half_weights_bytes,
+        levers=_activation_bytes(tracer.linear_bytes().kept.bytes_per_image, profile),
+        choice=choose(tracer, fixed, ladder_of(profile), requirements, profile.total),
+        budget_bytes=requirements.budget_bytes,
         total_bytes=request.total_bytes,
     )
 
 
-def _levers(kept_bytes: float, profile: Profile) -> Levers:
+def _activation_bytes(kept_bytes: float, profile: Profile) -> ActivationBytes:
     stages = profile.stages()
-    return Levers(
+    return ActivationBytes(
         kept_bytes=round(kept_bytes),
         rebuilt_bytes=round(kept_bytes - sum(stage.rebuild_frees_bytes for stage in stages)),
         recomputed_bytes=round(kept_bytes - sum(stage.recompute_frees_bytes for stage in stages)),
@@ -103,5 +111,5 @@ def _attention(request: Request) -> str:
 
 
 def modes_of(choice: Choice) -> dict[str, tuple[str, ...]]:
-    """Layers by what is done with them."""
+    """Return mode → names of the layers that run in this mode, for the chosen checkpoint plan."""
     return {mode: choice.estimate.plan.names(mode) for mode in (REBUILD, RECOMPUTE)}

@@ -1,7 +1,8 @@
-"""How long layers take on a card that is not there: the longer of computing and of moving bytes, for every operation.
+"""Estimates how long layers take on a GPU that this machine does not have.
 
-The roofline model: Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785. Good enough to compare
-recomputing one layer with recomputing another, which is what it is used for.
+The estimate is a roofline model (Williams, Waterman, Patterson, 2009, https://doi.org/10.1145/1498765.1498785). An
+operation takes the time of its arithmetic or of its memory traffic, whichever is longer. This is accurate enough to
+compare the cost of recomputing different layers.
 """
 
 from __future__ import annotations
@@ -18,41 +19,49 @@ from torch.utils._pytree import tree_leaves
 
 from yolov12.mas.profiling.profile import Time
 
-__all__ = ["Roofline", "Times"]
+__all__ = ["LayerTimes", "Roofline"]
 
 _HOST_MS = 0.05
-"""Of an operation, in Python, autograd and the launch: YOLO12-S takes 70 ms for its 1100, however small the batch."""
+"""Host time per operation: Python, autograd and launch. YOLO12-S needs 70 ms for 1100 operations."""
 
-_REACHED = 0.45  # of what makers say: then YOLO12-S takes the 1.05 ms an image that it takes on an H100
+_REACHED = 0.45  # fraction of nominal speed: gives the 1.05 ms per image measured for YOLO12-S on an H100
 _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Times:
-    """Of layers' forward passes, by name."""
+class LayerTimes:
+    """Times of forward passes, by layer name."""
 
     whole: dict[str, Time] = field(default_factory=dict)
+    """Time of the whole layer."""
     cheap: dict[str, Time] = field(default_factory=dict)
-    """Of what is in them and could be made again by itself."""
+    """Time of the cheap modules in the layer, which can be recomputed alone."""
 
 
 class Roofline(TorchDispatchMode):
-    """A clock that operations move, on fake tensors or real ones.
+    """Adds up the estimated time of all operations that run inside it, on fake or real tensors.
 
     Args:
-        teraflops: Multiplications and additions in half precision that the card makes in a second, in 1e12.
-        gigabytes_per_s: That its memory moves.
+        teraflops: Nominal 1e12 operations per second of the GPU in half precision. An addition and a multiplication are
+            two operations.
+        gigabytes_per_s: Nominal memory bandwidth of the GPU, in 1e9 bytes per second.
     """
 
     def __init__(self, teraflops: float, gigabytes_per_s: float) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._flops_per_ms, self._bytes_per_ms = _REACHED * teraflops * 1e9, _REACHED * gigabytes_per_s * 1e6
         self.host_ms = self.device_ms = 0.0
-        """Since it was made."""
+        """Milliseconds of all operations so far."""
 
     @contextmanager
-    def timing(self, layers: Mapping[str, nn.Module], cheap: Iterable[nn.Module], into: Times) -> Iterator[None]:
-        """Add up the time of each layer's forward passes, and of the modules in `cheap` that run within."""
+    def timing(self, layers: Mapping[str, nn.Module], cheap: Iterable[nn.Module], into: LayerTimes) -> Iterator[None]:
+        """Add up the times of forward passes inside the `with` block.
+
+        Args:
+            layers: Name → layer. Layers may be nested.
+            cheap: Modules whose time is also added up for each layer that contains them.
+            into: The times are added to this object.
+        """
         running: list[str] = []
         began: list[Time] = []
 
@@ -102,7 +111,7 @@ def _sum(so_far: Time | None, time: Time) -> Time:
 
 
 def _flops(func: Any, args: tuple[Any, ...], made: list[Tensor]) -> float:
-    """Of the forward pass' convolutions and matrix products; what else there is moves bytes."""
+    """Return the operations of a convolution or matrix product. Memory traffic bounds all other operations."""
     kind = func._overloadpacket
     if kind is _aten.convolution:
         return 2.0 * float(made[0].numel() * args[1].numel() / args[1].shape[0])

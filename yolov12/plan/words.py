@@ -1,4 +1,4 @@
-"""`key=value` words of a command line."""
+"""Parses the `key=value` words of a command line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from yolov12.errors import ConfigError
 
-__all__ = ["count", "read", "switch"]
+__all__ = ["parse_count", "parse_switch", "parse_words"]
 
 
-def read(words: Sequence[str], defaults: Mapping[str, Any], switches: Sequence[str]) -> dict[str, Any]:
-    """Put `key=value` words over defaults.
+def parse_words(words: Sequence[str], defaults: Mapping[str, Any], switches: Sequence[str]) -> dict[str, Any]:
+    """Parse `key=value` words.
 
     Args:
-        words: The words as written.
-        defaults: Every argument there is, with its default.
-        switches: Arguments that mean True without a value.
+        words: Words such as `batch=256` or `--json`.
+        defaults: Argument name → default, for every known argument.
+        switches: Names of arguments that are True if they have no value.
 
     Returns:
-        Argument name → value: a string, or its default, or True.
+        The defaults, updated with the words. Values are not converted.
 
     Raises:
         ConfigError: A word is unknown, or has no value.
@@ -38,31 +38,37 @@ def read(words: Sequence[str], defaults: Mapping[str, Any], switches: Sequence[s
     return given
 
 
-def count(name: str, value: Any, example: int) -> int:
-    """Read a number of things, at least 1.
+def parse_count(name: str, value: Any, example: int) -> int:
+    """Parse a positive whole number.
 
     Args:
-        name: The argument that it is the value of, for errors.
-        value: The number as written.
-        example: A number to show in an error.
+        name: Name of the argument, for the message.
+        value: The value to parse.
+        example: A number that the message shows.
+
+    Returns:
+        The number.
 
     Raises:
-        ConfigError: The value is no such number.
+        ConfigError: The value is not a positive whole number.
     """
     if not str(value).isdecimal() or int(value) < 1:
         raise ConfigError(f"{name}={value}: give a number, as in {name}={example}")
     return int(value)
 
 
-def switch(name: str, value: Any) -> bool:
-    """Read True or False; `bf16`, as in amp=bf16, is True.
+def parse_switch(name: str, value: Any) -> bool:
+    """Parse True or False. `bf16`, as in amp=bf16, counts as True.
 
     Args:
-        name: The argument that it is the value of, for errors.
-        value: The value as written.
+        name: Name of the argument, for the message.
+        value: The value to parse.
+
+    Returns:
+        The parsed value.
 
     Raises:
-        ConfigError: The value is neither.
+        ConfigError: The value is none of these.
     """
     word = str(value).lower()
     if word not in ("true", "false", "bf16"):

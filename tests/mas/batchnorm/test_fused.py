@@ -1,4 +1,4 @@
-"""BatchNorm and its activation in one operation, with kernels written in PyTorch: they run anywhere."""
+"""BatchNorm and its activation as one operation. The kernels use PyTorch, so the tests run anywhere."""
 
 import gc
 
@@ -17,7 +17,7 @@ from yolov12.models.layer_names import layer_names
 
 
 class Kernels:
-    """Keeps the input alone, as those of CUDA do."""
+    """Kernels that keep only their input for the backward pass, like the CUDA kernels."""
 
     def __init__(self):
         self.calls = []
@@ -33,7 +33,7 @@ class Kernels:
             return F.silu(out) if silu else out
 
         for part, mean, variance in zip(x.detach().split(sizes), means, variances, strict=True):
-            mean.data.copy_(part.mean((0, 2, 3)))  # unseen by autograd, as from a kernel
+            mean.data.copy_(part.mean((0, 2, 3)))  # not recorded by autograd, as if written by a kernel
             variance.data.copy_(part.var((0, 2, 3)))
         return Fused.apply(x, weight, bias, again), again
 
@@ -55,7 +55,7 @@ class Fused(torch.autograd.Function):
             return *[next(found) if tensor.requires_grad else None for tensor in (x, weight, bias)], None
 
 
-SHARED = nn.SiLU()  # as Ultralytics' layers share theirs
+SHARED = nn.SiLU()  # Ultralytics' layers share one instance, too
 
 
 class Block(nn.Module):
@@ -116,9 +116,9 @@ def test_gradients_and_statistics_are_those_of_two_operations(plan, groups, froz
 def test_less_is_kept():
     one = 4 * 4 * 8 * 8 * 8
     apart, fused = Bench(fused=False).run(groups=(4,))[2], Bench(fused=True).run(groups=(4,))[2]
-    assert fused == pytest.approx(apart - 2 * one, abs=one / 2)  # the output of BatchNorm, in two blocks
+    assert fused == pytest.approx(apart - 2 * one, abs=one / 2)  # without BatchNorm's output, in both blocks
     rebuilt = Bench(fused=True).run(PLANS[1], groups=(4,))[2]
-    assert rebuilt == pytest.approx(fused - 4 * one, abs=one / 2)  # and what SiLU makes of it; what other ones make
+    assert rebuilt == pytest.approx(fused - 4 * one, abs=one / 2)  # without SiLU's output and the other layers' outputs
 
 
 def test_an_activation_that_is_not_applied_is_an_error():
@@ -156,7 +156,7 @@ def test_other_activations_are_left_alone():
     ],
 )
 def test_layers_that_hooks_watch_are_left_alone(layer, hook):
-    """Also those that come after the engine was made."""
+    """Hooks that are added after the engine was created count, too."""
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.SiLU())
     kernels, seen = Kernels(), []
     norms = GroupedBatchNorm(model, {model[1]: model[2]}, kernels)
@@ -183,7 +183,7 @@ def test_images_that_are_no_whole_groups():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())
     norms = GroupedBatchNorm(model, {model[0]: model[1]}, Kernels())
     norms.begin()
-    with norms.within((4,), 0):  # all together, be they crops or a part
+    with norms.within((4,), 0):  # one group, so any number of images fits
         for images in (2, 4, 6):
             assert len(model(torch.randn(images, 4, 3, 3))) == images
     with norms.within((2, 2), 0):

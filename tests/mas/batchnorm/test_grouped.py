@@ -1,4 +1,7 @@
-"""BatchNorm in groups: as many small batches, whatever shares a micro-batch, and as PyTorch's own where it is one."""
+"""Grouped BatchNorm gives the results of many small batches, however groups are joined in micro-batches.
+
+With a single group it gives PyTorch's results.
+"""
 
 import copy
 import pickle
@@ -31,7 +34,7 @@ def test_cut_gives_groups_of_the_size_asked_for_and_none_that_is_noise(images, g
 
 @given(st.integers(1, 600), st.integers(1, 64), st.data())
 def test_what_is_left_of_a_batch_is_cut_as_it_was(images, group, data):
-    """After a failure the rest is cut again: another cut would be another gradient."""
+    """After a failure the remaining images are split again. Other groups would give another gradient."""
     sizes = split_groups(images, group)
     done = data.draw(st.integers(0, len(sizes) - 1))
     assert split_groups(images - sum(sizes[:done]), group) == sizes[done:]
@@ -100,13 +103,13 @@ def test_group_that_runs_again_counts_once():
     norms, x = GroupedBatchNorm(layer), images(8, 6, 4, 5)
     norms.begin()
     with norms.within((4, 4), 0):
-        layer(x * 100)  # an attempt that failed
+        layer(x * 100)  # a failed attempt
     with norms.within((4,), 0):
         layer(x[:4] + 50)
     for first in (0, 1):
         with norms.within((4,), first):
             layer(x[4 * first : 4 * first + 4])
-            layer(x[4 * first : 4 * first + 4])  # recomputed in the backward pass
+            layer(x[4 * first : 4 * first + 4])  # recomputed during the backward pass
     norms.commit(norms.averages((4, 4), 8))
     mean = (x[:4].mean((0, 2, 3)) + x[4:].mean((0, 2, 3))) / 2
     torch.testing.assert_close(layer.running_mean, 0.9 * plain.running_mean + 0.1 * mean)
@@ -114,7 +117,7 @@ def test_group_that_runs_again_counts_once():
 
 
 def test_gradient_of_one_image_whatever_its_strides():
-    """PyTorch 2.3 computes it wrongly on the CPU: attention hands one image's gradient back with strides of its own."""
+    """PyTorch 2.3 computes a wrong gradient on the CPU if that of one image has unusual strides, as from attention."""
     layer, _ = layer_and_copy(channels=16)
     norms, x = GroupedBatchNorm(layer), images(1, 16, 2, 2).requires_grad_()
     slope = torch.randn(1, 16, 2, 2, dtype=torch.float64)
@@ -140,7 +143,7 @@ def test_frozen_layers_are_left_alone():
     assert torch.equal(inner, frozen(model[0](x)))
     assert torch.equal(model[1].running_mean, frozen.running_mean)
     assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (0, 1)
-    model[1].train()  # as when a schedule unfreezes it
+    model[1].train()  # a schedule may unfreeze a layer
     norms.begin()
     with norms.within((6,), 0):
         model(x)
@@ -150,7 +153,7 @@ def test_frozen_layers_are_left_alone():
 
 def test_layer_that_gets_each_image_as_several():
     layer, plain = layer_and_copy()
-    norms, x = GroupedBatchNorm(layer), images(12, 6, 4, 5)  # 4 images, 3 crops of each
+    norms, x = GroupedBatchNorm(layer), images(12, 6, 4, 5)  # 4 images with 3 crops each
     norms.begin()
     with norms.within((1, 3), 0):
         out = layer(x)
@@ -185,7 +188,7 @@ def test_batch_without_numbers_does_not_spoil_the_next():
     norms, x = GroupedBatchNorm(layer), images(4, 6, 4, 4)
     norms.begin()
     with norms.within((2, 2), 0):
-        layer(x * float("nan"))  # and it is given up: no commit
+        layer(x * float("nan"))  # a batch that is given up: no commit
     norms.begin()
     with norms.within((2, 2), 0):
         assert layer(x).isfinite().all()
@@ -209,7 +212,7 @@ def test_model_without_batchnorm():
 
 
 class WithActivation(nn.BatchNorm2d):
-    """As in timm."""
+    """A BatchNorm layer that includes its activation, like those of timm."""
 
     def forward(self, x):
         return torch.relu(super().forward(x))

@@ -1,4 +1,4 @@
-"""BatchNorm of several groups at once, against PyTorch's own, group by group."""
+"""The kernels that normalise several groups at once, compared with PyTorch's BatchNorm group by group."""
 
 from types import SimpleNamespace
 
@@ -65,7 +65,7 @@ def test_same_as_group_by_group_in_float64(sizes, channels, side, dtype, toleran
     assert out.is_contiguous(memory_format=torch.channels_last)
     for name, a, b in zip(("output", "of x", "of weight", "of bias"), found, wanted, strict=True):
         if side * side * min(sizes) < 4 and name in ("of x", "of weight" if silu else ""):
-            continue  # one or two values normalise to constants: the gradient is zero but for rounding
+            continue  # one or two values normalise to constants: the gradient is rounding noise
         assert off(a, b) < tolerance, name
     assert off(rows[0], means) < 1e-5
     if side * side * min(sizes) > 1:
@@ -86,7 +86,7 @@ def test_repeats_bit_for_bit():
 
 def test_a_large_mean_cancels_nothing():
     x = 1000 + torch.randn(16, 8, 64, 64, device="cuda")
-    x[0, :, 0, 0] = 2000  # as a padded corner may be far from all else
+    x[0, :, 0, 0] = 2000  # an outlier, such as a padded corner
     x = x.contiguous(memory_format=torch.channels_last)
     rows = torch.empty(2, 2, 8, device="cuda")
     batchnorm_kernels.batch_norm(

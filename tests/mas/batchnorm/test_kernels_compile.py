@@ -1,4 +1,4 @@
-"""The kernels of BatchNorm compile for cards that are not here, with the Triton that is: old ones, new ones."""
+"""The BatchNorm kernels compile for older and newer cards that are not in this machine, with the installed Triton."""
 
 import json
 import os
@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-# Triton 2 loads a launcher, which is linked to the driver, when it has compiled a kernel.
+# After compiling a kernel, Triton 2 loads a launcher, which is linked to the CUDA driver. This stand-in has its
+# symbols.
 DRIVER = """cuLaunchKernel cuLaunchKernelEx cuGetErrorString cuPointerGetAttribute cuCtxGetCurrent cuCtxSetCurrent
     cuDeviceGet cuDevicePrimaryCtxRetain"""
 
@@ -79,12 +80,13 @@ def test_kernels_compile(driver, capability, tmp_path):
     ptx = json.loads(run.stdout)
     for name, code in ptx.items():
         lines = code.splitlines()
-        assert any("ld.global.v4" in line for line in lines), name  # 16 bytes at once
+        assert any("ld.global.v4" in line for line in lines), name  # 16 bytes per load
         atomics = [index for index, line in enumerate(lines) if "atom.global.gpu.acq_rel" in line]
         if name not in ("_statistics", "_gradient_sums"):
             assert not atomics
             continue
-        # Sums are stored, all threads have come so far, the chunk is counted; then sums of others, past the cache.
+        # Order: store the sums, synchronise the threads, count the chunk, then load other chunks' sums without the
+        # cache.
         (counted,) = atomics
         stored = [index for index, line in enumerate(lines) if "st.global" in line and index < counted]
         assert any("bar.sync" in line for line in lines[stored[-1] : counted])

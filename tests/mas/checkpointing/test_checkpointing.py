@@ -1,4 +1,4 @@
-"""Layers that are rebuilt or recomputed: the same numbers, less memory."""
+"""Rebuilt and recomputed layers give the same numbers with less memory."""
 
 import gc
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Model:
-    """A model, its groups and its plans."""
+    """A model with its BatchNorm groups and checkpoint plans."""
 
     def __init__(self, layers, dtype=torch.float64):
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ def test_batches_are_tracked_once():
 
 
 def kept_bytes(bench, plan):
-    """Between the forward and the backward pass."""
+    """Return the bytes kept between the forward and the backward pass."""
     x = images(count=32)
     bench.norms.begin()
     gc.collect()
@@ -115,7 +115,7 @@ def kept_bytes(bench, plan):
 
 
 def test_what_is_kept_is_what_the_modes_say():
-    # Of convolution, BatchNorm, SiLU three tensors are kept: what each of the last two gets, and what they make.
+    # Convolution, BatchNorm and SiLU keep three tensors: the inputs of BatchNorm and of SiLU, and SiLU's output.
     layer = [nn.Conv2d(4, 16, 1, bias=False), nn.BatchNorm2d(16), nn.SiLU()]
     bench = Model([nn.Sequential(*layer), nn.Sequential(nn.Conv2d(16, 16, 1, bias=False), nn.Flatten())])
     one = 32 * 16 * 64 * 8
@@ -180,7 +180,7 @@ def test_heads_that_give_more_than_boxes_may_be_in_a_plan(tools, kind, cfg):
 
 
 class Gated(nn.Module):
-    """An activation of part of what BatchNorm made."""
+    """A layer that applies its activation to a part of BatchNorm's output."""
 
     def __init__(self):
         super().__init__()
@@ -193,7 +193,7 @@ class Gated(nn.Module):
 
 
 class Transposed(nn.Module):
-    """BatchNorm of a tensor whose values lie in another order."""
+    """A layer with BatchNorm of a transposed tensor."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which layers a plan may name, and what they are called."""
+"""The layers that a checkpoint plan may name, and their names."""
 
 import pytest
 from torch import nn
@@ -32,7 +32,7 @@ def test_names_are_those_of_the_yaml(detector):
     found = candidates(detector, names)
     assert found["backbone.2.cv1"] is detector.model[2].cv1
     assert found["head.cv2.0"] is detector.model[-1].cv2[0]
-    assert "backbone.6.m" not in found  # a list, which is not called
+    assert "backbone.6.m" not in found  # a list, which is never called
     assert outermost(found) == list(names)
 
 

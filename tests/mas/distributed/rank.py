@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
-from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
+from yolov12.mas.distributed.ranks import ProcessRanks, RankStatus, exchange_names
 from yolov12.mas.distributed.replicas import checksum
 from yolov12.mas.distributed.watchdog import Lookout, connect
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.step.step import Step
+from yolov12.mas.task import Share
 
 _spec = importlib.util.spec_from_file_location("mas_conftest", Path(__file__).parents[1] / "conftest.py")
 assert _spec is not None
@@ -34,7 +35,7 @@ _spec.loader.exec_module(tools)
 def steady(bench: Any) -> Any:
     """Images are not brightened by chance: ranks draw theirs apart."""
     bench.preprocess = lambda batch: {**batch, "img": batch["img"].to(bench.dtype) / 255}
-    bench.task._preprocess = lambda batch: (bench.faults.reach("preprocess"), bench.preprocess(batch))[1]
+    bench.task.preprocess = lambda batch: (bench.faults.reach("preprocess"), bench.preprocess(batch))[1]
     return bench
 
 
@@ -55,11 +56,9 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     mine = groups[before:own] if counts else (1,)
     if not counts:  # then it runs one image for nothing
         start, stop = 0, 1
-    bench.task.of_all = 0
     bench.faults.reset(())
     bench.task.workload(batch)
     share = {name: value for name, value in bench.task.part(batch, start, stop).items() if name != "yolov12_boxes"}
-    bench.task.of_all = len(case["boxes"])
     faults = [tools.Fault(*place, tools.FAILURES[error]) for *place, error in case["faults"][ranks.rank]]
     bench.step.plans = (KEEP_ALL, tools.random_plan(bench.layers, case["seed"]))
     planner = tools.Scripted(mine, case["seed"] + ranks.rank, levels=(0, 1))
@@ -70,9 +69,8 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
         planner.plan = raising({"fit": DoesNotFitError, "other": ValueError}[trouble["kind"]]("what it says"))
     if case.get("flip") == ranks.rank:
         next(bench.model.parameters()).data.view(-1)[7] += 1e-12
-    if "flip" in case:
-        ranks.say.checksum = checksum(bench.model)
-    result = bench.step.run(share, images, planner, len(case["boxes"]), counts=counts)
+    status = RankStatus(checksum=checksum(bench.model) if "flip" in case else 0)
+    result = bench.step.run(share, images, planner, Share(len(case["boxes"]), is_padding=not counts), status)
     outcome = bench.outcome(result, case["before"])
     return {
         "checksum": checksum(bench.model),

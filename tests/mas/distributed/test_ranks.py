@@ -77,7 +77,7 @@ def processes(request):
 def alone(tools):
     bench = tools.Bench(tools.build("detect", "yolov12n.yaml"))
     bench.preprocess = lambda batch: {**batch, "img": batch["img"].to(bench.dtype) / 255}
-    bench.task._preprocess = bench.preprocess
+    bench.task.preprocess = bench.preprocess
     return bench
 
 
@@ -173,13 +173,14 @@ def test_what_sums_need_is_there_before_ranks_agree(tools):
     calls = []
 
     class Recording:
-        rank, size, alike, said = 0, 2, True, ()
+        rank, size, alike = 0, 2, True
 
         def reserve(self, tensors):
             calls.append(("reserve", sum(tensor.numel() for tensor in tensors)))
 
-        def agree(self, failure=None):
+        def agree(self, status, failure=None):
             calls.append(("agree", failure))
+            return [status]
 
         def sum(self, tensors):
             calls.append(("sum", sum(tensor.numel() for tensor in tensors)))

@@ -1,4 +1,4 @@
-"""Shares of a batch: against all shares there are, and in simulated trainings."""
+"""Shares of a batch, compared with all possible shares and in simulated trainings."""
 
 import itertools
 import math
@@ -17,14 +17,14 @@ speeds = st.floats(0.05, 50.0)
 
 @st.composite
 def batches(draw, most=200):
-    """Groups that are alike, but for none to two at the end."""
+    """Draw equal groups, followed by at most two others."""
     size = draw(st.sampled_from([1, 2, 8, 32]))
     groups = [size] * draw(st.integers(1, most))
     return tuple(groups + draw(st.lists(st.integers(1, 2 * size), max_size=2)))
 
 
 def runs(groups, ranks):
-    """Images of each rank, for all ways to cut the groups into as many runs, none of them empty."""
+    """Yield the images of each rank for every split of the groups into `ranks` non-empty runs."""
     for inner in itertools.combinations(range(1, len(groups)), ranks - 1):
         ends = [0, *inner, len(groups)]
         yield tuple(sum(groups[i:j]) for i, j in itertools.pairwise(ends))
@@ -87,7 +87,7 @@ def test_groups_that_differ_are_refused():
 
 
 def operations(ranks, groups):
-    """Lines and calls that Python traces in this module: time that no other process disturbs."""
+    """Count the lines and calls that Python executes in the module: a time that other processes cannot disturb."""
     ms = [random.Random(rank).uniform(1.0, 3.0) for rank in range(ranks)]
     count = 0
 
@@ -107,15 +107,15 @@ def operations(ranks, groups):
 
 def test_work_grows_hardly_faster_than_the_ranks():
     few, many = operations(256, [32] * 4096), operations(1024, [32] * 16384)
-    assert many < 4 * 1.25 * few  # n log n
-    assert operations(1024, [32] * 65536) < 1.5 * many  # not by group: sizes are looked at by C
+    assert many < 4 * 1.25 * few  # O(n log n)
+    assert operations(1024, [32] * 65536) < 1.5 * many  # almost independent of the groups, which C code checks
 
 
-# -- the balance of a training ---------------------------------------------------------------------------------------
+# -- shares during a training ----------------------------------------------------------------------------------------
 
 
 class Training:
-    """Ranks whose times are known, but for noise of 3 %."""
+    """Simulated ranks with known times and 3 % noise."""
 
     def __init__(self, ms_per_image, seed=0, noise=0.03, fixed_ms=0.0):
         self.ms = list(ms_per_image)
@@ -210,7 +210,7 @@ def test_what_is_not_known_is_left_out():
     for _ in range(20):
         balance.observe(balance.shares(groups), [None, 500.0, 1500.0])
     shares = balance.shares(groups)
-    assert shares[2] < shares[0] < 256 < shares[1]  # a rank of which nothing is known is taken for a usual one
+    assert shares[2] < shares[0] < 256 < shares[1]  # the unknown rank counts as average
 
 
 def test_ranks_without_a_share_are_no_reason_to_fail():
@@ -246,7 +246,7 @@ def test_a_move_that_costs_is_made_when_staying_has_lost_as_much():
 
 
 def test_a_share_that_waits_for_the_host_counts_as_what_it_would_have_had_time_for():
-    """A rank that takes 150 ms for any share up to 80 images is not slow because it was given 8."""
+    """A rank that takes 150 ms for any share of up to 80 images is not slow because it was given 8."""
     groups, balance = [8] * 16, Balance(2)
     for _ in range(40):
         balance.observe([120, 80], [150.0, 150.0])

@@ -1,4 +1,4 @@
-"""The lookout: rings of real processes that are killed, stopped, busy or done, and of threads on a store in memory."""
+"""The watchdog in real processes that are killed, stopped, busy or done, and in threads with a store in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from yolov12.mas.distributed.watchdog import Gone, Lookout, connect
 
 BEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
 NOISE_S = 5.0
-"""By which a machine with other work may be late."""
+"""Seconds by which a busy machine may be late."""
 
 SLEEP = "ctypes.CDLL(None).sleep(60)  # as in a collective: Python's lock is free, and no signal handler runs"
 RANK = """
@@ -37,12 +37,13 @@ for _ in range(100):
 barrier.wait()
 exec(main)
 """
-FORKS = multiprocessing.get_context("forkserver")  # which imports torch once, and not in this process with its threads
+# The server imports torch once. A plain fork would copy this process with its threads.
+FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["yolov12.mas.distributed.watchdog"])
 
 
 class Ranks:
-    """Processes, each with a lookout and something to do, on a store that this process has or that rank 0 has."""
+    """Processes, each with a watchdog and a main program. The store is in this process or in rank 0."""
 
     def __init__(self, folder, mains, rank_0_hosts=False):
         with socket.socket() as free:
@@ -72,14 +73,14 @@ class Ranks:
         os.kill(self.all[rank].pid, number)
 
     def end(self, ranks, within_s):
-        """Wait for ranks to end; return their statuses."""
+        """Wait for ranks to end; return their exit statuses."""
         end = time.monotonic() + within_s
         for rank in ranks:
             self.all[rank].join(max(0.0, end - time.monotonic()))
         return [self.all[rank].exitcode for rank in ranks]
 
     def words(self, rank):
-        """What it wrote to stderr, without the remarks of PyTorch's C++."""
+        """Return the lines that a rank wrote to stderr, without those of PyTorch's C++ code."""
         return [line for line in self._words[rank].read_text().splitlines() if line and line[0] != "["]
 
 
@@ -109,7 +110,7 @@ def test_all_leave_and_name_the_rank_that_was_killed_or_stopped(ranks, number):
         expected = f"yolov12: error: rank 2: has not been heard of for 1.5 s, so rank {rank} ends too"
         assert four.words(rank) == [expected]
     if number == signal.SIGSTOP:
-        four.send(2, signal.SIGCONT)  # nobody is left to work with
+        four.send(2, signal.SIGCONT)  # no rank is left to work with
         assert four.end([2], GRACE_S + NOISE_S) == [1]
         assert four.words(2) == ["yolov12: error: rank 2: has not been heard of for 1.5 s, so rank 2 ends too"]
 
@@ -156,7 +157,7 @@ def test_process_that_ends_without_a_word_is_missed_at_once(run_python, monkeypa
 
 
 class Line:
-    """A rank's connection to a store, which can be cut, or go silent as that to a machine without power does."""
+    """A rank's connection to a store. It can be cut, or go silent like a connection to a machine without power."""
 
     def __init__(self, store):
         self._store, self.silent, self._cut = store, threading.Event(), False
@@ -176,7 +177,7 @@ class Line:
 
 
 class Ring:
-    """Lookouts of one process, with what each said and did at its end."""
+    """Watchdogs of several ranks in one process, with the log and the end of each."""
 
     def __init__(self, size, **options):
         store = HashStore()
@@ -208,7 +209,7 @@ def ring():
 
     yield make
     for lookout in [lookout for ring in rings for lookout in ring.lookouts]:
-        lookout._caller.join = lambda _: None  # some hang, as they should
+        lookout._caller.join = lambda _: None  # some are meant to hang
         lookout.close()
 
 
@@ -317,5 +318,7 @@ def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
         lookout = Lookout(store, 0, 2, beat_s=0.02)
         assert lookout.gone(NOISE_S if expected else 0.3) == expected
         lookout.close()
-    client(0, False).add("key", 1)  # machines that counted otherwise share a store that is new each time
+    # Machines may have counted different numbers of restarts, and this kind of store is new after each restart. So the
+    # number must not separate them.
+    client(0, False).add("key", 1)
     assert client(1, False).check(["key"])

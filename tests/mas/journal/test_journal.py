@@ -1,4 +1,4 @@
-"""What memory.csv, memory.json, memory.png and the lines at the end of a run tell."""
+"""The contents of memory.csv, memory.json, memory.png and the lines at the end of a run."""
 
 import json
 import shutil
@@ -152,7 +152,7 @@ def test_summary(tmp_path):
         "micro_batch_min": 64,
         "micro_batch_median": 64,
         "micro_batch_max": 128,
-        "images_per_s": 288.0,  # the middle of 256 and 320
+        "images_per_s": 288.0,  # median of 256 and 320
         "gpu_utilisation_percent": 95.0,
         "rank": None,
         "share_min": None,
@@ -201,7 +201,7 @@ def test_losses_of_before_that_were_never_written_count_from_now(tmp_path):
 
 
 def test_updates_that_a_resume_makes_again_count_once(tmp_path):
-    """A run killed in epoch 2 is resumed from the checkpoint of epoch 1; the same happens once more."""
+    """A run killed in epoch 2 is resumed from the checkpoint of epoch 1, twice."""
     write(tmp_path, [row(1), row(2), row(3, epoch=2)])
     write(tmp_path, [row(4, epoch=2)], resume=True)
     summary = write(tmp_path, [row(5, epoch=2), row(6, epoch=2), row(7, epoch=3)], resume=True, expected=3)
@@ -235,7 +235,7 @@ def test_a_folder_that_disappears_is_a_plain_error(tmp_path):
 
 
 def test_rows_that_a_power_cut_took_leave_a_gap(tmp_path):
-    """The save was of step 5, and what followed counts from there."""
+    """The checkpoint is of step 5, so step numbers continue after 5."""
     write(tmp_path, [row(1), row(2)])
     journal = Journal(tmp_path, resume=True, steps=5)
     assert journal.next_step == 6

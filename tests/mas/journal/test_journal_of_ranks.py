@@ -1,4 +1,4 @@
-"""What the files, the summary and the picture of a run tell when several processes share each batch."""
+"""The files, the summary and the picture of a run in which several processes share each batch."""
 
 import json
 
@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def row(step, images, *events, epoch=1, peak=7000, predicted=None, budget=8000, step_ms=500.0, micro_batch=16):
-    """Of a rank without images: what the engine writes then."""
+    """Return a row. Without images it has the values that the engine writes for an empty share."""
     parts = tuple(min(micro_batch, images - start) for start in range(0, images, micro_batch))
     peak = peak if images else 0
     sizes = {"predicted": peak if predicted is None else predicted, "peak": peak, "held": 7100, "free": 900}
@@ -33,7 +33,7 @@ def row(step, images, *events, epoch=1, peak=7000, predicted=None, budget=8000, 
 
 
 def write(folder, *journals, expected=None, **options):
-    """Let ranks write their rows, and close: rank 0 last. Return its summary."""
+    """Let ranks write their rows and close, rank 0 last. Return rank 0's summary."""
     ranks = [Journal(folder, rank=rank, ranks=len(journals), **options) for rank in range(len(journals))]
     for journal, rows in zip(ranks, journals, strict=True):
         for each in rows:
@@ -79,7 +79,7 @@ def test_the_summary_is_of_all_ranks(tmp_path):
     first = [
         row(1, 40, "out-of-memory at 32", "retried 32", "shrunk 32 to 16", step_ms=400.0, micro_batch=32),
         row(2, 32, peak=6000, step_ms=400.0),
-        row(3, 20, step_ms=400.0),  # the last of its epoch
+        row(3, 20, step_ms=400.0),  # last batch of the epoch
         row(4, 40, step_ms=400.0),
     ]
     second = [
@@ -95,7 +95,8 @@ def test_the_summary_is_of_all_ranks(tmp_path):
     assert (summary.budget_min_mib, summary.budget_max_mib) == (8000.0, 9500.0)
     assert summary.prediction_error_percent == 0.0
     assert (summary.micro_batch_min, summary.micro_batch_median, summary.micro_batch_max) == (4, 16, 32)
-    # 64 images in 0.8, 0.64 and 0.8 s, and 32 in 0.4 s: 80, 100, 80 and 80. Neither rank's own median, 100 and 40.
+    # 64 images in 0.8, 0.64 and 0.8 s, and 32 in 0.4 s: 80, 100, 80 and 80 images/s. Each rank alone has another
+    # median.
     assert summary.images_per_s == 80.0
     assert [each.rank for each in summary.ranks] == [0, 1]
     own = summary.ranks[1]
@@ -120,7 +121,7 @@ def test_a_step_without_images_disturbs_nothing(tmp_path):
     assert (summary.images, summary.shrinks) == (80, 1)
     assert (summary.peak_mean_mib, summary.peak_sd_mib, summary.prediction_error_percent) == (7000.0, 0.0, 0.0)
     assert (summary.micro_batch_min, summary.budget_max_mib) == (16, 8100.0)
-    assert summary.images_per_s == 125.0  # the middle of 32 and 48 in 0.32 s
+    assert summary.images_per_s == 125.0  # median of 32 and 48 images in 0.32 s
     nothing, some = summary.ranks[1:]
     assert (nothing.images, nothing.peak_max_mib, nothing.images_per_s) == (0, None, None)
     assert (some.images, some.images_per_s) == (16, 100.0)
@@ -207,7 +208,7 @@ def test_the_slowest_may_have_most_failures_and_there_may_be_none(tmp_path):
 @pytest.mark.parametrize("now", [1, 2])
 def test_a_new_run_removes_what_a_larger_team_left(tmp_path, now):
     write(tmp_path, *[[row(1, 8), row(2, 8)]] * 4)
-    (tmp_path / "memory.rankings.csv").touch()  # somebody else's
+    (tmp_path / "memory.rankings.csv").touch()  # a file of the user
     summary = write(tmp_path, *[[row(1, 8)]] * now)
     assert summary.images == 8 * now
     assert len(summary.ranks) == (now if now > 1 else 0)
@@ -270,7 +271,7 @@ def test_a_rank_that_is_new_after_a_resume_counts_on_with_the_others(tmp_path):
 
 @pytest.mark.parametrize("saved", [None, 3])
 def test_a_rank_that_is_no_more_after_a_resume_is_part_of_the_run(tmp_path, saved):
-    """With three ranks one epoch of two steps, and a step of the next, which a resume with one makes again or not."""
+    """Three ranks make an epoch of two steps and one step of the next; one rank resumes, with or without that step."""
     before = [row(1, 16), row(2, 16), row(3, 16, epoch=2)]
     write(tmp_path, before, before, [*before, row(4, 16, epoch=2)])
     resumed = [row(4, 48, epoch=2)]
@@ -367,7 +368,7 @@ def test_events_are_marked_in_the_colour_of_their_rank(tmp_path):
     assert failure.get_offsets().tolist() == [[2, 7000 / 1024]]
     assert to_hex(failure.get_facecolor()[0]) == colors(shares)[1]
     marks = [each for each in shares.collections if len(each.get_offsets()) == 1 and each.get_offsets()[0][0]]
-    assert [each.get_offsets().tolist() for each in marks] == [[[2, 48]], [[3, 48]]]  # amid its band
+    assert [each.get_offsets().tolist() for each in marks] == [[[2, 48]], [[3, 48]]]  # in the middle of the rank's band
 
 
 def test_a_resume_is_marked_once_for_all_ranks(tmp_path):
@@ -394,7 +395,7 @@ def test_of_a_long_run_the_same_steps_of_every_rank_are_drawn(tmp_path):
     assert min(budgets.get_ydata()) == 5000 / 1024
     assert max(peaks.get_ydata()) == 7500 / 1024
     tops = [set(line.get_ydata()) for line in shares.get_lines()[:2]]
-    assert tops == [{20}, {32}]  # without the last batches of some epochs
+    assert tops == [{20}, {32}]  # smaller last batches of epochs are left out
 
 
 def test_the_picture_of_many_ranks_has_the_usual_size(tmp_path):

@@ -1,4 +1,4 @@
-"""The meters: on this machine's memory, on an invented card, on a replayed one, and on this machine's GPU."""
+"""The meters: for this machine's memory, a simulated card, a replayed card, and this machine's GPU."""
 
 import os
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_budget_is_never_negative():
     assert Reading(0, 0, GIB, 80 * GIB, None).budget_bytes(0.1) == 0
 
 
-# The host of this machine. Linux counts resident pages per processor and adds them up in steps: hence the 8 MiB.
+# The host of this machine. Linux counts resident pages per processor and adds them up in steps, hence the 8 MiB.
 
 
 @needs_linux
@@ -64,7 +64,7 @@ def test_small_host_step_is_measured_after_a_large_one():
     live_bytes = meter.mark()
     blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(3200)]
     assert meter.peak_bytes() - live_bytes >= 192 * MIB
-    last = blocks.pop()  # at the end of the heap, so that all below stays resident when it is freed
+    last = blocks.pop()  # at the end of the heap: the freed memory below it stays resident
     del blocks
     live_bytes = meter.mark()
     blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(800)]
@@ -91,15 +91,15 @@ def test_device_that_no_meter_reads():
         meter_for(torch.device("mps"))
 
 
-# An invented host
+# A simulated host
 
 
 @pytest.fixture
 def invented(tmp_path):
-    """An invented host of 8 GiB, and the function that sets this process' resident size and its peak, in MiB."""
+    """Return a simulated host of 8 GiB and a function that sets this process' resident size and its peak, in MiB."""
     memory = HostMemory(tmp_path / "proc", tmp_path / "cgroup")
     (memory.proc / "self").mkdir(parents=True)
-    (memory.proc / "self/clear_refs").mkdir()  # not permitted
+    (memory.proc / "self/clear_refs").mkdir()  # a folder, so the reset is not permitted
     (memory.proc / "meminfo").write_text(f"MemTotal: {8 * MIB} kB\nMemFree: 1 kB\nMemAvailable: {6 * MIB} kB\n")
 
     def hold(now_mib, peak_mib):
@@ -147,8 +147,8 @@ def test_host_whose_peak_cannot_be_reset_and_heap_not_be_given_back(invented, mo
     assert meter.mark() == GIB
     hold(1500, 3000)
     assert meter.peak_bytes() == 3000 * MIB
-    assert meter.mark() == GIB  # 1500 MiB may be the C library's
-    hold(1800, 3000)  # what was highest is the step before
+    assert meter.mark() == GIB  # the other 476 MiB may be in the C library's heap
+    hold(1800, 3000)  # the peak is that of the previous step
     assert meter.peak_bytes() == 1800 * MIB
     hold(900, 3200)
     assert meter.peak_bytes() == 3200 * MIB
@@ -162,11 +162,11 @@ def test_host_resident_size_without_proc(tmp_path):
     assert HostMemory(tmp_path, tmp_path).room_bytes()[0] == pytest.approx(HostMemory().machine_bytes()[0])
 
 
-# An invented card
+# A simulated card
 
 
 class Card:
-    """Stands for torch.cuda: 8 GiB, of which 3 are free, 2 ours, and 1 of those live."""
+    """Replacement for torch.cuda with 8 GiB: 3 free, 2 reserved by this process, and 1 of those allocated."""
 
     def __init__(self):
         self.integrated, self.fractions, self.nvml = 0, [], {}
@@ -209,7 +209,7 @@ def test_card_where_nvml_refuses(card):
     assert meter.kind == "cuda"
     assert meter.read() == Reading(2 * GIB, GIB, 3 * GIB, 8 * GIB, 3 * GIB)
     assert meter.busy_percent() is None
-    assert card.fractions == [(1.0, 0)]  # a limit of an earlier run is gone
+    assert card.fractions == []
 
 
 def test_card_peak(card):
@@ -221,9 +221,43 @@ def test_card_peak(card):
 
 @pytest.mark.parametrize(("limit", "total"), [(2 * GIB, 2 * GIB), (0.25, 2 * GIB), (1.0, 8 * GIB), (99 * GIB, 8 * GIB)])
 def test_limit_on_a_card_stops_the_allocator_too(card, limit, total):
-    reading = meter_for(GPU, limit).read()
-    assert reading == Reading(2 * GIB, GIB, 3 * GIB, total, 3 * GIB)
-    assert card.fractions == [(total / (8 * GIB), 0)]
+    meter = meter_for(GPU, limit)
+    assert meter.read() == Reading(2 * GIB, GIB, 3 * GIB, total, 3 * GIB)
+    assert card.fractions == []  # reading changes nothing
+    with meter.limited():
+        assert card.fractions == [(total / (8 * GIB), 0)]
+    assert card.fractions[1:] == [(1.0, 0)]
+
+
+def test_a_limit_on_a_card_gives_back_the_one_around_it(card):
+    """As a prediction in a callback of a training; without a limit of its own it leaves the training's as it is."""
+    training, prediction, unlimited = (meter_for(GPU, limit) for limit in (0.5, 0.25, None))
+    with training.limited():
+        with prediction.limited():
+            pass
+        with unlimited.limited():
+            pass
+        assert card.fractions == [(0.5, 0), (0.25, 0), (0.5, 0)]
+    assert card.fractions[3:] == [(1.0, 0)]
+
+
+def test_limits_on_a_card_may_end_in_any_order(card):
+    """A prediction that is streamed may outlive a training that began before it."""
+    training, prediction = (meter_for(GPU, limit).limited() for limit in (0.5, 0.25))
+    training.__enter__()
+    prediction.__enter__()
+    training.__exit__(None, None, None)
+    assert card.fractions[-1] == (0.25, 0)
+    prediction.__exit__(None, None, None)
+    assert card.fractions[-1] == (1.0, 0)
+
+
+def test_a_limit_that_the_user_has_set_is_found_and_restored(card, monkeypatch):
+    """PyTorch tells it from 2.8 on."""
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.7, raising=False)
+    with meter_for(GPU, 0.5).limited():
+        pass
+    assert card.fractions == [(0.5, 0), (0.7, 0)]
 
 
 def test_own_context_is_not_others(card):
@@ -231,7 +265,7 @@ def test_own_context_is_not_others(card):
     card.nvml["nvmlDeviceGetComputeRunningProcesses"] = [own, SimpleNamespace(pid=2**30, usedGpuMemory=None)]
     meter = meter_for(GPU)
     assert meter.read().others_bytes == 3 * GIB - 300 * MIB
-    card.free -= GIB  # another process takes some
+    card.free -= GIB  # another process allocates memory
     assert meter.read().others_bytes == 4 * GIB - 300 * MIB
 
 
@@ -268,7 +302,8 @@ def test_integrated_card_has_what_the_host_has_available(card, invented):
     assert meter.kind == "integrated"
     assert meter.read() == Reading(2 * GIB, GIB, 4 * GIB, 7 * GIB, GIB)
     assert CudaMeter(GPU, 0.5, memory).read().total_bytes == 7 * GIB // 2
-    assert card.fractions == [(1.0, 0), (3.5 / 8, 0)]
+    with CudaMeter(GPU, 0.5, memory).limited():
+        assert card.fractions == [(3.5 / 8, 0)]
 
 
 def test_stopwatch_waits_for_nothing(card, monkeypatch):
@@ -307,7 +342,7 @@ def test_replay_of_an_invented_trace():
     meter.use(9 * GIB)
     assert meter.peak_bytes() == 10 * GIB
     assert meter.mark() == meter.peak_bytes() == GIB
-    for _ in range(2):  # the last step stays
+    for _ in range(2):  # the last value stays
         meter.advance()
         assert meter.read().budget_bytes(0.1) == 3 * GIB
         with pytest.raises(torch.cuda.OutOfMemoryError, match=r"^CUDA out of memory"):
@@ -323,20 +358,6 @@ def test_replay_with_a_limit():
     meter.use(3 * GIB)
     with pytest.raises(torch.cuda.OutOfMemoryError):
         meter.use(3 * GIB + 1)
-
-
-def test_replay_of_a_journal():
-    rows = [
-        {"held_mib": "2048.0", "free_mib": "6144.0", "budget_mib": "7168.0", "step": "0"},
-        {"held_mib": "2048.0", "free_mib": "1024.5", "budget_mib": "2048.5", "step": "1"},
-        {"held_mib": "2048.0", "free_mib": "9000.0", "budget_mib": "7168.0", "step": "2"},  # more than a limited run's
-    ]
-    meter = ReplayMeter.from_rows(rows, 8 * GIB, live_bytes=GIB)
-    assert meter.read().others_bytes == 0
-    meter.advance()
-    assert meter.read().others_bytes == 5 * GIB - MIB // 2
-    meter.advance()
-    assert meter.read().others_bytes == 0
 
 
 def test_replayed_clock():
@@ -361,7 +382,7 @@ def test_peak_on_a_gpu_is_what_was_allocated():
     block = torch.ones(64 * MIB + 1, dtype=torch.uint8, device=GPU)
     assert meter.read().live_bytes == meter.peak_bytes()
     del block
-    # The allocator rounds up to 512 bytes, and leaves a rest of up to 1 MiB with the block.
+    # The allocator rounds up to 512 bytes and may give up to 1 MiB more with a block.
     assert 64 * MIB < meter.peak_bytes() - live_bytes <= 65 * MIB + 512
     assert meter.mark() == meter.peak_bytes() == live_bytes
     stopwatch.stop()
@@ -376,12 +397,10 @@ def test_peak_on_a_gpu_is_what_was_allocated():
 def test_limit_on_a_gpu_is_kept():
     whole = meter_for(GPU)
     whole.release()
-    try:
-        limited = meter_for(GPU, whole.read().held_bytes + 64 * MIB)
+    limited = meter_for(GPU, whole.read().held_bytes + 64 * MIB)
+    with limited.limited():
         assert limited.read().budget_bytes(0) == limited.read().total_bytes
         torch.empty(48 * MIB, dtype=torch.uint8, device=GPU)
         with pytest.raises(torch.cuda.OutOfMemoryError):
             torch.empty(80 * MIB, dtype=torch.uint8, device=GPU)
-    finally:
-        meter_for(GPU)
     torch.empty(80 * MIB, dtype=torch.uint8, device=GPU)

@@ -1,5 +1,6 @@
-"""The engine with plans, on a card that is the CPU with its tensors counted byte by byte."""
+"""The engine with checkpoint plans, on a simulated card: the CPU, with its tensors counted byte by byte."""
 
+import contextlib
 import json
 
 import pytest
@@ -19,7 +20,7 @@ BATCH = 16
 
 
 class Card(ByteTrace):
-    """A meter of an invented card, whose allocator fails when it is full."""
+    """Meter of a simulated card, whose allocator fails when the card is full."""
 
     kind = "cuda"
 
@@ -42,8 +43,8 @@ class Card(ByteTrace):
     def release(self):
         pass
 
-    def close(self):
-        pass
+    def limited(self):
+        return contextlib.nullcontext()
 
     def stopwatch(self):
         return ClockStopwatch(lambda: self.now_ms)
@@ -67,7 +68,7 @@ def make():
 
 
 class Run:
-    """Some batches on a card of a size."""
+    """A run of some batches on a card with `total_bytes`."""
 
     def __init__(self, total_bytes, batches=1, folder=None, cache=None, **config):
         self.model, batch = make()
@@ -121,13 +122,13 @@ def test_layers_left_alone_are_in_no_plan_and_keep_their_memory(whole, tmp_path)
     limit = 0.75 * whole.latest.peak_bytes
     free, bound = Run(limit), Run(limit, folder=tmp_path, disabled_layers=("0", "2", "3"))
     assert not {"0", "2", "3"} & {name for plan in bound.engine._step.plans for name, _ in plan.modes}
-    lowest = [run.engine.cost.levels[-1].share for run in (free, bound)]
+    lowest = [run.engine._planner.cost.levels[-1].share for run in (free, bound)]
     assert lowest[1] > lowest[0] + 0.1
     bound.engine.close()
     rows = read_rows(tmp_path / "memory.csv")
     assert rows[0]["plan"] == str(bound.plan)
     assert not any("groups of" in event for event in free.events)
-    assert any("groups of" in event for event in bound.events)  # what is left does not free enough for a whole one
+    assert any("groups of" in event for event in bound.events)  # the other layers cannot free enough for a group
 
 
 def test_what_was_learned_goes_into_a_checkpoint_and_comes_back(whole):
@@ -137,7 +138,7 @@ def test_what_was_learned_goes_into_a_checkpoint_and_comes_back(whole):
     other.load_state_dict(state)
     assert other.state_dict() == run.engine.state_dict()
     assert other._step.plans == run.engine._step.plans
-    # A model without those layers begins anew, and so does another device.
+    # State is ignored by a model in which a planned layer is disabled, and on another device.
     named = next(name for plan in run.engine._step.plans for name, _ in plan.modes)
     for config, changed in ((mas.Config(disabled_layers=(named,)), {}), (mas.Config(), {"device": "another"})):
         fresh = mas.Engine(make()[0], mas.TensorTask(loss), config, meter=Card(10**12))
@@ -148,7 +149,7 @@ def test_what_was_learned_goes_into_a_checkpoint_and_comes_back(whole):
 
 def test_where_nothing_runs_as_it_is_all_is_recomputed():
     one_image = Run(1e12, bn_group=1).latest.peak_bytes / BATCH
-    # One image with everything kept does not fit; with everything recomputed it does.
+    # One image does not fit if everything is kept. It fits if everything is recomputed.
     for share in (1.0, 0.9, 0.8):
         run = Run(share * one_image + 3e5, bn_group=1, safety_ratio=0.0)
         assert sum(run.result.micro_batches) == BATCH
@@ -164,13 +165,13 @@ def test_a_ladder_is_made_once_for_the_same_training(whole, tmp_path, monkeypatc
     limit = 0.7 * whole.latest.peak_bytes
     first = Run(limit, cache=tmp_path / "plans")
     (file,) = (tmp_path / "plans").iterdir()
-    monkeypatch.setattr("yolov12.mas.engine.make_ladder", lambda *_: pytest.fail("profiles once more"))
+    monkeypatch.setattr("yolov12.mas.calibration.make_ladder", lambda *_: pytest.fail("profiles once more"))
     second = Run(limit, cache=tmp_path / "plans")
     assert second.engine._step.plans == first.engine._step.plans
     monkeypatch.undo()
-    Run(limit, cache=tmp_path / "plans", disabled_layers=("5",))  # of other layers is another one
+    Run(limit, cache=tmp_path / "plans", disabled_layers=("5",))  # other layers have another ladder
     assert len(list((tmp_path / "plans").iterdir())) == 2
-    file.write_text("{")  # and what cannot be read is made again
+    file.write_text("{")  # an unreadable ladder is made again
     assert Run(limit, cache=tmp_path / "plans").engine._step.plans[0] == KEEP_ALL
     assert len(Ladder.from_state_dict(json.loads(file.read_text())).plans) > 3
 
@@ -181,7 +182,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(whole, tmp_path):
 
 
 class Shift(nn.Module):
-    """Does not need its input for its backward pass, so that it may be written on."""
+    """A layer that does not need its input for its backward pass, so that the input may be overwritten."""
 
     def __init__(self):
         super().__init__()
@@ -192,7 +193,7 @@ class Shift(nn.Module):
 
 
 class Awkward(nn.Module):
-    """Parts that cannot run twice, or later, or in another order."""
+    """A model with parts that cannot run twice, later, or in another order."""
 
     def __init__(self):
         super().__init__()
@@ -252,7 +253,7 @@ def test_a_model_without_layers_that_are_called():
 def test_a_guess_is_not_kept_for_later_runs(whole, tmp_path):
     one_image = Run(1e12, bn_group=1, micro_batch=1).latest.peak_bytes
     tight = Run(1.05 * one_image, bn_group=1, safety_ratio=0.0, cache=tmp_path / "plans")
-    if tight.engine._ladder.guessed:
+    if tight.engine._calibration.ladder.guessed:
         assert not (tmp_path / "plans").exists()
         assert tight.engine.state_dict()["ladder"] is None
     assert len(Run(0.7 * whole.latest.peak_bytes, cache=tmp_path / "plans").engine._step.plans) > 3

@@ -1,4 +1,4 @@
-"""What a profile says a layer keeps and frees, against what tensors take when it runs so."""
+"""Bytes that a profile predicts for a layer, compared with the bytes of tensors in a real pass."""
 
 import gc
 
@@ -13,7 +13,7 @@ from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.profiling.warmup import profile
 
 IMAGES = 4
-SMALL = 2**16  # statistics of BatchNorm, the loss
+SMALL = 2**16  # BatchNorm statistics and the loss
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +23,11 @@ def profiled(tools):
     bench.task.workload(batch)
     bench.reset()
     engine = mas.Engine(bench.model, bench.task, mas.Config(bn_group=IMAGES))
-    return engine._step, batch, profile(engine._step, engine.meter, engine._layers, batch, IMAGES)
+    return engine._step, batch, profile(engine._step, engine.meter, engine._calibration.layers, batch, IMAGES)
 
 
 def kept_bytes(step, batch, plan):
-    """Between forward and backward pass."""
+    """Return the bytes kept between the forward and the backward pass."""
     gc.collect()
     kept = []
     with ByteTrace() as trace:
@@ -70,7 +70,7 @@ def test_bytes_that_plans_free(profiled):
 def test_what_stages_keep_adds_up(profiled):
     step, batch, found = profiled
     kept = IMAGES * sum(stage.kept_bytes for stage in found.stages())
-    # Besides: images as they came, and what the loss keeps.
+    # Kept in addition: the input images, and the tensors of the loss.
     assert kept < kept_bytes(step, batch, KEEP_ALL) < kept + IMAGES * (found.loss_extra_bytes + 5 * 3 * 96 * 96 * 4)
 
 

@@ -1,4 +1,4 @@
-"""The plan of least time, against all plans there are."""
+"""The solver's plan is the fastest of all possible plans."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from yolov12.mas.profiling.solver import ladder, peak_bytes, solve
 
 @st.composite
 def profiles(draw):
-    """Two to four stages, the first with two layers inside; at most 3^6 plans."""
+    """Draw a profile of two to four stages, the first with two layers inside: at most 3^6 plans."""
     number = st.integers(1, 50)
     layers = []
     for stage in range(draw(st.integers(2, 4))):
@@ -52,7 +52,7 @@ def slow(profile, plan):
 
 
 def highest_phase(profile, plan):
-    """By walking through the passes, as a second opinion."""
+    """Compute the peak independently of the solver, by going through the passes."""
     modes = dict(plan.modes)
     left, again = {}, {}
     for layer in profile.layers:
@@ -77,7 +77,7 @@ def test_solution_is_the_best_of_all_plans(profile, share):
     fitting = [plan for plan in all_plans(profile) if highest_phase(profile, plan) <= most * (1 + 1e-9)]
     found = solve(profile, most)
     if found is None:
-        # Within the solver's tolerance.
+        # A difference within the solver's tolerance is allowed.
         assert all(highest_phase(profile, plan) > most * (1 - 1e-6) for plan in fitting)
         return
     assert found.peak_bytes == pytest.approx(highest_phase(profile, found.plan))
@@ -95,7 +95,7 @@ def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
     assert all(b.peak_bytes < a.peak_bytes for a, b in itertools.pairwise(rungs))
     assert all(b.slow >= a.slow for a, b in itertools.pairwise(rungs))
     lowest = min(highest_phase(profile, plan) for plan in all_plans(profile))
-    # Steps of under 1 % are left out.
+    # Levels within 1 % of the one before are left out.
     assert rungs[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or rungs[-1].peak_bytes == pytest.approx(
         lowest, rel=0.011
     )

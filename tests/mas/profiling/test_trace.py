@@ -1,4 +1,4 @@
-"""Bytes of tensors, against counts by hand."""
+"""Bytes of tensors, compared with counts by hand."""
 
 import pytest
 import torch
@@ -64,15 +64,16 @@ def test_convolution_norm_and_activation_forward_and_backward(fake):
         image = torch.rand(2, 1, 16, 16)
         with ByteTrace() as trace:
             out = F.silu(norm(conv(image)))
-            # Outputs of convolution, BatchNorm and activation, 8 KiB each; BatchNorm's mean and deviation.
+            # 8 KiB each for the outputs of convolution, BatchNorm and activation; BatchNorm's mean and deviation.
             assert trace.live_bytes == 3 * 8 * KIB + 2 * 512
             total = out.sum()
             trace.mark()
             total.backward()
-            # In BatchNorm's backward pass: `out`, its input, the gradients of its output, input, weight and bias, mean
-            # and deviation, `total` and the 1 that is its gradient (which is expanded for the sum: no bytes).
+            # In BatchNorm's backward pass: `out`; BatchNorm's input; the gradients of its output, input, weight and
+            # bias; its mean and deviation; `total` and its gradient, a single 1 (expanded for the sum, which takes no
+            # bytes).
             assert trace.peak_bytes() == 4 * 8 * KIB + 2 * 512 + 2 * 512 + 2 * 512
-            gradients = 3 * 512  # of 36 weights, and of two times four
+            gradients = 3 * 512  # 36 weights of the convolution, twice four of BatchNorm
             del total
             assert trace.live_bytes == 8 * KIB + gradients  # `out`
             del out
@@ -98,9 +99,9 @@ def test_a_fake_pass_counts_what_a_real_one_does():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_backward_on_a_gpu_is_followed_and_agrees_with_the_allocator():
-    layer = nn.Linear(1024, 1024, bias=False, device="cuda")  # with one, cuBLAS takes memory of its own each time
+    layer = nn.Linear(1024, 1024, bias=False, device="cuda")  # with a bias, cuBLAS would allocate memory in each call
     image = torch.rand(1024, 1024, device="cuda")
-    layer(image).relu().sum().backward()  # it takes its workspace
+    layer(image).relu().sum().backward()  # cuBLAS allocates its workspace here
     layer.zero_grad()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

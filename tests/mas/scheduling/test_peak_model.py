@@ -1,4 +1,4 @@
-"""The online model of a micro-batch's peak, taught by invented cards."""
+"""The online model of a micro-batch's peak, trained on simulated cards."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def features(images, boxes=0, size=640):
 
 
 def card(fixed=40 * MIB, pixel=180.0, box=1.2, kink=120):
-    """Flat in boxes up to a kink, then rising, as the matching of boxes to anchors overtakes the activations."""
+    """Return a card's peak: constant in boxes up to a kink, then rising like the tables of boxes and anchors."""
 
     def needs(each):
         pixels = each.images * each.height * each.width
@@ -37,7 +37,7 @@ def taught(needs, seed=0, count=20, largest=32, off=0.0, most_boxes=300):
 
 
 def errors(cost, needs):
-    """Relative, for sizes and numbers of boxes that were not all seen."""
+    """Return the sorted relative errors for sizes and numbers of boxes that were not all observed."""
     grid = [features(images, boxes) for images in (1, 3, 6, 12, 20, 32) for boxes in range(0, 300, 20)]
     return sorted(abs(cost.predict(each) / needs(each) - 1) for each in grid)
 
@@ -76,9 +76,9 @@ def test_two_observations_are_enough_to_begin_with():
     assert cost.largest == 8
 
 
-@pytest.mark.parametrize("size", [1, 8, 64, 640, 2048])  # 1: what is no image, such as rows of a table
+@pytest.mark.parametrize("size", [1, 8, 64, 640, 2048])  # 1 is not an image: for example, rows of a table
 def test_one_observation_puts_the_cost_on_the_images(size):
-    """Too much for more images is safe, too little would fail."""
+    """For more images, a prediction may be too high but not too low, because that would fail."""
     cost = CostModel()
     cost.observe(features(8, 0, size), 800 * MIB)
     assert 0.95 * 3200 * MIB <= cost.predict(features(32, 0, size)) <= 1.1 * 3200 * MIB
@@ -99,7 +99,7 @@ def test_shape_that_was_not_seen_has_a_wider_margin():
 
 
 def test_a_few_more_boxes_than_were_seen_cost_a_margin_on_these_alone():
-    """On an H100 an image of 821 boxes, where 676 had been seen, halved the micro-batch for 5 % of 13.7 GiB."""
+    """On an H100, an image of 821 boxes after at most 676 halved the micro-batch, because of 5 % of 13.7 GiB."""
     needs = card(box=0.15, kink=120)
     cost = taught(needs, most_boxes=300, count=60)
     for images in (8, 16):
@@ -110,9 +110,9 @@ def test_a_few_more_boxes_than_were_seen_cost_a_margin_on_these_alone():
         known = cost.upper(features(images, 300))
         assert upper - predicted > known[1] - known[0]
     far = features(8, 700)
-    assert cost.margin(far) >= 0.05 * cost.predict(far)  # that far all is open
+    assert cost.margin(far) >= 0.05 * cost.predict(far)  # so far away, nothing is known
     flat = taught(card(box=0), most_boxes=100, count=60)
-    assert flat.margin(features(8, 150)) >= 0.05 * flat.predict(features(8, 150))  # what boxes cost was not seen
+    assert flat.margin(features(8, 150)) >= 0.05 * flat.predict(features(8, 150))  # the cost of boxes is unknown
 
 
 def test_margin_covers_what_scatters():
@@ -176,7 +176,7 @@ def batches_until_it_fits(cost, each, room_bytes):
 
 @pytest.mark.parametrize("spare", [1.02, 1.05, 1.5, 10.0])
 def test_false_alarm_is_forgotten_in_about_ten_batches(spare):
-    """Whatever the room was, and whatever was asked for."""
+    """This holds for every room and for every size of the failed request."""
     cost = taught(card(box=0))
     each = features(16)
     room = int(cost.upper(each)[1] * spare)
@@ -197,7 +197,7 @@ def test_failure_that_is_real_comes_back_ever_more_rarely():
 
 
 def test_failure_leaves_more_room_open():
-    """It says that this room did not do, and no more."""
+    """The failure only says that this room was not enough."""
     cost = taught(card(box=0))
     each = features(16)
     room = int(cost.upper(each)[1] * 1.1)
@@ -209,7 +209,7 @@ LADDER = (Level(1.0, 1.0), Level(0.8, 1.03), Level(0.6, 1.1), Level(0.4, 1.35))
 
 
 def planned(share_off=0.0, kept=0.5):
-    """Peaks of a card under plans. The tables of the loss lie lower where less is kept."""
+    """Return the peaks of a card under plans. With a lower plan, the tables of the loss matter from fewer boxes on."""
 
     def needs(each):
         share = LADDER[each.level].share * (1 + share_off * bool(each.level))
@@ -245,7 +245,7 @@ def test_plan_that_was_not_seen_is_predicted_from_its_neighbour():
 
 
 def test_plan_learns_a_law_of_its_own():
-    """Its share is 10 % more than was said."""
+    """The plan's real share is 10 % higher than the profile said."""
     needs = planned(share_off=0.1)
     cost = taught_levels(needs, [0, 2])
     each = under(24, 2)
@@ -263,7 +263,7 @@ def test_plan_that_was_seen_at_one_size_tells_of_the_others():
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_crowd_under_a_plan_that_has_seen_none(level):
-    """The tables of the loss are the same under all plans: what one has learned of them is safe for the others."""
+    """The tables of the loss have the same size under all plans. What one plan has learned is safe for the others."""
     needs = planned()
     cost = taught_levels(needs, [0], boxes=(20, 40, 160, 300))
     for images in (4, 8, 16, 32):
@@ -279,7 +279,7 @@ def test_crowd_under_a_plan_that_has_seen_none(level):
     loss=st.floats(0.0, 0.3), box=st.floats(0.0, 0.01), profiled=st.integers(0, 60), boxes=st.integers(0, 400),
 )  # fmt: skip
 def test_plan_that_was_not_seen_is_never_promised_too_much(kept, plan, backward, again, loss, box, profiled, boxes):
-    """A pass peaks in the loss, with its tables, or in the backward pass; a profile has seen so many boxes."""
+    """The peak is in the loss with its tables or in the backward pass. The profile has seen `profiled` boxes."""
 
     def peak(most, planned):
         there = kept * plan if planned else kept
@@ -296,7 +296,7 @@ def test_plan_that_was_not_seen_is_never_promised_too_much(kept, plan, backward,
 
 
 def test_a_trace_of_boxes_in_what_was_measured_hides_no_plan():
-    """Measured on a card: 46 boxes and 49 differed by 0.02 %, and every plan seemed to need as much as none."""
+    """On a card, images with 46 and 49 boxes differed by 0.02 %, and every plan seemed to need as much as level 0."""
     cost = CostModel(LADDER)
     cost.observe(under(8, 0, 46), 318288896)
     cost.observe(under(8, 0, 49), 318364160)
@@ -351,7 +351,7 @@ def test_more_images_never_cost_less_whatever_was_observed(observations):
 
 
 def test_step_too_small_to_measure_does_not_make_it_expect_the_world():
-    """The host counts resident pages in steps: a micro-batch of a small model takes 0 bytes at times."""
+    """The host counts resident pages in steps, so a micro-batch of a small model sometimes appears to take 0 bytes."""
     cost = CostModel()
     for index in range(40):
         cost.observe(features(4, 5, 64), 0 if index % 5 == 4 else 2 * MIB)

@@ -9,7 +9,7 @@ from yolov12.mas import Config, Workload
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
-from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
+from yolov12.mas.scheduling.planner import WAIT_S, Advice, BatchPlanner
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import SpeedModel
 
@@ -34,9 +34,11 @@ def planner(
             cost.observe(Features(size, 640, 640, 5), size * image)
     meter = ReplayMeter(room * IMAGE, others, live, config.get("limit"))
     work = Workload(640, 640, boxes or (5,) * images)
-    options = {"history": history, "gradient_bytes": gradients, "ways_out": ways_out, "sleep": sleep}
-    options["optimizer_bytes"] = lambda: optimizer
-    return BatchPlanner(work, Config(**config), group, cost, meter, speed=speed, **options), meter
+    options = {"gradient_bytes": gradients, "advice": Advice(ways_out, lambda: optimizer), "sleep": sleep}
+    one = BatchPlanner(Config(**config), cost, speed, meter, **options)
+    one.resume(cost, speed, history)
+    one.begin(work, group)
+    return one, meter
 
 
 def failure(images, message="CUDA out of memory. Tried to allocate 20.00 MiB"):

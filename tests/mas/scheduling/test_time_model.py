@@ -1,4 +1,4 @@
-"""The online model of a micro-batch's time, taught by invented cards."""
+"""The online model of a micro-batch's time, trained on simulated cards."""
 
 import json
 import random
@@ -12,7 +12,7 @@ LADDER = (Level(1.0, 1.0), Level(0.8, 1.03), Level(0.6, 1.1), Level(0.4, 1.35))
 
 
 def card(host=80.0, image=1.25, slow=(1.0, 1.03, 1.1, 1.35)):
-    """Flat up to host / image images, then in proportion."""
+    """Return a card's time: constant up to `host / image` images, then proportional to the images."""
     return lambda images, level=0: max(host, image * images) * slow[level]
 
 
@@ -50,7 +50,7 @@ def test_knows_up_to_which_size_it_is_the_host_that_is_waited_for():
 
 @pytest.mark.parametrize("seen", [16, 256])
 def test_one_size_leaves_open_what_is_waited_for(seen):
-    """Expected is the longer, and at best it is the other."""
+    """The expected time is the larger of the two possible times, and the optimistic time is the smaller."""
     speed = taught(card(), seen)
     ms = card()(seen)
     assert expected(speed, 2 * seen) == pytest.approx(2 * ms)
@@ -60,7 +60,7 @@ def test_one_size_leaves_open_what_is_waited_for(seen):
 
 
 def test_two_sizes_bound_the_others():
-    """From 128 to 256 the time doubles: then it will go on so."""
+    """From 128 to 256 images the time doubles, so it must rise as steeply beyond."""
     speed = taught(card(), 128, 256)
     assert best(speed, 512) >= 0.94 * card()(512)
     flat = taught(card(), 16, 32)
@@ -73,7 +73,7 @@ def test_prior_speaks_until_something_was_measured():
     assert expected(speed, 256, 3) == pytest.approx(320 * 1.35)
     assert best(speed, 256) == pytest.approx(320 * 0.85)
     speed.ran(32, 640, 640, timed=False)
-    speed.observe([32], 640, 640, 0, 160.0)  # the card is half as fast as the profile said
+    speed.observe([32], 640, 640, 0, 160.0)  # the card is half as fast as in the profile
     assert expected(speed, 256) == pytest.approx(640, rel=0.02)
 
 
@@ -83,7 +83,7 @@ def test_plan_that_is_slower_than_its_profile_is_so_for_all_sizes():
 
 
 def test_first_time_is_no_speed():
-    """Four seconds in which libraries look for kernels; the cost of a new size comes near to it."""
+    """The first run of a size takes 6 s more, for kernel search. The learned cost of a new size approaches that."""
     speed = SpeedModel()
     for images in (8, 16, 32, 64):
         assert not speed.warm(images, 640, 640)
@@ -134,7 +134,7 @@ def test_clock_that_does_not_move():
     speed.ran(8, 640, 640, timed=False)
     speed.observe([8], 640, 640, 0, 0.0)
     assert not speed.seen(8, 640, 640, 0)
-    assert 2 * expected(speed, 8) > expected(speed, 16)  # then the fewest micro-batches
+    assert 2 * expected(speed, 8) > expected(speed, 16)  # so the fewest micro-batches win
 
 
 def test_state_goes_through_json():
@@ -145,7 +145,7 @@ def test_state_goes_through_json():
     assert [expected(again, *each) for each in grid] == [expected(speed, *each) for each in grid]
     assert [best(again, *each) for each in grid] == [best(speed, *each) for each in grid]
     assert again.new_size_ms == speed.new_size_ms
-    assert not again.warm(16, 640, 640)  # another process has to look for kernels again
+    assert not again.warm(16, 640, 640)  # another process has to search for kernels again
 
 
 def test_levels_that_stay_keep_what_they_learned():

@@ -331,7 +331,7 @@ def test_multi_scale_draws_one_size_a_batch_whatever_fails(tools):
         sizes.append((len(part["img"]), size))
         return plain({**part, "img": part["img"][:, :, :1].repeat(1, 1, size, 1)[..., :1].repeat(1, 1, 1, size)})
 
-    bench.task._preprocess = preprocess
+    bench.task.preprocess = preprocess
 
     def next_sizes(faults):
         random.seed(5)

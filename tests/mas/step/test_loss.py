@@ -17,7 +17,7 @@ def scales(normalisers, per_image=None, floor=1.0):
         loss = Loss(weight * 1.0, torch.tensor(normaliser))
         total.scaled(loss, 1).backward()
         found.append(float(weight.grad))
-        total.add(loss, [weight.grad])
+        total.add(loss, 1, [weight.grad])
     return found, float(total.finished_gradients()[0])
 
 
@@ -44,7 +44,7 @@ def test_a_normaliser_in_half_precision_is_added_up_in_single():
         weight = torch.ones((), requires_grad=True)
         loss = Loss(weight * 1.0, torch.tensor(257.0, dtype=torch.bfloat16))
         total.scaled(loss, 300).backward()
-        total.add(loss, [weight.grad])
+        total.add(loss, 300, [weight.grad])
     assert float(total.normaliser()) == 2 * float(torch.tensor(257.0, dtype=torch.bfloat16))
 
 

@@ -49,7 +49,7 @@ def test_one_micro_batch_gives_the_weights_of_ultralytics_own_step(trainings, tm
     kernel rounds their moving average elsewhere."""
     stock = trainings.train(tmp_path, mas=False, **options)
     ours = trainings.train(tmp_path, bn_group=8, **options)
-    parameters = {name for name, _ in ours.trainer.model.module.named_parameters()}
+    parameters = {name for name, _ in ours.trainer.model.named_parameters()}
     before, after = stock.after, ours.after
     assert all(torch.equal(after[name], before[name]) for name in parameters)
     torch.testing.assert_close(after, before, rtol=2**-23 * len(ours.draws), atol=2**-23 * len(ours.draws))

@@ -67,7 +67,7 @@ def test_a_resumed_run_is_that_of_ultralytics(trainings, tmp_path):
         assert run.folder == cut.folder
         left.append(run)
     stock, ours = left
-    parameters = dict(ours.trainer.model.module.named_parameters())
+    parameters = dict(ours.trainer.model.named_parameters())
     assert all(torch.equal(parameters[name], stock.after[name]) for name in parameters)
 
 

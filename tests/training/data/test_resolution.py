@@ -13,7 +13,7 @@ from ultralytics.utils.torch_utils import init_seeds
 
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas import Engine
-from yolov12.mas.distributed.ranks import ALONE, Said
+from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.training.data.resolution import CALM, DataLayer, Rung, rungs
 from yolov12.training.data.sharing import Sharing
 
@@ -31,10 +31,10 @@ def memory(monkeypatch):
     memory = SimpleNamespace(size=10**6, asked=[])
     run = Engine._run
 
-    def within(engine, batch, patience_s):
+    def within(engine, batch, *more):
         if batch["img"].shape[-1] > memory.size:
             raise DoesNotFitError("more than there is")
-        return run(engine, batch, patience_s)
+        return run(engine, batch, *more)
 
     def would_fit(engine, height, width, *, whole_group):
         memory.asked.append(whole_group)
@@ -146,16 +146,14 @@ def loaded(data, workers, layer=None):
 
 
 def a_layer(mode="auto"):
-    layer = DataLayer(mode, rungs(128, 64, 32), 32)
-    layer.serve(SimpleNamespace(note=lambda event: None, would_fit=lambda *sizes, whole_group: True))
-    return layer
+    return DataLayer(mode, rungs(128, 64, 32), 32)
 
 
 @pytest.mark.parametrize("mode", ["auto", "eager", "off"])
 def test_larger_images_than_asked_for_are_not_touched_at_full_size(mode):
     """As a data set of one's own may load them."""
     batch = {"img": torch.zeros(1, 3, 256, 256)}
-    assert a_layer(mode).before(batch) is batch
+    assert a_layer(mode).before(batch, lambda size: True) is batch
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -164,7 +162,10 @@ def test_with_enough_memory_images_are_the_same_to_the_byte(data, workers):
     for mode in ("auto", "eager", "off", None):
         layer = a_layer(mode) if mode else None
         loader = loaded(data, workers, layer)
-        batches[mode] = [(layer.before(batch) if layer else batch)["img"] for batch in itertools.chain(loader, loader)]
+        batches[mode] = [
+            (layer.before(batch, lambda size: True) if layer else batch)["img"]
+            for batch in itertools.chain(loader, loader)
+        ]
         loader.close()
     for mode in ("auto", "eager", "off"):
         assert all(map(torch.equal, batches[mode], batches[None]))
@@ -208,11 +209,11 @@ def test_mixing_fades_with_the_rungs_and_stays_off_where_it_was_closed(data):
 def test_ranks_load_on_the_rung_that_was_settled_and_not_on_the_one_of_the_moment(data):
     layer = a_layer()
     loader = loaded(data, 0, layer)
-    sharing = Sharing(ALONE, 4, 4, 0, rung=lambda: layer.rung)
+    sharing = Sharing(0, 1, 4, 4, 0, rung=lambda: layer.rung)
     drawn = [sharing.cut(range(4), "0 0")]
     layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
     sharing.taken()
-    sharing.observe([Said()])
+    sharing.observe([RankStatus()])
     drawn.append(sharing.cut(range(4), "0 1"))
     load = loader.dataset.__getitems__
     assert [{sample["img"].shape[-1] for sample in load(indices)} for indices in drawn] == [{128}, {96}]
@@ -239,11 +240,10 @@ def test_images_that_are_in_memory_get_smaller_and_not_cropped(data, cache):
 
 def test_one_fall_through_several_rungs_doubles_the_patience_once():
     layer = DataLayer("auto", rungs(128, 32, 32), 32)
-    layer.serve(SimpleNamespace(note=lambda event: None, would_fit=lambda *sizes, whole_group: True))
     batch = {"img": torch.zeros(1, 3, 128, 128)}
     layer.smaller(batch)
     for _ in range(CALM):
-        layer.after()
+        layer.after(lambda size: True)
     assert layer.rung == 0
     for _ in range(3):
         layer.smaller(batch)

@@ -9,19 +9,9 @@ import pytest
 import torch
 from ultralytics.data.build import InfiniteDataLoader
 
-from yolov12.mas.distributed.ranks import Said
+from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.training.data.loader import ResumableLoader
 from yolov12.training.data.sharing import Sharing, augment_by_place, rung_of
-
-
-class Rank:
-    """One of several, of which another draws nine batches ahead."""
-
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
-
-    def least(self, number):
-        return min(number, -9)
 
 
 def draws(sharing, batches, *, ahead, said):
@@ -30,7 +20,7 @@ def draws(sharing, batches, *, ahead, said):
     for step in range(len(batches)):
         while len(drawn) < min(step + 1 + ahead, len(batches)):
             drawn.append(sharing.cut(batches[len(drawn)], f"0 {len(drawn)}"))
-        assert sharing.taken().of_all == len(batches[step])
+        assert sharing.taken().batch_images == len(batches[step])
         sharing.observe(said(step))
     return drawn
 
@@ -42,10 +32,10 @@ def test_every_image_is_loaded_once_however_far_ranks_draw_ahead(aheads):
 
     def said(step):
         slow = 3.0 if step > 30 else 1.0
-        return [Said(24, 24 * each) for each in (slow, 1.0, 1.5)]
+        return [RankStatus(24, 24 * each) for each in (slow, 1.0, 1.5)]
 
     loaded = [
-        draws(Sharing(Rank(rank, 3), 64, 4, ahead), batches, ahead=ahead, said=said)
+        draws(Sharing(rank, 3, 64, 4, max(ahead, 9)), batches, ahead=ahead, said=said)
         for rank, ahead in enumerate(aheads)
     ]
     for batch, *shares in zip(batches, *loaded, strict=True):
@@ -66,12 +56,12 @@ def test_a_batch_is_loaded_on_one_rung_however_far_ranks_draw_ahead(aheads):
 
         def said(step, steps=steps):
             steps.append(step)
-            return [Said(), Said()]
+            return [RankStatus(), RankStatus()]
 
         def rung(steps=steps):
             return 3 if 20 <= len(steps) <= 40 else 0
 
-        sharing = Sharing(Rank(rank, 2), 16, 4, ahead, rung=rung)
+        sharing = Sharing(rank, 2, 16, 4, max(ahead, 9), rung=rung)
         loaded = draws(sharing, batches, ahead=ahead, said=said)
         found.append([{rung_of([index], 7) for index in share} for share in loaded])
     assert found[0] == found[1]
@@ -85,37 +75,37 @@ def test_a_run_that_resumes_loads_on_the_rungs_that_were_settled():
 
     def trained(sharing, steps):
         for _ in range(steps):
-            sharing.observe([Said(), Said()])
+            sharing.observe([RankStatus(), RankStatus()])
 
     rung = 2
-    sharing = Sharing(Rank(0, 2), 16, 4, 9, rung=lambda: rung)
+    sharing = Sharing(0, 2, 16, 4, 9, rung=lambda: rung)
     rungs(sharing, 9)
     trained(sharing, 5)
     rung = 1
     trained(sharing, 4)
-    resumed = Sharing(Rank(0, 2), 16, 4, 9, rung=lambda: 0)  # its data layer knows the rung only later
+    resumed = Sharing(0, 2, 16, 4, 9, rung=lambda: 0)  # its data layer knows the rung only later
     resumed.load_state_dict(sharing.state_dict())
     assert rungs(resumed, 12) == rungs(sharing, 12, 9) == [2] * 6 + [1] * 6
-    old = Sharing(Rank(0, 2), 16, 4, 9, rung=lambda: rung)
+    old = Sharing(0, 2, 16, 4, 9, rung=lambda: rung)
     old.load_state_dict([])  # a file that does not know
     assert rungs(old, 1) == [1]
 
 
 def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():
     boxes = [9, 1, 5, 3]
-    sharing = Sharing(Rank(0, 1), 4, 1, 0, 0.0, boxes)
+    sharing = Sharing(0, 1, 4, 1, 9, 0.0, boxes)
     assert [boxes[index] for index in sharing.cut([0, 1, 2, 3], "0 0")] == [9, 3, 5, 1]
 
 
 def test_what_was_drawn_and_dropped_is_drawn_anew():
-    sharing = Sharing(Rank(0, 2), 8, 2, 4)
+    sharing = Sharing(0, 2, 8, 2, 9)
     for number in range(3):
         sharing.cut(range(8), f"0 {number}")
     sharing.taken()
-    sharing.observe([Said(), Said()])
+    sharing.observe([RankStatus(), RankStatus()])
     sharing.drop()
     assert len(sharing.cut(range(8), "0 1")) == 4
-    assert sharing.taken().of_all == 8
+    assert sharing.taken().batch_images == 8
 
 
 def test_an_image_is_augmented_by_its_place_whoever_loads_it():
@@ -124,9 +114,9 @@ def test_an_image_is_augmented_by_its_place_whoever_loads_it():
 
     dataset = SimpleNamespace(get_image_and_label=load)
     augment_by_place(dataset)
-    first = Sharing(Rank(0, 2), 8, 2, 4).cut(range(10, 18), "7 3")
-    second = Sharing(Rank(1, 2), 8, 2, 4).cut(range(10, 18), "7 3")
-    alone = Sharing(Rank(0, 1), 8, 2, 4).cut(range(10, 18), "7 3")
+    first = Sharing(0, 2, 8, 2, 9).cut(range(10, 18), "7 3")
+    second = Sharing(1, 2, 8, 2, 9).cut(range(10, 18), "7 3")
+    alone = Sharing(0, 1, 8, 2, 9).cut(range(10, 18), "7 3")
     loaded = [dataset.get_image_and_label(pickle.loads(pickle.dumps(index))) for index in [*first, *second]]
     again = [dataset.get_image_and_label(index) for index in alone]
     assert [each[:3] for each in loaded] == [each[:3] for each in again]
@@ -137,9 +127,9 @@ def test_an_image_is_augmented_by_its_place_whoever_loads_it():
 def test_a_rank_whose_share_is_none_runs_an_image_that_does_not_count():
     found = []
     for rank in range(3):
-        sharing = Sharing(Rank(rank, 3), 12, 4, 0)
+        sharing = Sharing(rank, 3, 12, 4, 9)
         indices = sharing.cut([5, 6, 7], "0 0")
-        found.append((list(map(int, indices)), sharing.taken().counts))
+        found.append((list(map(int, indices)), not sharing.taken().is_padding))
     assert found == [([5, 6, 7], True), ([5], False), ([5], False)]
 
 
@@ -166,13 +156,13 @@ def order(workers, ahead):
         collate_fn=lambda samples: {"images": samples},
         worker_init_fn=lambda index: None,
     )
-    sharing = Sharing(Rank(0, 1), 4, 1, workers * (ahead or 0) + 1)
+    sharing = Sharing(0, 1, 4, 1, max(workers * (ahead or 0) + 1, 9))
     resumable, found = ResumableLoader(loader, 64, sharing=sharing), []
     for epoch in range(3):
         if epoch == 2:
             resumable.reset()
         for batch in resumable:
-            sharing.observe([Said()])
+            sharing.observe([RankStatus()])
             found.append(batch["images"])
     loader.close()
     return found

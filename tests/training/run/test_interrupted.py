@@ -30,7 +30,7 @@ def train(project):
     model.add_callback("on_train_start", lambda trainer: Path(project, "began").write_text(str(trainer.start_epoch)))
     model.train(project=project, **ARGUMENTS)
     trainer = model.trainer
-    torch.save([trainer.model.module.state_dict(), trainer.ema.ema.state_dict()], Path(project, "final.pt"))
+    torch.save([trainer.model.state_dict(), trainer.ema.ema.state_dict()], Path(project, "final.pt"))
 
 for project in sys.stdin:
     pid = os.fork()

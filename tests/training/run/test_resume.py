@@ -395,7 +395,7 @@ def test_weights_of_two_heads_go_on_as_they_were(trainings, tmp_path):
     """The criterion moves on at the end of an epoch, after its last step."""
     cut_by = ("on_train_epoch_end", lambda trainer: trainer.epoch == 1 and _cut())
     whole, resumed = whole_and_resumed(trainings, tmp_path, "yolo26n.yaml", cut_by=cut_by, epochs=3, bn_group=8)
-    criteria = [run.trainer.model.module.criterion for run in (whole, resumed)]
+    criteria = [run.trainer.model.criterion for run in (whole, resumed)]
     assert criteria[0].updates == criteria[1].updates == 3
     assert is_same(whole, resumed)
 

@@ -1,13 +1,14 @@
-"""Batch normalisation in groups of fixed size, so that cutting a batch into micro-batches cannot change its result.
+"""Batch normalisation in groups of fixed size: the result does not depend on how a batch is split into micro-batches.
 
-BatchNorm ties together the images it normalises: cut a batch otherwise, and the gradient is another one. Here every
-image is normalised with the images of its group, whatever shares its micro-batch, and micro-batches are made of whole
-groups. Several GPUs without synchronised BatchNorm do the same (a share each), and "ghost batch normalization" is this
-on one (Hoffer, Hubara, Soudry, 2017, https://arxiv.org/abs/1705.08741).
+BatchNorm makes the images that it normalises together depend on each other, so another split of a batch gives another
+gradient. Here every image is normalised with the images of its group, whatever else is in its micro-batch, and every
+micro-batch consists of whole groups. Training on several GPUs without synchronised BatchNorm does the same: there, the
+images of one GPU are a group. On one GPU the method is known as "ghost batch normalization" (Hoffer, Hubara, Soudry,
+2017, https://arxiv.org/abs/1705.08741).
 
-Running statistics move once a batch, by the mean over its groups, as `num_batches_tracked` says. Each group leaves its
-statistics in a row of its own, so doing a group again (after a failure, or to recompute it) overwrites and does not
-add.
+Running statistics are updated once per batch, with the mean over its groups, and `num_batches_tracked` counts one. Each
+group writes its statistics to its own row. A group that runs again (after a failure, or because it is recomputed)
+therefore overwrites its statistics and adds nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from yolov12.mas.modules import overridden
 __all__ = ["GroupedBatchNorm", "Kernels"]
 
 Again = Callable[[Tensor], Tensor]
-"""Makes an output of a BatchNorm once more, from its input."""
+"""Function that computes the output of a BatchNorm again from its input."""
 
 
 class Kernels(Protocol):
-    """That normalise several groups at once, and apply SiLU: `batchnorm_kernels`."""
+    """Functions that normalise several groups in one call and can apply SiLU, such as `batchnorm.kernels`."""
 
     def applies(self, x: Tensor, weight: Tensor, means: Tensor) -> bool:
-        """See there."""
+        """Return whether the kernels support these tensors; see `batchnorm.kernels.applies`."""
 
     def batch_norm(
         self,
@@ -48,25 +49,26 @@ class Kernels(Protocol):
         eps: float,
         silu: bool = False,
     ) -> tuple[Tensor, Again]:
-        """See there."""
+        """Normalise the groups; see `batchnorm.kernels.batch_norm`."""
 
 
 class GroupedBatchNorm:
-    """The BatchNorm layers of a model that are in training mode.
+    """Runs the BatchNorm layers of a model in groups, as far as they are in training mode.
 
-    The model is changed only inside `within`: it can be copied, saved and evaluated at any other time. A layer that is
-    called more than once in a forward pass keeps the statistics of its last call; one that is not called in every
-    micro-batch counts as if it had seen zeros there.
+    The model is changed only inside `within`. At any other time it can be copied, saved and evaluated.
+
+    A layer that is called several times in a forward pass keeps the statistics of its last call. A layer that is not
+    called in some micro-batch counts there as if it had seen zeros.
 
     Args:
-        model: Has the layers.
-        activations: BatchNorm → activation that is applied to its output, which nothing else uses: both are done at
-            once, where there are kernels for it.
-        kernels: Those of CUDA.
+        model: Model that contains the layers.
+        activations: BatchNorm → activation that is applied to its output. Nothing else may use that output. If the
+            kernels support it, BatchNorm and SiLU then run as one operation.
+        kernels: Implementation for several groups at once; by default the Triton kernels for CUDA.
 
     Raises:
-        ValueError: A layer has `momentum=None` (a cumulative average) or no running statistics, or is of a class with a
-            forward pass of its own.
+        ValueError: A layer has `momentum=None` (a cumulative average) or no running statistics, or its class has its
+            own forward pass.
     """
 
     def __init__(
@@ -77,10 +79,11 @@ class GroupedBatchNorm:
     ) -> None:
         self._kernels = kernels
         self._pairs = {norm: act for norm, act in (activations or {}).items() if type(act) is nn.SiLU}
-        self._activations: dict[nn.Module, nn.Module] = {}  # of these, those that no hook looks in between
+        # The pairs of this batch: those without a hook that would see the tensor between BatchNorm and activation.
+        self._activations: dict[nn.Module, nn.Module] = {}
         self.fused = 0
-        """Layers that were done with their activation since the batch began."""
-        self._activated: Tensor | None = None  # what a BatchNorm made that its activation need not touch
+        """Number of calls in this batch that ran BatchNorm and activation as one operation."""
+        self._activated: Tensor | None = None  # BatchNorm output that is already activated
         self._all = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         for layer in self._all:
             if layer.momentum is None or not layer.track_running_stats:
@@ -90,19 +93,20 @@ class GroupedBatchNorm:
         self._layers: list[_BatchNorm] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._channels: list[int] = []
-        # One row a group, all layers' channels side by side; and the same as one view a group and layer.
+        # Statistics of all groups: one row per group, with the channels of all layers side by side. `_views` has the
+        # same memory as one view per group and layer.
         self._means = self._variances = torch.empty(0, 0)
         self._views: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
-        self._blocks: list[tuple[Tensor, Tensor]] = []  # one a layer: the rows of this micro-batch
+        self._blocks: list[tuple[Tensor, Tensor]] = []  # one pair per layer: the rows of this micro-batch
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
         self.listener: Callable[[nn.Module, Tensor, Tensor, Again], None] | None = None
-        """Is told of every output: the layer, the output, the input, and what makes the one of the other."""
+        """Is called with each layer, its output, its input, and a function that computes the output again."""
 
     def begin(self) -> None:
-        """Start a batch: forget what the groups of the one before left."""
-        self._activations = {norm: act for norm, act in self._pairs.items() if not _watched(norm, act)}
+        """Start a batch: clear the statistics of the previous batch."""
+        self._activations = {norm: act for norm, act in self._pairs.items() if not _has_hooks(norm, act)}
         self.fused = 0
         layers = [layer for layer in self._all if layer.training]
         if layers != self._layers:
@@ -112,20 +116,25 @@ class GroupedBatchNorm:
             like = layers[0].running_mean if layers else None
             self._means = torch.empty(0) if like is None else like.new_zeros(0, sum(self._channels))
             self._variances, self._views = self._means.clone(), []
-        # A value that is overwritten is multiplied by zero first, which an overflow would survive.
+        # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that, so the rows are cleared
+        # here.
         self._means.zero_()
         self._variances.zero_()
         self._called.clear()
 
     @contextmanager
     def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
-        """Run the model on one micro-batch, forward and backward.
+        """Give the layers their grouped forward pass while one micro-batch runs forward and backward.
 
-        An activation that several models share is changed for all of them meanwhile.
+        If several models share an activation module, it is changed for all of them meanwhile.
 
         Args:
             groups: Images in each group of this micro-batch.
-            first: Number of groups of the batch before it.
+            first: Number of groups of the batch that come before this micro-batch.
+
+        Raises:
+            RuntimeError: An activation was not applied to the output of its BatchNorm, or a layer got a number of
+                images that is not a multiple of the micro-batch's.
         """
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
@@ -145,26 +154,31 @@ class GroupedBatchNorm:
             self._activated = None
 
     def averages(self, groups: Sequence[int], images: int) -> list[Tensor]:
-        """Give this rank's part of the batch's statistics, for summing up; overwrites what groups left.
+        """Return this rank's contribution to the batch's statistics, to be summed over all ranks.
+
+        The rows of the groups are overwritten.
 
         Args:
-            groups: Images in each group of this rank, by which their statistics are weighted.
-            images: Of all ranks.
+            groups: Images in each group of this rank. A group's statistics are weighted by its number of images.
+            images: Images in the whole batch, over all ranks.
+
+        Returns:
+            Weighted sums of means and of variances, each of shape (channels of all layers,); empty without layers.
         """
         if not self._layers:
             return []
-        shares = [size / images for size in groups]
+        weights = [size / images for size in groups]
         parts = []
         for rows in (self._means, self._variances):
-            torch._foreach_mul_(list(rows[: len(groups)].unbind()), shares)
+            torch._foreach_mul_(list(rows[: len(groups)].unbind()), weights)
             parts.append(rows[: len(groups)].sum(0))
         return parts
 
     def commit(self, averages: Sequence[Tensor]) -> None:
-        """Finish a batch: move the running statistics.
+        """Finish a batch: update the running statistics.
 
         Args:
-            averages: Sums of what `averages` gave on all ranks.
+            averages: What `averages` returned, summed over all ranks.
         """
         if not self._called:
             return
@@ -213,7 +227,10 @@ class GroupedBatchNorm:
         return out
 
     def _sizes(self, layer: _BatchNorm, x: Tensor) -> list[int]:
-        """Images of each group, of which a layer may be given several for one, one after the other."""
+        """Return the images in each group as this layer sees them.
+
+        A layer may see several entries per image, one after the other (crops of an image, for example).
+        """
         if len(self._groups) == 1:
             return [len(x)]
         fold, rest = divmod(len(x), sum(self._groups))
@@ -225,7 +242,7 @@ class GroupedBatchNorm:
         return [size * fold for size in self._groups]
 
     def _suits_kernels(self, layer: _BatchNorm, x: Tensor, sizes: Sequence[int], means: Tensor) -> bool:
-        """What PyTorch refuses is for PyTorch to refuse."""
+        """Return whether the kernels can run this call. Invalid calls go to PyTorch, which raises its usual error."""
         return (
             layer.affine
             and self._kernels.applies(x, layer.weight, means)
@@ -234,7 +251,7 @@ class GroupedBatchNorm:
         )
 
     def forget_activated(self) -> None:
-        """What was last made is not wanted, as in a layer that is recomputed without what follows it."""
+        """Do not expect an activation after the last BatchNorm: a recomputed layer may end with it."""
         self._activated = None
 
     def _activate(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -248,7 +265,7 @@ class GroupedBatchNorm:
             raise RuntimeError("an activation was not applied to the output of the BatchNorm that it is said to follow")
 
 
-def _watched(norm: nn.Module, activation: nn.Module) -> bool:
+def _has_hooks(norm: nn.Module, activation: nn.Module) -> bool:
     return any(
         (
             norm._forward_hooks, norm._backward_hooks, norm._backward_pre_hooks,
@@ -261,7 +278,7 @@ def _watched(norm: nn.Module, activation: nn.Module) -> bool:
 def _normalize_again(
     layer: _BatchNorm, sizes: Sequence[int], statistics: Sequence[tuple[Tensor, Tensor]], x: Tensor
 ) -> Tensor:
-    """What `_forward` made, from the statistics it left."""
+    """Compute the output of `_forward` again, from the statistics that it stored."""
     if len(sizes) == 1:
         return _with_statistics(x, layer, *statistics[0])
     out = torch.empty_like(x)
@@ -277,9 +294,10 @@ def _with_statistics(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tenso
 
 
 def _normalize(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
-    """PyTorch's own; a momentum of 1 leaves the statistics of `x` in `mean` and `variance`."""
+    """Normalise with PyTorch's BatchNorm. A momentum of 1 writes the statistics of `x` to `mean` and `variance`."""
     out = F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
     if len(x) == 1 and not x.is_cuda and out.requires_grad:
-        # On the CPU, PyTorch 2.3 takes the strides of one image's gradient for those of its input: silently wrong.
+        # On the CPU, PyTorch 2.3 reads the gradient of a single image with the strides of its input. The result is
+        # wrong, and no error is raised. A contiguous gradient avoids this.
         out.register_hook(Tensor.contiguous)
     return out

@@ -1,12 +1,13 @@
-"""Batch normalisation of all groups of a micro-batch, and SiLU after it, in two passes each way: CUDA, channels_last.
+"""Triton kernels for CUDA and channels_last: BatchNorm of all groups of a micro-batch, and SiLU after it.
 
-PyTorch goes thirteen times over a tensor for BatchNorm and SiLU, forward and backward, and keeps two of them for the
-backward pass; called once a group, it needs a launch each and two copies more to put the results together. These
-kernels go over it eight times, with the group as one more grid dimension, and keep BatchNorm's input alone (as in
-"In-Place Activated BatchNorm", Rota Bulò, Porzi, Kontschieder, 2018, https://arxiv.org/abs/1712.02616). Sums are in
-fp32 and in a fixed order, so results repeat bit for bit.
+PyTorch reads or writes a whole tensor thirteen times for BatchNorm and SiLU, forward and backward, and keeps two
+tensors for the backward pass. With one call per group it also needs one launch per group and two more copies to join
+the results. These kernels read or write the tensor eight times, treat the group as one more grid dimension, and keep
+only BatchNorm's input (as in "In-Place Activated BatchNorm", Rota Bulò, Porzi, Kontschieder, 2018,
+https://arxiv.org/abs/1712.02616). Sums are accumulated in fp32 in a fixed order, so results are reproducible bit for
+bit.
 
-Triton compiles them when they are first used, for which it needs a C compiler; where it finds none they do not apply.
+Triton compiles the kernels on first use and needs a C compiler for that. Without one, `applies` returns False.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ from yolov12.mas.oom import is_out_of_memory
 try:
     import triton
     import triton.language as tl
-except ImportError:  # not on every platform PyTorch is on
+except ImportError:  # PyTorch supports platforms that Triton does not
     triton = None
 
 __all__ = ["applies", "batch_norm"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_BLOCK = 4096  # elements a program works on at once
-_WARPS = 8  # of a program
-_PROGRAMS = 4  # of a processor, to have memory busy
+_BLOCK = 4096  # elements that a program processes at a time
+_WARPS = 8  # per program
+_PROGRAMS = 4  # programs per multiprocessor, enough to keep the memory busy
 
 
 def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:
-    """Whether these kernels can normalise a tensor with these parameters and statistics."""
+    """Return whether these kernels can normalise a tensor with these parameters and statistics.
+
+    They can if `x` is a 4-dimensional channels_last tensor of fp16, bf16 or fp32 on a CUDA device for which Triton
+    compiles, and `weight` and `means` are fp32.
+    """
     return (
         x.is_cuda
         and x.dtype in _DTYPES
@@ -58,7 +63,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
         plan.launch(_statistics, (x, rows, *rows.clone()), (1, 1.0))
         _normalized(plan, rows, ones, ones, True, x)
         _gradients(plan, True, x, x, rows, ones, ones)
-    except Exception as error:  # whatever a compiler that is not there, or not for this card, makes of it
+    except Exception as error:  # the type depends on what is missing: compiler, headers, or support for the card
         if is_out_of_memory(error):
             raise
         logging.getLogger("yolov12.mas").warning("BatchNorm goes group by group, as Triton does not compile: %s", error)
@@ -76,18 +81,18 @@ def batch_norm(
     eps: float,
     silu: bool = False,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Normalise groups of images with their own statistics.
+    """Normalise groups of images, each with its own statistics.
 
     Args:
         x: (images, channels, height, width), channels_last.
         weight, bias: (channels,), fp32.
-        means, variances: (groups, channels), fp32: are filled with mean and unbiased variance of each group.
-        sizes: Images in each group.
-        eps: Added to the biased variance.
+        means, variances: (groups, channels), fp32. Receive the mean and the unbiased variance of each group.
+        sizes: Images in each group, in order.
+        eps: Value added to the biased variance.
         silu: Whether SiLU is applied to the result.
 
     Returns:
-        As `x`; and what makes it of `x` once more, bit for bit.
+        The result, with the shape and type of `x`, and a function that computes it again from `x`, bit for bit.
     """
     plan = _plan(x.shape[1], x.shape[2] * x.shape[3], tuple(sizes), x.device)
     statistics = torch.empty(2, len(sizes), x.shape[1], device=x.device)  # mean, 1/sqrt(variance + eps)
@@ -131,11 +136,12 @@ def _gradients(
 
 
 _HANDS_OUT_KERNELS = triton is not None and tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
-_compiled: dict[Any, Any] = {}  # by all that Triton compiles another kernel for, where tensors are aligned
+# Compiled kernels for aligned tensors. The key has everything else for which Triton compiles another kernel.
+_compiled: dict[Any, Any] = {}
 
 
 class _Plan:
-    """How tensors of a shape are cut up: blocks of channels × chunks of rows × groups. A row is a pixel's channels."""
+    """Launch grid for one shape: blocks of channels × chunks of rows × groups. A row is the channels of one pixel."""
 
     def __init__(self, channels: int, pixels: int, sizes: tuple[int, ...], device: torch.device) -> None:
         self._device = device
@@ -153,11 +159,11 @@ class _Plan:
     def launch(
         self, kernel: Any, tensors: tuple[Tensor, ...], more: tuple[Any, ...], switches: tuple[bool, ...] = ()
     ) -> None:
-        """Launch a kernel; once it is compiled, past what Triton asks of the arguments each time.
+        """Launch a kernel. Once it is compiled, skip Triton's checks of the arguments.
 
-        That costs the host 50 to 100 microseconds a launch, of which a step has hundreds. Triton compiles another
-        kernel for other types of tensors, of which that of the first can change here, for those that are not aligned,
-        and for channels that are divisible by 16 or are not.
+        The checks take 50 to 100 microseconds per launch, and a step has hundreds of launches. Triton compiles separate
+        kernels for other tensor types (here only the first tensor's varies), for tensors not aligned to 16 bytes, and
+        for channels divisible or not divisible by 16.
         """
         if torch.cuda.current_device() != self._device.index:
             with torch.cuda.device(self._device):
@@ -179,7 +185,7 @@ class _Plan:
         return None
 
     def _take_scratch(self, stream: int) -> tuple[tuple[Tensor, ...], list[int]]:
-        """Memory for the sums of chunks, and for counting chunks that are done: zero between launches."""
+        """Return memory for sums of chunks and for counters of finished chunks, which are zero between launches."""
         groups, channels, splits = self._grid[2], self._numbers[1], self._grid[1]
         tensors = (self._ends, *_scratch(self._device, stream, 2 * groups * splits * channels, groups * self._grid[0]))
         self._scratch[stream] = tensors, [tensor.data_ptr() for tensor in tensors]
@@ -191,7 +197,7 @@ _plan = functools.lru_cache(maxsize=4096)(_Plan)
 
 @functools.lru_cache(maxsize=1024)
 def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each group ends, in images, after a zero. Kept, as copying it to the device waits for the device."""
+    """Return the end of each group in images, after a leading zero. Cached, as the copy waits for the device."""
     return torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
 
 
@@ -199,7 +205,7 @@ _scratches: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
 
 def _scratch(device: torch.device, stream: int, sums: int, counters: int) -> tuple[Tensor, Tensor]:
-    """What launches on one stream share, as they run one after the other."""
+    """Return scratch memory that all launches on one stream share. They run one after the other."""
     known = _scratches.get((device, stream))
     if known is None or known[0].numel() < sums or known[1].numel() < counters:
         known = torch.empty(sums, device=device), torch.zeros(counters, dtype=torch.int32, device=device)
@@ -208,19 +214,20 @@ def _scratch(device: torch.device, stream: int, sums: int, counters: int) -> tup
 
 
 def _stream(device: int) -> int:
-    if _HANDS_OUT_KERNELS:  # as Triton does, which is several times faster than making a stream object of it
+    if _HANDS_OUT_KERNELS:  # Triton's own way; several times faster than a stream object
         return int(triton.runtime.driver.active.get_current_stream(device))
     return int(torch.cuda.current_stream(device).cuda_stream)
 
 
 if triton is not None:
-    # In all kernels x, grad and out are (images * pixels, channels); ends is (groups + 1); the others as above. What
-    # is compiled serves all numbers of images: of all numbers, only channels help it to read several values at once.
+    # In all kernels x, grad and out have shape (images * pixels, channels), ends has shape (groups + 1), and the others
+    # are as above. One compiled kernel serves every number of images: among the sizes only the number of channels helps
+    # the compiler, which then loads several values at once.
     _jit = triton.jit(do_not_specialize=["pixels", "groups", "splits", "stride"])
 
     @triton.jit
     def _rows(ends, pixels, splits):
-        """First row of this program's group, its number of rows, and the range of rows that is this program's."""
+        """Return the first row and the number of rows of this program's group, and this program's range of rows."""
         group, split = tl.program_id(2), tl.program_id(1)
         first = tl.load(ends + group).to(tl.int64) * pixels
         count = tl.load(ends + group + 1).to(tl.int64) * pixels - first
@@ -230,7 +237,7 @@ if triton is not None:
 
     @triton.jit
     def _is_last(partial, counters, a, b, c, ok, channels, groups, splits):
-        """Leave two sums of this program's chunk; whether those of all other chunks of its group are there."""
+        """Store two sums of this program's chunk. Return whether all other chunks of its group are stored, too."""
         group = tl.program_id(2)
         at = (group * splits + tl.program_id(1)) * channels + c
         tl.store(partial + at, a, mask=ok)
@@ -244,7 +251,7 @@ if triton is not None:
 
     @triton.jit
     def _total(partial, c, ok, channels, splits, row_block: tl.constexpr, channel_block: tl.constexpr):
-        """Sum over the chunks of this program's group; other processors wrote them, so not from this one's cache."""
+        """Sum over the chunks of this program's group. Other processors wrote them, so this one's cache is bypassed."""
         total = tl.zeros((row_block, channel_block), tl.float32)
         for split in range(0, splits, row_block):
             s = split + tl.arange(0, row_block)
@@ -271,7 +278,7 @@ if triton is not None:
         row_block: tl.constexpr,
         channel_block: tl.constexpr,
     ):
-        """Mean and variance by sums of x and x², less the mean of some rows: then a large mean cancels nothing."""
+        """Compute mean and variance from sums of x and x², shifted by a sample's mean so that no digits cancel."""
         first, count, start, stop = _rows(ends, pixels, splits)
         group = tl.program_id(2)
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
@@ -338,7 +345,7 @@ if triton is not None:
 
     @triton.jit
     def _slope(x, grad, place, inside, mean, scale, factor, shift, silu: tl.constexpr):
-        """Gradient of the normalised and scaled value, and the value, normalised alone."""
+        """Return the gradient of the normalised and scaled value, and the normalised value."""
         slope = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         value = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - mean[None, :]) * scale[None, :]
         if silu:
@@ -366,7 +373,7 @@ if triton is not None:
         row_block: tl.constexpr,
         channel_block: tl.constexpr,
     ):
-        """Sums of the gradient, and of the gradient times the normalised value."""
+        """Sum up the gradient, and the gradient times the normalised value, over each group."""
         _, _, start, stop = _rows(ends, pixels, splits)
         c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
         ok = c < channels
@@ -429,7 +436,7 @@ if triton is not None:
             slope, value = _slope(x, grad, place, inside, mean, scale, factor, shift, silu)
             slope = (slope - plain[None, :] - value * times[None, :]) * (scale * factor)[None, :]
             tl.store(out + place, slope.to(out.dtype.element_ty), mask=inside)
-        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):  # over all groups
+        if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):  # sums over all groups
             plain = tl.zeros((channel_block,), tl.float32)
             times = tl.zeros((channel_block,), tl.float32)
             for group in range(groups):

@@ -1,14 +1,14 @@
-"""Activation checkpointing: which layers keep what, switched for every micro-batch without touching the model.
+"""Activation checkpointing: what each layer keeps for the backward pass, chosen anew for every micro-batch.
 
-A layer runs in one of three ways:
+A layer runs in one of three modes:
 
-keep        everything its backward pass needs stays in memory
-rebuild     outputs of BatchNorm and activation are made again from BatchNorm's input (rebuild.py): cheap
-recompute   only its inputs stay, and its forward pass runs again (Chen, Xu, Zhang, Guestrin, 2016,
+keep        everything that its backward pass needs stays in memory
+rebuild     outputs of BatchNorm and activation are computed again from BatchNorm's input (rebuild.py); this is cheap
+recompute   only the layer's inputs stay, and its forward pass runs again (Chen, Xu, Zhang, Guestrin, 2016,
             https://arxiv.org/abs/1604.06174), by `torch.utils.checkpoint`
 
-Gradients are the same whatever the plan. So are running statistics: a BatchNorm that runs again overwrites the row of
-its group (batchnorm/grouped.py).
+Gradients are the same under every plan. So are running statistics: a BatchNorm that runs again overwrites the row of
+its group (batchnorm/grouped.py). The model itself is not changed, except while a forward pass runs.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ REBUILD, RECOMPUTE = "rebuild", "recompute"
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs otherwise than kept."""
+    """A checkpoint plan: the layers that do not keep everything."""
 
     modes: tuple[tuple[str, str], ...] = ()
-    """(layer, `rebuild` or `recompute`). No layer may lie inside another one that is named."""
+    """Pairs of layer name and mode (`rebuild` or `recompute`). A named layer may not be inside another named layer."""
 
     def names(self, mode: str) -> tuple[str, ...]:
-        """Layers that run in a mode."""
+        """Return the names of the layers that run in a mode."""
         return tuple(name for name, its in self.modes if its == mode)
 
     def __str__(self) -> str:
-        """For the journal: `rebuild backbone.2 neck.5, recompute backbone.0`; empty if all is kept."""
+        """Return the plan as the journal writes it: `rebuild neck.5, recompute backbone.0`; empty if all is kept."""
         parts = [f"{mode} {' '.join(names)}" for mode in (REBUILD, RECOMPUTE) if (names := self.names(mode))]
         return ", ".join(parts)
 
 
 KEEP_ALL = Plan()
+"""The plan in which every layer keeps everything."""
 
 
 class Checkpointing:
-    """Runs a model's layers as plans say.
+    """Runs a model's layers according to plans.
 
     Args:
-        model: Its activations and the layers below; changed only inside `within`.
-        layers: Name → layer. Each is called once in a forward pass.
-        norms: Those of the model.
+        model: Model with the layers. It is changed only inside `within` and `remembering`.
+        layers: Name → layer. Each layer is called at most once in a forward pass.
+        norms: BatchNorm layers of the model.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], norms: GroupedBatchNorm) -> None:
@@ -69,7 +70,11 @@ class Checkpointing:
 
     @contextmanager
     def within(self, plan: Plan) -> Iterator[None]:
-        """Run a forward pass, and then, outside, its backward pass."""
+        """Apply a plan to the forward pass in this context. The backward pass runs after the context has ended.
+
+        Args:
+            plan: Checkpoint plan; its names must be keys of `layers`.
+        """
         if not plan.modes:
             yield
             return
@@ -89,7 +94,12 @@ class Checkpointing:
 
     @contextmanager
     def remembering(self, outputs: Outputs, wanted: Callable[[], bool]) -> Iterator[None]:
-        """Enter into `outputs` what BatchNorm and activations make while it is wanted."""
+        """Record in `outputs` what BatchNorm layers and activations compute.
+
+        Args:
+            outputs: Receives the outputs.
+            wanted: Is called for each output and returns whether to record it.
+        """
 
         def activate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
             return outputs.activate(function, x) if wanted() else function(x)
@@ -101,7 +111,8 @@ class Checkpointing:
         forwards: dict[nn.Module, Callable[..., Any]] = {
             module: partial(activate, module.forward)
             for module in self._activations
-            if not getattr(module, "inplace", False)  # what it was given is gone, and who called it may count on that
+            # An in-place activation overwrites its input, and its caller may rely on that.
+            if not getattr(module, "inplace", False)
         }
         self._norms.listener = normalized
         try:
@@ -122,7 +133,7 @@ class Checkpointing:
         first = [(args, kwargs)]
 
         def run(_: Tensor) -> Any:
-            # The second time from what is left of the inputs, some of which may have to be made again first.
+            # The second run starts from what is left of the inputs. Some of them may have to be rebuilt first.
             again = not first
             args, kwargs = each_tensor(kept, _Input.get, _Input) if again else first.pop()
             result = forward(*args, **kwargs)
@@ -130,14 +141,14 @@ class Checkpointing:
                 self._norms.forget_activated()
             return result
 
-        # Its argument tells `checkpoint` whose random generators to remember.
+        # `checkpoint` saves the random state of the device that its argument is on.
         return checkpoint(run, torch.empty(0, device=self._device), use_reentrant=False)
 
 
 class _Input:
     def __init__(self, outputs: Outputs, tensor: Tensor) -> None:
         self._value, self._needs_grad = outputs.keep(tensor), tensor.requires_grad
-        self._tensor = None if outputs.find(tensor) else tensor.detach()  # which counts its versions with it
+        self._tensor = None if outputs.find(tensor) else tensor.detach()  # shares the version counter
         self._version = tensor._version
 
     def get(self) -> Tensor:

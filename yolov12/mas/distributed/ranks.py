@@ -1,8 +1,8 @@
 """Several processes, one batch: what they tell each other in a step, and the sums that make their gradients one.
 
-Every process, or rank, runs its share of a batch by itself, with nothing exchanged in its forward and backward passes,
-so that an allocation that fails on one is that rank's own business. Then all say how it went, in one collective of a
-few bytes on the host, while devices still compute; and only if it went well everywhere are gradients added up.
+Every process, or rank, runs its share of a batch by itself. It exchanges nothing in its forward and backward passes, so
+an allocation that fails on one rank concerns that rank alone. Then all ranks report how it went, in one collective of a
+few bytes on the host while devices still compute. Gradients are summed only if the step succeeded on every rank.
 """
 
 from __future__ import annotations
@@ -21,81 +21,83 @@ from torch import Tensor
 from yolov12.errors import DoesNotFitError, RankError
 from yolov12.mas.distributed.watchdog import Lookout
 
-__all__ = ["ALONE", "ProcessRanks", "Ranks", "Said", "exchange_names"]
+__all__ = ["ALONE", "NO_NEWS", "ProcessRanks", "RankStatus", "Ranks", "exchange_names"]
 
 BUCKET_BYTES = 32 * 2**20
-"""Of the flat buffer in which gradients are added up, or less if they are less. It is there before ranks agree."""
+"""Size of the flat buffer in which gradients are summed, or less if they are smaller. It exists before ranks agree."""
 _VERDICT_S = 45.0
-"""How long to wait for the name of a rank that is gone."""
-_FINE, _DOES_NOT_FIT, _FAILED = range(3)
+"""Seconds to wait for the name of a rank that is gone."""
+_DONE, _DOES_NOT_FIT, _FAILED = range(3)  # outcome of a rank's share, in the first column of the table they exchange
 
 _Kind = tuple[torch.device, torch.dtype]
 
 
-@dataclass
-class Said:
-    """What a rank says once a step."""
+@dataclass(frozen=True)
+class RankStatus:
+    """Report of one rank to all others, once a step."""
 
     images: int = 0
-    """Of the last share of it whose time is known; or more, where so many would have taken no longer."""
+    """Size of the rank's latest share with a known time; more if the host could have launched more in that time."""
     ms: float = math.nan
-    """That its own work on this share took, without waiting for others; not a number where nothing new is known."""
+    """Milliseconds of the rank's own work on that share, without waiting for other ranks; NaN if nothing new is
+    known."""
     stop: bool = False
-    """Whether it was asked to stop."""
+    """True if this process was asked to stop."""
     checksum: int = 0
-    """Of its replica; 0 where it was not taken."""
+    """Checksum of the rank's weights; 0 if it was not computed."""
+
+
+NO_NEWS = RankStatus()
 
 
 class Ranks(Protocol):
     """The processes that share each batch."""
 
     rank: int
-    """Which one this is, from 0."""
+    """Number of this process, from 0."""
     size: int
-    """How many there are."""
+    """Number of processes."""
     alike: bool
-    """Whether all have devices of one name: others may round an optimizer's step otherwise."""
-    said: Sequence[Said]
-    """By every rank in the last `agree`."""
-    say: Said
-    """What this one says in the next."""
+    """True if all devices have the same name. Different ones may round an optimizer's step differently."""
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
-        """Take the memory that `sum` will need for such tensors."""
+        """Allocate the memory that `sum` will need for such tensors."""
 
-    def agree(self, failure: BaseException | None = None) -> None:
-        """Say that this rank's share is done, or why it is not, and hear the others.
+    def agree(self, status: RankStatus, failure: BaseException | None = None) -> Sequence[RankStatus]:
+        """Report that this rank's share is done, or why it is not, and return what every rank reports.
+
+        Args:
+            status: Report of this rank.
+            failure: Error that ended this rank's share; None if the share is done.
 
         Raises:
-            DoesNotFitError: On another rank not even one image fits.
-            RankError: Another rank failed in another way, or is gone.
+            DoesNotFitError: Not even one image fits on another rank.
+            RankError: Another rank failed in another way, is gone, or has other weights.
         """
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Add tensors up over all ranks, in place; of the same shapes and order on all of them."""
+        """Sum tensors over all ranks, in place; shapes and order are the same on all of them."""
 
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors the values that they have on rank 0."""
 
     def all(self, flag: bool) -> bool:
-        """Whether it is true on every rank."""
+        """Return whether the flag is true on every rank."""
 
     def least(self, number: int) -> int:
-        """The smallest of what the ranks give."""
+        """Return the smallest number that a rank gives."""
 
 
 class _Alone:
-    """One process."""
+    """A training in one process."""
 
     rank, size, alike = 0, 1, True
-    said: Sequence[Said] = ()
-    say = Said()
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
         pass
 
-    def agree(self, failure: BaseException | None = None) -> None:
-        pass
+    def agree(self, status: RankStatus, failure: BaseException | None = None) -> Sequence[RankStatus]:
+        return (status,)
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         pass
@@ -111,28 +113,26 @@ class _Alone:
 
 
 ALONE: Ranks = _Alone()
-"""A training in one process."""
+"""Ranks of a training in one process."""
 
 
 def exchange_names() -> list[str]:
-    """Rank → what messages call it."""
+    """Return the name of every rank as messages show it, rank 0 first. A collective."""
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, f"rank {dist.get_rank()} ({socket.gethostname()})")
     return names
 
 
 class ProcessRanks:
-    """Ranks of torch.distributed, whose default group adds up tensors of the host and of the device.
+    """Ranks of torch.distributed, whose default group sums tensors of the host and of the device.
 
     Args:
-        lookout: Says who is gone where a collective fails, and passes on what a number cannot say.
+        lookout: Watchdog that names a rank that is gone, and passes error messages on.
         alike: See `Ranks.alike`.
     """
 
     def __init__(self, lookout: Lookout, *, alike: bool = True) -> None:
         self.rank, self.size, self.alike = dist.get_rank(), dist.get_world_size(), alike
-        self.said: Sequence[Said] = ()
-        self.say = Said()
         self._lookout = lookout
         self._flat: dict[_Kind, Tensor] = {}
 
@@ -141,28 +141,29 @@ class ProcessRanks:
         for kind, of_kind in _by_kind(tensors).items():
             self._buffer(kind, of_kind)
 
-    def agree(self, failure: BaseException | None = None) -> None:
+    def agree(self, status: RankStatus, failure: BaseException | None = None) -> Sequence[RankStatus]:
         """See `Ranks.agree`."""
-        state = _FINE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
+        outcome = _DONE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
         if failure is not None:
             self._lookout.tell(str(failure) or type(failure).__name__)
-        say, self.say = self.say, Said()
         table = torch.zeros(self.size, 5, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
-        table[self.rank] = torch.tensor([state, say.images, say.ms, say.stop, say.checksum], dtype=torch.float64)
+        table[self.rank] = torch.tensor(
+            [outcome, status.images, status.ms, status.stop, status.checksum], dtype=torch.float64
+        )
         with self._naming_the_lost():
             dist.all_reduce(table)
-        states, rows = table[:, 0].tolist(), table[:, 1:].tolist()
-        self.said = [Said(int(images), ms, bool(stop), int(checksum)) for images, ms, stop, checksum in rows]
+        outcomes, rows = table[:, 0].tolist(), table[:, 1:].tolist()
+        statuses = [RankStatus(int(images), ms, bool(stop), int(checksum)) for images, ms, stop, checksum in rows]
         for kind, error in ((_FAILED, RankError), (_DOES_NOT_FIT, DoesNotFitError)):
-            if kind in states:
-                rank = states.index(kind)
-                if rank != self.rank and (failure is None or kind != state):
+            if kind in outcomes:
+                rank = outcomes.index(kind)
+                if rank != self.rank and (failure is None or kind != outcome):
                     raise error(f"{self._lookout.names[rank]}: {self._lookout.told(rank)}")
                 break
-        self._compare()
+        self._compare([each.checksum for each in statuses])
+        return statuses
 
-    def _compare(self) -> None:
-        checksums = [said.checksum for said in self.said]
+    def _compare(self, checksums: Sequence[int]) -> None:
         if len(set(checksums)) == 1:
             return
         usual = max(checksums, key=checksums.count)
@@ -217,7 +218,11 @@ class ProcessRanks:
             raise self.blame(error) from error
 
     def blame(self, error: RuntimeError) -> RankError:
-        """Say who is gone, where a collective failed: gloo and NCCL tell of sockets."""
+        """Return an error that names the rank that is gone. Errors of gloo and NCCL speak of sockets.
+
+        Args:
+            error: Error of a collective.
+        """
         gone = self._lookout.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
         return RankError(f"{gone}. resume=True goes on from the last save, and resume=auto by itself")
 

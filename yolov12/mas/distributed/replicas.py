@@ -1,4 +1,4 @@
-"""Whether ranks still train the same model: a checksum that a word of a few bytes can carry."""
+"""A small checksum of a model: ranks exchange it to notice when their models differ."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(model: nn.Module) -> int:
-    """Checksum of all bits of parameters and buffers, never 0; waits for the device.
+    """Return a checksum of all bits of parameters and buffers, never 0. The call waits for the device.
 
-    Bits are added up tensor by tensor, which needs no memory; that errors in one cancel out is left to chance.
+    The bits are added up tensor by tensor, which needs no additional memory. Differences inside one tensor could cancel
+    each other, but only by chance.
     """
     tensors = itertools.chain(model.parameters(), model.buffers())
     sums = [_bits(tensor.detach()).sum(dtype=torch.int64) for tensor in tensors]

@@ -1,9 +1,10 @@
-"""What the engine did: a row in memory.csv for every optimizer step, and at the end memory.json and memory.png.
+"""The record of a run: one row in memory.csv per optimizer step, and memory.json and memory.png at the end.
 
-The file is the only record. The summary and the picture are made from it, so after a resume they cover the whole run.
+memory.csv is the only source. The summary and the picture are made from it, so after a resume they cover the whole run.
 
-Where several processes (ranks) share each batch, each has such a file of its own share: memory.csv is that of rank 0,
-and memory.rank1.csv and so on are those of the others. Steps count alike in all of them. Rank 0 sums all of them up.
+If several processes (ranks) share each batch, each rank writes a file about its own share: rank 0 writes memory.csv,
+and the other ranks write memory.rank1.csv and so on. Step numbers agree between these files. Rank 0 summarises all of
+them.
 """
 
 from __future__ import annotations
@@ -35,37 +36,42 @@ _FLUSH_S = 1.0
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer step."""
+    """What happened in one optimizer step."""
 
     step: int
-    """Counts from 1 over the whole run, and goes on after a resume."""
+    """Number of the step, from 1. It continues after a resume."""
     epoch: int
-    """From 1, as Ultralytics prints it."""
+    """Epoch, from 1, as Ultralytics prints it."""
     images: int
-    """Of the logical batch: of all loader batches that went into this update. Of several ranks, this one's share."""
+    """Images in the logical batch.
+
+    The logical batch consists of all loader batches of this update. With several ranks, only this rank's share counts.
+    """
     micro_batches: tuple[int, ...]
-    """Images in each, in the order they ran; none where the share was none."""
+    """Images in each micro-batch, in the order in which they ran; empty if the share was empty."""
     plan: str
-    """Name of the checkpointing plan; empty if nothing is recomputed."""
+    """Checkpoint plan in text form; empty if every layer keeps everything."""
     image_size: str
     """Height and width in pixels: `640x640`."""
     max_boxes: int
-    """Of the image that has most."""
+    """Boxes of the image that has most."""
     predicted_bytes: int
-    """Predicted peak."""
+    """Predicted peak of allocated memory."""
     peak_bytes: int
-    """Measured peak."""
+    """Measured peak of allocated memory."""
     held_bytes: int
-    """See `Reading`, like the two below."""
+    """Memory reserved by this process; see `Reading.held_bytes`."""
     free_bytes: int
+    """Memory that the device could still give; see `Reading.free_bytes`."""
     budget_bytes: int
+    """Memory that this process may use; see `Reading.budget_bytes`."""
     step_ms: float | None
-    """None where not measured."""
+    """Milliseconds of the step; None if they were not measured."""
     events: tuple[str, ...]
-    """Such as `out-of-memory at 64`, `retried 64`, `shrunk 64 to 32`, `grew 32 to 64`, `groups of 16`."""
+    """Events such as `out-of-memory at 64`, `retried 64`, `shrunk 64 to 32`, `grew 32 to 64`, `groups of 16`."""
 
     def as_csv(self) -> tuple[str | int, ...]:
-        """Return the values of `COLUMNS`: MiB, milliseconds and images a second with one decimal, empty if unknown."""
+        """Return the values of `COLUMNS` in MiB, milliseconds and images/s, with one decimal; empty if unknown."""
         sizes_bytes = (self.predicted_bytes, self.peak_bytes, self.held_bytes, self.free_bytes, self.budget_bytes)
         return (
             *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches))),
@@ -78,17 +84,18 @@ class Row:
 
 
 class Journal:
-    """Writes memory.csv while a run goes on, memory.json and memory.png at its end.
+    """Writes memory.csv during a run, and memory.json and memory.png at its end.
 
     Args:
-        folder: Of the run; exists. Ranks of other machines may have another, whose files rank 0 does not see.
-        resume: Go on after what is there. A last line that a kill cut off is dropped.
-        steps: With `resume`, rows after so many are dropped: these steps will be made again.
-        rank: Which of several processes this one is.
-        ranks: How many there are.
+        folder: Existing folder of the run. Ranks on other machines may have another folder; rank 0 does not see their
+            files.
+        resume: Continue the existing file. If a kill cut off its last line, that line is dropped.
+        steps: With `resume`, drop the rows after this step number, because these steps will run again.
+        rank: Index of this process among the ranks.
+        ranks: Number of ranks.
 
     Raises:
-        OSError: From any method: the folder is gone, may not be written to, or its disk is full.
+        OSError: From any method: the folder is missing or not writable, or its disk is full.
     """
 
     def __init__(
@@ -101,42 +108,43 @@ class Journal:
         self._percent_sum = 0.0
         self._before: Mapping[str, float | None] = {}
         if not resume:
-            self._begin_anew()
-        rows, last_step = self._take_up(steps) if resume else ([], 0)
+            self._remove_old_files()
+        rows, last_step = self._resume(steps) if resume else ([], 0)
         self._next_step = last_step + 1
         self._resumed_rows, self._first_step = len(rows), self._next_step
         self._mark = (RESUMED if steps is None else f"{RESUMED} after step {steps}") if last_step else ""
         self._flushed_s = time.monotonic()
         self._file: TextIO | None = None
-        if not rank:  # the others do so with their first row, when rank 0 has removed what an earlier run left
+        # The other ranks open their files with their first row, after rank 0 has removed the files of an earlier run.
+        if not rank:
             self._file = self._open()
 
-    def _begin_anew(self) -> None:
+    def _remove_old_files(self) -> None:
         self._csv.unlink(missing_ok=True)
         if not self._rank:
-            for path in (self._json, self._picture, *_others(self._folder).values()):
+            for path in (self._json, self._picture, *_rank_files(self._folder).values()):
                 path.unlink(missing_ok=True)
 
-    def _take_up(self, steps: int | None) -> tuple[list[dict[str, str]], int]:
-        """Cut the file to what holds; return its rows, and the last step that all ranks count on from."""
+    def _resume(self, steps: int | None) -> tuple[list[dict[str, str]], int]:
+        """Truncate the file to the valid rows. Return them, and the last step number, which all ranks agree on."""
         first = self._folder / _FIRST
         if steps is None and self._rank and first.exists():
-            steps = _last_step(read_rows(first))  # a kill may have cost one rank more rows than another
+            steps = _last_step(read_rows(first))  # a kill may cost each rank another number of rows
         rows: list[dict[str, str]] = []
         if self._csv.exists():
-            _cut(self._csv, steps)
+            _truncate(self._csv, steps)
             rows = read_rows(self._csv)
             if not self._rank and self._json.exists():
                 self._before = json.loads(self._json.read_text("utf-8"))
             if steps is not None:
-                self._before = {**self._before, "images_lost": 0}  # they are trained on again
+                self._before = {**self._before, "images_lost": 0}  # these images will be trained on again
         elif not self._rank:
             for path in (self._json, self._picture):
                 path.unlink(missing_ok=True)
         last_step = _last_step(rows) if steps is None else steps
-        for rank, path in _others(self._folder).items():
-            if not self._rank and rank >= self._ranks:  # it is no more, and its rows are part of the run
-                _cut(path, last_step)
+        for rank, path in _rank_files(self._folder).items():
+            if not self._rank and rank >= self._ranks:  # this rank no longer exists, but its rows count
+                _truncate(path, last_step)
         return rows, last_step
 
     def _open(self) -> TextIO:
@@ -148,11 +156,11 @@ class Journal:
 
     @property
     def next_step(self) -> int:
-        """Step number of the next row."""
+        """Number of the step that the next row belongs to."""
         return self._next_step
 
     def add(self, row: Row) -> None:
-        """Write a row. It reaches the file within a second of training, or with `summary` or `close`."""
+        """Write a row. Rows reach the file about once a second, and with `flush`, `summary` or `close`."""
         if self._mark:
             row = dataclasses.replace(row, events=(self._mark, *row.events))
             self._mark = ""
@@ -163,41 +171,51 @@ class Journal:
             self.flush()
 
     def lost(self, images: int) -> None:
-        """Count images, of all ranks, that entered a step and did not reach an update."""
+        """Count images that entered a step but did not reach an update.
+
+        Args:
+            images: Number of images, over all ranks.
+        """
         self._lost += images
 
     def busy(self, percent: float | None) -> None:
-        """Take a sample of the GPU's utilisation; None is no sample."""
+        """Add a sample of the GPU's utilisation.
+
+        Args:
+            percent: 0 to 100; None is ignored.
+        """
         if percent is not None:
             self._percent_sum += percent
             self._samples += 1
 
     def summary(self, *, updates_expected: int | None) -> Summary:
-        """Sum up the run so far; on rank 0, of all ranks.
+        """Summarise the run so far; on rank 0, over all ranks.
 
         Args:
-            updates_expected: How many updates this part of the run, since the last resume, should make; None where not
-                known.
+            updates_expected: Updates that the run should make since the last resume; None if unknown.
         """
         return self._summary(self._read(), updates_expected)
 
     def close(self, *, updates_expected: int | None) -> Summary:
-        """Write memory.json, and memory.png if there was a step; return the summary. The last call to make.
+        """Write memory.json, and memory.png if there was a step, then return the summary. Must be the last call.
 
-        Rank 0 does so for all ranks, whose rows have to be in their files: each of them has closed its own, or flushed.
-        The others write nothing, and return a summary of their own share.
+        Rank 0 does this for all ranks. Every other rank must have closed or flushed its journal before, so that its
+        rows are in its file. The other ranks write no summary and no picture, and return a summary of their own share.
+
+        Args:
+            updates_expected: Updates that the run should make since the last resume; None if unknown.
         """
         with self._file or contextlib.nullcontext():
             journals = self._read()
         summary = self._summary(journals, updates_expected)
         if self._rank:
             return summary
-        # In one go: a resume reads this file, and a kill may come while it is written.
+        # The file is replaced in one operation: a resume reads it, and a kill may come while it is being written.
         unfinished = self._json.with_suffix(".json.tmp")
         unfinished.write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n", "utf-8")
         unfinished.replace(self._json)
         if journals[0]:
-            with contextlib.suppress(ImportError):  # no matplotlib, no picture
+            with contextlib.suppress(ImportError):  # without matplotlib there is no picture
                 picture.save(journals.pop(0), self._picture, journals)
         return summary
 
@@ -214,7 +232,7 @@ class Journal:
         return read_ranks(self._folder)
 
     def flush(self) -> None:
-        """Hand all rows to the system, which keeps them if this process is killed."""
+        """Pass all rows to the operating system, which keeps them even if this process is killed."""
         if self._file is not None:
             self._file.flush()
         self._flushed_s = time.monotonic()
@@ -224,12 +242,12 @@ class Journal:
         before = self._before.get("gpu_utilisation_percent")
         if now is None or before is None:
             return before if now is None else now
-        # How many samples there were before is not recorded; steps stand in for them.
+        # The earlier number of samples is unknown, so steps serve as weights.
         return before + (now - before) * (rows - self._resumed_rows) / max(rows, 1)
 
 
-def _cut(path: Path, steps: int | None) -> None:
-    """Leave whole rows, of the first steps."""
+def _truncate(path: Path, steps: int | None) -> None:
+    """Truncate a file to complete rows, and to those up to step number `steps` if it is given."""
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n")]
     if steps is not None:
@@ -238,18 +256,28 @@ def _cut(path: Path, steps: int | None) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a memory.csv, of a run that goes on or was killed too: a last line without its end is left out."""
+    """Read the rows of a memory.csv, each as column → text.
+
+    An incomplete last line is left out: the run may still be writing it, or a kill may have cut it off.
+    """
     text = path.read_text("utf-8")
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 def read_ranks(folder: Path) -> dict[int, list[dict[str, str]]]:
-    """Read the rows of every rank whose file is in a run folder, rank 0 first: it has to be there."""
-    return {0: read_rows(folder / _FIRST), **{rank: read_rows(path) for rank, path in _others(folder).items()}}
+    """Read the rows of every rank whose file is in a run folder.
+
+    Args:
+        folder: Folder with at least the file of rank 0.
+
+    Returns:
+        Rank → rows, rank 0 first.
+    """
+    return {0: read_rows(folder / _FIRST), **{rank: read_rows(path) for rank, path in _rank_files(folder).items()}}
 
 
-def _others(folder: Path) -> dict[int, Path]:
-    """Files of the ranks above 0."""
+def _rank_files(folder: Path) -> dict[int, Path]:
+    """Return the files of the ranks above 0."""
     names = {
         path: path.name.removeprefix("memory.rank").removesuffix(".csv") for path in folder.glob("memory.rank*.csv")
     }

@@ -1,9 +1,10 @@
-"""memory.png: what the engine did, step by step, for a person to see at a glance.
+"""memory.png: a picture of what the engine did, step by step.
 
-Of several ranks it shows, a colour each: peak and budget, the share of each batch, and the speed.
+With several ranks, the picture shows each rank in its own colour: its peak and budget, its share of each batch, and its
+speed.
 
-Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart
-(https://jfly.uni-koeln.de/color/); markers differ in shape too.
+The colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart
+(https://jfly.uni-koeln.de/color/). Markers also differ in shape.
 """
 
 from __future__ import annotations
@@ -25,34 +26,39 @@ _Row = Mapping[str, str]
 
 _BLACK, _BLUE, _ORANGE, _SKY = "#000000", "#0072B2", "#E69F00", "#56B4E9"
 _VERMILION, _GREEN, _PURPLE = "#D55E00", "#009E73", "#CC79A7"
-_BINS = 600  # of up to three steps each: more lines than there are pixels would make a solid band
-_EPOCHS = 60  # with more lines than this there is nothing else to see
-_RANK_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _BLACK, "#8C8C8C")  # of more, from a scale
+# Parts into which a long run is divided, with up to three steps drawn for each. With more lines than pixels, the
+# picture would be a solid band.
+_BINS = 600
+# Most epochs that are marked with a vertical line. More lines would hide everything else.
+_EPOCHS = 60
+_RANK_COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _BLACK, "#8C8C8C")  # more ranks use a colour scale
 _NONE: Mapping[int, Sequence[_Row]] = {}
-_DOTTED_STEPS = 40  # up to here each step gets a dot; a line through one step alone would show nothing
+# Most steps for which each gets a dot. A line through a single step would be invisible.
+_DOTTED_STEPS = 40
 
 
 def save(rows: Sequence[_Row], path: Path, others: Mapping[int, Sequence[_Row]] = _NONE) -> None:
     """Write the picture as a PNG of 1200 x 800 pixels.
 
     Args:
-        rows: As `read_rows` returns them; at least one.
-        path: Of the file to write.
-        others: Rank → rows, of further ranks.
+        rows: At least one row, as `read_rows` returns them.
+        path: File to write.
+        others: Rank → rows, for the ranks above 0.
     """
     draw(rows, others).savefig(path)
 
 
 def draw(rows: Sequence[_Row], others: Mapping[int, Sequence[_Row]] = _NONE) -> Figure:
-    """Draw memory in GiB, micro-batches and images a second, one below the other over the steps.
+    """Draw memory in GiB, micro-batches and images/s in three panels over the steps.
 
-    Of several ranks, shares of the batch are in the place of micro-batches.
+    With several ranks, the second panel shows each rank's share of the batch.
 
     Args:
-        rows: As `read_rows` returns them; at least one.
-        others: Rank → rows, of further ranks.
+        rows: At least one row, as `read_rows` returns them.
+        others: Rank → rows, for the ranks above 0.
     """
-    # Here, for the engine needs no matplotlib; and not pyplot, which keeps figures and picks a window system.
+    # Imported here, because the engine does not need matplotlib. Not pyplot, which keeps every figure alive and selects
+    # a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -85,10 +91,15 @@ def draw(rows: Sequence[_Row], others: Mapping[int, Sequence[_Row]] = _NONE) -> 
 
 
 def thin(rows: Sequence[_Row], bins: int = _BINS) -> list[_Row]:
-    """Choose the rows to draw of a long run.
+    """Choose the rows of a long run to draw.
 
-    Of each of `bins` equal stretches stay the steps with the highest peak, the lowest budget and the middle speed, and
-    every step with an event. Whole rows are chosen, so that all that is drawn at a step happened at that step.
+    The run is divided into `bins` equal parts. From each part, the steps with the highest peak, the lowest budget and
+    the median speed are drawn, and all steps with an event. Whole rows are chosen, so everything drawn at a step
+    happened at that step.
+
+    Args:
+        rows: Rows, as `read_rows` returns them.
+        bins: Number of parts. A run with at most as many rows is drawn completely.
     """
     if len(rows) <= bins:
         return list(rows)
@@ -114,7 +125,7 @@ def _memory(axes: Axes, rows: Sequence[_Row]) -> None:
     axes.plot(steps, budget, color=_BLACK, linewidth=1.6, marker=dot, ms=4, label="budget")
     axes.plot(steps, peak, color=_BLUE, linewidth=1.4, marker=dot, ms=4, label="measured peak")
     axes.plot(steps, predicted, "--", color=_ORANGE, linewidth=1.1, marker=dot, ms=4, label="predicted peak")
-    if resumed := [int(row["step"]) - 0.5 for row in rows if _has(row, "resumed")]:
+    if resumed := [int(row["step"]) - 0.5 for row in rows if _has_event(row, "resumed")]:
         axes.vlines(resumed, 0, 1, _GREEN, ":", label="resumed", transform=axes.get_xaxis_transform())
     _mark(axes, rows, "out-of-memory", peak, "X", _VERMILION, "out-of-memory, survived")
     axes.set_ylim(0, max(*peak, *predicted, *held, *budget, 0.001) * 1.06)
@@ -133,7 +144,7 @@ def _micro_batches(axes: Axes, rows: Sequence[_Row]) -> None:
         axes.step(steps, values, where="mid", color=color, linewidth=width, marker=dot, ms=4, label=label)
     _mark(axes, rows, "shrunk", largest, "v", _VERMILION, "shrunk")
     _mark(axes, rows, "grew", largest, "^", _GREEN, "grew")
-    # Both on one scale of powers of two: halving the one doubles the other, and it looks like that.
+    # Both lines share one scale of powers of two, so that halving one and doubling the other look alike.
     axes.set_yscale("log", base=2)
     top = max(*largest, *counts)
     powers = [2**power for power in range(math.ceil(math.log2(top)) + 1)]
@@ -155,14 +166,14 @@ def _speed(axes: Axes, rows: Sequence[_Row]) -> None:
 
 
 def _draw_ranks(panels: Sequence[Axes], journals: Mapping[int, Sequence[_Row]]) -> None:
-    shown, colors = _thin_alike(journals), _rank_colors(journals)
+    shown, colors = _thin_all(journals), _rank_colors(journals)
     _memory_of_ranks(panels[0], shown, colors)
     _shares(panels[1], shown, colors, every_step=shown == journals)
     _speed_of_ranks(panels[2], shown, colors)
 
 
-def _thin_alike(journals: Mapping[int, Sequence[_Row]]) -> dict[int, Sequence[_Row]]:
-    """Choose the same steps of all ranks."""
+def _thin_all(journals: Mapping[int, Sequence[_Row]]) -> dict[int, Sequence[_Row]]:
+    """Choose the same steps for all ranks."""
     if max(map(len, journals.values())) <= _BINS:
         return dict(journals)
     bins = max(_BINS // len(journals), _BINS // 10)
@@ -192,20 +203,22 @@ def _memory_of_ranks(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors:
         _mark_rank(axes, worked, "out-of-memory", peaks, "X", colors[rank])
         top = max(top, *budgets, *peaks, 0)
     axes.set_ylim(0, top * 1.06)
-    resumed = sorted({int(row["step"]) - 0.5 for rows in journals.values() for row in rows if _has(row, "resumed")})
+    resumed = sorted(
+        {int(row["step"]) - 0.5 for rows in journals.values() for row in rows if _has_event(row, "resumed")}
+    )
     if resumed:
         axes.vlines(resumed, 0, 1, "0.3", ":", transform=axes.get_xaxis_transform())
-    _entry(axes, "measured peak", linewidth=1.5)
-    _entry(axes, "budget", linestyle="--", linewidth=0.8)
+    _legend_entry(axes, "measured peak", linewidth=1.5)
+    _legend_entry(axes, "budget", linestyle="--", linewidth=0.8)
     if resumed:
-        _entry(axes, "resumed", linestyle=":")
-    _event_entry(axes, journals, "out-of-memory", "X", "out-of-memory, survived")
+        _legend_entry(axes, "resumed", linestyle=":")
+    _event_legend_entry(axes, journals, "out-of-memory", "X", "out-of-memory, survived")
     _rank_legend(axes, colors)
     _caption(axes, "Memory of each rank", "GiB")
 
 
 def _rank_legend(axes: Axes, colors: Mapping[int, Any]) -> None:
-    """Tell ranks in a line of their own, above where the other legend comes; of many, some, which tell the scale."""
+    """Draw a legend of the ranks above the place of the other legend. With many ranks it names only some of them."""
     from matplotlib.lines import Line2D
 
     every = math.ceil(len(colors) / len(_RANK_COLORS))
@@ -218,16 +231,17 @@ def _rank_legend(axes: Axes, colors: Mapping[int, Any]) -> None:
         frameon=False,
         fontsize=9,
     )
-    axes.add_artist(legend)  # or the next legend would take its place
-    legend.set_clip_on(False)  # or the layout would leave no room for it
+    axes.add_artist(legend)  # otherwise the next legend would replace it
+    legend.set_clip_on(False)  # otherwise the layout would leave no room for it
 
 
 def _shares(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[int, Any], *, every_step: bool) -> None:
-    """Draw bands, one upon the other, which make up the batch; equal lines would hide each other."""
+    """Draw the shares as stacked bands, which add up to the batch. Lines of equal shares would hide each other."""
     images = {rank: {int(row["step"]): int(row["images"]) for row in rows} for rank, rows in journals.items()}
     below = dict.fromkeys(sorted(step for of_rank in images.values() for step in of_rank), 0)
     steps = list(below)
-    if not every_step:  # which last batches of epochs are among those shown is chance
+    # It is chance which of the smaller last batches of epochs are among the steps drawn, so they are left out.
+    if not every_step:
         whole = [sum(of_rank.get(step, 0) for of_rank in images.values()) for step in steps]
         dips = [index for index in range(1, len(steps) - 1) if whole[index] < min(whole[index - 1], whole[index + 1])]
         steps = [step for index, step in enumerate(steps) if index not in set(dips)]
@@ -242,8 +256,8 @@ def _shares(axes: Axes, journals: Mapping[int, Sequence[_Row]], colors: Mapping[
         _mark_rank(axes, rows, "grew", middles, "^", colors[rank])
         below = above
     axes.set_ylim(0, max(*below.values(), 1) * 1.08)
-    _event_entry(axes, journals, "shrunk", "v", "micro-batch shrunk")
-    _event_entry(axes, journals, "grew", "^", "micro-batch grew")
+    _event_legend_entry(axes, journals, "shrunk", "v", "micro-batch shrunk")
+    _event_legend_entry(axes, journals, "grew", "^", "micro-batch grew")
     _caption(axes, "Share of each rank in the batch", "images")
 
 
@@ -266,21 +280,23 @@ def _running_median(values: Sequence[float]) -> list[float]:
     return [median(values[max(0, index - reach) : index + reach + 1]) for index in range(len(values))]
 
 
-def _entry(axes: Axes, label: str, **style: Any) -> None:
-    """Add to the legend what is drawn in the colours of the ranks."""
+def _legend_entry(axes: Axes, label: str, **style: Any) -> None:
+    """Add a legend entry in grey for something that is drawn in the colours of the ranks."""
     axes.plot([], [], label=label, **{"color": "0.3", **style})
 
 
-def _event_entry(axes: Axes, journals: Mapping[int, Sequence[_Row]], prefix: str, marker: str, label: str) -> None:
-    if any(_has(row, prefix) for rows in journals.values() for row in rows):
-        _entry(axes, label, linestyle="", marker=marker, ms=9, markerfacecolor="white", markeredgecolor=_BLACK)
+def _event_legend_entry(
+    axes: Axes, journals: Mapping[int, Sequence[_Row]], prefix: str, marker: str, label: str
+) -> None:
+    if any(_has_event(row, prefix) for rows in journals.values() for row in rows):
+        _legend_entry(axes, label, linestyle="", marker=marker, ms=9, markerfacecolor="white", markeredgecolor=_BLACK)
 
 
 def _mark_rank(
     axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: Any
 ) -> None:
-    """Mark events: the shape says which, the colour whose."""
-    hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
+    """Mark events. The shape shows the kind of event, and the colour shows the rank."""
+    hits = [index for index, row in enumerate(rows) if _has_event(row, prefix)]
     if hits:
         places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
         axes.scatter(*places, s=85, marker=marker, color=color, edgecolor=_BLACK, linewidth=0.9, zorder=5)
@@ -289,7 +305,7 @@ def _mark_rank(
 def _mark(
     axes: Axes, rows: Sequence[_Row], prefix: str, heights: Sequence[float], marker: str, color: str, label: str
 ) -> None:
-    hits = [index for index, row in enumerate(rows) if _has(row, prefix)]
+    hits = [index for index, row in enumerate(rows) if _has_event(row, prefix)]
     if hits:
         places = [int(rows[index]["step"]) for index in hits], [heights[index] for index in hits]
         axes.scatter(*places, s=85, marker=marker, color=color, edgecolor="white", linewidth=0.7, zorder=5, label=label)
@@ -299,11 +315,11 @@ def _caption(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
     axes.set_ylabel(unit)
     if axes.get_legend_handles_labels()[1]:
-        # Above the panel, beside its title, where it hides nothing.
+        # The legend is above the panel, beside its title, where it hides nothing.
         axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=6, frameon=False, fontsize=9, columnspacing=1.5)
 
 
-def _has(row: _Row, prefix: str) -> bool:
+def _has_event(row: _Row, prefix: str) -> bool:
     return any(event.startswith(prefix) for event in row["events"].split("; "))
 
 

@@ -1,4 +1,4 @@
-"""A whole run in a few numbers and lines, from the rows of its journal, or of the journals of all its ranks."""
+"""Summarises a whole run in a few numbers and lines, from the rows of its journal or of the journals of all ranks."""
 
 from __future__ import annotations
 
@@ -13,55 +13,68 @@ RESUMED = "resumed"
 """Event that the journal adds to the first row after a resume."""
 
 _Row = Mapping[str, str]
-_LINES = 8  # of more ranks only those that stand out are told
+# Most ranks that get a line each. With more ranks, only the slowest and the one with most failures are printed.
+_LINES = 8
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run, with the parts before a resume. None where there is nothing to tell it from.
+    """Figures of a whole run, with the parts before a resume. None means that there is no data.
 
-    Of several ranks it covers all whose journals there are, and `ranks` has each by itself. Steps in which a rank had
-    no image tell nothing about its memory and its speed.
+    With several ranks, the figures cover all ranks whose journals were found, and `ranks` has the figures of each rank.
+    Steps in which a rank had no images do not count for its memory and speed.
     """
 
     updates: int
-    """That the weights have gone through."""
+    """Updates that are part of the final weights."""
     updates_expected: int | None
+    """Updates that the whole run should have made; None if unknown."""
     updates_repeated: int
-    """Not among `updates`: made after the last checkpoint before an interruption, and made again after the resume."""
+    """Updates not counted in `updates`: an interruption undid them, and they were made again after the resume."""
     images: int
-    """In `updates`."""
+    """Images of the updates in `updates`."""
     images_lost: int | None
-    """That entered a step and did not reach an update; None in `ranks`."""
+    """Images that entered a step but did not reach an update; None in `ranks`."""
     out_of_memories: int
-    """Survived ones."""
+    """Allocation failures that the run survived."""
     retries: int
+    """Attempts that repeated a failed micro-batch unchanged."""
     shrinks: int
+    """Steps in which the micro-batch became smaller."""
     grows: int
+    """Steps in which the micro-batch became larger."""
     peak_mean_mib: float | None
+    """Mean of the measured peaks of allocated memory, in MiB."""
     peak_sd_mib: float | None
+    """Standard deviation of the measured peaks, in MiB."""
     peak_max_mib: float | None
+    """Highest measured peak, in MiB."""
     budget_min_mib: float | None
+    """Lowest budget of a step, in MiB."""
     budget_max_mib: float | None
+    """Highest budget of a step, in MiB."""
     prediction_error_percent: float | None
-    """Median of |predicted - measured| / measured peak."""
+    """Median of |predicted - measured| / measured peak, in percent."""
     micro_batch_min: int | None
-    """Images in the largest micro-batch of a step; so are the two below."""
+    """Smallest micro-batch size of the steps. The size of a step is the images in its largest micro-batch."""
     micro_batch_median: int | None
+    """Median micro-batch size of the steps."""
     micro_batch_max: int | None
+    """Largest micro-batch size of the steps."""
     images_per_s: float | None
-    """Median of the steps. Of several ranks: images of all in a step, by the longest time that one of them computed."""
+    """Median over the steps. With several ranks, a step's images are divided by the slowest rank's own time."""
     gpu_utilisation_percent: float | None
-    """Mean of the samples, which are of rank 0's device; None in `ranks`."""
+    """Mean of the utilisation samples of rank 0's device, in percent; None in `ranks`."""
     rank: int | None = None
-    """In `ranks`: which. None elsewhere, like the two below."""
+    """Index of the rank, in the entries of `ranks`; None elsewhere."""
     share_min: int | None = None
-    """Images that the rank had in a step, of those that were of a whole batch."""
+    """Smallest share of the rank in a step with a whole batch, in images; None outside `ranks`."""
     share_max: int | None = None
+    """Largest share of the rank in a step with a whole batch, in images; None outside `ranks`."""
     ranks_missing: int = 0
-    """Whose journals are not in the folder of rank 0: no figure has anything of them."""
+    """Number of ranks whose journals are not in rank 0's folder. They are not part of any figure."""
     ranks: tuple[Summary, ...] = ()
-    """Each rank by itself, 0 first; empty if there is one."""
+    """Summary of each rank, rank 0 first; empty if there is only one rank."""
 
     def as_text(self) -> str:
         """Return the lines to log at the end of a run."""
@@ -86,9 +99,9 @@ class Summary:
             + (f"; {self.images_per_s:,.1f} images/s" if self.images_per_s is not None else "")
             + (f"; {gpu} busy {busy:.0f} % of the time" if busy is not None else "")
         )
-        return "\n  ".join((text, *self._lines_of_ranks()))
+        return "\n  ".join((text, *self._rank_lines()))
 
-    def _lines_of_ranks(self) -> list[str]:
+    def _rank_lines(self) -> list[str]:
         told = list(self.ranks)
         if len(told) > _LINES:
             slowest = min(told, key=lambda each: math.inf if each.images_per_s is None else each.images_per_s)
@@ -96,7 +109,7 @@ class Summary:
             fullest = max(self.ranks, key=lambda each: each.out_of_memories)
             if fullest.out_of_memories and fullest is not slowest:
                 told = sorted((slowest, fullest), key=self.ranks.index)
-        lines = [each._line() for each in told]
+        lines = [each._rank_line() for each in told]
         if more := len(self.ranks) - len(told):
             lines.append(f"{more:,} more ranks, of which none was slower or had more out-of-memories")
         if self.ranks_missing:
@@ -104,7 +117,7 @@ class Summary:
             lines.append(f"without what other ranks did: {journals} not in this folder")
         return lines
 
-    def _line(self) -> str:
+    def _rank_line(self) -> str:
         if self.peak_max_mib is None:
             return f"rank {self.rank}: no images"
         share = f"{_span(self.share_min, self.share_max)} images a step in " if self.share_min is not None else ""
@@ -130,25 +143,25 @@ def summarise(
     busy_percent: float | None,
     ranks_missing: int = 0,
 ) -> Summary:
-    """Sum up the rows of memory.csv, and of the files of other ranks.
+    """Summarise the rows of memory.csv, and of the files of the other ranks.
 
     Args:
-        journals: Rank → rows by column name. The first is that whose updates count: of one rank, or of rank 0 of all.
-        updates_expected: From `first_step` on; None where not known.
-        first_step: Where the part of the run begins that is not from before a resume.
-        images_lost: See `Summary`, as the next two.
-        busy_percent: GPU utilisation.
-        ranks_missing: How many.
+        journals: Rank → rows as column → text. Updates are counted in the first entry: rank 0, or the only rank.
+        updates_expected: Updates expected from `first_step` on; None if unknown.
+        first_step: First step since the last resume.
+        images_lost: Images that entered a step but did not reach an update.
+        busy_percent: Mean GPU utilisation; None if unknown.
+        ranks_missing: Number of ranks whose journals are missing.
     """
     first = next(iter(journals.values()))
-    kept = [_step(row) for row in _kept(first)]
+    kept = [_step(row) for row in _valid_rows(first)]
     again = {_step(row) for row in first}.difference(kept)
     if updates_expected is not None:
         updates_expected += sum(step < first_step for step in kept)
     ranks: tuple[Summary, ...] = ()
     if len(journals) > 1:
         whole = _whole_steps(journals.values())
-        ranks = tuple(_of_rank(rank, rows, again, whole) for rank, rows in journals.items())
+        ranks = tuple(_rank_summary(rank, rows, again, whole) for rank, rows in journals.items())
     return replace(
         _figures(list(journals.values()), again),
         updates_expected=updates_expected,
@@ -160,7 +173,7 @@ def summarise(
 
 
 def _whole_steps(journals: Iterable[Sequence[_Row]]) -> set[int]:
-    """Steps with as many images as most have: the last batch of an epoch may be smaller, and so are a warm-up's."""
+    """Return the steps of usual size. Last batches of epochs and batches of Ultralytics' warm-up have fewer images."""
     images: dict[int, int] = {}
     for row in (row for rows in journals for row in rows):
         images[_step(row)] = images.get(_step(row), 0) + int(row["images"])
@@ -168,14 +181,14 @@ def _whole_steps(journals: Iterable[Sequence[_Row]]) -> set[int]:
     return {step for step, count in images.items() if count == whole}
 
 
-def _of_rank(rank: int, rows: Sequence[_Row], again: Collection[int], whole: Collection[int]) -> Summary:
+def _rank_summary(rank: int, rows: Sequence[_Row], again: Collection[int], whole: Collection[int]) -> Summary:
     shares = [int(row["images"]) for row in rows if _step(row) in whole]
     low, high = min(shares, default=None), max(shares, default=None)
     return replace(_figures([rows], again), rank=rank, share_min=low, share_max=high)
 
 
 def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summary:
-    """Return what rows tell. Updates `again` were made once more after a resume."""
+    """Compute the figures of some rows. Updates in `again` were repeated after a resume."""
     rows = [row for journal in journals for row in journal]
     worked = [row for row in rows if int(row["images"])]
     events = [event for row in rows for event in row["events"].split("; ")]
@@ -211,7 +224,7 @@ def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summ
 
 
 def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:
-    """Images a second of all ranks together in each step whose times are known: who is done waits for the last."""
+    """Return images/s of all ranks together for each step whose times are known. The slowest rank's time counts."""
     steps: dict[int, list[_Row]] = {}
     for row in (row for journal in journals for row in journal if int(row["images"])):
         steps.setdefault(_step(row), []).append(row)
@@ -222,8 +235,8 @@ def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:
     ]
 
 
-def _kept(rows: Iterable[_Row]) -> list[_Row]:
-    """Rows whose update is in the weights: a resume may start an epoch anew, from the checkpoint before it."""
+def _valid_rows(rows: Iterable[_Row]) -> list[_Row]:
+    """Return the rows whose update is in the weights. A resume may repeat an epoch from the checkpoint before it."""
     kept: list[_Row] = []
     for row in rows:
         if RESUMED in row["events"].split("; "):

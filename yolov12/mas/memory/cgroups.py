@@ -1,4 +1,4 @@
-"""Control groups: what they leave to this process of the machine."""
+"""Reads Linux control groups: the memory that they allow this process to use."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 __all__ = ["CGROUPS", "MEMBERSHIP", "cgroup_folders", "read_cgroup_memory", "read_fields", "read_text"]
 
 CGROUPS = Path("/sys/fs/cgroup")
+"""Folder where Linux mounts the control groups."""
 MEMBERSHIP = Path("/proc/self/cgroup")
+"""File that lists the control groups of this process."""
 
-# Limit, use, and the page cache within the use that is given up on demand: version 2, then version 1.
+# Names in version 2, then in version 1: the file with the limit, the file with the usage, and the field with the page
+# cache, which counts as usage although the kernel gives it up on demand.
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -21,17 +24,17 @@ def read_cgroup_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> t
     """Read the tightest memory limit on this process.
 
     Args:
-        root: Where control groups are mounted.
-        membership: The file that says which groups this process is in.
+        root: Folder where control groups are mounted.
+        membership: File that lists the groups of this process.
 
     Returns:
-        Bytes of the limit and bytes of it that are available; None without a limit.
+        The limit and the part of it that is available, both in bytes; None without a limit.
     """
     found = []
     for folder in cgroup_folders("memory", root, membership):
         for limit_file, use_file, cache_name in _FILES:
             limit, used = read_text(folder / limit_file).strip(), read_text(folder / use_file).strip()
-            if limit.isdigit() and used:  # "max" is no limit
+            if limit.isdigit() and used:  # "max" means no limit
                 cache = read_fields(folder / "memory.stat").get(cache_name, 0)
                 found.append((int(limit), max(0, int(limit) - int(used) + cache)))
     if not found:
@@ -40,7 +43,13 @@ def read_cgroup_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> t
 
 
 def cgroup_folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
-    """Name the folders of this process' control groups, from the root down: a limit on any of them holds."""
+    """Yield the folders of this process' control groups, from the root down. A limit in any of them applies.
+
+    Args:
+        controller: Name of the controller, such as `memory` or `cpu`.
+        root: Folder where control groups are mounted.
+        membership: File that lists the groups of this process.
+    """
     for line in read_text(membership).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
@@ -49,7 +58,8 @@ def cgroup_folders(controller: str, root: Path, membership: Path) -> Iterator[Pa
             folder = root / controller
         else:
             continue
-        # In a container the path may be the host's, which is not there; then the root is the container's own group.
+        # A container may show the host's path, which does not exist inside it. The root is the container's own group
+        # then.
         yield folder
         for part in filter(lambda part: part != "..", Path(path).parts[1:]):
             folder = folder / part
@@ -57,7 +67,7 @@ def cgroup_folders(controller: str, root: Path, membership: Path) -> Iterator[Pa
 
 
 def read_text(file: Path) -> str:
-    """Read a file; empty where it cannot be."""
+    """Return the text of a file; empty if it cannot be read."""
     try:
         return file.read_text()
     except OSError:
@@ -65,7 +75,7 @@ def read_text(file: Path) -> str:
 
 
 def read_fields(file: Path) -> dict[str, int]:
-    """Read the numbers of a file of `name number` or `name: number kB` lines; a size in kB becomes bytes."""
+    """Return the numbers in a file of `name number` or `name: number kB` lines. Sizes in kB are converted to bytes."""
     fields = {}
     for line in read_text(file).splitlines():
         name, *words = line.split()

@@ -1,8 +1,10 @@
-"""Reads the memory of a CUDA device."""
+"""Memory of a CUDA device: reading it, and limiting what PyTorch's allocator takes of it."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,19 +17,20 @@ __all__ = ["CudaMeter"]
 
 
 class CudaMeter:
-    """Measures a CUDA device through PyTorch's allocator. Nothing but `release` waits for the device.
+    """Meter of a CUDA device, through PyTorch's allocator. Only `release` waits for the device.
 
-    An integrated GPU shares the host's memory, of which CUDA counts the page cache as used: there MemAvailable is free,
-    and what this process holds as host memory counts as held by others.
+    An integrated GPU shares the host's memory, of which CUDA counts the page cache as used. For such a GPU,
+    MemAvailable counts as free, and the host memory of this process counts as used by other processes.
 
-    `others_bytes` is what is neither free nor ours; of ours, NVML tells the part outside the allocator (the CUDA
-    context, a few hundred MiB). Where it does not (a container without `--pid=host`), that part counts as others'. The
-    sum over NVML's process list would be the direct way, but a container may see an incomplete one.
+    `others_bytes` is memory that is neither free nor used by this process. NVML knows how much this process uses
+    outside of the allocator (the CUDA context, a few hundred MiB). Where NVML does not tell (a container without
+    `--pid=host`), that part counts as used by other processes. A sum over NVML's process list would be more direct,
+    but a container may see an incomplete list.
 
     Args:
-        device: The device; without an index, the current one.
-        limit: See `meter_for`. Making a meter sets the limit of PyTorch's allocator (to all of the device for None).
-        host: Where an integrated GPU's memory is read.
+        device: CUDA device; without an index, the current one.
+        limit: Memory that this process may use, see `meter_for`. `limited` makes PyTorch's allocator keep to it.
+        host: Reader of the host's memory, for an integrated GPU.
     """
 
     def __init__(self, device: torch.device, limit: int | float | None = None, host: HostMemory | None = None) -> None:
@@ -37,8 +40,7 @@ class CudaMeter:
         self.kind = "integrated" if properties.is_integrated else "cuda"
         _, self._total_bytes = self._room_bytes()
         self._limited_bytes = limited_bytes(self._total_bytes, limit)
-        fraction = 1.0 if limit is None else self._limited_bytes / torch.cuda.mem_get_info(self._device)[1]
-        torch.cuda.set_per_process_memory_fraction(fraction, self._device)
+        self._has_limit = limit is not None
         self._nvml = NvmlGpu(self._device)
         self._context_bytes = OnceASecond(self._ask_context_bytes)
         self._busy_percent = OnceASecond(self._nvml.busy_percent)
@@ -70,9 +72,11 @@ class CudaMeter:
         gc.collect()
         torch.cuda.empty_cache()
 
-    def close(self) -> None:
-        """Let PyTorch's allocator have all of the device again."""
-        torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+    def limited(self) -> AbstractContextManager[None]:
+        """Return a context in which PyTorch's allocator keeps to the limit; without a limit, one that does nothing."""
+        if not self._has_limit:
+            return nullcontext()
+        return _allocator_limited(self._device, self._limited_bytes / torch.cuda.mem_get_info(self._device)[1])
 
     def stopwatch(self) -> Stopwatch:
         """Return a stopwatch that is running on the device's current stream."""
@@ -96,6 +100,38 @@ class CudaMeter:
 
     def _ask_context_bytes(self, held_bytes: int) -> int:
         return max(0, (self._nvml.own_bytes() or 0) - held_bytes)
+
+
+class _Fraction:
+    """Limit of PyTorch's allocator on one device, as a fraction of the device's memory."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+_fractions: dict[int, list[_Fraction]] = {}  # device index → the fraction found there, and those of open contexts
+
+
+@contextmanager
+def _allocator_limited(device: int, value: float) -> Iterator[None]:
+    """Limit the allocator; on exit, restore the limit of the context that opened last, or the one found before all.
+
+    Contexts may close in any order: a prediction in a callback ends before its training, one that is streamed after it.
+    """
+    fractions = _fractions.setdefault(device, [])
+    if not fractions:
+        read = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # PyTorch 2.3 cannot be asked
+        fractions.append(_Fraction(read(device) if read is not None else 1.0))
+    mine = _Fraction(value)
+    fractions.append(mine)
+    torch.cuda.set_per_process_memory_fraction(value, device)
+    try:
+        yield
+    finally:
+        fractions.remove(mine)
+        torch.cuda.set_per_process_memory_fraction(fractions[-1].value, device)
+        if len(fractions) == 1:
+            del _fractions[device]
 
 
 class _CudaStopwatch:

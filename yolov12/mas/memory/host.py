@@ -1,4 +1,4 @@
-"""Reads the host's memory: what there is, what control groups leave of it, and what this process holds."""
+"""Reads the host's memory: all of it, the part that control groups allow, and the part that this process uses."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The host's memory; asks psutil where there is no `/proc`."""
+    """Memory of the host, read from `/proc` and the control groups, or from psutil where there is no `/proc`."""
 
     proc: Path = _PROC
+    """Folder where `/proc` is mounted."""
     cgroups: Path = CGROUPS
+    """Folder where the control groups are mounted."""
 
     def machine_bytes(self) -> tuple[int, int]:
-        """Read bytes in all and bytes available (free, or given up on demand), whatever the control groups say."""
+        """Read total and available bytes of the machine, without regard to control groups.
+
+        Available memory is free or can be given up on demand, such as page cache.
+        """
         fields = read_fields(self.proc / "meminfo")
         if fields:
             return fields["MemTotal"], fields["MemAvailable"]
@@ -36,13 +41,13 @@ class HostMemory:
         return int(memory.total), int(memory.available)
 
     def room_bytes(self) -> tuple[int, int]:
-        """Read bytes in all and bytes available, to this process: the machine's, or its control groups' if less."""
+        """Read total and available bytes for this process: the machine's, or the control groups' if they are less."""
         total, available = self.machine_bytes()
         limit, room = read_cgroup_memory(self.cgroups, self.proc / "self/cgroup") or (total, available)
         return min(total, limit), min(available, room)
 
     def resident_bytes(self) -> tuple[int, int]:
-        """Read this process' resident size: now, and at its highest since `forget_peak` (now, where not told)."""
+        """Read this process' resident size now and its peak since `forget_peak` (the present size if unknown)."""
         fields = read_fields(self.proc / "self/status")
         if fields:
             return fields["VmRSS"], max(fields["VmRSS"], fields.get("VmHWM", 0))
@@ -52,7 +57,7 @@ class HostMemory:
         return now, now
 
     def forget_peak(self) -> None:
-        """Set the highest resident size to the present one, where permitted (Linux' proc_pid_clear_refs(5))."""
+        """Reset the peak of the resident size, if permitted (Linux' proc_pid_clear_refs(5))."""
         with contextlib.suppress(OSError):
             (self.proc / "self/clear_refs").write_text("5")
 
@@ -64,22 +69,24 @@ _TRIM_EVERY_S = 10.0
 class HostMeter:
     """Measures a process that computes on the host.
 
-    Memory that was freed mostly stays in the C library's heap, so resident size alone measures the largest step so
-    far: on YOLO12-N at 320 pixels, 1 image after 8 adds 0 MiB to it, not 83. `mark` therefore gives the heap back
-    first. Then what is resident is what is live, and peak − live is 71 to 89 MiB an image in any order. That costs
-    6 to 19 ms a mark, and a step takes 20 to 30 % longer, to take pages anew (2 cores), so it is done for the first
-    marks, which a cost model learns most from, and then every ten seconds. In between, or where the C library cannot
-    (no glibc), `live` is the smallest resident size at any mark: after a larger step, increments are then too high,
-    never too low.
+    Freed memory mostly stays in the C library's heap. The resident size alone therefore measures the largest step so
+    far: on YOLO12-N at 320 pixels, 1 image after a step of 8 adds 0 MiB, not 83. So `mark` first returns the heap to
+    the system. After that, resident memory is allocated memory, and its peak grows by 71 to 89 MiB per image, whatever
+    ran before.
 
-    Where the peak cannot be reset (not Linux, or not permitted), one below an earlier peak is not seen, and the larger
-    of the resident sizes at `mark` and at `peak_bytes` stands for it.
+    This costs 6 to 19 ms per mark, and a step takes 20 to 30 % longer to get its pages again (2 cores). It is therefore
+    done for the first marks, from which a cost model learns most, and then every ten seconds. At other marks, and where
+    the C library cannot return memory (no glibc), the allocated bytes are taken as the smallest resident size at any
+    mark. After a larger step the measured increments are then too high, never too low.
 
-    Pages of program files count as held although the kernel can drop them (about 230 MiB with PyTorch).
+    If the peak cannot be reset (not Linux, or not permitted), a peak below an earlier one is not visible. The larger of
+    the resident sizes at `mark` and at `peak_bytes` is used in its place.
+
+    Pages of program files count as reserved, although the kernel can drop them (about 230 MiB with PyTorch).
 
     Args:
-        limit: Bytes (int), a share of the memory (float, 0 to 1), or None. Nothing enforces it but the budget.
-        memory: Where to read.
+        limit: Bytes (int), a fraction of the memory (float, 0 to 1), or None. Only the budget enforces it.
+        memory: Source of the numbers.
     """
 
     kind = "host"
@@ -92,7 +99,7 @@ class HostMeter:
         self._at_mark_bytes, self._peak_at_mark_bytes = self._memory.resident_bytes()
 
     def read(self) -> Reading:
-        """Read the memory now; live bytes are those of the last mark, or the resident size if that is smaller."""
+        """Read the memory now. Allocated bytes are those of the last mark, or the resident size if it is smaller."""
         held, _ = self._memory.resident_bytes()
         total, free = self._memory.room_bytes()
         return Reading(
@@ -104,7 +111,7 @@ class HostMeter:
         )
 
     def mark(self) -> int:
-        """Give the heap back, forget the peak; return the live bytes now."""
+        """Return the heap to the system if it is due, reset the peak, and return the bytes allocated now."""
         self._marks += 1
         trimmed = (self._marks <= _TRIMMED_MARKS or time.monotonic() >= self._trim_at_s) and trim_heap()
         if trimmed:
@@ -118,29 +125,30 @@ class HostMeter:
         return self._live_bytes
 
     def peak_bytes(self) -> int:
-        """Return the highest resident size since the mark."""
+        """Return the highest resident size since the last mark."""
         now, peak = self._memory.resident_bytes()
         return peak if peak > self._peak_at_mark_bytes else max(now, self._at_mark_bytes)
 
     def release(self) -> None:
-        """Collect garbage and give the heap back."""
+        """Collect garbage and return the heap to the system."""
         gc.collect()
         trim_heap()
 
-    def close(self) -> None:
-        """Nothing was set."""
+    def limited(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context that does nothing: only the budget enforces a limit on the host."""
+        return contextlib.nullcontext()
 
     def stopwatch(self) -> Stopwatch:
-        """Return a stopwatch that is running."""
+        """Start a stopwatch."""
         return ClockStopwatch(lambda: time.perf_counter() * 1000)
 
     def busy_percent(self) -> float | None:
-        """Return None: there is no GPU."""
+        """Return None, because there is no GPU."""
         return None
 
 
 def trim_heap() -> bool:
-    """Give the freed memory that the C library keeps back to the system; False where it cannot (no glibc)."""
+    """Return freed memory from the C library's heap to the system. Return False where it cannot (no glibc)."""
     if _MALLOC_TRIM is None:
         return False
     _MALLOC_TRIM(0)
@@ -150,7 +158,7 @@ def trim_heap() -> bool:
 def _find_malloc_trim() -> Any:
     try:
         return ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):  # TypeError: Windows has no library without a name
+    except (OSError, TypeError, AttributeError):  # TypeError: on Windows, a library needs a name
         return None
 
 

@@ -1,4 +1,4 @@
-"""Meters: the memory of the device a model trains on, read before every step and around every micro-batch.
+"""Choice of the meter: it reads the memory of a model's device, before every step and around every micro-batch.
 
 meter = meter_for(torch.device("cuda:0"), limit=0.5)
 live_bytes = meter.mark()
@@ -23,8 +23,9 @@ def meter_for(device: torch.device, limit: int | float | None = None) -> Meter:
 
     Args:
         device: A CUDA device or the CPU.
-        limit: What this process may hold: bytes (int), a share of the device (float, above 0 to 1), or None. More than
-            the device is the device. PyTorch's allocator on the GPU stops there too, whatever it was told before.
+        limit: Memory that this process may use: bytes (int), a fraction of the device (float, above 0 to 1), or None
+            for all of it. More than the device has counts as all of it. Inside `Meter.limited`, PyTorch's allocator on
+            a GPU keeps to it too.
 
     Raises:
         ConfigError: The device is neither.

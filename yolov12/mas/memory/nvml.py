@@ -1,4 +1,7 @@
-"""Asks NVML about the GPUs that PyTorch numbers. Every failure, from no NVML to no permission, means "not known"."""
+"""Asks NVML about GPUs, which are identified by PyTorch's index.
+
+Every failure, such as no NVML library or no permission, gives None, which means "unknown".
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ _T = TypeVar("_T")
 
 
 def ask(question: str, *arguments: Any) -> Any:
-    """Call NVML's function `question`; None where it is not supported, not permitted, or there is no NVML at all."""
+    """Call NVML's function `question`. Return None if NVML is missing, or does not support or permit the call."""
     if pynvml is None:
         return None
     try:
@@ -33,7 +36,7 @@ def ask(question: str, *arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def nvml_session() -> Iterator[None]:
-    """Hold NVML open for a while. NVML counts the sessions, so they may overlap."""
+    """Keep NVML initialised inside the context. NVML counts the sessions, so they may overlap."""
     running = False
     if pynvml is not None:
         with contextlib.suppress(pynvml.NVMLError):
@@ -47,33 +50,34 @@ def nvml_session() -> Iterator[None]:
 
 
 def driver_api() -> Any:
-    """Load the CUDA driver's library; None where there is none."""
+    """Load the CUDA driver's library; None if there is none."""
     try:
         library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
         return None
-    library.cuInit(0)  # where this fails, so do the calls after it
+    library.cuInit(0)  # if this fails, so do the later calls
     return library
 
 
 def same_gpu(index: int, driver: Any) -> tuple[Any, str | None]:
-    """Find the NVML handle of PyTorch's GPU `index`: CUDA_VISIBLE_DEVICES and CUDA's order make the indices differ.
+    """Find the NVML handle of PyTorch's GPU `index`.
 
-    PyTorch 2.3 tells neither UUID nor bus id, so the CUDA driver is asked, which counts as PyTorch does.
+    PyTorch and NVML number the GPUs differently, because of CUDA_VISIBLE_DEVICES and CUDA's own order. PyTorch 2.3
+    provides neither the UUID nor the bus id of a GPU. The CUDA driver does, and it numbers GPUs as PyTorch does.
 
     Args:
-        index: As PyTorch counts.
-        driver: What `driver_api` gave.
+        index: PyTorch's index of the GPU.
+        driver: Library from `driver_api`.
 
     Returns:
-        The handle and what it was matched by, or None and None.
+        The handle and the property that identified it; None and None if it was not found.
     """
     if driver is None:
         return None, None
     device, raw, bus_id = ctypes.c_int(), (ctypes.c_char * 16)(), ctypes.create_string_buffer(32)
     if driver.cuDeviceGet(ctypes.byref(device), index):
         return None, None
-    # The second version of the call gives the UUID of the slice where a card is cut up (MIG).
+    # If a card is partitioned (MIG), the second version of the call gives the UUID of the slice.
     if hasattr(driver, "cuDeviceGetUuid_v2") and not driver.cuDeviceGetUuid_v2(ctypes.byref(raw), device):
         for prefix in ("GPU", "MIG"):
             handle = ask("nvmlDeviceGetHandleByUUID", f"{prefix}-{uuid.UUID(bytes=raw.raw)}")
@@ -87,7 +91,14 @@ def same_gpu(index: int, driver: Any) -> tuple[Any, str | None]:
 
 
 def used_bytes(handle: Any) -> dict[int, int | None] | None:
-    """Read what each process holds of a GPU, by pid; None for a figure, or for all, that NVML does not tell."""
+    """Read the bytes that each process uses on a GPU.
+
+    Args:
+        handle: NVML handle of the GPU.
+
+    Returns:
+        Process id → bytes. A value, or the whole result, is None if NVML does not provide it.
+    """
     asked = ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses")
     answers = [ask(question, handle) for question in asked]
     if answers[0] is None:
@@ -96,11 +107,11 @@ def used_bytes(handle: Any) -> dict[int, int | None] | None:
 
 
 class OnceASecond(Generic[_T]):
-    """A question that is asked at most once a second; in between the last answer is given.
+    """Calls a function at most once a second, and returns the last answer in between.
 
     Args:
-        question: What to ask.
-        now_s: A clock, in seconds.
+        question: Function to call.
+        now_s: Clock, in seconds.
     """
 
     def __init__(self, question: Callable[..., _T], now_s: Callable[[], float] = time.monotonic) -> None:
@@ -109,7 +120,7 @@ class OnceASecond(Generic[_T]):
         self._due_s = float("-inf")
 
     def __call__(self, *arguments: Any) -> _T:
-        """Return the answer, at most a second old."""
+        """Return the answer, at most one second old. The arguments are passed to the function if it is called."""
         now_s = self._now_s()
         if now_s >= self._due_s:
             self._answer, self._due_s = self._question(*arguments), now_s + 1
@@ -117,21 +128,21 @@ class OnceASecond(Generic[_T]):
 
 
 class NvmlGpu:
-    """What NVML tells of PyTorch's GPU `index`. NVML stays open until the process ends, for the handle's sake."""
+    """NVML's view of PyTorch's GPU `index`. NVML stays open until the process ends, to keep the handle valid."""
 
     def __init__(self, index: int) -> None:
         ask("nvmlInit")
         self.handle, self.matched_by = same_gpu(index, driver_api())
 
     def own_bytes(self) -> int | None:
-        """Read what this process holds, its CUDA context included.
+        """Read the bytes that this process uses on the GPU, including its CUDA context.
 
-        None, too, in a container: most drivers tell the host's process numbers there, so this process is not found.
-        See github.com/NVIDIA/nvidia-docker/issues/1483.
+        The result is None in most containers: the driver reports the host's process ids there, so this process is not
+        found. See github.com/NVIDIA/nvidia-docker/issues/1483.
         """
         return (used_bytes(self.handle) or {}).get(os.getpid()) if self.handle else None
 
     def busy_percent(self) -> float | None:
-        """Read the share of the last sample period (1/6 to 1 second) in which a kernel ran."""
+        """Read the percentage of the last sample period (1/6 to 1 second) in which a kernel ran."""
         rates = self.handle and ask("nvmlDeviceGetUtilizationRates", self.handle)
         return float(rates.gpu) if rates else None

@@ -1,8 +1,9 @@
-"""What a meter tells: memory at one moment, the highest point since a mark, time, and how busy the device is."""
+"""What a meter measures on a device: memory now, its peak since a mark, time, and utilisation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -14,38 +15,40 @@ class Reading:
     """Memory of one device at one moment, in bytes."""
 
     held_bytes: int
-    """What this process holds: live tensors and the allocator's cache; on the host, its resident size."""
+    """Reserved by this process: allocated tensors and the allocator's cache; on the host, its resident size."""
     live_bytes: int
-    """Live tensors alone; on the host, see `HostMeter`."""
+    """Allocated in tensors; on the host, an estimate (see `HostMeter`)."""
     free_bytes: int
-    """What the device could still give, whatever the limit."""
+    """Still available on the device, regardless of the limit."""
     total_bytes: int
-    """What the device has, or the limit where that is smaller."""
+    """Memory of the device, or the limit if it is smaller."""
     others_bytes: int | None
-    """Held by other processes and not by this one; None where not known."""
+    """Used by other processes; None if unknown."""
 
     def budget_bytes(self, safety_ratio: float) -> int:
-        """Bytes that this process may hold: what it holds and what is free, less a share of the total, at least 0.
+        """Return the bytes that this process may use, at least 0.
 
-        A limit counts as a card of that size would: the budget is at most `(1 - safety_ratio) * total_bytes`.
+        The budget is the memory that this process has reserved or that is free, minus the safety fraction of the total.
+        A limit has the effect of a card of that size: the budget is at most `(1 - safety_ratio) * total_bytes`.
 
         Args:
-            safety_ratio: Share of the total that stays free, 0 to 1.
+            safety_ratio: Fraction of the total that stays free, 0 to 1.
         """
         reachable_bytes = min(self.held_bytes + self.free_bytes, self.total_bytes)
         return max(0, int(reachable_bytes - safety_ratio * self.total_bytes))
 
     def without_others(self) -> Reading:
-        """As if no other process held any of the device."""
+        """Return the reading as it would be if no other process used the device."""
         return replace(self, free_bytes=self.free_bytes + (self.others_bytes or 0), others_bytes=0)
 
 
 def limited_bytes(device_bytes: int, limit: int | float | None) -> int:
-    """Return the bytes that a limit leaves of a device.
+    """Return the bytes of a device that a limit allows.
 
     Args:
-        device_bytes: What the device has.
-        limit: Bytes (int), a share of the device (float, above 0 to 1), or None. More than the device is the device.
+        device_bytes: Memory of the device.
+        limit: Bytes (int), a fraction of the device (float, above 0 and up to 1), or None. A limit above the memory of
+            the device has no effect.
     """
     if limit is None:
         return device_bytes
@@ -53,48 +56,48 @@ def limited_bytes(device_bytes: int, limit: int | float | None) -> int:
 
 
 class Stopwatch(Protocol):
-    """Times work on a device, from its making to `stop`; neither waits for the device."""
+    """Times work on a device, from its creation to `stop`. Neither creation nor `stop` waits for the device."""
 
     def stop(self) -> None:
-        """Take the time once the device has done all it was given so far."""
+        """Record the time at which the device has finished all work launched so far."""
 
     def elapsed_ms(self) -> float | None:
-        """Milliseconds from the making to `stop`; None before `stop`, or while the device has not got there yet."""
+        """Return milliseconds from creation to `stop`; None before `stop`, or while the device is still at work."""
 
 
 class Meter(Protocol):
-    """Reads one device. Only `release` may wait for the device."""
+    """Measures memory and time on one device. Only `release` may wait for the device."""
 
     kind: str
-    """`cuda`, `integrated` (a GPU that shares the host's memory) or `host`."""
+    """Kind of memory: `cuda`, `integrated` (a GPU that uses the host's memory) or `host`."""
 
     def read(self) -> Reading:
         """Read the memory now."""
 
     def mark(self) -> int:
-        """Forget the peak; return the live bytes now."""
+        """Reset the peak; return the bytes allocated now."""
 
     def peak_bytes(self) -> int:
-        """Return the highest live bytes since the mark."""
+        """Return the highest allocated bytes since the last mark."""
 
     def release(self) -> None:
-        """Give memory that the allocator holds and no tensor uses back to the device."""
+        """Return cached memory of the allocator to the device."""
 
     def stopwatch(self) -> Stopwatch:
-        """Return a stopwatch that is running."""
+        """Start a stopwatch."""
 
-    def close(self) -> None:
-        """Take back what the meter has set: no more is measured."""
+    def limited(self) -> AbstractContextManager[None]:
+        """Return a context in which the process is held to the meter's limit, where something can enforce it."""
 
     def busy_percent(self) -> float | None:
-        """Return the share of the last sample period in which the GPU had work; None where not known."""
+        """Return the percentage of the last sample period in which the GPU was busy; None if unknown."""
 
 
 class ClockStopwatch:
-    """A stopwatch for work that is done when the call returns.
+    """A stopwatch for work that has finished when its call returns.
 
     Args:
-        now_ms: A clock, in milliseconds.
+        now_ms: Clock, in milliseconds.
     """
 
     def __init__(self, now_ms: Callable[[], float]) -> None:
@@ -103,9 +106,9 @@ class ClockStopwatch:
         self._elapsed_ms: float | None = None
 
     def stop(self) -> None:
-        """Take the time."""
+        """Record the time."""
         self._elapsed_ms = self._now_ms() - self._started_ms
 
     def elapsed_ms(self) -> float | None:
-        """Milliseconds from the making to `stop`; None before `stop`."""
+        """Return milliseconds from creation to `stop`; None before `stop`."""
         return self._elapsed_ms

@@ -1,8 +1,9 @@
-"""A meter without a device: replays what other processes held, for tests and simulation."""
+"""A meter that needs no device: it replays the memory use of other processes, for tests and simulations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -10,19 +11,17 @@ from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limit
 
 __all__ = ["ReplayMeter"]
 
-_MIB = 2**20
-
 
 class ReplayMeter:
-    """A card that is not there, for tests and simulation: other processes hold what a trace says, step by step.
+    """A simulated card on which other processes use memory according to a trace, step by step.
 
-    Its allocator keeps no cache, and its clock moves on `tick` alone.
+    Its allocator has no cache, and its clock advances only with `tick`.
 
     Args:
-        total_bytes: What the card has.
-        others_bytes: What others hold, for each step; the last one stays.
-        live_bytes: This process' own live tensors. May be set at any time.
-        limit: See `meter_for`.
+        total_bytes: Memory of the card.
+        others_bytes: Memory of other processes at each step. After the last step, its value stays.
+        live_bytes: Memory allocated by this process. May be changed at any time.
+        limit: Memory limit; see `meter_for`.
     """
 
     kind = "cuda"
@@ -37,69 +36,56 @@ class ReplayMeter:
         self._peak_bytes = live_bytes
         self._now_ms = 0.0
 
-    @classmethod
-    def from_rows(
-        cls, rows: Iterable[Mapping[str, str]], total_bytes: int, live_bytes: int = 0, limit: int | float | None = None
-    ) -> ReplayMeter:
-        """Replay a run's `memory.csv`: others held what was neither held nor free.
-
-        Args:
-            rows: The journal's rows, of which `held_mib` and `free_mib` are read.
-            total_bytes: What the card had, or the limit of that run.
-            live_bytes: See the class.
-            limit: See `meter_for`.
-        """
-        ours = [float(row["held_mib"]) + float(row["free_mib"]) for row in rows]
-        return cls(total_bytes, [max(0, total_bytes - round(mib * _MIB)) for mib in ours], live_bytes, limit)
-
     def advance(self) -> None:
-        """Go on to the next step of the trace; stay at the last."""
+        """Go to the next step of the trace, or stay at the last."""
         self._step = min(self._step + 1, len(self._others_bytes) - 1)
 
     def tick(self, ms: float) -> None:
-        """Move the clock."""
+        """Advance the clock."""
         self._now_ms += ms
 
     def use(self, peak_bytes_above_live: int) -> None:
-        """Take memory for a moment, as a micro-batch does.
+        """Allocate memory and free it at once, like a micro-batch.
 
         Raises:
-            torch.cuda.OutOfMemoryError: It does not fit beside the live tensors and the others, or into the limit.
+            torch.cuda.OutOfMemoryError: The memory does not fit beside this process' and other processes' memory, or it
+                exceeds the limit.
         """
         peak_bytes = self.live_bytes + peak_bytes_above_live
         room_bytes = min(self._card_bytes - self._others_bytes[self._step], self._limited_bytes)
         if peak_bytes > room_bytes:
             raise torch.cuda.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {peak_bytes_above_live / _MIB:.2f} MiB. "
-                f"GPU 0 has {(room_bytes - self.live_bytes) / _MIB:.2f} MiB left for this process (replayed)."
+                f"CUDA out of memory. Tried to allocate {peak_bytes_above_live / 2**20:.2f} MiB. "
+                f"GPU 0 has {(room_bytes - self.live_bytes) / 2**20:.2f} MiB left for this process (replayed)."
             )
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
 
     def read(self) -> Reading:
         """Read the memory at this step of the trace."""
-        others = self._others_bytes[self._step]
-        free = max(0, self._card_bytes - others - self.live_bytes)
-        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others)
+        others_bytes = self._others_bytes[self._step]
+        free = max(0, self._card_bytes - others_bytes - self.live_bytes)
+        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others_bytes)
 
     def mark(self) -> int:
-        """Forget the peak; return the live bytes."""
+        """Reset the peak; return the bytes allocated now."""
         self._peak_bytes = self.live_bytes
         return self.live_bytes
 
     def peak_bytes(self) -> int:
-        """Return the highest bytes since the mark."""
+        """Return the highest allocated bytes since the last mark."""
         return max(self._peak_bytes, self.live_bytes)
 
     def release(self) -> None:
         """Do nothing: there is no cache."""
 
-    def close(self) -> None:
-        """Nothing was set."""
+    def limited(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing: tests decide what fits."""
+        return nullcontext()
 
     def stopwatch(self) -> Stopwatch:
-        """Return a stopwatch on the replay's clock."""
+        """Start a stopwatch that uses the simulated clock."""
         return ClockStopwatch(lambda: self._now_ms)
 
     def busy_percent(self) -> float | None:
-        """Return None: nothing runs."""
+        """Return None, because nothing runs."""
         return None

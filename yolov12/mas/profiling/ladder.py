@@ -1,4 +1,8 @@
-"""The ladder of checkpointing plans of a run, from keeping all to keeping least: a level is a rung of it."""
+"""The ladder of checkpoint plans of a run: level 0 keeps everything, and each level above it keeps less.
+
+`make_ladder` profiles the model with a few images, and `ladder_of` computes the plans from that profile. If there is
+not enough memory for a profile, the ladder has two levels: keep everything, and recompute everything.
+"""
 
 from __future__ import annotations
 
@@ -19,45 +23,54 @@ from yolov12.mas.step.step import Step
 
 __all__ = ["Ladder", "ladder_of", "make_ladder"]
 
-# Where not even one image could be profiled: what recomputing all layers did to YOLO12-S (docs/measurements.md).
+# Used if not even one image could be profiled: the effect of recomputing all layers of YOLO12-S (docs/measurements.md).
 _UNKNOWN = Level(share=0.4, slow=1.35)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Plans, each with less memory and more time than the one before."""
+    """Checkpoint plans, each with less memory and more time than the one before."""
 
     plans: tuple[Plan, ...]
+    """One plan per level, starting with the plan that keeps everything."""
     levels: tuple[Level, ...]
-    """What each does, relative to the first, which keeps all."""
+    """Memory and time of each plan, relative to the first."""
     guessed: bool = False
-    """Not from a profile, for which there was no memory."""
+    """True if there was not enough memory for a profile, so that the levels are a rough estimate."""
 
     def names(self) -> set[str]:
-        """Layers that are in a plan."""
+        """Return the layers that at least one plan names."""
         return {name for plan in self.plans for name, _ in plan.modes}
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """For JSON."""
+        """Return the plans and levels in a form that JSON can store."""
         pairs = zip(self.plans, self.levels, strict=True)
         return [{"modes": [list(m) for m in p.modes], "share": lv.share, "slow": lv.slow} for p, lv in pairs]
 
     @classmethod
     def from_state_dict(cls, state: list[dict[str, Any]]) -> Ladder:
-        """Take what `state_dict` gave."""
+        """Create a ladder from what `state_dict` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError: The state has another form.
+        """
         plans = tuple(Plan(tuple((name, mode) for name, mode in rung["modes"])) for rung in state)
         return cls(plans, tuple(Level(rung["share"], rung["slow"]) for rung in state))
 
 
 def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Ladder:
-    """Profile a model and plan for it; where not even one image runs, all of it or nothing is recomputed.
+    """Profile a model and compute its checkpoint plans.
+
+    If not even one image can be profiled, the result has two levels, keep everything and recompute everything, and is
+    marked as guessed.
 
     Args:
         step: Runs the model.
-        meter: Of its device.
-        layers: See `checkpointing.layers.candidates`.
-        batch: On the host.
-        images: How many to profile with; libraries should have seen this number.
+        meter: Meter of the model's device.
+        layers: Name → layer, from `checkpointing.layers.candidates`.
+        batch: A batch on the host.
+        images: Number of images to profile with. A micro-batch of this size should have run before, so that libraries
+            have chosen their kernels.
     """
     found = profile(step, meter, layers, batch, max(images, 1)) if layers else None
     if found is not None:
@@ -69,7 +82,7 @@ def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch
 
 
 def ladder_of(profile: Profile) -> Ladder:
-    """Plans for a profile."""
+    """Compute the checkpoint plans for a profile."""
     rungs = ladder(profile) if profile.layers else ()
     if not rungs:
         return Ladder((KEEP_ALL,), (Level(1.0, 1.0),))

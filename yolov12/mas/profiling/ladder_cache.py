@@ -1,4 +1,4 @@
-"""Ladders of earlier runs on disk, so that the same training on the same device is profiled once."""
+"""Ladders of earlier runs on disk: the same training on the same device is profiled only once."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ from yolov12.mas.task import Workload
 
 __all__ = ["LadderCache"]
 
-_FORMAT = 2  # and of the profiles behind it: a higher one makes all anew
+# Version of the files and of the profiles behind them. A higher number invalidates all stored ladders.
+_FORMAT = 2
 
 
 class LadderCache:
-    """A folder of small files, each named by all that a profile depends on.
+    """A folder with one small file per ladder. The file's name is a hash of everything that the profile depends on.
 
     Args:
-        folder: Is made when it is needed; None remembers nothing. A folder that cannot be written to is no error.
+        folder: Created when it is first needed. None stores nothing. A folder that cannot be written to is not an
+            error.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def get(self, key: str) -> Ladder | None:
-        """Ladder of a key; None if there is none that can be read."""
+        """Return the ladder stored under a key; None if there is none or it cannot be read."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return Ladder.from_state_dict(json.loads(self._file(key).read_text("utf-8"))) if self._folder else None
         return None
 
     def put(self, key: str, ladder: Ladder) -> None:
-        """Keep a ladder."""
+        """Store a ladder under a key."""
         if self._folder is None:
             return
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            unfinished = self._file(f"{key}-{os.getpid()}")  # another run may write the same one
+            unfinished = self._file(f"{key}-{os.getpid()}")  # another process may write the same ladder
             unfinished.write_text(json.dumps(ladder.state_dict()), "utf-8")
             unfinished.replace(self._file(key))
 
@@ -51,14 +53,17 @@ class LadderCache:
 
     @staticmethod
     def key(model: nn.Module, layers: list[str], work: Workload, device: str, fused: int = 0) -> str:
-        """Of a model as it is configured, on images of a size, on a device, under these versions and settings.
+        """Return the key of a model on a device: 24 hexadecimal digits.
+
+        The key depends on the model's configuration, the image size, the device, the PyTorch version, and settings such
+        as autocast.
 
         Args:
-            model: Its text tells its layers and their sizes.
-            layers: That plans may name.
-            work: Any batch.
-            device: Its name.
-            fused: BatchNorms that are one operation with their activation.
+            model: Its text representation gives the layers and their sizes.
+            layers: Names of the layers that plans may name.
+            work: Workload of any batch; only its height and width count.
+            device: Name of the device.
+            fused: Number of BatchNorm layers that run as one operation with their activation.
         """
         settings = torch.__version__, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
         trained = [(name, part.requires_grad, str(part.dtype)) for name, part in model.named_parameters()]

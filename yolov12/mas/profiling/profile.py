@@ -1,4 +1,4 @@
-"""What the layers of a model cost: bytes kept for the backward pass, bytes that come and go, milliseconds."""
+"""The cost of a model's layers: bytes kept for the backward pass, bytes used temporarily, and milliseconds."""
 
 from __future__ import annotations
 
@@ -9,50 +9,53 @@ __all__ = ["LayerCost", "Profile", "Time"]
 
 @dataclass(frozen=True)
 class Time:
-    """Milliseconds for an image. Few at once wait for the host that launches them, many for the device."""
+    """Milliseconds per image. Small batches are launch-bound (limited by the host), large batches by the device."""
 
     host_ms: float
+    """Time per image if the host is the bottleneck."""
     device_ms: float
+    """Time per image if the device is the bottleneck."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer, per image."""
+    """Cost of one layer, per image."""
 
     name: str
+    """Name of the layer, such as `backbone.4.m.0`."""
     inside: str | None
-    """The layer that it is part of, if that is one of the profile's."""
+    """Name of the enclosing layer in the profile; None for an outermost layer."""
     stage: int
-    """Which of the outermost layers this is or is part of, in the order they run."""
+    """Index of the outermost layer that this layer is or is part of, in the order in which they run."""
     kept_bytes: float
-    """Kept for the backward pass of anything, and made here."""
+    """Bytes that this layer makes and that any layer keeps for its backward pass."""
     recompute_frees_bytes: float
-    """Less of it, if the layer is recomputed."""
+    """Bytes of `kept_bytes` that recomputing the layer frees, minus the inputs that must be kept for it."""
     rebuild_frees_bytes: float
-    """Less of it, if outputs of BatchNorm and activations are rebuilt."""
+    """Bytes of `kept_bytes` that rebuilding outputs of BatchNorm and activations frees."""
     recompute: Time
-    """What recomputing costs."""
+    """Additional time if the layer is recomputed."""
     rebuild: Time
-    """What rebuilding costs."""
+    """Additional time if outputs of BatchNorm and activations are rebuilt."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Of a model, per image; what does not grow with images is left out."""
+    """Cost of a model's layers and its loss, per image. Memory that does not depend on the images is left out."""
 
     layers: tuple[LayerCost, ...]
-    """Outer ones before those inside."""
+    """Costs of layers; outer layers come before the layers inside them."""
     loss_extra_bytes: float
-    """Peak of the loss, above all that is kept by then."""
+    """Peak bytes of the loss, above everything that is kept when it runs."""
     stage_extra_bytes: tuple[float, ...]
-    """Peak of the backward pass of each outermost layer, above all that is kept before and in it."""
+    """Peak bytes of the backward pass of each outermost layer, above what this layer and the layers before it keep."""
     total: Time
-    """Forward and backward pass of the whole model and loss, all kept."""
+    """Time of the forward and backward pass of the whole model and loss, with everything kept."""
 
     def share_of_time(self, time: Time) -> float:
-        """A time relative to the whole: between what it is where the host is waited for and where the device is."""
+        """Return a time as a fraction of the total: the mean of the fractions of host time and of device time."""
         return (time.host_ms / self.total.host_ms + time.device_ms / self.total.device_ms) / 2
 
     def stages(self) -> tuple[LayerCost, ...]:
-        """The outermost layers."""
+        """Return the costs of the outermost layers."""
         return tuple(layer for layer in self.layers if layer.inside is None)

@@ -1,13 +1,13 @@
-"""Watching a model run, to profile its layers.
+"""Observes a model while it runs, to profile its layers.
 
-Bytes are read off the graph and not off an allocator: in one forward pass every tensor that autograd saves is seen,
-with the layer it was made in and whether it could be made again. So they are exact, on a GPU, on the CPU, and for fake
-tensors on a machine that has neither. What comes and goes is the peak between the moments at which gradients reach the
-layers.
+Bytes are read from the autograd graph and not from an allocator: in one forward pass, the recorder sees every tensor
+that autograd saves, the layer that made it, and whether it could be rebuilt. The numbers are therefore exact on a GPU,
+on the CPU, and with fake tensors on a machine that has neither. Temporary memory is the peak between the moments at
+which gradients reach the layers.
 
-A `Recorder` is two contexts for two passes over the same few images, each forward and backward: `saved_tensors`, then
-`times_and_peaks`. `profile` puts them together, with how long whole passes take under three plans: what hooks and
-bookkeeping cost is in those alone.
+A `Recorder` provides two contexts for two passes over the same few images, each forward and backward: first
+`saved_tensors`, then `times_and_peaks`. `profile` combines what they saw with the time of whole passes under three
+plans. Only the whole passes show what the hooks and the bookkeeping of checkpointing cost.
 """
 
 from __future__ import annotations
@@ -31,63 +31,66 @@ from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
 __all__ = ["Peaks", "Recorder", "WholePasses"]
 
-_DELAY_CYCLES = 20_000_000  # about 10 ms: what the host needs to launch the largest layer
-_LEAST_FACTOR = 0.2  # of a layer's own time: whole passes scatter
+# About 10 ms, the time in which the host launches the largest layer.
+_DELAY_CYCLES = 20_000_000
+# Least factor by which a layer's own time is scaled, because times of whole passes are noisy.
+_LEAST_FACTOR = 0.2
 
 
 class Peaks(Protocol):
-    """Part of a meter: see there."""
+    """The part of a meter that reads peaks; see `Meter`. `ByteTrace` has it, too."""
 
     def mark(self) -> int:
-        """Forget the peak; return the live bytes now."""
+        """Reset the peak; return the bytes allocated now."""
 
     def peak_bytes(self) -> int:
-        """Return the highest live bytes since the mark."""
+        """Return the highest allocated bytes since the last mark."""
 
 
 @dataclass(frozen=True)
 class WholePasses:
-    """Milliseconds of a forward and backward pass."""
+    """Milliseconds of a forward and backward pass without an observer, under three plans."""
 
     keep_ms: float
+    """Time with everything kept."""
     rebuild_ms: float
-    """With all layers rebuilt that can be."""
+    """Time with all flexible layers rebuilt."""
     recompute_ms: float
-    """With all layers recomputed that can be."""
+    """Time with all flexible layers recomputed."""
 
 
 @dataclass
 class _Saved:
     bytes: int
     layers: tuple[str, ...]
-    """In which it was first saved, the outermost first."""
+    """Layers that were running when the tensor was first saved, outermost first."""
     tensor: Tensor | None
-    """Holds the memory during the pass, so that its address stays its name."""
+    """Keeps the memory allocated during the pass, so that the address stays unique."""
 
 
 @dataclass(frozen=True)
 class _Timer:
     host_ms: float
     watch: Stopwatch
-    """Of the device."""
+    """Stopwatch of the device."""
 
 
 @dataclass
 class _Call:
     inputs: dict[int, int]
-    """Storage → bytes; so are the outputs."""
+    """Address of the storage → bytes. `outputs` has the same form."""
     outputs: dict[int, int] = field(default_factory=dict)
     given: list[tuple[Tensor, int]] = field(default_factory=list)
-    """The inputs and their versions."""
+    """Input tensors and their versions at the time of the call."""
 
 
 class Recorder:
-    """Watches two passes.
+    """Observes two passes of a model.
 
     Args:
-        model: Trained by them.
-        layers: Name → layer, outer ones before those inside, each in the order they run.
-        checkpointing: Of the model, with these layers.
+        model: Model that the passes run.
+        layers: Name → layer; outer layers come before the layers inside them, each in the order in which they run.
+        checkpointing: Checkpointing of this model and these layers.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], checkpointing: Checkpointing) -> None:
@@ -101,53 +104,63 @@ class Recorder:
         self._inside = _nesting(layers)
         self._stages = [name for name, outer in self._inside.items() if outer is None]
         self.stack: list[str] = []
-        """Layers that are running, the outermost first."""
+        """Layers that are running, outermost first."""
         self._calls: dict[str, _Call] = {}
         self._saved: dict[int, _Saved] = {}
-        self._alive: list[Tensor] = []  # what went in and out of layers, for the same reason
+        # Inputs and outputs of layers, kept allocated so that their addresses stay unique.
+        self._alive: list[Tensor] = []
         self._rebuildable: dict[int, tuple[str, ...]] = {}
         self._fixed: set[str] = set()
-        """Layers that cannot run otherwise: what they do depends on how often or in which order they are called."""
+        """Layers that must keep everything, because their result depends on how often or in which order they run."""
         self._model = model
         self._norms_called: set[nn.Module] = set()
         self._device = next(model.parameters()).device
         self._forward: dict[str, _Timer] = {}
         self._rebuilds: dict[str, _Timer] = {}
-        self._marks: list[tuple[int, int]] = []  # (stage, peak until its gradient came), the loss as len(stages)
+        self._marks: list[tuple[int, int]] = []  # (stage, peak bytes before its gradient arrived)
         self._live_bytes = 0
 
     @contextmanager
     def saved_tensors(self, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
-        """Around a forward pass: see what is saved, and time how long it takes to make it again."""
-        outputs = _Recorded(self)
+        """Observe a forward pass: which tensors autograd saves, and how long it takes to rebuild those that can be.
+
+        Args:
+            stopwatch: Starts a stopwatch of the device.
+        """
+        outputs = _RecordedOutputs(self)
         with (
             self._checkpointing.remembering(outputs, lambda: True),
-            torch.autograd.graph.saved_tensors_hooks(self._see, lambda tensor: tensor),
-            overridden({layer: partial(self._call, name, layer.forward) for name, layer in self._layers.items()}),
+            torch.autograd.graph.saved_tensors_hooks(self._record_saved, lambda tensor: tensor),
+            overridden({layer: partial(self._run_layer, name, layer.forward) for name, layer in self._layers.items()}),
         ):
             versions = self._versions()
             yield
-            self._fixed |= self._written(versions)
+            self._fixed |= self._overwritten(versions)
         saved = {key: made for key, made in outputs.made.items() if key in self._saved}
         self._rebuildable = {key: layers for key, (layers, *_) in saved.items()}
         for name in self._layers:
             again = [output for layers, output, _ in saved.values() if name in layers]
             with self._timing(self._rebuilds, name, stopwatch):
-                for output in reversed(again):  # so that an activation leaves its input for the one before it
+                for output in reversed(again):  # in this order each activation leaves its input for the next
                     output.get()
         self._alive.clear()
         for each in self._saved.values():
             each.tensor = None
 
     def flexible(self) -> list[str]:
-        """The outermost layers that may run otherwise; known after the first pass."""
+        """Return the outermost layers that may be rebuilt or recomputed. Valid after the first pass."""
         return [
             name for name in self._stages if name not in self._fixed and not isinstance(self._layers[name], ACTIVATIONS)
         ]
 
     @contextmanager
     def times_and_peaks(self, stopwatch: Callable[[], Stopwatch], meter: Peaks) -> Iterator[None]:
-        """Around a forward pass, whose backward pass follows: time the layers, and read peaks between gradients."""
+        """Observe a forward pass and the backward pass after it: times of layers, and peaks between gradients.
+
+        Args:
+            stopwatch: Starts a stopwatch of the device.
+            meter: Reads the peaks.
+        """
         self._marks.clear()
         self._live_bytes = meter.mark()
 
@@ -174,7 +187,8 @@ class Recorder:
     @contextmanager
     def _timing(self, into: dict[str, _Timer], name: str, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
         if self._device.type == "cuda" and self._inside[name] is None:
-            # The device waits, so that what is launched meanwhile then runs without gaps, and its time is its own.
+            # The device sleeps first, so that the launches queue up and then run without gaps. The time measured is
+            # then that of the device alone.
             with torch.cuda.device(self._device):
                 torch.cuda._sleep(_DELAY_CYCLES)
         begin, watch = time.perf_counter(), stopwatch()
@@ -183,18 +197,18 @@ class Recorder:
         into[name] = _Timer(1e3 * (time.perf_counter() - begin), watch)
 
     def profile(self, images: int, whole: WholePasses, last_peak_bytes: int) -> Profile:
-        """Put together what was seen.
+        """Combine the observations of both passes.
 
         Args:
-            images: Of all passes.
-            whole: How long passes without a watcher take.
-            last_peak_bytes: Of the second pass, since the last gradient reached a layer.
+            images: Number of images in each pass.
+            whole: Times of passes without an observer.
+            last_peak_bytes: Peak of the second pass since the last gradient reached a layer.
         """
         made_in = {key: self._stage_of(key, saved) for key, saved in self._saved.items()}
         layers = tuple(self._layer_cost(name, images, made_in) for name in self._layers if name in self._calls)
         stages = [layer for layer in layers if layer.inside is None]
         loss, extra = self._extra_bytes(stages, images, last_peak_bytes)
-        # A backward pass is two forward passes' work.
+        # A backward pass takes about as long as two forward passes.
         device_ms = min(3 * sum(stage.recompute.device_ms for stage in stages), whole.keep_ms / images)
         total = Time(whole.keep_ms / images, device_ms or whole.keep_ms / images)
         flexible = set(self.flexible())
@@ -211,27 +225,27 @@ class Recorder:
         )
         return Profile(scaled, loss, extra, total)
 
-    def _call(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_layer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if name in self._calls:
             self._fixed.add(name)
         first = len(self._alive)
-        call = self._calls[name] = _Call(inputs=self._hold((args, kwargs)))
+        call = self._calls[name] = _Call(inputs=self._keep_alive((args, kwargs)))
         call.given = [(tensor, tensor._version) for tensor in self._alive[first:]]
         self.stack.append(name)
         try:
             result = forward(*args, **kwargs)
         finally:
             self.stack.pop()
-        call.outputs = self._hold(result)
+        call.outputs = self._keep_alive(result)
         return result
 
     def _versions(self) -> list[tuple[nn.Module, Tensor, int]]:
-        """Of all buffers but BatchNorm's, which are not moved by a forward pass."""
+        """Return all buffers and their versions, except BatchNorm's: a grouped forward pass does not change those."""
         modules = (module for module in self._model.modules() if not isinstance(module, _BatchNorm))
         return [(module, buffer, buffer._version) for module in modules for buffer in module.buffers(recurse=False)]
 
-    def _written(self, versions: list[tuple[nn.Module, Tensor, int]]) -> set[str]:
-        """Layers that move a buffer, and those whose inputs were written on during or after their call."""
+    def _overwritten(self, versions: list[tuple[nn.Module, Tensor, int]]) -> set[str]:
+        """Return layers that change a buffer, and layers whose inputs were overwritten during or after their call."""
         moved = {module for module, buffer, version in versions if buffer._version != version}
         found = {name for name, layer in self._layers.items() if moved & set(layer.modules())}
         for name, call in self._calls.items():
@@ -241,20 +255,20 @@ class Recorder:
         return found
 
     def called_norm(self, layer: nn.Module) -> None:
-        """A BatchNorm that is called again leaves the statistics of its last call."""
+        """Note a call of a BatchNorm. Only the last call's statistics are kept, so a second call fixes its layers."""
         if layer in self._norms_called:
             self._fixed |= {name for name, holder in self._layers.items() if layer in set(holder.modules())}
         self._norms_called.add(layer)
 
-    def _hold(self, nest: Any) -> dict[int, int]:
+    def _keep_alive(self, nest: Any) -> dict[int, int]:
         first = len(self._alive)
         each_tensor(nest, lambda tensor: self._alive.append(tensor.detach()))
         return {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in self._alive[first:]}
 
-    def _see(self, tensor: Tensor) -> Tensor:
+    def _record_saved(self, tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
         key = _storage(tensor)
-        # Weights are there anyway; so is their half precision copy, until autocast ends.
+        # Weights are in memory anyway. So are their half-precision copies, until autocast ends.
         if key not in self._saved and key not in self._owned and tensor.shape not in self._shapes:
             size = tensor.untyped_storage().nbytes()
             self._saved[key] = _Saved(size, tuple(self.stack), tensor)
@@ -267,32 +281,33 @@ class Recorder:
             for key, saved in self._saved.items()
             if key in call.outputs or (name in saved.layers and key not in call.inputs)
         }
-        if self._inside[name] is None:  # what it passes on untouched was made before it
+        if self._inside[name] is None:  # an earlier layer made what this one passes on
             own = {key for key in own if made_in[key] == stage}
         freed = [key for key in own if key not in call.outputs]
-        # What it is given has to stay then, where nothing else keeps it: a tensor that its first convolution converts.
+        # A recomputed layer needs its inputs. If nothing else keeps an input, that memory is not freed: for example, a
+        # tensor that the layer's first convolution converts to half precision.
         given = [size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned]
-        held_bytes = sum(given) if freed else 0
+        kept_input_bytes = sum(given) if freed else 0
         rebuilt = [key for key, layers in self._rebuildable.items() if name in layers]
 
         def per_image(keys: Sequence[int]) -> float:
             return sum(self._saved[key].bytes for key in keys) / images
 
         if name in self._fixed or isinstance(self._layers[name], ACTIVATIONS):
-            freed, held_bytes, rebuilt = [], 0, []
+            freed, kept_input_bytes, rebuilt = [], 0, []
         return LayerCost(
             name=name,
             inside=self._inside[name],
             stage=stage,
             kept_bytes=per_image(list(own)),
-            recompute_frees_bytes=per_image(freed) - held_bytes / images,
+            recompute_frees_bytes=per_image(freed) - kept_input_bytes / images,
             rebuild_frees_bytes=per_image(rebuilt),
             recompute=self._time(self._forward, name, images),
             rebuild=self._time(self._rebuilds, name, images),
         )
 
     def _time(self, timers: Mapping[str, _Timer], name: str, images: int) -> Time:
-        """Inside an outermost layer the device is not held up: there its time goes by the host's."""
+        """Return a layer's time. Inside an outermost layer, device time is divided in proportion to host time."""
         if name not in timers:
             return Time(0.0, 0.0)
         outer = timers[self._outermost(name)]
@@ -314,7 +329,7 @@ class Recorder:
         self, stages: Sequence[LayerCost], images: int, last_peak_bytes: int
     ) -> tuple[float, tuple[float, ...]]:
         kept = {stage.stage: stage.kept_bytes for stage in stages}
-        # A gradient that reaches a layer ends what came after it in the forward pass, and begins the layer itself.
+        # When a gradient reaches a layer, the backward pass of the layers after it ends and its own begins.
         peaks: dict[int, int] = {}
         running = len(self._stages)
         for stage, peak in self._marks:
@@ -332,8 +347,8 @@ class Recorder:
         return above(len(self._stages)), tuple(above(index) for index in range(len(self._stages)))
 
 
-class _Recorded(Outputs):
-    """Keeps everything, and says where it was made."""
+class _RecordedOutputs(Outputs):
+    """Keeps all outputs, and records the layer in which each was made."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -362,5 +377,5 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _scaled(time: Time, factor: float) -> Time:
-    """With the host's part such that whole passes take what they take."""
+    """Return the time with its host part multiplied by `factor`, which makes the sum of layers match whole passes."""
     return replace(time, host_ms=time.host_ms * max(factor, _LEAST_FACTOR))

@@ -1,10 +1,11 @@
-"""Choosing a plan: the least time for the bytes that must be freed, solved exactly as an integer programme.
+"""Chooses checkpoint plans: the least time for the memory that must be freed, solved exactly as an integer programme.
 
-The peak of a plan is the highest of: the loss, when all that is kept is there; and the backward pass of each outermost
-layer, when what was kept before and in it is there, and what it recomputes besides. All are linear in the choices, so
-"no phase above so many bytes, in the least time" is a knapsack with a few constraints more, and HiGHS, in SciPy, solves
-it in milliseconds (compare Checkmate: Jain et al., 2020, https://arxiv.org/abs/1910.02653, which places every single
-operation and takes minutes).
+The peak of a plan is the highest of several phases. One phase is the loss, when everything that the plan keeps is in
+memory. The others are the backward passes of the outermost layers: in each of them, the tensors kept by this layer and
+the layers before it are in memory, and so is what the layer recomputes. All phases are linear in the choices. "No phase
+above a number of bytes, in the least time" is therefore a knapsack problem with a few more constraints. HiGHS, which
+SciPy includes, solves it in milliseconds. (Checkmate: Jain et al., 2020, https://arxiv.org/abs/1910.02653, decides
+about every single operation and takes minutes.)
 """
 
 from __future__ import annotations
@@ -21,20 +22,23 @@ __all__ = ["Rung", "ladder", "peak_bytes", "solve"]
 
 _Array = NDArray[np.float64]
 
-_WORTHWHILE = 0.01  # share of all that is kept, for a choice about part of a layer: many small ones take long to weigh
+# Least bytes that a choice inside an outermost layer must free, as a fraction of all that is kept. Many small choices
+# would take the solver long.
+_WORTHWHILE = 0.01
 RUNGS = 10
-"""Plans between keeping all and freeing all that can be freed."""
+"""Number of levels above level 0, which keeps everything."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A plan, and what it does."""
+    """A checkpoint plan with its memory and time."""
 
     plan: Plan
+    """The checkpoint plan."""
     peak_bytes: float
-    """Of one image: the highest phase."""
+    """Peak bytes of one image: the highest phase."""
     slow: float
-    """Time relative to keeping all."""
+    """Time of a pass relative to keeping everything."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +56,24 @@ class _Choice:
 
 
 def peak_bytes(profile: Profile, plan: Plan) -> float:
-    """Highest phase of a plan, for one image."""
+    """Return the peak bytes of a plan for one image: the highest phase."""
     programme = _Programme(profile)
     return float(programme.phases(programme.chosen(plan)).max())
 
 
 def solve(profile: Profile, most_bytes: float) -> Rung | None:
-    """The plan of least time whose peak, for one image, is at most `most_bytes`; None if there is none."""
+    """Return the fastest plan whose peak bytes for one image are at most `most_bytes`; None if there is none."""
     return _Programme(profile).least_time(most_bytes)
 
 
 def ladder(profile: Profile, rungs: int = RUNGS) -> tuple[Rung, ...]:
-    """Plans from keeping all to the lowest peak there is, each lower and slower than the one before."""
+    """Return plans from keeping everything to the lowest possible peak, each with less memory than the one before.
+
+    Args:
+        profile: Costs of the layers.
+        rungs: Most levels above level 0. Their peaks fall by a constant factor; a level within 1 % of the one before is
+            left out.
+    """
     programme = _Programme(profile)
     first = programme.rung(programme.chosen(KEEP_ALL))
     found = [first]
@@ -89,20 +99,24 @@ class _Programme:
             if (choice := _Choice(layer, mode)).frees_bytes > (least_bytes if layer.inside else 0)
         ]
         self._times = np.array([profile.share_of_time(choice.time) for choice in self._choices])
-        # phases(x) = fixed + grows @ x: the loss; every stage; every recomputed layer inside its stage.
+        # phases(x) = fixed + grows @ x. The rows are the loss, every stage, and every stage once more for each layer in
+        # it that may be recomputed.
         stages = profile.stages()
         kept = np.cumsum([stage.kept_bytes for stage in stages])
-        fixed, rows = [kept[-1] + profile.loss_extra_bytes], [self._freed(len(stages), None)]
+        fixed, rows = [kept[-1] + profile.loss_extra_bytes], [self._changes(len(stages), None)]
         for index, stage in enumerate(stages):
             extra = kept[index] + profile.stage_extra_bytes[stage.stage]
             inside = [i for i, c in enumerate(self._choices) if c.layer.stage == stage.stage and c.mode == RECOMPUTE]
             for again in (None, *inside):
                 fixed.append(extra)
-                rows.append(self._freed(stage.stage, again))
+                rows.append(self._changes(stage.stage, again))
         self._fixed, self._grows = np.array(fixed), np.array(rows)
 
-    def _freed(self, stage: int, again: int | None) -> list[float]:
-        """What choices change in the phase of a stage; what is recomputed there is back."""
+    def _changes(self, stage: int, again: int | None) -> list[float]:
+        """Return the bytes by which each choice changes the phase of a stage.
+
+        Choice `again` frees nothing in that phase, because its layer is being recomputed.
+        """
         return [
             -choice.frees_bytes * (choice.layer.stage <= stage) + choice.frees_bytes * (index == again)
             for index, choice in enumerate(self._choices)
@@ -124,13 +138,13 @@ class _Programme:
         return None if chosen is None else self.rung(chosen)
 
     def lowest_peak(self) -> float:
-        """With the peak as one variable more, which all phases stay under."""
+        """Return the lowest possible peak. The peak is one more variable, an upper bound of all phases."""
         count = len(self._choices)
         if not count:
             return float(self._fixed.max())
         grows = np.hstack([self._grows, -np.ones((len(self._grows), 1)) * self._fixed.max()])
         chosen = self._optimise(np.eye(count + 1)[count], grows, -self._fixed)
-        assert chosen is not None  # all kept is a solution
+        assert chosen is not None  # keeping everything is a solution
         return float(self.phases(chosen).max())
 
     def _optimise(self, costs: _Array, grows: _Array, most: _Array) -> _Array | None:
@@ -139,7 +153,7 @@ class _Programme:
         if not self._choices:
             return np.zeros(0) if (most >= 0).all() else None
         more = len(costs) - len(self._choices)
-        once = np.array([self._chain(layer) + [0.0] * more for layer in self._profile.layers])
+        once = np.array([self._exclusive(layer) + [0.0] * more for layer in self._profile.layers])
         scale = self._fixed.max()
         found = milp(
             costs / (abs(costs).max() or 1.0),
@@ -150,8 +164,8 @@ class _Programme:
         )
         return None if found.x is None else np.round(found.x[: len(self._choices)])
 
-    def _chain(self, layer: LayerCost) -> list[float]:
-        """Choices for a layer and those that it is inside of, of which there can be one."""
+    def _exclusive(self, layer: LayerCost) -> list[float]:
+        """Return 1.0 for each choice about the layer or a layer around it. Only one of these choices is allowed."""
         by_name = {each.name: each for each in self._profile.layers}
         names: list[str] = []
         current: LayerCost | None = layer

@@ -1,12 +1,12 @@
-"""Bytes of tensors as they come and go, for a forward and backward pass on any device or on none.
+"""Counts bytes of tensors during a forward and backward pass, on any device or with fake tensors.
 
-    with FakeTensorMode() as fake, ByteTrace() as trace:  # in this order; without fake tensors the same
+    with FakeTensorMode() as fake, ByteTrace() as trace:  # in this order; it also works without fake tensors
         loss(model(images)).backward()
     trace.peak_bytes()
 
-What is counted is what PyTorch's CUDA allocator would count: each storage once, however many views share it, from the
-operation that makes it until nothing refers to it, in blocks of 512 bytes. What is not seen is what a kernel takes and
-gives back within itself, such as cuDNN's workspace.
+The count is what PyTorch's CUDA allocator would count. Each storage counts once, however many views share it, from the
+operation that makes it until nothing refers to it, in blocks of 512 bytes. Memory that a kernel allocates and frees by
+itself, such as cuDNN's workspace, is not seen.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from torch.utils._pytree import tree_leaves
 __all__ = ["BLOCK_BYTES", "ByteTrace", "rounded"]
 
 BLOCK_BYTES = 512
-"""CUDA's caching allocator hands out multiples of this."""
+"""CUDA's caching allocator rounds requests up to a multiple of this."""
 
 
 def rounded(size_bytes: int) -> int:
-    """Bytes that the allocator takes for a request."""
+    """Return the bytes that the allocator uses for a request."""
     return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 class ByteTrace(TorchDispatchMode):
-    """Follows all storages that are made while it is on, and their end also after that.
+    """Counts the bytes of all storages that are made while the mode is active, until they are freed.
 
-    Storages from before do not count, nor does their end. Autograd runs the backward pass of CUDA tensors in threads of
-    its own; PyTorch hands them the modes of the thread that called `backward`, so it is followed there too.
+    Storages that were made before do not count, also not when they are freed. A storage that is freed after the mode
+    has ended is still subtracted. Autograd runs the backward pass of CUDA tensors in its own threads. PyTorch passes on
+    to them the modes of the thread that called `backward`, so these operations count, too.
     """
 
     def __init__(self) -> None:
@@ -45,16 +46,16 @@ class ByteTrace(TorchDispatchMode):
 
     @property
     def live_bytes(self) -> int:
-        """Of storages that were made while the trace was on and still exist."""
+        """Bytes of storages that were made during the trace and still exist."""
         return self._live_bytes
 
     def mark(self) -> int:
-        """Forget the peak; return the live bytes now."""
+        """Reset the peak; return the bytes allocated now."""
         self._peak_bytes = self._live_bytes
         return self._live_bytes
 
     def peak_bytes(self) -> int:
-        """Return the highest live bytes since the mark, or since the beginning."""
+        """Return the highest allocated bytes since the last mark, or since the beginning."""
         return self._peak_bytes
 
     def __torch_dispatch__(
@@ -65,17 +66,17 @@ class ByteTrace(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # `torch.tensor` makes its tensor out of sight, then calls `lift_fresh` on it.
+        # `torch.tensor` makes its tensor without a visible operation, then calls `lift_fresh` on it.
         made_before = func is not torch.ops.aten.lift_fresh.default
         given = {_key(tensor) for tensor in _tensors((args, kwargs)) if made_before}
         for tensor in _tensors(result):
             key, size = _key(tensor), rounded(tensor.untyped_storage().nbytes())
             _, known = self._followed.get(key, (None, 0))
             if key in self._followed:
-                self._add(size - known)  # `resize_` of a storage that is followed
+                self._add(size - known)  # `resize_` of a known storage
                 self._followed[key] = self._followed[key][0], size
             elif key not in given:
-                # The storage's Python object lives as long as the storage, whoever holds it.
+                # The Python object of a storage lives as long as the storage, whatever refers to it.
                 ended = weakref.ref(tensor.untyped_storage(), self._end_of(key))
                 self._followed[key] = ended, size
                 self._add(size)

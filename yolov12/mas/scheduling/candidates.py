@@ -1,4 +1,7 @@
-"""What a batch may be run as: cuts into micro-batches under checkpoint plans, what each needs and how long it takes."""
+"""The ways in which a batch can run: splits into micro-batches under checkpoint plans, with their memory and time.
+
+A split is a `Cut`, and a split under a checkpoint plan is an `Arm`, as the alternatives of a bandit problem are called.
+"""
 
 from __future__ import annotations
 
@@ -9,94 +12,113 @@ from itertools import accumulate
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
 
-__all__ = ["Arm", "Cut", "Group", "History", "State", "arm_of", "cut_evenly", "cuts", "features_of", "safe_arms"]
-__all__ += ["under_ceiling", "upper_bytes"]
+__all__ = ["Arm", "Cut", "Group", "History", "State", "arm_of", "beside_bytes", "cut_evenly", "cuts", "features_of"]
+__all__ += ["safe_arms", "under_ceiling", "upper_bytes"]
 
-_NEXT_CUT = 1.25  # cuts whose number of micro-batches differs by less are as good as the same
+# Least ratio between the numbers of micro-batches of two splits. Splits that are closer are nearly the same.
+_NEXT_CUT = 1.25
 
 
 @dataclass(frozen=True)
 class Group:
-    """Images that BatchNorm sees together."""
+    """Images that BatchNorm normalises together."""
 
     images: int
+    """Number of images."""
     boxes: int
-    """Of the image that has most."""
+    """Boxes of the image that has most."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What one decision leaves to the next."""
+    """State that one decision passes on to the next."""
 
     images: int = 0
-    """Most images at once. To use more has a price; a batch that is smaller leaves it as it is. 0: nothing ran yet."""
+    """Micro-batch size in use, in images; 0 before the first decision.
+
+    A change to a larger size has a price. A batch with fewer images than this does not change the size.
+    """
     level: int = 0
-    """Checkpoint plan."""
+    """Checkpoint plan in use, as a level of the ladder."""
     regret_ms: float = 0.0
-    """What staying has cost so far, against the best arm of a size that has run."""
+    """Milliseconds lost so far against the best arm of the sizes that have run."""
     new_regret_ms: float = 0.0
-    """And against the best of a size that has not, if that is as fast as it may be."""
+    """Milliseconds lost so far against the best arm with a new size, if that arm takes only its optimistic time."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a decision depends on, besides the models."""
+    """Input of a decision, besides the models of memory and time."""
 
     groups: tuple[Group, ...]
-    """Of the batch, or of what is left of it."""
+    """Groups of the batch, or those that have not run yet."""
     height: int
+    """Height of the images in pixels."""
     width: int
+    """Width of the images in pixels."""
     budget_bytes: int
-    """What this process may hold."""
+    """Bytes that this process may use."""
     live_bytes: int
-    """What it holds in tensors now, between batches."""
+    """Bytes allocated now, between batches."""
     gradient_bytes: int
-    """What it will hold in gradients after the first micro-batch."""
+    """Bytes of the gradients, which are allocated from the end of the first micro-batch on."""
     history: History = History()
+    """What the previous decision passed on."""
     ceiling: float | None = None
-    """Most images at once, times the share of the plan, whatever is predicted: more has just failed."""
+    """Upper limit of a micro-batch's images times its plan's `Level.share`, whatever is predicted.
+
+    It is set after an allocation failure; None otherwise.
+    """
     fixed: int | None = None
-    """Images at once that the user wants, whatever is predicted."""
+    """Micro-batch size that the user has set, whatever is predicted; None if it is chosen here."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Of groups into micro-batches."""
+    """A split of groups into micro-batches."""
 
     counts: tuple[int, ...]
+    """Number of groups in each micro-batch."""
     sizes: tuple[int, ...]
-    """Images."""
+    """Number of images in each micro-batch."""
     fullest: tuple[tuple[int, int], ...]
-    """Of each size of micro-batch that occurs: images, most boxes."""
+    """(images, most boxes) for each size of micro-batch in the split, by images."""
 
     @property
     def largest(self) -> int:
-        """Most images at once."""
+        """Images in the largest micro-batch."""
         return self.fullest[-1][0]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to run a batch."""
+    """One way to run a batch: a split under a checkpoint plan."""
 
     cut: Cut
+    """The split into micro-batches."""
     level: int
+    """The checkpoint plan, as a level of the ladder."""
     peak_bytes: int
+    """Predicted peak of allocated memory."""
     upper_bytes: int
-    """With the margin."""
+    """Predicted peak with its margin."""
     ms: float
+    """Expected milliseconds of the batch."""
     best_ms: float
+    """Optimistic milliseconds of the batch."""
     new_sizes: int
-    """That libraries have no kernels for."""
+    """Number of micro-batch sizes for which libraries have no kernels yet."""
 
 
 def cuts(groups: Sequence[Group], *, every: bool = False, most: int | None = None) -> Iterator[Cut]:
-    """Level cuts, from one micro-batch to one for each group.
+    """Yield even splits, from one micro-batch to one per group.
 
     Args:
-        groups: Of the batch.
-        every: Also those of several sizes where a few more micro-batches would be of one, and those much like others.
-        most: Images of a micro-batch, as far as groups allow.
+        groups: Groups of the batch.
+        every: Yield also the splits that are skipped by default. These are splits into unequal micro-batches where
+            slightly more micro-batches would all be equal, and splits into nearly as many micro-batches as the previous
+            split.
+        most: Most images in a micro-batch, as far as whole groups allow.
     """
     count, last = len(groups), 0
     total = sum(group.images for group in groups)
@@ -113,7 +135,7 @@ def cuts(groups: Sequence[Group], *, every: bool = False, most: int | None = Non
 
 
 def cut_evenly(groups: Sequence[Group], parts: int) -> Cut:
-    """Into micro-batches whose numbers of groups differ by one at most."""
+    """Split groups into `parts` micro-batches whose numbers of groups differ by one at most."""
     count = len(groups)
     counts = tuple(count * (i + 1) // parts - count * i // parts for i in range(parts))
     fullest: dict[int, int] = {}
@@ -127,11 +149,20 @@ def cut_evenly(groups: Sequence[Group], parts: int) -> Cut:
 
 
 def safe_arms(state: State, cost: CostModel, speed: SpeedModel, cuts: Sequence[Cut], budget_bytes: float) -> list[Arm]:
-    """Of each cut the first plan that fits: to recompute more is never faster."""
+    """Return for each split the first plan that fits, because recomputing more is never faster.
+
+    Args:
+        state: Groups, memory and ceiling.
+        cost: Model of memory.
+        speed: Model of time.
+        cuts: Splits to consider.
+        budget_bytes: Upper limit of the predicted peak with its margin.
+    """
     arms = []
     for cut in cuts:
         low, high = 0, len(cost.levels)
-        while low < high:  # the first that is under the ceiling and fits, as both follow the share
+        # Binary search for the first level that is under the ceiling and fits. Both improve with the level.
+        while low < high:
             level = (low + high) // 2
             fits = under_ceiling(state, cost, cut, level) and upper_bytes(state, cost, cut, level) <= budget_bytes
             low, high = (low, level) if fits else (level + 1, high)
@@ -141,13 +172,13 @@ def safe_arms(state: State, cost: CostModel, speed: SpeedModel, cuts: Sequence[C
 
 
 def arm_of(state: State, cost: CostModel, speed: SpeedModel, cut: Cut, level: int) -> Arm:
-    """A cut under a plan."""
+    """Return the memory and time of a split under a plan."""
     where = state.height, state.width
     times = [(cut.sizes.count(images), images) for images, _ in cut.fullest]
     return Arm(
         cut,
         level,
-        peak_bytes=_live_bytes(state, cut) + max(cost.predict(each) for each in features_of(state, cut, level)),
+        peak_bytes=_allocated_bytes(state, cut) + max(cost.predict(each) for each in features_of(state, cut, level)),
         upper_bytes=upper_bytes(state, cost, cut, level),
         ms=sum(count * speed.expected_ms(images, *where, level) for count, images in times),
         best_ms=sum(count * speed.optimistic_ms(images, *where, level) for count, images in times),
@@ -156,23 +187,42 @@ def arm_of(state: State, cost: CostModel, speed: SpeedModel, cut: Cut, level: in
 
 
 def upper_bytes(state: State, cost: CostModel, cut: Cut, level: int, most_boxes: int | None = None) -> int:
-    """Predicted peak of live bytes, with its margin; also as if no image had more boxes than so many."""
+    """Return the predicted peak of allocated memory with its margin.
+
+    Args:
+        state: Memory that is allocated already.
+        cost: Model of memory.
+        cut: Split into micro-batches.
+        level: Checkpoint plan.
+        most_boxes: If given, predict as if no image had more boxes than this.
+    """
     uppers = [cost.upper(each) for each in features_of(state, cut, level, most_boxes)]
-    return _live_bytes(state, cut) + max(upper for _, upper in uppers)
+    return _allocated_bytes(state, cut) + max(upper for _, upper in uppers)
 
 
 def features_of(state: State, cut: Cut, level: int, most_boxes: int | None = None) -> list[Features]:
-    """Of each size of micro-batch in a cut."""
+    """Return the features of each size of micro-batch in a split; for `most_boxes`, see `upper_bytes`."""
     boxes = [most if most_boxes is None else min(most, most_boxes) for _, most in cut.fullest]
     sizes = [images for images, _ in cut.fullest]
     return [Features(size, state.height, state.width, most, level) for size, most in zip(sizes, boxes, strict=True)]
 
 
 def under_ceiling(state: State, cost: CostModel, cut: Cut, level: int) -> bool:
-    """Whether it has not just failed, nor anything that is smaller."""
-    # A ceiling is a share of a product, too: equal ones may differ by a rounding.
+    """Return whether a split under a plan needs less than what has just failed."""
+    # The ceiling is a product with a share as well, and equal products may differ by rounding.
     return state.ceiling is None or cut.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
 
 
-def _live_bytes(state: State, cut: Cut) -> int:
-    return state.live_bytes + (state.gradient_bytes if len(cut.counts) > 1 else 0)
+def beside_bytes(live_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:
+    """Bytes allocated beside a micro-batch.
+
+    Args:
+        live_bytes: Bytes allocated before the batch, or before what is left of it.
+        gradient_bytes: Bytes of one set of gradients. Earlier micro-batches of the batch leave one.
+        alone: True for a micro-batch that is all of its batch, so that no earlier one leaves gradients.
+    """
+    return live_bytes if alone else live_bytes + gradient_bytes
+
+
+def _allocated_bytes(state: State, cut: Cut) -> int:
+    return beside_bytes(state.live_bytes, state.gradient_bytes, alone=len(cut.counts) == 1)

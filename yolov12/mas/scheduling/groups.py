@@ -1,18 +1,82 @@
-"""BatchNorm groups of a batch: the sizes it is split into."""
+"""BatchNorm groups: how a batch is split into them, which size a run takes, and what happens if none fits."""
 
 from __future__ import annotations
 
-__all__ = ["split_groups"]
+from collections.abc import Callable
+
+from yolov12.mas.config import GROUPS
+from yolov12.mas.scheduling.peak_model import CostModel, Features
+from yolov12.mas.scheduling.scheduler import Decision, State, decide
+from yolov12.mas.scheduling.time_model import SpeedModel
+
+__all__ = ["decide_groups", "largest_group", "least_bytes", "split_groups"]
 
 
 def split_groups(images: int, group: int) -> tuple[int, ...]:
-    """Sizes of the groups that so many images are cut into.
+    """Split a batch into BatchNorm groups.
 
-    Groups of `group` images; what is left over is a group of its own, unless it would be less than a quarter of one,
-    whose statistics would be noise: then it shares evenly with the group before it. `group=0` is one group.
+    Groups have `group` images. Left-over images form a group of their own, unless they are fewer than a quarter of a
+    group, whose statistics would be noise: then they share evenly with the group before.
+
+    Args:
+        images: Number of images in the batch.
+        group: Number of images in a group; 0 for one group of all.
+
+    Returns:
+        Number of images in each group.
     """
     full, rest = divmod(images, group) if group else (0, images)
     sizes = [group] * full + [rest] * bool(rest)
     if full and 0 < 4 * rest < max(group, 5):  # never one image alone, which some layers cannot normalise
         sizes[-2:] = group + rest - (group + rest) // 2, (group + rest) // 2
     return tuple(sizes)
+
+
+def largest_group(fits: Callable[[int], bool], *, most: int | None = None, micro_batch: int | None = None) -> int:
+    """Return the largest BatchNorm group that fits, of those that `bn_group=auto` chooses from, or 1.
+
+    Args:
+        fits: Returns whether a group of so many images fits under any checkpoint plan.
+        most: Largest group to consider.
+        micro_batch: Number of images at once that the user asked for; a group is never larger.
+    """
+    limits = [limit for limit in (most, micro_batch) if limit is not None]
+    return next((group for group in GROUPS if group <= min([group, *limits]) and fits(group)), 1)
+
+
+def least_bytes(cost: CostModel, features: Features) -> int:
+    """Return the bytes of a micro-batch with margin, under the checkpoint plan that needs least.
+
+    Args:
+        cost: Model of peak bytes.
+        features: Shape of the micro-batch; its level is ignored.
+    """
+    levels = range(len(cost.levels))
+    return min(cost.upper(Features(*features.shape[:3], features.boxes, level))[1] for level in levels)
+
+
+def decide_groups(
+    images: int, group: int, state: Callable[[tuple[int, ...]], State], cost: CostModel, speed: SpeedModel
+) -> tuple[Decision, tuple[int, ...], int]:
+    """Decide how to run a batch in BatchNorm groups or, as a last resort, in smaller ones.
+
+    BatchNorm then sees fewer images for this batch.
+
+    Args:
+        images: Number of images to run.
+        group: Number of images in a group; 0 if groups do not matter, so that any number of images can run at once.
+        state: Returns the state for groups of these sizes.
+        cost: Model of peak bytes.
+        speed: Model of times.
+
+    Returns:
+        The decision, which does not fit if no groups do; the sizes of the groups it is about; and the size they were
+        split by.
+    """
+    group = group or 1
+    while True:
+        sizes = split_groups(images, group)
+        decision = decide(state(sizes), cost, speed)
+        if decision.fits or max(sizes) == 1:
+            return decision, sizes, group
+        group = max(sizes) // 2

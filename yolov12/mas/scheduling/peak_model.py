@@ -1,11 +1,12 @@
-"""The online model of a micro-batch's peak: bytes above what was live before it, under any checkpoint plan.
+"""The online model of a micro-batch's peak: bytes above the memory allocated before it, under any checkpoint plan.
 
-Each plan (`Level`) learns a law of its own (peak_law.py), as recomputing moves the place of the peak. A plan that was
-not seen takes the law of the nearest one that was, its activations scaled by the shares of the two; one that was seen
-at a single size takes the shape of its neighbour's law, and its height from what was seen.
+Each plan (`Level`) learns its own law (peak_law.py), because recomputing moves the peak to another place. A plan that
+has not run yet uses the law of the nearest plan that has, with activations scaled by the ratio of their shares. A plan
+that has run with a single size takes the shape of its neighbour's law and scales it to its own measurement.
 
-A failed allocation bounds a shape from below. It may have been a false alarm, or fragmentation, so the bound fades:
-it holds for a few batches, then what it adds to the law halves again and again, each time more slowly.
+A failed allocation is a lower bound for the peak of its shape. It may be a false alarm or fragmentation, so the bound
+fades: it holds for a few batches, then its excess over the law is halved again and again, more slowly after repeated
+failures.
 """
 
 from __future__ import annotations
@@ -20,93 +21,101 @@ from yolov12.mas.scheduling.peak_law import SURPRISE, PeakLaw, Size
 __all__ = ["SPREAD_UNSEEN", "CostModel", "Features", "Level"]
 
 _SIGMAS = 3.0
-_SPREAD_SEEN = 0.01  # least relative margin of a prediction for a shape that was seen
+# Least margin for a shape that has been observed, relative to the prediction.
+_SPREAD_SEEN = 0.01
 SPREAD_UNSEEN = 0.05
-"""And for one that was not."""
-_SPREAD_FURTHER = 0.5  # of what boxes beyond all that were seen add, once it is known what boxes cost
-_FURTHEST = 2.0  # times the boxes that were seen; beyond, all is open
+"""Least margin for a shape that has not been observed, relative to the prediction."""
+# Margin for boxes beyond the most that were observed, relative to the bytes predicted for these boxes.
+_SPREAD_FURTHER = 0.5
+# With more than this times the most boxes observed, a shape counts as not observed.
+_FURTHEST = 2.0
 _SPREAD_MOST = 0.5
-_HALF_LIFE_BATCHES = 4  # after a first failure: together with the hold, about ten batches until a false alarm is gone
+# Half-life after a first failure. Together with the hold, a false alarm is gone after about ten batches.
+_HALF_LIFE_BATCHES = 4
 _HALF_LIFE_MOST = 4096
-_GONE = 1 / 16  # of what a bound added
-_REMEMBERED = 32  # half-lives after which a further failure counts as the first
+_GONE = 1 / 16  # fraction of its excess at which a bound is dropped
+_REMEMBERED = 32  # half-lives after which another failure counts as the first
 
 
 @dataclass(frozen=True)
 class Level:
-    """A checkpoint plan, as far as decisions go. Level 0 keeps every activation; higher ones free more of them."""
+    """A checkpoint plan, as decisions see it. Level 0 keeps every activation; higher levels free more of them."""
 
     share: float
-    """Activation bytes of an image, relative to level 0; falls with the level."""
+    """Activation bytes of an image relative to level 0. It falls with the level."""
     slow: float
-    """Milliseconds, relative to level 0; rises with the level."""
+    """Time relative to level 0. It rises with the level."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the peak of a micro-batch depends on."""
+    """The quantities on which the peak of a micro-batch depends."""
 
     images: int
+    """Number of images."""
     height: int
+    """Height of the images in pixels."""
     width: int
+    """Width of the images in pixels."""
     boxes: int
-    """Of the image that has most."""
+    """Boxes of the image that has most."""
     level: int = 0
-    """Of the checkpoint plan."""
+    """Level of the checkpoint plan."""
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """What libraries choose their workspaces by."""
+        """Images, height, width and level: libraries choose workspaces by them."""
         return self.images, self.height, self.width, self.level
 
     @property
     def size(self) -> Size:
-        """The shape without the plan."""
+        """Images, height and width."""
         return self.images, self.height, self.width
 
 
 @dataclass(frozen=True)
 class _Bound:
-    """A shape needed more than this when it failed."""
+    """Bound from a failure: the shape needed more than the law predicts."""
 
     excess_bytes: float
-    """Over what was predicted."""
+    """Bytes above the prediction of the law."""
     failures: int
+    """Number of failures of this shape."""
     batches: int = 0
-    """Since the last of them."""
+    """Batches since the last failure."""
 
     @property
     def half_lives(self) -> float:
-        """Since the last failure. They are twice as long after every further one."""
+        """Half-lives since the last failure. The half-life doubles with every further failure."""
         return self.batches / min(_HALF_LIFE_BATCHES * 2.0 ** min(self.failures - 1, 16), _HALF_LIFE_MOST)
 
     @property
     def weight(self) -> float:
-        """How much of the excess still counts: all of it for a half-life, then half for every further one."""
+        """Fraction of the excess that still counts: 1 for one half-life, then halved with every further one."""
         weight = float(min(1.0, 2.0 ** (1.0 - self.half_lives)))
         return weight if weight >= _GONE else 0.0
 
 
 class CostModel:
-    """Learns from every micro-batch; close for shapes it has seen, careful about others.
+    """Learns from every micro-batch. It is precise for shapes that it has observed and cautious about other shapes.
 
     Args:
-        levels: The checkpoint plans, level 0 first.
+        levels: The checkpoint plans, starting with level 0.
     """
 
     def __init__(self, levels: Sequence[Level] = (Level(1.0, 1.0),)) -> None:
         self.levels = tuple(levels)
         self._laws = [PeakLaw() for _ in self.levels]
         self._bounds: dict[tuple[int, int, int, int], _Bound] = {}
-        self._spread = self._bytes_per_box = 0.0  # the most that any law says
+        self._spread = self._bytes_per_box = 0.0  # the maximum over all laws
 
     @property
     def largest(self) -> int:
-        """Most images a micro-batch was observed with; 0 before any."""
+        """Most images observed in a micro-batch; 0 before any observation."""
         return max(law.largest for law in self._laws)
 
     def set_levels(self, levels: Sequence[Level]) -> None:
-        """Take another ladder of plans; what was learned stays where a level is what it was."""
+        """Replace the ladder of plans. What was learned about a level is kept if the new ladder has it, too."""
         kept = {index for index, level in enumerate(levels) if self.levels[index : index + 1] == (level,)}
         self._laws = [self._laws[index] if index in kept else PeakLaw() for index in range(len(levels))]
         self._bounds = {shape: bound for shape, bound in self._bounds.items() if shape[3] in kept}
@@ -114,7 +123,10 @@ class CostModel:
         self._sum_up()
 
     def predict(self, features: Features) -> int:
-        """Bytes that a micro-batch will need above what is live before it; after a failure, more than seemed to do."""
+        """Return the bytes that a micro-batch will need above the memory allocated before it.
+
+        After a failure the result includes the bound of that shape.
+        """
         expected = self._expected_bytes(features)
         bound = self._bounds.get(features.shape)
         if bound is not None:
@@ -122,52 +134,53 @@ class CostModel:
         return max(int(expected), 0)
 
     def margin(self, features: Features) -> int:
-        """Bytes by which a prediction may be too low: three standard deviations of what the fit leaves."""
+        """Return the bytes by which a prediction may be too low: three standard deviations of the residuals."""
         return math.ceil(self._margin(features) * self.predict(features))
 
     def upper(self, features: Features) -> tuple[int, int]:
-        """Prediction, and prediction with margin."""
+        """Return the prediction without and with its margin, in bytes."""
         predicted = self.predict(features)
         return predicted, predicted + math.ceil(self._margin(features) * predicted)
 
     def usual_bytes(self, features: Features) -> int:
-        """Prediction with margin, whatever has failed."""
+        """Return the prediction with its margin in bytes, regardless of failures."""
         return max(math.ceil((1.0 + self._margin(features)) * self._expected_bytes(features)), 0)
 
     def failed(self, features: Features) -> bool:
-        """Whether this shape has failed, and that is not forgotten."""
+        """Return whether this shape has failed and its bound still counts."""
         bound = self._bounds.get(features.shape)
         return bound is not None and bound.weight > 0
 
     def observe(self, features: Features, needed_bytes: int) -> None:
-        """Learn what a micro-batch needed above what was live before it."""
+        """Learn the bytes that a micro-batch needed above the memory allocated before it."""
         if needed_bytes <= 0:
-            return  # a resident size that did not move
+            return  # a resident size that did not change
         self._laws[features.level].observe(features.size, features.boxes, needed_bytes)
         self._sum_up()
         bound = self._bounds.get(features.shape)
-        if bound is not None:  # it got through: the number of its failures is all that stays, for a while
+        if bound is not None:  # it succeeded, so only the number of failures stays for a while
             self._bounds[features.shape] = replace(bound, excess_bytes=0.0)
 
     def observe_failure(self, features: Features, room_bytes: int) -> None:
-        """Learn that a micro-batch did not get through.
+        """Learn that an allocation failed in a micro-batch.
 
         Args:
-            features: Of the micro-batch.
-            room_bytes: What the budget gave room for above what was live. A failure says that this did not do, and no
-                more: what was asked for last may be a small part of what was missing, or more than any device has.
+            features: Features of the micro-batch.
+            room_bytes: Bytes that the budget allowed above the memory allocated before it. The failure only says that
+                this was not enough. The size of the failed request says little: it may be a small part of what was
+                missing, or more than any device has.
         """
         bound = self._bounds.get(features.shape, _Bound(0.0, 0))
         excess = max(room_bytes - self._expected_bytes(features), bound.excess_bytes * bound.weight, 0.0)
         self._bounds[features.shape] = _Bound(excess, bound.failures + 1)
 
     def new_batch(self) -> None:
-        """Count a batch: failures fade with them."""
+        """Count a batch. Bounds from failures fade with the number of batches."""
         aged = {shape: replace(bound, batches=bound.batches + 1) for shape, bound in self._bounds.items()}
         self._bounds = {shape: bound for shape, bound in aged.items() if bound.half_lives < _REMEMBERED}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything learned, for JSON."""
+        """Return everything learned, in a form that JSON can store."""
         return {
             "levels": [[level.share, level.slow] for level in self.levels],
             "laws": [law.state_dict() for law in self._laws],
@@ -177,7 +190,7 @@ class CostModel:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what `state_dict` gave, where the levels are what they were then."""
+        """Restore what `state_dict` returned, for levels that are the same now as they were then."""
         levels = self.levels
         self.levels = tuple(Level(share, slow) for share, slow in state["levels"])
         self._laws = [PeakLaw() for _ in self.levels]
@@ -204,7 +217,7 @@ class CostModel:
         return min(seen, _SPREAD_MOST)
 
     def _knows_boxes(self, features: Features, most: int) -> bool:
-        """Whether boxes are not far from those that were seen, and what they cost is known, and more than a trace."""
+        """Return whether the boxes are close to those observed, and their cost is known and significant."""
         known, more = (self._expected_bytes(replace(features, boxes=boxes)) for boxes in (most, most + 100))
         return features.boxes <= _FURTHEST * most and more - known >= SURPRISE * known > 0
 
@@ -227,6 +240,6 @@ class CostModel:
         self._bytes_per_box = max(law.bytes_per_box for law in self._laws)
 
     def _nearest(self, level: int, sizes: int) -> int | None:
-        """The seen level whose law says most about this one."""
+        """Return the observed level whose law fits this one best."""
         known = [index for index, law in enumerate(self._laws) if law.sizes >= sizes and index != level]
         return min(known, key=lambda index: (abs(index - level), index), default=None)

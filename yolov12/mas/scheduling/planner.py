@@ -1,125 +1,193 @@
-"""One batch's way through the engine: asks the scheduler, and knows what to do when an allocation failed."""
+"""One batch's way through the engine: asks the scheduler, and answers allocations that failed."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
-from yolov12.mas.memory.reading import Meter
+from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
-from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.scheduling.candidates import beside_bytes
+from yolov12.mas.scheduling.groups import decide_groups
 from yolov12.mas.scheduling.peak_model import SPREAD_UNSEEN, CostModel, Features
-from yolov12.mas.scheduling.scheduler import Decision, Group, History, State, decide
+from yolov12.mas.scheduling.scheduler import Decision, Group, History, State
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.task import Workload
 
-__all__ = ["BatchPlanner", "WaysOut"]
+__all__ = ["NO_ADVICE", "WAIT_S", "Advice", "BatchPlanner", "BatchReport", "WaysOut"]
 
 WaysOut = Callable[[float], Sequence[str]]
-"""Given the share of one image's activations that would fit: what the user could do, cheapest first."""
+"""Called with the fraction of one image's activations that would fit; returns what the user could do, cheapest
+first."""
 
 WAIT_S = 120
-"""How long to wait for other processes to give memory back before a run ends."""
+"""Seconds to wait for other processes to release memory before a run ends."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Knowledge of the training that the error of a run that does not fit needs."""
+
+    ways_out: WaysOut = lambda fraction: ()
+    """See `WaysOut`."""
+    optimizer_bytes: Callable[[], int] = lambda: 0
+    """Returns the bytes that the optimizer will allocate at its first update and has not allocated yet."""
+
+
+NO_ADVICE = Advice()
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """How a batch was planned and what it took."""
+
+    level: int
+    """Index of the checkpoint plan of the last micro-batch."""
+    predicted_bytes: int
+    """Predicted peak of allocated memory."""
+    peak_bytes: int
+    """Measured peak of allocated memory."""
+    budget_bytes: int
+    """Memory that this process could use at the reading."""
+    reading: Reading
+    """Memory when the batch began, or after the last failure."""
+    events: tuple[str, ...]
+    """Events as the journal names them."""
+    undisturbed: bool
+    """True if the batch ran as first planned, and like the one before: its time then says what this takes."""
 
 
 class BatchPlanner:
-    """Implements `step.Planner` for one batch.
+    """Plans one batch of a run after the other; implements `step.Planner`.
 
     Args:
-        work: What the batch is.
-        config: See there.
-        group: Images that BatchNorm normalises together; 0: those of a micro-batch.
-        cost: Is asked, and taught.
-        meter: Of the model's device.
-        speed: Is asked, and told which sizes ran. What a batch took, which is known later, is for the caller to tell.
-        history: Of the batch before; as an attribute it is for the next.
-        gradient_bytes: Of all gradients of the model.
-        optimizer_bytes: Tells what the optimizer will hold from its first update on, and does not hold yet.
-        ways_out: See `WaysOut`.
-        patience_s: How long to wait for other processes to give memory back.
+        config: Settings of the engine.
+        cost: Model of peak bytes; is asked, and taught by what ran.
+        speed: Model of times; is asked, and told which sizes ran. The caller teaches it times, which are known later.
+        meter: Meter of the model's device.
+        gradient_bytes: Bytes of all gradients of the model.
+        advice: For the error of a batch that does not fit.
         sleep: Waits for so many seconds.
     """
 
+    reading: Reading
+    """Memory when the batch began, or after the last failure."""
+    budget_bytes: int
+    """Memory that this process may use, at that reading."""
+
     def __init__(
         self,
-        work: Workload,
         config: Config,
-        group: int,
         cost: CostModel,
+        speed: SpeedModel,
         meter: Meter,
         *,
-        speed: SpeedModel,
-        history: History,
         gradient_bytes: int,
-        optimizer_bytes: Callable[[], int] = lambda: 0,
-        ways_out: WaysOut = lambda share: (),
-        patience_s: float = WAIT_S,
+        advice: Advice = NO_ADVICE,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._work, self._config, self._group = work, config, group
-        self._cost, self._speed, self._meter = cost, speed, meter
-        self._gradient_bytes, self._optimizer_bytes = gradient_bytes, optimizer_bytes
-        self._ways_out, self._sleep, self._patience_s = ways_out, sleep, patience_s
+        self.cost, self.speed, self.gradient_bytes = cost, speed, gradient_bytes
+        self.sleep = sleep
+        self.history = self._completed = History()
+        """What the latest decision leaves to the next."""
+        self.level = 0
+        """Index of the checkpoint plan that `plan` returned last."""
+        self._config, self._meter, self._advice = config, meter, advice
+        self._work, self._group, self._patience_s = Workload(0, 0, ()), 0, float(WAIT_S)
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.history = self._completed
         self._start = 0
         self._ceiling: float | None = None
         self._failed_at = self._waited_s = self._told_s = 0
-        self.history = history
-        self.level = history.level
-        """Checkpoint plan of the cut that `plan` returned last."""
+        self.level = self.history.level
         self.undisturbed = True
-        """Whether the batch ran as planned first, and as the one before, so that its time says what this takes."""
-        self.reading = meter.read()
-        """When the batch began, or after the last failure."""
-        self.budget_bytes = self.reading.budget_bytes(config.safety_ratio)
         self.predicted_bytes = self.peak_bytes = 0
         self.events: list[str] = []
-        cost.new_batch()
+
+    def begin(self, work: Workload, group: int, patience_s: float = WAIT_S) -> None:
+        """Begin a batch: read the memory, and let the memory of earlier failures fade.
+
+        Args:
+            work: Properties of the batch.
+            group: Number of images that BatchNorm normalises together; 0 for all of a micro-batch.
+            patience_s: Seconds to wait for other processes to release memory.
+        """
+        self._work, self._group, self._patience_s = work, group, patience_s
+        self._start_over()
+        self.read()
+        self.cost.new_batch()
+
+    def regroup(self, group: int) -> None:
+        """Plan the batch at hand anew, for groups of another size or with other checkpoint plans."""
+        self._group = group
+        self._start_over()
+        self.read()
+
+    def read(self) -> None:
+        """Read the memory again."""
+        self.reading = self._meter.read()
+        self.budget_bytes = self.reading.budget_bytes(self._config.safety_ratio)
+
+    def complete(self) -> BatchReport:
+        """End the batch at hand, which was run; return how it was planned and what it took."""
+        self._completed = self.history
+        return BatchReport(
+            level=self.level,
+            predicted_bytes=self.predicted_bytes,
+            peak_bytes=self.peak_bytes,
+            budget_bytes=self.budget_bytes,
+            reading=self.reading,
+            events=tuple(self.events),
+            undisturbed=self.undisturbed,
+        )
+
+    def resume(self, cost: CostModel, speed: SpeedModel, history: History) -> None:
+        """Go on with what an earlier run has learned."""
+        self.cost, self.speed, self.history, self._completed = cost, speed, history, history
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
         """See `step.Planner.plan`."""
         self._start = start
         if failure is not None:
             self.undisturbed = False
-            self._read()
+            self.read()
             self._learn(start, failure)
-        while (plan := self._cut_to_fit(start)) is None:
+        while (plan := self._split(start)) is None:
             if not self.wait(failure):
                 raise self._error(failure)
         return plan
 
     def wait(self, failure: Failure | None) -> bool:
-        """Wait a second for other processes to give memory back; False where that would not help, or has taken long."""
+        """Wait a second for other processes to release memory; False if that cannot help, or took too long."""
         if self._waited_s >= self._patience_s or not self._may_come_back(failure):
             return False
-        self._sleep(1.0)
-        self._read()
+        self.sleep(1.0)
+        self.read()
         self._waited_s += 1
         self._ceiling = None
         return True
 
-    def _cut_to_fit(self, start: int) -> list[tuple[int, ...]] | None:
-        """Groups as they should be, or smaller ones, the last rung: BatchNorm then sees fewer images for a batch."""
-        group = self._group or 1
-        while self._ceiling != 0:
-            sizes = split_groups(self._work.images - start, group)
-            decision = decide(self._state(start, sizes), self._cost, self._speed)
-            if decision.fits:
-                return self._accept(decision, sizes, group)
-            if group == 1:
-                break
-            group = max(sizes) // 2 or 1
-        return None
+    def _split(self, start: int) -> list[tuple[int, ...]] | None:
+        if self._ceiling == 0:
+            return None
+        images = self._work.images - start
+        decision, sizes, group = decide_groups(
+            images, self._group, lambda sizes: self._state(start, sizes), self.cost, self.speed
+        )
+        return self._accept(decision, sizes, group) if decision.fits else None
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
         """See `step.Planner.done`."""
-        self._cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
-        self._speed.ran(stop - start, self._work.height, self._work.width)
+        self.cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
+        self.speed.ran(stop - start, self._work.height, self._work.width)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
-        self._waited_s = self._told_s = 0  # only a micro-batch that got through ends a wait
+        self._waited_s = self._told_s = 0  # only a micro-batch that succeeds ends a wait
         if self._failed_at == stop - start:
             self.events.append(f"retried {self._failed_at}")
         self._failed_at = 0
@@ -128,13 +196,13 @@ class BatchPlanner:
         self.events.append(f"out-of-memory at {failure.images}")
         least = self._weight(1, -1)
         needs = self._weight(failure.images, self.level)
-        if self._failed_at != failure.images:  # false alarms exist: once more as it was, if it still seems to fit
+        if self._failed_at != failure.images:  # false alarms exist: retry unchanged once, if it still seems to fit
             self._failed_at, self._ceiling = failure.images, needs
             return
         features = self._features(start, start + failure.images, self.level)
-        self._cost.observe_failure(features, self.budget_bytes - self.reading.live_bytes)
+        self.cost.observe_failure(features, self.budget_bytes - self.reading.live_bytes)
         self._failed_at = 0
-        # Half of what failed, be it half the images or another plan; the last thing to try is one image under the last.
+        # Half of what failed: half the images or another plan. The last thing to try is one image under the last plan.
         self._ceiling = max(needs / 2, least) if needs > least else 0.0
 
     def _accept(self, decision: Decision, sizes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
@@ -151,25 +219,25 @@ class BatchPlanner:
         if decision.level != self.level and before.images:
             self.events.append(f"plan {self.level} to {decision.level}")
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
-            self._meter.release()  # what is no longer needed is for those who press
+            self._meter.release()  # memory that is no longer needed is for the processes that press
         if before.images and (after.images, after.level) != (before.images, before.level):
-            # To give memory back and ask for it again takes time; of a size that is new it is not much.
-            self.undisturbed = self.undisturbed and not self._speed.warm(
+            # Releasing memory and asking for it again takes time; compared with a size that is new, not much.
+            self.undisturbed = self.undisturbed and not self.speed.warm(
                 after.images, self._work.height, self._work.width
             )
         self.history, self.level = after, decision.level
-        # What ran before a failure had its peak too.
+        # Micro-batches that ran before a failure had a peak too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
         return plan if self._group else [(sum(groups),) for groups in plan]
 
     def _weight(self, images: int, level: int) -> float:
-        """Activations, in images at level 0."""
-        return images * self._cost.levels[min(level, len(self._cost.levels) - 1)].share
+        """Activations of a micro-batch, in images at level 0."""
+        return images * self.cost.levels[min(level, len(self.cost.levels) - 1)].share
 
     def _may_come_back(self, failure: Failure | None) -> bool:
-        """Whether one image would fit if no other process held any of the device."""
+        """Return whether one image would fit if no other process used the device."""
         without_others = self.reading.without_others().budget_bytes(self._config.safety_ratio)
         return self.budget_bytes < self._needed_bytes(failure) <= without_others
 
@@ -177,25 +245,25 @@ class BatchPlanner:
         return self._beside_bytes() + max(self._image_bytes(failure), self._failed_bytes(failure))
 
     def _beside_bytes(self) -> int:
-        """Live beside an image that runs alone, as `decide` counts it."""
-        return self.reading.live_bytes + (self._gradient_bytes if self._start == 0 and self._work.images > 1 else 0)
+        alone = self._start > 0 or self._work.images == 1  # later, the gradients are among what is allocated
+        return beside_bytes(self.reading.live_bytes, self.gradient_bytes, alone=alone)
 
     def _image_bytes(self, failure: Failure | None) -> int:
-        """Of the fullest one left, under the last plan, with the margin; after a failure, as if it had not failed."""
-        features = replace(self._features(self._start, self._work.images, len(self._cost.levels) - 1), images=1)
-        return self._cost.usual_bytes(features) if failure else self._cost.upper(features)[1]
+        """Bytes of the fullest image left, under the last plan, with margin; without bounds of failures after one."""
+        features = replace(self._features(self._start, self._work.images, len(self.cost.levels) - 1), images=1)
+        return self.cost.usual_bytes(features) if failure else self.cost.upper(features)[1]
 
     def _failed_bytes(self, failure: Failure | None) -> int:
-        """What one image had taken when it failed, and asked for: it needs that at least."""
+        """Bytes that one image had taken and asked for when it failed: it needs at least as many."""
         if failure is None or failure.images > 1:
             return 0
         return failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
 
     def _error(self, failure: Failure | None) -> DoesNotFitError:
         reading, ratio = self.reading, self._config.safety_ratio
-        fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes  # it may be something else
-        # A limit that did for this batch alone would end the run in the next.
-        beside = self._beside_bytes() + self._optimizer_bytes()
+        fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes  # then it may be something else
+        # A limit that suffices for this batch alone would end the run in the next one.
+        beside = self._beside_bytes() + self._advice.optimizer_bytes()
         needed = max(self._needed_bytes(failure) - self._beside_bytes(), 1) + beside
         ways = []
         if self._config.limit is not None:
@@ -208,16 +276,13 @@ class BatchPlanner:
             ways.append(f"give a mem_safety_ratio below {ratio:g}")
         if self._may_come_back(failure):
             ways.append(f"stop the other processes, which hold {(reading.others_bytes or 0) / 2**20:,.0f} MiB of it")
-        share = (self.budget_bytes - beside) / (needed - beside)
-        ways += [*self._ways_out(min(max(share, 0.0), 1.0)), "smaller images", "a smaller model", "a larger device"]
+        fraction = (self.budget_bytes - beside) / (needed - beside)
+        ways += self._advice.ways_out(min(max(fraction, 0.0), 1.0))
+        ways += ["smaller images", "a smaller model", "a larger device"]
         error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
         if failure is not None and fits:
             error.args = (f"{error}. What failed: {failure.message.strip().splitlines()[0]}",)
         return error
-
-    def _read(self) -> None:
-        self.reading = self._meter.read()
-        self.budget_bytes = self.reading.budget_bytes(self._config.safety_ratio)
 
     def _state(self, start: int, sizes: tuple[int, ...]) -> State:
         ends = [start + end for end in accumulate(sizes)]
@@ -228,7 +293,7 @@ class BatchPlanner:
             width=self._work.width,
             budget_bytes=self.budget_bytes,
             live_bytes=self.reading.live_bytes,
-            gradient_bytes=0 if start else self._gradient_bytes,
+            gradient_bytes=0 if start else self.gradient_bytes,
             history=self.history,
             ceiling=self._ceiling,
             fixed=self._config.micro_batch,

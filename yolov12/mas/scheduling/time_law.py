@@ -1,10 +1,11 @@
-"""The law of a card's speed: milliseconds of a micro-batch by its pixels, from a few sizes that were measured.
+"""The speed law of a card: milliseconds of a micro-batch as a function of its pixels, from a few measured sizes.
 
     ms = max(host, device · pixels)
 
-A fast card waits for the host while a micro-batch is small, so its time is flat, then rises in proportion. Such a law
-is convex, so times that were measured bound the others from below: a larger micro-batch takes at least as long, and
-goes on as steeply as before; a smaller one takes at least its share.
+On a fast card small micro-batches are launch-bound: their time is constant, and from some size on it is proportional to
+the pixels. This function is convex, so measured times are lower bounds for other sizes. A larger micro-batch takes at
+least as long as a smaller one, and its time goes on to rise at least as steeply. A smaller micro-batch takes at least
+its proportional part of the time.
 """
 
 from __future__ import annotations
@@ -17,41 +18,44 @@ from yolov12.mas.scheduling.peak_law import Size
 
 __all__ = ["SpeedLaw", "megapixels"]
 
-_APART = 1.5  # sizes that differ by less would make of the slope between them a noise
+# Least ratio of two sizes for a slope. Between closer sizes the slope would be noise.
+_APART = 1.5
 
 
 @dataclass(frozen=True)
 class SpeedLaw:
-    """At level 0."""
+    """Milliseconds at level 0 as a function of megapixels."""
 
     points: tuple[tuple[float, float], ...] = ()
-    """Megapixels and ms of what was measured, by megapixels."""
+    """(megapixels, milliseconds) of the measured sizes, sorted."""
     host_ms: float = 0.0
+    """Milliseconds of a launch-bound micro-batch."""
     device_ms: float = 0.0
-    """Of a megapixel."""
+    """Milliseconds per megapixel of a larger micro-batch."""
     profiled: bool = False
+    """True if times from a profile were used."""
 
     @classmethod
     def fit(cls, points: Iterable[tuple[float, float]], prior_ms: tuple[float, float] | None) -> SpeedLaw:
-        """Find host and device whose maximum is nearest to the points.
+        """Find the host and device times whose maximum is closest to the points.
 
-        Where one side was not measured, it is taken to be as slow as the points allow.
+        If only one of the two was measured, the other is assumed to be as slow as the points allow.
 
         Args:
-            points: Megapixels and ms.
-            prior_ms: Of host and device, from a profile: their ratio counts where the points leave it open.
+            points: (megapixels, milliseconds) of measured sizes.
+            prior_ms: Host and device times from a profile. Their ratio counts where the points do not determine it.
         """
         measured = tuple(sorted(points))
         if not measured:
             return cls((), *(prior_ms or (0.0, 0.0)), profiled=prior_ms is not None)
         fitted = list(measured)
-        if prior_ms is not None:  # two points far out, on the height of what was measured
+        if prior_ms is not None:  # two distant points, scaled to the measured times
             host, device = prior_ms
             off = sum(math.log(ms / max(host, device * pixels)) for pixels, ms in measured) / len(measured)
             far = [near * host / device for near in (1e-2, 1e2)]
             fitted = sorted(fitted + [(pixels, math.exp(off) * max(host, device * pixels)) for pixels in far])
         best, line = math.inf, (0.0, 0.0)
-        for hosts in range(len(fitted) + 1):  # so many wait for the host
+        for hosts in range(len(fitted) + 1):  # this many points are launch-bound
             host = _mean_log([ms for _, ms in fitted[:hosts]] or [fitted[0][1]])
             device = _mean_log([ms / pixels for pixels, ms in fitted[hosts:]] or [fitted[-1][1] / fitted[-1][0]])
             error = sum(math.log(max(host, device * pixels) / ms) ** 2 for pixels, ms in fitted)
@@ -60,9 +64,9 @@ class SpeedLaw:
         return cls(measured, *line, profiled=prior_ms is not None)
 
     def bounds_ms(self, pixels: float) -> tuple[float, float]:
-        """Expected and least time of so many megapixels."""
+        """Return the expected and the least milliseconds for a number of megapixels."""
         if not self.points and not self.profiled:
-            return pixels + 1.0, pixels + 1.0  # of equals, the fewest micro-batches
+            return pixels + 1.0, pixels + 1.0  # then the fewest micro-batches win
         expected = max(self.host_ms, self.device_ms * pixels)
         if self.profiled:
             return expected, expected
@@ -78,7 +82,7 @@ class SpeedLaw:
 
 
 def megapixels(size: Size) -> float:
-    """Of a micro-batch."""
+    """Return the megapixels of a micro-batch."""
     return size[0] * size[1] * size[2] / 1e6
 
 

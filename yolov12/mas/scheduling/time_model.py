@@ -1,12 +1,13 @@
-"""The online model of a micro-batch's time, by images, height, width and checkpoint plan.
+"""The online model of a micro-batch's time, as a function of images, height, width and checkpoint plan.
 
-A size that was measured takes what it took, the mean of late, and a plan multiplies it by a factor, which begins as
-that of its profile. For other sizes there is a law (time_law.py), which says what is expected and what it would be at
-best: optimism in the face of uncertainty (Auer, Cesa-Bianchi, Fischer: Finite-time analysis of the multiarmed bandit
-problem, 2002). Measured times are forgotten exponentially (Garivier, Moulines: On upper-confidence bound policies for
-switching bandit problems, 2011), as other processes come and go.
+For a size that has been measured, the model uses the mean of recent times. A plan multiplies it by a factor, which
+starts with the value from the profile. For other sizes there is a law (time_law.py), which gives an expected and an
+optimistic time: optimism in the face of uncertainty (Auer, Cesa-Bianchi, Fischer: Finite-time analysis of the
+multiarmed bandit problem, 2002). Old measurements are discounted exponentially (Garivier, Moulines: On upper-confidence
+bound policies for switching bandit problems, 2011), because other processes come and go.
 
-The first micro-batch of a size takes seconds, in which libraries look for kernels. It teaches `new_size_ms` alone.
+The first micro-batch of a size takes seconds, while libraries search for kernels. Its time is used only to learn
+`new_size_ms`.
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ from yolov12.mas.scheduling.time_law import SpeedLaw, megapixels
 __all__ = ["NEW_SIZE_MS", "SpeedModel"]
 
 NEW_SIZE_MS = 4000.0
-"""What a size that is new costs, until it was seen: 3.6 to 7.7 s on an H200, deterministic (docs/measurements.md)."""
-_UNSEEN = 0.15  # relative uncertainty of the time of a size that was not measured
-_BOUNDED = 0.05  # the same where two other sizes bound it, or where it was measured under another plan
-_SEEN = 0.03  # and of one that was measured once: what a step's time scatters by
-_MEMORY = 16.0  # observations: a mean is over about the last so many
-_FADING = 0.995  # of the weight of a mean, for each batch under another plan or size
-_OUTLIER = 2.0  # times the mean: what is more was something else, the first time it happens
+"""Initial cost of a new size: 3.6 to 7.7 s were measured on an H200 in deterministic mode (docs/measurements.md)."""
+# Relative uncertainty of the time of a size that was not measured.
+_UNSEEN = 0.15
+# The same, if two other sizes bound the time or the size was measured under another plan.
+_BOUNDED = 0.05
+# The same, after one measurement: the noise of a step's time.
+_SEEN = 0.03
+# Observations that a mean covers, approximately.
+_MEMORY = 16.0
+# Factor on the weight of a mean with each batch that runs under another plan or size.
+_FADING = 0.995
+# Longer times than this, relative to the mean, are clipped: something else took the time.
+_OUTLIER = 2.0
+# Most means that are stored.
 _ARMS = 128
-_FIRST = 8  # first times that wait for a second
-_LEAST = 0.05  # weight of what was measured long ago
-_TRUST = 2.0  # observations that the profile of a plan counts for
+# Most batches with new sizes that wait for the usual time of these sizes.
+_FIRST = 8
+# Least weight of an old mean.
+_LEAST = 0.05
+# Weight of a plan's profile, in observations.
+_TRUST = 2.0
 
 _Arm = tuple[int, int, int, int]  # images, height, width, level
 
@@ -51,22 +62,27 @@ class _Mean:
 
 
 @dataclass(frozen=True)
-class _First:
-    """A batch with sizes that were new."""
+class _FirstRun:
+    """The time of a batch with new sizes."""
 
     counts: Mapping[Size, int]
+    """Micro-batches of each size."""
     new: int
+    """Number of sizes that were new."""
     level: int
+    """Level of the checkpoint plan."""
     ms: float
+    """Milliseconds of the batch."""
 
 
 class SpeedModel:
     """Learns from the time of every batch.
 
     Args:
-        levels: The checkpoint plans, level 0 first.
-        prior_ms: From a profile: of a micro-batch at least, and of a million pixels, at level 0.
-        new_size_ms: What a size that is new costs, until it was seen.
+        levels: The checkpoint plans, starting with level 0.
+        prior_ms: Times from a profile at level 0: milliseconds of a launch-bound micro-batch, and milliseconds per
+            megapixel of a larger one.
+        new_size_ms: Initial cost of a new size.
     """
 
     def __init__(
@@ -77,17 +93,18 @@ class SpeedModel:
     ) -> None:
         self.levels = tuple(levels)
         self.new_size_ms = new_size_ms
-        """What the first micro-batch of a size costs beyond its time."""
+        """Milliseconds that the first micro-batch of a size takes beyond its usual time."""
         self._prior_ms = prior_ms if prior_ms and min(prior_ms) > 0 else None
         self._arms: dict[_Arm, _Mean] = {}
-        self._warm: dict[Size, bool] = {}  # sizes that ran in this process; whether the first time was accounted for
-        self._first: list[_First] = []
+        # Sizes that have run in this process → whether their first time has been used.
+        self._warm: dict[Size, bool] = {}
+        self._first: list[_FirstRun] = []
         self._factors = [level.slow for level in self.levels]
-        self._times: dict[Size, float] = {}  # ms at level 0
+        self._times: dict[Size, float] = {}  # milliseconds at level 0
         self._law = SpeedLaw.fit((), self._prior_ms)
 
     def set_levels(self, levels: Sequence[Level]) -> None:
-        """Take another ladder of plans; what was learned stays where a level is what it was."""
+        """Replace the ladder of plans. What was learned about a level is kept if the new ladder has it, too."""
         kept = {index for index, level in enumerate(levels) if self.levels[index : index + 1] == (level,)}
         self._arms = {arm: mean for arm, mean in self._arms.items() if arm[3] in kept}
         self._first = [first for first in self._first if first.level in kept]
@@ -95,20 +112,23 @@ class SpeedModel:
         self._fit()
 
     def warm(self, images: int, height: int, width: int) -> bool:
-        """Whether the size has run in this process, so that libraries have their kernels."""
+        """Return whether a size has run in this process, so that libraries have kernels for it."""
         return (images, height, width) in self._warm
 
     def seen(self, images: int, height: int, width: int, level: int) -> bool:
-        """Whether its time was measured."""
+        """Return whether the time of a size has been measured under a plan."""
         return (images, height, width, level) in self._arms
 
     def expected_ms(self, images: int, height: int, width: int, level: int) -> float:
-        """Milliseconds of a micro-batch. Where it is open which of host and device is waited for: the longer."""
+        """Return the expected milliseconds of a micro-batch.
+
+        If it is unknown whether launches or the GPU are the bottleneck, the larger estimate counts.
+        """
         mean = self._arms.get((images, height, width, level))
         return mean.ms if mean else self._base_ms((images, height, width))[0] * self._factors[level]
 
     def optimistic_ms(self, images: int, height: int, width: int, level: int) -> float:
-        """What it may take at best."""
+        """Return the least milliseconds that a micro-batch may take."""
         mean = self._arms.get((images, height, width, level))
         if mean is not None:
             return mean.ms * (1.0 - _SEEN / math.sqrt(max(mean.weight, _LEAST)))
@@ -117,7 +137,7 @@ class SpeedModel:
         return self._base_ms(size)[1] * self._factors[level] * (1.0 - doubt)
 
     def flat_images(self, height: int, width: int) -> float:
-        """Images up to which a micro-batch takes as long as a smaller one, as it is the host that is waited for."""
+        """Return the images up to which a micro-batch is launch-bound and takes no longer than a smaller one."""
         device_ms = self._law.device_ms * megapixels((1, height, width))
         return self._law.host_ms / device_ms if device_ms > 0 else 0.0
 
@@ -125,31 +145,31 @@ class SpeedModel:
         """Note that a micro-batch has run.
 
         Args:
-            images: Of the micro-batch.
-            height: Of its images.
-            width: Of its images.
-            timed: Whether `observe` will hear of it; not so for a rehearsal.
+            images: Images in the micro-batch.
+            height: Height of its images in pixels.
+            width: Width of its images in pixels.
+            timed: Whether `observe` will receive its time; False for a warm-up.
         """
         size = images, height, width
         self._warm[size] = self._warm.get(size, False) or not timed
 
     def observe(self, sizes: Sequence[int], height: int, width: int, level: int, ms: float) -> None:
-        """Learn from a batch that ran as it was planned.
+        """Learn from a batch that ran as planned.
 
         Args:
-            sizes: Images of its micro-batches.
-            height: Of its images.
-            width: Of its images.
-            level: Its checkpoint plan.
-            ms: Of the batch, forward and backward.
+            sizes: Images in each micro-batch.
+            height: Height of the images in pixels.
+            width: Width of the images in pixels.
+            level: Level of the checkpoint plan.
+            ms: Milliseconds of the batch, forward and backward.
         """
         if ms <= 0:
-            return  # a clock too coarse
+            return  # the clock is too coarse
         counts = Counter((images, height, width) for images in sizes)
         new = [size for size in counts if not self._warm.get(size, False)]
         if new:
             self._warm.update(dict.fromkeys(new, True))
-            self._first = [*self._first, _First(counts, len(new), level, ms)][-_FIRST:]
+            self._first = [*self._first, _FirstRun(counts, len(new), level, ms)][-_FIRST:]
             return
         total = sum(count * self.expected_ms(*size, level) for size, count in counts.items())
         means = {size: self.expected_ms(*size, level) * ms / total for size in counts}
@@ -160,10 +180,13 @@ class SpeedModel:
         for arm in list(self._arms)[:-_ARMS]:
             del self._arms[arm]
         self._fit()
-        self._account()
+        self._learn_new_size_ms()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything learned, for JSON. Which sizes are new is not: another process has to look for kernels again."""
+        """Return everything learned, in a form that JSON can store.
+
+        Which sizes have run is not included, because another process has to search for kernels again.
+        """
         return {
             "levels": [[level.share, level.slow] for level in self.levels],
             "arms": [[*arm, mean.ms, mean.weight] for arm, mean in self._arms.items()],
@@ -171,7 +194,7 @@ class SpeedModel:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what `state_dict` gave, where the levels are what they were then."""
+        """Restore what `state_dict` returned, for levels that are the same now as they were then."""
         levels, self.levels = self.levels, tuple(Level(share, slow) for share, slow in state["levels"])
         self._arms = {
             (images, height, width, level): _Mean(ms, weight)
@@ -180,8 +203,8 @@ class SpeedModel:
         self.new_size_ms = state["new_size_ms"]
         self.set_levels(levels)
 
-    def _account(self) -> None:
-        """What first times cost, where by now it is known what the batch takes without them."""
+    def _learn_new_size_ms(self) -> None:
+        """Learn the cost of new sizes from batches whose usual time is known by now."""
         for first in list(self._first):
             if all(any(arm[:3] == size for arm in self._arms) for size in first.counts):
                 usual_ms = sum(count * self.expected_ms(*size, first.level) for size, count in first.counts.items())
@@ -192,7 +215,7 @@ class SpeedModel:
     def _fit(self) -> None:
         self._factors = [level.slow for level in self.levels]
         arms = [(arm[:3], arm[3], mean.ms, max(mean.weight, _LEAST)) for arm, mean in self._arms.items()]
-        for _ in range(2):  # what a size takes, given the plans, and what a plan costs, given the sizes
+        for _ in range(2):  # alternate: sizes given the plans, then plans given the sizes
             sums: dict[Size, tuple[float, float]] = {}
             for size, level, ms, weight in arms:
                 total, weights = sums.get(size, (0.0, 0.0))
@@ -210,6 +233,6 @@ class SpeedModel:
         self._law = SpeedLaw.fit(((megapixels(size), ms) for size, ms in self._times.items()), self._prior_ms)
 
     def _base_ms(self, size: Size) -> tuple[float, float]:
-        """At level 0: expected and least."""
+        """Return the expected and the least milliseconds at level 0."""
         ms = self._times.get(size)
         return (ms, ms) if ms is not None else self._law.bounds_ms(megapixels(size))

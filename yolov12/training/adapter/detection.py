@@ -1,4 +1,4 @@
-"""Joins Ultralytics' detection-like trainings to the engine: how to cut a batch, and what the loss was divided by."""
+"""Adapter between the engine and Ultralytics' detection-like trainings: how a batch is split, and its loss."""
 
 from __future__ import annotations
 
@@ -12,60 +12,77 @@ from torch import Tensor, nn
 
 from yolov12.mas.task import Loss, Workload
 from yolov12.models.assigner import in_slices
+from yolov12.training.adapter.logical_batch import TensorFacts
 
-__all__ = ["BOXES", "DetectionTask"]
+__all__ = ["BOXES", "DetectionTask", "criterion_of", "knows_loss", "loss_is_exact"]
 
 BOXES = "yolov12_boxes"
-"""Of a part: number of boxes of each image, on the host."""
+"""Key of a part: the number of boxes in each image, on the host."""
 
-# One row an object in these, one entry an image in the others.
+# One row per object in these, one entry per image in the others.
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
+_EXACT = ("v8DetectionLoss", "v8OBBLoss")
+_STOCK_LOSSES = "ultralytics.utils.loss"
+
+
+def criterion_of(model: Any) -> Any:
+    """Return a model's criterion; makes it if there is none yet, as Ultralytics does with the first loss."""
+    if getattr(model, "criterion", None) is None:
+        model.criterion = model.init_criterion()
+    return model.criterion
+
+
+def knows_loss(model: Any) -> bool:
+    """Return whether a model's loss is one of Ultralytics' own, so that parts of a batch can be put together.
+
+    A user may assign `criterion`, `loss` or `init_criterion` at any time.
+    """
+    own = "loss" in vars(model) or type(model).loss.__module__ != "ultralytics.nn.tasks"
+    return not own and type(criterion_of(model)).__module__ == _STOCK_LOSSES
+
+
+def loss_is_exact(model: nn.Module) -> bool:
+    """Return whether the gradient of a model's loss does not depend on how a batch is split."""
+    return type(criterion_of(model)).__name__ in _EXACT
 
 
 class DetectionTask:
     """Implements `mas.Task` for Ultralytics' trainings with boxes.
 
     Detection and oriented boxes are exact: their losses are numerators over one sum S of target scores, clamped at 1,
-    times the number of images. S is read off the assigner's output. The masks of segment and the keypoints of pose are
-    divided by other things besides, as are the two heads of an end-to-end model; their parts are weighted by images.
+    times the number of images. S is read from the assigner's output. The masks of segment, the keypoints of pose and
+    the two heads of an end-to-end model have further normalisers; their parts are weighted by images.
 
     Args:
-        model: Without wrappers.
         preprocess: Ultralytics' `trainer.preprocess_batch`, which scales pixels and draws the size for `multi_scale`.
-        multi_scale: Whether it draws one.
-        overlapping_masks: Whether masks are one entry an image rather than one an object.
+        multi_scale: True if it draws one.
+        overlapping_masks: True if masks have one entry per image rather than one per object.
     """
 
     floor = 1.0
 
-    def __init__(
-        self, model: nn.Module, preprocess: Callable[[Any], Any], *, multi_scale: bool, overlapping_masks: bool
-    ) -> None:
-        self._preprocess, self._multi_scale = preprocess, multi_scale
+    def __init__(self, preprocess: Callable[[Any], Any], *, multi_scale: bool, overlapping_masks: bool) -> None:
+        self.preprocess, self._multi_scale = preprocess, multi_scale
         self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
-        self.of_all = 0
-        """Images of the batch at hand on all ranks, for the one who knows; 0 for one rank."""
-        self._images = self._whole = 0
-        self._boxes: list[int] = []  # of each of them
+        self._images = 0  # in the batch at hand
+        self._boxes: list[int] = []  # in each of them
+        self._rows: dict[str, int] = {}  # in each tensor of the batch
         self._ascending = False
-        self._draw: Any = None  # the state of `random` from which all parts of a batch draw the same size
-        criterion = getattr(model, "criterion", None)
-        if criterion is None:  # Ultralytics makes it with the first loss
-            criterion = model.criterion = model.init_criterion()
-        self.exact = type(criterion).__name__ in ("v8DetectionLoss", "v8OBBLoss")
-        """Whether the gradient does not depend on how a batch is cut."""
+        self._draw: Any = None  # state of `random` from which all parts of a batch draw the same size
+        self.facts: dict[str, TensorFacts] = {}
+        """Key → facts of the batch's tensors after preprocessing, as far as its parts tell them."""
 
     def workload(self, batch: Mapping[str, Any]) -> Workload:
         """See `mas.Task`."""
         images: Tensor = batch["img"]
         self._images = len(images)
-        self._whole = self.of_all or self._images
+        self._rows = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
         self._draw = random.getstate() if self._multi_scale else None
         if self._multi_scale:
             # A user's own preprocessing may look at more than images, and write on it.
             one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
             try:
-                images = self._preprocess(one)["img"]
+                images = self.preprocess(one)["img"]
             except BaseException:
                 random.setstate(self._draw)
                 raise
@@ -89,29 +106,30 @@ class DetectionTask:
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """See `mas.Task`."""
         boxes, part = part[BOXES], {key: value for key, value in part.items() if key != BOXES}
-        with self._same_draw():
-            part = self._preprocess(part)
+        rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
+        with self.same_draw():
+            part = self.preprocess(part)
+        self._learn_facts(part, rows)
         return self.measured(model, boxes, lambda: model(part))
 
     def measured(self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any]) -> Loss:
-        """Run the model's loss on a part and see what it is divided by.
+        """Run the model's loss on a part, and read its normaliser.
 
         Args:
-            model: Its criterion is the one that runs.
-            boxes: Of each image of the part.
+            model: Model with the criterion that runs.
+            boxes: Number of boxes in each image of the part.
             run: Returns the loss and its items.
         """
-        assigner: Any = getattr(model.criterion, "assigner", None)
+        assigner: Any = getattr(criterion_of(model), "assigner", None)
         none: list[Tensor] = []
         with nullcontext(none) if assigner is None else in_slices(assigner, boxes) as sums:
             loss, items = run()
-        images = len(boxes)
-        normaliser: Tensor | float = sums[0] if self.exact else float(images)
-        # The loss is times the images it is of; make it times those of the batch.
-        return Loss(loss if images == self._whole else loss * (self._whole / images), normaliser, items)
+        normaliser: Tensor | float = sums[0] if loss_is_exact(model) else float(len(boxes))
+        return Loss(loss, normaliser, items, times_images=True)
 
     @contextmanager
-    def _same_draw(self) -> Iterator[None]:
+    def same_draw(self) -> Iterator[None]:
+        """Draw from `random` as every part of the batch at hand does, and leave the generator as it was."""
         if self._draw is None:
             yield
             return
@@ -121,6 +139,14 @@ class DetectionTask:
             yield
         finally:
             random.setstate(now)
+
+    def _learn_facts(self, part: Mapping[str, Any], rows: Mapping[str, int]) -> None:
+        """Note the tensors of a part after preprocessing; those whose rows it changed tell nothing of the batch."""
+        self.facts = {
+            key: TensorFacts(torch.Size((self._rows[key], *value.shape[1:])), value.dtype, value.device)
+            for key, value in part.items()
+            if isinstance(value, Tensor) and value.ndim and rows.get(key) == len(value) and key in self._rows
+        }
 
 
 def _copy(value: Any) -> Any:

@@ -85,7 +85,8 @@ def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, 
     def work(start: int, stop: int) -> Any:
         return stock(predictor, images[start:stop], *args, **kwargs)
 
-    return _joined(slices.run(count, height, width, work))
+    with slices.meter.limited():
+        return _joined(slices.run(count, height, width, work))
 
 
 class _Validation:
@@ -114,7 +115,6 @@ class _Validation:
         if self._slices is not None:
             self._slices.meter.release()
             if not self._training:
-                self._slices.meter.close()
                 delattr(self._validator, _SLICES)
 
     def _begin(self, model: nn.Module) -> None:
@@ -124,13 +124,14 @@ class _Validation:
         self._slices = _slices_of(validator, validator.device)
         if self._slices is None or not (self._training or getattr(model, "format", None) == "pt"):
             return
+        self._stack.enter_context(self._slices.meter.limited())
         self._forward, self._loss = model.forward, getattr(model, "loss", None)
         self._model = model
         self._times = {name: Profile(device=validator.device) for name in ("preprocess", "loss", "postprocess")}
         self._stack.enter_context(overridden({model: self._run}))
         if self._training:
             self._task = DetectionTask(
-                model, lambda part: part, multi_scale=False, overlapping_masks=validator.args.overlap_mask
+                lambda part: part, multi_scale=False, overlapping_masks=validator.args.overlap_mask
             )
             vars(model)["loss"] = lambda batch, predictions: (None, self._items)
             self._stack.callback(vars(model).pop, "loss", None)
@@ -160,14 +161,14 @@ class _Validation:
                 if self._task is not None:
                     loss = self._loss_of(start, stop, part, predictions)
             with self._times["postprocess"], torch.autocast(part.device.type, enabled=False):
-                return self._stock["postprocess"](predictions), loss
+                return self._stock["postprocess"](predictions), loss, stop - start
 
         found = self._slices.run(len(images), images.shape[2], images.shape[3], work)
-        self._predictions = [each for predictions, _ in found for each in predictions]
+        self._predictions = [each for predictions, *_ in found for each in predictions]
         if self._task is not None:
             total = Total(len(images), self._task.floor)
-            for _, loss in found:
-                total.add(loss)
+            for _, loss, count in found:
+                total.add(loss, count)
             self._items = total.items()
             weight = total.normaliser()
             self._sums.append({**{name: item * weight for name, item in self._items.items()}, "": total.unfloored()})

@@ -19,7 +19,6 @@ import cv2
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from yolov12.mas import Engine
 from yolov12.training.data.sharing import rung_of
 
 __all__ = ["DataLayer", "Rung", "rungs"]
@@ -62,18 +61,14 @@ class DataLayer:
         stride: Of the model.
     """
 
-    _engine: Engine
-
     def __init__(self, mode: str, ladder: Sequence[Rung], stride: int) -> None:
-        self._eager = mode == "eager"
+        self.is_eager = mode == "eager"
+        """True if whole BatchNorm groups with everything kept are to fit, rather than one image with least memory."""
         self._ladder = ladder[:1] if mode == "off" else ladder
         self._stride = stride
         self._shared = RawValue(ctypes.c_int, 0)
         self._calm, self._patience, self._since_rise = 0, CALM, _MOST_CALM
-
-    def serve(self, engine: Engine) -> None:
-        """Work for an engine, which may ask for smaller batches from now on."""
-        self._engine = engine
+        self._events: list[str] = []
 
     @property
     def rung(self) -> int:
@@ -93,7 +88,7 @@ class DataLayer:
             settings: The arguments it was made with.
         """
         if len(self._ladder) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
-            _Loading(dataset, settings, self._ladder, self._shared)
+            _Loading(dataset, settings, self._ladder, self._shared).begin()
 
     def preprocess(self, stock: Callable[[Any], Any], settings: Any) -> Callable[[Any], Any]:
         """Wrap Ultralytics' `preprocess_batch`, whose `multi_scale` draws sizes around the full one."""
@@ -107,9 +102,14 @@ class DataLayer:
 
         return run
 
-    def before(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Look at the memory that is free, if `eager`, and return the batch as it is to be trained on."""
-        if self._eager and not self._fits(self.rung):
+    def before(self, batch: dict[str, Any], fits: Callable[[int], bool]) -> dict[str, Any]:
+        """Look at the memory that is free, if `eager`, and return the batch as it is to be trained on.
+
+        Args:
+            batch: Batch as it was loaded.
+            fits: Returns whether images of a size in pixels are predicted to fit, see `is_eager`.
+        """
+        if self.is_eager and not fits(self.image_size):
             self._down()
         return self._resized(batch)
 
@@ -117,12 +117,16 @@ class DataLayer:
         """For a batch that does not fit: itself, a rung lower; None where there is none."""
         return self._resized(batch) if self._down() else None
 
-    def after(self) -> None:
-        """Go up a rung when it has been predicted to fit for a while."""
+    def after(self, fits: Callable[[int], bool]) -> None:
+        """Go up a rung when it has been predicted to fit for a while.
+
+        Args:
+            fits: See `before`.
+        """
         self._since_rise += 1
         if not self.rung:
             return
-        self._calm = self._calm + 1 if self._fits(self.rung - 1) else 0
+        self._calm = self._calm + 1 if fits(self._ladder[self.rung - 1].image_size) else 0
         if self._calm >= self._patience:
             self._since_rise = 0
             self._set(self.rung - 1)
@@ -136,9 +140,10 @@ class DataLayer:
         self._shared.value = min(state["rung"], len(self._ladder) - 1)
         self._patience, self._calm, self._since_rise = state["patience"], state["calm"], state["since_rise"]
 
-    def _fits(self, rung: int) -> bool:
-        size = self._ladder[rung].image_size
-        return self._engine.would_fit(size, size, whole_group=self._eager)
+    def take_events(self) -> list[str]:
+        """Return the changes of size since the last call, as the journal names them."""
+        events, self._events = self._events, []
+        return events
 
     def _down(self) -> bool:
         if self.rung + 1 >= len(self._ladder):
@@ -149,7 +154,7 @@ class DataLayer:
         return True
 
     def _set(self, rung: int) -> None:
-        self._engine.note(f"image size {self.image_size} to {self._ladder[rung].image_size}")
+        self._events.append(f"image size {self.image_size} to {self._ladder[rung].image_size}")
         self._shared.value, self._calm = rung, 0
 
     def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +175,12 @@ class _Loading:
         self._settings, self._stock_build = copy.copy(settings), dataset.build_transforms
         self._transforms: dict[int, Any] = {}
         self._rung = 0  # of the batch at hand
-        self._stock_load, dataset.load_image = dataset.load_image, self._load_image
+        self._stock_load = dataset.load_image
+
+    def begin(self) -> None:
+        """Take over the data set's methods."""
+        dataset = self._dataset
+        dataset.load_image = self._load_image
         dataset.build_transforms = self._build  # called anew when mosaic is closed
         dataset.__getitems__ = self._load  # PyTorch's way to load a batch
 

@@ -14,43 +14,32 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from yolov12.mas.distributed.ranks import Ranks, Said
+from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.mas.distributed.shares import Balance, share_out
 from yolov12.mas.scheduling.groups import split_groups
+from yolov12.mas.task import Share
 from yolov12.training.data.arrangement import arranged
 
-__all__ = ["SHARE", "Share", "Sharing", "augment_by_place", "rung_of"]
+__all__ = ["SHARE", "Sharing", "augment_by_place", "rung_of"]
 
 SHARE = "yolov12_share"
-"""In a batch: its `Share`."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank has of a batch."""
-
-    of_all: int
-    """Images in the batch."""
-    seed: int
-    """Of the batch: for what all ranks are to draw alike."""
-    counts: bool
-    """Whether this rank's images are of the batch, or one that it runs for nothing, as its share is none."""
+"""Key of a batch: its `mas.Share`."""
 
 
 class Sharing:
     """Cuts batches for one rank.
 
     Args:
-        ranks: Who shares them.
-        batch: Images in a whole batch.
-        group: Images in a BatchNorm group; ranks take whole groups.
-        ahead: Batches that this rank draws before the first is trained on.
+        rank: Number of this rank, from 0.
+        ranks: Number of ranks.
+        batch: Number of images in a whole batch.
+        group: Number of images in a BatchNorm group; ranks take whole groups.
+        ahead: Number of batches that are drawn before the first is trained on, by the rank that draws furthest ahead.
         move_ms: What new shares cost, see `Balance`.
         boxes: Of each image of the data set, by which a batch is arranged (see `arrangement`): before augmentation, as
             no rank knows more of the images of others. None to leave the order as it is.
@@ -59,7 +48,8 @@ class Sharing:
 
     def __init__(
         self,
-        ranks: Ranks,
+        rank: int,
+        ranks: int,
         batch: int,
         group: int,
         ahead: int,
@@ -67,10 +57,10 @@ class Sharing:
         boxes: Sequence[int] | None = None,
         rung: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._ranks, self._group, self._boxes, self._rung = ranks, group, boxes, rung
+        self._rank, self._group, self._boxes, self._rung = rank, group, boxes, rung
         self._whole = split_groups(batch, group)
-        self._ahead = -ranks.least(-ahead)  # of the one that draws furthest ahead
-        self._balance = Balance(ranks.size, move_ms)
+        self._ahead = ahead
+        self._balance = Balance(ranks, move_ms)
         self._settled: deque[tuple[int, Sequence[float], int]] = deque([(0, self._balance.ms_per_image, rung())])
         """From which batch on ranks are taken to be how fast, and images are loaded on which rung."""
         self._drawn = self._trained = 0
@@ -91,11 +81,11 @@ class Sharing:
         if self._boxes is not None:
             indices = [indices[place] for place in arranged([self._boxes[index] for index in indices])]
         shares = self.shares(len(indices))
-        start = sum(shares[: self._ranks.rank])
+        start = sum(shares[: self._rank])
         seed, (_, rung) = zlib.crc32(name.encode()), self._now()
-        mine = range(start, start + shares[self._ranks.rank]) or range(1)
+        mine = range(start, start + shares[self._rank]) or range(1)
         self._drawn += 1
-        self._waiting.append(Share(len(indices), seed, shares[self._ranks.rank] > 0))
+        self._waiting.append(Share(len(indices), is_padding=shares[self._rank] == 0, seed=seed))
         return [_Drawn(indices[place], zlib.crc32(f"{name} {place}".encode()), rung) for place in mine]
 
     def shares(self, images: int) -> tuple[int, ...]:
@@ -111,10 +101,10 @@ class Sharing:
         """Give the share that was drawn first and not taken: that of the batch that is trained on now."""
         return self._waiting.popleft()
 
-    def observe(self, said: Sequence[Said]) -> None:
+    def observe(self, statuses: Sequence[RankStatus]) -> None:
         """Learn from a batch that was trained on."""
         self._trained += 1
-        self._balance.observe([each.images for each in said], [each.ms for each in said])
+        self._balance.observe([each.images for each in statuses], [each.ms for each in statuses])
         self._balance.shares(self._whole)
         settled = self._balance.ms_per_image, self._rung()
         if settled != self._settled[-1][1:]:

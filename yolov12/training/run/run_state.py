@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from numbers import Number
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ class Keeper:
         every: How often to save.
         data_layer: Chooses the images' size.
         of_epoch: What is counted up in an epoch for results.csv.
-        saves: Of several ranks, one does.
+        interruption: Signals of this process.
+        is_first: True on the one rank that saves.
     """
 
     def __init__(
@@ -86,12 +87,13 @@ class Keeper:
         every: Interval,
         data_layer: DataLayer,
         of_epoch: dict[str, float],
+        interruption: Interruption,
         *,
-        saves: bool = True,
+        is_first: bool = True,
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
         self._data_layer, self._of_epoch = data_layer, of_epoch
-        self._saves = saves and bool(trainer.args.save)
+        self._is_first, self._saves = is_first, is_first and bool(trainer.args.save)
         self._every = every if self._saves else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
@@ -99,12 +101,21 @@ class Keeper:
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
         self._resumed: Mapping[str, Any] | None = None  # until its batches are skipped
         self._whole = True
-        self._lock = files.lock(trainer.wdir) if saves else None
-        if saves and self._lock is None:
-            raise ConfigError(f"another process trains in {trainer.save_dir}: stop it, or give another name=")
-        self.interruption = Interruption()
+        self._lock: IO[bytes] | None = None
+        self.interruption = interruption
+
+    def begin(self) -> None:
+        """Lock the run's folder, and watch for signals until `end`.
+
+        Raises:
+            ConfigError: Another process trains in the folder.
+        """
+        if self._is_first:
+            self._lock = files.lock(self._trainer.wdir)
+            if self._lock is None:
+                raise ConfigError(f"another process trains in {self._trainer.save_dir}: stop it, or give another name=")
         self.interruption.watch()
-        trainer.callbacks["on_train_end"].insert(0, self._complete)  # before others, which may fail
+        self._trainer.callbacks["on_train_end"].insert(0, self._complete)  # before others, which may fail
 
     @property
     def path(self) -> Path:

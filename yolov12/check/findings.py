@@ -1,35 +1,36 @@
-"""Judges a machine: why training on it cannot work, and what will hurt.
+"""Finds problems, which make training impossible, and warnings, which do not.
 
-Pure functions of a `Report`, so every kind of machine can be judged, also those nobody has at hand.
+The functions are pure functions of a `Report`, so tests cover machines that nobody has at hand.
 """
 
 from __future__ import annotations
 
 import re
 
-from yolov12.check.report import Attention, Cuda, Gpu, Report
+from yolov12.check.report import AttentionProbe, Cuda, Gpu, Report
 
 __all__ = ["cuda_problem", "format_bytes", "problems", "warnings"]
 
 MIN_FREE_BYTES = 2**30
-"""Less free device memory than this does not hold PyTorch's own kernels and the smallest training step."""
+"""Free GPU memory that PyTorch's kernels and the smallest training step need, 1 GiB."""
 
 MIN_SHM_BYTES = 2**30
+"""Free space in /dev/shm below which `warnings` reports a risk for data loader workers, 1 GiB."""
 
-# The oldest Linux driver that runs any release of a CUDA major version (CUDA minor version compatibility):
+# CUDA major version → the oldest Linux driver that runs every minor version of it:
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 _OLDEST_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
 
-# Kernels built for desktop cards of the same major version do not run on these Jetsons:
+# Compute capabilities of Jetsons. Kernels built for desktop GPUs of the same major version do not run on them:
 # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility
 _TEGRA = {(5, 3), (6, 2), (7, 2), (8, 7)}
 
 
 def problems(report: Report) -> list[str]:
-    """Say why training on `report.devices` cannot work.
+    """List the reasons why training on `report.devices` cannot work.
 
     Returns:
-        One line for each reason, causes before what they cause; empty if training can work.
+        One line for each reason, a cause before its consequences. Empty if training can work.
     """
     found = []
     if report.versions.get("ultralytics") is None:
@@ -56,7 +57,11 @@ def problems(report: Report) -> list[str]:
 
 
 def warnings(report: Report) -> list[str]:
-    """Say what will hurt, though training can work; one line each."""
+    """List what may slow training down or stop it later, although it can start.
+
+    Returns:
+        One line for each warning.
+    """
     found = []
     host, cuda = report.host, report.cuda
     if report.devices == ("cpu",) and report.device != "cpu":
@@ -73,19 +78,22 @@ def warnings(report: Report) -> list[str]:
         )
     installed = report.versions.get("ultralytics")
     if installed not in (None, report.pinned_ultralytics):
-        found.append(f"Ultralytics {installed} is installed; made for and tested with {report.pinned_ultralytics}")
+        found.append(
+            f"Ultralytics {installed} is installed, but this package was tested with "
+            f"{report.pinned_ultralytics}. Install it: pip install ultralytics=={report.pinned_ultralytics}"
+        )
     built_for = _version(cuda.torch_cuda)
     if not cuda.error and built_for and cuda.driver_cuda and cuda.driver_cuda < built_for:
         found.append(
-            f"the driver supports CUDA {_dotted(cuda.driver_cuda)} and PyTorch was built for {cuda.torch_cuda}: its "
-            "own kernels run, code compiled on the fly (torch.compile) may not"
+            f"the driver supports CUDA {_dotted(cuda.driver_cuda)}, but PyTorch was built for {cuda.torch_cuda}: "
+            "PyTorch's own kernels run, code that torch.compile generates may not. Update the driver if you use compile"
         )
     found += [_broken(probe) for probe in report.attention if probe.failure and not probe.needed]
     return found
 
 
 def cuda_problem(report: Report) -> str | None:
-    """Say in one line why PyTorch can use no GPU at all and what to do; None if it can use one."""
+    """Explain in one line why PyTorch cannot use any GPU, and what to do. None if it can use one."""
     cuda, host = report.cuda, report.host
     if cuda.error is None:
         return None
@@ -107,7 +115,7 @@ def cuda_problem(report: Report) -> str | None:
 
 
 def format_bytes(count: int | None) -> str:
-    """Write a number of bytes as MiB, or as GiB from one up."""
+    """Format bytes in MiB, or in GiB from 1 GiB on. None gives `unknown`."""
     if count is None:
         return "unknown"
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -125,8 +133,8 @@ def _gpu_problems(gpu: Gpu, arch_list: tuple[str, ...]) -> list[str]:
         held = [f"{process.name or 'process'} {process.pid}: {format_bytes(process.used_bytes)}" for process in largest]
         found.append(
             f"GPU {gpu.index} ({gpu.name}) has {format_bytes(gpu.free_bytes)} free of {format_bytes(gpu.total_bytes)}, "
-            f"training needs at least {format_bytes(MIN_FREE_BYTES)}"
-            + (f". Held by others: {_join(held)}" if held else "")
+            f"training needs at least {format_bytes(MIN_FREE_BYTES)}. Free memory, or choose another GPU with device="
+            + (f". Other processes hold: {_join(held)}" if held else "")
         )
     return found
 
@@ -134,19 +142,19 @@ def _gpu_problems(gpu: Gpu, arch_list: tuple[str, ...]) -> list[str]:
 def _has_kernels(capability: tuple[int, int], arch_list: tuple[str, ...]) -> bool:
     arches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)(a?)f?", arch) for arch in arch_list]
     if not any(arches):
-        return True  # not an NVIDIA build, or it does not say
+        return True  # PyTorch was not built for NVIDIA GPUs, or does not list its kernels
     for arch in filter(None, arches):
         kind, exact_only, built_for = arch[1], arch[4] or capability in _TEGRA, (int(arch[2]), int(arch[3]))
         if built_for == capability:
             return True
         if kind == "compute" and not arch[4] and built_for < capability:
-            return True  # PTX, which the driver compiles for any later GPU
+            return True  # the driver compiles PTX for every newer GPU
         if kind == "sm" and not exact_only and built_for[0] == capability[0] and built_for < capability:
             return True
     return False
 
 
-def _broken(probe: Attention) -> str:
+def _broken(probe: AttentionProbe) -> str:
     how = f"{probe.backend} ({probe.kernel})" if probe.kernel else probe.backend
     return f"attention in {probe.dtype} through {how} on {probe.device}, for {probe.use}, is broken: {probe.failure}"
 

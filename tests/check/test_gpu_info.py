@@ -1,4 +1,4 @@
-"""The GPU readers, on an invented driver and NVML, and on this machine's GPU."""
+"""The GPU readers, with a simulated driver and NVML, and with the GPU of this machine."""
 
 import os
 import uuid
@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from yolov12 import check
-from yolov12.check import gpu
-from yolov12.check.report import Process
+from yolov12.check import gpu_info
+from yolov12.check.report import OtherProcess
 
 GIB = 2**30
 
@@ -18,7 +18,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch se
 
 
 class FakeDriver:
-    """libcuda that counts two cards in the other order than NVML does."""
+    """A libcuda that numbers two GPUs in another order than NVML does."""
 
     uuids = (uuid.UUID(int=7), uuid.UUID(int=8))
 
@@ -41,7 +41,7 @@ class FakeDriver:
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """Two GPUs for the readers; returns what NVML answers, by function name."""
+    """Simulate two GPUs. Returns function name → answer of NVML."""
     card = SimpleNamespace(name="Card", major=8, minor=0, is_integrated=0, total_memory=8 * GIB)
     for name, value in (
         ("init", lambda: None),
@@ -51,7 +51,7 @@ def two_gpus(monkeypatch):
         ("mem_get_info", lambda index: (3 * GIB, 8 * GIB)),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(gpu, "driver_api", FakeDriver)
+    monkeypatch.setattr(gpu_info, "driver_api", FakeDriver)
     answers = {
         "nvmlInit": lambda: None,
         "nvmlShutdown": lambda: None,
@@ -77,25 +77,25 @@ def two_gpus(monkeypatch):
 
 
 def test_gpus_are_matched_by_uuid_where_the_orders_differ(two_gpus):
-    cuda, gpus = gpu.read_cuda(0)
+    cuda, gpus = gpu_info.read_cuda(0)
     assert cuda.driver == "535.1"
     assert cuda.driver_cuda == (12, 2)
     assert [(one.index, one.nvml_index, one.matched_by) for one in gpus] == [(0, 1, "UUID"), (1, 0, "UUID")]
     assert (gpus[0].free_bytes, gpus[0].memory_source) == (5 * GIB, "NVML")
-    assert gpus[0].processes == (Process(2**30, None, None),)
+    assert gpus[0].processes == (OtherProcess(2**30, None, None),)
     assert gpus[0].own_bytes == GIB
 
 
 def test_gpus_are_matched_by_bus_id_without_uuid(two_gpus):
     del two_gpus["nvmlDeviceGetHandleByUUID"]
     two_gpus["nvmlDeviceGetHandleByPciBusId"] = {"0000:00:00.0": "nvml1", "0000:01:00.0": "nvml0"}.get
-    _, gpus = gpu.read_cuda(0)
+    _, gpus = gpu_info.read_cuda(0)
     assert [(one.nvml_index, one.matched_by) for one in gpus] == [(1, "PCI bus id"), (0, "PCI bus id")]
 
 
 def test_nvml_that_refuses_everything(two_gpus):
     two_gpus.clear()
-    cuda, gpus = gpu.read_cuda(0)
+    cuda, gpus = gpu_info.read_cuda(0)
     assert cuda.driver is None
     assert (gpus[0].free_bytes, gpus[0].memory_source) == (3 * GIB, "torch.cuda.mem_get_info")
     assert gpus[0].matched_by is None
@@ -104,7 +104,7 @@ def test_nvml_that_refuses_everything(two_gpus):
 
 def test_integrated_gpu_has_what_the_host_has_available(two_gpus):
     torch.cuda.get_device_properties(0).is_integrated = 1
-    _, gpus = gpu.read_cuda(ram_available_bytes=6 * GIB)
+    _, gpus = gpu_info.read_cuda(ram_available_bytes=6 * GIB)
     assert (gpus[0].free_bytes, gpus[0].memory_source, gpus[0].integrated) == (6 * GIB, "MemAvailable", True)
 
 
@@ -119,7 +119,7 @@ def test_gpus_that_pytorch_cannot_use_are_listed(two_gpus, monkeypatch):
         "nvmlDeviceGetName": lambda handle: "Tesla T4",
         "nvmlDeviceGetCudaComputeCapability": lambda handle: (7, 5),
     }
-    cuda, (card,) = gpu.read_cuda(0)
+    cuda, (card,) = gpu_info.read_cuda(0)
     assert cuda.error == "The NVIDIA driver on your system is too old"
     assert (card.index, card.name, card.capability) == (None, "Tesla T4", (7, 5))
 

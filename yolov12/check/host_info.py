@@ -1,4 +1,4 @@
-"""Reads the host: processors, memory, shared memory, installed versions."""
+"""Reads the host: CPUs, memory, shared memory and installed versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from yolov12.mas.memory.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, read
 
 __all__ = ["read_cgroup_memory", "read_host", "read_versions"]
 
-# Distribution names that hold one thing; the first one found counts.
+# Reported name → distributions that provide it. The first installed one counts.
 _DISTRIBUTIONS = {
     "ultralytics": ("ultralytics",),
     "torchvision": ("torchvision",),
@@ -25,13 +25,17 @@ _DISTRIBUTIONS = {
     "onnx": ("onnx",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "tensorrt": ("tensorrt", "tensorrt-cu12", "tensorrt-cu13"),
-    # Another product than TensorRT, with nearly the same interface.
+    # TensorRT for RTX is a separate product with nearly the same interface.
     "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu12-libs", "tensorrt-rtx-cu13-libs"),
 }
 
 
 def read_host() -> Host:
-    """Read the host; never fails for want of a file."""
+    """Read CPUs, memory and device files of the host, or the limits of this container.
+
+    Returns:
+        The readings, memory in bytes. A missing file is not an error.
+    """
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
     limit, limit_available = read_cgroup_memory() or (total, available)
@@ -52,7 +56,11 @@ def read_host() -> Host:
 
 
 def read_versions() -> dict[str, str | None]:
-    """Read what is installed, without importing it; None for what is not."""
+    """Read the versions of this package and of the libraries that it uses, without importing them.
+
+    Returns:
+        Name → version. None means: not installed.
+    """
     versions: dict[str, str | None] = {
         "yolov12": __version__,
         "python": platform.python_version(),
@@ -75,18 +83,18 @@ def _installed(candidates: tuple[str, ...]) -> str | None:
 def _cudnn() -> str | None:
     try:
         number: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call,unused-ignore]
-    except RuntimeError as error:  # another cuDNN than PyTorch was built with stands first in the library path
+    except RuntimeError as error:  # the library path holds another cuDNN version than PyTorch was built with
         return str(error).strip().split("\n")[0]
     if not number:
         return None
-    major = number // 10_000 if number >= 90_000 else number // 1000  # from 9.0 on it counts minors in hundreds
+    major = number // 10_000 if number >= 90_000 else number // 1000  # 8.9.2 is 8902, 9.1.0 is 90100
     rest = number - major * (10_000 if number >= 90_000 else 1000)
     return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def _cpu_count() -> int:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in cgroup_folders("cpu", CGROUPS, MEMBERSHIP):  # `docker run --cpus=2`
+    for folder in cgroup_folders("cpu", CGROUPS, MEMBERSHIP):  # a limit such as `docker run --cpus=2`
         quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
         if (folder / "cpu.max").is_file():
             quota, period = (_as_number(word) for word in (folder / "cpu.max").read_text().split())
@@ -115,4 +123,4 @@ def _number(file: Path) -> int | None:
 
 
 def _as_number(word: str) -> int | None:
-    return int(word) if word.lstrip("-").isdigit() else None  # "max" is no limit
+    return int(word) if word.lstrip("-").isdigit() else None  # "max" means: no limit

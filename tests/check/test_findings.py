@@ -1,4 +1,4 @@
-"""What keeps an invented machine from training, and what it is warned of."""
+"""Problems and warnings of simulated machines."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from yolov12.check import problems, warnings
 from yolov12.check.render import as_text, verdict
-from yolov12.check.report import Attention, Process, Report, TrainingStep
+from yolov12.check.report import AttentionProbe, OtherProcess, Report, TrainingProbe
 
 GIB = 2**30
 
@@ -88,7 +88,7 @@ def test_mps_that_is_not_there(machine):
 @pytest.mark.parametrize(
     ("capability", "arch_list", "works"),
     [
-        ((8, 9), WHEEL, True),  # an Ada card runs what is built for 8.6
+        ((8, 9), WHEEL, True),  # an Ada GPU runs kernels built for 8.6
         ((12, 0), WHEEL, False),
         ((12, 0), (*WHEEL, "compute_90"), True),  # PTX
         ((3, 7), WHEEL, False),
@@ -104,8 +104,8 @@ def test_kernels_for_the_gpu(machine, h100, capability, arch_list, works):
     assert (problems(report) == []) == works
 
 
-def test_full_gpu_names_who_holds_its_memory(machine, t4):
-    others = (Process(7, None, 100), Process(4120, "python", 13 * GIB))
+def test_full_gpu_names_the_processes_that_use_its_memory(machine, t4):
+    others = (OtherProcess(7, None, 100), OtherProcess(4120, "python", 13 * GIB))
     problem = only_problem(machine(replace(t4, free_bytes=600 * 2**20, processes=others)))
     assert "600 MiB free of 15.0 GiB" in problem
     assert "python 4120: 13.0 GiB" in problem
@@ -132,9 +132,9 @@ def test_ultralytics_missing_or_another(machine, h100):
 
 
 def test_failed_training_step_and_broken_attention(machine, h100):
-    step = TrainingStep("cuda:0", "fp16", None, "RuntimeError: no kernel image is available")
+    step = TrainingProbe("cuda:0", "fp16", None, "RuntimeError: no kernel image is available")
     assert "no kernel image" in only_problem(machine(h100, training=(step,)))
-    broken = Attention("cuda:0", "fp16", "training", True, "sdpa", "why", "flash", 0.5, "it is off by 0.5")
+    broken = AttentionProbe("cuda:0", "fp16", "training", True, "sdpa", "why", "flash", 0.5, "it is off by 0.5")
     assert "sdpa (flash)" in only_problem(machine(h100, attention=(broken,)))
     unused = machine(h100, attention=(replace(broken, needed=False),))
     assert problems(unused) == []

@@ -1,7 +1,8 @@
-"""Bytes of Ultralytics' detection loss, by running it: its shapes depend on values, so fake tensors do not get through.
+"""Measures the memory of Ultralytics' detection loss by running it on the CPU.
 
-It runs on the CPU for 2 and for 4 images, on random predictions and boxes. All of its tensors are images × something,
-so two points make the line.
+Shapes in the loss depend on values, so fake tensors cannot be used. The loss runs for 2 and for 4 images, on random
+predictions and boxes. The size of each of its tensors is proportional to the number of images, so two measurements give
+a linear function.
 """
 
 from __future__ import annotations
@@ -16,49 +17,56 @@ from torch import Tensor
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.assigner import in_slices
 from yolov12.plan.cuda_rules import HALF, cuda_rules
-from yolov12.plan.network import Network
+from yolov12.plan.fake_model import FakeModel
 
-__all__ = ["Line", "loss_bytes", "through"]
+__all__ = ["LinearBytes", "line_through", "loss_bytes"]
 
 _IMAGES = (2, 4)
 
 
 @dataclass(frozen=True)
-class Line:
-    """Bytes by images."""
+class LinearBytes:
+    """Bytes as a linear function of the number of images."""
 
     fixed_bytes: float
     bytes_per_image: float
 
     def __call__(self, images: int) -> int:
-        """Bytes for so many images."""
+        """Return the bytes for this number of images."""
         return round(self.fixed_bytes + self.bytes_per_image * images)
 
 
-def through(measured: Mapping[int, int]) -> Line:
-    """The line through two measurements: images → bytes."""
-    (few, low), (many, high) = measured.items()
-    slope = (high - low) / (many - few)
-    return Line(low - slope * few, slope)
-
-
-def loss_bytes(network: Network, imgsz: int, boxes: int, amp: bool) -> Line:
-    """Peak of the loss and its backward pass, above predictions.
+def line_through(measured: Mapping[int, int]) -> LinearBytes:
+    """Fit the linear function to two measurements.
 
     Args:
-        network: Makes the loss.
-        imgsz: Height and width of images.
-        boxes: In the image that has most; the others have half as many.
-        amp: Whether autocast is on.
+        measured: Number of images → bytes, two entries.
     """
-    return through({images: _measured_bytes(network, imgsz, boxes, amp, images) for images in _IMAGES})
+    (few, low), (many, high) = measured.items()
+    slope = (high - low) / (many - few)
+    return LinearBytes(low - slope * few, slope)
 
 
-def _measured_bytes(network: Network, imgsz: int, boxes: int, amp: bool, images: int) -> int:
-    criterion = network.criterion
+def loss_bytes(fake_model: FakeModel, imgsz: int, boxes: int, amp: bool) -> LinearBytes:
+    """Measure the peak of the loss and its backward pass, without the predictions.
+
+    Args:
+        fake_model: The model, which has the loss.
+        imgsz: Height and width of the images in pixels.
+        boxes: Boxes of the fullest image. The other images have half as many.
+        amp: True for mixed precision.
+
+    Returns:
+        The peak in bytes by number of images.
+    """
+    return line_through({images: _measured_bytes(fake_model, imgsz, boxes, amp, images) for images in _IMAGES})
+
+
+def _measured_bytes(fake_model: FakeModel, imgsz: int, boxes: int, amp: bool, images: int) -> int:
+    criterion = fake_model.criterion
     dtype: torch.dtype = HALF if amp else torch.float32
     draw = torch.Generator().manual_seed(0)
-    sides = [imgsz // stride for stride in network.strides]
+    sides = [imgsz // stride for stride in fake_model.strides]
     anchors = sum(side * side for side in sides)
     distances = criterion.reg_max * 4
     with ByteTrace() as trace, cuda_rules(amp):
@@ -69,12 +77,12 @@ def _measured_bytes(network: Network, imgsz: int, boxes: int, amp: bool, images:
         }
         batch = _boxes(images, boxes, criterion.nc, draw)
         counts = torch.bincount(batch["batch_idx"].long(), minlength=images).tolist()
-        live_bytes = trace.mark()
+        allocated_bytes = trace.mark()
         with in_slices(criterion.assigner, counts):
             loss = _run(criterion, predictions, batch)
-        del batch, predictions  # as the frame that made them ends; what the loss still needs it holds
+        del batch, predictions  # a training step releases them here, too; the loss keeps what it needs
         loss.sum().backward()
-    return int(trace.peak_bytes() - live_bytes)
+    return int(trace.peak_bytes() - allocated_bytes)
 
 
 def _run(criterion: Any, predictions: dict[str, Any], batch: dict[str, Tensor]) -> Tensor:
@@ -85,7 +93,7 @@ def _run(criterion: Any, predictions: dict[str, Any], batch: dict[str, Tensor]) 
 def _boxes(images: int, most: int, classes: int, draw: torch.Generator) -> dict[str, Tensor]:
     counts = torch.tensor([most] + [-(-most // 2)] * (images - 1))
     total = int(counts.sum())
-    side = 0.02 + 0.28 * torch.rand(total, 2, generator=draw)  # of the image: small to medium, as mosaics have them
+    side = 0.02 + 0.28 * torch.rand(total, 2, generator=draw)  # fraction of the image: small to medium, as in mosaics
     centre = side / 2 + (1 - side) * torch.rand(total, 2, generator=draw)
     return {
         "batch_idx": torch.repeat_interleave(torch.arange(images), counts).float(),

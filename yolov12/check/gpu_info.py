@@ -1,4 +1,4 @@
-"""Reads GPUs, their driver and their memory: NVML where it answers, PyTorch where it does not."""
+"""Reads GPUs, their driver and their memory from NVML. PyTorch is the fallback."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Any
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import torch
 
-from yolov12.check.report import Cuda, Gpu, Process
+from yolov12.check.report import Cuda, Gpu, OtherProcess
 from yolov12.mas.memory.nvml import ask, driver_api, nvml_session, same_gpu, used_bytes
 
 __all__ = ["read_cuda"]
 
 
 def read_cuda(ram_available_bytes: int) -> tuple[Cuda, tuple[Gpu, ...]]:
-    """Read the driver and all GPUs that PyTorch sees, or if it sees none those that NVML sees.
+    """Read the driver and the GPUs that PyTorch sees. If PyTorch cannot use CUDA, read the GPUs that NVML sees.
 
-    No CUDA context is made where NVML answers, so that reading takes none of the memory it reads.
+    If NVML answers, no CUDA context is created, so reading does not change the free memory.
 
     Args:
-        ram_available_bytes: What an integrated GPU has free.
+        ram_available_bytes: Available host memory in bytes, which counts as free memory of an integrated GPU.
+
+    Returns:
+        The driver and PyTorch's CUDA, and one entry per GPU.
     """
     error = _torch_cuda_error()
     with nvml_session():
@@ -45,10 +48,10 @@ def read_cuda(ram_available_bytes: int) -> tuple[Cuda, tuple[Gpu, ...]]:
 
 def _torch_cuda_error() -> str | None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch warns of the same thing first
+        warnings.simplefilter("ignore")  # PyTorch warns, then raises the same message
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call,unused-ignore]
-        except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
+        except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch was built without CUDA
             return str(error).strip().split("\n")[0]
     return None
 
@@ -59,7 +62,7 @@ def _torch_gpu(index: int, driver: Any, ram_available_bytes: int) -> Gpu:
     memory = handle and ask("nvmlDeviceGetMemoryInfo", handle)
     integrated = bool(properties.is_integrated)
     if integrated:
-        # CUDA and NVML count the page cache of the shared memory as used; the kernel gives it up on demand.
+        # CUDA and NVML count the page cache in the shared memory as used, but the kernel frees it on demand.
         free, total, source = ram_available_bytes, int(properties.total_memory), "MemAvailable"
     elif memory:
         free, total, source = int(memory.free), int(memory.total), "NVML"
@@ -77,7 +80,7 @@ def _torch_gpu(index: int, driver: Any, ram_available_bytes: int) -> Gpu:
         integrated=integrated,
         nvml_index=ask("nvmlDeviceGetIndex", handle) if handle else None,
         matched_by=matched_by,
-        processes=_others(used),
+        processes=_other_processes(used),
         own_bytes=(used or {}).get(os.getpid()) or 0,
     )
 
@@ -93,14 +96,16 @@ def _nvml_gpu(handle: Any) -> Gpu:
         free_bytes=memory and int(memory.free),
         memory_source="NVML",
         nvml_index=ask("nvmlDeviceGetIndex", handle),
-        processes=_others(used_bytes(handle)),
+        processes=_other_processes(used_bytes(handle)),
     )
 
 
-def _others(used: dict[int, int | None] | None) -> tuple[Process, ...] | None:
+def _other_processes(used: dict[int, int | None] | None) -> tuple[OtherProcess, ...] | None:
     if used is None:
         return None
-    return tuple(Process(pid, _process_name(pid), held) for pid, held in sorted(used.items()) if pid != os.getpid())
+    return tuple(
+        OtherProcess(pid, _process_name(pid), held) for pid, held in sorted(used.items()) if pid != os.getpid()
+    )
 
 
 def _process_name(pid: int) -> str | None:

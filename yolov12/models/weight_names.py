@@ -1,4 +1,4 @@
-"""From the name of a weight file to a file: as given, in Ultralytics' weights folder, or from the official releases."""
+"""Finds the file of a weight name: the given path, a file in Ultralytics' weights folder, or an official download."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ _RELEASES = "https://github.com/sunsmarterjie/yolov12/releases/download"
 OFFICIAL = {f"yolov12{scale}.pt": f"{_RELEASES}/turbo/yolov12{scale}.pt" for scale in "nsmlx"} | {
     f"yolov12{scale}-v1.pt": f"{_RELEASES}/v1.0/yolov12{scale}.pt" for scale in "nsmlx"
 }
-"""Address of each official weight file, by our name for it. Both releases use the same names, so v1.0 gets a suffix."""
+"""Weight name → address of the official file. Both releases use the same file names, so v1.0 has a suffix here."""
 
 
 def resolve(name: str | Path) -> str:
-    """Find the weight file `name` stands for, downloading it if it is an official or an Ultralytics one.
+    """Find a weight file. Official files and those of Ultralytics are downloaded if needed.
+
+    Args:
+        name: A path, or the name of official weights such as `yolov12s.pt`.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        WeightsError: There is no such file, or the download failed; names the address and where to put the file.
+        WeightsError: The file does not exist, or the download failed. After a failed download, the message gives the
+            address and the path to save the file to.
     """
     from ultralytics.utils import SETTINGS
 
-    given = str(name).strip().strip("'")  # as upstream, for names that come through a shell
+    given = str(name).strip().strip("'")  # as Ultralytics does, for names with quotes from a shell
     weights_dir = Path(SETTINGS["weights_dir"])
     for file in (Path(given), weights_dir / given):
         if file.is_file():
@@ -38,7 +45,7 @@ def _download(url: str, target: Path) -> str:
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own, which goes whatever happens: half a file must never stand under the final name.
+        # A temporary folder, so that an incomplete file never has the final name.
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as folder:
             part = safe_download(url, file=target.name, dir=folder, unzip=False, min_bytes=1e5)
             Path(part).replace(target)
@@ -54,14 +61,14 @@ def _upstream(given: str) -> str:
     from ultralytics.utils import checks, downloads
 
     asset = Path(checks.check_yolov5u_filename(given.replace("'", ""), verbose=False)).name
-    # For other names upstream would ask GitHub for a list of its releases, minutes where there is no network.
+    # For other names Ultralytics would ask GitHub for its releases, which takes minutes without a network.
     if asset in downloads.GITHUB_ASSETS_NAMES or given.lower().startswith(("http:/", "https:/")):
-        # Its errors stay its own: the mixed-precision check of training expects them when it is offline.
+        # Ultralytics' errors are not replaced: its mixed-precision check catches them if it is offline.
         found: str = downloads.attempt_download_asset(given)
         if Path(found).is_file():
             return found
     raise WeightsError(
-        f"{given} does not exist (here: {Path.cwd()}). Check the path, or use an official name such as yolov12s.pt."
+        f"{given} does not exist (folder: {Path.cwd()}). Check the path, or use an official name such as yolov12s.pt."
     )
 
 

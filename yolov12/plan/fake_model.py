@@ -1,4 +1,4 @@
-"""A detection model of which only shapes exist: its tensors hold nothing, so its size does not matter."""
+"""Builds a detection model from fake tensors, which have shapes but no data and take no memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,20 @@ from torch.overrides import TorchFunctionMode
 
 from yolov12.errors import ConfigError
 
-__all__ = ["Network", "load"]
+__all__ = ["FakeModel", "load"]
 
 
-class Network:
-    """A model in training mode, in the memory layout of trainings on a GPU, and the mode that it lives in.
+class FakeModel:
+    """A detection model in training mode and channels_last layout, whose tensors are fake.
+
+    Attributes:
+        model: The model. It runs only inside `mode`.
+        mode: The fake tensor mode of the model.
+        criterion: The loss of the model.
+        strides: Stride of each detection scale, in pixels.
 
     Args:
-        model: A detection model of Ultralytics', with values. It is changed.
+        model: A detection model of Ultralytics with real tensors. It is changed in place.
     """
 
     def __init__(self, model: Any) -> None:
@@ -28,7 +34,7 @@ class Network:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.model = model.train().to(memory_format=torch.channels_last)
         self.model.args = get_cfg()
-        for parameter in self.model.parameters():  # as Ultralytics' trainer does, whatever a checkpoint says
+        for parameter in self.model.parameters():  # as Ultralytics' trainer does, also for frozen checkpoints
             parameter.requires_grad_(parameter.is_floating_point())
         for path, layer in self.model.named_modules():
             if path.endswith(".dfl"):
@@ -48,15 +54,18 @@ class Network:
                 layer._buffers[name] = self.mode.from_tensor(buffer)
 
 
-def load(name: str, classes: int | None = None) -> Network:
-    """Build a model or read its weights.
+def load(name: str, classes: int | None = None) -> FakeModel:
+    """Build a fake model.
 
     Args:
-        name: `yolov12s.yaml`, a yaml of one's own, or a weight file.
-        classes: That it finds; by default as the file says.
+        name: A model yaml such as `yolov12s.yaml`, or a weight file.
+        classes: Number of classes. None means: the number in the file.
+
+    Returns:
+        The fake model.
 
     Raises:
-        ConfigError: It is no detection model.
+        ConfigError: The file does not describe a detection model.
     """
     from ultralytics.nn.tasks import DetectionModel
 
@@ -68,11 +77,11 @@ def load(name: str, classes: int | None = None) -> Network:
             raise ConfigError(f"model={name} is a {type(model).__name__}: plans are made for detection models")
         if classes is not None and classes != model.yaml["nc"]:
             model = DetectionModel(dict(model.yaml), nc=classes, verbose=False)
-    return Network(model.float())
+    return FakeModel(model.float())
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves weights as memory was: to draw those of a large model takes seconds, and nobody looks at them."""
+    """Skips the initialisation of weights. For a large model it takes seconds, and the values are not used."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

@@ -78,7 +78,7 @@ def test_a_loaded_model_computes_the_same_and_can_be_saved_again() -> None:
 
 @pytest.fixture
 def mid_training() -> dict[str, Any]:
-    """A checkpoint with everything Ultralytics' trainers have put into one."""
+    """A checkpoint with every kind of entry that Ultralytics' trainers have written."""
     model = YOLO("yolo12n.yaml").model
     model.args = IterableSimpleNamespace(**DEFAULT_CFG_DICT)
     model.criterion = model.init_criterion()
@@ -150,7 +150,7 @@ def test_names_of_other_versions_and_systems(body: bytes, cls: type, write_zip: 
 
 
 def test_a_method_of_a_layer_by_name(write_zip: Callable[..., Path]) -> None:
-    # what Segment and Pose of Ultralytics 8.0 to 8.2 hold
+    # Segment and Pose of Ultralytics 8.0 to 8.2 hold such a method
     body = b"c__builtin__\ngetattr\ncultralytics.nn.modules.head\nDetect\nX\x07\0\0\0forward\x86R"
     assert weights.read(write_zip(Path("old.pt"), body)) is modules.Detect.forward
 

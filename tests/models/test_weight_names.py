@@ -21,7 +21,7 @@ def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Addresses asked for; each download gives a file with the address in it."""
+    """Record the requested addresses. Each download is a file that contains its address."""
     urls: list[str] = []
 
     def safe_download(url: str, file: str, dir: str, **kwargs: Any) -> Path:
@@ -111,6 +111,6 @@ def test_a_missing_file_is_one_error_without_the_network(missing: str) -> None:
 
 
 def test_ultralytics_own_files_fail_offline_as_its_mixed_precision_check_expects(home):
-    """`check_amp` runs before every training on a GPU and goes on without the file when this is a ConnectionError."""
+    """`check_amp` runs before every training on a GPU. After a ConnectionError it continues without the file."""
     with pytest.raises(ConnectionError):
         weights.load(home / "weights" / "yolo26n.pt")

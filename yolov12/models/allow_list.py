@@ -1,7 +1,7 @@
-"""What a checkpoint may name: classes to make instances of, and calls that check their arguments.
+"""The allow-list for checkpoints: classes that may be instantiated, and functions that check their arguments.
 
-Learnt from `ultralytics.nn.tasks._SafeLoad` (8.4.190) and from checkpoints of many kinds and ages. To allow more, add
-here; each line is code that a stranger's file can make run.
+The list is based on `ultralytics.nn.tasks._SafeLoad` (8.4.190) and on checkpoints of many kinds and ages. An untrusted
+file can run every entry.
 """
 
 from __future__ import annotations
@@ -20,53 +20,61 @@ import numpy as np
 import torch
 from torch import nn
 
-_LAYERS = (
+_LAYER_PACKAGES = (
     *("torch.nn.modules", "ultralytics.nn.modules", "ultralytics.nn.tasks"),
     *("torchvision.ops", "torchvision.models", "torchvision.transforms"),
 )
-"""Packages whose `nn.Module` classes may be made."""
+"""Packages whose `nn.Module` classes may be instantiated."""
 
-_PARTS = ("ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.nn.distill_model")
-"""Modules all of whose own classes may be made: a checkpoint written in mid-training holds its loss."""
+_LOSS_MODULES = ("ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.nn.distill_model")
+"""Modules whose own classes may all be instantiated: a checkpoint from the middle of a training holds its loss."""
 
 _TRANSFORMS = "torchvision.transforms.transforms"
-_PLAIN = (f"{_TRANSFORMS}.Compose", f"{_TRANSFORMS}.ToTensor", "ultralytics.utils.IterableSimpleNamespace")
+_PLAIN_CLASSES = (f"{_TRANSFORMS}.Compose", f"{_TRANSFORMS}.ToTensor", "ultralytics.utils.IterableSimpleNamespace")
 
 RENAMED = {
-    "ultralytics.nn.modules.block.Silence": "torch.nn.modules.linear.Identity",  # YOLOv9e
+    "ultralytics.nn.modules.block.Silence": "torch.nn.modules.linear.Identity",  # in YOLOv9e
     "ultralytics.nn.tasks.YOLOv10DetectionModel": "ultralytics.nn.tasks.DetectionModel",
     "ultralytics.utils.loss.v10DetectLoss": "ultralytics.utils.loss.E2EDetectLoss",
 }
+"""Class name of an older Ultralytics → class that replaces it."""
 
 
-class Refusal(Exception):  # noqa: N818
-    """A known call with arguments that it must not get."""
+class RefusedCall(Exception):  # noqa: N818
+    """An allowed function was called with arguments that are not allowed."""
 
 
 class Token:
-    """A name in the file and what it stands for: a checked call, a class to make instances of, or (refused) neither."""
+    """Stands for a name in the file: a function that checks its arguments, a class, or, if refused, neither."""
 
     def __init__(self, name: str, call: Callable[..., Any] | None = None, cls: type | None = None) -> None:
         self.name, self.call, self.cls = name, call, cls
 
     @property
     def refused(self) -> bool:
-        """Whether the name stands for nothing that is allowed."""
+        """True if the name is not on the allow-list."""
         return self.call is None and self.cls is None
 
 
-def named(thing: Any) -> str:
-    """Say what something in the file is, for the message that refuses it."""
+def describe(thing: Any) -> str:
+    """Describe an object of the file, for the message that refuses it."""
     return thing.name if isinstance(thing, Token) else f"a {type(thing).__name__}"
 
 
-def known_class(full: str) -> type | None:
-    """Return the class of this full name, if instances of it may be made."""
-    return _stock_class(full) or _layer_of_the_user(full)
+def allowed_class(full: str) -> type | None:
+    """Find a class on the allow-list.
+
+    Args:
+        full: Module and name of the class, with dots.
+
+    Returns:
+        The class, or None if it may not be instantiated.
+    """
+    return _stock_class(full) or _user_layer(full)
 
 
-def _layer_of_the_user(full: str) -> type | None:
-    """Find a layer in a module from which the running program itself has added layers to Ultralytics' own."""
+def _user_layer(full: str) -> type | None:
+    """Find a layer class in a module of the user. The program must have added a layer of this module to Ultralytics."""
     module, _, name = full.rpartition(".")
     tasks = sys.modules.get("ultralytics.nn.tasks")
     if tasks is None or module.partition(".")[0] in ("torch", "torchvision", "ultralytics"):
@@ -81,72 +89,74 @@ def _layer_of_the_user(full: str) -> type | None:
 @lru_cache(maxsize=1024)
 def _stock_class(full: str) -> type | None:
     module, _, name = full.rpartition(".")
-    home = next((p for p in (*_LAYERS, *_PARTS) if f"{module}.".startswith(f"{p}.")), None)
-    if full in _PLAIN:
+    home = next((p for p in (*_LAYER_PACKAGES, *_LOSS_MODULES) if f"{module}.".startswith(f"{p}.")), None)
+    if full in _PLAIN_CLASSES:
         home = module
     if home is None:
         return None
-    importlib.import_module(home)  # one of the names above; its submodules come with it or are not known
+    importlib.import_module(home)  # a package of the lists above; it imports its submodules itself
     found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     if not isinstance(found, type):
         return None
-    known = full in _PLAIN or issubclass(found, nn.Module) or (home in _PARTS and found.__module__ == module)
+    known = (
+        full in _PLAIN_CLASSES or issubclass(found, nn.Module) or (home in _LOSS_MODULES and found.__module__ == module)
+    )
     return found if known else None
 
 
-def _expect(holds: bool, what: str) -> None:
+def _require(holds: bool, what: str) -> None:
     if not holds:
-        raise Refusal(f"{what} with unusual arguments")
+        raise RefusedCall(f"{what} with unusual arguments")
 
 
 def _tensor(storage: Any, offset: int, size: Any, stride: Any, grad: bool, hooks: Any, metadata: Any = None) -> Any:
-    _expect(isinstance(storage, torch.storage.TypedStorage) and not metadata, "torch._utils._rebuild_tensor_v2")
+    _require(isinstance(storage, torch.storage.TypedStorage) and not metadata, "torch._utils._rebuild_tensor_v2")
     rebuild: Any = torch._utils._rebuild_tensor_v2
-    return rebuild(storage, offset, size, stride, grad is True, OrderedDict())  # without the file's hooks
+    return rebuild(storage, offset, size, stride, grad is True, OrderedDict())  # ignores the hooks of the file
 
 
 def _parameter(data: Any, grad: bool, hooks: Any, state: Any = ()) -> Any:
-    _expect(isinstance(data, torch.Tensor) and not state, "torch._utils._rebuild_parameter")
+    _require(isinstance(data, torch.Tensor) and not state, "torch._utils._rebuild_parameter")
     return nn.Parameter(data, grad is True)
 
 
 def _ordered_dict(pairs: Any = ()) -> Any:
-    _expect(type(pairs) in (list, tuple), "collections.OrderedDict")
+    _require(type(pairs) in (list, tuple), "collections.OrderedDict")
     return OrderedDict(pairs)
 
 
 def _set(items: Any) -> Any:
-    _expect(type(items) is list, "set")
+    _require(type(items) is list, "set")
     return set(items)
 
 
 def _size(sizes: Any) -> Any:
-    _expect(type(sizes) in (list, tuple) and all(type(n) is int for n in sizes), "torch.Size")
+    _require(type(sizes) in (list, tuple) and all(type(n) is int for n in sizes), "torch.Size")
     return torch.Size(sizes)
 
 
 def _device(*where: Any) -> Any:
-    _expect(all(type(part) in (str, int) for part in where), "torch.device")
+    _require(all(type(part) in (str, int) for part in where), "torch.device")
     return torch.device(*where)
 
 
-def _encode(text: Any, encoding: Any) -> Any:  # how protocol 2 writes bytes
-    _expect(type(text) is str and encoding == "latin1", "_codecs.encode")
+def _encode(text: Any, encoding: Any) -> Any:  # pickle protocol 2 writes bytes this way
+    _require(type(text) is str and encoding == "latin1", "_codecs.encode")
     return text.encode("latin1")
 
 
 def _path(*parts: Any) -> Any:
-    _expect(all(type(part) is str for part in parts), "pathlib.Path")
-    return Path(*parts)  # of this system, whichever the file came from
+    _require(all(type(part) is str for part in parts), "pathlib.Path")
+    return Path(*parts)  # a path class of this system, whichever system wrote the file
 
 
 def _numpy_dtype(spec: Any, *flags: Any) -> Any:
-    _expect(type(spec) is str and re.fullmatch(r"[<|=]?[?biufc]\d{0,2}", spec) is not None, "numpy.dtype")
+    _require(type(spec) is str and re.fullmatch(r"[<|=]?[?biufc]\d{0,2}", spec) is not None, "numpy.dtype")
     return np.dtype(spec)
 
 
 def _numpy_scalar(dtype: Any, data: Any) -> Any:
-    _expect(isinstance(dtype, np.dtype) and type(data) is bytes, "numpy scalar")
+    _require(isinstance(dtype, np.dtype) and type(data) is bytes, "numpy scalar")
     return np.frombuffer(data, dtype, count=1)[0]
 
 
@@ -155,8 +165,16 @@ def _numpy_array(kind: Any, shape: Any, code: Any) -> Any:
 
 
 def numpy_state(target: Any, state: Any) -> bool:
-    """Take the state of a numpy object; False if it is none, or one that needs a closer look than it deserves."""
-    if isinstance(target, np.dtype):  # shared by the whole process: leave it as it is, which is little-endian
+    """Set the state of a NumPy object.
+
+    Args:
+        target: The object.
+        state: The state in the file.
+
+    Returns:
+        True if the state was set. False if `target` is not a NumPy object, or if the state is unusual.
+    """
+    if isinstance(target, np.dtype):  # the process shares it, so it is not changed: only a little-endian state passes
         return type(state) is tuple and state[1:] in ((o, None, None, None, -1, -1, 0) for o in ("<", "|", "="))
     if isinstance(target, np.ndarray) and type(state) is tuple and len(state) == 5 and type(state[4]) is bytes:
         target.__setstate__(state)
@@ -175,16 +193,16 @@ def _interpolation(value: Any) -> Any:
 
 
 def _getattr(target: Any, name: Any) -> Any:
-    """Resolve what real checkpoints ask of `getattr`: a layer's `forward...`, or a member of the one enumeration."""
-    _expect(type(name) is str, "getattr")
+    """Run `getattr` for what checkpoints need: a `forward...` method of a layer, or a member of InterpolationMode."""
+    _require(type(name) is str, "getattr")
     if isinstance(target, Token) and target.call is _interpolation:
         return _interpolation(name.lower())
     owner = target.cls if isinstance(target, Token) else type(target)
-    asked = f"getattr({named(target)}, {name!r})"
-    _expect(owner is not None and issubclass(owner, nn.Module) and name.startswith("forward"), asked)
+    asked = f"getattr({describe(target)}, {name!r})"
+    _require(owner is not None and issubclass(owner, nn.Module) and name.startswith("forward"), asked)
     function = inspect.getattr_static(owner, name, None)
     if not inspect.isfunction(function):
-        raise Refusal(asked)
+        raise RefusedCall(asked)
     return function if isinstance(target, Token) else function.__get__(target)
 
 
@@ -199,7 +217,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "builtins.getattr": _getattr,
     "_codecs.encode": _encode,
     "numpy.dtype": _numpy_dtype,
-    "numpy.ndarray": _numpy_array,  # named as an argument of _reconstruct
+    "numpy.ndarray": _numpy_array,  # an argument of _reconstruct
     **{f"numpy.{core}.multiarray.scalar": _numpy_scalar for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray._reconstruct": _numpy_array for core in ("core", "_core")},
     **{f"{m}.{system}Path": _path for m in ("pathlib", "pathlib._local") for system in ("Posix", "Windows")},

@@ -1,0 +1,191 @@
+"""What a run settles in its first seconds: the size of BatchNorm groups, and when checkpoint plans are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
+from yolov12.mas.config import GROUPS, Config
+from yolov12.mas.distributed.ranks import Ranks
+from yolov12.mas.memory.reading import Meter, Reading
+from yolov12.mas.oom import Failure
+from yolov12.mas.profiling.ladder import Ladder, make_ladder
+from yolov12.mas.profiling.ladder_cache import LadderCache
+from yolov12.mas.profiling.warmup import PROFILE_IMAGES, rehearse
+from yolov12.mas.scheduling.candidates import beside_bytes
+from yolov12.mas.scheduling.groups import largest_group, least_bytes
+from yolov12.mas.scheduling.peak_model import Features
+from yolov12.mas.scheduling.planner import BatchPlanner
+from yolov12.mas.step.step import Step
+from yolov12.mas.task import Share, Workload
+
+__all__ = ["Calibration"]
+
+
+class Calibration:
+    """Settles what holds for a whole run, with the first batch or when memory gets short.
+
+    Args:
+        step: Runs the model.
+        planner: Plans its batches; its models learn from the warm-up.
+        meter: Meter of the model's device.
+        config: Settings of the engine.
+        layers: Layers that checkpoint plans may name: name → layer.
+        cache: Folder in which ladders of plans are kept from run to run; None to profile in every run.
+        device: Name of the device.
+        ranks: Processes that share each batch.
+        log: Called with lines for the user.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        planner: BatchPlanner,
+        meter: Meter,
+        config: Config,
+        layers: Mapping[str, nn.Module],
+        cache: Path | None,
+        device: str,
+        ranks: Ranks,
+        log: Callable[[str], None],
+    ) -> None:
+        self.bn_group = config.bn_group
+        """Number of images that BatchNorm normalises together; None until it is settled."""
+        self.ladder: Ladder | None = None
+        """Checkpoint plans; None until a batch does not fit without them."""
+        self.layers = layers
+        self._step, self._planner, self._meter, self._config = step, planner, meter, config
+        self._cache, self._device, self._ranks, self._log = LadderCache(cache), device, ranks, log
+        self._settled = False
+        self._guess_budget_bytes = 0  # when a ladder was guessed
+
+    @property
+    def levels(self) -> int:
+        """Number of checkpoint plans."""
+        return len(self._step.plans)
+
+    def begin(self, batch: Any, work: Workload, share: Share, patience_s: float) -> None:
+        """Begin a batch: settle what is still open, and make checkpoint plans if it does not fit without them.
+
+        Args:
+            batch: Batch on the host.
+            work: Properties of the batch.
+            share: What the batch is on all ranks.
+            patience_s: Seconds to wait for other processes to release memory.
+        """
+        planner = self._planner
+        planner.begin(work, self.bn_group or 0, patience_s)
+        if not self._settled:
+            self._settle(batch, work, share)
+            planner.regroup(self.bn_group or 0)
+        if self._wants_ladder() and planner.cost.largest and not self.fits(work.images, work):
+            self._make_ladder(batch, work)
+            planner.regroup(self.bn_group or 0)
+
+    def start_over(self) -> None:
+        """Settle everything again with the next batch, as the first one did not fit."""
+        self._settled, self.bn_group = False, self._config.bn_group
+
+    def use(self, ladder: Ladder) -> None:
+        """Run by the checkpoint plans of a ladder."""
+        self._apply(ladder)
+        self._planner.cost.set_levels(ladder.levels)
+        self._planner.speed.set_levels(ladder.levels)
+
+    def resume(self, ladder: Ladder | None) -> None:
+        """Run by the checkpoint plans of an earlier run, whose levels the models know already."""
+        if ladder is not None:
+            self._apply(ladder)
+        else:
+            self.ladder, self._step.plans = None, (KEEP_ALL,)
+
+    def _apply(self, ladder: Ladder) -> None:
+        self.ladder, self._step.plans = ladder, ladder.plans
+
+    def fits(
+        self, images: int, work: Workload, *, level: int = 0, reading: Reading | None = None, budget_bytes: int = 0
+    ) -> bool:
+        """Return whether a micro-batch is predicted to fit beside gradients; False before any was observed.
+
+        Args:
+            images: Number of images; no more are counted than `micro_batch` allows.
+            work: Their size and boxes.
+            level: Index of the checkpoint plan.
+            reading: Memory at some moment; by default that of the batch at hand.
+            budget_bytes: Budget at that moment.
+        """
+        images = min(images, self._config.micro_batch or images)
+        features = Features(images, work.height, work.width, work.most_boxes, level)
+        _, needed_bytes = self._planner.cost.upper(features)
+        return self._has_room(needed_bytes, reading, budget_bytes)
+
+    def _has_room(self, needed_bytes: int, reading: Reading | None = None, budget_bytes: int = 0) -> bool:
+        planner = self._planner
+        if reading is None:
+            reading, budget_bytes = planner.reading, planner.budget_bytes
+        beside = beside_bytes(reading.live_bytes, planner.gradient_bytes)
+        return planner.cost.largest > 0 and beside + needed_bytes <= budget_bytes
+
+    def _settle(self, batch: Any, work: Workload, share: Share) -> None:
+        planner = self._planner
+        if self._config.micro_batch is None or self.bn_group is None:
+            while (failure := self._warm_up(batch, work)) and planner.wait(failure):
+                pass
+            self._meter.release()
+        if self.bn_group is None:
+            if self.ladder is None and not self.fits(min(GROUPS[0], work.images), work):
+                self._make_ladder(batch, work)
+            self.bn_group = self._choose_group(work, share)
+            held = f"; other processes hold {(planner.reading.others_bytes or 0) / 2**20:,.0f} MiB"
+            others = held if self.bn_group < GROUPS[0] else ""
+            self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group) in this run{others}")
+        elif self.bn_group and planner.cost.largest and not self._group_fits(self.bn_group, work):
+            self._log(
+                f"memory: {self.bn_group} images at once (bn_group) seem not to fit into the budget of "
+                f"{planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps where that is so"
+            )
+        self._settled = True
+
+    def _choose_group(self, work: Workload, share: Share) -> int:
+        """Return the size of BatchNorm groups for the run, the same on all ranks; each rank has a group at least."""
+        most = max(share.batch_images // self._ranks.size, 1) if self._ranks.size > 1 else None
+        group = largest_group(
+            lambda group: self._group_fits(group, work), most=most, micro_batch=self._config.micro_batch
+        )
+        return self._ranks.least(group)
+
+    def _group_fits(self, group: int, work: Workload) -> bool:
+        """Return whether a group fits under any checkpoint plan, so that it need not be smaller than the user's."""
+        if group > (self._config.micro_batch or group):
+            return False
+        features = Features(group, work.height, work.width, work.most_boxes)
+        return self._has_room(least_bytes(self._planner.cost, features))
+
+    def _warm_up(self, batch: Any, work: Workload) -> Failure | None:
+        """Run a few images with everything kept or, if not even one fits like this, with as little as possible."""
+        cost, speed = self._planner.cost, self._planner.speed
+        failure = rehearse(self._step, self._meter.kind, batch, work, cost, speed)
+        if failure is None or not self.layers:
+            return failure
+        self._make_ladder(batch, work)
+        return rehearse(self._step, self._meter.kind, batch, work, cost, speed, len(self._step.plans) - 1)
+
+    def _wants_ladder(self) -> bool:
+        """Return whether there is no ladder, or one that was guessed with much less memory than there is now."""
+        guessed = self.ladder is not None and self.ladder.guessed
+        return self.ladder is None or (guessed and self._planner.budget_bytes > 2 * self._guess_budget_bytes)
+
+    def _make_ladder(self, batch: Any, work: Workload) -> None:
+        key = self._cache.key(self._step.model, list(self.layers), work, self._device, self._step.fused)
+        ladder = self._cache.get(key)
+        if ladder is None:
+            images = min(self._planner.cost.largest, work.images, PROFILE_IMAGES)
+            ladder = make_ladder(self._step, self._meter, self.layers, batch, images)
+            if not ladder.guessed:
+                self._cache.put(key, ladder)
+        self._guess_budget_bytes = self._meter.read().budget_bytes(self._config.safety_ratio)
+        self.use(ladder)

@@ -1,0 +1,179 @@
+"""Batches whose time is not known yet, as the device is a step behind; and what is learned from it when it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from yolov12.mas.calibration import Calibration
+from yolov12.mas.distributed.ranks import RankStatus
+from yolov12.mas.journal.journal import Journal, Row, Summary
+from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.scheduling.planner import BatchReport
+from yolov12.mas.scheduling.time_model import SpeedModel
+from yolov12.mas.task import Workload
+
+__all__ = ["DoneBatch", "Records"]
+
+
+@dataclass(frozen=True)
+class DoneBatch:
+    """A batch that was run, and waits for its time."""
+
+    work: Workload
+    report: BatchReport
+    micro_batches: tuple[int, ...]
+    """Number of images in each micro-batch."""
+    watch: Stopwatch
+    is_padding: bool
+    """See `task.Share.is_padding`."""
+    plan: str
+    """Checkpoint plan of the last micro-batch, as the journal names it."""
+
+
+class Records:
+    """Rows of the journal on their way, and times on their way to the time model and to other ranks.
+
+    Args:
+        speed: Model of times; is taught.
+        calibration: Knows which sizes fit.
+        meter: Meter of the device.
+        journal: Destination of rows; None for none.
+        log: Called with lines for the user.
+    """
+
+    def __init__(
+        self,
+        speed: SpeedModel,
+        calibration: Calibration,
+        meter: Meter,
+        journal: Journal | None,
+        log: Callable[[str], None],
+    ) -> None:
+        self.speed, self.journal = speed, journal
+        self._calibration, self._meter, self._log = calibration, meter, log
+        self._done: list[DoneBatch] = []  # since the last update
+        self._notes: list[str] = []  # events since the last update
+        self._rows: list[tuple[Row, list[DoneBatch]]] = []  # with times that are not known yet
+        self._rows_made = 0
+        self._status = RankStatus()
+
+    @property
+    def pending(self) -> bool:
+        """True if batches were run since the last update."""
+        return bool(self._done)
+
+    def note(self, event: str) -> None:
+        """Add an event to the row of the next update."""
+        self._notes.append(event)
+
+    def add(self, done: DoneBatch) -> None:
+        """Add a batch that was run; its gradient waits for the next update."""
+        self._done.append(done)
+
+    def drop(self) -> None:
+        """Forget the batches since the last update, as their gradients were dropped."""
+        self._done.clear()
+
+    def take_status(self) -> RankStatus:
+        """Return what other ranks are to learn of this one's times; a time is reported once."""
+        status, self._status = self._status, RankStatus()
+        return status
+
+    def updated(self, epoch: int, events: tuple[str, ...] = ()) -> None:
+        """Make the row of an update from the batches since the last one.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+            events: Events of the update itself.
+        """
+        self._rows_made += 1
+        works, reports = [done.work for done in self._done], [done.report for done in self._done]
+        last = reports[-1]
+        row = Row(
+            step=self.journal.next_step + len(self._rows) if self.journal is not None else self._rows_made,
+            epoch=epoch,
+            images=sum(done.work.images for done in self._done if not done.is_padding),
+            micro_batches=tuple(size for done in self._done for size in done.micro_batches),
+            plan=self._done[-1].plan,
+            image_size=f"{works[-1].height}x{works[-1].width}",
+            max_boxes=max(work.most_boxes for work in works),
+            predicted_bytes=max(report.predicted_bytes for report in reports),
+            peak_bytes=max(report.peak_bytes for report in reports),
+            held_bytes=last.reading.held_bytes,
+            free_bytes=last.reading.free_bytes,
+            budget_bytes=last.budget_bytes,
+            step_ms=None,
+            events=(*self._notes, *(event for report in reports for event in report.events), *events),
+        )
+        self._notes.clear()
+        self._rows.append((row, list(self._done)))
+        self._done.clear()
+        self._write(final=False)
+
+    def lost(self, images: int) -> None:
+        """Count images that entered a step and do not reach an update."""
+        if self.journal is not None:
+            self.journal.lost(images)
+
+    def flush(self) -> None:
+        """Write all rows, waiting for the device to tell their times."""
+        self._write(final=True)
+        if self.journal is not None:
+            self.journal.flush()
+
+    def close(self, updates_expected: int | None) -> Summary | None:
+        """Write all rows and finish the journal, if there is one.
+
+        Args:
+            updates_expected: Number of updates that the run should have made, for the summary.
+        """
+        if self.journal is None:
+            return None
+        self._write(final=True)
+        try:
+            return self.journal.close(updates_expected=updates_expected) if self.journal is not None else None
+        except OSError as error:
+            self._log(f"memory: the journal is not complete, {error}")
+            return None
+
+    def _write(self, *, final: bool) -> None:
+        """Write the rows whose times are known, in order; at the end, all of them."""
+        while self._rows:
+            row, batches = self._rows[0]
+            times = [done.watch.elapsed_ms() for done in batches]
+            known = [time for time in times if time is not None]
+            if len(known) < len(times) and not final:
+                return
+            del self._rows[0]
+            for done, time_ms in zip(batches, times, strict=True):
+                if time_ms is not None and done.report.undisturbed:
+                    self._learn(done, time_ms)
+            if self.journal is not None:
+                self.journal.busy(self._meter.busy_percent())
+                try:
+                    self.journal.add(replace(row, step_ms=sum(known) if len(known) == len(times) else None))
+                except OSError as error:  # a full disk does not end a training
+                    self._log(f"memory: the journal ends here, {error}")
+                    self.journal = None
+
+    def _learn(self, done: DoneBatch, ms: float) -> None:
+        work, level = done.work, done.report.level
+        usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.micro_batches)
+        if usual and not done.is_padding:
+            self._status = RankStatus(max(work.images, self._images_as_fast(done)), ms)
+        self.speed.observe(done.micro_batches, work.height, work.width, level, ms)
+
+    def _images_as_fast(self, done: DoneBatch) -> int:
+        """Number of images that would have taken no longer, in micro-batches as large as host time and memory allow.
+
+        A small share is launch-bound. Without this, its rank would look slow and get ever fewer images.
+        """
+        work, report, group = done.work, done.report, self._calibration.bn_group or 1
+        flat = self.speed.flat_images(work.height, work.width)
+        images, last = 0, self._calibration.levels - 1
+        while images + group <= flat and self._calibration.fits(
+            max(2 * images, group), work, level=last, reading=report.reading, budget_bytes=report.budget_bytes
+        ):
+            images = max(2 * images, group)
+        return min(images, int(flat)) * len(done.micro_batches)

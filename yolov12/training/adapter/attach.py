@@ -1,0 +1,186 @@
+"""Giving a training to the engine: attaching it to a trainer, resuming a run, and running the loop to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from torch import nn
+
+from yolov12.mas import Advice, Config, Engine, Journal
+from yolov12.mas.config import DEFAULTS
+from yolov12.mas.distributed.ranks import ALONE, Ranks
+from yolov12.models.activations import activations
+from yolov12.models.layer_names import layer_names
+from yolov12.training.adapter.detection import DetectionTask
+from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
+from yolov12.training.adapter.trainer import KEEPER, TrainerAdapter
+from yolov12.training.data.loader import resumable
+from yolov12.training.data.resolution import DataLayer, rungs
+from yolov12.training.run import team
+from yolov12.training.run.run_state import FILE, find
+
+__all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
+
+STATE = "mas_state"
+"""Key of a trainer and of a checkpoint's `optimizer`: what the engine had learned when it was saved."""
+
+_FOUND = "yolov12_state"  # attribute of a trainer: the state to resume from
+
+_MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
+
+
+def attach(trainer: Any) -> None:
+    """Let the engine run this trainer's batches, unless `mas=False` or it does not know this kind of training."""
+    from ultralytics.utils import LOGGER, USER_CONFIG_DIR
+
+    model = _unwrapped(trainer)
+    if not trainer.resume:
+        Path(trainer.wdir, FILE).unlink(missing_ok=True)  # of another run that was in this folder
+    if (reason := why_not(trainer, model)) is not None:
+        if trainer.args.mas:
+            LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
+        if ignored := _ignored(trainer.args):
+            LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
+        return
+    data_layer = _data_layer(trainer)
+    task = DetectionTask(
+        data_layer.preprocess(trainer.preprocess_batch, trainer.args),
+        multi_scale=trainer.args.multi_scale > 0,
+        overlapping_masks=trainer.args.overlap_mask,
+    )
+    others = team.found()
+    ranks = others.ranks if others is not None else ALONE
+    state = getattr(trainer, _FOUND, None)
+    Path(trainer.save_dir).mkdir(parents=True, exist_ok=True)  # it may be missing on a machine other than rank 0's
+    engine = Engine(
+        model,
+        task,
+        Config.parse(vars(trainer.args)),
+        journal=Journal(
+            trainer.save_dir,
+            resume=bool(trainer.resume),
+            steps=state and state["rows"],
+            rank=ranks.rank,
+            ranks=ranks.size,
+        ),
+        backward=lambda loss: trainer.scaler.scale(loss).backward(),
+        layers=layer_names(model),
+        activations=activations(model),
+        advice=Advice(
+            ways_out=lambda fraction: ways_out(trainer, fraction),
+            optimizer_bytes=lambda: optimizer_bytes(trainer.optimizer, model),
+        ),
+        cache=USER_CONFIG_DIR / "yolov12-plans",
+        ranks=ranks,
+        log=LOGGER.info,
+    )
+    _keep_what_is_learned(trainer, engine)
+    adapter = TrainerAdapter(trainer, model, task, engine, data_layer, ranks)
+    adapter.take_over_loader()
+    adapter.take_over()
+    if state is not None and adapter.keeper is not None:
+        adapter.keeper.restore(state)
+        delattr(trainer, _FOUND)
+
+
+def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> None:
+    """Run Ultralytics' `resume_training`, or find what is newer than the checkpoint, for `attach` to resume from."""
+    if not (checkpoint and trainer.resume):
+        stock_resume(trainer, checkpoint)
+        return
+    setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
+    exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
+    state = find(trainer, checkpoint) if exact else None
+    if (others := team.found()) is not None and not _same_on_all(others.ranks, state):
+        state = None
+    if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
+        from ultralytics.utils import LOGGER
+
+        LOGGER.warning("resume: no epoch was complete: it begins anew, from the weights there are")
+        trainer._load_checkpoint_state(checkpoint)
+    elif state is None:
+        stock_resume(trainer, checkpoint)
+    else:
+        setattr(trainer, STATE, state["optimizer"].get(STATE))
+        setattr(trainer, _FOUND, state)
+
+
+def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:
+    """Return whether all ranks have found the same state. They may not if they share no folder."""
+    step = -1 if state is None else state["epoch"] * 2**32 + state["loader"]["position"]
+    return ranks.least(step) == -ranks.least(-step)
+
+
+def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
+    """Run Ultralytics' `_do_train`; whatever ends it, nothing is lost that was done."""
+    others = team.found()
+    try:
+        done = stock_train(trainer)
+        if others is not None:
+            if (keeper := getattr(trainer, KEEPER, None)) is not None:
+                keeper.flush()
+            others.ranks.all(True)  # the journals of all ranks are complete
+        return done
+    except BaseException as error:
+        if (keeper := getattr(trainer, KEEPER, None)) is not None:
+            keeper.save_at_last()
+        blamed = others.ranks.blame(error) if others is not None and _is_of_collective(error) else None
+        team.disband(blamed or error)
+        if blamed is not None:
+            raise blamed from error
+        raise
+    finally:
+        if (keeper := getattr(trainer, KEEPER, None)) is not None:
+            keeper.end()
+        team.disband()
+
+
+def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:
+    """Return whether a collective of Ultralytics' own failed, as in validation when another process is gone."""
+    words = "gloo", "NCCL", "Connection closed", "Connection reset"
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
+    """Save it in every checkpoint with the optimizer's state, which plain Ultralytics ignores and drops at the end."""
+    learned = getattr(trainer, STATE, None)
+    if learned:
+        engine.load_state_dict(learned)
+    trainer.optimizer.register_state_dict_post_hook(lambda _, state: {**state, STATE: engine.state_dict()})
+
+
+def _unwrapped(trainer: Any) -> nn.Module:
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    model: nn.Module = unwrap_model(trainer.model)
+    return model
+
+
+def _data_layer(trainer: Any) -> DataLayer:
+    args = trainer.args
+    smallest = args.mas_min_imgsz or args.imgsz // 2
+    layer = DataLayer(args.mas_data, rungs(args.imgsz, smallest, trainer.stride), trainer.stride)
+    layer.join(trainer.train_loader.dataset, args)
+    return layer
+
+
+def _ignored(args: Any) -> list[str]:
+    """Return the arguments of the engine that the user has set."""
+    given = {key: getattr(args, key, default) for key, default in DEFAULTS.items() if key != "mas"}
+    return [f"{key}={value}" for key, value in given.items() if value != DEFAULTS[key]]
+
+
+def why_not(trainer: Any, model: nn.Module) -> str | None:
+    """Return why batches run as Ultralytics runs them; None if the engine runs them."""
+    if not trainer.args.mas:
+        return "mas=False"
+    if trainer.device.type not in ("cuda", "cpu"):
+        return f"{trainer.device.type} devices do not tell their memory"
+    for name in ("compile", "distill_model", "quantize"):
+        if getattr(trainer.args, name, None):
+            return f"{name} is set"
+    if type(model).__name__ not in _MODELS:
+        return f"{type(model).__name__} is not split up"
+    return None
