@@ -237,7 +237,8 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     from memory import BOXES_PER_IMAGE
 
     from yolov12.mas.checkpointing.checkpointing import Plan
-    from yolov12.plan import estimate, load
+    from yolov12.plan.estimate import estimate
+    from yolov12.plan.fake_model import load
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for part, measured in result.items():

@@ -8,4 +8,5 @@ from typing import Any
 __all__ = ["OPTIONS"]
 
 OPTIONS: Mapping[str, Any] = {"engine_builder": "auto"}
-"""With their defaults, as users write them. `mem_limit` and `mem_safety_ratio` are the engine's (mas.config)."""
+"""Argument name → default, as users write it. `mem_limit` and `mem_safety_ratio` are arguments of the training engine,
+which exports have too (see mas/config.py)."""
