@@ -62,6 +62,15 @@ class Config:
             )
 
     @classmethod
+    def check(cls, arguments: Mapping[str, Any]) -> None:
+        """Refuse training arguments that `parse` could not read.
+
+        Raises:
+            ConfigError: A value is malformed or outside its range.
+        """
+        cls.parse(arguments)
+
+    @classmethod
     def parse(cls, arguments: Mapping[str, Any]) -> Config:
         """Read training arguments; see `DEFAULTS` for their names.
 

@@ -14,8 +14,9 @@ from torch import nn
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.memory.reading import Meter
 from yolov12.mas.oom import Failure
+from yolov12.mas.profiling.observations import WholePasses
 from yolov12.mas.profiling.profile import Profile
-from yolov12.mas.profiling.recorder import Recorder, WholePasses
+from yolov12.mas.profiling.recorder import Recorder
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel

@@ -50,7 +50,7 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
     """
     if not isinstance(validator, DetectionValidator) or not getattr(validator.args, "mas", False):
         return stock(validator, trainer, model, **kwargs)
-    _config_of(validator)  # a setting that cannot be is told before any data is read
+    Config.check(_settings_of(validator))  # before any data is read
     joint = _Validation(validator, trainer is not None)
     others = team.found()
     on_cpu = others is not None and trainer is None and others.device.type == "cpu"
@@ -234,8 +234,8 @@ def _on_the_cpu() -> Iterator[None]:
         module.get_torch_device_backend, module.AutoBackend = backend, stock
 
 
-def _config_of(owner: Any) -> Config:
-    return Config.parse({**vars(owner.args), "bn_group": None})  # nothing is trained
+def _settings_of(owner: Any) -> dict[str, Any]:
+    return {**vars(owner.args), "bn_group": None}  # nothing is trained
 
 
 def _slices_of(owner: Any, device: torch.device) -> Slices | None:
@@ -243,7 +243,7 @@ def _slices_of(owner: Any, device: torch.device) -> Slices | None:
     if device.type not in ("cuda", "cpu"):
         return None
     if not hasattr(owner, _SLICES):
-        config = _config_of(owner)
+        config = Config.parse(_settings_of(owner))
         setattr(owner, _SLICES, Slices(config, meter_for(device, config.limit)))
     slices: Slices = getattr(owner, _SLICES)
     return slices

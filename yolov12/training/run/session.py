@@ -38,7 +38,7 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
     """
     model._check_is_pytorch_model()
     engine = {**_defaults(), **(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
-    Config.parse(engine)
+    Config.check(engine)
     if engine["mas"]:
         # Micro-batches of many shapes leave holes in memory otherwise. CUDA reads it when it starts.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
