@@ -15,6 +15,11 @@ OFFICIAL = {f"yolov12{scale}.pt": f"{_RELEASES}/turbo/yolov12{scale}.pt" for sca
 """Address of each official weight file, by our name for it. Both releases use the same names, so v1.0 gets a suffix."""
 
 
+def add_official(stems: frozenset[str]) -> frozenset[str]:
+    """Add the official weight files to the names that Ultralytics completes with `.pt`."""
+    return stems | {name.removesuffix(".pt") for name in OFFICIAL}
+
+
 def resolve(name: str | Path) -> str:
     """Find the weight file `name` stands for, downloading it if it is an official or an Ultralytics one.
 
