@@ -29,7 +29,13 @@ ROOMS = {
     "oom": set(),
     "modules": set(),
 }
-PURE = ("scheduling/scheduler", "scheduling/candidates", "scheduling/peak_law", "scheduling/time_law", "journal/journal")
+PURE = (
+    "scheduling/scheduler",
+    "scheduling/candidates",
+    "scheduling/peak_law",
+    "scheduling/time_law",
+    "journal/journal",
+)
 
 
 def imports(path: Path) -> set[str]:

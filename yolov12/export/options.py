@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from yolov12.cfg.arguments import EXPORT, defaults
+
 __all__ = ["OPTIONS"]
 
-OPTIONS: Mapping[str, Any] = {"engine_builder": "auto"}
-"""Argument name → default, as users write it. `mem_limit` and `mem_safety_ratio` are arguments of the training engine,
-which exports have too (see mas/config.py)."""
+OPTIONS: Mapping[str, Any] = defaults(EXPORT)
+"""Defaults of export arguments, by the names that users write. `mem_limit` and `mem_safety_ratio` are the engine's."""

@@ -6,20 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from yolov12.cfg.arguments import ENGINE, defaults
 from yolov12.errors import ConfigError
 from yolov12.sizes import check_memory_size, parse_memory_size
 
 __all__ = ["DEFAULTS", "GROUPS", "Config"]
 
-DEFAULTS: Mapping[str, Any] = {
-    "mas": True,
-    "mem_safety_ratio": 0.10,
-    "mem_limit": None,
-    "bn_group": "auto",
-    "micro_batch": None,
-    "disable_mas_layers": None,
-}
-"""Training arguments, as users write them."""
+DEFAULTS: Mapping[str, Any] = defaults(ENGINE)
+"""Defaults of the engine's arguments, by the names that users write."""
 
 GROUPS = (32, 16, 8, 4, 2, 1)
 """What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""

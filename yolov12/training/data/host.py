@@ -85,16 +85,19 @@ def draw_less_ahead(trainer: Any) -> None:
         loader.prefetch_factor = min(loader.prefetch_factor, AHEAD)
 
 
-def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: HostMemory | None = None) -> bool:
+def cache_fits(
+    stock: Callable[..., bool], dataset: Any, /, *args: Any, memory: HostMemory | None = None, **kwargs: Any
+) -> bool:
     """Run Ultralytics' `check_cache_ram`, which does not know the limit of a container, and check that as well.
 
     Args:
         stock: Ultralytics' own method.
         dataset: Whose images are to be kept in memory.
-        args: For `stock`.
+        args: Positional arguments for `stock`.
         memory: Of the host.
+        kwargs: Keyword arguments for `stock`.
     """
-    if not stock(dataset, *args):
+    if not stock(dataset, *args, **kwargs):
         return False
     from ultralytics.utils import LOGGER
 
@@ -111,7 +114,7 @@ def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: Hos
     return False
 
 
-def fewer_pictures(stock: Callable[..., Any], labels: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+def fewer_pictures(stock: Callable[..., Any], /, labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Run Ultralytics' `plot_images` on the images it draws: it makes floats of all it is given.
 
     Args:

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from yolov12.cfg.arguments import DATA, RUN, defaults
 from yolov12.errors import ConfigError
 
 __all__ = ["OPTIONS", "Interval", "check_data_layer"]
 
-OPTIONS: Mapping[str, Any] = {"recipe": True, "save_every": "5min", "mas_data": "auto", "mas_min_imgsz": None}
-"""With their defaults, as users write them."""
+OPTIONS: Mapping[str, Any] = defaults(RUN, DATA)
+"""Defaults of the arguments of a run and of its data layer, by the names that users write."""
 
 _MODES = ("auto", "eager", "off")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from yolov12.training.run.recipes import recipe_for
 from yolov12.training.run.resume import latest_interrupted
 from yolov12.training.run.run_state import FILE
 
-__all__ = ["check_resume", "remove_false_start", "train"]
+__all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
 
 # What is written before the first epoch. A journal without a picture has no rows.
 _BEFORE_THE_FIRST_EPOCH = {".lock", "args.yaml", "labels.jpg", "memory.csv", "memory.json"}
 
 
-def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: dict[str, Any]) -> Any:
+def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, **arguments: Any) -> Any:
     """Run Ultralytics' `Model.train` with this package's checks and recipe.
 
     Args:
@@ -76,6 +77,16 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"{key}={value}: a run goes on with the {key}={getattr(trainer.args, key)} it began with")
+
+
+@contextmanager
+def no_false_start(trainer: Any) -> Iterator[None]:
+    """Remove the trainer's run folder if the block fails before the first epoch: see `remove_false_start`."""
+    try:
+        yield
+    except BaseException:
+        remove_false_start(getattr(trainer, "save_dir", None))
+        raise
 
 
 def remove_false_start(folder: Path | None) -> None:

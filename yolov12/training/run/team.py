@@ -8,6 +8,7 @@ for each process.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -103,29 +104,34 @@ def check_batch(settings: Mapping[str, Any], processes: int) -> None:
         )
 
 
-def gather(stock_init: Callable[[], None], trainer: Any, settings: Mapping[str, Any]) -> None:
+def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
     """Run Ultralytics' `BaseTrainer.__init__`, with the other processes at hand where there are some.
 
     Args:
-        stock_init: Ultralytics' own method, with its arguments.
+        stock_init: Ultralytics' own method.
         trainer: What it makes.
-        settings: Of the training.
+        args: Positional arguments for `stock_init`.
+        kwargs: Keyword arguments for `stock_init`.
     """
     global _team, _trainings
+    from ultralytics.cfg import get_cfg
     from ultralytics.utils import RANK, WORLD_SIZE
     from ultralytics.utils.torch_utils import init_seeds
 
+    given = inspect.signature(stock_init).bind(trainer, *args, **kwargs)
+    given.apply_defaults()
+    settings = {**vars(get_cfg(given.arguments["cfg"])), **(given.arguments["overrides"] or {})}
     processes = WORLD_SIZE if RANK != -1 else str(settings.get("device")).count(",") + 1  # "0,1", [0, 1]
     shared = processes > 1 and settings.get("mas", True)
     if shared and not settings.get("resume"):
         check_batch(settings, processes)
     if RANK == -1 or not shared:
-        stock_init()
+        stock_init(trainer, *args, **kwargs)
         return
     _trainings += 1
     _team = Team(settings.get("device"), _trainings)
     try:
-        stock_init()
+        stock_init(trainer, *args, **kwargs)
         check_batch(vars(trainer.args), processes)  # of a run that is resumed
     except BaseException as error:
         disband(error)
@@ -135,7 +141,7 @@ def gather(stock_init: Callable[[], None], trainer: Any, settings: Mapping[str, 
     init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
 
 
-def launch(stock_train: Callable[[], None], trainer: Any) -> None:
+def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
     """Run Ultralytics' `BaseTrainer.train`, which for several GPUs starts a process for each and waits for them.
 
     Args:
@@ -147,7 +153,7 @@ def launch(stock_train: Callable[[], None], trainer: Any) -> None:
         SystemExit: SIGTERM came, which is handed on.
     """
     if not trainer.ddp:
-        stock_train()
+        stock_train(trainer)
         return
     stopped = False
 
@@ -160,7 +166,7 @@ def launch(stock_train: Callable[[], None], trainer: Any) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     stock_handler = signal.signal(signal.SIGTERM, hand_on) if in_main_thread else None
     try:
-        stock_train()
+        stock_train(trainer)
     except subprocess.CalledProcessError as error:
         if stopped:
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -181,7 +187,7 @@ def disband(error: BaseException | None = None) -> None:
     _team = None
 
 
-def one_folder(get_save_dir: Callable[..., Path], args: Any, *more: Any, **others: Any) -> Path:
+def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **others: Any) -> Path:
     """Run Ultralytics' `get_save_dir`, which counts up to a free name; of a training once for all processes."""
     if _team is None or getattr(args, "mode", None) != "train":
         return get_save_dir(args, *more, **others)
@@ -190,10 +196,10 @@ def one_folder(get_save_dir: Callable[..., Path], args: Any, *more: Any, **other
     return Path(str(box[0]))
 
 
-def setup_group(stock_setup: Callable[[], None], trainer: Any) -> None:
+def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
     """Run Ultralytics' `_setup_ddp`, unless the group is there already."""
     if _team is None:
-        stock_setup()
+        stock_setup(trainer)
         return
     from ultralytics.utils.torch_utils import get_torch_device_backend
 
@@ -233,14 +239,14 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
         nn.parallel.DistributedDataParallel = stock  # type: ignore[misc]
 
 
-def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
+def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
     """Run Ultralytics' `_build_train_pipeline`; for several processes that the engine trains with whole batches.
 
     Training batches are cut as they are drawn (see `sharing`). Those of validation are as large as a share, and dealt
     out.
     """
     if _team is None:
-        stock_build()
+        stock_build(trainer)
         return
     get, size = trainer.get_dataloader, trainer.world_size
 
@@ -251,7 +257,7 @@ def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
 
     trainer.get_dataloader, trainer.world_size = loader, 1
     try:
-        stock_build()
+        stock_build(trainer)
     finally:
         trainer.world_size = size
         del trainer.get_dataloader
