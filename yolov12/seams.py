@@ -79,10 +79,10 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "A2C2f.__init__": changed("models.layouts:a2c2f_init"),
     },
     "ultralytics.nn.tasks": {
-        "BaseModel.__call__": around("training.adapter.logical_batch:call"),
         "parse_model": around("models.layouts:parse_model"),
         "yaml_model_load": around("models.layouts:yaml_model_load"),
         "torch_safe_load": around("models.weights:torch_safe_load"),
+        "BaseModel.__call__": around("training.adapter.logical_batch:call"),
     },
     "ultralytics.nn.backends.tensorrt": {"TensorRTBackend.load_model": around("export.seams:load_model")},
     "ultralytics.engine.model": {"Model.train": around("training.run.session:train")},

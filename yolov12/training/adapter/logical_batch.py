@@ -22,22 +22,21 @@ from yolov12.mas.task import Share
 __all__ = ["DeferredTensor", "LogicalBatch", "TensorFacts", "call"]
 
 
-def call(stock: Callable[..., Any], model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Run Ultralytics' call of a model; for a logical batch that waits for the engine, run the engine.
 
     Args:
         stock: Ultralytics' own method.
         model: Model that is called.
-        batch: Images, or a batch.
-        args: Further arguments for `stock`.
+        args: Arguments for `stock`; the first is images, or a batch.
         kwargs: Further arguments for `stock`.
 
     Returns:
         The model's outputs or, for a batch, its loss and loss items.
     """
-    if not isinstance(batch, LogicalBatch):
-        return stock(model, batch, *args, **kwargs)
-    return batch.run(lambda shown: stock(model, shown, *args, **kwargs), model)
+    if not args or not isinstance(args[0], LogicalBatch):
+        return stock(model, *args, **kwargs)
+    return args[0].run(lambda shown: stock(model, shown, *args[1:], **kwargs), model)
 
 
 @dataclass(frozen=True)
