@@ -15,7 +15,7 @@ from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure
 from yolov12.mas.profiling.ladder import Ladder, make_ladder
 from yolov12.mas.profiling.ladder_cache import LadderCache
-from yolov12.mas.profiling.warmup import PROFILE_IMAGES, rehearse
+from yolov12.mas.profiling.warmup import PROFILE_IMAGES, warm_up
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.groups import largest_group, least_bytes
 from yolov12.mas.scheduling.peak_model import Features
@@ -168,11 +168,11 @@ class Calibration:
     def _warm_up(self, batch: Any, work: Workload) -> Failure | None:
         """Run a few images with everything kept or, if not even one fits like this, with as little as possible."""
         cost, speed = self._planner.cost, self._planner.speed
-        failure = rehearse(self._step, self._meter.kind, batch, work, cost, speed)
+        failure = warm_up(self._step, self._meter.kind, batch, work, cost, speed)
         if failure is None or not self.layers:
             return failure
         self._make_ladder(batch, work)
-        return rehearse(self._step, self._meter.kind, batch, work, cost, speed, len(self._step.plans) - 1)
+        return warm_up(self._step, self._meter.kind, batch, work, cost, speed, len(self._step.plans) - 1)
 
     def _wants_ladder(self) -> bool:
         """Return whether there is no ladder, or one that was guessed with much less memory than there is now."""

@@ -22,7 +22,7 @@ from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.step.step import Step
 from yolov12.mas.task import Workload
 
-__all__ = ["PROFILE_IMAGES", "profile", "rehearse"]
+__all__ = ["PROFILE_IMAGES", "profile", "warm_up"]
 
 PROFILE_IMAGES = 8
 """At most."""
@@ -30,7 +30,7 @@ _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
 """Images, by kind of memory; the next where one fails. Just one: libraries take seconds for each size that is new."""
 
 
-def rehearse(
+def warm_up(
     step: Step, kind: str, batch: Any, work: Workload, cost: CostModel, speed: SpeedModel, level: int = 0
 ) -> Failure | None:
     """Run a few images, first to load libraries, then to teach the cost model; those around the fullest image too.
@@ -53,11 +53,11 @@ def rehearse(
         images = min(size, work.images)
         around = min(fullest, work.images - images)
         layers = partial(step.checkpointing.within, step.plans[level])
-        outcome = step.rehearse(batch, 0, images, layers())
+        outcome = step.try_out(batch, 0, images, layers())
         if isinstance(outcome, Failure):
             continue
         for start in (0, around) if around else (0,):
-            outcome = step.rehearse(batch, start, start + images, layers())
+            outcome = step.try_out(batch, start, start + images, layers())
             if not isinstance(outcome, Failure):
                 live_bytes, peak_bytes = outcome
                 boxes = max(work.boxes[start : start + images])
@@ -88,12 +88,12 @@ def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: An
 
 def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Profile | Failure:
     recorder = Recorder(step.model, layers, step.checkpointing)
-    failure = step.rehearse(batch, 0, images, recorder.saved_tensors(meter.stopwatch))
+    failure = step.try_out(batch, 0, images, recorder.saved_tensors(meter.stopwatch))
     if isinstance(failure, Failure):
         return failure
     # A process' resident size is too coarse for layers: on the host bytes are counted as tensors come and go.
     with ByteTrace() if meter.kind == "host" else nullcontext(meter) as peaks:
-        failure = step.rehearse(batch, 0, images, recorder.times_and_peaks(meter.stopwatch, peaks))
+        failure = step.try_out(batch, 0, images, recorder.times_and_peaks(meter.stopwatch, peaks))
         last_peak_bytes = peaks.peak_bytes()
     if isinstance(failure, Failure):
         return failure
@@ -103,7 +103,7 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
         best_ms = math.inf
         for _ in range(2):
             watch = meter.stopwatch()
-            failure = step.rehearse(batch, 0, images, step.checkpointing.within(plan))
+            failure = step.try_out(batch, 0, images, step.checkpointing.within(plan))
             watch.stop()
             if isinstance(failure, Failure):
                 return failure

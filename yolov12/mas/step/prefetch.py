@@ -11,10 +11,10 @@ from torch import Tensor
 from yolov12.mas.modules import each_tensor
 from yolov12.mas.oom import is_out_of_memory
 
-__all__ = ["Feed"]
+__all__ = ["Prefetch"]
 
 
-class Feed:
+class Prefetch:
     """Copies ahead on a stream of its own.
 
     The copy overlaps with computing where the batch lies in pinned memory, as a `DataLoader` with `pin_memory` leaves
@@ -41,7 +41,7 @@ class Feed:
         self._finish_copies()
         return part
 
-    def look_ahead(self, start: int, stop: int) -> None:
+    def prefetch(self, start: int, stop: int) -> None:
         """Begin to copy the part that will be asked for next; where memory does not allow it, later will do."""
         if self._stream is None:
             return

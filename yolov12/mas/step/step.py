@@ -27,7 +27,7 @@ from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
 from yolov12.mas.step.loss import Total
-from yolov12.mas.step.prefetch import Feed
+from yolov12.mas.step.prefetch import Prefetch
 from yolov12.mas.task import Share, Task
 
 __all__ = ["Planner", "Result", "Step"]
@@ -144,12 +144,12 @@ class Step:
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before, state = gradients.take(self._parameters), _RandomState(self._device)
         total = Total(share.batch_images, self._task.floor, self._per_image)
-        feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
+        parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
         watch = self._meter.stopwatch()
         try:
             try:
-                ran, groups_done = self._run_share(feed, images, planner, total)
+                ran, groups_done = self._run_share(parts, images, planner, total)
                 watch.stop()
                 statistics = self._norms.averages(groups_done, share.batch_images)
                 self._ranks.reserve([*self._parameters, *statistics])  # while a failure still concerns this rank alone
@@ -167,14 +167,14 @@ class Step:
             self._per_image = total.normaliser() / share.batch_images
             self._norms.commit(statistics)
         except BaseException:
-            feed.drop()
+            parts.drop()
             gradients.give(self._parameters, before)
             state.restore()
             raise
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
 
-    def _run_share(self, feed: Feed, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
+    def _run_share(self, parts: Prefetch, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
         """Run this rank's share; return the sizes of its micro-batches, and those of their BatchNorm groups."""
         ran: list[int] = []
         groups_done: list[int] = []
@@ -187,7 +187,7 @@ class Step:
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
                 live_bytes = self._meter.mark()
                 layers = self.checkpointing.within(self.plans[planner.level])
-                failure = self._attempt(feed, (start, stop, following), groups, len(groups_done), total, layers)
+                failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, layers)
                 if failure is not None:
                     break
                 planner.done(start, stop, live_bytes, self._meter.peak_bytes())
@@ -196,7 +196,7 @@ class Step:
                 start = stop
         return ran, groups_done
 
-    def rehearse(
+    def try_out(
         self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None
     ) -> tuple[int, int] | Failure:
         """Run images `start` to `stop` of a batch as one BatchNorm group, and keep nothing but what it took.
@@ -212,14 +212,14 @@ class Step:
         """
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before = gradients.take(self._parameters)
-        feed = Feed(self._device, lambda first, last: self._task.part(batch, first, last))
+        parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)
         self._norms.begin()
         try:
             live_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)
             total = Total(stop, self._task.floor)
-            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, total, around)
+            failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
             return failure or (live_bytes, self._meter.peak_bytes())
         finally:
             state.restore()
@@ -227,7 +227,7 @@ class Step:
 
     def _attempt(
         self,
-        feed: Feed,
+        parts: Prefetch,
         span: tuple[int, int, int],
         groups: tuple[int, ...],
         first_group: int,
@@ -237,9 +237,9 @@ class Step:
         start, stop, following = span
         state = _RandomState(self._device)
         try:
-            part = feed.get(start, stop)
+            part = parts.get(start, stop)
             if following > stop:
-                feed.look_ahead(stop, following)
+                parts.prefetch(stop, following)
             with self._norms.within(groups, first_group):
                 with layers:
                     loss = self._task.loss(self.model, part)
@@ -254,7 +254,7 @@ class Step:
             return None
         # Outside of the `except` block, as its traceback held every tensor of the failed attempt.
         part = loss = None  # type: ignore[assignment]
-        feed.drop()
+        parts.drop()
         gradients.take(self._parameters)
         state.restore()
         self._meter.release()
