@@ -169,8 +169,8 @@ class ProcessRanks:
         usual = max(checksums, key=checksums.count)
         other = next(rank for rank, checksum in enumerate(checksums) if checksum != usual)
         raise RankError(
-            f"{self._watchdog.names[other]} has other weights than the others have: memory or a link of its machine may "
-            "be faulty. resume=True goes on from the last save"
+            f"{self._watchdog.names[other]} has other weights than the other ranks: memory or a link of its machine "
+            "may be faulty. resume=True continues from the last save"
         )
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
