@@ -62,7 +62,7 @@ class Training:
         import torch
 
         with torch.autocast("cuda", torch.float16):
-            part = self.task._preprocess(_part(self.batch, start, start + batch))
+            part = self.task.preprocess(_part(self.batch, start, start + batch))
             loss, _ = self.model(part)
         self.scaler.scale(loss.sum()).backward()
 
