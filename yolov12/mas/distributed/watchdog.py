@@ -76,7 +76,7 @@ def connect(prefix: str = "") -> Store:
 
 
 class Watchdog:
-    """Watchdog of one rank, which starts when it is created; see the module. A rank without a watchdog is not watched.
+    """Watchdog of one rank; it starts when it is created. A rank without a watchdog is not watched.
 
     After a rank has died or left, the main thread has `grace_s` seconds to notice and to call `close`. Then this
     process logs the reason and exits with status 1. It does the same if other ranks took this rank for dead, because
