@@ -284,7 +284,7 @@ def freed() -> Iterator[dict[str, Any]]:
         autocast = functools.partial(torch.autocast, "cuda", torch.float16)
         for _ in range(2):
             with autocast():
-                step.rehearse(training.batch, 0, images)
+                step.try_out(training.batch, 0, images)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         with autocast():
@@ -304,7 +304,7 @@ def freed() -> Iterator[dict[str, Any]]:
 
             step._backward = backward
             with autocast():
-                outcome = step.rehearse(training.batch, 0, images, step.checkpointing.within(rung.plan))
+                outcome = step.try_out(training.batch, 0, images, step.checkpointing.within(rung.plan))
             results.append((kept[0], outcome[1]))
         by_name = {layer.name: layer for layer in found.layers}
         worst = 0.0

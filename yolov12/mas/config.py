@@ -1,4 +1,4 @@
-"""The engine's settings, read and checked in one place."""
+"""Settings of the engine, parsed and checked in one place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ DEFAULTS: Mapping[str, Any] = defaults(ENGINE)
 """Defaults of the engine's arguments, by the names that users write."""
 
 GROUPS = (32, 16, 8, 4, 2, 1)
-"""What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
+"""Group sizes that `bn_group=auto` chooses from. 32 is one GPU's part of a batch in the official recipe: 256 images on
+8 GPUs."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,18 @@ class Config:
     """
 
     safety_ratio: float = DEFAULTS["mem_safety_ratio"]
-    """Share of the device that is never planned for, in [0, 0.9]."""
+    """Fraction of the device's memory that is kept free, in [0, 0.9]. Users write `mem_safety_ratio`."""
     limit: int | float | None = None
-    """Most memory to use: bytes (int), or a share of the device (float in (0, 1)); `16GiB` is understood too."""
+    """Most memory to use: bytes (int), a fraction of the device (float in (0, 1)), or None for all of it. A string
+    such as `16GiB` is converted. Users write `mem_limit`."""
     bn_group: int | None = None
-    """Images that BatchNorm normalises together; 0: those of a micro-batch; None: the largest power of two up to 32."""
+    """Number of images that BatchNorm normalises together; 0: all of a micro-batch; None: the largest of `GROUPS` that
+    fits."""
     micro_batch: int | None = None
-    """Images at once; None: as memory allows."""
+    """Number of images in a micro-batch; None: as many as memory allows."""
     disabled_layers: tuple[str, ...] = ()
-    """Layers that are never rebuilt or recomputed; see `checkpointing.layers.candidates` for their names."""
+    """Names of layers that are never rebuilt or recomputed, see `checkpointing.layers.candidates`. Users write
+    `disable_mas_layers`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, str):
@@ -66,7 +70,10 @@ class Config:
 
     @classmethod
     def parse(cls, arguments: Mapping[str, Any]) -> Config:
-        """Read training arguments; see `DEFAULTS` for their names.
+        """Parse training arguments.
+
+        Args:
+            arguments: Argument name → value as users write it, see `DEFAULTS`. Other names are ignored.
 
         Raises:
             ConfigError: A value is malformed or outside its range.
@@ -84,7 +91,7 @@ class Config:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """From a list, or as written on a command line: `backbone.4,neck.2`."""
+    """Parse names of layers: a list, or text of a command line such as `backbone.4,neck.2`."""
     parts = value if isinstance(value, (list, tuple)) else str(value or "").strip("[]() ").split(",")
     names = tuple(str(part).strip().strip("'\"") for part in parts)
     if not all(names) and names != ("",):

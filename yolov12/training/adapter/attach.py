@@ -17,7 +17,7 @@ from yolov12.training.adapter.detection import DetectionTask
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import KEEPER, TrainerAdapter
 from yolov12.training.data.loader import resumable
-from yolov12.training.data.resolution import DataLayer, rungs
+from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import team
 from yolov12.training.run.run_state import FILE, find
 
@@ -44,14 +44,14 @@ def attach(trainer: Any) -> None:
         if ignored := _ignored(trainer.args):
             LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
         return
-    data_layer = _data_layer(trainer)
+    resolution = _resolution_control(trainer)
     task = DetectionTask(
-        data_layer.preprocess(trainer.preprocess_batch, trainer.args),
+        resolution.preprocess(trainer.preprocess_batch, trainer.args),
         multi_scale=trainer.args.multi_scale > 0,
         overlapping_masks=trainer.args.overlap_mask,
     )
-    others = team.found()
-    ranks = others.ranks if others is not None else ALONE
+    group = team.current()
+    ranks = group.ranks if group is not None else ALONE
     state = getattr(trainer, _FOUND, None)
     Path(trainer.save_dir).mkdir(parents=True, exist_ok=True)  # it may be missing on a machine other than rank 0's
     engine = Engine(
@@ -77,7 +77,7 @@ def attach(trainer: Any) -> None:
         log=LOGGER.info,
     )
     _keep_what_is_learned(trainer, engine)
-    adapter = TrainerAdapter(trainer, model, task, engine, data_layer, ranks)
+    adapter = TrainerAdapter(trainer, model, task, engine, resolution, ranks)
     adapter.take_over_loader()
     adapter.take_over()
     if state is not None and adapter.keeper is not None:
@@ -93,7 +93,7 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
     exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
-    if (others := team.found()) is not None and not _same_on_all(others.ranks, state):
+    if (group := team.current()) is not None and not _same_on_all(group.ranks, state):
         state = None
     if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
         from ultralytics.utils import LOGGER
@@ -115,18 +115,18 @@ def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:
 
 def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     """Run Ultralytics' `_do_train`; whatever ends it, nothing is lost that was done."""
-    others = team.found()
+    group = team.current()
     try:
         done = stock_train(trainer)
-        if others is not None:
+        if group is not None:
             if (keeper := getattr(trainer, KEEPER, None)) is not None:
                 keeper.flush()
-            others.ranks.all(True)  # the journals of all ranks are complete
+            group.ranks.all(True)  # the journals of all ranks are complete
         return done
     except BaseException as error:
         if (keeper := getattr(trainer, KEEPER, None)) is not None:
             keeper.save_at_last()
-        blamed = others.ranks.blame(error) if others is not None and _is_of_collective(error) else None
+        blamed = group.ranks.blame(error) if group is not None and _is_of_collective(error) else None
         team.disband(blamed or error)
         if blamed is not None:
             raise blamed from error
@@ -158,10 +158,10 @@ def _unwrapped(trainer: Any) -> nn.Module:
     return model
 
 
-def _data_layer(trainer: Any) -> DataLayer:
+def _resolution_control(trainer: Any) -> ResolutionControl:
     args = trainer.args
     smallest = args.mas_min_imgsz or args.imgsz // 2
-    layer = DataLayer(args.mas_data, rungs(args.imgsz, smallest, trainer.stride), trainer.stride)
+    layer = ResolutionControl(args.mas_data, resolution_steps(args.imgsz, smallest, trainer.stride), trainer.stride)
     layer.join(trainer.train_loader.dataset, args)
     return layer
 

@@ -24,7 +24,7 @@ from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
-from yolov12.training.data.resolution import DataLayer
+from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing, augment_by_place
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -44,7 +44,7 @@ class TrainerAdapter:
         model: Its model without wrappers.
         task: Splits its batches.
         engine: Runs its batches.
-        data_layer: Chooses the images' size.
+        resolution: Chooses the images' size.
         ranks: Processes that share each batch.
     """
 
@@ -54,11 +54,11 @@ class TrainerAdapter:
         model: nn.Module,
         task: DetectionTask,
         engine: Engine,
-        data_layer: DataLayer,
+        resolution: ResolutionControl,
         ranks: Ranks,
     ) -> None:
         self._trainer, self._model, self._task, self._engine = trainer, model, task, engine
-        self._data_layer, self._ranks = data_layer, ranks
+        self._resolution, self._ranks = resolution, ranks
         self.keeper: Keeper | None = None  # of a loader of the user's own, nothing is known
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
@@ -99,7 +99,7 @@ class TrainerAdapter:
             engine,
             loader,
             Interval.parse(trainer.args.save_every),
-            self._data_layer,
+            self._resolution,
             self._display.of_epoch,
             self._interruption,
             is_first=ranks.rank == 0,
@@ -147,16 +147,16 @@ class TrainerAdapter:
             return found
         if share is not None and self._trainer.args.multi_scale > 0:
             random.seed(share.seed)  # the size that is drawn is that of the whole batch
-        host = self._data_layer.before(host, self._fits)
+        host = self._resolution.before(host, self._fits)
         result = self._engine.step(
             host,
             share,
-            smaller=None if self._trainer.args.mas_data == "off" else self._data_layer.smaller,
+            smaller=None if self._trainer.args.mas_data == "off" else self._resolution.smaller,
             stop_requested=self._stop_requested,
         )
         self._share_ends(share, result.statuses)
-        self._data_layer.after(self._fits)
-        for event in self._data_layer.take_events():
+        self._resolution.after(self._fits)
+        for event in self._resolution.take_events():
             self._engine.note(event)
         self._keep_group()
         self._display.add(result)
@@ -165,7 +165,7 @@ class TrainerAdapter:
         return result.loss.requires_grad_(), dict(result.items)
 
     def _fits(self, size: int) -> bool:
-        return self._engine.would_fit(size, size, whole_group=self._data_layer.is_eager)
+        return self._engine.would_fit(size, size, whole_group=self._resolution.is_eager)
 
     def _stop_requested(self) -> bool:
         return self._interruption is not None and self._interruption.due
@@ -268,7 +268,7 @@ class TrainerAdapter:
 
     def _share(self) -> Sharing:
         """Let all ranks draw the batches that one process would draw."""
-        trainer, ranks, engine, data_layer = self._trainer, self._ranks, self._engine, self._data_layer
+        trainer, ranks, engine, resolution = self._trainer, self._ranks, self._engine, self._resolution
         loader = trainer.train_loader
         loader.sampler.set_epoch = lambda epoch: None  # called by the loop; the order is the generator's
         augment_by_place(loader.dataset)
@@ -283,5 +283,5 @@ class TrainerAdapter:
             boxes = [len(label["cls"]) for label in loader.dataset.labels]
         move_ms = 0.0 if engine.meter.kind == "host" else NEW_SIZE_MS  # the same on all ranks
         return Sharing(
-            ranks.rank, ranks.size, batch, group or 1, furthest_ahead, move_ms, boxes, lambda: data_layer.rung
+            ranks.rank, ranks.size, batch, group or 1, furthest_ahead, move_ms, boxes, lambda: resolution.step
         )

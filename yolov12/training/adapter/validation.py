@@ -52,8 +52,8 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
         return stock(validator, trainer, model, **kwargs)
     Config.check(_settings_of(validator))  # before any data is read
     joint = _Validation(validator, trainer is not None)
-    others = team.found()
-    on_cpu = others is not None and trainer is None and others.device.type == "cpu"
+    group = team.current()
+    on_cpu = group is not None and trainer is None and group.device.type == "cpu"
     try:
         with _on_the_cpu() if on_cpu else nullcontext():
             return stock(validator, trainer, model, **kwargs)
@@ -137,7 +137,7 @@ class _Validation:
             self._stack.callback(vars(model).pop, "loss", None)
         validator.preprocess, validator.postprocess = self._keep, lambda _: self._predictions
         validator.finalize_metrics = self._finalize
-        if team.found() is not None:
+        if team.current() is not None:
             validator.gather_stats = self._gather
 
     def _keep(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -191,10 +191,10 @@ class _Validation:
 
     def _gather(self) -> None:
         """Ultralytics' own, with the losses; on the host, as gloo cannot reduce its matrix on a GPU."""
-        validator, others = self._validator, team.found()
-        assert others is not None
+        validator, group = self._validator, team.current()
+        assert group is not None
         mine = [{name: float(value) for name, value in each.items()} for each in self._sums]
-        gathered: list[Any] | None = [None] * others.ranks.size if others.ranks.rank == 0 else None
+        gathered: list[Any] | None = [None] * group.ranks.size if group.ranks.rank == 0 else None
         device, validator.device = validator.device, torch.device("cpu")
         try:
             with torch.inference_mode(False):  # gloo writes from a thread of its own

@@ -162,7 +162,7 @@ class ResumableLoader:
             "generator": self._loader.generator.get_state(),
             "workers": [] if by_place else workers,
             "buffer": [] if by_place else list(self._buffer()),
-            "rungs": self._sharing.state_dict() if self._sharing is not None else [],
+            "resolution_steps": self._sharing.state_dict() if self._sharing is not None else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], then: Callable[[], None]) -> bool:
@@ -180,7 +180,7 @@ class ResumableLoader:
         self._epoch_order = state["order"]
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if self._sharing is not None:
-            self._sharing.load_state_dict(state.get("rungs", []))
+            self._sharing.load_state_dict(state.get("resolution_steps") or state.get("rungs", []))  # files of version 1
             return not state["workers"] and not state["buffer"]  # or it was one process, which draws otherwise
         self._collate.arrange = state["arrange"]
         if len(state["workers"]) != self._loader.num_workers:
@@ -226,7 +226,7 @@ class _Order:
             return
         epoch = zlib.crc32(state.numpy().tobytes())
         for position, indices in enumerate(batches, skip):
-            yield self._sharing.cut(indices, f"{epoch} {position}")
+            yield self._sharing.split(indices, f"{epoch} {position}")
 
 
 class _Collate:

@@ -1,8 +1,8 @@
 """The data layer: smaller images, less mosaic and mixing, where nothing else makes a batch fit.
 
-Rungs go down from the full setting in steps of the stride. The rung is shared with the processes that load, which read
+Steps go down from the full setting in steps of the stride. The step is shared with the processes that load, which read
 it before each batch; a batch that was loaded before it changed is made smaller when it arrives. Several ranks load a
-batch on the rung that was settled when they drew it (see `sharing`), as each loads a part.
+batch on the step that was settled when they drew it (see `sharing`), as each loads a part.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import cv2
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from yolov12.training.data.sharing import rung_of
+from yolov12.training.data.sharing import resolution_step_of
 
-__all__ = ["DataLayer", "Rung", "rungs"]
+__all__ = ["ResolutionControl", "ResolutionStep", "resolution_steps"]
 
 CALM = 8
-"""Batches for which the rung above must be predicted to fit before it is taken; twice as many after it did not."""
+"""Batches for which the step above must be predicted to fit before it is taken; twice as many after it did not."""
 _MOST_CALM = 512
 _MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 
 
 @dataclass(frozen=True)
-class Rung:
+class ResolutionStep:
     """How images are loaded."""
 
     image_size: int
@@ -39,7 +39,7 @@ class Rung:
     """What the probabilities of mosaic, mixup, cutmix and copy-paste are multiplied by."""
 
 
-def rungs(image_size: int, smallest: int, stride: int) -> tuple[Rung, ...]:
+def resolution_steps(image_size: int, smallest: int, stride: int) -> tuple[ResolutionStep, ...]:
     """From the full setting down to the smallest size, where nothing is mixed.
 
     Args:
@@ -48,47 +48,47 @@ def rungs(image_size: int, smallest: int, stride: int) -> tuple[Rung, ...]:
         stride: Of the model.
     """
     sizes = range(image_size, min(smallest, image_size) - 1, -stride)
-    return tuple(Rung(size, 1 - index / max(len(sizes) - 1, 1)) for index, size in enumerate(sizes))
+    return tuple(ResolutionStep(size, 1 - index / max(len(sizes) - 1, 1)) for index, size in enumerate(sizes))
 
 
-class DataLayer:
-    """Chooses the rung of one training.
+class ResolutionControl:
+    """Chooses the step of one training.
 
     Args:
         mode: `auto`: down when a batch does not fit in any other way; `eager`: down when a BatchNorm group does not
             fit with everything kept for the backward pass; `off`: never.
-        ladder: The rungs, the full one first.
+        steps: The steps, the full one first.
         stride: Of the model.
     """
 
-    def __init__(self, mode: str, ladder: Sequence[Rung], stride: int) -> None:
+    def __init__(self, mode: str, steps: Sequence[ResolutionStep], stride: int) -> None:
         self.is_eager = mode == "eager"
         """True if whole BatchNorm groups with everything kept are to fit, rather than one image with least memory."""
-        self._ladder = ladder[:1] if mode == "off" else ladder
+        self._steps = steps[:1] if mode == "off" else steps
         self._stride = stride
         self._shared = RawValue(ctypes.c_int, 0)
         self._calm, self._patience, self._since_rise = 0, CALM, _MOST_CALM
         self._events: list[str] = []
 
     @property
-    def rung(self) -> int:
+    def step(self) -> int:
         """Counted from the full one."""
         return int(self._shared.value)
 
     @property
     def image_size(self) -> int:
-        """Of the rung."""
-        return self._ladder[self.rung].image_size
+        """Of the step."""
+        return self._steps[self.step].image_size
 
     def join(self, dataset: Any, settings: Any) -> None:
-        """Let a data set load as the rung says, if it is of a kind that makes its own transforms.
+        """Let a data set load as the step says, if it is of a kind that makes its own transforms.
 
         Args:
             dataset: Of Ultralytics, for training.
             settings: The arguments it was made with.
         """
-        if len(self._ladder) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
-            _Loading(dataset, settings, self._ladder, self._shared).begin()
+        if len(self._steps) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
+            _Loading(dataset, settings, self._steps, self._shared).begin()
 
     def preprocess(self, stock: Callable[[Any], Any], settings: Any) -> Callable[[Any], Any]:
         """Wrap Ultralytics' `preprocess_batch`, whose `multi_scale` draws sizes around the full one."""
@@ -114,30 +114,31 @@ class DataLayer:
         return self._resized(batch)
 
     def smaller(self, batch: dict[str, Any]) -> dict[str, Any] | None:
-        """For a batch that does not fit: itself, a rung lower; None where there is none."""
+        """For a batch that does not fit: itself, a step lower; None where there is none."""
         return self._resized(batch) if self._down() else None
 
     def after(self, fits: Callable[[int], bool]) -> None:
-        """Go up a rung when it has been predicted to fit for a while.
+        """Go up a step when it has been predicted to fit for a while.
 
         Args:
             fits: See `before`.
         """
         self._since_rise += 1
-        if not self.rung:
+        if not self.step:
             return
-        self._calm = self._calm + 1 if fits(self._ladder[self.rung - 1].image_size) else 0
+        self._calm = self._calm + 1 if fits(self._steps[self.step - 1].image_size) else 0
         if self._calm >= self._patience:
             self._since_rise = 0
-            self._set(self.rung - 1)
+            self._set(self.step - 1)
 
     def state_dict(self) -> dict[str, int]:
         """For a run that resumes."""
-        return {"rung": self.rung, "patience": self._patience, "calm": self._calm, "since_rise": self._since_rise}
+        return {"step": self.step, "patience": self._patience, "calm": self._calm, "since_rise": self._since_rise}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take what `state_dict` gave, on a ladder that may be another."""
-        self._shared.value = min(state["rung"], len(self._ladder) - 1)
+        """Take what `state_dict` gave, on a steps that may be another."""
+        step = state["step"] if "step" in state else state["rung"]  # the name in files of version 1
+        self._shared.value = min(step, len(self._steps) - 1)
         self._patience, self._calm, self._since_rise = state["patience"], state["calm"], state["since_rise"]
 
     def take_events(self) -> list[str]:
@@ -146,21 +147,21 @@ class DataLayer:
         return events
 
     def _down(self) -> bool:
-        if self.rung + 1 >= len(self._ladder):
+        if self.step + 1 >= len(self._steps):
             return False
         if self._since_rise < 2 * self._patience:  # it came too soon
             self._patience, self._since_rise = min(2 * self._patience, _MOST_CALM), _MOST_CALM
-        self._set(self.rung + 1)
+        self._set(self.step + 1)
         return True
 
-    def _set(self, rung: int) -> None:
-        self._events.append(f"image size {self.image_size} to {self._ladder[rung].image_size}")
-        self._shared.value, self._calm = rung, 0
+    def _set(self, step: int) -> None:
+        self._events.append(f"image size {self.image_size} to {self._steps[step].image_size}")
+        self._shared.value, self._calm = step, 0
 
     def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
         images: Tensor = batch["img"]
         longer = max(images.shape[2:])
-        if not self.rung or longer <= self.image_size:  # at full size nothing is touched, whatever size it is
+        if not self.step or longer <= self.image_size:  # at full size nothing is touched, whatever size it is
             return batch
         share = self.image_size / longer
         size = [math.ceil(side * share / self._stride) * self._stride for side in images.shape[2:]]
@@ -168,13 +169,13 @@ class DataLayer:
 
 
 class _Loading:
-    """Makes a data set load each batch as the rung says at that moment."""
+    """Makes a data set load each batch as the step says at that moment."""
 
-    def __init__(self, dataset: Any, settings: Any, ladder: Sequence[Rung], shared: Any) -> None:
-        self._dataset, self._ladder, self._shared = dataset, ladder, shared
+    def __init__(self, dataset: Any, settings: Any, steps: Sequence[ResolutionStep], shared: Any) -> None:
+        self._dataset, self._steps, self._shared = dataset, steps, shared
         self._settings, self._stock_build = copy.copy(settings), dataset.build_transforms
         self._transforms: dict[int, Any] = {}
-        self._rung = 0  # of the batch at hand
+        self._step = 0  # of the batch at hand
         self._stock_load = dataset.load_image
 
     def begin(self) -> None:
@@ -190,31 +191,31 @@ class _Loading:
         return self._stock_build(hyp)
 
     def _load(self, indices: Sequence[int]) -> list[Any]:
-        self._rung, dataset = rung_of(indices, self._shared.value), self._dataset
-        if not self._rung:
+        self._step, dataset = resolution_step_of(indices, self._shared.value), self._dataset
+        if not self._step:
             return [dataset[index] for index in indices]
         full = dataset.imgsz, dataset.transforms
         try:
-            dataset.imgsz = self._ladder[self._rung].image_size
-            dataset.transforms = self._transforms_of(self._rung)
+            dataset.imgsz = self._steps[self._step].image_size
+            dataset.transforms = self._transforms_of(self._step)
             return [dataset[index] for index in indices]
         finally:
             dataset.imgsz, dataset.transforms = full
 
     def _load_image(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """One that is in memory already, as it was loaded on a higher rung or for `cache=ram`, as small as the rung."""
+        """One that is in memory already, as it was loaded on a higher step or for `cache=ram`, as small as the step."""
         image, original, shape = self._stock_load(*args, **kwargs)
         share = self._dataset.imgsz / max(shape)
-        if self._rung and share < 1:
+        if self._step and share < 1:
             height, width = (max(round(side * share), 1) for side in shape)
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
             image = image.reshape(height, width, -1)  # of one channel too
         return image, original, image.shape[:2]
 
-    def _transforms_of(self, rung: int) -> Any:
-        if rung not in self._transforms:
+    def _transforms_of(self, step: int) -> Any:
+        if step not in self._transforms:
             settings = copy.copy(self._settings)
             for name in _MIXING:
-                setattr(settings, name, getattr(settings, name) * self._ladder[rung].strength)
-            self._transforms[rung] = self._stock_build(settings)
-        return self._transforms[rung]
+                setattr(settings, name, getattr(settings, name) * self._steps[step].strength)
+            self._transforms[step] = self._stock_build(settings)
+        return self._transforms[step]

@@ -25,7 +25,7 @@ from yolov12.errors import ConfigError
 from yolov12.mas import Engine
 from yolov12.models import weights
 from yolov12.training.data.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
-from yolov12.training.data.resolution import DataLayer
+from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 
@@ -34,7 +34,8 @@ __all__ = ["FILE", "Keeper", "find"]
 FILE = "state.pt"
 """Beside `last.pt`, while a run is not complete."""
 
-_VERSION = 1
+_VERSION = 2
+_READABLE = (1, 2)  # version 1 calls the resolution `data_layer`, and its steps `rungs`
 _COST = 0.01  # of the time that saves at the ends of epochs may take
 _NEVER = 2**62
 
@@ -50,7 +51,7 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = weights.read(path)
         was, now = state["loader"]["data"], data_of(trainer.train_loader)
         other = [f"{now[name]} {name}, not {was[name]}" for name in now if was[name] != now[name]]
-        whole = state["version"] == _VERSION and 0 < state["loader"]["position"] <= was["batches"]
+        whole = state["version"] in _READABLE and 0 < state["loader"]["position"] <= was["batches"]
     except Exception as error:  # of a stranger's file: any
         other, whole = [f"it cannot be read ({type(error).__name__})"], True
     if not whole:
@@ -72,7 +73,7 @@ class Keeper:
         engine: Runs its batches.
         loader: Gives its batches.
         every: How often to save.
-        data_layer: Chooses the images' size.
+        resolution: Chooses the images' size.
         of_epoch: What is counted up in an epoch for results.csv.
         interruption: Signals of this process.
         is_first: True on the one rank that saves.
@@ -85,14 +86,14 @@ class Keeper:
         engine: Engine,
         loader: ResumableLoader,
         every: Interval,
-        data_layer: DataLayer,
+        resolution: ResolutionControl,
         of_epoch: dict[str, float],
         interruption: Interruption,
         *,
         is_first: bool = True,
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
-        self._data_layer, self._of_epoch = data_layer, of_epoch
+        self._resolution, self._of_epoch = resolution, of_epoch
         self._is_first, self._saves = is_first, is_first and bool(trainer.args.save)
         self._every = every if self._saves else Interval()
         self._at_epoch_ends = self._every != Interval()
@@ -168,7 +169,7 @@ class Keeper:
             "accumulate": trainer.accumulate,
             "loss": trainer.loss.detach(),
             "tloss": dict(trainer.tloss),
-            "data_layer": self._data_layer.state_dict(),
+            "resolution": self._resolution.state_dict(),
             "of_epoch": dict(self._of_epoch),
             # BatchNorm's statistics move with every batch, and an interruption may come before its update.
             "buffers": self._kept_buffers(),
@@ -257,7 +258,7 @@ class Keeper:
         trainer.scheduler.last_epoch = state["epoch"] - 1
         _drop_rows(trainer.csv, state["epoch"])
         self._resumed = state
-        self._data_layer.load_state_dict(state["data_layer"])
+        self._resolution.load_state_dict(state["resolution" if "resolution" in state else "data_layer"])
         same = self._loader.load_state_dict(state["loader"], self._go_on)
         position = state["loader"]["position"]
         LOGGER.info(f"resume: epoch {state['epoch'] + 1}, after batch {position} of {len(self._loader)}")

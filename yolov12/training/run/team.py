@@ -27,15 +27,15 @@ from torch import nn
 
 from yolov12.errors import ConfigError, RankError
 from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
-from yolov12.mas.distributed.watchdog import Lookout, connect
+from yolov12.mas.distributed.watchdog import Watchdog, connect
 from yolov12.mas.scheduling.groups import split_groups
 
 __all__ = [
-    "Team",
+    "ProcessGroup",
     "build_loaders",
     "check_batch",
+    "current",
     "disband",
-    "found",
     "gather",
     "launch",
     "one_folder",
@@ -44,12 +44,12 @@ __all__ = [
 ]
 
 _TIMEOUT = timedelta(hours=3)
-"""Of a collective, as Ultralytics has it: rank 0 may be long at what it does alone. Of the dead, the lookout tells."""
+"""Of a collective, as Ultralytics has it: rank 0 may be long at what it does alone. Of the dead, the watchdog tells."""
 _GRACE_S = 15.0
 """For a process to save and end once another is gone; one whose device waits for the dead cannot."""
 
 
-class Team:
+class ProcessGroup:
     """The processes of one training, seen from one of them.
 
     Args:
@@ -66,20 +66,20 @@ class Team:
             gloo = self.device.type == "cpu" or self.shares_device
             dist.init_process_group("gloo" if gloo else "cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
         names = exchange_names()
-        self.lookout = Lookout(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
+        self.watchdog = Watchdog(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         kinds: list[Any] = [None] * WORLD_SIZE
         dist.all_gather_object(kinds, kind)
-        self.ranks = ProcessRanks(self.lookout, alike=len(set(kinds)) == 1)
+        self.ranks = ProcessRanks(self.watchdog, alike=len(set(kinds)) == 1)
 
 
-_team: Team | None = None
+_group: ProcessGroup | None = None
 _trainings = 0
 
 
-def found() -> Team | None:
+def current() -> ProcessGroup | None:
     """The team of the training that this process takes part in; None where it trains alone, or without the engine."""
-    return _team
+    return _group
 
 
 def check_batch(settings: Mapping[str, Any], processes: int) -> None:
@@ -113,7 +113,7 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         args: Positional arguments for `stock_init`.
         kwargs: Keyword arguments for `stock_init`.
     """
-    global _team, _trainings
+    global _group, _trainings
     from ultralytics.cfg import get_cfg
     from ultralytics.utils import RANK, WORLD_SIZE
     from ultralytics.utils.torch_utils import init_seeds
@@ -129,14 +129,14 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         stock_init(trainer, *args, **kwargs)
         return
     _trainings += 1
-    _team = Team(settings.get("device"), _trainings)
+    _group = ProcessGroup(settings.get("device"), _trainings)
     try:
         stock_init(trainer, *args, **kwargs)
         check_batch(vars(trainer.args), processes)  # of a run that is resumed
     except BaseException as error:
         disband(error)
         raise
-    trainer.device, trainer.world_size = _team.device, _team.ranks.size
+    trainer.device, trainer.world_size = _group.device, _group.ranks.size
     # As in one process: weights begin alike, and loaders draw the same batches.
     init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
 
@@ -178,34 +178,34 @@ def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
 
 def disband(error: BaseException | None = None) -> None:
     """The training is over, or ends with an error, of which the others are told."""
-    global _team
-    if _team is not None and error is not None:
+    global _group
+    if _group is not None and error is not None:
         stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
-        _team.lookout.leaving("was asked to stop" if stopped else str(error) or type(error).__name__)
-    elif _team is not None:
-        _team.lookout.close()
-    _team = None
+        _group.watchdog.leaving("was asked to stop" if stopped else str(error) or type(error).__name__)
+    elif _group is not None:
+        _group.watchdog.close()
+    _group = None
 
 
 def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **others: Any) -> Path:
     """Run Ultralytics' `get_save_dir`, which counts up to a free name; of a training once for all processes."""
-    if _team is None or getattr(args, "mode", None) != "train":
+    if _group is None or getattr(args, "mode", None) != "train":
         return get_save_dir(args, *more, **others)
-    box = [str(get_save_dir(args, *more, **others)) if _team.ranks.rank == 0 else None]
+    box = [str(get_save_dir(args, *more, **others)) if _group.ranks.rank == 0 else None]
     dist.broadcast_object_list(box, 0)
     return Path(str(box[0]))
 
 
 def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
     """Run Ultralytics' `_setup_ddp`, unless the group is there already."""
-    if _team is None:
+    if _group is None:
         stock_setup(trainer)
         return
     from ultralytics.utils.torch_utils import get_torch_device_backend
 
-    trainer.device = _team.device
-    if _team.device.type != "cpu":
-        trainer.accelerator = get_torch_device_backend(_team.device)
+    trainer.device = _group.device
+    if _group.device.type != "cpu":
+        trainer.accelerator = get_torch_device_backend(_group.device)
 
 
 @contextmanager
@@ -215,10 +215,10 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
     Args:
         ours: Says why it does not train a model; None where it does.
     """
-    if _team is None:
+    if _group is None:
         yield
         return
-    team, stock = _team, nn.parallel.DistributedDataParallel
+    group, stock = _group, nn.parallel.DistributedDataParallel
 
     def instead(model: nn.Module, **options: Any) -> nn.Module:
         nn.parallel.DistributedDataParallel = stock  # type: ignore[misc]
@@ -227,7 +227,7 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.detach(), 0)
             return model
-        if team.device.type == "cpu" or team.shares_device:
+        if group.device.type == "cpu" or group.shares_device:
             raise ConfigError(f"{reason}: then each process needs a GPU of its own")
         disband()
         return stock(model, **options)
@@ -245,7 +245,7 @@ def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
     Training batches are cut as they are drawn (see `sharing`). Those of validation are as large as a share, and dealt
     out.
     """
-    if _team is None:
+    if _group is None:
         stock_build(trainer)
         return
     get, size = trainer.get_dataloader, trainer.world_size
