@@ -292,9 +292,13 @@ class Engine:
         Returns:
             The summary of the run; None without a journal.
         """
+        self.lift_limit()
+        return self._records.close(updates_expected)
+
+    def lift_limit(self) -> None:
+        """Restore the limit of PyTorch's allocator that was there before the first step."""
         self._limit.close()
         self._is_limited = False
-        return self._records.close(updates_expected)
 
     def _keep_to_limit(self) -> None:
         if not self._is_limited:

@@ -27,6 +27,7 @@ STATE = "mas_state"
 """Key of a trainer and of a checkpoint's `optimizer`: what the engine had learned when it was saved."""
 
 _FOUND = "yolov12_state"  # attribute of a trainer: the state to resume from
+_ENGINE = "yolov12_engine"  # attribute of a trainer
 
 _MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
 
@@ -77,6 +78,7 @@ def attach(trainer: Any) -> None:
         log=LOGGER.info,
     )
     _keep_what_is_learned(trainer, engine)
+    setattr(trainer, _ENGINE, engine)
     adapter = TrainerAdapter(trainer, model, task, engine, resolution, ranks)
     adapter.take_over_loader()
     adapter.take_over()
@@ -134,6 +136,8 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     finally:
         if (keeper := getattr(trainer, KEEPER, None)) is not None:
             keeper.end()
+        if (engine := getattr(trainer, _ENGINE, None)) is not None:
+            engine.lift_limit()  # an error or a signal ends a run without its teardown
         team.disband()
 
 
