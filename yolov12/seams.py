@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import LogRecord
 from types import ModuleType
 from typing import Any
 
@@ -110,10 +112,26 @@ def _check_before_stripping(strip_optimizer: Callable[..., Any]) -> Callable[...
             return strip_optimizer(f, *args, **kwargs)
         from yolov12 import files
 
-        with files.replacing(f) as unfinished:
+        with files.replacing(f) as unfinished, _unnamed_in_log(f" saved as {unfinished},"):
             return strip_optimizer(f, str(unfinished), **kwargs)
 
     return wrapper
+
+
+@contextmanager
+def _unnamed_in_log(words: str) -> Iterator[None]:
+    """Return a context in which Ultralytics' log lines leave out some words, such as the name of a temporary file."""
+    from ultralytics.utils import LOGGER
+
+    def leave_out(record: LogRecord) -> bool:
+        record.msg = str(record.msg).replace(words, "")
+        return True
+
+    LOGGER.addFilter(leave_out)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(leave_out)
 
 
 def _attention_init(stock: Callable[..., None]) -> Callable[..., None]:

@@ -122,7 +122,7 @@ def _size(value: Any) -> int | float | None:
         raise ConfigError(f"mem_limit={value}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
     number, unit = float(found[1]), found[2].upper()
     if not unit and not str(value).strip().upper().endswith("B") and number <= 1:
-        return number if number < 1 else None  # all of the device
+        return number if number < 1 else None  # None stands for all of the device
     if not unit and number < 2**20:
         raise ConfigError(f"mem_limit={value} is {number:g} bytes: give a unit, as in 16GiB, or a share, as in 0.5")
     return int(number * _UNITS[unit])
