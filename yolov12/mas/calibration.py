@@ -61,7 +61,7 @@ class Calibration:
         self._step, self._planner, self._meter, self._config = step, planner, meter, config
         self._cache, self._device, self._ranks, self._log = LadderCache(cache), device, ranks, log
         self._settled, self._logged = False, ""
-        self._guess_budget_bytes = 0  # when a ladder was guessed
+        self._guess_budget_bytes = 0  # budget when a ladder was guessed
 
     @property
     def levels(self) -> int:

@@ -97,7 +97,7 @@ class Engine:
         self._task, self._ranks, self._log = task, ranks, log
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # On the host no library looks for kernels when a size is new.
+        # On the host, libraries do not search kernels for a new size.
         speed = SpeedModel(new_size_ms=0.0 if self.meter.kind == "host" else NEW_SIZE_MS)
         gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._planner = BatchPlanner(
@@ -110,11 +110,11 @@ class Engine:
         )
         self._room = Room(self._planner, self.meter, self.config, ranks)
         self._records = Records(speed, self._calibration, self.meter, journal, log)
-        self._limit = ExitStack()  # of the allocator, from the first step to `close`
+        self._limit = ExitStack()  # limit of PyTorch's allocator, from the first step to `close`
         self._is_limited = False
         self._updates = 0
         self._checksum = 0  # for the next report to other ranks
-        self._work: Workload | None = None  # of the batch at hand
+        self._work: Workload | None = None  # properties of the current batch
 
     @property
     def bn_group(self) -> int | None:
@@ -334,7 +334,7 @@ class Engine:
             self._log(f"memory: begins to learn anew, as what was learned before cannot be read ({error!r})")
             return
         if ladder is not None and not ladder.names() <= calibration.layers.keys():
-            return  # other layers may be planned for now
+            return  # the plans name layers that may not be planned any more
         planner.resume(cost, speed, history)
         self._records.speed = speed
         calibration.resume(ladder)

@@ -55,9 +55,9 @@ class Records:
     ) -> None:
         self.speed, self.journal = speed, journal
         self._calibration, self._meter, self._log = calibration, meter, log
-        self._done: list[DoneBatch] = []  # since the last update
+        self._done: list[DoneBatch] = []  # batches since the last update
         self._notes: list[str] = []  # events since the last update
-        self._rows: list[tuple[Row, list[DoneBatch]]] = []  # with times that are not known yet
+        self._rows: list[tuple[Row, list[DoneBatch]]] = []  # rows whose times are not known yet
         self._rows_made = 0
         self._status = RankStatus()
 

@@ -11,7 +11,9 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -137,8 +139,24 @@ def strip_optimizer(stock: Callable[..., Any], /, f: Any = "best.pt", *args: Any
     read(f)
     if args or "s" in kwargs:
         return stock(f, *args, **kwargs)
-    with files.replacing(f) as unfinished:
+    with files.replacing(f) as unfinished, _left_out_of_log(f" saved as {unfinished},"):
         return stock(f, str(unfinished), **kwargs)
+
+
+@contextmanager
+def _left_out_of_log(words: str) -> Iterator[None]:
+    """Return a context in which Ultralytics' log lines leave out some words, such as the name of a temporary file."""
+    from ultralytics.utils import LOGGER
+
+    def leave_out(record: LogRecord) -> bool:
+        record.msg = str(record.msg).replace(words, "")
+        return True
+
+    LOGGER.addFilter(leave_out)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(leave_out)
 
 
 def _trusted() -> bool:

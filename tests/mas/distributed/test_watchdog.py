@@ -298,6 +298,14 @@ def test_failures_are_told_without_anybody_leaving(ring):
     assert two[1].told(0) == "it failed"
 
 
+def test_messages_lose_their_colour_codes(ring):
+    two = ring(2, grace_s=60)
+    two[0].tell("\x1b[34m\x1b[1mval:\x1b[0m no labels")
+    assert two[1].told(0) == "val: no labels"
+    two[0].leaving("\x1b[31mno disk\x1b[0m")
+    assert two[1].gone(NOISE_S) == Gone(0, "rank 0", "no disk")
+
+
 def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_RUN_ID": "run"}

@@ -101,7 +101,8 @@ def test_sizes_are_drawn_around_the_rung(trainings, tmp_path, memory):
     assert max(size for _, size, _ in run.seen) <= 96
 
 
-def test_a_resumed_run_is_on_its_rung(trainings, tmp_path, memory):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_resumed_run_keeps_its_image_size(trainings, tmp_path, memory, version):
     memory.size = 64
 
     def stop(trainer):
@@ -116,7 +117,15 @@ def test_a_resumed_run_is_on_its_rung(trainings, tmp_path, memory):
         callbacks=[("on_train_batch_end", stop)],
         raises=KeyboardInterrupt,
     )
+    if version == 1:
+        file = cut.folder / "weights" / "state.pt"
+        state = torch.load(file, weights_only=True)
+        step = state.pop("resolution")
+        state |= {"version": 1, "data_layer": {"rung": step.pop("step"), **step}}
+        state["loader"]["rungs"] = state["loader"].pop("resolution_steps")
+        torch.save(state, file)
     run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True)
+    assert "resume: epoch 2, after batch 1 of 4" in run.log
     assert set(sizes(run)) == {64}
     assert sum("image size" in row["events"] for row in run.memory) == 1
 

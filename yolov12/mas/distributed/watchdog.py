@@ -32,6 +32,8 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
+from yolov12.errors import plain
+
 __all__ = ["Gone", "Watchdog", "connect"]
 
 _READ_HEARTBEATS = 3
@@ -144,7 +146,7 @@ class Watchdog:
     def tell(self, failure: str) -> None:
         """Publish a failure for which no rank has to exit. When this returns, all ranks can read it."""
         with suppress(RuntimeError):
-            self._store.set(f"told/{self._rank}", failure)
+            self._store.set(f"told/{self._rank}", plain(failure))
             self._store.check([f"told/{self._rank}"])  # `set` does not wait for an answer
 
     def told(self, rank: int) -> str:
@@ -159,7 +161,7 @@ class Watchdog:
 
         The message has no effect if another rank is already known to be gone.
         """
-        self._parting = reason
+        self._parting = plain(reason)
         self.close()
         if self._rank == 0 and not _launcher_hosts():  # the store ends with this process, and others must read it first
             time.sleep(_READ_HEARTBEATS * self._heartbeat_s)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from yolov12.errors import DoesNotFitError
+from yolov12.errors import DoesNotFitError, plain
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
@@ -233,7 +233,7 @@ class BatchPlanner:
                 after.images, self._work.height, self._work.width
             )
         self.history, self.level = after, decision.level
-        # Micro-batches that ran before a failure had a peak too.
+        # Micro-batches that ran before a failure had a predicted peak, too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
@@ -293,7 +293,7 @@ class BatchPlanner:
         ways += ["smaller images", "a smaller model", "a larger device"]
         error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
         if failure is not None and fits:
-            error.args = (f"{error}. What failed: {failure.message.strip().splitlines()[0]}",)
+            error.args = (f"{error}. What failed: {plain(failure.message).strip().splitlines()[0]}",)
         return error
 
     def _state(self, start: int, sizes: tuple[int, ...]) -> State:

@@ -43,7 +43,7 @@ class Total:
         self._estimate: Tensor | None = None
         self._gradients: gradients.Gradients | None = None
         self._parts: list[_Part] = []
-        self._sum: Tensor | None = None  # of normalisers, over all ranks
+        self._sum: Tensor | None = None  # sum of normalisers over all ranks
         self._whole: tuple[Tensor, dict[str, Tensor]] | None = None  # loss and items, over all ranks
 
     def scaled(self, loss: Loss, images: int) -> Tensor:
@@ -56,7 +56,7 @@ class Total:
         normaliser = self._as_tensor(loss)
         if not self._parts and images == self._images:
             self._estimate = normaliser.clamp(min=self._floor)  # exact, as the factor below is 1
-        elif not self._parts:  # also after a failure: the part that failed may have been of another size
+        elif not self._parts:  # also after a failure, as the failed part may have had another size
             # A power of two, so that scaling back at the end is exact.
             expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
             if self._per_image is not None:
@@ -139,7 +139,7 @@ class Total:
     def _as_tensor(loss: Loss) -> Tensor:
         if isinstance(loss.normaliser, Tensor):
             return loss.normaliser.detach().double()  # counts and half precision do not add up exactly
-        # Filled on the device: a copy would wait for it.
+        # It is filled on the device, as a copy from the host would wait for the device.
         return torch.full((), float(loss.normaliser), device=loss.value.device, dtype=torch.float64)
 
 

@@ -166,9 +166,8 @@ class Step:
                 ran, groups_done = self._run_share(parts, images, planner, total)
                 watch.stop()
                 statistics = self._norms.averages(groups_done, share.batch_images)
-                self._ranks.reserve(
-                    [*self._parameters, *statistics]
-                )  # now: a failed allocation still concerns this rank alone
+                # Reserved now, while a failed allocation still concerns only this rank.
+                self._ranks.reserve([*self._parameters, *statistics])
             except BaseException as error:
                 self._ranks.agree(status, error)
                 raise
@@ -259,9 +258,8 @@ class Step:
             with self._norms.within(groups, first_group):
                 with layers:
                     loss = self._task.loss(self.model, part)
-                with torch.autocast(
-                    self._device.type, enabled=False
-                ):  # a backward pass uses the dtypes of its forward pass
+                # A backward pass uses the dtypes of its forward pass.
+                with torch.autocast(self._device.type, enabled=False):
                     self._backward(total.scaled(loss, stop - start))
         except Exception as error:
             if not is_out_of_memory(error):

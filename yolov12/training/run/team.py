@@ -1,9 +1,9 @@
-"""Trainings in several processes: how these find each other, and what Ultralytics does otherwise in each of them.
+"""Training in several processes: the process group, and the changes to Ultralytics in each of its processes.
 
-Ultralytics starts one process a GPU for `device=0,1`, and `torchrun` any number, on one machine or several; either way
-each finds its place in the environment. Ultralytics' loop stays as it is, and its collectives run in the group that is
-made here. What it would do to gradients and batches is left out: DistributedDataParallel, and a fixed part of the data
-for each process.
+Ultralytics starts one process per GPU for `device=0,1`. `torchrun` starts any number, on one machine or several. Both
+tell each process its rank in environment variables. Ultralytics' training loop stays as it is, and its collectives use
+the group that is created here. Two things of Ultralytics are left out: DistributedDataParallel, and the fixed part of
+the data for each process.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ __all__ = [
 ]
 
 _TIMEOUT = timedelta(hours=3)
-"""Of a collective, as Ultralytics has it: rank 0 may be long at what it does alone. Of the dead, the watchdog tells."""
+"""Timeout of a collective, Ultralytics' value: rank 0 may work alone for a long time. The watchdog finds dead ranks."""
 _GRACE_S = 15.0
-"""For a process to save and end once another is gone; one whose device waits for the dead cannot."""
+"""Seconds for a process to save and to end after another is gone. It cannot while its device waits for the dead one."""
 
 
 class ProcessGroup:
-    """The processes of one training, seen from one of them.
+    """Processes of one training, as one of them sees them. Creating it joins torch.distributed's default group.
 
     Args:
-        device: Ultralytics' argument.
-        training: Counts the trainings of this process.
+        device: Value of Ultralytics' argument `device`.
+        training: Number of trainings of this process so far, which distinguishes their watchdogs.
     """
 
     def __init__(self, device: Any, training: int) -> None:
@@ -78,19 +78,19 @@ _trainings = 0
 
 
 def current() -> ProcessGroup | None:
-    """The team of the training that this process takes part in; None where it trains alone, or without the engine."""
+    """Return the process group of the current training; None for one process, or without the engine."""
     return _group
 
 
 def check_batch(settings: Mapping[str, Any], processes: int) -> None:
-    """Refuse a batch that leaves a process without work.
+    """Check that every process has a part of a batch.
 
     Args:
-        settings: Of the training.
-        processes: That share each batch.
+        settings: Arguments of the training; `batch` and `bn_group` are used.
+        processes: Number of processes that share each batch.
 
     Raises:
-        ConfigError: There are too few images, or groups of them, or their number is still to be found.
+        ConfigError: A batch has fewer images or BatchNorm groups than processes, or its size is not given.
     """
     batch, group = settings.get("batch", 16), settings.get("bn_group")
     if batch < 1 or not float(batch).is_integer():
@@ -105,13 +105,16 @@ def check_batch(settings: Mapping[str, Any], processes: int) -> None:
 
 
 def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
-    """Run Ultralytics' `BaseTrainer.__init__`, with the other processes at hand where there are some.
+    """Run Ultralytics' `BaseTrainer.__init__`; for several processes, create the process group first.
 
     Args:
         stock_init: Ultralytics' own method.
-        trainer: What it makes.
+        trainer: Trainer that it initialises.
         args: Positional arguments for `stock_init`.
         kwargs: Keyword arguments for `stock_init`.
+
+    Raises:
+        ConfigError: The processes cannot share a batch, see `check_batch`.
     """
     global _group, _trainings
     from ultralytics.cfg import get_cfg
@@ -137,7 +140,7 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         disband(error)
         raise
     trainer.device, trainer.world_size = _group.device, _group.ranks.size
-    # As in one process: weights begin alike, and loaders draw the same batches.
+    # All processes begin with the same weights and draw the same batches, like one process.
     init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
 
 
@@ -146,11 +149,11 @@ def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
 
     Args:
         stock_train: Ultralytics' own method.
-        trainer: Of Ultralytics.
+        trainer: Ultralytics trainer.
 
     Raises:
         RankError: One of the processes failed.
-        SystemExit: SIGTERM came, which is handed on.
+        SystemExit: SIGTERM arrived and was passed on to the processes.
     """
     if not trainer.ddp:
         stock_train(trainer)
@@ -177,7 +180,11 @@ def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
 
 
 def disband(error: BaseException | None = None) -> None:
-    """The training is over, or ends with an error, of which the others are told."""
+    """Leave the process group at the end of a training.
+
+    Args:
+        error: Error that ends the training, which the other processes are told; None if the training is complete.
+    """
     global _group
     if _group is not None and error is not None:
         stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
@@ -188,7 +195,14 @@ def disband(error: BaseException | None = None) -> None:
 
 
 def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **others: Any) -> Path:
-    """Run Ultralytics' `get_save_dir`, which counts up to a free name; of a training once for all processes."""
+    """Run Ultralytics' `get_save_dir`, which finds a free name; in a training only on rank 0, for all processes.
+
+    Args:
+        get_save_dir: Ultralytics' own function.
+        args: Arguments of the run.
+        more: Further positional arguments for `get_save_dir`.
+        others: Keyword arguments for `get_save_dir`.
+    """
     if _group is None or getattr(args, "mode", None) != "train":
         return get_save_dir(args, *more, **others)
     box = [str(get_save_dir(args, *more, **others)) if _group.ranks.rank == 0 else None]
@@ -197,7 +211,12 @@ def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **ot
 
 
 def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
-    """Run Ultralytics' `_setup_ddp`, unless the group is there already."""
+    """Run Ultralytics' `_setup_ddp`, unless the process group exists already.
+
+    Args:
+        stock_setup: Ultralytics' own method.
+        trainer: Ultralytics trainer.
+    """
     if _group is None:
         stock_setup(trainer)
         return
@@ -210,10 +229,13 @@ def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
 
 @contextmanager
 def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
-    """Around Ultralytics' `_setup_train`: no DistributedDataParallel where the engine trains.
+    """Return the context of Ultralytics' `_setup_train`: without DistributedDataParallel if the engine trains.
 
     Args:
-        ours: Says why it does not train a model; None where it does.
+        ours: Returns the reason why the engine does not train a model, or None if it does.
+
+    Raises:
+        ConfigError: The engine does not train the model, and processes have no GPUs of their own.
     """
     if _group is None:
         yield
@@ -240,10 +262,14 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
 
 
 def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
-    """Run Ultralytics' `_build_train_pipeline`; for several processes that the engine trains with whole batches.
+    """Run Ultralytics' `_build_train_pipeline`; if the engine trains in several processes, with whole batches in each.
 
-    Training batches are cut as they are drawn (see `sharing`). Those of validation are as large as a share, and dealt
-    out.
+    Training batches are split when they are drawn (see `sharing`). Validation batches have the size of a share, and
+    Ultralytics distributes them among the processes.
+
+    Args:
+        stock_build: Ultralytics' own method.
+        trainer: Ultralytics trainer.
     """
     if _group is None:
         stock_build(trainer)
@@ -267,7 +293,7 @@ def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
 
 
 def _place(argument: Any) -> tuple[torch.device, bool]:
-    """This process's device, and whether another process of this machine has it too."""
+    """Return the device of this process, and whether another process of this machine uses it, too."""
     from ultralytics.utils import LOCAL_RANK
     from ultralytics.utils.torch_utils import parse_device
 
