@@ -62,7 +62,7 @@ class Training:
         import torch
 
         with torch.autocast("cuda", torch.float16):
-            part = self.task._preprocess(_part(self.batch, start, start + batch))
+            part = self.task.preprocess(_part(self.batch, start, start + batch))
             loss, _ = self.model(part)
         self.scaler.scale(loss.sum()).backward()
 
@@ -237,7 +237,8 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     from memory import BOXES_PER_IMAGE
 
     from yolov12.mas.checkpointing.checkpointing import Plan
-    from yolov12.plan import estimate, load
+    from yolov12.plan.estimate import estimate
+    from yolov12.plan.fake_model import load
 
     rows: dict[str, list[dict[str, Any]]] = {}
     for part, measured in result.items():
@@ -283,7 +284,7 @@ def freed() -> Iterator[dict[str, Any]]:
         autocast = functools.partial(torch.autocast, "cuda", torch.float16)
         for _ in range(2):
             with autocast():
-                step.rehearse(training.batch, 0, images)
+                step.try_out(training.batch, 0, images)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         with autocast():
@@ -303,7 +304,7 @@ def freed() -> Iterator[dict[str, Any]]:
 
             step._backward = backward
             with autocast():
-                outcome = step.rehearse(training.batch, 0, images, step.checkpointing.within(rung.plan))
+                outcome = step.try_out(training.batch, 0, images, step.checkpointing.within(rung.plan))
             results.append((kept[0], outcome[1]))
         by_name = {layer.name: layer for layer in found.layers}
         worst = 0.0

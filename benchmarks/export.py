@@ -79,23 +79,24 @@ def agree(folder: Path) -> Iterator[dict[str, Any]]:
     from yolov12.errors import DoesNotFitError
     from yolov12.export import graph
     from yolov12.export.rewrite import split
+    from yolov12.export.shapes import Shapes
 
     for scale, size in MODELS:
         for dynamic in (False, True):
             file = exported(scale, size, dynamic, folder)
             model = graph.load(file)
             shape = (1, 3, size, size)
-            most = graph.at_most(model, shape)
-            least = graph.at_most(model, (1, 3, 32, 32))
+            most = graph.input_shapes(model, shape)
+            least = graph.input_shapes(model, (1, 3, 32, 32))
             photographs = images(size, size)
-            whole = graph.plan(model, graph.Shapes(model, most))
+            whole = graph.plan(model, Shapes(model, most))
             found, seconds = zip(*(run(file, image[None]) for image in photographs), strict=True)
             measured = node_by_node.peak(file, photographs[:1])
             for share in SHARES[dynamic]:
                 row = {"model": f"yolov12{scale}", "imgsz": size, "dynamic": dynamic, "share": share}
                 start = time.perf_counter()
                 try:
-                    done = split(model, int(share * whole.peak), most, least)
+                    done = split(model, int(share * whole.peak_bytes), most, least)
                 except DoesNotFitError as error:
                     yield {**row, "problem": str(error), "split_s": round(time.perf_counter() - start, 1)}
                     continue
@@ -109,9 +110,9 @@ def agree(folder: Path) -> Iterator[dict[str, Any]]:
                 off = np.abs(np.concatenate(again) - np.concatenate(found)).max(axis=(0, 2))
                 yield {
                     **row,
-                    "planned_bytes": done.plan.peak,
+                    "planned_bytes": done.plan.peak_bytes,
                     "measured_bytes": measured,
-                    "planned_of_measured": round(done.plan.peak / measured, 4),
+                    "planned_of_measured": round(done.plan.peak_bytes / measured, 4),
                     "boxes_off_pixels": float(off[:4].max()),
                     "scores_off": float(off[4:].max()),
                     "highest_score": float(np.concatenate(found)[:, 4:].max()),
@@ -126,30 +127,31 @@ def rtx(folder: Path) -> Iterator[dict[str, Any]]:
     import onnx_ir as ir
 
     from yolov12.export import engine, graph
+    from yolov12.export.budget import workspace_for
     from yolov12.export.rewrite import split
-    from yolov12.export.session import workspace_for
+    from yolov12.export.shapes import Shapes
 
     library = engine.find("tensorrt_rtx")
 
-    def build(name: str, file: Path, size: int, workspace: int, plan: graph.Plan) -> dict[str, Any]:
+    def build(name: str, file: Path, size: int, workspace: int, plan: graph.MemoryPlan) -> dict[str, Any]:
         job = engine.Job(file, folder / "built.engine", (1, 3, size, size))
         (attempt,) = engine.build(library, job, workspace, engine.EFFORTS[:1])
-        return {"model": name, "imgsz": size, "tensors_bytes": plan.peak, **attempt.as_dict()}
+        return {"model": name, "imgsz": size, "tensors_bytes": plan.peak_bytes, **attempt.as_dict()}
 
     for scale, size, limits in (("m", 1280, (256,)), ("x", 640, ()), ("x", 1280, ())):
         file = exported(scale, size, False, folder)
         model = graph.load(file)
-        most = graph.at_most(model, (1, 3, size, size))
-        whole = graph.plan(model, graph.Shapes(model, most))
+        most = graph.input_shapes(model, (1, 3, size, size))
+        whole = graph.plan(model, Shapes(model, most))
         name = f"yolov12{scale}"
         if limits:
             yield build(f"{name}, uncut", file, size, 512 * MIB, whole)
         for share in (1.0, 0.75, 0.5):
-            done = split(model, int(share * whole.peak), most)
+            done = split(model, int(share * whole.peak_bytes), most)
             ir.save(done.model, folder / "cut.onnx")
             yield build(f"{name}, cut to {share:g}", folder / "cut.onnx", size, workspace_for(done.plan), done.plan)
         for limit in limits:
-            fixed = workspace_for(whole) - whole.peak
+            fixed = workspace_for(whole) - whole.peak_bytes
             done = split(model, limit * MIB - fixed, most)
             ir.save(done.model, folder / "cut.onnx")
             yield build(f"{name}, cut for {limit} MiB", folder / "cut.onnx", size, limit * MIB, done.plan)
@@ -166,7 +168,7 @@ def dynamic(folder: Path) -> Iterator[dict[str, Any]]:
     library = engine.find("tensorrt_rtx")
     file = exported("n", 640, True, folder)
     model = graph.load(file)
-    least, most = (graph.at_most(model, (1, 3, size, size)) for size in (32, 1280))
+    least, most = (graph.input_shapes(model, (1, 3, size, size)) for size in (32, 1280))
     for limit in (None, 150, 100, 61):
         done = split(model, (limit or 1 << 20) * MIB, most, least)
         ir.save(done.model, folder / "cut.onnx")
@@ -176,7 +178,12 @@ def dynamic(folder: Path) -> Iterator[dict[str, Any]]:
             middle = (low + high) // 2
             (attempt,) = engine.build(library, job, middle * MIB, engine.EFFORTS[:1])
             low, high = (low, middle) if attempt.outcome == "built" else (middle, high)
-        yield {"limit_mib": limit, "tensors_bytes": done.plan.peak, "workspace_mib": high, "cuts": done.describe()}
+        yield {
+            "limit_mib": limit,
+            "tensors_bytes": done.plan.peak_bytes,
+            "workspace_mib": high,
+            "cuts": done.describe(),
+        }
 
 
 def hopeless(folder: Path) -> Iterator[dict[str, Any]]:
@@ -190,7 +197,7 @@ def hopeless(folder: Path) -> Iterator[dict[str, Any]]:
         model = graph.load(exported(scale, size, False, folder))
         start = time.perf_counter()
         try:
-            split(model, limit * MIB, graph.at_most(model, (1, 3, size, size)))
+            split(model, limit * MIB, graph.input_shapes(model, (1, 3, size, size)))
         except DoesNotFitError as error:
             seconds = round(time.perf_counter() - start, 1)
             yield {

@@ -104,12 +104,12 @@ def gradient() -> dict[str, Any]:
 
     def run(name: str, limit_gib: int, dtype: Any = torch.float16, layout: Any = torch.channels_last) -> None:
         model.to(memory_format=layout)
-        engine = _engine(model, task, scaler, limit=limit_gib * GIB, bn_group=16)
-        for _ in range(3):  # the micro-batch settles
-            model.zero_grad()
-            model.load_state_dict(state)
-            with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
-                result = engine.step(batch)
+        with _engine(model, task, scaler, limit=limit_gib * GIB, bn_group=16) as engine:
+            for _ in range(3):  # the micro-batch settles
+                model.zero_grad()
+                model.load_state_dict(state)
+                with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+                    result = engine.step(batch)
         found[name] = {
             "micro_batches": result.micro_batches,
             "peak_mib": engine.latest.peak_bytes / 2**20,
@@ -157,7 +157,7 @@ def first_times() -> list[dict[str, float]]:
         for _ in range(2):
             start = time.perf_counter()
             with torch.autocast("cuda", torch.float16):
-                loss, _ = model(task._preprocess(task.part(batch, 0, images)))
+                loss, _ = model(task.preprocess(task.part(batch, 0, images)))
             scaler.scale(loss.sum()).backward()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
@@ -183,7 +183,7 @@ def overhead(steps: int = 5, rounds: int = 3) -> list[dict[str, Any]]:
     def bare(micro: int) -> None:
         with torch.autocast("cuda", torch.float16):
             for start in range(0, images, micro):
-                part = task._preprocess(task.part(batch, start, start + micro))
+                part = task.preprocess(task.part(batch, start, start + micro))
                 loss, _ = model(part)
                 scaler.scale(loss.sum()).backward()
         update()

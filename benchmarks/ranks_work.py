@@ -96,7 +96,7 @@ def _meet(device: str) -> tuple[Any, Any]:
     import torch.distributed as dist
 
     from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
-    from yolov12.mas.distributed.watchdog import Lookout, connect
+    from yolov12.mas.distributed.watchdog import Watchdog, connect
 
     place = torch.device("cpu")
     if device == "cuda":
@@ -104,12 +104,12 @@ def _meet(device: str) -> tuple[Any, Any]:
         torch.cuda.set_device(place)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     names = exchange_names()
-    return ProcessRanks(Lookout(connect(), dist.get_rank(), dist.get_world_size(), names=names)), place
+    return ProcessRanks(Watchdog(connect(), dist.get_rank(), dist.get_world_size(), names=names)), place
 
 
 def _part(ranks: Any) -> None:
     ranks.all(True)  # nobody is missed
-    ranks._lookout.close()
+    ranks._watchdog.close()
 
 
 class _InGroups:

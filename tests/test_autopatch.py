@@ -94,6 +94,56 @@ def test_a_reloaded_module_is_joined_again(run_python):
     assert run_python("-c", code).stdout.split()[-1] == "True"
 
 
+def test_every_seam_is_joined_once_before_a_hook_that_chains(run_python, tmp_path):
+    """One behind ours, that asks all other finders and takes part in what runs; more kinds are in test_import_hook."""
+    file = tmp_path / "hooks.py"
+    file.write_text(
+        "import importlib, sys\n"
+        "class Hook:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if not name.startswith('ultralytics'):\n"
+        "            return None\n"
+        "        others = [finder for finder in sys.meta_path if finder is not self]\n"
+        "        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)\n"
+        "        if spec is not None:\n"
+        "            run = spec.loader.exec_module\n"
+        "            spec.loader.exec_module = lambda module: run(module)\n"
+        "        return spec\n"
+        "sys.meta_path.insert(1, Hook())\n"
+        "from ultralytics import YOLO\n"
+        "from yolov12 import seams\n"
+        "for module, rows in seams.SEAMS.items():\n"
+        "    for path in (path for path, row in rows.items() if not row.once):\n"
+        "        wrapper = getattr(*seams.find(importlib.import_module(module), path))\n"
+        "        print(hasattr(wrapper, '__yolov12_seam__'), hasattr(wrapper.__wrapped__, '__yolov12_seam__'))\n"
+    )
+    run = run_python(str(file))
+    rows = sum(not row.once for rows in seams.SEAMS.values() for row in rows.values())
+    assert run.stdout.splitlines()[-rows:] == ["True False"] * rows, run.stderr
+
+
+_OURS = "yolov12, yolov12.mas, yolov12.training.run.setup, yolov12.training.seams, yolov12.export.seams"
+_STOCK = """
+import {0}
+import {1}
+import importlib, sys
+from ultralytics import YOLO
+from yolov12 import seams
+places = [seams.find(importlib.import_module(name), path) for name, rows in seams.SEAMS.items() for path in rows]
+def joined():
+    return sum(hasattr(getattr(*place), "__yolov12_seam__") for place in places), "mas" in places[0][0].DEFAULT_CFG_DICT
+before = joined()
+assert yolov12.YOLO is YOLO
+print(before, joined() == (len(places) - 4, True))  # four are values, which carry no mark
+"""
+
+
+@pytest.mark.parametrize("order", [(_OURS, "ultralytics"), ("ultralytics", _OURS)], ids=["ours first", "ours last"])
+def test_switched_off_ultralytics_stays_stock_whatever_of_ours_is_imported(run_python, order):
+    run = run_python("-c", _STOCK.format(*order), YOLOV12_AUTOPATCH="0")
+    assert run.stdout.splitlines()[-1:] == ["(0, False) True"], run.stderr
+
+
 def test_processes_of_one_that_asked_for_us_are_joined(run_python):
     code = (
         "import subprocess, sys; from yolov12 import YOLO; "

@@ -1,3 +1,6 @@
+import re
+from types import SimpleNamespace
+
 import pytest
 
 from yolov12 import cli
@@ -58,6 +61,43 @@ def test_errors_are_one_line_and_a_traceback_is_there_for_the_asking(capsys, mon
     monkeypatch.setenv("YOLOV12_TRACEBACK", "1")
     with pytest.raises(ConfigError):
         cli.main(["train", "bathc=4"])
+
+
+def test_errors_of_ultralytics_are_shown_without_colour_codes(capsys, monkeypatch):
+    def fail(options):
+        raise RuntimeError("\x1b[31m\x1b[1mtrain:\x1b[0m no images\nin folder")
+
+    monkeypatch.setitem(cli.VERBS, "val", fail)
+    assert cli.main(["val"]) == 1
+    err = capsys.readouterr().err
+    assert err == "yolov12: error: train: no images in folder (YOLOV12_TRACEBACK=1 shows where)\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["weights/best.pt", "results.csv", "results.png", "val_batch0_pred.jpg", "confusion_matrix.png", "labels.jpg"],
+        ["weights/best.pt", "results.csv"],
+        ["weights/best.pt", "results.csv", "memory.png"],
+        [],
+    ],
+)
+def test_the_end_of_a_training_names_only_files_that_exist(capsys, monkeypatch, tmp_path, files):
+    trainer = SimpleNamespace(
+        save_dir=tmp_path, best=tmp_path / "weights" / "best.pt", csv=tmp_path / "results.csv", epochs=1
+    )
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    model = SimpleNamespace(trainer=trainer, train=lambda **options: None)
+    monkeypatch.setattr(cli, "_model", lambda options, default: model)
+    cli._train({"data": "demo"})
+    out = capsys.readouterr().out
+    named = set(re.findall(r"[\w/.]+\.(?:pt|csv|png|jpg)", out.replace(str(tmp_path) + "/", "")))
+    assert named <= set(files)
+    assert named >= {"weights/best.pt", "results.csv"} & set(files)
+    assert str(tmp_path) in out
+    assert ("and others" in out) is (len(files) > 5)
 
 
 def test_help_for_a_command(capsys):

@@ -19,7 +19,7 @@ from typing import Any
 
 from yolov12 import autopatch
 from yolov12.cfg import reference
-from yolov12.errors import ConfigError, WeightsError, YOLOv12Error
+from yolov12.errors import ConfigError, WeightsError, YOLOv12Error, plain
 
 __all__ = ["ENVIRONMENT", "EXIT_STATUSES", "main"]
 
@@ -103,7 +103,7 @@ def main(args: list[str] | None = None) -> int:
         if os.environ.get("YOLOV12_TRACEBACK") == "1":
             raise
         hint = "" if isinstance(error, YOLOv12Error) else " (YOLOV12_TRACEBACK=1 shows where)"
-        message = " ".join(str(error).split())  # messages of Ultralytics may have several lines
+        message = " ".join(plain(error).split())  # messages of Ultralytics may have several lines
         print(f"yolov12: error: {message}{hint}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
@@ -181,13 +181,31 @@ def _train(options: dict[str, Any]) -> None:
     trainer = model.trainer
     if RANK > 0:
         return
-    print(
-        f"\nTrained. Everything is in {trainer.save_dir}\n"
-        f"  weights   {trainer.best}\n"
-        f"  curves    {trainer.save_dir / 'results.png'} (numbers: {trainer.csv})\n"
-        f"  pictures  {trainer.save_dir / 'val_batch0_pred.jpg'}, confusion_matrix.png and others\n"
-        f"Next: yolov12 val model={trainer.best}"
-    )
+    print("\n" + _results(Path(trainer.save_dir), Path(trainer.best), Path(trainer.csv)))
+
+
+def _results(folder: Path, best: Path, csv: Path) -> str:
+    """Return the text at the end of a training. It names only files that exist: `plots` and `save` may be off."""
+    lines = [f"Trained. Everything is in {folder}"]
+    if best.exists():
+        lines.append(f"  weights   {best}")
+    curves = folder / "results.png"
+    if curves.exists():
+        lines.append(f"  curves    {curves} (numbers: {csv})")
+    elif csv.exists():
+        lines.append(f"  numbers   {csv}")
+    pictures = sorted({*folder.glob("*.png"), *folder.glob("*.jpg")} - {curves}, key=_rank_of_picture)
+    if pictures:
+        names = ", ".join([str(pictures[0]), *(picture.name for picture in pictures[1:2])])
+        lines.append(f"  pictures  {names}{' and others' if len(pictures) > 2 else ''}")
+    if best.exists():
+        lines.append(f"Next: yolov12 val model={best}")
+    return "\n".join(lines)
+
+
+def _rank_of_picture(picture: Path) -> tuple[int, str]:
+    first = ("val_batch0_pred.jpg", "confusion_matrix.png")
+    return (first.index(picture.name) if picture.name in first else len(first)), picture.name
 
 
 def _val(options: dict[str, Any]) -> None:

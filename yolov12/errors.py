@@ -11,6 +11,15 @@ YOLOv12Error
 └── SeamError                   the installed Ultralytics lacks a name that we patch (also an ImportError)
 """
 
+import re
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def plain(message: object) -> str:
+    """Return the text of a message or error without ANSI colour codes, which messages of Ultralytics may contain."""
+    return _ANSI.sub("", str(message))
+
 
 class YOLOv12Error(Exception):
     """Base class of the errors that this package raises on purpose."""

@@ -1,4 +1,4 @@
-"""Graphs to plan, cut and build: a real one, exported once, and small ones that say what they hold."""
+"""Graphs to plan, split and build: real ones, exported once, and small ones that a test writes down."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from onnx import helper
 
 from yolov12 import YOLO
 from yolov12.export import graph
+from yolov12.export.shapes import Shapes
 
 Shape = tuple[int | str, ...]
 
@@ -38,13 +39,13 @@ def static_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def dynamic_file(tmp_path_factory) -> Path:
-    """YOLOv12-N for images of any number and size."""
+    """YOLOv12-N for any number of images of any size."""
     return _exported(tmp_path_factory.mktemp("dynamic"), "yolov12n.yaml", imgsz=640, dynamic=True)
 
 
 @pytest.fixture(scope="session")
 def real_image() -> Callable[[int, int], np.ndarray]:
-    """A photograph as the model gets it: (1, 3, height, width), 0 to 1."""
+    """Return a photograph as the model gets it: (1, 3, height, width), 0 to 1."""
     import cv2
     from ultralytics.utils import ASSETS
 
@@ -84,7 +85,7 @@ def make() -> Callable[..., ir.Model]:
 
 @pytest.fixture(scope="session")
 def run() -> Callable[..., list[np.ndarray]]:
-    """Run a graph in onnxruntime on an image, node by node as it is written."""
+    """Run a graph in onnxruntime on an image."""
 
     def outputs(model: ir.Model | Path, image: np.ndarray) -> list[np.ndarray]:
         options = onnxruntime.SessionOptions()
@@ -98,15 +99,15 @@ def run() -> Callable[..., list[np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def measured() -> Callable[[Path, np.ndarray], int]:
-    """Run a graph's nodes one by one: the most bytes that arrays still needed took at one time."""
+    """Run a graph's nodes one by one, and return the most bytes that live arrays took at one time."""
     return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "node_by_node.py"))["peak"]
 
 
 @pytest.fixture
-def planned() -> Callable[..., graph.Plan]:
+def planned() -> Callable[..., graph.MemoryPlan]:
     """Plan a graph at the largest size given."""
 
-    def plan(model: ir.Model, shape: tuple[int, ...]) -> graph.Plan:
-        return graph.plan(model, graph.Shapes(model, graph.at_most(model, shape)))
+    def plan(model: ir.Model, shape: tuple[int, ...]) -> graph.MemoryPlan:
+        return graph.plan(model, Shapes(model, graph.input_shapes(model, shape)))
 
     return plan

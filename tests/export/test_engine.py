@@ -1,4 +1,4 @@
-"""Engines built inside limits, with TensorRT-RTX, which builds without a GPU and is another product than TensorRT."""
+"""Engines are built inside limits. The library is TensorRT-RTX, which builds without a GPU and is no TensorRT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from yolov12 import YOLO
 from yolov12.errors import ConfigError, DoesNotFitError, ExportError
-from yolov12.export import engine, graph
+from yolov12.export import budget, engine, graph
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is for x86-64")
 
@@ -51,7 +51,7 @@ def _metadata(file: Path) -> dict:
 
 @pytest.mark.slow
 def test_an_engine_fits_where_the_uncut_graph_does_not(folder, library):
-    """YOLOv12-M at 1280 in 256 MiB of workspace; uncut, it does not build in 512."""
+    """YOLOv12-M at 1280 builds in 256 MiB of workspace; as a whole graph it does not build in 512 MiB."""
     onnx_file = YOLO("yolov12m.yaml").export(format="onnx", imgsz=1280, verbose=False)
     job = engine.Job(Path(onnx_file), folder / "uncut.engine", (1, 3, 1280, 1280))
     (attempt,) = engine.build(library, job, 512 * MIB, engine.EFFORTS[:1])
@@ -90,6 +90,14 @@ def test_an_engine_for_any_size_is_planned_for_its_largest(folder):
     assert attempts[-1]["workspace_bytes"] == 240 * MIB
 
 
+def test_an_engine_in_half_precision_fits_a_limit(folder):
+    file = _export(imgsz=640, half=True, mem_limit="66MiB")
+    plan, *attempts = _journal(file)
+    assert plan["cuts"]
+    assert plan["weights_bytes"] < 6 * MIB  # of 9 in FP32
+    assert attempts[-1]["outcome"] == "built"
+
+
 def test_less_effort_is_tried_while_memory_does_not_suffice(folder, library, static_file):
     job = engine.Job(static_file, folder / "n.engine", (1, 3, 640, 640))
     attempts = list(engine.build(library, job, 2 * MIB))
@@ -111,10 +119,8 @@ def test_what_does_not_fit_says_what_it_needs_and_leaves_the_engine_there_was(fo
 
 
 def test_a_builder_that_runs_out_of_memory_is_given_a_graph_that_is_cut_smaller(folder, monkeypatch):
-    """With a reserve so small that the plan is too hopeful, as it might be on a card."""
-    from yolov12.export import session
-
-    monkeypatch.setattr(session, "RESERVE_BYTES", 0)
+    """The reserve is made so small that the plan is too hopeful, which can happen on a card."""
+    monkeypatch.setattr(budget, "RESERVE_BYTES", 0)
     with pytest.raises(DoesNotFitError, match=r"ran out of memory building .*it may use 32 MiB \(mem_limit\)"):
         _export(imgsz=640, mem_limit="32MiB")
     rows = _journal(Path("yolov12n.engine"))
@@ -238,6 +244,6 @@ def test_onnx_is_cut_to_a_limit(folder, run, real_image, planned):
     whole = graph.load(Path(model.export(format="onnx", imgsz=640, verbose=False)).rename("whole.onnx"))
     cut = graph.load(model.export(format="onnx", imgsz=640, verbose=False, mem_limit="75MiB"))
     shape = (1, 3, 640, 640)
-    assert planned(cut, shape).peak < planned(whole, shape).peak
+    assert planned(cut, shape).peak_bytes < planned(whole, shape).peak_bytes
     image = real_image(640, 640)
     assert abs(run(cut, image)[0] - run(whole, image)[0]).max() < 1e-3

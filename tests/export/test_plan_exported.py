@@ -20,7 +20,7 @@ def test_a_file_is_planned_as_it_is(capsys, static_file, planned):
     code, out, _ = _plan(capsys, f"model={static_file}", "--json")
     facts = json.loads(out)
     assert code == 0
-    assert facts["uncut"]["tensors_bytes"] == planned(graph.load(static_file), (1, 3, 640, 640)).peak
+    assert facts["uncut"]["tensors_bytes"] == planned(graph.load(static_file), (1, 3, 640, 640)).peak_bytes
     assert facts["input"] == [1, 3, 640, 640]
     assert "cut" not in facts
 
@@ -73,3 +73,22 @@ def test_another_format_is_not_planned(capsys):
 def test_help_says_what_there_is(capsys):
     assert main(["plan", "format=onnx", "--help"]) == 0
     assert "dynamic=True" in capsys.readouterr().out
+
+
+_IMPORTED = "print(sorted({'torch', 'ultralytics', 'onnxruntime', 'yolov12.mas'} & set(sys.modules)), file=sys.stderr)"
+
+
+@pytest.mark.parametrize("module", ["budget", "graph", "rewrite"])
+def test_arithmetic_on_a_plan_imports_neither_torch_nor_ultralytics(run_python, module):
+    done = run_python("-c", f"import sys, yolov12.export.{module}; {_IMPORTED}")
+    assert done.stderr.splitlines() == ["[]"]
+
+
+def test_planning_an_onnx_file_imports_neither_torch_nor_ultralytics(run_python, static_file):
+    words = ["plan", "format=onnx", f"model={static_file}", "mem=76MiB", "json"]
+    done = run_python(
+        "-c", f"import sys; from yolov12.cli import main; code = main({words}); {_IMPORTED}; sys.exit(code)"
+    )
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == ["[]"]
+    assert json.loads(done.stdout)["cut"]["cuts"]

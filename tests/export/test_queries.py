@@ -1,9 +1,10 @@
-"""Attention in parts of the queries, however it is written down."""
+"""Attention is split into parts of the queries, however a graph spells it."""
 
 import numpy as np
 import pytest
 
 from yolov12.export import graph, queries
+from yolov12.export.shapes import Sizes
 
 SHAPE = (2, 3, 12, 8)  # images, heads, tokens, channels
 
@@ -25,7 +26,7 @@ def _attention(scale="Mul", transposed=False):
 
 
 def _found(model, shape):
-    sizes = graph.Sizes(model, graph.at_most(model, shape), graph.at_most(model, shape))
+    sizes = Sizes(model, graph.input_shapes(model, shape), graph.input_shapes(model, shape))
     return queries.find(model, sizes), sizes
 
 
@@ -42,16 +43,16 @@ def test_parts_are_the_whole_and_hold_less(make, run, planned, scale, transposed
     np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-5)
     assert sum(node.op_type == "Softmax" for node in cut.graph) == parts
     scores = 2 * 3 * 12 * 12 * 4
-    assert planned(model, SHAPE).peak >= 2 * scores
+    assert planned(model, SHAPE).peak_bytes >= 2 * scores
     assert (
-        max(size for node, size in planned(cut, SHAPE).per_node if node.op_type == "Softmax")
-        < planned(model, SHAPE).peak
+        max(size for node, size in planned(cut, SHAPE).bytes_per_node if node.op_type == "Softmax")
+        < planned(model, SHAPE).peak_bytes
     )
 
 
 def test_any_number_of_tokens_even_fewer_than_parts(make, run):
     model = make(_attention(), ("images", 3, "tokens", 8), {"scale": np.float32(0.5)})
-    sizes = graph.Sizes(model, {"images": (1, 3, 1, 8)}, {"images": SHAPE})
+    sizes = Sizes(model, {"images": (1, 3, 1, 8)}, {"images": SHAPE})
     (site,) = queries.find(model, sizes)
     cut = model.clone()
     site.apply(cut, sizes, 4)

@@ -1,4 +1,4 @@
-"""Graphs that fit are left alone; others are cut until they do, and say the same about a photograph."""
+"""Graphs that fit are left alone; others are split until they do, and find the same in a photograph."""
 
 import time
 
@@ -11,14 +11,15 @@ from yolov12 import YOLO
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.export import graph
 from yolov12.export.rewrite import split
+from yolov12.export.shapes import Shapes
 
 MIB = 2**20
 
 
 def test_a_graph_that_fits_is_left_alone(static_file):
     model = graph.load(static_file)
-    most = graph.at_most(model, (1, 3, 640, 640))
-    done = split(model, graph.plan(model, graph.Shapes(model, most)).peak, most)
+    most = graph.input_shapes(model, (1, 3, 640, 640))
+    done = split(model, graph.plan(model, Shapes(model, most)).peak_bytes, most)
     assert done.model is model
     assert done.sites == {}
 
@@ -29,8 +30,8 @@ def test_a_cut_graph_fits_and_finds_the_same(static_file, limit, run, real_image
     before = ir.to_proto(model).SerializeToString()
     shape = (1, 3, 640, 640)
     whole = planned(model, shape)
-    done = split(model, int(limit * whole.peak), graph.at_most(model, shape))
-    assert planned(done.model, shape).peak == done.plan.peak <= limit * whole.peak
+    done = split(model, int(limit * whole.peak_bytes), graph.input_shapes(model, shape))
+    assert planned(done.model, shape).peak_bytes == done.plan.peak_bytes <= limit * whole.peak_bytes
     assert ir.to_proto(model).SerializeToString() == before
     assert len(done.describe()) == len(done.sites) > 0
     proto = ir.to_proto(done.model)
@@ -44,9 +45,9 @@ def test_a_cut_graph_fits_and_finds_the_same(static_file, limit, run, real_image
 def test_a_dynamic_graph_fits_at_its_largest_and_works_at_every_size(dynamic_file, run, real_image, planned):
     model = graph.load(dynamic_file)
     largest = (2, 3, 1280, 1280)
-    least, most = (graph.at_most(model, shape) for shape in ((1, 3, 32, 32), largest))
-    done = split(model, planned(model, largest).peak // 3, most, least)
-    assert planned(done.model, largest).peak <= planned(model, largest).peak // 3
+    least, most = (graph.input_shapes(model, shape) for shape in ((1, 3, 32, 32), largest))
+    done = split(model, planned(model, largest).peak_bytes // 3, most, least)
+    assert planned(done.model, largest).peak_bytes <= planned(model, largest).peak_bytes // 3
     assert {type(site).__name__ for site in done.sites} == {"Attention", "Region"}
     for height, width in ((32, 32), (96, 160), (640, 480)):
         image = np.repeat(real_image(height, width), 2, 0)
@@ -60,7 +61,7 @@ def test_several_images_are_taken_one_by_one_where_that_helps(make):
         {"w": np.ones((64, 4, 1, 1), np.float32), "v": np.ones((1, 64, 1, 1), np.float32)},
     )
     done = split(model, 40_000, {})
-    assert done.plan.peak <= 40_000
+    assert done.plan.peak_bytes <= 40_000
     assert "by images" in done.describe()[0]
 
 
@@ -71,12 +72,12 @@ def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file)
     with pytest.raises(
         DoesNotFitError, match=r"needs about [4-9] MiB for its tensors.*3 MiB are there.*Use a smaller imgsz="
     ):
-        split(model, 3 * MIB, graph.at_most(model, (1, 3, 640, 640)))
+        split(model, 3 * MIB, graph.input_shapes(model, (1, 3, 640, 640)))
     assert time.monotonic() - start < 120  # half a minute where nothing else runs
 
 
 def test_a_graph_that_fits_need_not_work_at_the_smallest_size(make):
-    """As one that picks 300 of the boxes, of which an image of 32 pixels has fewer."""
+    """A graph that picks 300 boxes does not: an image of 32 pixels has fewer."""
     nodes = [("Reshape", ["images", "flat"], "a", {}), ("TopK", ["a", "k"], "b", {})]
     model = make([nodes[0]], ("n", 4, 8, 8), {"flat": np.array([-1], np.int64), "k": np.array([300], np.int64)}, ndim=1)
     topk = ir.node("TopK", [model.graph.outputs[0], model.graph.initializers["k"]], num_outputs=2)
@@ -99,8 +100,8 @@ def test_a_model_with_two_outputs_and_another_attention(tmp_path, monkeypatch, r
     """YOLO11's attention multiplies by its transposed weights; masks are a second output."""
     monkeypatch.chdir(tmp_path)
     model = graph.load(YOLO("yolo11n-seg.yaml").export(format="onnx", imgsz=320, verbose=False))
-    most = graph.at_most(model, (1, 3, 320, 320))
-    done = split(model, int(0.8 * graph.plan(model, graph.Shapes(model, most)).peak), most)
+    most = graph.input_shapes(model, (1, 3, 320, 320))
+    done = split(model, int(0.8 * graph.plan(model, Shapes(model, most)).peak_bytes), most)
     assert done.sites
     image = real_image(320, 320)
     for cut, whole in zip(run(done.model, image), run(model, image), strict=True):

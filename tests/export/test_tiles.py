@@ -7,17 +7,24 @@ from hypothesis import strategies as st
 
 from yolov12.export import graph, tiles
 from yolov12.export.regions import Growth
+from yolov12.export.shapes import Sizes
 from yolov12.export.windows import IMAGES, ROWS
 
 
 def _sizes(model, least, most):
-    return graph.Sizes(model, graph.at_most(model, least), graph.at_most(model, most))
+    return Sizes(model, graph.input_shapes(model, least), graph.input_shapes(model, most))
 
 
 def _cut(model, sizes, parts, nodes=None, axis=ROWS):
     names = nodes or [node.outputs[0].name for node in model.graph]
     copy = model.clone()
     return copy if tiles.Region(frozenset(names), axis).apply(copy, sizes, parts) is not None else None
+
+
+def _weights(seed, shape):
+    """Draw weights that keep tensors about as large as they are, so that rounding is as small after five layers."""
+    spread = np.prod(shape[1:]) ** -0.5
+    return np.random.default_rng(seed).normal(scale=spread, size=shape).astype(np.float32)
 
 
 @st.composite
@@ -33,9 +40,7 @@ def chains(draw):
             )
             pad = dilation * (kernel // 2)
             group = draw(st.sampled_from([1, 2, 4]))
-            constants[f"w{index}"] = (
-                np.random.default_rng(index).normal(size=(4, 4 // group, kernel, kernel)).astype(np.float32)
-            )
+            constants[f"w{index}"] = _weights(index, (4, 4 // group, kernel, kernel))
             constants[f"b{index}"] = np.ones(4, np.float32)  # rows outside the image are zeros, not the bias
             how = {"pads": [pad] * 4, "strides": [stride] * 2, "dilations": [dilation] * 2, "group": group}
             nodes.append(("Conv", [last, f"w{index}", f"b{index}"], out, how))
@@ -44,7 +49,7 @@ def chains(draw):
         elif kind == "silu":
             nodes += [("Sigmoid", [last], f"s{index}", {}), ("Mul", [last, f"s{index}"], out, {})]
         elif kind == "residual":
-            constants[f"w{index}"] = np.random.default_rng(index).normal(size=(4, 4, 3, 3)).astype(np.float32)
+            constants[f"w{index}"] = _weights(index, (4, 4, 3, 3))
             nodes.append(("Conv", [last, f"w{index}"], f"c{index}", {"pads": [1] * 4}))
             nodes.append(("Add", [last, f"c{index}"], out, {}))
         elif kind == "upsample":
@@ -52,7 +57,7 @@ def chains(draw):
             how = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
             nodes.append(("Resize", [last, "", f"u{index}"], out, how))
         else:
-            constants[f"w{index}"] = np.random.default_rng(index).normal(size=(4, 8, 1, 1)).astype(np.float32)
+            constants[f"w{index}"] = _weights(index, (4, 8, 1, 1))
             nodes.append(("Concat", [last, last], f"c{index}", {"axis": 1}))
             nodes.append(("Conv", [f"c{index}", f"w{index}"], out, {}))
         last = out
@@ -124,7 +129,7 @@ def test_images_one_after_the_other(make, run):
 
 
 def test_a_region_grows_to_where_little_is_held(make):
-    """Wide tensors inside, narrow ones at both ends."""
+    """The tensors inside the region are wide, those at its two ends narrow."""
     narrow, wide = np.ones((1, 8, 1, 1), np.float32), np.ones((8, 1, 1, 1), np.float32)
     model = make(
         [

@@ -185,6 +185,45 @@ def test_automatic_group_is_the_largest_that_fits(room, group):
     assert any(f"BatchNorm sees {group} images" in line for line in world.lines)
 
 
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (64, "32 images at once (bn_group) in this run"),
+        (8, "8 images at once in this run (bn_group=32, 8 in a batch)"),
+        (36, "18 images at once in this run (bn_group=32, 36 in a batch)"),
+        (40, "32 or 8 images at once (bn_group) in this run"),
+    ],
+)
+def test_the_log_tells_how_many_images_batchnorm_really_sees(batch, told):
+    world = World(batch=batch, room=100)
+    world.step()
+    assert world.engine.bn_group == 32
+    assert [line for line in world.lines if "BatchNorm" in line] == [f"memory: BatchNorm sees {told}"]
+
+
+def test_a_group_larger_than_the_batch_need_not_fit():
+    world = World(batch=8, room=20, bn_group=32)
+    world.step()
+    assert world.lines == []
+
+
+def test_the_log_tells_the_group_once_though_the_first_batch_is_tried_in_several_sizes():
+    world, tried = World(), []
+    world.fail = lambda images: True
+
+    def smaller(batch):
+        tried.append(len(batch[0]))
+        return batch if len(tried) < 3 else None
+
+    world.options = {"smaller": smaller}
+    with pytest.raises(DoesNotFitError):
+        world.step()
+    assert len(tried) == 3
+    assert [line for line in world.lines if "BatchNorm" in line] == [
+        "memory: BatchNorm sees 1 images at once (bn_group) in this run; other processes hold 0 MiB"
+    ]
+
+
 def test_automatic_group_stays_when_memory_comes():
     world = World(batch=64, room=100, others=[80, 80, 0], bn_group=None, wait_ms=2000)
     world.run(12)

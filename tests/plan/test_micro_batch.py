@@ -12,7 +12,8 @@ from ultralytics.nn.tasks import DetectionModel
 
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.models.layer_names import layer_names
-from yolov12.plan import estimate, load
+from yolov12.plan.estimate import estimate
+from yolov12.plan.fake_model import load
 from yolov12.plan.micro_batch import MicroBatchTracer
 
 MIB = 2**20

@@ -9,7 +9,7 @@ from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, RECOMPUTE, Checkpo
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
-from yolov12.plan import load
+from yolov12.plan.fake_model import load
 from yolov12.plan.loss_bytes import _boxes
 from yolov12.plan.micro_batch import MicroBatchTracer
 

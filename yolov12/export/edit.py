@@ -1,4 +1,4 @@
-"""What rewriting an ONNX graph needs: new nodes in their place, and lengths that are known only at run time."""
+"""Tools to rewrite an ONNX graph: new nodes in the place of old ones, and lengths that are known only at run time."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import onnx_ir as ir
 __all__ = ["END", "Bound", "Editor", "by_name", "operand"]
 
 END = np.iinfo(np.int64).max
-"""What Slice takes for "to the end"."""
+"""The end that Slice reads as "to the end of the axis"."""
 
 Bound = int | ir.Value
-"""A place on an axis: a number, or a one-element int64 tensor where the axis has any length."""
+"""A place on an axis: a number, or a one-element int64 tensor if the axis has any length."""
 
 
 def by_name(model: ir.Model) -> dict[str, ir.Value]:
-    """Every tensor that a node computes, and every input."""
+    """Return every tensor that a node computes and every input, by name."""
     return {str(v.name): v for v in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]}
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
-    """An input that the operator always has."""
+    """Return an input that the operator always has."""
     value = node.inputs[index]
     assert value is not None
     return value
 
 
 class Editor:
-    """Adds nodes to a graph, in the order they are asked for, all in one place.
+    """Adds nodes to a graph, all in one place, in the order of the calls.
 
     Args:
         model: The graph that is changed.
-        prefix: Begins the names of all that is new.
+        prefix: Beginning of the names of all new nodes and tensors.
     """
 
     def __init__(self, model: ir.Model, prefix: str) -> None:
@@ -44,7 +44,7 @@ class Editor:
         self._constants: dict[tuple[int, ...], ir.Value] = {}
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Append a node of one output, and return that."""
+        """Append a node of one output, and return that output."""
         return self._append(op, inputs, name, 1, attributes)[0]
 
     def copy(self, node: ir.Node, inputs: Sequence[ir.Value | None], name: str, **changed: Any) -> list[ir.Value]:
@@ -52,7 +52,7 @@ class Editor:
         return self._append(node.op_type, inputs, name, len(node.outputs), {**node.attributes, **changed})
 
     def ints(self, *numbers: int) -> ir.Value:
-        """A constant int64 vector."""
+        """Return a constant int64 vector."""
         if numbers not in self._constants:
             name = self._name("const_" + "_".join(str(number) for number in numbers))
             value = ir.Value(name=name, const_value=ir.tensor(np.asarray(numbers, np.int64), name=name))
@@ -62,30 +62,30 @@ class Editor:
         return self._constants[numbers]
 
     def bound(self, place: Bound) -> ir.Value:
-        """A place on an axis as a tensor."""
+        """Return a place on an axis as a tensor."""
         return self.ints(int(place)) if isinstance(place, (int, np.integer)) else place
 
     def length(self, value: ir.Value, axis: int, name: str) -> ir.Value:
-        """How long an axis is at run time: a one-element int64 tensor."""
+        """Return the length of an axis at run time: a one-element int64 tensor."""
         shape = self.add("Shape", [value], f"{name}/shape")
         return self.add("Gather", [shape, self.ints(axis)], f"{name}/length", axis=0)
 
     def compute(self, op: str, left: Bound, right: Bound, name: str) -> ir.Value:
-        """A place on an axis from two others."""
+        """Compute a place on an axis from two others, as a one-element int64 tensor."""
         return self.add(op, [self.bound(left), self.bound(right)], name)
 
     def slice(self, value: ir.Value, axis: int, start: Bound, end: Bound, name: str) -> ir.Value:
-        """A part of a tensor; the tensor itself where the part is the whole."""
+        """Return the part of a tensor from `start` to `end` on an axis; the tensor itself if that is the whole axis."""
         if isinstance(start, int) and start == 0 and isinstance(end, int) and end == END:
             return value
         return self.add("Slice", [value, self.bound(start), self.bound(end), self.ints(axis)], name)
 
     def replace(self, old: Sequence[ir.Node], values: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
-        """Put what was added where the last of `old` stands, and take `old` away.
+        """Put the added nodes where the last of `old` stands, and remove `old`.
 
         Args:
-            old: Nodes whose outputs nobody else reads, but for those in `values`, in the graph's order.
-            values: Output of `old` → new tensor, which takes over its name and its readers.
+            old: Nodes in the graph's order. Other nodes read none of their outputs, except those in `values`.
+            values: Output of `old` → the new tensor that takes over its name and its readers.
 
         Returns:
             The nodes that were added.

@@ -1,8 +1,9 @@
-"""Building a TensorRT engine inside a memory limit: the libraries behind one small interface, each attempt noted.
+"""Builds TensorRT engines inside a memory limit: both libraries behind one small interface.
 
-Ultralytics' own `onnx2engine` talks to the library (precision, INT8 calibration, DLA, dynamic shapes, metadata); it is
-handed a builder of ours, whose configurations carry the limits. TensorRT-RTX is another product, for GeForce and RTX
-cards, whose engines TensorRT cannot load. It has TensorRT 11's interface and builds without a GPU.
+Ultralytics' own `onnx2engine` talks to the library (precision, INT8 calibration, DLA, dynamic shapes, metadata). While
+it runs, `import tensorrt` gives it a builder of ours, whose configurations carry the limits. TensorRT-RTX is another
+product, for GeForce and RTX cards, whose engines TensorRT cannot load. It has the interface of TensorRT 11 and builds
+without a GPU.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ __all__ = ["BUILDERS", "Attempt", "Effort", "Job", "Library", "build", "find", "
 BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 """`engine_builder=` → the product's name."""
 
-_RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: for whom to build where no card says
+_RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: built for if this machine has no card
 _NO_ROOM = re.compile(
     r"out ?of ?memory|insuff?icient (workspace|memory)|memory is insufficient|bad_alloc|Requested size was",
     re.IGNORECASE,
 )
-_NO_KERNEL = re.compile("could not find any implementation", re.IGNORECASE)  # for want of memory, if that is limited
+_NO_KERNEL = re.compile("could not find any implementation", re.IGNORECASE)  # under a limit: none is small enough
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard a builder looks for fast kernels. Less needs less memory while it builds."""
+    """How hard a builder looks for fast kernels. Less effort needs less memory during the build."""
 
     level: int | None = None
     """`builder_optimization_level`, 0 to 5; None: the library's default, 3."""
     all_tactics: bool = True
-    """Whether tactics of other libraries (cuDNN, cuBLAS, …) are tried."""
+    """Whether the builder tries tactics of other libraries (cuDNN, cuBLAS, …)."""
 
 
 EFFORTS: Sequence[Effort] = (
@@ -57,12 +58,12 @@ EFFORTS: Sequence[Effort] = (
     Effort(level=1, all_tactics=False),
     Effort(level=0, all_tactics=False),
 )
-"""One after the other, as long as memory does not suffice."""
+"""Efforts in the order they are tried, as long as memory does not suffice."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to build, in `onnx2engine`'s terms."""
+    """An engine to build: the arguments of `onnx2engine`, which documents them."""
 
     onnx: Path
     engine: Path
@@ -79,10 +80,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A line of the journal."""
+    """One attempt to build an engine, as it is noted in the journal."""
 
     builder: str
     workspace_bytes: int | None
+    """Bytes that the builder might use; None: as many as there are."""
     level: int | None
     all_tactics: bool
     seconds: float
@@ -91,21 +93,21 @@ class Attempt:
     message: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the attempt as a JSON object."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two products, imported."""
+    """One of the two products, with its Python module."""
 
     key: str
-    """As in `engine_builder=`."""
+    """The value of `engine_builder=` that names it."""
     module: ModuleType
 
     @property
     def name(self) -> str:
-        """Name and version, for people."""
+        """Name and version of the product."""
         return f"{BUILDERS[self.key]} {self.module.__version__}"
 
     @property
@@ -115,7 +117,11 @@ class Library:
 
     @contextmanager
     def installed(self, effort: Effort = Effort()) -> Iterator[None]:
-        """Let `import tensorrt` give this library, with builders that keep to an effort."""
+        """Let `import tensorrt` give this library inside the block, with builders that keep to an effort.
+
+        Args:
+            effort: How hard its builders look for fast kernels.
+        """
         before = sys.modules.get("tensorrt")
         stand_in = sys.modules["tensorrt"] = _stand_in(self)
         stand_in.effort = effort  # type: ignore[attr-defined]
@@ -141,10 +147,10 @@ class Library:
             config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
 
     def _keep_timings(self, config: Any) -> None:
-        """What the next build of a similar network need not measure again."""
+        """Keep the timings of kernels in a file, so that the next build of a similar network need not measure them."""
         cache = None if self.is_rtx else config.get_timing_cache()
         if cache is not None:
-            with contextlib.suppress(OSError):  # the engine is there, and not to be lost for this
+            with contextlib.suppress(OSError):  # the engine is built, and must not be lost for want of a cache
                 self._timings.parent.mkdir(parents=True, exist_ok=True)
                 files.write(self._timings, lambda file: file.write(bytes(cache.serialize())))
 
@@ -156,10 +162,13 @@ class Library:
 
 
 def find(key: str) -> Library:
-    """Import what `engine_builder=` names; with `auto` TensorRT, or TensorRT-RTX where only that is installed.
+    """Import the library that `engine_builder=` names.
+
+    Args:
+        key: `tensorrt`, `tensorrt_rtx`, or `auto` for TensorRT, or TensorRT-RTX if only that is installed.
 
     Raises:
-        ConfigError: It is not installed, or no builder has that name.
+        ConfigError: The library is not installed, or no builder has that name.
     """
     if key not in ("auto", *BUILDERS):
         raise ConfigError(f"engine_builder={key}: give one of auto, {', '.join(BUILDERS)}")
@@ -173,26 +182,28 @@ def find(key: str) -> Library:
     )
 
 
-def build(library: Library, job: Job, workspace: int | None, efforts: Sequence[Effort] = EFFORTS) -> Iterator[Attempt]:
-    """Build an engine with less and less effort, until the memory suffices. The file appears when it is whole.
+def build(
+    library: Library, job: Job, workspace_bytes: int | None, efforts: Sequence[Effort] = EFFORTS
+) -> Iterator[Attempt]:
+    """Build an engine with less and less effort, until the memory suffices. Its file appears when it is complete.
 
     Args:
-        library: That builds.
-        job: What.
-        workspace: Bytes the builder and the engine may use; None: as many as there are.
-        efforts: To try in turn.
+        library: The builder.
+        job: The engine to build.
+        workspace_bytes: Bytes that the builder and the engine may use; None: as many as there are.
+        efforts: Efforts to try in turn.
 
     Yields:
-        Each attempt. The last one's outcome is `built`, or `out of memory`.
+        Each attempt. The outcome of the last is `built` or `out of memory`.
 
     Raises:
-        ExportError: The library refused the graph for another reason than memory.
+        ExportError: The library refuses the graph for another reason than memory.
     """
     for effort in efforts:
         start = time.monotonic()
-        outcome, message = _attempt(library, job, workspace, effort)
+        outcome, message = _attempt(library, job, workspace_bytes, effort)
         seconds = round(time.monotonic() - start, 1)
-        yield Attempt(library.name, workspace, effort.level, effort.all_tactics, seconds, outcome, message)
+        yield Attempt(library.name, workspace_bytes, effort.level, effort.all_tactics, seconds, outcome, message)
         if outcome == "built":
             return
         if outcome == "failed":
@@ -204,11 +215,11 @@ def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
 
     Args:
         stock: Ultralytics' own method.
-        backend: Of Ultralytics.
-        file: An engine.
+        backend: Ultralytics' backend for engines.
+        file: The engine's file.
 
     Raises:
-        ConfigError: It was built by TensorRT-RTX, which is not installed.
+        ConfigError: TensorRT-RTX built it, and is not installed.
     """
     _, metadata = backend.engine_header(file)
     if not str(metadata.get("engine_builder", "")).startswith(BUILDERS["tensorrt_rtx"]):
@@ -219,7 +230,7 @@ def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
 
 @functools.cache
 def logger(module: ModuleType) -> Any:
-    """The one logger of a library in this process, which remembers its errors and warnings."""
+    """Return the one logger of a library in this process. It remembers errors and warnings, for `build`'s messages."""
 
     class Log(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -239,6 +250,7 @@ def logger(module: ModuleType) -> Any:
 
 @functools.cache
 def _stand_in(library: Library) -> ModuleType:
+    """Return a module for `import tensorrt`: the library with our builder and a version that Ultralytics knows."""
     module = ModuleType("tensorrt")
 
     class Builder(library.module.Builder):  # type: ignore[misc, name-defined]  # the library has no types
@@ -253,16 +265,17 @@ def _stand_in(library: Library) -> ModuleType:
             return built
 
         def __del__(self) -> None:
-            pass  # theirs only warns
+            pass  # the library's own only warns
 
     vars(module).update(vars(library.module))
     vars(module).update(Builder=Builder, __name__="tensorrt", yolov12_logger=logger(library.module))
     if library.is_rtx:
-        vars(module)["__version__"] = f"11.0+rtx{library.module.__version__}"  # whose interface it has
+        vars(module)["__version__"] = f"11.0+rtx{library.module.__version__}"  # TensorRT 11, whose interface it has
     return module
 
 
-def _attempt(library: Library, job: Job, workspace: int | None, effort: Effort) -> tuple[str, str]:
+def _attempt(library: Library, job: Job, workspace_bytes: int | None, effort: Effort) -> tuple[str, str]:
+    """Build once; return the outcome, as in `Attempt`, and what the library said if it failed."""
     from ultralytics.utils.export.engine import onnx2engine
 
     log = logger(library.module)
@@ -272,7 +285,7 @@ def _attempt(library: Library, job: Job, workspace: int | None, effort: Effort) 
             onnx2engine(
                 str(job.onnx),
                 unfinished,
-                None if workspace is None else workspace / 2**30,
+                None if workspace_bytes is None else workspace_bytes / 2**30,
                 job.quantize,
                 job.dynamic,
                 job.shape,
@@ -285,7 +298,7 @@ def _attempt(library: Library, job: Job, workspace: int | None, effort: Effort) 
     except (RuntimeError, MemoryError) as error:
         said = [*log.errors, str(error)]
         no_room = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(map(_NO_ROOM.search, said))
-        no_room = no_room or (workspace is not None and any(map(_NO_KERNEL.search, said)))
+        no_room = no_room or (workspace_bytes is not None and any(map(_NO_KERNEL.search, said)))
         return "out of memory" if no_room else "failed", said[0]
     return "built", ""
 

@@ -1,8 +1,8 @@
-"""Attention a part of the queries at a time: the scores of one part are gone before the next part's are made.
+"""Attention for one part of the queries at a time: the scores of a part are freed before those of the next are made.
 
-Each row of softmax(q kᵀ) v depends on its own query alone, so parts of the rows put together are the whole, bit for bit
-but for the order in which a library adds (Rabe and Staats, 2021, https://arxiv.org/abs/2112.05682, split the keys as
-well, which needs a running maximum). Softmax stays one plain node, which is what engines recognise and fuse.
+Each row of softmax(q kᵀ) v depends on its own query alone. Parts of the rows put together therefore equal the whole,
+except for the order in which a library adds. Rabe and Staats (2021, https://arxiv.org/abs/2112.05682) split the keys as
+well, which needs a running maximum. Here Softmax stays one plain node, which engines recognise and fuse.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from yolov12.export.edit import END, Bound, Editor, by_name, operand
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 
 __all__ = ["Attention", "find"]
 
@@ -24,30 +24,30 @@ class Attention:
     """One attention in a graph, by the names of its tensors, which are the same in every copy of the graph."""
 
     scores: str
-    """(..., queries, keys), of q kᵀ."""
+    """Name of q kᵀ, of shape (..., queries, keys)."""
     out: str
-    """(..., queries, channels), or its transpose (..., channels, queries) if `transposed`."""
+    """Name of the result: (..., queries, channels), or its transpose (..., channels, queries) if `transposed`."""
     nodes: frozenset[str]
-    """The first output of each node between them, both ends included."""
+    """Names of the first outputs of the nodes from `scores` to `out`, both included."""
     transposed: bool
     """Whether the weights are transposed and multiplied from the right, as in v pᵀ."""
 
     @property
     def name(self) -> str:
-        """For the journal."""
+        """Name of the attention in the journal."""
         return self.out.removesuffix("_output_0").strip("/")
 
     def most(self, sizes: Sizes) -> int:
-        """Into how many parts it can be cut."""
+        """Return the largest number of parts that it can be split into."""
         return sizes.most[self.scores][-2]
 
     def apply(self, model: ir.Model, sizes: Sizes, parts: int) -> list[ir.Node]:
-        """Cut it, in place.
+        """Split the attention, in place.
 
         Args:
-            model: A copy of the graph this was found in.
-            sizes: Of that graph.
-            parts: How many.
+            model: A copy of the graph that the attention was found in; it is changed.
+            sizes: Sizes of that graph.
+            parts: Number of parts.
 
         Returns:
             The new nodes.
@@ -74,7 +74,7 @@ class Attention:
 
 
 def find(model: ir.Model, sizes: Sizes) -> list[Attention]:
-    """Every attention of a graph: MatMul, a scale perhaps, Softmax over the keys, and MatMul from either side."""
+    """Return every attention of a graph: MatMul, perhaps a scale, Softmax over the keys, MatMul from either side."""
     return [found for node in model.graph if node.op_type == "Softmax" and (found := _around(node, sizes)) is not None]
 
 
@@ -118,13 +118,13 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 
 
 def _parts(edit: Editor, queries: ir.Value, axis: int, length: int | None, parts: int) -> Iterator[ir.Value]:
-    """The rows of the queries, some in each part; each is added to the graph when it is asked for."""
+    """Yield the parts of the queries. The nodes that slice one are added to the graph when it is asked for."""
     if length is not None:
-        cuts: list[Bound] = [*(length * index // parts for index in range(parts)), END]
-        for index, (start, end) in enumerate(pairwise(cuts)):
+        bounds: list[Bound] = [*(length * index // parts for index in range(parts)), END]
+        for index, (start, end) in enumerate(pairwise(bounds)):
             yield edit.slice(queries, axis, start, end, f"part{index}/queries")
         return
-    # Builders set memory aside for the longest a tensor may be, which they see of "the first n of what is left".
+    # Builders reserve memory for the longest that a tensor may be. They can tell that for "the first n of the rest".
     tokens = edit.compute("Add", edit.length(queries, axis, "queries"), parts - 1, "queries/rounded")
     each = edit.compute("Div", tokens, parts, "queries/each")
     for index in range(parts):

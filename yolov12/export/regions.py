@@ -1,26 +1,26 @@
-"""Where strips pay: stretches of a graph that hold much inside and little at their borders."""
+"""Regions of a graph that are worth splitting into strips: large tensors inside, small ones at the border."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 from yolov12.export.tiles import Region
 from yolov12.export.windows import is_local, moves
 
 __all__ = ["Growth"]
 
-_LARGEST = 150  # nodes in a region: beyond, halos cost more than they save
+_LARGEST = 150  # nodes in a region: in a larger one halos cost more than they save
 
 
 class Growth:
-    """Regions of a graph, grown from some nodes to where less is held.
+    """Grows regions of a graph from some of its nodes to places where the tensors at the border are smaller.
 
     Args:
         model: The graph.
-        sizes: Of it.
-        axis: To cut.
-        taken: Nodes that must stay outside, by their first outputs.
+        sizes: Sizes of its tensors.
+        axis: The axis to split, `IMAGES` or `ROWS`.
+        taken: Names of the first outputs of nodes that must stay outside.
     """
 
     def __init__(self, model: ir.Model, sizes: Sizes, axis: int, taken: frozenset[str]) -> None:
@@ -28,18 +28,18 @@ class Growth:
         self._nodes = [node for node in model.graph if node.outputs[0] not in sizes.shapes.contents]
         self._index = {node: index for index, node in enumerate(self._nodes)}
         self._local = [node.outputs[0].name not in taken and is_local(node, axis, sizes) for node in self._nodes]
-        self._before = [1 << index for index in range(len(self._nodes))]  # bit sets: a node and all it depends on
+        self._before = [1 << index for index in range(len(self._nodes))]  # bit sets: a node and all nodes it depends on
         for index, node in enumerate(self._nodes):
             for value in node.inputs:
                 if (maker := self._maker(value)) is not None:
                     self._before[index] |= self._before[maker]
 
     def around(self, seeds: frozenset[str], limit: int) -> list[Region]:
-        """Regions that begin with some nodes, each larger than the last and with less to hold at its border.
+        """Return regions that contain some nodes, each larger than the last and with fewer bytes at its border.
 
         Args:
-            seeds: Nodes, by their first outputs.
-            limit: Bytes at the border, at most: those tensors are whole, however small the strips are.
+            seeds: Names of the nodes' first outputs.
+            limit: Bytes at the border, at most: tensors there are whole, however small the strips are.
         """
         found: list[Region] = []
         least = limit + 1
@@ -75,7 +75,7 @@ class Growth:
         return None if node is None else self._index.get(node)
 
     def _closed(self, inside: set[int]) -> set[int] | None:
-        """With all that lies between its nodes; None if some of that cannot be cut."""
+        """Return a set of nodes with all nodes between them; None if one of those cannot be split."""
         before = 0
         for index in inside:
             before |= self._before[index]
@@ -84,7 +84,7 @@ class Growth:
         return closed if all(self._local[i] for i in closed) else None
 
     def _border(self, inside: set[int]) -> dict[ir.Value, int]:
-        """Tensors that are whole at the border, with their bytes; what the caller holds costs nothing."""
+        """Return the tensors at the border, which are whole, with their bytes. The graph's inputs count as none."""
         shapes = self._sizes.shapes
         border: dict[ir.Value, int] = {}
         for index in inside:

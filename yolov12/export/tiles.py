@@ -1,11 +1,12 @@
-"""A stretch of convolutions a strip of the image at a time: the large tensors inside exist one strip at a time.
+"""Convolutions for one strip of the image at a time: of the large tensors between them, only a strip exists at once.
 
-A convolution's row depends on a few rows of its input, so a strip of the last tensor needs a slightly higher strip of
-each tensor before it: its halo, which neighbouring strips compute twice (fused layers, Alwani et al., 2016,
-https://doi.org/10.1109/MICRO.2016.7783725; patch-based inference, Lin et al., 2021, https://arxiv.org/abs/2110.15352).
-Rows outside the image are zeros to every convolution, so only strips at the border are padded. Nothing is approximated.
+A row of a convolution depends on a few rows of its input. A strip of the last tensor therefore needs a slightly higher
+strip of each tensor before it. The additional rows are its halo, which neighbouring strips compute twice (fused layers:
+Alwani et al., 2016, https://doi.org/10.1109/MICRO.2016.7783725; patch-based inference: Lin et al., 2021,
+https://arxiv.org/abs/2110.15352). Rows outside the image are zeros to every convolution, so only strips at the border
+are padded. Nothing is approximated.
 
-Where the graph takes several images at a time, the strips can be images, which have no halo.
+If the graph takes several images at a time, strips can be images, which have no halo.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from yolov12.export.edit import END, Bound, Editor
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 from yolov12.export.windows import IMAGES, ROWS, moves, pads_of, window_of
 
 __all__ = ["Region"]
@@ -28,7 +29,7 @@ Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class _Rows(NamedTuple):
-    """Rows [start, end) of a tensor, at each of the sizes a graph may run at."""
+    """Rows [start, end) of a tensor; the arrays have an element for each size that a graph may run at."""
 
     start: Ints
     end: Ints
@@ -36,48 +37,48 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes that are run strip by strip, by the names of their first outputs, and the axis that is cut."""
+    """Nodes that run strip by strip, by the names of their first outputs, and the axis that is split."""
 
     nodes: frozenset[str]
     axis: int
 
     @property
     def name(self) -> str:
-        """For the journal."""
+        """Name of the region in the journal."""
         first = min(self.nodes).removesuffix("_output_0").strip("/")
         return f"{len(self.nodes)} nodes from {first}, by {'images' if self.axis == IMAGES else 'rows'}"
 
     def most(self, sizes: Sizes) -> int:
-        """Into how many strips it can be cut, at most."""
+        """Return the largest number of strips that it can be split into."""
         return min(sizes.most[name][self.axis] for name in self.nodes)
 
     def apply(self, model: ir.Model, sizes: Sizes, parts: int) -> list[ir.Node] | None:
-        """Cut it, in place.
+        """Split the region, in place.
 
         Args:
-            model: A copy of the graph this was found in.
-            sizes: Of that graph.
-            parts: How many strips.
+            model: A copy of the graph that the region was found in; it is changed.
+            sizes: Sizes of that graph.
+            parts: Number of strips.
 
         Returns:
-            The new nodes; None, and nothing is changed, if it cannot be cut into so many.
+            The new nodes; None, with the graph unchanged, if the region cannot be split into so many strips.
         """
         nodes = [node for node in model.graph if node.outputs[0].name in self.nodes]
         strips = _Strips(nodes, self.axis, sizes, parts)
         if not strips.possible():
             return None
         edit = Editor(model, f"/strips/{'rows' if self.axis else 'images'}{min(self.nodes).removesuffix('_output_0')}")
-        cuts = strips.cuts_of(edit)
-        made = [strips.build(edit, index, cuts) for index in range(parts)]
+        bounds = strips.bounds(edit)
+        made = [strips.build(edit, index, bounds) for index in range(parts)]
         joined = {
-            value: strips.whole(edit, [each[value] for each in made], value, cuts[-1], f"whole{n}")
+            value: strips.whole(edit, [each[value] for each in made], value, bounds[-1], f"whole{n}")
             for n, value in enumerate(strips.outputs)
         }
         return edit.replace(nodes, joined)
 
 
 class _Strips:
-    """Which rows of which tensor each strip computes, at all sizes at once that the last tensor may have."""
+    """Rows of each tensor that each strip computes, for all sizes at once that the smallest tensor may have."""
 
     def __init__(self, nodes: Sequence[ir.Node], axis: int, sizes: Sizes, parts: int) -> None:
         self.nodes, self.axis, self.parts = nodes, axis, parts
@@ -98,15 +99,15 @@ class _Strips:
         self._even = all(
             self._scale[v] * most[last] == most[v] and self._scale[v] * least[last] == least[v] for v in tensors
         )
-        self._cuts = [self._base * index // parts for index in range(parts + 1)]
+        self._bounds = [self._base * index // parts for index in range(parts + 1)]
         self._above = dict.fromkeys(tensors, 0)
         self._below = dict.fromkeys(tensors, 0)
         for node in reversed(nodes):
             self._spread(node)
 
     def possible(self) -> bool:
-        """Whether every strip has rows, and is padded and trimmed alike at every size."""
-        if not self._even or any((after <= before).any() for before, after in pairwise(self._cuts)):
+        """Return whether every strip has rows, and is padded and trimmed by the same number of rows at every size."""
+        if not self._even or any((after <= before).any() for before, after in pairwise(self._bounds)):
             return False
         numbers = []
         for index in range(self.parts):
@@ -120,26 +121,26 @@ class _Strips:
         return all((number == number[0]).all() and number[0] >= 0 for number in numbers)
 
     def rows(self, value: ir.Value, index: int) -> _Rows:
-        """What strip `index` has of a tensor."""
+        """Return the rows of a tensor that strip `index` computes."""
         scale = self._scale[value]
-        start = scale * self._cuts[index] - self._above[value]
-        end = scale * self._cuts[index + 1] + self._below[value]
+        start = scale * self._bounds[index] - self._above[value]
+        end = scale * self._bounds[index + 1] + self._below[value]
         return _Rows(np.maximum(start, 0), np.minimum(end, scale * self._base))
 
-    def cuts_of(self, edit: Editor) -> list[Bound]:
-        """Where strips begin and end in the last tensor."""
+    def bounds(self, edit: Editor) -> list[Bound]:
+        """Return where strips begin and end in the smallest tensor: one place more than there are strips."""
         if len(self._base) == 1:
-            return [int(cut[0]) for cut in self._cuts]
+            return [int(bound[0]) for bound in self._bounds]
         length = edit.compute(
             "Div", edit.length(self.inputs[0], self.axis, "input"), self._scale[self.inputs[0]], "rows"
         )
         inner = [
-            edit.compute("Div", edit.compute("Mul", length, i, f"times{i}"), self.parts, f"cut{i}")
+            edit.compute("Div", edit.compute("Mul", length, i, f"times{i}"), self.parts, f"bound{i}")
             for i in range(1, self.parts)
         ]
         return [0, *inner, length]
 
-    def build(self, edit: Editor, index: int, cuts: Sequence[Bound]) -> dict[ir.Value, ir.Value]:
+    def build(self, edit: Editor, index: int, bounds: Sequence[Bound]) -> dict[ir.Value, ir.Value]:
         """Add the nodes of one strip.
 
         Returns:
@@ -148,8 +149,8 @@ class _Strips:
         new: dict[ir.Value | None, ir.Value] = {}
         for n, value in enumerate(self.inputs):
             rows = self.rows(value, index)
-            start = self._place(edit, value, cuts[index], -self._above[value], rows.start, f"strip{index}/from{n}")
-            end = self._end(edit, value, cuts[index + 1], rows.end, f"strip{index}/to{n}")
+            start = self._place(edit, value, bounds[index], -self._above[value], rows.start, f"strip{index}/from{n}")
+            end = self._end(edit, value, bounds[index + 1], rows.end, f"strip{index}/to{n}")
             new[value] = edit.slice(value, self.axis, start, end, f"strip{index}/input{n}")
         for n, node in enumerate(self.nodes):
             read, pads = self._reads(node, index)
@@ -173,17 +174,17 @@ class _Strips:
         }
 
     def whole(self, edit: Editor, parts: Sequence[ir.Value], value: ir.Value, length: Bound, name: str) -> ir.Value:
-        """Put the strips of a tensor together."""
+        """Join the strips of a tensor."""
         joined = edit.add("Concat", parts, name, axis=self.axis)
         if len(self._base) == 1:
             return joined
-        # Builders derive lengths from lengths, and do not see that those of strips add up to the whole tensor's.
+        # Builders compute with lengths, but do not see that those of the strips add up to that of the whole tensor.
         rows = edit.compute("Mul", length, self._scale[value], f"{name}/rows")
-        lengths = [rows if axis == self.axis else edit.ints(0) for axis in range(4)]  # 0: as it is
+        lengths = [rows if axis == self.axis else edit.ints(0) for axis in range(4)]  # 0: unchanged
         return edit.add("Reshape", [joined, edit.add("Concat", lengths, f"{name}/shape", axis=0)], f"{name}/reshaped")
 
     def _spread(self, node: ir.Node) -> None:
-        """From what is needed of a node's outputs to what is needed of its inputs."""
+        """Derive the halo that a node's inputs need from the halo that its outputs need."""
         above = max(self._above[value] for value in node.outputs)
         below = max(self._below[value] for value in node.outputs)
         window = window_of(node, self.axis)
@@ -199,7 +200,7 @@ class _Strips:
         return [value for value in node.inputs if value is not None and value in self._scale]
 
     def _reads(self, node: ir.Node, index: int) -> tuple[_Rows, list[Ints]]:
-        """Rows of its inputs that a node reads for its rows, and how many it pads above and below."""
+        """Return the rows of its inputs that a node reads for a strip, and how many it pads above and below."""
         rows, window = self.rows(node.outputs[0], index), window_of(node, self.axis)
         value = self._moving(node)[0]
         start = window.stride * (rows.start // window.repeat) - window.before
@@ -209,7 +210,7 @@ class _Strips:
         return read, [read.start - start, end - read.end]
 
     def _whole(self, value: ir.Value, index: int) -> _Rows:
-        return _Rows(self._scale[value] * self._cuts[index], self._scale[value] * self._cuts[index + 1])
+        return _Rows(self._scale[value] * self._bounds[index], self._scale[value] * self._bounds[index + 1])
 
     def _surplus(self, value: ir.Value, index: int) -> list[Ints]:
         have, want = self.rows(value, index), self._whole(value, index)
@@ -219,14 +220,14 @@ class _Strips:
         end = -int((have.end - want.end)[0])
         return edit.slice(value, self.axis, int((want.start - have.start)[0]), end or END, name)
 
-    def _place(self, edit: Editor, value: ir.Value, cut: Bound, offset: int, at: Ints, name: str) -> Bound:
+    def _place(self, edit: Editor, value: ir.Value, bound: Bound, offset: int, at: Ints, name: str) -> Bound:
         if (at == at[0]).all():
             return int(at[0])
-        place = edit.compute("Add", edit.compute("Mul", cut, self._scale[value], f"{name}/scaled"), offset, name)
+        place = edit.compute("Add", edit.compute("Mul", bound, self._scale[value], f"{name}/scaled"), offset, name)
         return edit.compute("Max", place, 0, f"{name}/inside") if (at == 0).any() else place
 
-    def _end(self, edit: Editor, value: ir.Value, cut: Bound, at: Ints, name: str) -> Bound:
+    def _end(self, edit: Editor, value: ir.Value, bound: Bound, at: Ints, name: str) -> Bound:
         short = self._scale[value] * self._base - at
-        if len(self._base) > 1 and (short == short[0]).all():  # as far from the border at every size
+        if len(self._base) > 1 and (short == short[0]).all():  # equally far from the border at every size
             return -int(short[0]) or END
-        return self._place(edit, value, cut, self._below[value], at, name)  # Slice stops at the border by itself
+        return self._place(edit, value, bound, self._below[value], at, name)  # Slice itself stops at the border

@@ -1,4 +1,4 @@
-"""Which rows of its inputs an operator looks at, for operators that look at a few."""
+"""Windows of local operators: the few rows of its input that a row of the output depends on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from yolov12.export.graph import Sizes
+from yolov12.export.shapes import Sizes
 
 __all__ = ["IMAGES", "ROWS", "Window", "is_local", "moves", "pads_of", "window_of"]
 
 IMAGES, ROWS = 0, 2
-"""The axes that strips run along."""
+"""The axes of (images, channels, rows, columns) that a graph is split along."""
 
 _WINDOWS = frozenset({"Conv", "MaxPool"})
 _POINTWISE = frozenset({"Add", "Sub", "Mul", "Div", "Sigmoid", "Relu", "LeakyRelu", "Tanh", "Clip", "Exp", "HardSwish"})
@@ -20,9 +20,9 @@ _REGROUP = frozenset({"Split", "Concat"})
 
 
 class Window(NamedTuple):
-    """How far an operator looks: row r of its output reads `span` rows of its input, from row stride·r − before.
+    """Rows that an operator reads: row r of its output needs `span` rows of its input, from row stride·r − before.
 
-    With `repeat`, `repeat` rows of its output are the same row of its input.
+    An operator that upsamples repeats each row of its input `repeat` times.
     """
 
     stride: int
@@ -32,12 +32,12 @@ class Window(NamedTuple):
 
 
 def moves(value: ir.Value, sizes: Sizes) -> bool:
-    """Whether a tensor is neither a constant nor computed from shapes alone."""
+    """Return whether a tensor depends on the image: it is no constant, and not computed from shapes alone."""
     return not value.is_initializer() and value not in sizes.shapes.contents and value.const_value is None
 
 
 def is_local(node: ir.Node, axis: int, sizes: Sizes) -> bool:
-    """Whether each row (or image) of a node's outputs depends on a few rows of its inputs, as is known here."""
+    """Return whether each row (or image) of a node's outputs is known to depend on a few rows of its inputs only."""
     shapes = [sizes.most[str(v.name)] for v in [*node.inputs, *node.outputs] if v is not None and moves(v, sizes)]
     if any(len(shape) != 4 for shape in shapes):
         return False
@@ -59,7 +59,7 @@ def is_local(node: ir.Node, axis: int, sizes: Sizes) -> bool:
 
 
 def _repeats(node: ir.Node) -> int | None:
-    """How often Resize repeats each row; None if that is not all it does."""
+    """Return how often Resize repeats each row; None if it does anything else."""
     how = node.attributes
     scales = node.inputs[2].const_value if len(node.inputs) == 3 and node.inputs[2] is not None else None
     if scales is None or how.get_string("mode", "nearest") != "nearest":
@@ -74,7 +74,7 @@ def _repeats(node: ir.Node) -> int | None:
 
 
 def window_of(node: ir.Node, axis: int) -> Window:
-    """How far a node looks along an axis."""
+    """Return the window of a node along an axis."""
     if node.op_type == "Resize" and axis == ROWS:
         return Window(1, 0, 1, repeat=_repeats(node) or 1)
     if node.op_type not in _WINDOWS or axis != ROWS:
@@ -86,7 +86,7 @@ def window_of(node: ir.Node, axis: int) -> Window:
 
 
 def _kernel(node: ir.Node) -> Sequence[int] | None:
-    """Height and width of a window; None if the graph does not say."""
+    """Return height and width of a window in pixels; None if the graph does not say."""
     if "kernel_shape" in node.attributes:
         return node.attributes["kernel_shape"].as_ints()
     weights = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
@@ -94,5 +94,5 @@ def _kernel(node: ir.Node) -> Sequence[int] | None:
 
 
 def pads_of(node: ir.Node) -> Sequence[int]:
-    """Top, left, bottom, right."""
+    """Return the padding of a node: top, left, bottom, right, in pixels."""
     return node.attributes.get_ints("pads", [0, 0, 0, 0])

@@ -1,4 +1,4 @@
-"""What a run settles in its first seconds: the size of BatchNorm groups, and when checkpoint plans are made."""
+"""Decisions for a whole run: the size of BatchNorm groups, and the checkpoint plans once memory is short."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure
 from yolov12.mas.profiling.ladder import Ladder, make_ladder
 from yolov12.mas.profiling.ladder_cache import LadderCache
-from yolov12.mas.profiling.warmup import PROFILE_IMAGES, rehearse
+from yolov12.mas.profiling.warmup import PROFILE_IMAGES, warm_up
 from yolov12.mas.scheduling.candidates import beside_bytes
-from yolov12.mas.scheduling.groups import largest_group, least_bytes
+from yolov12.mas.scheduling.groups import largest_group, least_bytes, split_groups
 from yolov12.mas.scheduling.peak_model import Features
 from yolov12.mas.scheduling.planner import BatchPlanner
 from yolov12.mas.step.step import Step
@@ -27,7 +27,7 @@ __all__ = ["Calibration"]
 
 
 class Calibration:
-    """Settles what holds for a whole run, with the first batch or when memory gets short.
+    """Decides what holds for a whole run, with the first batch or when memory gets short.
 
     Args:
         step: Runs the model.
@@ -54,14 +54,14 @@ class Calibration:
         log: Callable[[str], None],
     ) -> None:
         self.bn_group = config.bn_group
-        """Number of images that BatchNorm normalises together; None until it is settled."""
+        """Number of images that BatchNorm normalises together; None until it is decided."""
         self.ladder: Ladder | None = None
         """Checkpoint plans; None until a batch does not fit without them."""
         self.layers = layers
         self._step, self._planner, self._meter, self._config = step, planner, meter, config
         self._cache, self._device, self._ranks, self._log = LadderCache(cache), device, ranks, log
-        self._settled = False
-        self._guess_budget_bytes = 0  # when a ladder was guessed
+        self._settled, self._logged = False, ""
+        self._guess_budget_bytes = 0  # budget when a ladder was guessed
 
     @property
     def levels(self) -> int:
@@ -69,12 +69,12 @@ class Calibration:
         return len(self._step.plans)
 
     def begin(self, batch: Any, work: Workload, share: Share, patience_s: float) -> None:
-        """Begin a batch: settle what is still open, and make checkpoint plans if it does not fit without them.
+        """Begin a batch: decide what is still open, and make checkpoint plans if the batch does not fit without them.
 
         Args:
             batch: Batch on the host.
             work: Properties of the batch.
-            share: What the batch is on all ranks.
+            share: Description of the whole batch over all ranks.
             patience_s: Seconds to wait for other processes to release memory.
         """
         planner = self._planner
@@ -87,17 +87,17 @@ class Calibration:
             planner.regroup(self.bn_group or 0)
 
     def start_over(self) -> None:
-        """Settle everything again with the next batch, as the first one did not fit."""
+        """Decide everything again with the next batch, because the first one did not fit."""
         self._settled, self.bn_group = False, self._config.bn_group
 
     def use(self, ladder: Ladder) -> None:
-        """Run by the checkpoint plans of a ladder."""
+        """Use the checkpoint plans of a ladder."""
         self._apply(ladder)
         self._planner.cost.set_levels(ladder.levels)
         self._planner.speed.set_levels(ladder.levels)
 
     def resume(self, ladder: Ladder | None) -> None:
-        """Run by the checkpoint plans of an earlier run, whose levels the models know already."""
+        """Use the checkpoint plans of an earlier run; the models know their levels already."""
         if ladder is not None:
             self._apply(ladder)
         else:
@@ -109,14 +109,14 @@ class Calibration:
     def fits(
         self, images: int, work: Workload, *, level: int = 0, reading: Reading | None = None, budget_bytes: int = 0
     ) -> bool:
-        """Return whether a micro-batch is predicted to fit beside gradients; False before any was observed.
+        """Return whether a micro-batch is predicted to fit beside the gradients; False before any was observed.
 
         Args:
-            images: Number of images; no more are counted than `micro_batch` allows.
-            work: Their size and boxes.
+            images: Number of images. A larger number than `micro_batch` counts as `micro_batch`.
+            work: Properties of the batch: the size and the boxes of its images.
             level: Index of the checkpoint plan.
-            reading: Memory at some moment; by default that of the batch at hand.
-            budget_bytes: Budget at that moment.
+            reading: Memory reading; by default that of the current batch.
+            budget_bytes: Budget in bytes at that reading.
         """
         images = min(images, self._config.micro_batch or images)
         features = Features(images, work.height, work.width, work.most_boxes, level)
@@ -140,18 +140,34 @@ class Calibration:
             if self.ladder is None and not self.fits(min(GROUPS[0], work.images), work):
                 self._make_ladder(batch, work)
             self.bn_group = self._choose_group(work, share)
-            held = f"; other processes hold {(planner.reading.others_bytes or 0) / 2**20:,.0f} MiB"
-            others = held if self.bn_group < GROUPS[0] else ""
-            self._log(f"memory: BatchNorm sees {self.bn_group} images at once (bn_group) in this run{others}")
-        elif self.bn_group and planner.cost.largest and not self._group_fits(self.bn_group, work):
-            self._log(
-                f"memory: {self.bn_group} images at once (bn_group) seem not to fit into the budget of "
-                f"{planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps where that is so"
+            self._log_group(self.bn_group, share.batch_images)
+        elif (seen := min(self.bn_group, work.images)) and planner.cost.largest and not self._group_fits(seen, work):
+            self._log_once(
+                f"memory: {seen} images at once (bn_group) seem not to fit",
+                f" into the budget of {planner.budget_bytes / 2**20:,.0f} MiB: BatchNorm will see fewer in the steps "
+                "where that is so",
             )
         self._settled = True
 
+    def _log_group(self, group: int, batch_images: int) -> None:
+        """Log how many images BatchNorm really sees: a batch may be smaller than a group."""
+        sizes = sorted(set(split_groups(batch_images, group)), reverse=True)
+        seen = " or ".join(map(str, sizes))
+        run = "(bn_group) in this run"
+        if sizes[0] != group:
+            run = f"in this run (bn_group={group}, {batch_images} in a batch)"
+        held_mib = (self._planner.reading.others_bytes or 0) / 2**20
+        others = f"; other processes hold {held_mib:,.0f} MiB" if group < GROUPS[0] else ""
+        self._log_once(f"memory: BatchNorm sees {seen} images at once {run}", others)
+
+    def _log_once(self, line: str, details: str) -> None:
+        """Log a line and its details, unless the last line was the same: the first batch may be tried several times."""
+        if line != self._logged:
+            self._logged = line
+            self._log(line + details)
+
     def _choose_group(self, work: Workload, share: Share) -> int:
-        """Return the size of BatchNorm groups for the run, the same on all ranks; each rank has a group at least."""
+        """Return the size of BatchNorm groups for the run: the same on all ranks, with at least one group for each."""
         most = max(share.batch_images // self._ranks.size, 1) if self._ranks.size > 1 else None
         group = largest_group(
             lambda group: self._group_fits(group, work), most=most, micro_batch=self._config.micro_batch
@@ -159,23 +175,23 @@ class Calibration:
         return self._ranks.least(group)
 
     def _group_fits(self, group: int, work: Workload) -> bool:
-        """Return whether a group fits under any checkpoint plan, so that it need not be smaller than the user's."""
+        """Return whether a BatchNorm group fits under some checkpoint plan."""
         if group > (self._config.micro_batch or group):
             return False
         features = Features(group, work.height, work.width, work.most_boxes)
         return self._has_room(least_bytes(self._planner.cost, features))
 
     def _warm_up(self, batch: Any, work: Workload) -> Failure | None:
-        """Run a few images with everything kept or, if not even one fits like this, with as little as possible."""
+        """Run a few images and keep everything or, if not even one fits like this, keep as little as possible."""
         cost, speed = self._planner.cost, self._planner.speed
-        failure = rehearse(self._step, self._meter.kind, batch, work, cost, speed)
+        failure = warm_up(self._step, self._meter.kind, batch, work, cost, speed)
         if failure is None or not self.layers:
             return failure
         self._make_ladder(batch, work)
-        return rehearse(self._step, self._meter.kind, batch, work, cost, speed, len(self._step.plans) - 1)
+        return warm_up(self._step, self._meter.kind, batch, work, cost, speed, len(self._step.plans) - 1)
 
     def _wants_ladder(self) -> bool:
-        """Return whether there is no ladder, or one that was guessed with much less memory than there is now."""
+        """Return whether there is no ladder, or one that was guessed when there was much less memory than now."""
         guessed = self.ladder is not None and self.ladder.guessed
         return self.ladder is None or (guessed and self._planner.budget_bytes > 2 * self._guess_budget_bytes)
 

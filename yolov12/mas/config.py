@@ -1,14 +1,14 @@
-"""The engine's settings, read and checked in one place."""
+"""Settings of the engine, parsed and checked in one place."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from yolov12.cfg.arguments import ENGINE, defaults
 from yolov12.errors import ConfigError
+from yolov12.sizes import check_memory_size, parse_memory_size
 
 __all__ = ["DEFAULTS", "GROUPS", "Config"]
 
@@ -16,10 +16,8 @@ DEFAULTS: Mapping[str, Any] = defaults(ENGINE)
 """Defaults of the engine's arguments, by the names that users write."""
 
 GROUPS = (32, 16, 8, 4, 2, 1)
-"""What `bn_group=auto` chooses from. 32 is the share of one GPU in the official recipe, 256 on 8."""
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", re.IGNORECASE)
+"""Group sizes that `bn_group=auto` chooses from. 32 is one GPU's part of a batch in the official recipe: 256 images on
+8 GPUs."""
 
 
 @dataclass(frozen=True)
@@ -31,23 +29,26 @@ class Config:
     """
 
     safety_ratio: float = DEFAULTS["mem_safety_ratio"]
-    """Share of the device that is never planned for, in [0, 0.9]."""
+    """Fraction of the device's memory that is kept free, in [0, 0.9]. Users write `mem_safety_ratio`."""
     limit: int | float | None = None
-    """Most memory to use: bytes (int), or a share of the device (float in (0, 1)); `16GiB` is understood too."""
+    """Most memory to use: bytes (int), a fraction of the device (float in (0, 1)), or None for all of it. A string
+    such as `16GiB` is converted. Users write `mem_limit`."""
     bn_group: int | None = None
-    """Images that BatchNorm normalises together; 0: those of a micro-batch; None: the largest power of two up to 32."""
+    """Number of images that BatchNorm normalises together; 0: all of a micro-batch; None: the largest of `GROUPS` that
+    fits."""
     micro_batch: int | None = None
-    """Images at once; None: as memory allows."""
+    """Number of images in a micro-batch; None: as many as memory allows."""
     disabled_layers: tuple[str, ...] = ()
-    """Layers that are never rebuilt or recomputed; see `checkpointing.layers.candidates` for their names."""
+    """Names of layers that are never rebuilt or recomputed, see `checkpointing.layers.candidates`. Users write
+    `disable_mas_layers`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.limit, str):
-            object.__setattr__(self, "limit", _size(self.limit))
+            object.__setattr__(self, "limit", parse_memory_size(self.limit))
         if not 0 <= self.safety_ratio <= 0.9:
             raise ConfigError(f"mem_safety_ratio={self.safety_ratio}: give a share of the memory from 0 to 0.9")
-        if self.limit is not None and not (0 < self.limit < 1 if isinstance(self.limit, float) else self.limit >= 1):
-            raise ConfigError(f"mem_limit={self.limit}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
+        if self.limit is not None:
+            check_memory_size(self.limit)
         if self.bn_group is not None and self.bn_group < 0:
             raise ConfigError(f"bn_group={self.bn_group}: give auto, a number of images, or 0 to use the micro-batch")
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -59,8 +60,20 @@ class Config:
             )
 
     @classmethod
+    def check(cls, arguments: Mapping[str, Any]) -> None:
+        """Refuse training arguments that `parse` could not read.
+
+        Raises:
+            ConfigError: A value is malformed or outside its range.
+        """
+        cls.parse(arguments)
+
+    @classmethod
     def parse(cls, arguments: Mapping[str, Any]) -> Config:
-        """Read training arguments; see `DEFAULTS` for their names.
+        """Parse training arguments.
+
+        Args:
+            arguments: Argument name → value as users write it, see `DEFAULTS`. Other names are ignored.
 
         Raises:
             ConfigError: A value is malformed or outside its range.
@@ -70,7 +83,7 @@ class Config:
             safety_ratio=_number(
                 "mem_safety_ratio", values["mem_safety_ratio"], float, "a share of the memory, as in 0.1"
             ),
-            limit=_size(values["mem_limit"]),
+            limit=parse_memory_size(values["mem_limit"]),
             bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),
             micro_batch=_count("micro_batch", values["micro_batch"], "a number of images, or leave it out"),
             disabled_layers=_names(values["disable_mas_layers"]),
@@ -78,7 +91,7 @@ class Config:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """From a list, or as written on a command line: `backbone.4,neck.2`."""
+    """Parse names of layers: a list, or text of a command line such as `backbone.4,neck.2`."""
     parts = value if isinstance(value, (list, tuple)) else str(value or "").strip("[]() ").split(",")
     names = tuple(str(part).strip().strip("'\"") for part in parts)
     if not all(names) and names != ("",):
@@ -99,17 +112,3 @@ def _number(name: str, value: Any, kind: type[int] | type[float], wanted: str) -
         return kind(value)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name}={value} is not a number: give {wanted}") from None
-
-
-def _size(value: Any) -> int | float | None:
-    if value is None or str(value).lower() in ("none", ""):
-        return None
-    found = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
-    if found is None:
-        raise ConfigError(f"mem_limit={value}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
-    number, unit = float(found[1]), found[2].upper()
-    if not unit and not str(value).strip().upper().endswith("B") and number <= 1:
-        return number if number < 1 else None  # all of the device
-    if not unit and number < 2**20:
-        raise ConfigError(f"mem_limit={value} is {number:g} bytes: give a unit, as in 16GiB, or a share, as in 0.5")
-    return int(number * _UNITS[unit])

@@ -49,7 +49,7 @@ _log = logging.getLogger("yolov12.mas").info
 
 
 class Engine:
-    """Runs every batch in micro-batches that fit, and keeps a journal.
+    """Runs every batch in micro-batches that fit into memory, and keeps a journal.
 
     Use it as a context manager, or call `close` at the end.
 
@@ -57,15 +57,15 @@ class Engine:
         model: Model with its parameters on the device to train on.
         task: Adapter to the kind of training; `TensorTask` for batches that are tuples of tensors.
         config: Settings; by default all of the memory less a tenth.
-        meter: Reader of the device's memory; by default `memory.meter.meter_for` the model's device.
-        journal: Destination of a row for each update; None for none.
+        meter: Meter of the model's device; by default the result of `memory.meter.meter_for`.
+        journal: Receives a row for each update; None for no journal.
         backward: Differentiates a scalar; with a `GradScaler`, `lambda loss: scaler.scale(loss).backward()`.
         layers: Outermost layers that checkpoint plans may name: name → layer; by default see
             `checkpointing.layers.candidates`.
-        activations: BatchNorm → the SiLU that is applied to its output, which nothing else uses. On a GPU the two are
-            then one operation, which is faster and keeps half as much for the backward pass.
-        advice: What the error of a run that does not fit needs to know of the training.
-        cache: Folder in which checkpoint plans are kept from run to run; None to make them in every run.
+        activations: BatchNorm → the SiLU that alone uses its output. On a GPU both run as one operation, which is
+            faster and keeps half as much for the backward pass.
+        advice: Knowledge of the training, for the error of a run that does not fit.
+        cache: Folder that keeps checkpoint plans from run to run; None to make them in every run.
         ranks: Processes that share each batch; all of them call the same methods in the same order.
         log: Called with lines for the user.
 
@@ -97,7 +97,7 @@ class Engine:
         self._task, self._ranks, self._log = task, ranks, log
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # On the host no library looks for kernels when a size is new.
+        # On the host, libraries do not search kernels for a new size.
         speed = SpeedModel(new_size_ms=0.0 if self.meter.kind == "host" else NEW_SIZE_MS)
         gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._planner = BatchPlanner(
@@ -110,11 +110,11 @@ class Engine:
         )
         self._room = Room(self._planner, self.meter, self.config, ranks)
         self._records = Records(speed, self._calibration, self.meter, journal, log)
-        self._limit = ExitStack()  # of the allocator, from the first step to `close`
+        self._limit = ExitStack()  # limit of PyTorch's allocator, from the first step to `close`
         self._is_limited = False
         self._updates = 0
         self._checksum = 0  # for the next report to other ranks
-        self._work: Workload | None = None  # of the batch at hand
+        self._work: Workload | None = None  # properties of the current batch
 
     @property
     def bn_group(self) -> int | None:
@@ -123,7 +123,7 @@ class Engine:
 
     @property
     def journal(self) -> Journal | None:
-        """Destination of rows; None if there is none, or it could not be written."""
+        """Journal of the run; None if there is none, or if it could not be written."""
         return self._records.journal
 
     def __enter__(self) -> Engine:
@@ -143,16 +143,19 @@ class Engine:
         smaller: Callable[[Any], Any | None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> Result:
-        """Run forward and backward of a batch; its gradient is then on the parameters, added to what was there.
+        """Run the forward and backward pass of a batch, and add its gradient to that of the parameters.
 
         Args:
-            batch: Batch on the host, of the kind that the task knows; of several ranks, this one's share. Pinned memory
-                lets copies overlap with computation.
-            share: What the batch is on all ranks; None for a training in one process.
-            smaller: Called with a batch of which not even one image fits; returns the batch with smaller images, or
-                None if there are none.
-            stop_requested: Returns whether this process was asked to stop. A wait for room then ends with SystemExit on
-                all ranks.
+            batch: Batch on the host, of the kind that the task knows; with several ranks, this rank's share. Copies
+                from pinned memory overlap with computation.
+            share: Description of the whole batch over all ranks; None for a training in one process.
+            smaller: Called with a batch if not even one of its images fits; returns the batch with smaller images, or
+                None if images cannot get smaller.
+            stop_requested: Returns whether this process was asked to stop. A wait for memory then ends with SystemExit
+                on all ranks.
+
+        Returns:
+            Loss and items of the batch, and how it was run.
 
         Raises:
             DoesNotFitError: Not even one image fits, here or on another rank. Gradients and running statistics are as
@@ -161,7 +164,7 @@ class Engine:
         """
         self._keep_to_limit()
         if self._records.pending and all(parameter.grad is None for parameter in self._parameters):
-            self._records.drop()  # Ultralytics drops gradients when it finds a NaN
+            self._records.drop()  # Ultralytics drops the gradients when it finds a NaN
         try:
             hopeful = True
             while smaller is not None:
@@ -225,12 +228,12 @@ class Engine:
         *,
         epoch: int = 1,
     ) -> None:
-        """Step the optimizer, and write the row of this update.
+        """Step the optimizer, and write the journal's row of this update.
 
         Args:
             optimizer: Optimizer of the model's parameters.
             update: Called in place of `optimizer.step(); optimizer.zero_grad()`.
-            remember: See `step.first_update.survive_first_update`.
+            remember: Copies what `update` changes besides, see `step.first_update.survive_first_update`.
             epoch: Number of the epoch for the journal, from 1.
         """
 
@@ -257,7 +260,7 @@ class Engine:
             self._ranks.copy_from_first([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
 
     def would_fit(self, height: int, width: int, *, whole_group: bool) -> bool:
-        """Return whether images of a size are predicted to fit into what is free now, on every rank.
+        """Return whether images of a size are predicted to fit into the memory that is free now, on every rank.
 
         True before anything is known. All ranks call this together.
 
@@ -277,7 +280,7 @@ class Engine:
         self._records.note(event)
 
     def flush(self) -> None:
-        """Write all rows to the journal, waiting for the device to tell their times."""
+        """Write all rows to the journal; this waits for the device until their times are known."""
         self._records.flush()
 
     def close(self, updates_expected: int | None = None) -> Summary | None:
@@ -289,9 +292,13 @@ class Engine:
         Returns:
             The summary of the run; None without a journal.
         """
+        self.lift_limit()
+        return self._records.close(updates_expected)
+
+    def lift_limit(self) -> None:
+        """Restore the limit of PyTorch's allocator that was there before the first step."""
         self._limit.close()
         self._is_limited = False
-        return self._records.close(updates_expected)
 
     def _keep_to_limit(self) -> None:
         if not self._is_limited:
@@ -299,7 +306,7 @@ class Engine:
             self._is_limited = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was learned, for JSON or a checkpoint, so that a run that resumes need not learn it again."""
+        """Return what was learned, for JSON or a checkpoint, so that a resumed run need not learn it again."""
         ladder = self._calibration.ladder
         return {
             "device": self._device_name,
@@ -327,7 +334,7 @@ class Engine:
             self._log(f"memory: begins to learn anew, as what was learned before cannot be read ({error!r})")
             return
         if ladder is not None and not ladder.names() <= calibration.layers.keys():
-            return  # other layers may be planned for now
+            return  # the plans name layers that may not be planned any more
         planner.resume(cost, speed, history)
         self._records.speed = speed
         calibration.resume(ladder)

@@ -1,4 +1,4 @@
-"""Batches without gradients, run in slices that fit: what validation and prediction need of the engine."""
+"""Forward passes without gradients, split into slices that fit into memory: for validation and prediction."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ __all__ = ["Slices"]
 
 Found = TypeVar("Found")
 
-_FIRST = 8  # images, while nothing is known
-_LARGEST_STEP = 4  # a prediction further out than this times what was observed is a guess
+_FIRST = 8  # images in the first slice, while nothing is known about their memory
+_LARGEST_STEP = 4  # largest slice as a multiple of the largest one observed: predictions beyond are guesses
 
 
 class Slices:
-    """Runs something on parts of batches, as many images at once as fit.
+    """Runs work on slices of batches, with as many images per slice as fit into memory.
 
     Args:
-        config: Of which `safety_ratio`, `limit` and `micro_batch` count.
-        meter: Of the device.
+        config: Settings of the engine; `safety_ratio`, `limit` and `micro_batch` are used.
+        meter: Meter of the device.
     """
 
     def __init__(self, config: Config, meter: Meter) -> None:
         self._config, self.meter = config, meter
         self._cost = CostModel()
         self.failures = 0
-        """Allocations that failed so far."""
+        """Number of allocations that have failed so far."""
 
     def run(self, images: int, height: int, width: int, work: Callable[[int, int], Found]) -> list[Found]:
-        """Do all images of a batch.
+        """Run work on all images of a batch.
 
         Args:
-            images: In the batch.
-            height: Of each of them.
-            width: Of each of them.
-            work: Does images `start` to `stop`. When an allocation fails in it, it is called again with fewer: what it
-                changes must be in what it returns.
+            images: Number of images in the batch.
+            height: Height of every image in pixels.
+            width: Width of every image in pixels.
+            work: Called with `start` and `stop`; runs images `start` to `stop` and returns their result. If an
+                allocation fails in it, it is called again with fewer images, so it must have no other effect.
 
         Returns:
-            What `work` returned, in the order of the images.
+            Results of `work`, in the order of the images.
 
         Raises:
-            DoesNotFitError: Not even one image gets through.
+            DoesNotFitError: Not even one image fits into memory.
         """
         found: list[Found] = []
         start, most = 0, images
@@ -60,7 +60,7 @@ class Slices:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error) or type(error).__name__
-            if failure:  # out of the `except` block: its traceback held what had been allocated
+            if failure:  # outside of the `except` block, whose traceback kept the tensors allocated
                 self._learn(Features(count, height, width, 0), failure)
                 most = count // 2
                 continue
@@ -69,7 +69,7 @@ class Slices:
         return found
 
     def _count(self, images: int, height: int, width: int) -> int:
-        """Slices are level: libraries look for kernels when a size is new."""
+        """Return the size of the next slice. Slices are equal, as libraries search kernels for every new size."""
         if self._config.micro_batch is not None:
             return min(self._config.micro_batch, images)
         most = min(_LARGEST_STEP * self._cost.largest, images) or min(_FIRST, images)

@@ -1,4 +1,4 @@
-"""Telling a failed allocation from any other error, and the one that ends a run."""
+"""Failed allocations: how to recognise them among other errors, and the error that ends a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from yolov12.errors import DoesNotFitError
 
 __all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tried_to_allocate"]
 
-# What libraries say that ask the device for memory behind PyTorch's back, and PyTorch's allocator for the host.
+# Messages of libraries that allocate device memory without PyTorch's allocator, and of PyTorch's host allocator.
 _SIGNS = (
     "out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -27,19 +27,24 @@ _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 @dataclass(frozen=True)
 class Failure:
-    """An allocation that failed."""
+    """A failed allocation while a micro-batch was run."""
 
     images: int
-    """Of the micro-batch it hit."""
+    """Number of images in the micro-batch."""
     message: str
+    """Message of the allocator or the library."""
     peak_bytes: int
-    """Of live bytes, until it failed."""
+    """Peak of allocated memory until the failure."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is a failed allocation, on the device or on the host, in any of the forms it comes in.
+    """Return whether an error is a failed allocation on the device or on the host.
 
-    An error raised from one is one: Ultralytics' loss for oriented boxes calls it a malformed data set.
+    An error whose cause is a failed allocation counts too: Ultralytics' loss for oriented boxes raises a TypeError
+    about a malformed data set from it.
+
+    Args:
+        error: Any error of PyTorch, cuDNN, cuBLAS or Python.
     """
     if error.__cause__ is not None and is_out_of_memory(error.__cause__):
         return True
@@ -49,19 +54,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def tried_to_allocate(message: str) -> int:
-    """Bytes that an allocator's message says were asked for; 0 if it does not say."""
+    """Return the bytes that were requested, according to an allocator's message; 0 if it does not tell."""
     found = _TRIED.search(message)
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
 def does_not_fit(needed_bytes: int, budget_bytes: int, free_bytes: int, ways_out: Sequence[str]) -> DoesNotFitError:
-    """Compose the error of a run that cannot go on.
+    """Compose the error of a run that cannot continue.
 
     Args:
-        needed_bytes: Peak of one image, at least.
-        budget_bytes: What may be used.
-        free_bytes: What the device has free now.
-        ways_out: What the user can do, cheapest first; three are named.
+        needed_bytes: Lower bound of the peak of one image.
+        budget_bytes: Memory that this process may use.
+        free_bytes: Free memory of the device now.
+        ways_out: Things that the user can do, cheapest first. The message names the first three.
+
+    Returns:
+        The error, with all sizes in MiB.
     """
     needed, budget, free = (f"{count / 2**20:,.0f} MiB" for count in (needed_bytes, budget_bytes, free_bytes))
     ways = "; or ".join(ways_out[:3])

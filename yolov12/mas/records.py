@@ -1,4 +1,4 @@
-"""Batches whose time is not known yet, as the device is a step behind; and what is learned from it when it is."""
+"""Records of batches that wait for their times, as the device runs behind the host; then the models learn from them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ __all__ = ["DoneBatch", "Records"]
 
 @dataclass(frozen=True)
 class DoneBatch:
-    """A batch that was run, and waits for its time."""
+    """A batch that was run and whose time may not be known yet."""
 
     work: Workload
+    """Properties of the batch."""
     report: BatchReport
+    """How it was planned and what it took."""
     micro_batches: tuple[int, ...]
     """Number of images in each micro-batch."""
     watch: Stopwatch
+    """Measures the time of this process's own work."""
     is_padding: bool
     """See `task.Share.is_padding`."""
     plan: str
@@ -32,11 +35,11 @@ class DoneBatch:
 
 
 class Records:
-    """Rows of the journal on their way, and times on their way to the time model and to other ranks.
+    """Queue of batches on their way to the journal, to the time model and to other ranks.
 
     Args:
-        speed: Model of times; is taught.
-        calibration: Knows which sizes fit.
+        speed: Model of times; it learns from measured batches.
+        calibration: Predicts which sizes fit.
         meter: Meter of the device.
         journal: Destination of rows; None for none.
         log: Called with lines for the user.
@@ -52,9 +55,9 @@ class Records:
     ) -> None:
         self.speed, self.journal = speed, journal
         self._calibration, self._meter, self._log = calibration, meter, log
-        self._done: list[DoneBatch] = []  # since the last update
+        self._done: list[DoneBatch] = []  # batches since the last update
         self._notes: list[str] = []  # events since the last update
-        self._rows: list[tuple[Row, list[DoneBatch]]] = []  # with times that are not known yet
+        self._rows: list[tuple[Row, list[DoneBatch]]] = []  # rows whose times are not known yet
         self._rows_made = 0
         self._status = RankStatus()
 
@@ -72,11 +75,11 @@ class Records:
         self._done.append(done)
 
     def drop(self) -> None:
-        """Forget the batches since the last update, as their gradients were dropped."""
+        """Forget the batches since the last update, because their gradients were dropped."""
         self._done.clear()
 
     def take_status(self) -> RankStatus:
-        """Return what other ranks are to learn of this one's times; a time is reported once."""
+        """Return the report of this rank's times to the other ranks. Each time is reported once."""
         status, self._status = self._status, RankStatus()
         return status
 
@@ -117,7 +120,7 @@ class Records:
             self.journal.lost(images)
 
     def flush(self) -> None:
-        """Write all rows, waiting for the device to tell their times."""
+        """Write all rows to the journal; this waits for the device until their times are known."""
         self._write(final=True)
         if self.journal is not None:
             self.journal.flush()
@@ -127,6 +130,9 @@ class Records:
 
         Args:
             updates_expected: Number of updates that the run should have made, for the summary.
+
+        Returns:
+            The summary of the run; None without a journal, or if the journal could not be written.
         """
         if self.journal is None:
             return None
@@ -138,7 +144,7 @@ class Records:
             return None
 
     def _write(self, *, final: bool) -> None:
-        """Write the rows whose times are known, in order; at the end, all of them."""
+        """Write the rows whose times are known, in order; with `final`, all rows."""
         while self._rows:
             row, batches = self._rows[0]
             times = [done.watch.elapsed_ms() for done in batches]

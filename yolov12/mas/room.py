@@ -1,4 +1,4 @@
-"""Room for images beside what stays allocated: whether there is some on every rank, and waiting for it."""
+"""Memory for images on every rank, beside what stays allocated: check whether there is any, and wait for it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ __all__ = ["Room"]
 
 
 class _Status(enum.IntEnum):
-    """Room on one rank, worst first."""
+    """Memory status of a rank, worst first."""
 
     STOP_REQUESTED = 0
+    """This process was asked to stop."""
     NONE = 1
-    IF_OTHERS_RELEASE = 2  # other processes
+    """No image fits, even without other processes on the device."""
+    IF_OTHERS_RELEASE = 2
+    """No image fits unless other processes release memory."""
     SOME = 3
+    """There is memory for images."""
 
 
 class Room:
-    """Room for images on all ranks, which call its methods together.
+    """Memory for images on all ranks. All ranks call its methods together.
 
     Args:
-        planner: Knows what micro-batches need.
+        planner: Predicts what micro-batches need.
         meter: Meter of the model's device.
         config: Settings of the engine.
         ranks: Processes that share each batch.
@@ -40,10 +44,10 @@ class Room:
         self._planner, self._meter, self._config, self._ranks = planner, meter, config, ranks
 
     def fits(self, features: Features | None) -> bool:
-        """Return whether a micro-batch is predicted to fit into what is free now, on every rank.
+        """Return whether a micro-batch is predicted to fit into the memory that is free now, on every rank.
 
         Args:
-            features: Shape of the micro-batch; None if nothing is known yet, which counts as fitting.
+            features: Properties of the micro-batch; None if nothing is known yet: the result is then True.
         """
         if features is None or not self._planner.cost.largest:
             return self._ranks.all(True)
@@ -53,14 +57,14 @@ class Room:
         return self._ranks.all(beside + needed_bytes <= reading.budget_bytes(self._config.safety_ratio))
 
     def wait(self, stop_requested: Callable[[], bool]) -> tuple[bool, int]:
-        """Wait while no image of any size has room on some rank, if other processes may release memory.
+        """Wait while some rank has no memory for any image, as long as other processes may release memory.
 
         Args:
             stop_requested: Returns whether this process was asked to stop.
 
         Returns:
-            Whether there is room now, and the seconds it took: 0 if there was nothing to wait for, as there is room or
-            would be none without other processes.
+            Whether there is memory now, and the seconds waited. The wait is 0 s if there is memory already, or if there
+            would be none even without other processes.
 
         Raises:
             SystemExit: A rank was asked to stop.
@@ -70,7 +74,7 @@ class Room:
             if seconds >= WAIT_S:
                 break
             if not seconds:
-                self._meter.release()  # another rank may be waiting for it
+                self._meter.release()  # another rank may wait for the memory
             time.sleep(1.0)
             seconds += 1
         if least == _Status.STOP_REQUESTED:

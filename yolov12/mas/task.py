@@ -1,4 +1,4 @@
-"""What the engine is told about a training: how its batches are split, and what its loss is divided by."""
+"""Description of a training for the engine: how its batches are split, and by what its loss is divided."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's part of a batch that several ranks train on together: what the batch is on all of them."""
+    """One rank's part of a batch that several ranks train on together."""
 
     batch_images: int
     """Number of images in the whole batch, over all ranks."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from yolov12.errors import ConfigError
 from yolov12.models.attention import attention
+from yolov12.models.yaml_check import check_yaml
 
 TURBO, V1 = "turbo", "v1"
 TURBO_MLP_RATIO = 1.5
@@ -91,6 +92,40 @@ def packaged_yaml(path: str | Path) -> tuple[Path, str] | None:
     if Path(path).exists() or Path(own).exists():
         return None
     return MODEL_DIR / own, match["scale"] or ""
+
+
+def parse_model(stock: Callable[..., Any], /, d: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' `parse_model` on a checked yaml, so that modules get the layout that it describes.
+
+    Args:
+        stock: Ultralytics' own function.
+        d: The model yaml.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+
+    Raises:
+        ConfigError: The `layout` key names no layout.
+        UntrustedWeightsError: Building the model could run more than constructors of layers.
+    """
+    check_yaml(d)
+    with building(layout_of(d)):
+        return stock(d, *args, **kwargs)
+
+
+def yaml_model_load(stock: Callable[..., Any], /, path: Any) -> Any:
+    """Run Ultralytics' `yaml_model_load`, or read the model yaml of this package for names such as `yolov12s.yaml`.
+
+    Args:
+        stock: Ultralytics' own function.
+        path: Name or path of a model yaml.
+    """
+    found = packaged_yaml(path)
+    if found is None:
+        return stock(path)
+    from ultralytics.utils import YAML
+
+    file, scale = found
+    return {**YAML.load(file), "scale": scale, "yaml_file": str(path)}
 
 
 def attention_init(stock_init: Callable[..., None]) -> Callable[..., None]:

@@ -15,6 +15,11 @@ OFFICIAL = {f"yolov12{scale}.pt": f"{_RELEASES}/turbo/yolov12{scale}.pt" for sca
 """Weight name → address of the official file. Both releases use the same file names, so v1.0 has a suffix here."""
 
 
+def add_official(stems: frozenset[str]) -> frozenset[str]:
+    """Add the official weight files to the names that Ultralytics completes with `.pt`."""
+    return stems | {name.removesuffix(".pt") for name in OFFICIAL}
+
+
 def resolve(name: str | Path) -> str:
     """Find a weight file. Official files and those of Ultralytics are downloaded if needed.
 

@@ -11,7 +11,9 @@ import io
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -19,12 +21,14 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import nn
 
+from yolov12 import files
 from yolov12.errors import UntrustedWeightsError, WeightsError
+from yolov12.models.layouts import mark_layout
 from yolov12.models.unpickle import RestrictedPickle
 from yolov12.models.weight_names import OFFICIAL, resolve
 from yolov12.models.yaml_check import check_yaml
 
-__all__ = ["OFFICIAL", "check_yaml", "load", "read", "resolve"]
+__all__ = ["OFFICIAL", "check_yaml", "load", "read", "resolve", "strip_optimizer", "torch_safe_load"]
 
 TRUST = "YOLOV12_TRUST_WEIGHTS"
 
@@ -96,6 +100,63 @@ def read(file: str | Path) -> Any:
             f"was run. If you trust the author of the file, set {TRUST}=1 to load it without this check."
         )
     return found
+
+
+def torch_safe_load(stock: Callable[..., Any], /, weight: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], str]:
+    """Load a checkpoint in place of Ultralytics' `torch_safe_load`, with the layout of its model in the yaml.
+
+    Args:
+        stock: Ultralytics' own function, used with YOLOV12_TRUST_WEIGHTS=1.
+        weight: A path, or a name that `resolve` knows.
+        args: Ignored, as `safe_only` is: loading is always safe.
+        kwargs: Ignored too.
+
+    Returns:
+        The checkpoint, and the path of the file.
+
+    Raises:
+        WeightsError: See `load`.
+    """
+    checkpoint, file = load(weight, trusted_loader=stock)
+    for key in ("model", "ema"):
+        if checkpoint.get(key) is not None:
+            mark_layout(checkpoint[key])
+    return checkpoint, file
+
+
+def strip_optimizer(stock: Callable[..., Any], /, f: Any = "best.pt", *args: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' `strip_optimizer` on a checked file, which is replaced in one go.
+
+    Args:
+        stock: Ultralytics' own function. It loads without any restriction.
+        f: A checkpoint, maybe of a run folder that comes from elsewhere.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+
+    Raises:
+        WeightsError: See `read`.
+    """
+    read(f)
+    if args or "s" in kwargs:
+        return stock(f, *args, **kwargs)
+    with files.replacing(f) as unfinished, _left_out_of_log(f" saved as {unfinished},"):
+        return stock(f, str(unfinished), **kwargs)
+
+
+@contextmanager
+def _left_out_of_log(words: str) -> Iterator[None]:
+    """Return a context in which Ultralytics' log lines leave out some words, such as the name of a temporary file."""
+    from ultralytics.utils import LOGGER
+
+    def leave_out(record: LogRecord) -> bool:
+        record.msg = str(record.msg).replace(words, "")
+        return True
+
+    LOGGER.addFilter(leave_out)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(leave_out)
 
 
 def _trusted() -> bool:

@@ -19,14 +19,13 @@ import multiprocessing
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING
 
-from yolov12.plan.arguments import Request, parse
-from yolov12.plan.estimate import Estimate, estimate
-from yolov12.plan.fake_model import load
-from yolov12.plan.render import as_json, as_text
-from yolov12.plan.report import Report, make_report
+if TYPE_CHECKING:
+    from yolov12.plan.arguments import Request
+    from yolov12.plan.report import Report
 
-__all__ = ["Estimate", "Report", "estimate", "load", "main", "make_report"]
+__all__ = ["main"]
 
 
 def main(args: list[str]) -> int:
@@ -52,6 +51,10 @@ def main(args: list[str]) -> int:
     if wants_help:
         print(__doc__)
         return 0
+    # Imported here, as all of it needs torch, which neither help nor the plan of an ONNX file does.
+    from yolov12.plan.arguments import parse
+    from yolov12.plan.render import as_json, as_text
+
     request = parse(args)
     reports = _reports(request)
     print(as_json(reports) if request.json else as_text(reports, request))
@@ -69,4 +72,6 @@ def _reports(request: Request) -> list[Report]:
 
 def _report(name: str, request: Request) -> Report:
     with contextlib.redirect_stdout(sys.stderr):  # libraries print while they load; stdout is for the plan
+        from yolov12.plan.report import make_report
+
         return make_report(name, request)

@@ -19,10 +19,11 @@ from typing import Any
 
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.export import graph
-from yolov12.export.rewrite import Split, split
-from yolov12.export.session import smallest_and_largest, tensors_limit, workspace_for
-from yolov12.mas.config import Config
-from yolov12.plan.arguments import parse_count, parse_switch, parse_words
+from yolov12.export.budget import smallest_and_largest, tensors_limit, workspace_for
+from yolov12.export.graph import MemoryPlan
+from yolov12.export.rewrite import Split, Splitter
+from yolov12.plan.words import parse_count, parse_switch, parse_words
+from yolov12.sizes import parse_memory_size
 
 __all__ = ["main"]
 
@@ -56,30 +57,31 @@ def main(words: Sequence[str]) -> tuple[str, int]:
         raise ConfigError(
             f"format={given['format']}: plans are made for onnx, and for engine, which has the same graph"
         )
-    size = parse_count("imgsz", given["imgsz"])
-    shape = (parse_count("batch", given["batch"]), 3, size, size)
+    size = parse_count("imgsz", given["imgsz"], 640)
+    shape = (parse_count("batch", given["batch"], 1), 3, size, size)
     dynamic, as_json = parse_switch("dynamic", given["dynamic"]), parse_switch("json", given["json"])
-    limit = Config.parse({"mem_limit": given["mem"]}).limit
+    limit = parse_memory_size(given["mem"], "mem")
     if isinstance(limit, float):
         raise ConfigError(f"mem={given['mem']} is a fraction of a card. Give bytes, as in mem=256MiB")
     with tempfile.TemporaryDirectory() as folder:
         model = graph.load(_exported(given["model"], shape, dynamic, Path(folder)))
-        least, most = (graph.at_most(model, each) for each in smallest_and_largest(shape, dynamic))
-        whole = graph.plan(model, graph.Shapes(model, most))
-        cut, problem = None, ""
+        least, most = (graph.input_shapes(model, each) for each in smallest_and_largest(shape, dynamic))
+        splitter = Splitter(model, most, least)
+        split, problem = None, ""
         if limit is not None:
             try:
-                cut = split(model, tensors_limit(whole, limit), most, least)
+                split = splitter.split(tensors_limit(splitter.whole, limit))
             except DoesNotFitError as error:
                 problem = str(error)
-    facts = _facts(given["model"], next(iter(most.values())), whole, limit, cut, problem)
+    facts = _facts(given["model"], next(iter(most.values())), splitter.whole, limit, split, problem)
     return json.dumps(facts, indent=2) if as_json else _text(facts), int(bool(problem))
 
 
 def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> Path:
+    """Return an ONNX file: the one that is named, or one that is exported into a folder."""
     if name.endswith(".onnx"):
         return Path(name)
-    from yolov12 import YOLO
+    from yolov12 import YOLO  # not before it is needed: an ONNX file is planned without torch
 
     if Path(name).is_file():  # Ultralytics writes the export to the folder of the weights
         link = folder / Path(name).name
@@ -96,19 +98,19 @@ def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> P
 
 
 def _facts(
-    name: str, shape: Sequence[int], whole: graph.Plan, limit: int | None, cut: Split | None, problem: str
+    name: str, shape: Sequence[int], whole: MemoryPlan, limit_bytes: int | None, split: Split | None, problem: str
 ) -> dict[str, Any]:
-    facts = {"model": name, "input": list(shape), "limit_bytes": limit, "uncut": _of(whole)}
-    if cut is not None:
-        facts["cut"] = {**_of(cut.plan), "cuts": cut.describe()}
+    facts = {"model": name, "input": list(shape), "limit_bytes": limit_bytes, "uncut": _facts_of_plan(whole)}
+    if split is not None:
+        facts["cut"] = {**_facts_of_plan(split.plan), "cuts": split.describe()}
     return {**facts, "fits": not problem, "problem": problem}
 
 
-def _of(plan: graph.Plan) -> dict[str, Any]:
+def _facts_of_plan(plan: MemoryPlan) -> dict[str, Any]:
     return {
-        "weights_bytes": plan.weights,
-        "inputs_bytes": plan.inputs,
-        "tensors_bytes": plan.peak,
+        "weights_bytes": plan.weights_bytes,
+        "inputs_bytes": plan.inputs_bytes,
+        "tensors_bytes": plan.peak_bytes,
         "builder_bytes": workspace_for(plan),
         "node": plan.node.name,
         "largest": {str(value.name): size for value, size in plan.live[:4]},

@@ -18,8 +18,9 @@ from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Pla
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.checkpointing.rebuild import ACTIVATIONS
 from yolov12.mas.memory.reading import ClockStopwatch
+from yolov12.mas.profiling.observations import WholePasses
 from yolov12.mas.profiling.profile import Profile, Time
-from yolov12.mas.profiling.recorder import Recorder, WholePasses
+from yolov12.mas.profiling.recorder import Recorder
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names

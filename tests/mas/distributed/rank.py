@@ -19,7 +19,7 @@ from yolov12.errors import DoesNotFitError
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
 from yolov12.mas.distributed.ranks import ProcessRanks, RankStatus, exchange_names
 from yolov12.mas.distributed.replicas import checksum
-from yolov12.mas.distributed.watchdog import Lookout, connect
+from yolov12.mas.distributed.watchdog import Watchdog, connect
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.step.step import Step
 from yolov12.mas.task import Share
@@ -86,8 +86,8 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    lookout = Lookout(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names())
-    ranks = ProcessRanks(lookout)
+    watchdog = Watchdog(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names())
+    ranks = ProcessRanks(watchdog)
     bench = steady(tools.Bench(tools.build("detect", "yolov12n.yaml")))
     bench.step = Step(bench.model, bench.task, bench.meter, torch.Tensor.backward, bench.layers, ranks=ranks)
     for index, line in enumerate(sys.stdin):
@@ -101,7 +101,7 @@ def main(folder: Path) -> None:
                 del found["gradient"]
         torch.save(found, folder / f"{index}.{ranks.rank}.pt")
         print("done", flush=True)
-    lookout.close()
+    watchdog.close()
 
 
 if __name__ == "__main__":

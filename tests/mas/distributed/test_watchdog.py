@@ -13,16 +13,16 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from yolov12.mas.distributed.watchdog import Gone, Lookout, connect
+from yolov12.mas.distributed.watchdog import Gone, Watchdog, connect
 
-BEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
+HEARTBEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
 NOISE_S = 5.0
 """Seconds by which a busy machine may be late."""
 
 SLEEP = "ctypes.CDLL(None).sleep(60)  # as in a collective: Python's lock is free, and no signal handler runs"
 RANK = """
 import ctypes, os, time
-from yolov12.mas.distributed.watchdog import Lookout, connect
+from yolov12.mas.distributed.watchdog import Watchdog, connect
 os.environ.update(environment)
 os.dup2(os.open(words, os.O_CREAT | os.O_WRONLY), 2)
 if hosts:
@@ -30,7 +30,7 @@ if hosts:
     host = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=True, wait_for_workers=False)
 for _ in range(100):
     try:
-        lookout = Lookout(connect(), rank, size, beat_s=beat_s, dead_s=dead_s, grace_s=grace_s)
+        watchdog = Watchdog(connect(), rank, size, heartbeat_s=heartbeat_s, dead_s=dead_s, grace_s=grace_s)
         break
     except RuntimeError:  # rank 0 has yet to begin
         time.sleep(0.05)
@@ -61,7 +61,7 @@ class Ranks:
                 "hosts": rank_0_hosts and rank == 0,
                 "barrier": barrier,
                 "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-                "beat_s": BEAT_S,
+                "heartbeat_s": HEARTBEAT_S,
                 "dead_s": DEAD_S,
                 "grace_s": GRACE_S,
             }
@@ -126,14 +126,14 @@ def test_rank_0_is_named_when_its_store_dies_with_it(ranks, number):
 def test_busy_ranks_are_not_dead_and_ranks_that_are_done_are_not_missed(ranks):
     count = "end = time.monotonic() + 3.5\nwhile time.monotonic() < end: sum(range(1000))"
     mains = ["time.sleep(0.5)", "ctypes.CDLL(None).usleep(3_500_000)", "", count, "time.sleep(0.2)"]
-    five = ranks([f"{main}\nlookout.close()\nassert lookout.gone(0) is None" for main in mains])
+    five = ranks([f"{main}\nwatchdog.close()\nassert watchdog.gone(0) is None" for main in mains])
     assert five.end(range(5), 3.5 + NOISE_S) == [0] * 5
     assert [five.words(rank) for rank in range(5)] == [[]] * 5
 
 
 def test_rank_that_leaves_says_why_within_two_seconds(ranks):
-    hear = "gone = lookout.gone(2)\nlookout.close()\nos.write(2, str(gone).encode())"
-    four = ranks([hear, hear, "lookout.leaving('no space left on device')", hear])
+    hear = "gone = watchdog.gone(2)\nwatchdog.close()\nos.write(2, str(gone).encode())"
+    four = ranks([hear, hear, "watchdog.leaving('no space left on device')", hear])
     assert four.end(range(4), 2 + NOISE_S) == [0] * 4
     assert [four.words(rank) for rank in range(4)] == [["rank 2: no space left on device"]] * 2 + [[]] + [
         ["rank 2: no space left on device"]
@@ -144,13 +144,14 @@ def test_process_that_ends_without_a_word_is_missed_at_once(run_python, monkeypa
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(host.port))
-    lookout = Lookout(connect(), 0, 2, beat_s=BEAT_S)
+    watchdog = Watchdog(connect(), 0, 2, heartbeat_s=HEARTBEAT_S)
     ended = run_python(
-        "-c", "from yolov12.mas.distributed.watchdog import *; lookout = Lookout(connect(), 1, 2); raise SystemExit(3)"
+        "-c",
+        "from yolov12.mas.distributed.watchdog import *; watchdog = Watchdog(connect(), 1, 2); raise SystemExit(3)",
     )
     assert ended.returncode == 3, ended.stderr
-    assert lookout.gone(NOISE_S) == Gone(1, "rank 1", "its process ended before the run did")
-    lookout.close()
+    assert watchdog.gone(NOISE_S) == Gone(1, "rank 1", "its process ended before the run did")
+    watchdog.close()
 
 
 # Threads, on a store in memory
@@ -183,12 +184,12 @@ class Ring:
         store = HashStore()
         self.lines = [Line(store) for _ in range(size)]
         self.said, self.left = [[] for _ in range(size)], [threading.Event() for _ in range(size)]
-        self.lookouts = [
-            Lookout(
+        self.watchdogs = [
+            Watchdog(
                 line,
                 rank,
                 size,
-                **{"beat_s": 0.02, "dead_s": 0.5, "grace_s": 0.1, **options},
+                **{"heartbeat_s": 0.02, "dead_s": 0.5, "grace_s": 0.1, **options},
                 log=self.said[rank].append,
                 leave=lambda status, rank=rank: self.left[rank].set(),
             )
@@ -196,7 +197,7 @@ class Ring:
         ]
 
     def __getitem__(self, rank):
-        return self.lookouts[rank]
+        return self.watchdogs[rank]
 
 
 @pytest.fixture
@@ -208,9 +209,9 @@ def ring():
         return rings[-1]
 
     yield make
-    for lookout in [lookout for ring in rings for lookout in ring.lookouts]:
-        lookout._caller.join = lambda _: None  # some are meant to hang
-        lookout.close()
+    for watchdog in [watchdog for ring in rings for watchdog in ring.watchdogs]:
+        watchdog._caller.join = lambda _: None  # some are meant to hang
+        watchdog.close()
 
 
 def test_ranks_that_are_done_are_stepped_over(ring):
@@ -234,9 +235,9 @@ def test_last_rank_watches_nobody(ring):
 
 
 def test_rank_that_has_not_begun_is_not_dead():
-    lookout = Lookout(HashStore(), 0, 2, beat_s=0.02, dead_s=0.1)
-    assert lookout.gone(0.5) is None
-    lookout.close()
+    watchdog = Watchdog(HashStore(), 0, 2, heartbeat_s=0.02, dead_s=0.1)
+    assert watchdog.gone(0.5) is None
+    watchdog.close()
 
 
 def test_first_to_be_named_stays_named(ring):
@@ -297,6 +298,14 @@ def test_failures_are_told_without_anybody_leaving(ring):
     assert two[1].told(0) == "it failed"
 
 
+def test_messages_lose_their_colour_codes(ring):
+    two = ring(2, grace_s=60)
+    two[0].tell("\x1b[34m\x1b[1mval:\x1b[0m no labels")
+    assert two[1].told(0) == "val: no labels"
+    two[0].leaving("\x1b[31mno disk\x1b[0m")
+    assert two[1].gone(NOISE_S) == Gone(0, "rank 0", "no disk")
+
+
 def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_RUN_ID": "run"}
@@ -308,16 +317,16 @@ def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(agent))
         return connect(prefix)
 
-    before = Lookout(client(0, True), 1, 2, beat_s=0.02)
+    before = Watchdog(client(0, True), 1, 2, heartbeat_s=0.02)
     before.leaving("before the restart")
     for store, expected in [
         (client(0, True), Gone(1, "rank 1", "before the restart")),
         (client(1, True), None),
         (client(0, True, "2"), None),
     ]:
-        lookout = Lookout(store, 0, 2, beat_s=0.02)
-        assert lookout.gone(NOISE_S if expected else 0.3) == expected
-        lookout.close()
+        watchdog = Watchdog(store, 0, 2, heartbeat_s=0.02)
+        assert watchdog.gone(NOISE_S if expected else 0.3) == expected
+        watchdog.close()
     # Machines may have counted different numbers of restarts, and this kind of store is new after each restart. So the
     # number must not separate them.
     client(0, False).add("key", 1)

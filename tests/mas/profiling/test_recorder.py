@@ -37,7 +37,7 @@ def kept_bytes(step, batch, plan):
             loss.backward()
 
         step._backward = backward
-        step.rehearse(batch, 0, IMAGES, step.checkpointing.within(plan))
+        step.try_out(batch, 0, IMAGES, step.checkpointing.within(plan))
     return kept[0]
 
 

@@ -1,23 +1,23 @@
-"""Parts of a batch on their way to the device; here, the CPU."""
+"""Parts of a batch are copied to the device, which is the CPU here."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from yolov12.mas.step.prefetch import Feed
+from yolov12.mas.step.prefetch import Prefetch
 
 CPU = torch.device("cpu")
 
 
-def test_part_keeps_its_structure():
+def test_a_part_keeps_the_structure_of_the_batch():
     marker = SimpleNamespace()
 
-    def cut(start, stop):
+    def part_of(start, stop):
         images = torch.arange(10.0)[start:stop]
         return {"img": images, "pair": (images + 1, [images + 2, "name"]), "files": ["a", "b"], "other": marker}
 
-    part = Feed(CPU, cut).get(2, 5)
+    part = Prefetch(CPU, part_of).get(2, 5)
     assert part["img"].tolist() == [2, 3, 4]
     assert part["pair"][0].tolist() == [3, 4, 5]
     assert part["pair"][1][0].tolist() == [4, 5, 6]
@@ -26,26 +26,26 @@ def test_part_keeps_its_structure():
     assert part["other"] is marker
 
 
-def test_parts_come_as_asked_for_whatever_was_expected_next():
-    feed = Feed(CPU, lambda start, stop: torch.arange(10)[start:stop])
-    assert feed.get(0, 4).tolist() == [0, 1, 2, 3]
-    feed.look_ahead(4, 8)
-    assert feed.get(4, 6).tolist() == [4, 5]
-    feed.look_ahead(6, 8)
-    feed.drop()
-    assert feed.get(6, 8).tolist() == [6, 7]
+def test_parts_are_those_asked_for_whatever_was_prefetched():
+    parts = Prefetch(CPU, lambda start, stop: torch.arange(10)[start:stop])
+    assert parts.get(0, 4).tolist() == [0, 1, 2, 3]
+    parts.prefetch(4, 8)
+    assert parts.get(4, 6).tolist() == [4, 5]
+    parts.prefetch(6, 8)
+    parts.drop()
+    assert parts.get(6, 8).tolist() == [6, 7]
 
 
-def test_failed_allocation_reaches_the_caller():
-    def cut(start, stop):
+def test_a_failed_allocation_reaches_the_caller():
+    def part_of(start, stop):
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        Feed(CPU, cut).get(0, 1)
+        Prefetch(CPU, part_of).get(0, 1)
 
 
 def test_changing_a_part_in_place_does_not_change_the_batch():
-    """A micro-batch that failed runs again from the batch, also where the loss scales its images in place."""
+    """A failed micro-batch runs again from the batch, even if the loss has scaled its images in place."""
     batch = torch.ones(4)
-    Feed(CPU, lambda start, stop: batch[start:stop]).get(0, 2).mul_(5)
+    Prefetch(CPU, lambda start, stop: batch[start:stop]).get(0, 2).mul_(5)
     assert batch.tolist() == [1, 1, 1, 1]

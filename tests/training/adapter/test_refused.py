@@ -9,9 +9,9 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolov12 import cli
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import engine
+from yolov12.mas import engine, room
 from yolov12.mas.memory.host import HostMeter
-from yolov12.training.adapter.trainer import _optimizer_bytes
+from yolov12.training.adapter.memory_needs import optimizer_bytes
 
 MESSAGE = re.compile(
     r"one image needs (?P<needed>[\d,]+) MiB at its peak, "
@@ -26,6 +26,7 @@ def others(monkeypatch):
     read = HostMeter.read
     monkeypatch.setattr(HostMeter, "read", lambda meter: replace(read(meter), others_bytes=8 * 2**30))
     monkeypatch.setattr(engine, "WAIT_S", 0)
+    monkeypatch.setattr(room, "WAIT_S", 0)
     monkeypatch.setattr(engine, "_PATIENCE_S", 0)
 
 
@@ -61,7 +62,7 @@ def test_what_the_optimizer_will_hold_is_counted_until_it_does(trainings, tmp_pa
     counted = []
 
     def count(trainer):
-        counted.append(_optimizer_bytes(trainer, unwrap_model(trainer.model)))
+        counted.append(optimizer_bytes(trainer.optimizer, unwrap_model(trainer.model)))
 
     callbacks = [("on_train_start", count), ("on_train_end", count)]
     run = trainings.train(tmp_path, optimizer=optimizer, epochs=1, callbacks=callbacks)

@@ -59,6 +59,14 @@ def test_the_log_says_what_was_chosen_and_at_the_end_how_it_went(run):
     assert at == len(lines) - 3  # the last thing a user reads
 
 
+def test_the_log_names_the_checkpoints_and_no_temporary_file(run):
+    stripped = [line for line in run.log.splitlines() if "Optimizer stripped" in line]
+    assert [re.sub(r", [\d.]+MB$", "", line) for line in stripped] == [
+        f"Optimizer stripped from {run.folder / 'weights' / name}" for name in ("last.pt", "best.pt")
+    ]
+    assert "unfinished" not in run.log
+
+
 def test_memory_json_sums_up_memory_csv(trainings, run):
     summary, rows = run.summary, run.memory
     assert (summary["updates"], summary["updates_expected"], summary["images"]) == (8, 8, 2 * trainings.IMAGES)

@@ -14,15 +14,15 @@ from ultralytics.utils.torch_utils import init_seeds
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas import Engine
 from yolov12.mas.distributed.ranks import RankStatus
-from yolov12.training.data.resolution import CALM, DataLayer, Rung, rungs
+from yolov12.training.data.resolution import CALM, ResolutionControl, ResolutionStep, resolution_steps
 from yolov12.training.data.sharing import Sharing
 
 SIZES = {"imgsz": 128, "mas_min_imgsz": 32}
 
 
 def test_rungs_go_down_in_strides_to_the_floor():
-    assert rungs(128, 40, 32) == (Rung(128, 1.0), Rung(96, 0.5), Rung(64, 0.0))
-    assert rungs(64, 320, 32) == (Rung(64, 1.0),)
+    assert resolution_steps(128, 40, 32) == (ResolutionStep(128, 1.0), ResolutionStep(96, 0.5), ResolutionStep(64, 0.0))
+    assert resolution_steps(64, 320, 32) == (ResolutionStep(64, 1.0),)
 
 
 @pytest.fixture
@@ -101,7 +101,8 @@ def test_sizes_are_drawn_around_the_rung(trainings, tmp_path, memory):
     assert max(size for _, size, _ in run.seen) <= 96
 
 
-def test_a_resumed_run_is_on_its_rung(trainings, tmp_path, memory):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_resumed_run_keeps_its_image_size(trainings, tmp_path, memory, version):
     memory.size = 64
 
     def stop(trainer):
@@ -116,7 +117,15 @@ def test_a_resumed_run_is_on_its_rung(trainings, tmp_path, memory):
         callbacks=[("on_train_batch_end", stop)],
         raises=KeyboardInterrupt,
     )
+    if version == 1:
+        file = cut.folder / "weights" / "state.pt"
+        state = torch.load(file, weights_only=True)
+        step = state.pop("resolution")
+        state |= {"version": 1, "data_layer": {"rung": step.pop("step"), **step}}
+        state["loader"]["rungs"] = state["loader"].pop("resolution_steps")
+        torch.save(state, file)
     run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True)
+    assert "resume: epoch 2, after batch 1 of 4" in run.log
     assert set(sizes(run)) == {64}
     assert sum("image size" in row["events"] for row in run.memory) == 1
 
@@ -146,7 +155,7 @@ def loaded(data, workers, layer=None):
 
 
 def a_layer(mode="auto"):
-    return DataLayer(mode, rungs(128, 64, 32), 32)
+    return ResolutionControl(mode, resolution_steps(128, 64, 32), 32)
 
 
 @pytest.mark.parametrize("mode", ["auto", "eager", "off"])
@@ -209,12 +218,12 @@ def test_mixing_fades_with_the_rungs_and_stays_off_where_it_was_closed(data):
 def test_ranks_load_on_the_rung_that_was_settled_and_not_on_the_one_of_the_moment(data):
     layer = a_layer()
     loader = loaded(data, 0, layer)
-    sharing = Sharing(0, 1, 4, 4, 0, rung=lambda: layer.rung)
-    drawn = [sharing.cut(range(4), "0 0")]
+    sharing = Sharing(0, 1, 4, 4, 0, resolution_step=lambda: layer.step)
+    drawn = [sharing.split(range(4), "0 0")]
     layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
     sharing.taken()
     sharing.observe([RankStatus()])
-    drawn.append(sharing.cut(range(4), "0 1"))
+    drawn.append(sharing.split(range(4), "0 1"))
     load = loader.dataset.__getitems__
     assert [{sample["img"].shape[-1] for sample in load(indices)} for indices in drawn] == [{128}, {96}]
     assert {sample["img"].shape[-1] for sample in load(range(4))} == {96}
@@ -239,12 +248,12 @@ def test_images_that_are_in_memory_get_smaller_and_not_cropped(data, cache):
 
 
 def test_one_fall_through_several_rungs_doubles_the_patience_once():
-    layer = DataLayer("auto", rungs(128, 32, 32), 32)
+    layer = ResolutionControl("auto", resolution_steps(128, 32, 32), 32)
     batch = {"img": torch.zeros(1, 3, 128, 128)}
     layer.smaller(batch)
     for _ in range(CALM):
         layer.after(lambda size: True)
-    assert layer.rung == 0
+    assert layer.step == 0
     for _ in range(3):
         layer.smaller(batch)
-    assert (layer.rung, layer.state_dict()["patience"]) == (3, 2 * CALM)
+    assert (layer.step, layer.state_dict()["patience"]) == (3, 2 * CALM)

@@ -11,7 +11,7 @@ from ultralytics.data.build import InfiniteDataLoader
 
 from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.training.data.loader import ResumableLoader
-from yolov12.training.data.sharing import Sharing, augment_by_place, rung_of
+from yolov12.training.data.sharing import Sharing, augment_by_place, resolution_step_of
 
 
 def draws(sharing, batches, *, ahead, said):
@@ -19,7 +19,7 @@ def draws(sharing, batches, *, ahead, said):
     drawn = []
     for step in range(len(batches)):
         while len(drawn) < min(step + 1 + ahead, len(batches)):
-            drawn.append(sharing.cut(batches[len(drawn)], f"0 {len(drawn)}"))
+            drawn.append(sharing.split(batches[len(drawn)], f"0 {len(drawn)}"))
         assert sharing.taken().batch_images == len(batches[step])
         sharing.observe(said(step))
     return drawn
@@ -58,53 +58,53 @@ def test_a_batch_is_loaded_on_one_rung_however_far_ranks_draw_ahead(aheads):
             steps.append(step)
             return [RankStatus(), RankStatus()]
 
-        def rung(steps=steps):
+        def resolution_step(steps=steps):
             return 3 if 20 <= len(steps) <= 40 else 0
 
-        sharing = Sharing(rank, 2, 16, 4, max(ahead, 9), rung=rung)
+        sharing = Sharing(rank, 2, 16, 4, max(ahead, 9), resolution_step=resolution_step)
         loaded = draws(sharing, batches, ahead=ahead, said=said)
-        found.append([{rung_of([index], 7) for index in share} for share in loaded])
+        found.append([{resolution_step_of([index], 7) for index in share} for share in loaded])
     assert found[0] == found[1]
     assert found[0] == [{3} if 29 <= number < 50 else {0} for number in range(60)]  # nine batches later
-    assert rung_of([5], 7) == 7
+    assert resolution_step_of([5], 7) == 7
 
 
 def test_a_run_that_resumes_loads_on_the_rungs_that_were_settled():
-    def rungs(sharing, batches, first=0):
-        return [rung_of(sharing.cut(range(16), f"0 {first + number}"), 7) for number in range(batches)]
+    def steps_of(sharing, batches, first=0):
+        return [resolution_step_of(sharing.split(range(16), f"0 {first + number}"), 7) for number in range(batches)]
 
     def trained(sharing, steps):
         for _ in range(steps):
             sharing.observe([RankStatus(), RankStatus()])
 
-    rung = 2
-    sharing = Sharing(0, 2, 16, 4, 9, rung=lambda: rung)
-    rungs(sharing, 9)
+    resolution_step = 2
+    sharing = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: resolution_step)
+    steps_of(sharing, 9)
     trained(sharing, 5)
-    rung = 1
+    resolution_step = 1
     trained(sharing, 4)
-    resumed = Sharing(0, 2, 16, 4, 9, rung=lambda: 0)  # its data layer knows the rung only later
+    resumed = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: 0)  # its data layer knows the rung only later
     resumed.load_state_dict(sharing.state_dict())
-    assert rungs(resumed, 12) == rungs(sharing, 12, 9) == [2] * 6 + [1] * 6
-    old = Sharing(0, 2, 16, 4, 9, rung=lambda: rung)
+    assert steps_of(resumed, 12) == steps_of(sharing, 12, 9) == [2] * 6 + [1] * 6
+    old = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: resolution_step)
     old.load_state_dict([])  # a file that does not know
-    assert rungs(old, 1) == [1]
+    assert steps_of(old, 1) == [1]
 
 
 def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():
     boxes = [9, 1, 5, 3]
     sharing = Sharing(0, 1, 4, 1, 9, 0.0, boxes)
-    assert [boxes[index] for index in sharing.cut([0, 1, 2, 3], "0 0")] == [9, 3, 5, 1]
+    assert [boxes[index] for index in sharing.split([0, 1, 2, 3], "0 0")] == [9, 3, 5, 1]
 
 
 def test_what_was_drawn_and_dropped_is_drawn_anew():
     sharing = Sharing(0, 2, 8, 2, 9)
     for number in range(3):
-        sharing.cut(range(8), f"0 {number}")
+        sharing.split(range(8), f"0 {number}")
     sharing.taken()
     sharing.observe([RankStatus(), RankStatus()])
     sharing.drop()
-    assert len(sharing.cut(range(8), "0 1")) == 4
+    assert len(sharing.split(range(8), "0 1")) == 4
     assert sharing.taken().batch_images == 8
 
 
@@ -114,9 +114,9 @@ def test_an_image_is_augmented_by_its_place_whoever_loads_it():
 
     dataset = SimpleNamespace(get_image_and_label=load)
     augment_by_place(dataset)
-    first = Sharing(0, 2, 8, 2, 9).cut(range(10, 18), "7 3")
-    second = Sharing(1, 2, 8, 2, 9).cut(range(10, 18), "7 3")
-    alone = Sharing(0, 1, 8, 2, 9).cut(range(10, 18), "7 3")
+    first = Sharing(0, 2, 8, 2, 9).split(range(10, 18), "7 3")
+    second = Sharing(1, 2, 8, 2, 9).split(range(10, 18), "7 3")
+    alone = Sharing(0, 1, 8, 2, 9).split(range(10, 18), "7 3")
     loaded = [dataset.get_image_and_label(pickle.loads(pickle.dumps(index))) for index in [*first, *second]]
     again = [dataset.get_image_and_label(index) for index in alone]
     assert [each[:3] for each in loaded] == [each[:3] for each in again]
@@ -128,7 +128,7 @@ def test_a_rank_whose_share_is_none_runs_an_image_that_does_not_count():
     found = []
     for rank in range(3):
         sharing = Sharing(rank, 3, 12, 4, 9)
-        indices = sharing.cut([5, 6, 7], "0 0")
+        indices = sharing.split([5, 6, 7], "0 0")
         found.append((list(map(int, indices)), not sharing.taken().is_padding))
     assert found == [([5, 6, 7], True), ([5], False), ([5], False)]
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from yolov12.errors import DoesNotFitError, RankError
-from yolov12.mas.distributed.watchdog import Lookout
+from yolov12.mas.distributed.watchdog import Watchdog
 
 __all__ = ["ALONE", "NO_NEWS", "ProcessRanks", "RankStatus", "Ranks", "exchange_names"]
 
@@ -127,13 +127,13 @@ class ProcessRanks:
     """Ranks of torch.distributed, whose default group sums tensors of the host and of the device.
 
     Args:
-        lookout: Watchdog that names a rank that is gone, and passes error messages on.
+        watchdog: Watchdog that names a rank that is gone, and passes error messages on.
         alike: See `Ranks.alike`.
     """
 
-    def __init__(self, lookout: Lookout, *, alike: bool = True) -> None:
+    def __init__(self, watchdog: Watchdog, *, alike: bool = True) -> None:
         self.rank, self.size, self.alike = dist.get_rank(), dist.get_world_size(), alike
-        self._lookout = lookout
+        self._watchdog = watchdog
         self._flat: dict[_Kind, Tensor] = {}
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
@@ -145,7 +145,7 @@ class ProcessRanks:
         """See `Ranks.agree`."""
         outcome = _DONE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
         if failure is not None:
-            self._lookout.tell(str(failure) or type(failure).__name__)
+            self._watchdog.tell(str(failure) or type(failure).__name__)
         table = torch.zeros(self.size, 5, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
         table[self.rank] = torch.tensor(
             [outcome, status.images, status.ms, status.stop, status.checksum], dtype=torch.float64
@@ -158,7 +158,7 @@ class ProcessRanks:
             if kind in outcomes:
                 rank = outcomes.index(kind)
                 if rank != self.rank and (failure is None or kind != outcome):
-                    raise error(f"{self._lookout.names[rank]}: {self._lookout.told(rank)}")
+                    raise error(f"{self._watchdog.names[rank]}: {self._watchdog.told(rank)}")
                 break
         self._compare([each.checksum for each in statuses])
         return statuses
@@ -169,8 +169,8 @@ class ProcessRanks:
         usual = max(checksums, key=checksums.count)
         other = next(rank for rank, checksum in enumerate(checksums) if checksum != usual)
         raise RankError(
-            f"{self._lookout.names[other]} has other weights than the others have: memory or a link of its machine may "
-            "be faulty. resume=True goes on from the last save"
+            f"{self._watchdog.names[other]} has other weights than the other ranks: memory or a link of its machine "
+            "may be faulty. resume=True continues from the last save"
         )
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
@@ -223,7 +223,7 @@ class ProcessRanks:
         Args:
             error: Error of a collective.
         """
-        gone = self._lookout.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
+        gone = self._watchdog.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
         return RankError(f"{gone}. resume=True goes on from the last save, and resume=auto by itself")
 
 

@@ -6,14 +6,14 @@ torch.distributed and reads the counter of the next rank, so the store answers o
 second. The first rank that sees a counter stand still writes a message for all ranks. Heartbeats continue while the
 main thread is busy, unless it holds Python's global interpreter lock (GIL) all the time.
 
-    lookout = Lookout(connect(), rank, size)
+    watchdog = Watchdog(connect(), rank, size)
     try:
-        train()  # if a collective fails, lookout.gone(45) returns the rank that caused it
+        train()  # if a collective fails, watchdog.gone(45) returns the rank that caused it
     except Exception as error:
-        lookout.leaving(str(error))
+        watchdog.leaving(str(error))
         raise
     finally:
-        lookout.close()
+        watchdog.close()
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ from typing import Any
 
 from torch.distributed import PrefixStore, Store, TCPStore
 
-__all__ = ["Gone", "Lookout", "connect"]
+from yolov12.errors import plain
 
-_READ_BEATS = 3
+__all__ = ["Gone", "Watchdog", "connect"]
+
+_READ_HEARTBEATS = 3
 """Heartbeat intervals within which every rank has read the message about a rank that is gone."""
 _PATIENCE_S = 5.0
 """Seconds that the main thread waits for a store that may not answer."""
@@ -72,11 +74,11 @@ def connect(prefix: str = "") -> Store:
     # restart. The restart must not be part of the prefix there, because machines may have counted different numbers of
     # restarts.
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if _launcher_hosts() else ""
-    return PrefixStore(f"lookout/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart}/{prefix}", store)
+    return PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart}/{prefix}", store)
 
 
-class Lookout:
-    """Watchdog of one rank, which starts when it is created; see the module. A rank without a watchdog is not watched.
+class Watchdog:
+    """Watchdog of one rank; it starts when it is created. A rank without a watchdog is not watched.
 
     After a rank has died or left, the main thread has `grace_s` seconds to notice and to call `close`. Then this
     process logs the reason and exits with status 1. It does the same if other ranks took this rank for dead, because
@@ -87,7 +89,7 @@ class Lookout:
         store: Store that all ranks share, under a prefix of this run: see `connect`.
         rank: Index of this rank.
         size: Number of ranks.
-        beat_s: Seconds between two heartbeats.
+        heartbeat_s: Seconds between two heartbeats.
         dead_s: Seconds without a heartbeat after which a rank counts as dead.
         grace_s: Seconds for the main thread to end by itself.
         names: Name of each rank in messages; by default `rank 0` and so on.
@@ -104,7 +106,7 @@ class Lookout:
         rank: int,
         size: int,
         *,
-        beat_s: float = 1.0,
+        heartbeat_s: float = 1.0,
         dead_s: float = 20.0,
         grace_s: float = 10.0,
         names: Sequence[str] | None = None,
@@ -114,9 +116,9 @@ class Lookout:
         self.names = names or [f"rank {index}" for index in range(size)]
         self._store: Any = store  # PyTorch 2.3's type hints lack `check`
         self._rank, self._size = rank, size
-        self._beat_s, self._dead_s, self._grace_s = beat_s, dead_s, grace_s
+        self._heartbeat_s, self._dead_s, self._grace_s = heartbeat_s, dead_s, grace_s
         self._log, self._leave = log, leave
-        self._watched, self._standstill = (rank + 1) % size, _StandstillTimer(beat_s)
+        self._watched, self._standstill = (rank + 1) % size, _StandstillTimer(heartbeat_s)
         self._rounds = 0
         self._parting: str | None = None
         self._gone: Gone | None = None
@@ -124,9 +126,9 @@ class Lookout:
         self._send_heartbeat()
         # Most requests to a store have no timeout. One thread makes them, and a second thread notices if the first gets
         # no answer.
-        self._caller = threading.Thread(target=self._run_requests, name="lookout-store", daemon=True)
+        self._caller = threading.Thread(target=self._run_requests, name="watchdog-store", daemon=True)
         self._caller.start()
-        threading.Thread(target=self._watch, name="lookout", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         atexit.register(self.leaving, "its process ended before the run did")
 
     def gone(self, timeout_s: float) -> Gone | None:
@@ -144,7 +146,7 @@ class Lookout:
     def tell(self, failure: str) -> None:
         """Publish a failure for which no rank has to exit. When this returns, all ranks can read it."""
         with suppress(RuntimeError):
-            self._store.set(f"told/{self._rank}", failure)
+            self._store.set(f"told/{self._rank}", plain(failure))
             self._store.check([f"told/{self._rank}"])  # `set` does not wait for an answer
 
     def told(self, rank: int) -> str:
@@ -159,10 +161,10 @@ class Lookout:
 
         The message has no effect if another rank is already known to be gone.
         """
-        self._parting = reason
+        self._parting = plain(reason)
         self.close()
         if self._rank == 0 and not _launcher_hosts():  # the store ends with this process, and others must read it first
-            time.sleep(_READ_BEATS * self._beat_s)
+            time.sleep(_READ_HEARTBEATS * self._heartbeat_s)
 
     def close(self) -> None:
         """Stop the watchdog: the run is over or about to end, and the other ranks no longer watch this one."""
@@ -176,7 +178,7 @@ class Lookout:
             while not self._closed.is_set():
                 self._check_heartbeats()
                 self._rounds += 1
-                self._closed.wait(self._beat_s)
+                self._closed.wait(self._heartbeat_s)
             if self._parting is not None:
                 self._report_gone(self._rank, self._parting)
             self._store.add(f"closed/{self._rank}", 1)
@@ -184,19 +186,19 @@ class Lookout:
             self._report_lost_store()
 
     def _send_heartbeat(self) -> None:
-        self._store.add(f"beat/{self._rank}", 1)
+        self._store.add(f"heartbeat/{self._rank}", 1)
 
     def _check_heartbeats(self) -> None:
         self._send_heartbeat()
         if self._store.check(["gone"]):  # `get` alone would wait
             self._read_report(self._store.get("gone"))
             return
-        beats = self._store.add(f"beat/{self._watched}", 0)
-        quiet_s = self._standstill.quiet_s(beats)
-        if not beats or not quiet_s:
+        heartbeats = self._store.add(f"heartbeat/{self._watched}", 0)
+        quiet_s = self._standstill.quiet_s(heartbeats)
+        if not heartbeats or not quiet_s:
             return
         if self._store.check([f"closed/{self._watched}"]):
-            self._watched, self._standstill = (self._watched + 1) % self._size, _StandstillTimer(self._beat_s)
+            self._watched, self._standstill = (self._watched + 1) % self._size, _StandstillTimer(self._heartbeat_s)
         elif quiet_s >= self._dead_s:
             self._report_gone(self._watched, f"has not been heard of for {self._dead_s:g} s")
 
@@ -217,9 +219,9 @@ class Lookout:
         self._known.set()
 
     def _watch(self) -> None:
-        calls = _StandstillTimer(self._beat_s)
+        calls = _StandstillTimer(self._heartbeat_s)
         while not self._known.is_set():
-            if self._closed.wait(self._beat_s):
+            if self._closed.wait(self._heartbeat_s):
                 return
             if calls.quiet_s(self._rounds) >= self._dead_s:
                 self._report_lost_store()

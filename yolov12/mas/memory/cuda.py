@@ -1,4 +1,4 @@
-"""Memory of a CUDA device: reading it, and limiting what PyTorch's allocator takes of it."""
+"""Memory of a CUDA device: how to read it, and how to limit PyTorch's allocator."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ class CudaMeter:
         )
 
     def mark(self) -> int:
-        """Forget the peak; return the live bytes now."""
+        """Reset the peak; return the bytes allocated now."""
         torch.cuda.reset_peak_memory_stats(self._device)
         return int(self._counters()["allocated_bytes"]["all"]["current"])
 
     def peak_bytes(self) -> int:
-        """Return the highest live bytes since the mark. Exact: the allocator counts when memory is asked for."""
+        """Return the highest allocated bytes since the mark. They are exact, as the allocator counts every request."""
         return int(self._counters()["allocated_bytes"]["all"]["peak"])
 
     def release(self) -> None:
-        """Collect garbage and give the allocator's cache back; waits for the device."""
+        """Collect garbage and return the allocator's cache to the device; this waits for the device."""
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -79,15 +79,15 @@ class CudaMeter:
         return _allocator_limited(self._device, self._limited_bytes / torch.cuda.mem_get_info(self._device)[1])
 
     def stopwatch(self) -> Stopwatch:
-        """Return a stopwatch that is running on the device's current stream."""
+        """Start a stopwatch on the device's current stream."""
         return _CudaStopwatch(self._device)
 
     def busy_percent(self) -> float | None:
-        """Return NVML's GPU utilisation, at most a second old; None where NVML does not tell."""
+        """Return NVML's GPU utilisation in percent, at most a second old; None if NVML does not tell."""
         return self._busy_percent()
 
     def _counters(self) -> dict[str, Any]:
-        # `memory_allocated` and its like each flatten and sort a hundred counters to return one of them.
+        # Functions such as `memory_allocated` flatten and sort a hundred counters to return one of them.
         counters: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(self._device)
         return counters
 
@@ -114,9 +114,9 @@ _fractions: dict[int, list[_Fraction]] = {}  # device index → the fraction fou
 
 @contextmanager
 def _allocator_limited(device: int, value: float) -> Iterator[None]:
-    """Limit the allocator; on exit, restore the limit of the context that opened last, or the one found before all.
+    """Limit the allocator. On exit, restore the limit of the open context that opened last, or the original limit.
 
-    Contexts may close in any order: a prediction in a callback ends before its training, one that is streamed after it.
+    Contexts may close in any order: a prediction in a callback ends before its training, a streamed one may end after.
     """
     fractions = _fractions.setdefault(device, [])
     if not fractions:

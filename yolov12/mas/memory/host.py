@@ -6,10 +6,12 @@ import contextlib
 import ctypes
 import gc
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yolov12.errors import ConfigError
 from yolov12.mas.memory.cgroups import CGROUPS, read_cgroup_memory, read_fields
 from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
 
@@ -20,7 +22,11 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Memory of the host, read from `/proc` and the control groups, or from psutil where there is no `/proc`."""
+    """Memory of the host, read from `/proc` and the control groups.
+
+    Raises:
+        ConfigError: There is no `/proc`, from any method but `forget_peak`.
+    """
 
     proc: Path = _PROC
     """Folder where `/proc` is mounted."""
@@ -32,13 +38,8 @@ class HostMemory:
 
         Available memory is free or can be given up on demand, such as page cache.
         """
-        fields = read_fields(self.proc / "meminfo")
-        if fields:
-            return fields["MemTotal"], fields["MemAvailable"]
-        import psutil  # type: ignore[import-untyped,unused-ignore]
-
-        memory = psutil.virtual_memory()
-        return int(memory.total), int(memory.available)
+        fields = self._fields("meminfo")
+        return fields["MemTotal"], fields["MemAvailable"]
 
     def room_bytes(self) -> tuple[int, int]:
         """Read total and available bytes for this process: the machine's, or the control groups' if they are less."""
@@ -48,13 +49,14 @@ class HostMemory:
 
     def resident_bytes(self) -> tuple[int, int]:
         """Read this process' resident size now and its peak since `forget_peak` (the present size if unknown)."""
-        fields = read_fields(self.proc / "self/status")
-        if fields:
-            return fields["VmRSS"], max(fields["VmRSS"], fields.get("VmHWM", 0))
-        import psutil
+        fields = self._fields("self/status")
+        return fields["VmRSS"], max(fields["VmRSS"], fields.get("VmHWM", 0))
 
-        now = int(psutil.Process().memory_info().rss)
-        return now, now
+    def _fields(self, name: str) -> Mapping[str, int]:
+        fields = read_fields(self.proc / name)
+        if not fields:
+            raise ConfigError(f"memory cannot be read, as {self.proc / name} is missing: use Linux, with /proc mounted")
+        return fields
 
     def forget_peak(self) -> None:
         """Reset the peak of the resident size, if permitted (Linux' proc_pid_clear_refs(5))."""

@@ -1,8 +1,8 @@
-"""Choice of the meter: it reads the memory of a model's device, before every step and around every micro-batch.
+"""Choice of the meter, which reads the memory of a model's device before every step and around every micro-batch.
 
 meter = meter_for(torch.device("cuda:0"), limit=0.5)
 live_bytes = meter.mark()
-...                                                     # forward and backward
+...  # forward and backward pass
 increment_bytes = meter.peak_bytes() - live_bytes
 """
 
@@ -28,7 +28,7 @@ def meter_for(device: torch.device, limit: int | float | None = None) -> Meter:
             a GPU keeps to it too.
 
     Raises:
-        ConfigError: The device is neither.
+        ConfigError: The device is neither a CUDA device nor the CPU.
     """
     if device.type == "cuda":
         return CudaMeter(device, limit)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -52,7 +51,7 @@ def nvml_session() -> Iterator[None]:
 def driver_api() -> Any:
     """Load the CUDA driver's library; None if there is none."""
     try:
-        library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     library.cuInit(0)  # if this fails, so do the later calls

@@ -15,9 +15,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,61 +27,15 @@ from yolov12.mas.checkpointing.checkpointing import Checkpointing
 from yolov12.mas.checkpointing.rebuild import ACTIVATIONS, Outputs
 from yolov12.mas.memory.reading import Stopwatch
 from yolov12.mas.modules import each_tensor, overridden
+from yolov12.mas.profiling.observations import Call, Peaks, Saved, Timer, WholePasses
 from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
-__all__ = ["Peaks", "Recorder", "WholePasses"]
+__all__ = ["Recorder"]
 
 # About 10 ms, the time in which the host launches the largest layer.
 _DELAY_CYCLES = 20_000_000
 # Least factor by which a layer's own time is scaled, because times of whole passes are noisy.
 _LEAST_FACTOR = 0.2
-
-
-class Peaks(Protocol):
-    """The part of a meter that reads peaks; see `Meter`. `ByteTrace` has it, too."""
-
-    def mark(self) -> int:
-        """Reset the peak; return the bytes allocated now."""
-
-    def peak_bytes(self) -> int:
-        """Return the highest allocated bytes since the last mark."""
-
-
-@dataclass(frozen=True)
-class WholePasses:
-    """Milliseconds of a forward and backward pass without an observer, under three plans."""
-
-    keep_ms: float
-    """Time with everything kept."""
-    rebuild_ms: float
-    """Time with all flexible layers rebuilt."""
-    recompute_ms: float
-    """Time with all flexible layers recomputed."""
-
-
-@dataclass
-class _Saved:
-    bytes: int
-    layers: tuple[str, ...]
-    """Layers that were running when the tensor was first saved, outermost first."""
-    tensor: Tensor | None
-    """Keeps the memory allocated during the pass, so that the address stays unique."""
-
-
-@dataclass(frozen=True)
-class _Timer:
-    host_ms: float
-    watch: Stopwatch
-    """Stopwatch of the device."""
-
-
-@dataclass
-class _Call:
-    inputs: dict[int, int]
-    """Address of the storage → bytes. `outputs` has the same form."""
-    outputs: dict[int, int] = field(default_factory=dict)
-    given: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Input tensors and their versions at the time of the call."""
 
 
 class Recorder:
@@ -105,8 +59,8 @@ class Recorder:
         self._stages = [name for name, outer in self._inside.items() if outer is None]
         self.stack: list[str] = []
         """Layers that are running, outermost first."""
-        self._calls: dict[str, _Call] = {}
-        self._saved: dict[int, _Saved] = {}
+        self._calls: dict[str, Call] = {}
+        self._saved: dict[int, Saved] = {}
         # Inputs and outputs of layers, kept allocated so that their addresses stay unique.
         self._alive: list[Tensor] = []
         self._rebuildable: dict[int, tuple[str, ...]] = {}
@@ -115,8 +69,8 @@ class Recorder:
         self._model = model
         self._norms_called: set[nn.Module] = set()
         self._device = next(model.parameters()).device
-        self._forward: dict[str, _Timer] = {}
-        self._rebuilds: dict[str, _Timer] = {}
+        self._forward: dict[str, Timer] = {}
+        self._rebuilds: dict[str, Timer] = {}
         self._marks: list[tuple[int, int]] = []  # (stage, peak bytes before its gradient arrived)
         self._live_bytes = 0
 
@@ -185,7 +139,7 @@ class Recorder:
             yield
 
     @contextmanager
-    def _timing(self, into: dict[str, _Timer], name: str, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
+    def _timing(self, into: dict[str, Timer], name: str, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
         if self._device.type == "cuda" and self._inside[name] is None:
             # The device sleeps first, so that the launches queue up and then run without gaps. The time measured is
             # then that of the device alone.
@@ -194,7 +148,7 @@ class Recorder:
         begin, watch = time.perf_counter(), stopwatch()
         yield
         watch.stop()
-        into[name] = _Timer(1e3 * (time.perf_counter() - begin), watch)
+        into[name] = Timer(1e3 * (time.perf_counter() - begin), watch)
 
     def profile(self, images: int, whole: WholePasses, last_peak_bytes: int) -> Profile:
         """Combine the observations of both passes.
@@ -229,7 +183,7 @@ class Recorder:
         if name in self._calls:
             self._fixed.add(name)
         first = len(self._alive)
-        call = self._calls[name] = _Call(inputs=self._keep_alive((args, kwargs)))
+        call = self._calls[name] = Call(inputs=self._keep_alive((args, kwargs)))
         call.given = [(tensor, tensor._version) for tensor in self._alive[first:]]
         self.stack.append(name)
         try:
@@ -271,7 +225,7 @@ class Recorder:
         # Weights are in memory anyway. So are their half-precision copies, until autocast ends.
         if key not in self._saved and key not in self._owned and tensor.shape not in self._shapes:
             size = tensor.untyped_storage().nbytes()
-            self._saved[key] = _Saved(size, tuple(self.stack), tensor)
+            self._saved[key] = Saved(size, tuple(self.stack), tensor)
         return tensor
 
     def _layer_cost(self, name: str, images: int, made_in: Mapping[int, int | None]) -> LayerCost:
@@ -306,7 +260,7 @@ class Recorder:
             rebuild=self._time(self._rebuilds, name, images),
         )
 
-    def _time(self, timers: Mapping[str, _Timer], name: str, images: int) -> Time:
+    def _time(self, timers: Mapping[str, Timer], name: str, images: int) -> Time:
         """Return a layer's time. Inside an outermost layer, device time is divided in proportion to host time."""
         if name not in timers:
             return Time(0.0, 0.0)
@@ -314,7 +268,7 @@ class Recorder:
         device_ms = outer.watch.elapsed_ms() or 0.0
         return Time(timers[name].host_ms / images, device_ms * timers[name].host_ms / (outer.host_ms or 1.0) / images)
 
-    def _stage_of(self, key: int, saved: _Saved) -> int | None:
+    def _stage_of(self, key: int, saved: Saved) -> int | None:
         for index, name in enumerate(self._stages):
             if name in self._calls and key in self._calls[name].outputs:
                 return index

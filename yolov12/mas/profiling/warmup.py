@@ -1,4 +1,4 @@
-"""The first seconds of a run: a few images run and are forgotten, so that the first decision is no guess."""
+"""Warm-up: a few images run before the first batch, so that the first decisions are based on measurements."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from torch import nn
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.memory.reading import Meter
 from yolov12.mas.oom import Failure
+from yolov12.mas.profiling.observations import WholePasses
 from yolov12.mas.profiling.profile import Profile
-from yolov12.mas.profiling.recorder import Recorder, WholePasses
+from yolov12.mas.profiling.recorder import Recorder
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.step.step import Step
 from yolov12.mas.task import Workload
 
-__all__ = ["PROFILE_IMAGES", "profile", "rehearse"]
+__all__ = ["PROFILE_IMAGES", "profile", "warm_up"]
 
 PROFILE_IMAGES = 8
-"""At most."""
+"""Most images that are run to profile layers."""
 _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
-"""Images, by kind of memory; the next where one fails. Just one: libraries take seconds for each size that is new."""
+"""Numbers of images to try, by kind of memory, until one fits. Only one is run: libraries take seconds for each new
+size."""
 
 
-def rehearse(
+def warm_up(
     step: Step, kind: str, batch: Any, work: Workload, cost: CostModel, speed: SpeedModel, level: int = 0
 ) -> Failure | None:
-    """Run a few images, first to load libraries, then to teach the cost model; those around the fullest image too.
+    """Run a few images: once to load libraries, then to measure memory, also around the image with most boxes.
 
     Args:
-        step: Runs them.
-        kind: Of the meter.
-        batch: The first of the run, on the host.
-        work: What it is.
-        cost: Is taught.
-        speed: Is told which size libraries know now.
-        level: Of the step's plans.
+        step: Runs the images and undoes all effects.
+        kind: Kind of memory, see `Meter.kind`.
+        batch: First batch of the run, on the host.
+        work: Properties of the batch.
+        cost: Model of peak bytes; it learns from the measurements.
+        speed: Model of times; it notes the size that libraries know now.
+        level: Index of the checkpoint plan to use.
 
     Returns:
-        None, or how one image failed.
+        None, or the failed allocation if not even one image fits.
     """
     fullest = work.boxes.index(max(work.boxes))
     outcome: tuple[int, int] | Failure
@@ -53,11 +55,11 @@ def rehearse(
         images = min(size, work.images)
         around = min(fullest, work.images - images)
         layers = partial(step.checkpointing.within, step.plans[level])
-        outcome = step.rehearse(batch, 0, images, layers())
+        outcome = step.try_out(batch, 0, images, layers())
         if isinstance(outcome, Failure):
             continue
         for start in (0, around) if around else (0,):
-            outcome = step.rehearse(batch, start, start + images, layers())
+            outcome = step.try_out(batch, start, start + images, layers())
             if not isinstance(outcome, Failure):
                 live_bytes, peak_bytes = outcome
                 boxes = max(work.boxes[start : start + images])
@@ -68,14 +70,17 @@ def rehearse(
 
 
 def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Profile | None:
-    """Run a few images a few times and say what each layer costs; fewer where they do not fit, None where none do.
+    """Measure the memory and the time of each layer by running a few images a few times.
 
     Args:
-        step: Runs them, on a model with these layers.
-        meter: Of its device.
-        layers: See `checkpointing.layers.candidates`.
-        batch: On the host.
-        images: How many to run; libraries should have seen this number.
+        step: Runs the images, on a model with these layers.
+        meter: Meter of the model's device.
+        layers: Name → layer, see `checkpointing.layers.candidates`.
+        batch: Batch on the host.
+        images: Number of images to run, halved until they fit. Libraries should know this size.
+
+    Returns:
+        The profile; None if not even one image fits.
     """
     while images:
         found = _profile(step, meter, layers, batch, images)
@@ -88,12 +93,12 @@ def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: An
 
 def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Profile | Failure:
     recorder = Recorder(step.model, layers, step.checkpointing)
-    failure = step.rehearse(batch, 0, images, recorder.saved_tensors(meter.stopwatch))
+    failure = step.try_out(batch, 0, images, recorder.saved_tensors(meter.stopwatch))
     if isinstance(failure, Failure):
         return failure
-    # A process' resident size is too coarse for layers: on the host bytes are counted as tensors come and go.
+    # The resident size of a process is too coarse for single layers. On the host, bytes of tensors are counted.
     with ByteTrace() if meter.kind == "host" else nullcontext(meter) as peaks:
-        failure = step.rehearse(batch, 0, images, recorder.times_and_peaks(meter.stopwatch, peaks))
+        failure = step.try_out(batch, 0, images, recorder.times_and_peaks(meter.stopwatch, peaks))
         last_peak_bytes = peaks.peak_bytes()
     if isinstance(failure, Failure):
         return failure
@@ -103,11 +108,11 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
         best_ms = math.inf
         for _ in range(2):
             watch = meter.stopwatch()
-            failure = step.rehearse(batch, 0, images, step.checkpointing.within(plan))
+            failure = step.try_out(batch, 0, images, step.checkpointing.within(plan))
             watch.stop()
             if isinstance(failure, Failure):
                 return failure
-            while (time_ms := watch.elapsed_ms()) is None:  # the device is on it
+            while (time_ms := watch.elapsed_ms()) is None:  # the device is still at work
                 time.sleep(1e-3)
             best_ms = min(best_ms, time_ms)
         times.append(best_ms)

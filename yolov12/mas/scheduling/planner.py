@@ -1,4 +1,4 @@
-"""One batch's way through the engine: asks the scheduler, and answers allocations that failed."""
+"""Planner of batches: it asks the scheduler for a decision, and reacts to failed allocations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from yolov12.errors import DoesNotFitError
+from yolov12.errors import DoesNotFitError, plain
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
@@ -21,21 +21,20 @@ from yolov12.mas.task import Workload
 __all__ = ["NO_ADVICE", "WAIT_S", "Advice", "BatchPlanner", "BatchReport", "WaysOut"]
 
 WaysOut = Callable[[float], Sequence[str]]
-"""Called with the fraction of one image's activations that would fit; returns what the user could do, cheapest
-first."""
+"""Function of the fraction of one image's activations that would fit; returns things to do, cheapest first."""
 
 WAIT_S = 120
-"""Seconds to wait for other processes to release memory before a run ends."""
+"""Most seconds to wait for other processes to release memory before a run ends."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Knowledge of the training that the error of a run that does not fit needs."""
+    """Knowledge of the training, for the error message of a run that does not fit."""
 
     ways_out: WaysOut = lambda fraction: ()
-    """See `WaysOut`."""
+    """Returns what the user could do, see `WaysOut`."""
     optimizer_bytes: Callable[[], int] = lambda: 0
-    """Returns the bytes that the optimizer will allocate at its first update and has not allocated yet."""
+    """Returns the bytes that the optimizer will allocate at its first update; 0 after it."""
 
 
 NO_ADVICE = Advice()
@@ -43,7 +42,7 @@ NO_ADVICE = Advice()
 
 @dataclass(frozen=True)
 class BatchReport:
-    """How a batch was planned and what it took."""
+    """Plan of a batch that was run, and the memory it took."""
 
     level: int
     """Index of the checkpoint plan of the last micro-batch."""
@@ -52,32 +51,32 @@ class BatchReport:
     peak_bytes: int
     """Measured peak of allocated memory."""
     budget_bytes: int
-    """Memory that this process could use at the reading."""
+    """Memory that this process could use, according to the reading."""
     reading: Reading
     """Memory when the batch began, or after the last failure."""
     events: tuple[str, ...]
-    """Events as the journal names them."""
+    """Events of the batch, as the journal names them."""
     undisturbed: bool
-    """True if the batch ran as first planned, and like the one before: its time then says what this takes."""
+    """True if the batch ran as first planned and like the previous batch, so that its time is representative."""
 
 
 class BatchPlanner:
-    """Plans one batch of a run after the other; implements `step.Planner`.
+    """Plans the batches of a run one after the other; implements `step.Planner`.
 
     Args:
         config: Settings of the engine.
-        cost: Model of peak bytes; is asked, and taught by what ran.
-        speed: Model of times; is asked, and told which sizes ran. The caller teaches it times, which are known later.
+        cost: Model of peak bytes; it learns from micro-batches that ran.
+        speed: Model of times; it notes the sizes that ran. The caller teaches it their times, which are known later.
         meter: Meter of the model's device.
         gradient_bytes: Bytes of all gradients of the model.
-        advice: For the error of a batch that does not fit.
-        sleep: Waits for so many seconds.
+        advice: Knowledge of the training, for the error of a batch that does not fit.
+        sleep: Waits for a number of seconds.
     """
 
     reading: Reading
     """Memory when the batch began, or after the last failure."""
     budget_bytes: int
-    """Memory that this process may use, at that reading."""
+    """Memory that this process may use, according to that reading."""
 
     def __init__(
         self,
@@ -93,7 +92,7 @@ class BatchPlanner:
         self.cost, self.speed, self.gradient_bytes = cost, speed, gradient_bytes
         self.sleep = sleep
         self.history = self._completed = History()
-        """What the latest decision leaves to the next."""
+        """State that the latest decision hands on to the next one."""
         self.level = 0
         """Index of the checkpoint plan that `plan` returned last."""
         self._config, self._meter, self._advice = config, meter, advice
@@ -111,7 +110,7 @@ class BatchPlanner:
         self.events: list[str] = []
 
     def begin(self, work: Workload, group: int, patience_s: float = WAIT_S) -> None:
-        """Begin a batch: read the memory, and let the memory of earlier failures fade.
+        """Begin a batch: read the memory, and let the effect of earlier failures fade.
 
         Args:
             work: Properties of the batch.
@@ -124,18 +123,18 @@ class BatchPlanner:
         self.cost.new_batch()
 
     def regroup(self, group: int) -> None:
-        """Plan the batch at hand anew, for groups of another size or with other checkpoint plans."""
+        """Plan the current batch again, after the size of groups or the checkpoint plans have changed."""
         self._group = group
         self._start_over()
         self.read()
 
     def read(self) -> None:
-        """Read the memory again."""
+        """Read the memory and the budget again."""
         self.reading = self._meter.read()
         self.budget_bytes = self.reading.budget_bytes(self._config.safety_ratio)
 
     def complete(self) -> BatchReport:
-        """End the batch at hand, which was run; return how it was planned and what it took."""
+        """End the current batch, which was run, and return its report."""
         self._completed = self.history
         return BatchReport(
             level=self.level,
@@ -148,7 +147,7 @@ class BatchPlanner:
         )
 
     def resume(self, cost: CostModel, speed: SpeedModel, history: History) -> None:
-        """Go on with what an earlier run has learned."""
+        """Continue with the models and the history of an earlier run."""
         self.cost, self.speed, self.history, self._completed = cost, speed, history, history
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
@@ -164,7 +163,14 @@ class BatchPlanner:
         return plan
 
     def wait(self, failure: Failure | None) -> bool:
-        """Wait a second for other processes to release memory; False if that cannot help, or took too long."""
+        """Wait a second for other processes to release memory.
+
+        Args:
+            failure: Last failed allocation; None if there was none.
+
+        Returns:
+            False, without a wait, if that cannot help or has taken too long already.
+        """
         if self._waited_s >= self._patience_s or not self._may_come_back(failure):
             return False
         self.sleep(1.0)
@@ -187,7 +193,7 @@ class BatchPlanner:
         self.cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
         self.speed.ran(stop - start, self._work.height, self._work.width)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
-        self._waited_s = self._told_s = 0  # only a micro-batch that succeeds ends a wait
+        self._waited_s = self._told_s = 0  # only a successful micro-batch ends a wait
         if self._failed_at == stop - start:
             self.events.append(f"retried {self._failed_at}")
         self._failed_at = 0
@@ -196,13 +202,13 @@ class BatchPlanner:
         self.events.append(f"out-of-memory at {failure.images}")
         least = self._weight(1, -1)
         needs = self._weight(failure.images, self.level)
-        if self._failed_at != failure.images:  # false alarms exist: retry unchanged once, if it still seems to fit
+        if self._failed_at != failure.images:  # a false alarm is possible: retry unchanged once, if it seems to fit
             self._failed_at, self._ceiling = failure.images, needs
             return
         features = self._features(start, start + failure.images, self.level)
         self.cost.observe_failure(features, self.budget_bytes - self.reading.live_bytes)
         self._failed_at = 0
-        # Half of what failed: half the images or another plan. The last thing to try is one image under the last plan.
+        # Try half of what failed: half the images or another plan. The last attempt is one image under the last plan.
         self._ceiling = max(needs / 2, least) if needs > least else 0.0
 
     def _accept(self, decision: Decision, sizes: tuple[int, ...], group: int) -> list[tuple[int, ...]]:
@@ -219,21 +225,22 @@ class BatchPlanner:
         if decision.level != self.level and before.images:
             self.events.append(f"plan {self.level} to {decision.level}")
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
-            self._meter.release()  # memory that is no longer needed is for the processes that press
+            self._meter.release()  # other processes may need the memory that this one no longer uses
         if before.images and (after.images, after.level) != (before.images, before.level):
-            # Releasing memory and asking for it again takes time; compared with a size that is new, not much.
+            # To release memory and allocate it again takes time, but little compared with the search for kernels that a
+            # new size needs.
             self.undisturbed = self.undisturbed and not self.speed.warm(
                 after.images, self._work.height, self._work.width
             )
         self.history, self.level = after, decision.level
-        # Micro-batches that ran before a failure had a peak too.
+        # Micro-batches that ran before a failure had a predicted peak, too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
         return plan if self._group else [(sum(groups),) for groups in plan]
 
     def _weight(self, images: int, level: int) -> float:
-        """Activations of a micro-batch, in images at level 0."""
+        """Return the activations of a micro-batch, expressed as a number of images at level 0."""
         return images * self.cost.levels[min(level, len(self.cost.levels) - 1)].share
 
     def _may_come_back(self, failure: Failure | None) -> bool:
@@ -245,29 +252,34 @@ class BatchPlanner:
         return self._beside_bytes() + max(self._image_bytes(failure), self._failed_bytes(failure))
 
     def _beside_bytes(self) -> int:
-        alone = self._start > 0 or self._work.images == 1  # later, the gradients are among what is allocated
+        alone = self._start > 0 or self._work.images == 1  # later, the gradients are allocated already
         return beside_bytes(self.reading.live_bytes, self.gradient_bytes, alone=alone)
 
     def _image_bytes(self, failure: Failure | None) -> int:
-        """Bytes of the fullest image left, under the last plan, with margin; without bounds of failures after one."""
+        """Return the bytes of the remaining image with most boxes, under the last plan.
+
+        The result includes the margin. After a failure it leaves out the bounds that failures set.
+        """
         features = replace(self._features(self._start, self._work.images, len(self.cost.levels) - 1), images=1)
         return self.cost.usual_bytes(features) if failure else self.cost.upper(features)[1]
 
     def _failed_bytes(self, failure: Failure | None) -> int:
-        """Bytes that one image had taken and asked for when it failed: it needs at least as many."""
+        """Return the bytes that one image had allocated and requested when it failed: a lower bound of its need."""
         if failure is None or failure.images > 1:
             return 0
         return failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
 
     def _error(self, failure: Failure | None) -> DoesNotFitError:
         reading, ratio = self.reading, self._config.safety_ratio
-        fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes  # then it may be something else
-        # A limit that suffices for this batch alone would end the run in the next one.
+        # If one image should fit, memory may not be the cause.
+        fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes
+        # With a limit that suffices only for this batch, the run would end in the next one.
         beside = self._beside_bytes() + self._advice.optimizer_bytes()
         needed = max(self._needed_bytes(failure) - self._beside_bytes(), 1) + beside
         ways = []
         if self._config.limit is not None:
-            roomy = (needed + SPREAD_UNSEEN * (needed - beside)) / (1 - ratio)  # batches to come may have fuller images
+            # Later batches may have images with more boxes.
+            roomy = (needed + SPREAD_UNSEEN * (needed - beside)) / (1 - ratio)
             if self._failed_bytes(failure) > self._image_bytes(failure) or fits:
                 ways.append(f"give a mem_limit above {max(roomy, reading.total_bytes) // 2**20 + 1:,.0f} MiB")
             else:
@@ -281,7 +293,7 @@ class BatchPlanner:
         ways += ["smaller images", "a smaller model", "a larger device"]
         error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
         if failure is not None and fits:
-            error.args = (f"{error}. What failed: {failure.message.strip().splitlines()[0]}",)
+            error.args = (f"{error}. What failed: {plain(failure.message).strip().splitlines()[0]}",)
         return error
 
     def _state(self, start: int, sizes: tuple[int, ...]) -> State:

@@ -1,19 +1,21 @@
-"""Memory-feedback batching: how many images run at once and what is recomputed, decided before every batch.
+"""Memory-feedback batching: before every batch, it decides how many images run at once and which layers recompute.
 
 `decide` is a pure function of a `State` and two models, so a decision can be tested and replayed without a GPU. It is a
-safe contextual bandit. Context: the budget, the groups of the batch, and what was decided before. Arms: a cut into
-level micro-batches of whole groups, under a checkpoint plan. Reward: images a second.
+safe contextual bandit. Context: the budget, the groups of the batch, and earlier decisions. Arms: a split of the batch
+into equal micro-batches of whole groups, together with a checkpoint plan. Reward: images per second.
 
-- Safe (SafeOpt: Sui, Gotovos, Burdick, Krause, Safe exploration for optimization with Gaussian processes, 2015): only
-  arms whose predicted peak and margin stay inside the budget are considered. The set grows from what was observed, at
-  most fourfold at once.
-- Upper confidence bound (Auer, Cesa-Bianchi, Fischer, 2002): of those, the one that takes least time at best.
-- Ski rental (Karlin, Manasse, Rudolph, Sleator, Competitive snoopy caching, 1988): a move has a price. A size that is
-  new makes libraries look for kernels; a larger one may have to be given back at once. The price is paid when staying
-  has lost as much, so that it all costs at most twice what knowing the future would.
+- Safe exploration (SafeOpt: Sui, Gotovos, Burdick, Krause, Safe exploration for optimization with Gaussian processes,
+  2015): only arms whose predicted peak plus margin stays inside the budget are considered. The set of these arms grows
+  with the observations, at most fourfold at once.
+- Upper confidence bound (Auer, Cesa-Bianchi, Fischer, 2002): among the safe arms, the one with the least optimistic
+  time is best.
+- Ski rental (Karlin, Manasse, Rudolph, Sleator, Competitive snoopy caching, 1988): a move has a price. For a new size,
+  libraries search kernels, and the memory of a larger size may have to be released again at once. The scheduler moves
+  when staying has lost as much as the price. The total is then at most twice what a scheduler that knows the future
+  would pay.
 
-What no longer fits is left at once, at no price. A batch with a crowded image is split for its own sake and changes
-nothing for the next.
+A choice that no longer fits is left at once, without a price. A batch that is split only because of one crowded image
+does not change the size used for the next batch.
 """
 
 from __future__ import annotations
@@ -40,32 +42,38 @@ from yolov12.mas.scheduling.time_model import SpeedModel
 __all__ = ["Decision", "Group", "History", "State", "decide"]
 
 ROOM_TO_GROW = 0.01
-"""Share of the budget that must stay free under an arm that needs more memory, as readings of memory scatter."""
+"""Fraction of the budget that must stay free under an arm that needs more memory, as memory readings scatter."""
 MOVE_BATCHES = 0.1
-"""Price of a move, in batches: memory is given back and asked for again. In simulation 0.05 to 0.25, and a room of 0 to
-0.03, make a difference of 0.5 % (benchmarks/controller)."""
-_LARGEST_STEP = 4  # a prediction further out than this times what was observed is a guess
-_EQUAL = 1.02  # times as long is as long, as times scatter by more; then the fewest micro-batches
+"""Price of a move in batches: memory is released and allocated again. In simulation, prices from 0.05 to 0.25, and a
+`ROOM_TO_GROW` from 0 to 0.03, make a difference of 0.5 % (benchmarks/controller)."""
+_LARGEST_STEP = 4  # largest size as a multiple of the largest one observed: predictions beyond are guesses
+_EQUAL = 1.02  # times within this factor count as equal, as they scatter by more; the fewest micro-batches win
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How to run the groups of a state."""
+    """Micro-batches and checkpoint plan for the groups of a state."""
 
     micro_batches: tuple[int, ...]
-    """Number of groups in each."""
+    """Number of groups in each micro-batch."""
     level: int
-    """Checkpoint plan."""
+    """Index of the checkpoint plan."""
     predicted_bytes: int
-    """Peak of live bytes, without the margin."""
+    """Predicted peak of allocated memory, without the margin."""
     fits: bool
-    """Whether peak and margin are inside the budget and under the ceiling; else this is group by group."""
+    """True if peak plus margin is inside the budget and under the ceiling; otherwise each micro-batch is one group."""
     history: History
-    """For the next state."""
+    """History for the next state."""
 
 
 def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
-    """Choose the micro-batches and the checkpoint plan of a batch."""
+    """Choose the micro-batches and the checkpoint plan of a batch.
+
+    Args:
+        state: Budget, groups of the batch, and earlier decisions.
+        cost: Model of peak bytes.
+        speed: Model of times.
+    """
     if state.fixed is not None:
         return _decide_fixed(state, cost, speed, state.fixed)
     history, last = state.history, len(cost.levels) - 1
@@ -80,12 +88,12 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
         arms += safe_arms(state, cost, speed, [cut], state.budget_bytes)
         plain = [arm for arm in arms if arm.level == 0]
         if usual is not None and plain and (len(plain) > 1 or not plain[0].new_sizes):
-            break  # less at once takes longer, and has nothing to recompute less
+            break  # smaller micro-batches take longer and recompute no less
     assert usual is not None
     if not arms:
         single = cut_evenly(state.groups, len(state.groups))
         return _decision(arm_of(state, cost, speed, single, last), history, fits=False)
-    if not history.images:  # a run is long, so that a size costs nothing; of equals, the fewest
+    if not history.images:  # over a long run, the price of a first size does not count
         first = _fastest(arms, [arm.ms for arm in arms])
         held_back = first.cut.largest < images and _LARGEST_STEP * first.cut.largest > most
         return _decision(first, History(0 if held_back else first.cut.largest, first.level))
@@ -106,13 +114,13 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
 
 
 def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
-    """Of arms whose micro-batches are ever smaller: the first of those that take about the least time."""
+    """Return the first arm that takes about the least time. Micro-batches of arms get smaller from first to last."""
     least_ms = min(times_ms)
     return next(arm for arm, ms in zip(arms, times_ms, strict=True) if ms <= _EQUAL * least_ms)
 
 
 def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms: float) -> Decision:
-    """Ski rental: add up what staying loses against the best arm, and move when that is the price of the move."""
+    """Add up what staying loses against the best arm, and move when the sum reaches the price of the move."""
     price_ms = MOVE_BATCHES * stay.ms
     known = _at_best([arm for arm in arms if arm.new_sizes <= stay.new_sizes], stay)
     new = _at_best([arm for arm in arms if arm.new_sizes > stay.new_sizes], stay)
@@ -135,7 +143,7 @@ def _at_best(arms: Sequence[Arm], default: Arm) -> Arm:
 
 
 def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int) -> Decision:
-    """The user's size, under the first plan that fits, or else the last, unless that has failed of late."""
+    """Use the user's size under the first plan that fits; if none fits, under the last, unless it failed recently."""
     levels = range(len(cost.levels))
     for cut in cuts(state.groups, every=True, most=images):
         arms = [arm_of(state, cost, speed, cut, each) for each in levels if under_ceiling(state, cost, cut, each)]
@@ -148,7 +156,7 @@ def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int)
 
 
 def _fits_but_for_crowds(state: State, cost: CostModel, arm: Arm) -> bool:
-    """Whether an arm would be safe if its fullest images were as those of most groups."""
+    """Return whether an arm would be safe if the images with most boxes had only as many as those of most groups."""
     usual = sorted(group.boxes for group in state.groups)[len(state.groups) // 2]
     return upper_bytes(state, cost, arm.cut, arm.level, usual) <= state.budget_bytes
 

@@ -1,7 +1,7 @@
-"""The first optimizer step, which makes the optimizer's state and may run out of memory half way through it.
+"""The first update of an optimizer, which creates the optimizer's state and may run out of memory half way.
 
-Later steps find their memory: it is what the activations of the step before have left. So only the first is protected,
-by a copy on the host of all it changes; any optimizer will do, however it makes its state.
+Later updates find their memory, as the activations of the step have been freed. So only the first update is protected,
+by a copy on the host of everything that it changes. This works for any optimizer, however it creates its state.
 """
 
 from __future__ import annotations
@@ -17,11 +17,19 @@ from yolov12.mas.oom import is_out_of_memory
 __all__ = ["Undo", "copy_on_host", "survive_first_update"]
 
 Undo = Callable[[], None]
+"""Restores values that were copied."""
 _ATTEMPTS = 3
 
 
 def copy_on_host(tensors: list[Tensor]) -> Undo:
-    """Copy tensors to the host; returns what puts the values back."""
+    """Copy tensors to the host.
+
+    Args:
+        tensors: Tensors on any device.
+
+    Returns:
+        A function that writes the copied values back into the tensors.
+    """
     kept = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
 
     def undo() -> None:
@@ -35,19 +43,21 @@ def copy_on_host(tensors: list[Tensor]) -> Undo:
 def survive_first_update(
     update: Callable[[], None], optimizer: Optimizer, release: Callable[[], None], remember: Callable[[], Undo]
 ) -> int:
-    """Run the first update of an optimizer; where memory fails, put everything back, free memory and run it again.
+    """Run the first update of an optimizer. After a failed allocation, restore everything, release memory and retry.
 
     Args:
-        update: Steps the optimizer, and whatever goes with that.
-        optimizer: Has no state yet.
-        release: Gives cached memory back to the device.
-        remember: Called before each attempt for what `update` changes besides parameters, gradients and the optimizer.
+        update: Steps the optimizer, and does everything else that belongs to an update.
+        optimizer: Optimizer without state.
+        release: Returns cached memory to the device.
+        remember: Called before each attempt. Copies what `update` changes besides parameters, gradients and the state
+            of the optimizer, and returns a function that restores it.
 
     Returns:
-        Number of failures.
+        Number of failed attempts.
 
     Raises:
-        RuntimeError: The third failure.
+        RuntimeError: The third attempt failed, too, or `update` failed for another reason than memory.
+        MemoryError: The third attempt failed, too, for want of host memory.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     values = copy_on_host(parameters)

@@ -1,4 +1,4 @@
-"""Gradients of many parameters as one thing: set aside, added, scaled."""
+"""Operations on the gradients of many parameters at once: take, give back, add, scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Gradients = list[Tensor | None]
 
 
 def take(parameters: Sequence[nn.Parameter]) -> Gradients:
-    """Take the gradients off their parameters, which have none afterwards."""
+    """Detach the gradients from their parameters and return them; the parameters have none afterwards."""
     taken = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
@@ -21,13 +21,13 @@ def take(parameters: Sequence[nn.Parameter]) -> Gradients:
 
 
 def give(parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
-    """Put gradients on their parameters, in place of what is there."""
+    """Put gradients on their parameters, and replace those that are there."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
 
 
 def add(total: Gradients, more: Gradients) -> Gradients:
-    """Add, in place of `total`; None counts as zero."""
+    """Add gradients and return the sums; tensors of `total` are changed in place, and None counts as zero."""
     both = [(a, b) for a, b in zip(total, more, strict=True) if a is not None and b is not None]
     if both:
         torch._foreach_add_([a for a, _ in both], [b for _, b in both])
@@ -35,7 +35,7 @@ def add(total: Gradients, more: Gradients) -> Gradients:
 
 
 def scale(gradients: Gradients, factor: Tensor) -> None:
-    """Multiply in place by a scalar on the gradients' device."""
+    """Multiply gradients in place by a scalar tensor on their device."""
     there = [gradient for gradient in gradients if gradient is not None]
     if there:
         torch._foreach_mul_(there, factor.to(there[0].dtype))

@@ -1,8 +1,9 @@
-"""Loss and gradient of a batch from those of its parts.
+"""Loss and gradient of a batch, computed from the losses and gradients of its parts.
 
-A loss is numerator / normaliser, both sums over images. The normaliser of the batch (for detection the sum of target
-scores) is known only after the last part, on all ranks. So each part's numerator is divided by an estimate that keeps
-half precision in range, and then differentiated. At the end the gradient is multiplied by estimate / normaliser.
+A loss is numerator / normaliser, and both are sums over images. The normaliser of the batch (in detection, the sum of
+target scores) is known only after the last part on all ranks. So the numerator of each part is divided by an estimate,
+which keeps half precision in range, and then differentiated. At the end the gradient is multiplied by
+estimate / normaliser.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["Total"]
 
 
 class _Part(NamedTuple):
-    """A part that is done, detached."""
+    """Loss of a finished part, detached from its graph."""
 
     normaliser: Tensor
     value: Tensor
@@ -34,7 +35,7 @@ class Total:
     Args:
         images: Number of images in the batch, over all ranks.
         floor: Smallest normaliser, see `task.Task.floor`.
-        per_image: Normaliser per image of the batch before, for the estimate: the first part may hold no target.
+        per_image: Normaliser per image of the previous batch, for the estimate, as the first part may hold no target.
     """
 
     def __init__(self, images: int, floor: float, per_image: Tensor | None = None) -> None:
@@ -42,7 +43,7 @@ class Total:
         self._estimate: Tensor | None = None
         self._gradients: gradients.Gradients | None = None
         self._parts: list[_Part] = []
-        self._sum: Tensor | None = None  # of normalisers, over all ranks
+        self._sum: Tensor | None = None  # sum of normalisers over all ranks
         self._whole: tuple[Tensor, dict[str, Tensor]] | None = None  # loss and items, over all ranks
 
     def scaled(self, loss: Loss, images: int) -> Tensor:
@@ -54,8 +55,8 @@ class Total:
         """
         normaliser = self._as_tensor(loss)
         if not self._parts and images == self._images:
-            self._estimate = normaliser.clamp(min=self._floor)  # exact: the factor below is 1
-        elif not self._parts:  # also after a failure: the part that failed may have been of another size
+            self._estimate = normaliser.clamp(min=self._floor)  # exact, as the factor below is 1
+        elif not self._parts:  # also after a failure, as the failed part may have had another size
             # A power of two, so that scaling back at the end is exact.
             expected = (normaliser * (self._images / images)).clamp(min=max(self._floor, 1e-6))
             if self._per_image is not None:
@@ -66,12 +67,12 @@ class Total:
         return self._value(loss, images).sum() * (normaliser.clamp(min=self._floor) / self._estimate)
 
     def add(self, loss: Loss, images: int, new: gradients.Gradients | None = None) -> None:
-        """Add a part that is done.
+        """Add a finished part.
 
         Args:
             loss: Loss of the part.
             images: Number of images in the part.
-            new: Gradients of the part, if it has any.
+            new: Gradients of the part; None to add its loss alone.
         """
         if new is not None:
             self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
@@ -79,10 +80,10 @@ class Total:
         self._parts.append(_Part(self._as_tensor(loss), self._value(loss, images).detach(), items))
 
     def sum_over(self, ranks: Ranks, *, is_padding: bool = False) -> None:
-        """Make loss, items and normaliser those of all ranks. Gradients finished later are still to be summed.
+        """Sum loss, items and normaliser over all ranks. The caller sums the gradients.
 
         Args:
-            ranks: All ranks call this.
+            ranks: Processes that share the batch; all of them call this.
             is_padding: True if the parts added on this rank have weight zero.
         """
         if ranks.size == 1:
@@ -99,7 +100,7 @@ class Total:
         self._whole = loss, dict(zip(names, rest, strict=True))
 
     def finished_gradients(self) -> gradients.Gradients:
-        """Return the gradients of the batch's loss; of several ranks, this rank's terms of them."""
+        """Return the gradients of the batch's loss; with several ranks, this rank's terms of the sums."""
         assert self._gradients is not None
         assert self._estimate is not None
         if len(self._parts) > 1 or self._whole is not None:
@@ -107,11 +108,11 @@ class Total:
         return self._gradients
 
     def loss(self) -> Tensor:
-        """Return the batch's loss."""
+        """Return the loss of the batch, in the shape of `Loss.value`."""
         return self._whole[0] if self._whole else self._combined([part.value for part in self._parts])
 
     def items(self) -> dict[str, Tensor]:
-        """Return the batch's items."""
+        """Return the items of the batch, see `Loss.items`."""
         if self._whole:
             return self._whole[1]
         return {name: self._combined([part.items[name] for part in self._parts]) for name in self._parts[0].items}
@@ -123,11 +124,11 @@ class Total:
         return sum((value * weight for value, weight in zip(values, weights, strict=True)), torch.zeros_like(values[0]))
 
     def normaliser(self) -> Tensor:
-        """Return the batch's normaliser, at least the floor."""
+        """Return the normaliser of the batch, at least the floor."""
         return self.unfloored().clamp(min=self._floor)
 
     def unfloored(self) -> Tensor:
-        """Return the batch's normaliser, however small."""
+        """Return the normaliser of the batch before the floor."""
         return torch.stack([part.normaliser for part in self._parts]).sum() if self._sum is None else self._sum
 
     def _value(self, loss: Loss, images: int) -> Tensor:
@@ -138,7 +139,7 @@ class Total:
     def _as_tensor(loss: Loss) -> Tensor:
         if isinstance(loss.normaliser, Tensor):
             return loss.normaliser.detach().double()  # counts and half precision do not add up exactly
-        # Filled on the device: a copy would wait for it.
+        # It is filled on the device, as a copy from the host would wait for the device.
         return torch.full((), float(loss.normaliser), device=loss.value.device, dtype=torch.float64)
 
 

@@ -1,13 +1,13 @@
-"""Forward and backward of a logical batch in micro-batches, as transactions: each is done, or never was.
+"""Forward and backward pass of a logical batch in micro-batches. Each micro-batch is a transaction: all or nothing.
 
-The gradient is that of the whole batch at once, however it was split and whatever failed on the way:
+The gradient is that of the whole batch at once, however the batch was split and whatever allocations failed:
 
 - a loss is numerator / normaliser, and numerators and normalisers are added separately (loss.py);
-- BatchNorm sees fixed groups of images (batchnorm/grouped.py);
-- a micro-batch computes its gradient on its own, and it is added when it is complete. A failed allocation costs the
-  micro-batch it hit: its gradient is dropped, the random generators are set back, and the remaining images run again,
-  fewer at once;
-- several processes exchange nothing until all have run their shares, and then only sums (distributed/ranks.py).
+- BatchNorm normalises fixed groups of images (batchnorm/grouped.py);
+- the gradient of a micro-batch is computed separately, and added when it is complete. After a failed allocation, the
+  gradient of that micro-batch is dropped, the random generators are restored, and the remaining images run again in
+  smaller micro-batches;
+- several ranks exchange nothing until all of them have run their shares, and then only sums (distributed/ranks.py).
 """
 
 from __future__ import annotations
@@ -27,36 +27,46 @@ from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
 from yolov12.mas.step.loss import Total
-from yolov12.mas.step.prefetch import Feed
+from yolov12.mas.step.prefetch import Prefetch
 from yolov12.mas.task import Share, Task
 
 __all__ = ["Planner", "Result", "Step"]
 
 
 class Planner(Protocol):
-    """Decides how a batch is split and what its layers keep, and learns how it went."""
+    """Decides how a batch is split and what its layers keep, and learns from the micro-batches that ran."""
 
     level: int
-    """Index of the checkpoint plan that the layers follow, until `plan` is called again."""
+    """Index of the checkpoint plan that layers follow until the next call of `plan`."""
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
-        """Split the images from `start` on: for each micro-batch, the sizes of its BatchNorm groups.
+        """Split the remaining images into micro-batches.
 
         Args:
             start: Number of images that are done.
             failure: Failed allocation that ended the last plan; None at first.
+
+        Returns:
+            For each micro-batch, the numbers of images in its BatchNorm groups.
 
         Raises:
             DoesNotFitError: No smaller split is left to try.
         """
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
-        """Learn what images `start` to `stop` took: bytes allocated before them, and at their peak."""
+        """Learn from a micro-batch that ran.
+
+        Args:
+            start: First image.
+            stop: Image after the last.
+            live_bytes: Allocated bytes before the micro-batch.
+            peak_bytes: Peak of allocated bytes while it ran.
+        """
 
 
 @dataclass(frozen=True)
 class Result:
-    """A batch that was run. Its gradient is on the parameters, added to what was there."""
+    """Outcome of a batch. Its gradient has been added to that of the parameters."""
 
     loss: Tensor
     """Loss of the whole batch, in the shape of `Loss.value`; on the device, detached."""
@@ -69,15 +79,15 @@ class Result:
     statuses: Sequence[RankStatus] = ()
     """Reports of all ranks."""
     level: int = 0
-    """Index of the checkpoint plan of the last micro-batch. This and the fields below come from the engine."""
+    """Index of the checkpoint plan of the last micro-batch. The engine fills in this field and those below."""
     predicted_bytes: int = 0
     """Predicted peak of allocated memory."""
     peak_bytes: int = 0
     """Measured peak of allocated memory."""
     budget_bytes: int = 0
-    """Memory that this process could use when the batch began, or after the last failure."""
+    """Memory that this process could use when the batch began or, after a failure, when it was read again."""
     events: tuple[str, ...] = ()
-    """Events of the batch as the journal names them, such as `shrunk 64 to 32`."""
+    """Events of the batch, as the journal names them, such as `shrunk 64 to 32`."""
 
 
 class Step:
@@ -85,11 +95,11 @@ class Step:
 
     Args:
         model: Model with all parameters on one device.
-        task: Splits batches and computes their loss.
+        task: Adapter that splits batches and computes their loss.
         meter: Meter of that device.
-        backward: Differentiates a scalar; scales it first if half precision needs that.
-        layers: Layers that plans may name: name → layer, see `checkpointing`.
-        activations: BatchNorm → its activation, see `batchnorm.grouped.GroupedBatchNorm`.
+        backward: Differentiates a scalar; in half precision it may scale it first.
+        layers: Layers that checkpoint plans may name: name → layer, see `checkpointing`.
+        activations: BatchNorm → activation of its output, see `batchnorm.grouped.GroupedBatchNorm`.
         ranks: Processes that share each batch.
     """
 
@@ -104,19 +114,19 @@ class Step:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
-        self._all = list(model.parameters())  # walking through a model takes the host a millisecond
+        self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
         self._device = self._all[0].device
         self._norms = GroupedBatchNorm(model, activations)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
-        """Checkpoint plans; a planner's level is an index into them."""
+        """Checkpoint plans. The level of a planner is an index into them."""
         self._ranks = ranks
         self._parameters: list[nn.Parameter] = []
-        self._per_image: Tensor | None = None  # normaliser of the batch before
+        self._per_image: Tensor | None = None  # normaliser per image of the previous batch
 
     @property
     def fused(self) -> int:
-        """Number of BatchNorm layers that ran in one operation with their activation in the latest batch."""
+        """Number of BatchNorm layers that the latest batch ran in one operation with their activation."""
         return self._norms.fused
 
     def run(
@@ -127,32 +137,37 @@ class Step:
         share: Share | None = None,
         status: RankStatus = NO_NEWS,
     ) -> Result:
-        """Run a batch, forward and backward.
+        """Run the forward and backward pass of a batch.
 
         Args:
-            batch: Batch on the host; of several ranks, this one's share.
-            images: Number of images in it.
-            planner: Decides how it is split.
-            share: What the batch is on all ranks; None for a training in one process.
+            batch: Batch on the host; with several ranks, this rank's share.
+            images: Number of images in `batch`.
+            planner: Decides how the batch is split.
+            share: Description of the whole batch over all ranks; None for a training in one process.
             status: Report to the other ranks.
 
+        Returns:
+            Loss and items of the whole batch, and the micro-batches that ran here.
+
         Raises:
-            DoesNotFitError: From the planner, here or on another rank. Gradients and running statistics are as before.
+            DoesNotFitError: The planner found no way to run the batch, here or on another rank. Gradients and running
+                statistics are as before.
             RankError: Another rank failed or is gone.
         """
         share = share or Share(images)
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before, state = gradients.take(self._parameters), _RandomState(self._device)
         total = Total(share.batch_images, self._task.floor, self._per_image)
-        feed = Feed(self._device, lambda start, stop: self._task.part(batch, start, stop))
+        parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
         watch = self._meter.stopwatch()
         try:
             try:
-                ran, groups_done = self._run_share(feed, images, planner, total)
+                ran, groups_done = self._run_share(parts, images, planner, total)
                 watch.stop()
                 statistics = self._norms.averages(groups_done, share.batch_images)
-                self._ranks.reserve([*self._parameters, *statistics])  # while a failure still concerns this rank alone
+                # Reserved now, while a failed allocation still concerns only this rank.
+                self._ranks.reserve([*self._parameters, *statistics])
             except BaseException as error:
                 self._ranks.agree(status, error)
                 raise
@@ -167,15 +182,15 @@ class Step:
             self._per_image = total.normaliser() / share.batch_images
             self._norms.commit(statistics)
         except BaseException:
-            feed.drop()
+            parts.drop()
             gradients.give(self._parameters, before)
             state.restore()
             raise
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
 
-    def _run_share(self, feed: Feed, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
-        """Run this rank's share; return the sizes of its micro-batches, and those of their BatchNorm groups."""
+    def _run_share(self, parts: Prefetch, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
+        """Run this rank's share; return the sizes of its micro-batches and of their BatchNorm groups."""
         ran: list[int] = []
         groups_done: list[int] = []
         start, failure = 0, None
@@ -187,7 +202,7 @@ class Step:
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
                 live_bytes = self._meter.mark()
                 layers = self.checkpointing.within(self.plans[planner.level])
-                failure = self._attempt(feed, (start, stop, following), groups, len(groups_done), total, layers)
+                failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, layers)
                 if failure is not None:
                     break
                 planner.done(start, stop, live_bytes, self._meter.peak_bytes())
@@ -196,30 +211,30 @@ class Step:
                 start = stop
         return ran, groups_done
 
-    def rehearse(
+    def try_out(
         self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None
     ) -> tuple[int, int] | Failure:
-        """Run images `start` to `stop` of a batch as one BatchNorm group, and keep nothing but what it took.
+        """Run images `start` to `stop` of a batch as one BatchNorm group, measure their memory and undo all effects.
 
         Args:
             batch: Batch on the host.
             start: First image.
             stop: Image after the last.
-            around: Context of the forward pass; by default the plan that keeps everything.
+            around: Context of the forward pass; by default that of the plan that keeps everything.
 
         Returns:
-            Bytes allocated before it and at its peak, or the failure.
+            Allocated bytes before the images and at their peak, or the failed allocation.
         """
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before = gradients.take(self._parameters)
-        feed = Feed(self._device, lambda first, last: self._task.part(batch, first, last))
+        parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)
         self._norms.begin()
         try:
             live_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)
             total = Total(stop, self._task.floor)
-            failure = self._attempt(feed, (start, stop, stop), (stop - start,), 0, total, around)
+            failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
             return failure or (live_bytes, self._meter.peak_bytes())
         finally:
             state.restore()
@@ -227,7 +242,7 @@ class Step:
 
     def _attempt(
         self,
-        feed: Feed,
+        parts: Prefetch,
         span: tuple[int, int, int],
         groups: tuple[int, ...],
         first_group: int,
@@ -237,13 +252,14 @@ class Step:
         start, stop, following = span
         state = _RandomState(self._device)
         try:
-            part = feed.get(start, stop)
+            part = parts.get(start, stop)
             if following > stop:
-                feed.look_ahead(stop, following)
+                parts.prefetch(stop, following)
             with self._norms.within(groups, first_group):
                 with layers:
                     loss = self._task.loss(self.model, part)
-                with torch.autocast(self._device.type, enabled=False):  # a backward pass uses the dtypes of its forward
+                # A backward pass uses the dtypes of its forward pass.
+                with torch.autocast(self._device.type, enabled=False):
                     self._backward(total.scaled(loss, stop - start))
         except Exception as error:
             if not is_out_of_memory(error):
@@ -252,9 +268,9 @@ class Step:
         else:
             total.add(loss, stop - start, gradients.take(self._parameters))
             return None
-        # Outside of the `except` block, as its traceback held every tensor of the failed attempt.
+        # This stands outside of the `except` block, whose traceback kept every tensor of the failed attempt.
         part = loss = None  # type: ignore[assignment]
-        feed.drop()
+        parts.drop()
         gradients.take(self._parameters)
         state.restore()
         self._meter.release()
@@ -262,7 +278,7 @@ class Step:
 
 
 class _RandomState:
-    """State of the random generators of the host and of one device."""
+    """Copy of the state of the random generators of the host and of one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

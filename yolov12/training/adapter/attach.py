@@ -1,4 +1,4 @@
-"""Giving a training to the engine: attaching it to a trainer, resuming a run, and running the loop to its end."""
+"""Connection of a trainer to the engine: attach the engine, resume a run, and run the training loop to its end."""
 
 from __future__ import annotations
 
@@ -17,41 +17,49 @@ from yolov12.training.adapter.detection import DetectionTask
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import KEEPER, TrainerAdapter
 from yolov12.training.data.loader import resumable
-from yolov12.training.data.resolution import DataLayer, rungs
+from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import team
 from yolov12.training.run.run_state import FILE, find
 
 __all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
 
 STATE = "mas_state"
-"""Key of a trainer and of a checkpoint's `optimizer`: what the engine had learned when it was saved."""
+"""Attribute of a trainer, and key of a checkpoint's `optimizer`: state of the engine when the checkpoint was saved."""
 
 _FOUND = "yolov12_state"  # attribute of a trainer: the state to resume from
+_ENGINE = "yolov12_engine"  # attribute of a trainer
 
 _MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
 
 
 def attach(trainer: Any) -> None:
-    """Let the engine run this trainer's batches, unless `mas=False` or it does not know this kind of training."""
+    """Let the engine run a trainer's batches, unless `mas=False` or the engine does not support the training.
+
+    Args:
+        trainer: Ultralytics trainer that has just been set up.
+
+    Raises:
+        ConfigError: A setting of the engine is not valid, or the training cannot be shared among processes.
+    """
     from ultralytics.utils import LOGGER, USER_CONFIG_DIR
 
     model = _unwrapped(trainer)
     if not trainer.resume:
-        Path(trainer.wdir, FILE).unlink(missing_ok=True)  # of another run that was in this folder
+        Path(trainer.wdir, FILE).unlink(missing_ok=True)  # it belongs to an earlier run in this folder
     if (reason := why_not(trainer, model)) is not None:
         if trainer.args.mas:
             LOGGER.info(f"memory: {reason}: batches run as Ultralytics runs them")
         if ignored := _ignored(trainer.args):
             LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
         return
-    data_layer = _data_layer(trainer)
+    resolution = _resolution_control(trainer)
     task = DetectionTask(
-        data_layer.preprocess(trainer.preprocess_batch, trainer.args),
+        resolution.preprocess(trainer.preprocess_batch, trainer.args),
         multi_scale=trainer.args.multi_scale > 0,
         overlapping_masks=trainer.args.overlap_mask,
     )
-    others = team.found()
-    ranks = others.ranks if others is not None else ALONE
+    group = team.current()
+    ranks = group.ranks if group is not None else ALONE
     state = getattr(trainer, _FOUND, None)
     Path(trainer.save_dir).mkdir(parents=True, exist_ok=True)  # it may be missing on a machine other than rank 0's
     engine = Engine(
@@ -77,7 +85,8 @@ def attach(trainer: Any) -> None:
         log=LOGGER.info,
     )
     _keep_what_is_learned(trainer, engine)
-    adapter = TrainerAdapter(trainer, model, task, engine, data_layer, ranks)
+    setattr(trainer, _ENGINE, engine)
+    adapter = TrainerAdapter(trainer, model, task, engine, resolution, ranks)
     adapter.take_over_loader()
     adapter.take_over()
     if state is not None and adapter.keeper is not None:
@@ -86,19 +95,25 @@ def attach(trainer: Any) -> None:
 
 
 def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> None:
-    """Run Ultralytics' `resume_training`, or find what is newer than the checkpoint, for `attach` to resume from."""
+    """Run Ultralytics' `resume_training`, or find a newer state than the checkpoint, which `attach` restores.
+
+    Args:
+        stock_resume: Ultralytics' own method.
+        trainer: Ultralytics trainer.
+        checkpoint: Checkpoint of an epoch's end; None if nothing is resumed.
+    """
     if not (checkpoint and trainer.resume):
         stock_resume(trainer, checkpoint)
         return
     setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
     exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
-    if (others := team.found()) is not None and not _same_on_all(others.ranks, state):
+    if (group := team.current()) is not None and not _same_on_all(group.ranks, state):
         state = None
     if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
         from ultralytics.utils import LOGGER
 
-        LOGGER.warning("resume: no epoch was complete: it begins anew, from the weights there are")
+        LOGGER.warning("resume: no epoch was complete: it begins anew, with the weights of the checkpoint")
         trainer._load_checkpoint_state(checkpoint)
     elif state is None:
         stock_resume(trainer, checkpoint)
@@ -108,25 +123,33 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
 
 
 def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:
-    """Return whether all ranks have found the same state. They may not if they share no folder."""
+    """Return whether all ranks have found the same state. Ranks without a common folder may not."""
     step = -1 if state is None else state["epoch"] * 2**32 + state["loader"]["position"]
     return ranks.least(step) == -ranks.least(-step)
 
 
 def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
-    """Run Ultralytics' `_do_train`; whatever ends it, nothing is lost that was done."""
-    others = team.found()
+    """Run Ultralytics' `_do_train`. However it ends, save the steps that were done.
+
+    Args:
+        stock_train: Ultralytics' own method.
+        trainer: Ultralytics trainer.
+
+    Raises:
+        RankError: Another rank failed or is gone.
+    """
+    group = team.current()
     try:
         done = stock_train(trainer)
-        if others is not None:
+        if group is not None:
             if (keeper := getattr(trainer, KEEPER, None)) is not None:
                 keeper.flush()
-            others.ranks.all(True)  # the journals of all ranks are complete
+            group.ranks.all(True)  # the journals of all ranks are complete
         return done
     except BaseException as error:
         if (keeper := getattr(trainer, KEEPER, None)) is not None:
             keeper.save_at_last()
-        blamed = others.ranks.blame(error) if others is not None and _is_of_collective(error) else None
+        blamed = group.ranks.blame(error) if group is not None and _is_of_collective(error) else None
         team.disband(blamed or error)
         if blamed is not None:
             raise blamed from error
@@ -134,17 +157,22 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     finally:
         if (keeper := getattr(trainer, KEEPER, None)) is not None:
             keeper.end()
+        if (engine := getattr(trainer, _ENGINE, None)) is not None:
+            engine.lift_limit()  # an error or a signal ends a run without its teardown
         team.disband()
 
 
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:
-    """Return whether a collective of Ultralytics' own failed, as in validation when another process is gone."""
+    """Return whether the error comes from a collective of Ultralytics, such as one in validation."""
     words = "gloo", "NCCL", "Connection closed", "Connection reset"
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
-    """Save it in every checkpoint with the optimizer's state, which plain Ultralytics ignores and drops at the end."""
+    """Save the engine's state in every checkpoint, within the optimizer's state.
+
+    Plain Ultralytics ignores an unknown entry there, and drops the optimizer's state when the run is complete.
+    """
     learned = getattr(trainer, STATE, None)
     if learned:
         engine.load_state_dict(learned)
@@ -158,22 +186,28 @@ def _unwrapped(trainer: Any) -> nn.Module:
     return model
 
 
-def _data_layer(trainer: Any) -> DataLayer:
+def _resolution_control(trainer: Any) -> ResolutionControl:
     args = trainer.args
     smallest = args.mas_min_imgsz or args.imgsz // 2
-    layer = DataLayer(args.mas_data, rungs(args.imgsz, smallest, trainer.stride), trainer.stride)
-    layer.join(trainer.train_loader.dataset, args)
-    return layer
+    steps = resolution_steps(args.imgsz, smallest, trainer.stride)
+    control = ResolutionControl(args.mas_data, steps, trainer.stride)
+    control.join(trainer.train_loader.dataset, args)
+    return control
 
 
 def _ignored(args: Any) -> list[str]:
-    """Return the arguments of the engine that the user has set."""
+    """Return the engine's arguments that differ from their defaults, as `name=value`."""
     given = {key: getattr(args, key, default) for key, default in DEFAULTS.items() if key != "mas"}
     return [f"{key}={value}" for key, value in given.items() if value != DEFAULTS[key]]
 
 
 def why_not(trainer: Any, model: nn.Module) -> str | None:
-    """Return why batches run as Ultralytics runs them; None if the engine runs them."""
+    """Return the reason why Ultralytics runs the batches of a trainer; None if the engine runs them.
+
+    Args:
+        trainer: Ultralytics trainer.
+        model: Its model without wrappers.
+    """
     if not trainer.args.mas:
         return "mas=False"
     if trainer.device.type not in ("cuda", "cpu"):

@@ -1,4 +1,4 @@
-"""Adapter between the engine and Ultralytics' detection-like trainings: how a batch is split, and its loss."""
+"""Adapter between the engine and Ultralytics' detection, segmentation and pose trainings: batches and losses."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from yolov12.training.adapter.logical_batch import TensorFacts
 __all__ = ["BOXES", "DetectionTask", "criterion_of", "knows_loss", "loss_is_exact"]
 
 BOXES = "yolov12_boxes"
-"""Key of a part: the number of boxes in each image, on the host."""
+"""Key of a part: list of the number of boxes in each image, on the host."""
 
-# One row per object in these, one entry per image in the others.
+# These tensors have one row per object; all other tensors have one entry per image.
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
 _EXACT = ("v8DetectionLoss", "v8OBBLoss")
 _STOCK_LOSSES = "ultralytics.utils.loss"
 
 
 def criterion_of(model: Any) -> Any:
-    """Return a model's criterion; makes it if there is none yet, as Ultralytics does with the first loss."""
+    """Return a model's criterion; create it if there is none yet, as Ultralytics does at the first loss."""
     if getattr(model, "criterion", None) is None:
         model.criterion = model.init_criterion()
     return model.criterion
 
 
 def knows_loss(model: Any) -> bool:
-    """Return whether a model's loss is one of Ultralytics' own, so that parts of a batch can be put together.
+    """Return whether a model's loss is one of Ultralytics' own, so that the losses of parts can be combined exactly.
 
     A user may assign `criterion`, `loss` or `init_criterion` at any time.
     """
@@ -50,36 +50,38 @@ class DetectionTask:
     """Implements `mas.Task` for Ultralytics' trainings with boxes.
 
     Detection and oriented boxes are exact: their losses are numerators over one sum S of target scores, clamped at 1,
-    times the number of images. S is read from the assigner's output. The masks of segment, the keypoints of pose and
-    the two heads of an end-to-end model have further normalisers; their parts are weighted by images.
+    times the number of images. S is read from the assigner's output. Masks, keypoints and the two heads of an
+    end-to-end model have further normalisers; there, parts are weighted by their numbers of images.
 
     Args:
-        preprocess: Ultralytics' `trainer.preprocess_batch`, which scales pixels and draws the size for `multi_scale`.
-        multi_scale: True if it draws one.
+        preprocess: Ultralytics' `trainer.preprocess_batch`, which scales pixels and, for `multi_scale`, draws an image
+            size.
+        multi_scale: True if `preprocess` draws a size.
         overlapping_masks: True if masks have one entry per image rather than one per object.
     """
 
     floor = 1.0
+    """Smallest normaliser, as Ultralytics' losses clamp theirs at 1."""
 
     def __init__(self, preprocess: Callable[[Any], Any], *, multi_scale: bool, overlapping_masks: bool) -> None:
         self.preprocess, self._multi_scale = preprocess, multi_scale
         self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
-        self._images = 0  # in the batch at hand
-        self._boxes: list[int] = []  # in each of them
-        self._rows: dict[str, int] = {}  # in each tensor of the batch
+        self._images = 0  # number of images in the current batch
+        self._boxes: list[int] = []  # number of boxes in each of its images
+        self._rows: dict[str, int] = {}  # number of rows in each of its tensors
         self._ascending = False
-        self._draw: Any = None  # state of `random` from which all parts of a batch draw the same size
+        self._draw: Any = None  # state of `random`, so that all parts of a batch draw the same size
         self.facts: dict[str, TensorFacts] = {}
-        """Key → facts of the batch's tensors after preprocessing, as far as its parts tell them."""
+        """Key → shape, dtype and device of the batch's tensor after preprocessing, as far as parts of it tell."""
 
     def workload(self, batch: Mapping[str, Any]) -> Workload:
-        """See `mas.Task`."""
+        """Return the properties of a batch on the host, see `mas.Task`."""
         images: Tensor = batch["img"]
         self._images = len(images)
         self._rows = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
         self._draw = random.getstate() if self._multi_scale else None
         if self._multi_scale:
-            # A user's own preprocessing may look at more than images, and write on it.
+            # The user's own preprocessing may read more than images, and change tensors in place.
             one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
             try:
                 images = self.preprocess(one)["img"]
@@ -92,19 +94,19 @@ class DetectionTask:
         return Workload(images.shape[2], images.shape[3], tuple(self._boxes))
 
     def part(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-        """See `mas.Task`."""
+        """Return images `start` to `stop` of a batch, with their numbers of boxes, see `mas.Task`."""
         if stop - start == self._images:
             return {**batch, BOXES: self._boxes}
         image_of = batch["batch_idx"]
         mine: slice | Tensor = (image_of >= start) & (image_of < stop)
-        if self._ascending:  # as Ultralytics collates: a slice stays in pinned memory
+        if self._ascending:  # always so after Ultralytics' collate function; a slice stays in pinned memory
             first, last = torch.searchsorted(image_of, torch.tensor([start, stop], dtype=image_of.dtype)).tolist()
             mine = slice(first, last)
         part = {key: value[mine] if key in self._objects else value[start:stop] for key, value in batch.items()}
         return {**part, "batch_idx": image_of[mine] - start, BOXES: self._boxes[start:stop]}
 
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
-        """See `mas.Task`."""
+        """Preprocess a part and run the model's loss on it, see `mas.Task`."""
         boxes, part = part[BOXES], {key: value for key, value in part.items() if key != BOXES}
         rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
         with self.same_draw():
@@ -116,9 +118,9 @@ class DetectionTask:
         """Run the model's loss on a part, and read its normaliser.
 
         Args:
-            model: Model with the criterion that runs.
+            model: Model whose criterion `run` calls.
             boxes: Number of boxes in each image of the part.
-            run: Returns the loss and its items.
+            run: Runs the loss; returns it with its items.
         """
         assigner: Any = getattr(criterion_of(model), "assigner", None)
         none: list[Tensor] = []
@@ -129,7 +131,7 @@ class DetectionTask:
 
     @contextmanager
     def same_draw(self) -> Iterator[None]:
-        """Draw from `random` as every part of the batch at hand does, and leave the generator as it was."""
+        """Return a context with the random state of the current batch, so that all of its parts draw the same size."""
         if self._draw is None:
             yield
             return
@@ -141,7 +143,7 @@ class DetectionTask:
             random.setstate(now)
 
     def _learn_facts(self, part: Mapping[str, Any], rows: Mapping[str, int]) -> None:
-        """Note the tensors of a part after preprocessing; those whose rows it changed tell nothing of the batch."""
+        """Note the tensors of a part after preprocessing, except those with another number of rows than before."""
         self.facts = {
             key: TensorFacts(torch.Size((self._rows[key], *value.shape[1:])), value.dtype, value.device)
             for key, value in part.items()

@@ -1,4 +1,4 @@
-"""What a training shows of memory: the progress bar's column, the columns of results.csv, and the summary."""
+"""Memory of a training as users see it: a column of the progress bar and columns of results.csv."""
 
 from __future__ import annotations
 
@@ -9,47 +9,52 @@ from yolov12.mas import Result
 
 __all__ = ["Display"]
 
-_WIDTH = 22  # of the progress bar's column
+_WIDTH = 22  # characters of the progress bar's column
 _PEAK, _BUDGET, _MICRO_BATCH = "memory/peak_MiB", "memory/budget_MiB", "memory/micro_batch"
 
 
 class Display:
-    """Memory of a training for those who watch it.
+    """Memory values of a training for the progress bar, results.csv and loggers.
 
     Args:
-        csv: The run's results.csv. A run that began without the engine keeps the columns it has.
+        csv: The run's results.csv. If its header has no memory columns, as the run began without the engine, none are
+            added.
     """
 
     def __init__(self, csv: Path) -> None:
         self.of_epoch: dict[str, float] = {}
-        """Values of the epoch at hand, by column; kept when a run is interrupted."""
+        """Column → value of the current epoch. A saved run keeps them."""
         self._csv = csv
         self._latest: Result | None = None
 
     def add(self, result: Result) -> None:
-        """Take in a batch that was run."""
+        """Update the values with a batch that was run."""
         self._latest, values = result, self.of_epoch
         values[_PEAK] = max(values.get(_PEAK, 0.0), round(result.peak_bytes / 2**20, 1))
         values[_BUDGET] = round(result.budget_bytes / 2**20, 1)
         values[_MICRO_BATCH] = max(values.get(_MICRO_BATCH, 0), *result.micro_batches)
 
     def metrics(self) -> dict[str, float]:
-        """Return the values of this epoch for results.csv and every logger."""
+        """Return the values of this epoch, column → MiB or images, for results.csv and every logger."""
         shown = not self._csv.exists() or _PEAK in self._csv.read_text().partition("\n")[0]
         return dict(self.of_epoch) if shown else {}
 
     def column(self) -> float:
-        """Return the number for the progress bar: peak/budget in GiB and micro-batch × count when it is formatted."""
+        """Return a number for the progress bar that is formatted as micro-batch × count and peak/budget in GiB."""
         return _Column(self._latest)
 
     @staticmethod
     def header(stock: str) -> str:
-        """Widen the progress bar's header for the column."""
+        """Return the progress bar's header, widened for the column.
+
+        Args:
+            stock: Ultralytics' own header.
+        """
         return stock.replace(f"{'GPU_mem':>11}", f"{'GPU_mem':>{_WIDTH}}", 1)
 
 
 class _Column(float):
-    """Number that formats as peak/budget in GiB and micro-batch × count, for a progress bar that puts a `G` behind."""
+    """Number formatted as micro-batch × count and peak/budget in GiB; the progress bar appends a `G`."""
 
     _result: Result | None
 

@@ -1,8 +1,8 @@
-"""The batch that carries the engine: still on the host, and to everybody who looks into it what stock would show.
+"""Logical batch: it stays on the host, carries the engine, and shows its readers what stock Ultralytics would show.
 
-Ultralytics' loop calls `preprocess_batch` and gives the result to the model. On a trainer that the engine runs, the
-result is a `LogicalBatch`, and the one seam on a model's call (`call`) recognises it and runs the engine. Every other
-batch, and every other call of the model, is stock's. So the model of a trainer is the user's own object.
+Ultralytics' loop calls `preprocess_batch` and passes the result to the model. With the engine, the result is a
+`LogicalBatch`. The only seam on a model's call (`call`) recognises it and runs the engine. Stock code handles every
+other batch and every other call, so the model of a trainer stays the user's own object.
 """
 
 from __future__ import annotations
@@ -22,27 +22,26 @@ from yolov12.mas.task import Share
 __all__ = ["DeferredTensor", "LogicalBatch", "TensorFacts", "call"]
 
 
-def call(stock: Callable[..., Any], model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
+def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
     """Run Ultralytics' call of a model; for a logical batch that waits for the engine, run the engine.
 
     Args:
         stock: Ultralytics' own method.
         model: Model that is called.
-        batch: Images, or a batch.
-        args: Further arguments for `stock`.
+        args: Arguments for `stock`; the first is images, or a batch.
         kwargs: Further arguments for `stock`.
 
     Returns:
-        The model's outputs or, for a batch, its loss and loss items.
+        Outputs of the model or, for a batch, loss and loss items.
     """
-    if not isinstance(batch, LogicalBatch):
-        return stock(model, batch, *args, **kwargs)
-    return batch.run(lambda shown: stock(model, shown, *args, **kwargs), model)
+    if not args or not isinstance(args[0], LogicalBatch):
+        return stock(model, *args, **kwargs)
+    return args[0].run(lambda shown: stock(model, shown, *args[1:], **kwargs), model)
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """Shape, dtype and device of a tensor that can still be made."""
+    """Shape, dtype and device of a tensor whose values are not computed yet."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -50,14 +49,15 @@ class TensorFacts:
 
 
 class LogicalBatch(dict[str, Any]):
-    """Batch of an Ultralytics loader, for the engine.
+    """Batch of an Ultralytics loader that the engine runs.
 
     Args:
-        host: The loader's batch.
-        share: What the batch is on all ranks; None for a training in one process.
+        host: Batch as the loader returned it.
+        share: Description of the whole batch over all ranks; None for a training in one process.
         model: Model that the engine trains.
-        show: Returns what stock's `preprocess_batch` would return for the loader's batch, and draws no random number.
-        engine: Runs the batch on that model; returns its loss and loss items.
+        show: Called with the loader's batch; returns what stock's `preprocess_batch` would return, and leaves the
+            random generators as they were.
+        engine: Runs the batch on the model; returns its loss and loss items.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class LogicalBatch(dict[str, Any]):
         self._versions: dict[str, int] = {}
 
     def run(self, stock: Callable[[dict[str, Any]], Any], model: nn.Module) -> Any:
-        """Run the batch: once by the engine, when the model trains; otherwise, and later, as stock does.
+        """Run the batch with the engine the first time that the model trains on it, and otherwise as stock does.
 
         Args:
-            stock: Stock's call of the model, with an ordinary batch.
+            stock: Runs stock's call of the model on an ordinary batch.
             model: Model that is called.
         """
         trains = model is self._model and model.training and torch.is_grad_enabled()
@@ -89,15 +89,15 @@ class LogicalBatch(dict[str, Any]):
         return self._engine(self)
 
     def shown(self) -> dict[str, Any]:
-        """Return an ordinary batch, as stock would show it."""
+        """Return an ordinary dict with the content that stock would show."""
         self._fill()
         return {key: each_tensor(value, _made) for key, value in dict.items(self)}
 
     def describe(self, facts: Mapping[str, TensorFacts]) -> None:
-        """Show tensors of this shape, dtype and device from now on, which are made only if their values are used.
+        """Show tensors of known shape, dtype and device from now on; they are computed only if their values are used.
 
         Args:
-            facts: Key of the batch → facts of its tensor, as the parts of the batch had them.
+            facts: Key of the batch → facts of its tensor, as they were seen on parts of the batch.
         """
         if not self._is_filled:
             self._is_filled = True
@@ -112,7 +112,7 @@ class LogicalBatch(dict[str, Any]):
         return self._stock()[key]
 
     def show_host(self) -> None:
-        """Show the loader's batch as it is from now on."""
+        """Show the loader's batch unchanged from now on."""
         self._is_filled = True
         dict.update(self, self.host)
 
@@ -128,7 +128,7 @@ class LogicalBatch(dict[str, Any]):
             self._versions = {key: value._version for key, value in dict.items(self) if isinstance(value, Tensor)}
 
     def _is_changed(self) -> bool:
-        """Return whether somebody has written on what this batch shows: then that is what the model is to get."""
+        """Return whether somebody has changed the content that this batch shows. The model then gets that content."""
         written = any(dict.__getitem__(self, key)._version != version for key, version in self._versions.items())
         return self._was_written or written
 
@@ -171,11 +171,11 @@ for _name in ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem"
 
 
 class DeferredTensor(Tensor):
-    """Tensor that is made when its values are used; its shape, dtype and device may be known before.
+    """Tensor that is computed when its values are used. Its shape, dtype and device may be known before.
 
     Args:
         facts: Shape, dtype and device; None if they are not known.
-        make: Returns the tensor.
+        make: Computes the tensor.
     """
 
     _facts: TensorFacts | None
@@ -184,7 +184,7 @@ class DeferredTensor(Tensor):
 
     @staticmethod
     def __new__(cls, facts: TensorFacts | None, make: Callable[[], Tensor]) -> DeferredTensor:
-        """Make a tensor without values."""
+        """Create a tensor without values."""
         tensor: DeferredTensor = torch.empty(0).as_subclass(cls)
         tensor._facts, tensor._make, tensor._value = facts, make, None
         return tensor
@@ -194,7 +194,7 @@ class DeferredTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Answer from the facts if they suffice; otherwise run the function on the tensor itself."""
+        """Answer from the facts if they suffice; otherwise compute the tensor and run the function on it."""
         first = args[0] if args else None
         if isinstance(first, cls) and first._facts is not None and func in _FROM_FACTS:
             return _FROM_FACTS[func](first._facts, *args[1:])

@@ -1,4 +1,4 @@
-"""Memory of a trainer that the engine cannot see: what its first update makes and changes, and what can shrink."""
+"""Memory facts of a trainer that the engine cannot see: the first update's state, and settings that save memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ __all__ = ["optimizer_bytes", "remember", "ways_out"]
 
 
 def remember(trainer: Any) -> Undo:
-    """Copy what an optimizer step changes besides parameters and optimizer; return what puts it back."""
+    """Copy the gradient scaler and the moving average of a trainer, which its optimizer step changes.
+
+    Args:
+        trainer: Ultralytics trainer.
+
+    Returns:
+        A function that restores them.
+    """
     scaler = copy.deepcopy(trainer.scaler)
     ema = trainer.ema
     updates = ema.updates if ema else 0
@@ -33,7 +40,15 @@ def remember(trainer: Any) -> Undo:
 
 
 def optimizer_bytes(optimizer: Optimizer, model: nn.Module) -> int:
-    """Return the bytes that the optimizer's first update will allocate; 0 after it, or if it is not known."""
+    """Return the bytes of state that the optimizer's first update will allocate.
+
+    Args:
+        optimizer: Optimizer of the model's parameters.
+        model: Model that is trained.
+
+    Returns:
+        0 after the first update, or if the kind of optimizer is not known.
+    """
     name = type(optimizer).__name__
     if optimizer.state or name not in OPTIMIZERS:
         return 0
@@ -41,10 +56,10 @@ def optimizer_bytes(optimizer: Optimizer, model: nn.Module) -> int:
 
 
 def ways_out(trainer: Any, fraction: float) -> Sequence[str]:
-    """Return what the user could set so that a run fits, cheapest first.
+    """Return the arguments that the user could set so that a run fits, cheapest first.
 
     Args:
-        trainer: Trainer of Ultralytics.
+        trainer: Ultralytics trainer.
         fraction: Fraction of one image's activations that would fit.
     """
     size = int(trainer.args.imgsz * math.sqrt(fraction)) // trainer.stride * trainer.stride

@@ -1,7 +1,8 @@
 """Adapter between one Ultralytics trainer, which has just been set up, and the engine.
 
-Nothing of Ultralytics is replaced: its loop calls `preprocess_batch`, the model, `optimizer_step` and a few others. On
-this one trainer they lead to the engine, which calls the trainer's own. `trainer.model` stays the user's model.
+Ultralytics' training loop stays as it is. It calls `preprocess_batch`, the model, `optimizer_step` and a few other
+methods. On this trainer these calls lead to the engine, which calls the trainer's own methods. `trainer.model` stays
+the user's model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
-from yolov12.training.data.resolution import DataLayer
+from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing, augment_by_place
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -40,11 +41,11 @@ class TrainerAdapter:
     """Leads one trainer's calls to its engine.
 
     Args:
-        trainer: Trainer of Ultralytics that is set up.
+        trainer: Ultralytics trainer that has been set up.
         model: Its model without wrappers.
-        task: Splits its batches.
-        engine: Runs its batches.
-        data_layer: Chooses the images' size.
+        task: Splits the trainer's batches.
+        engine: Runs the trainer's batches.
+        resolution: Chooses the size of images.
         ranks: Processes that share each batch.
     """
 
@@ -54,23 +55,23 @@ class TrainerAdapter:
         model: nn.Module,
         task: DetectionTask,
         engine: Engine,
-        data_layer: DataLayer,
+        resolution: ResolutionControl,
         ranks: Ranks,
     ) -> None:
         self._trainer, self._model, self._task, self._engine = trainer, model, task, engine
-        self._data_layer, self._ranks = data_layer, ranks
-        self.keeper: Keeper | None = None  # of a loader of the user's own, nothing is known
+        self._resolution, self._ranks = resolution, ranks
+        self.keeper: Keeper | None = None  # None for a loader of the user's own, which cannot be resumed
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
         self._updates_asked = 0
-        self._told = ""  # what the log last said of the loss
+        self._logged = ""  # last log line about the loss
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
         self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
         self._stock_plot, self._stock_warmup = trainer.plot_training_samples, trainer._get_warmup_iterations
 
     def take_over_loader(self) -> None:
-        """Put a loader that can be resumed, and shared, in the place of the trainer's.
+        """Replace the trainer's loader with one that can be resumed, and shared among ranks.
 
         Raises:
             ConfigError: Several processes cannot share the loader, or another process trains in the run's folder.
@@ -88,7 +89,7 @@ class TrainerAdapter:
         loader = ResumableLoader(
             trainer.train_loader,
             trainer.args.imgsz,
-            arrange=arrange and self._sharing is None,  # no rank knows the whole of a batch
+            arrange=arrange and self._sharing is None,  # with several ranks, no rank knows the whole batch
             sharing=self._sharing,
         )
         trainer.train_loader = loader
@@ -99,7 +100,7 @@ class TrainerAdapter:
             engine,
             loader,
             Interval.parse(trainer.args.save_every),
-            self._data_layer,
+            self._resolution,
             self._display.of_epoch,
             self._interruption,
             is_first=ranks.rank == 0,
@@ -108,7 +109,7 @@ class TrainerAdapter:
         setattr(trainer, KEEPER, self.keeper)
 
     def take_over(self) -> None:
-        """Lead the trainer's calls here."""
+        """Lead the trainer's calls to this adapter."""
         trainer = self._trainer
         if self._ranks.size > 1 and trainer.args.time:
             trainer._get_warmup_iterations = self._warmup
@@ -123,7 +124,7 @@ class TrainerAdapter:
         trainer.add_callback("teardown", self._finish)
 
     def _logical(self, batch: dict[str, Any]) -> LogicalBatch:
-        """Return the batch as it is, still on the host: each part is preprocessed when it is its turn."""
+        """Return the batch still on the host, as each part is preprocessed just before it runs."""
         return LogicalBatch(batch, batch.pop(SHARE, None), self._model, self._show, self._run)
 
     def _show(self, batch: dict[str, Any]) -> Any:
@@ -135,10 +136,10 @@ class TrainerAdapter:
             set_random_state(state)
 
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run a logical batch by the engine; its gradient is then on the parameters."""
+        """Run a logical batch with the engine, which adds its gradient to that of the parameters."""
         host, share, model = batch.host, batch.share, self._model
         if self.keeper is not None and SKIPPED in host:
-            batch.show_host()  # it stands for a batch that was trained on before an interruption
+            batch.show_host()  # a placeholder of a batch that was trained on before an interruption
             return self.keeper.skip()
         if self._interruption is not None and share is None:
             self._interruption.check()
@@ -146,32 +147,32 @@ class TrainerAdapter:
             found: tuple[Tensor, dict[str, Tensor]] = model(batch.shown())
             return found
         if share is not None and self._trainer.args.multi_scale > 0:
-            random.seed(share.seed)  # the size that is drawn is that of the whole batch
-        host = self._data_layer.before(host, self._fits)
+            random.seed(share.seed)  # all ranks draw the same size for a batch
+        host = self._resolution.before(host, self._fits)
         result = self._engine.step(
             host,
             share,
-            smaller=None if self._trainer.args.mas_data == "off" else self._data_layer.smaller,
+            smaller=None if self._trainer.args.mas_data == "off" else self._resolution.smaller,
             stop_requested=self._stop_requested,
         )
         self._share_ends(share, result.statuses)
-        self._data_layer.after(self._fits)
-        for event in self._data_layer.take_events():
+        self._resolution.after(self._fits)
+        for event in self._resolution.take_events():
             self._engine.note(event)
         self._keep_group()
         self._display.add(result)
         batch.describe(self._task.facts)
-        # A leaf: Ultralytics' own backward has nothing left to do.
+        # The loss is a leaf, so that Ultralytics' own backward pass has nothing left to do.
         return result.loss.requires_grad_(), dict(result.items)
 
     def _fits(self, size: int) -> bool:
-        return self._engine.would_fit(size, size, whole_group=self._data_layer.is_eager)
+        return self._engine.would_fit(size, size, whole_group=self._resolution.is_eager)
 
     def _stop_requested(self) -> bool:
         return self._interruption is not None and self._interruption.due
 
     def _share_ends(self, share: Share | None, statuses: Sequence[RankStatus]) -> None:
-        """Take in what all ranks report; a signal that one has got ends all of them after the same step."""
+        """Handle the reports of all ranks. If one of them got a signal, all of them end after the same step."""
         if share is None or self._sharing is None:
             return
         if any(status.stop for status in statuses):
@@ -181,30 +182,30 @@ class TrainerAdapter:
         self._sharing.observe(statuses)
 
     def _loss_is_known(self, model: nn.Module) -> bool:
-        """Return whether parts of this loss can be put together; say once what it means for the run."""
+        """Return whether losses of parts of a batch can be combined; log once what that means for the run."""
         from ultralytics.utils import LOGGER
 
         known = knows_loss(model)
         if not known and self._ranks.size > 1:
             raise ConfigError("a loss of your own cannot be shared among processes: train in one, or with mas=False")
-        told = ""
+        line = ""
         if not known:
-            told = "memory: the loss is not one of Ultralytics' own: batches run as Ultralytics runs them"
+            line = "memory: the loss is not one of Ultralytics' own: batches run as Ultralytics runs them"
         elif not loss_is_exact(model):
-            told = "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
-        if told and told != self._told and not self._ranks.rank:
-            LOGGER.info(told)
-        self._told = told
+            line = "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
+        if line and line != self._logged and not self._ranks.rank:
+            LOGGER.info(line)
+        self._logged = line
         return known
 
     def _warmup(self, batches: int) -> int:
-        """Agree on the number of epochs, which Ultralytics has just estimated from the clock of each process."""
+        """Agree on the number of epochs, which Ultralytics has just estimated from each process's own clock."""
         trainer = self._trainer
         trainer.epochs = trainer.args.epochs = self._ranks.least(trainer.epochs)
         return int(self._stock_warmup(batches))
 
     def _keep_group(self) -> None:
-        """Write the group into args.yaml: it is fixed for the run, and for those that resume or repeat it."""
+        """Write the BatchNorm group into args.yaml: it is fixed for this run, and for runs that resume or repeat it."""
         from ultralytics.utils import YAML
 
         args, group = self._trainer.args, self._engine.bn_group
@@ -226,7 +227,8 @@ class TrainerAdapter:
             )
 
     def _validate(self) -> Any:
-        size, self._trainer.world_size = self._trainer.world_size, 1  # validation.py puts the statistics together
+        # Ultralytics must not average the losses over ranks, as validation.py combines them.
+        size, self._trainer.world_size = self._trainer.world_size, 1
         try:
             metrics, fitness = self._stock_validate()
         finally:
@@ -238,7 +240,7 @@ class TrainerAdapter:
         self._heed_signals(at_once=self._sharing is None)
 
     def _epoch_ends(self, trainer: Any) -> None:
-        if trainer.metrics is not None:  # of several ranks, only one has metrics
+        if trainer.metrics is not None:  # with several ranks, only rank 0 has metrics
             trainer.metrics = {**trainer.metrics, **self._display.metrics()}
         self._heed_signals(at_once=True)
 
@@ -252,7 +254,7 @@ class TrainerAdapter:
         return float(self._stock_memory(fraction)) if fraction else self._display.column()
 
     def _plot(self, batch: Any, ni: int) -> None:
-        """Plot training samples; stock's function draws pixels of the host as well, so none need be on the device."""
+        """Plot training samples. Stock's function accepts images on the host, so they are not copied to the device."""
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif SKIPPED not in batch.host:
@@ -267,14 +269,14 @@ class TrainerAdapter:
             LOGGER.info(summary.as_text())
 
     def _share(self) -> Sharing:
-        """Let all ranks draw the batches that one process would draw."""
-        trainer, ranks, engine, data_layer = self._trainer, self._ranks, self._engine, self._data_layer
+        """Return a sharing with which all ranks draw the batches that one process would draw."""
+        trainer, ranks, engine, resolution = self._trainer, self._ranks, self._engine, self._resolution
         loader = trainer.train_loader
-        loader.sampler.set_epoch = lambda epoch: None  # called by the loop; the order is the generator's
+        loader.sampler.set_epoch = lambda epoch: None  # the loop calls it, but the generator decides the order
         augment_by_place(loader.dataset)
         group = engine.config.bn_group
         batch = min(trainer.batch_size, len(loader.dataset))
-        if group is None:  # larger than it may be in the end; every choice divides it
+        if group is None:  # an upper bound that every final choice divides
             group = next(group for group in GROUPS if group * ranks.size <= batch)
         ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
         furthest_ahead = -ranks.least(-ahead)
@@ -283,5 +285,5 @@ class TrainerAdapter:
             boxes = [len(label["cls"]) for label in loader.dataset.labels]
         move_ms = 0.0 if engine.meter.kind == "host" else NEW_SIZE_MS  # the same on all ranks
         return Sharing(
-            ranks.rank, ranks.size, batch, group or 1, furthest_ahead, move_ms, boxes, lambda: data_layer.rung
+            ranks.rank, ranks.size, batch, group or 1, furthest_ahead, move_ms, boxes, lambda: resolution.step
         )

@@ -1,11 +1,11 @@
-"""Validation and prediction in slices that fit into memory, with the numbers of the whole batch.
+"""Validation and prediction in slices that fit into memory, with the same results as the whole batch.
 
-Ultralytics validates at twice the training batch, and keeps all of a batch on the device from its images to its boxes.
-Here a batch stays on the host. When Ultralytics runs the model, slices go all the way, to loss and boxes, and what it
-then asks for is there already.
+Ultralytics validates at twice the training batch, and keeps a whole batch on the device from the images to the boxes.
+Here a batch stays on the host. When Ultralytics calls the model, each slice runs completely, up to its loss and boxes,
+and later calls return these results.
 
-Several ranks validate parts of the data: some each of the batches that one process would have, or of the images where
-there is but one. Ultralytics gathers what it counts; losses are put together here, and are those of one process too.
+Several ranks divide the batches of validation among them, or the images if there is only one batch. Ultralytics gathers
+the statistics. This module gathers the losses, which are also those of a validation in one process.
 """
 
 from __future__ import annotations
@@ -31,45 +31,54 @@ from yolov12.training.run import team
 
 __all__ = ["predict", "validate"]
 
-_SLICES = "_yolov12_slices"  # on validators and predictors: what was learned serves the next time
+_SLICES = "_yolov12_slices"  # attribute of validators and predictors: the next call uses what was learned
 
 
 def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' validation, of boxes and what is like them, in slices; of anything else as it is.
+    """Run Ultralytics' validation; for detection and the tasks derived from it, in slices that fit into memory.
 
     Args:
         stock: Ultralytics' own method.
-        validator: Of Ultralytics.
-        trainer: Whose model is validated, if any.
-        model: What is validated without one.
-        kwargs: For `stock`.
+        validator: Ultralytics validator.
+        trainer: Trainer whose model is validated; None outside of a training.
+        model: Model to validate outside of a training.
+        kwargs: Keyword arguments for `stock`.
+
+    Returns:
+        Metrics, as `stock` returns them.
 
     Raises:
         ConfigError: A setting of the engine is malformed or outside its range.
-        DoesNotFitError: Not even one image gets through.
+        DoesNotFitError: Not even one image fits into memory.
     """
     if not isinstance(validator, DetectionValidator) or not getattr(validator.args, "mas", False):
         return stock(validator, trainer, model, **kwargs)
-    _config_of(validator)  # a setting that cannot be is told before any data is read
-    joint = _Validation(validator, trainer is not None)
-    others = team.found()
-    on_cpu = others is not None and trainer is None and others.device.type == "cpu"
+    Config.check(_settings_of(validator))  # before any data is read
+    validation = _Validation(validator, trainer is not None)
+    group = team.current()
+    on_cpu = group is not None and trainer is None and group.device.type == "cpu"
     try:
         with _on_the_cpu() if on_cpu else nullcontext():
             return stock(validator, trainer, model, **kwargs)
     finally:
-        joint.end()
+        validation.end()
 
 
 def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' inference on a batch of images in slices.
+    """Run Ultralytics' inference on a batch of images in slices that fit into memory.
 
     Args:
         stock: Ultralytics' own method.
-        predictor: Of Ultralytics.
-        images: (images, channels, height, width), on the device.
-        args: For `stock`.
-        kwargs: For `stock`.
+        predictor: Ultralytics predictor.
+        images: Images on the device, (images, channels, height, width).
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+
+    Returns:
+        Outputs of the model for the whole batch.
+
+    Raises:
+        DoesNotFitError: Not even one image fits into memory.
     """
     settings = predictor.args
     whole = (
@@ -90,7 +99,12 @@ def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, 
 
 
 class _Validation:
-    """Stands between one validator and its model, for one validation."""
+    """One validation: takes over the methods of the validator and the forward pass of its model until `end`.
+
+    Args:
+        validator: Ultralytics validator.
+        training: True if a trainer validates, which also needs losses.
+    """
 
     def __init__(self, validator: Any, training: bool) -> None:
         self._validator, self._training = validator, training
@@ -103,11 +117,11 @@ class _Validation:
         self._host: dict[str, Any] = {}
         self._predictions: list[Any] = []
         self._items: dict[str, Tensor] = {}
-        self._sums: list[dict[str, Tensor]] = []  # of each batch: numerators of the items, and what divides them
+        self._sums: list[dict[str, Tensor]] = []  # for each batch: numerators of the items, and their normaliser
         validator.init_metrics = self._begin
 
     def end(self) -> None:
-        """Leave validator and model as they were, and give memory back."""
+        """Restore the validator and the model, and release memory."""
         self._stack.close()
         for name in self._stock:
             vars(self._validator).pop(name, None)
@@ -118,7 +132,7 @@ class _Validation:
                 delattr(self._validator, _SLICES)
 
     def _begin(self, model: nn.Module) -> None:
-        """Ultralytics calls this right before the first batch, with the model."""
+        """Take over, in place of `init_metrics`, which Ultralytics calls right before the first batch."""
         validator = self._validator
         self._stock["init_metrics"](model)
         self._slices = _slices_of(validator, validator.device)
@@ -137,17 +151,17 @@ class _Validation:
             self._stack.callback(vars(model).pop, "loss", None)
         validator.preprocess, validator.postprocess = self._keep, lambda _: self._predictions
         validator.finalize_metrics = self._finalize
-        if team.found() is not None:
+        if team.current() is not None:
             validator.gather_stats = self._gather
 
     def _keep(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Everything but the images goes to the device."""
+        """Preprocess a batch, but leave its images on the host."""
         images = batch["img"]
         self._host = dict(batch)
         return {**self._stock["preprocess"]({**batch, "img": images[:0]}), "img": images}
 
     def _run(self, images: Tensor, *args: Any, **kwargs: Any) -> None:
-        """In place of the model's forward pass; loss and boxes are then there too."""
+        """Run a batch up to its loss and boxes, in place of the model's forward pass."""
         assert self._slices is not None
         if self._task is not None:
             self._task.workload(self._host)
@@ -190,14 +204,14 @@ class _Validation:
         return self._task.measured(self._model, boxes, lambda: loss({**part, "img": images}, predictions))
 
     def _gather(self) -> None:
-        """Ultralytics' own, with the losses; on the host, as gloo cannot reduce its matrix on a GPU."""
-        validator, others = self._validator, team.found()
-        assert others is not None
+        """Gather statistics as Ultralytics does, and losses; on the host, as gloo cannot reduce a matrix on a GPU."""
+        validator, group = self._validator, team.current()
+        assert group is not None
         mine = [{name: float(value) for name, value in each.items()} for each in self._sums]
-        gathered: list[Any] | None = [None] * others.ranks.size if others.ranks.rank == 0 else None
+        gathered: list[Any] | None = [None] * group.ranks.size if group.ranks.rank == 0 else None
         device, validator.device = validator.device, torch.device("cpu")
         try:
-            with torch.inference_mode(False):  # gloo writes from a thread of its own
+            with torch.inference_mode(False):  # gloo writes into tensors from its own thread
                 self._stock["gather_stats"]()
                 dist.gather_object(mine, gathered, dst=0)
         finally:
@@ -205,14 +219,14 @@ class _Validation:
         if gathered is not None and self._task is not None:
             loader = validator.dataloader
             batches = [each for of_rank in gathered for each in of_rank]
-            if loader.sampler.batch_size != loader.batch_size:  # then these are parts of one
+            if loader.sampler.batch_size != loader.batch_size:  # then all ranks validate parts of one batch
                 batches = [{name: sum(part[name] for part in batches) for name in batches[0]}]
             for name, value in validator.loss.items():
                 losses = [each[name] / max(each[""], self._task.floor) for each in batches]
                 value.fill_(sum(losses) / len(losses) * len(loader))  # Ultralytics divides by the batches of this rank
 
     def _finalize(self) -> None:
-        """Ultralytics has just written down how long everything took, all of it as inference."""
+        """Correct the times: Ultralytics has counted preprocessing, loss and postprocessing as inference."""
         speed, images = self._validator.speed, len(self._validator.dataloader.dataset)
         for name, time in self._times.items():
             speed[name] += time.t / images * 1e3
@@ -222,7 +236,7 @@ class _Validation:
 
 @contextmanager
 def _on_the_cpu() -> Iterator[None]:
-    """Ultralytics takes for granted that one of several processes has a GPU."""
+    """Return a context for validation in several processes on the CPU, as Ultralytics assumes a GPU there."""
     from ultralytics.engine import validator as module
 
     backend, stock = module.get_torch_device_backend, module.AutoBackend
@@ -234,23 +248,23 @@ def _on_the_cpu() -> Iterator[None]:
         module.get_torch_device_backend, module.AutoBackend = backend, stock
 
 
-def _config_of(owner: Any) -> Config:
-    return Config.parse({**vars(owner.args), "bn_group": None})  # nothing is trained
+def _settings_of(owner: Any) -> dict[str, Any]:
+    return {**vars(owner.args), "bn_group": None}  # nothing is trained
 
 
 def _slices_of(owner: Any, device: torch.device) -> Slices | None:
-    """Those of a validator or predictor; None on a device whose memory cannot be read."""
+    """Return the slices of a validator or predictor; None on a device whose memory cannot be read."""
     if device.type not in ("cuda", "cpu"):
         return None
     if not hasattr(owner, _SLICES):
-        config = _config_of(owner)
+        config = Config.parse(_settings_of(owner))
         setattr(owner, _SLICES, Slices(config, meter_for(device, config.limit)))
     slices: Slices = getattr(owner, _SLICES)
     return slices
 
 
 def _joined(parts: list[Any]) -> Any:
-    """Outputs of a model on parts of a batch, as one."""
+    """Join the outputs of a model on parts of a batch."""
     first = parts[0]
     if isinstance(first, Tensor) and first.ndim:
         return torch.cat(parts)

@@ -1,8 +1,9 @@
-"""Which images of a batch share a micro-batch: all micro-batches get crowded and empty ones alike.
+"""Arrangement of a batch: every micro-batch gets images with many and with few boxes.
 
-Images are sorted by their boxes and taken in the order of the van der Corput sequence, in which every stretch is spread
-evenly over the whole. So groups of any size need about the same memory. Only the batch itself counts, never memory: the
-gradient is that of these groups on any device. https://en.wikipedia.org/wiki/Van_der_Corput_sequence
+Images are sorted by their number of boxes, and then taken in the order of the van der Corput sequence. Every stretch of
+this sequence is spread evenly over the whole, so groups of any size need about the same memory. The arrangement depends
+only on the batch and never on memory, so the gradient is that of the same groups on any device.
+https://en.wikipedia.org/wiki/Van_der_Corput_sequence
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ __all__ = ["arranged"]
 
 
 def arranged(boxes: Sequence[int]) -> list[int]:
-    """Indices of images in the order to train on them.
+    """Return the indices of images in the order in which they are trained on.
 
     Args:
-        boxes: Of each image.
+        boxes: Number of boxes in each image.
     """
     by_boxes = sorted(range(len(boxes)), key=lambda index: -boxes[index])
     positions = sorted(range(len(boxes)), key=_reversed_bits)
@@ -27,7 +28,7 @@ def arranged(boxes: Sequence[int]) -> list[int]:
 
 
 def _reversed_bits(number: int) -> float:
-    """The number's binary digits, read backwards behind the point."""
+    """Return the van der Corput number of an index: its binary digits in reverse order after the point."""
     value, digit = 0.0, 0.5
     while number:
         value += digit * (number & 1)

@@ -1,8 +1,9 @@
-"""The host's memory around a training: batches on their way from workers, cached images, pictures.
+"""Host memory that a training needs besides the model: batches in flight, cached images, pictures.
 
-A training loader of Ultralytics has up to four batches in flight for each worker, ours two; validation, with twice the
-workers, has two of twice the size for each. Workers hand them over in /dev/shm, of which a container has 64 MiB unless
-told otherwise; a write beyond that is a bus error. On their way to a GPU they leave it soon, for pinned memory.
+Ultralytics' training loader has up to four batches in flight per worker, and ours has two. Validation uses twice as
+many workers, each with two batches of twice the size. Workers pass batches through /dev/shm, which has 64 MiB in a
+container by default; a write beyond its end raises a bus error. Batches for a GPU leave /dev/shm soon, for pinned
+memory.
 """
 
 from __future__ import annotations
@@ -16,34 +17,35 @@ from yolov12.mas.memory.host import HostMemory
 __all__ = ["AHEAD", "affordable_workers", "cache_fits", "draw_less_ahead", "fewer_pictures", "limit_workers"]
 
 AHEAD = 2
-"""Batches that each worker of a training loads ahead (benchmarks/loading.py)."""
+"""Number of batches that each worker of a training prefetches (benchmarks/loading.py)."""
 _IN_SHM, _IN_FLIGHT = 4, AHEAD + 8
-"""Batches of the size of those of a training, for each of its workers, with those of validation."""
-_SHARE = 0.5
-"""Of the host's memory, for batches in flight."""
+"""Most batches in /dev/shm, and in flight, for each training worker, in batches of the training's size; validation is
+included."""
+_FRACTION = 0.5
+"""Largest fraction of the available host memory for batches in flight, and for cached images."""
 
 
 def affordable_workers(workers: int, batch_bytes: int, shm_bytes: int | None, host_bytes: int) -> int:
-    """How many workers can have all batches in flight that they may have.
+    """Return the number of workers whose batches in flight fit into memory.
 
     Args:
-        workers: Wanted.
-        batch_bytes: Of one.
-        shm_bytes: Free in /dev/shm; None where there is no such thing.
-        host_bytes: Available.
+        workers: Requested number of workers.
+        batch_bytes: Bytes of one batch.
+        shm_bytes: Free bytes of /dev/shm; None on a system without it.
+        host_bytes: Available bytes of host memory.
     """
-    by_host = int(_SHARE * host_bytes) // (_IN_FLIGHT * batch_bytes)
+    by_host = int(_FRACTION * host_bytes) // (_IN_FLIGHT * batch_bytes)
     by_shm = workers if shm_bytes is None else shm_bytes // (_IN_SHM * batch_bytes)
     return min(workers, by_host, by_shm)
 
 
 def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/dev/shm") -> None:
-    """Let a training have no more workers than there is room for, and say so with the numbers.
+    """Limit the workers of a training to what fits into host memory, and log a warning with the numbers.
 
     Args:
-        trainer: Of Ultralytics, before its loaders are made.
-        memory: Of the host.
-        shm: Where workers hand over batches.
+        trainer: Ultralytics trainer whose loaders are not made yet.
+        memory: Reader of the host's memory.
+        shm: Folder of the shared memory through which workers pass batches.
     """
     from ultralytics.utils import LOGGER
 
@@ -70,13 +72,13 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
 
 
 def draw_less_ahead(trainer: Any) -> None:
-    """Let the training loader keep no more batches than it takes to hide what loading one takes.
+    """Limit the prefetch of the training loader to what is needed to hide the time of loading.
 
-    Sizes of images, and shares of several ranks, are settled when a batch is drawn: with 8 workers, the 17th batch from
-    now has what is decided now, not the 33rd.
+    The size of images, and the shares of ranks, are settled when a batch is drawn. With 8 workers, a decision then
+    takes effect at the 17th batch from now instead of the 33rd.
 
     Args:
-        trainer: Of Ultralytics, with a training loader that has given no batch yet.
+        trainer: Ultralytics trainer whose training loader has returned no batch yet.
     """
     from ultralytics.data.build import InfiniteDataLoader
 
@@ -85,23 +87,29 @@ def draw_less_ahead(trainer: Any) -> None:
         loader.prefetch_factor = min(loader.prefetch_factor, AHEAD)
 
 
-def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: HostMemory | None = None) -> bool:
-    """Run Ultralytics' `check_cache_ram`, which does not know the limit of a container, and check that as well.
+def cache_fits(
+    stock: Callable[..., bool], dataset: Any, /, *args: Any, memory: HostMemory | None = None, **kwargs: Any
+) -> bool:
+    """Run Ultralytics' `check_cache_ram`, and check the memory limit of the container, which it does not know.
 
     Args:
         stock: Ultralytics' own method.
-        dataset: Whose images are to be kept in memory.
-        args: For `stock`.
-        memory: Of the host.
+        dataset: Ultralytics data set whose images may be cached in memory.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+        memory: Reader of the host's memory.
+
+    Returns:
+        Whether the images are to be cached.
     """
-    if not stock(dataset, *args):
+    if not stock(dataset, *args, **kwargs):
         return False
     from ultralytics.utils import LOGGER
 
     some = range(0, dataset.ni, max(dataset.ni // 30, 1))
     needed = sum(dataset.load_image(index)[0].nbytes for index in some) * dataset.ni // len(some)
     room = (memory or HostMemory()).room_bytes()[1]
-    if needed <= _SHARE * room:
+    if needed <= _FRACTION * room:
         return True
     LOGGER.warning(
         f"memory: cache=ram would take {_mib(needed)}, more than half of the {_mib(room)} that this process may have: "
@@ -111,14 +119,15 @@ def cache_fits(stock: Callable[..., bool], dataset: Any, *args: Any, memory: Hos
     return False
 
 
-def fewer_pictures(stock: Callable[..., Any], labels: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' `plot_images` on the images it draws: it makes floats of all it is given.
+def fewer_pictures(stock: Callable[..., Any], /, labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' `plot_images` only on the images that it draws, as it converts all images to floats first.
 
     Args:
         stock: Ultralytics' own function.
-        labels: Of a batch, with its images under `img` or not.
-        images: Of the batch.
-        args, kwargs: For `stock`.
+        labels: Labels of a batch, which may hold its images under `img`.
+        images: Images of the batch.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
     """
     most = kwargs.get("max_subplots", 16)
     if "img" in labels:

@@ -1,8 +1,8 @@
-"""A training loader that can say after each batch how to go on from there, and can go on from there.
+"""Training loader whose state can be saved after any batch, and restored.
 
-The order of images is that of the sampler's generator. Augmentation draws from the random generators of the process
-that loads, and mosaic from the images that this process loaded lately; both go with a worker's batches. What is drawn
-is what Ultralytics draws.
+The order of images comes from the sampler's generator. Augmentation draws from the random generators of the process
+that loads an image, and mosaic chooses among the images that this process loaded recently. Each batch of a worker
+therefore carries the worker's state. All draws are those of Ultralytics.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from yolov12.training.data.sharing import SHARE, Sharing
 __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "random_state", "resumable", "set_random_state"]
 
 SKIPPED = "yolov12_skipped"
-"""In a batch that stands for one that was done before the run was interrupted."""
+"""Key of a placeholder batch: it stands for a batch that was trained on before the run was interrupted."""
 
 _STATE = "yolov12_worker"
-_Worker = Mapping[str, Any]  # `random` and `buffer`, or the `seed` of one that has not begun
+_Worker = Mapping[str, Any]  # `random` and `buffer`, or the `seed` of a worker that has not begun
 
 
 def random_state() -> dict[str, Any]:
-    """State of this process's generators, for `torch.load(weights_only=True)`."""
+    """Return the state of this process's random generators, in a form for `torch.load(weights_only=True)`."""
     name, keys, *rest = np.random.get_state()  # noqa: NPY002 - Ultralytics draws from it
     return {
         "python": random.getstate(),
@@ -44,7 +44,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put `random_state` back."""
+    """Restore the result of `random_state`."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
@@ -52,7 +52,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def resumable(loader: Any) -> bool:
-    """Whether it is a loader of Ultralytics' own kind, whose order comes from its generator alone."""
+    """Return whether a loader can be resumed: it is Ultralytics' own, and its order depends only on its generator."""
     from ultralytics.data.build import InfiniteDataLoader
 
     if not isinstance(loader, InfiniteDataLoader):
@@ -62,8 +62,15 @@ def resumable(loader: Any) -> bool:
 
 
 def data_of(loader: Any) -> dict[str, int]:
-    """What must be the same for a run to go on in mid-epoch: batches, their size, images and their names."""
-    names = [Path(name).name for name in getattr(loader.dataset, "im_files", [])]  # folders may move
+    """Return the facts that must be the same when a run resumes in mid-epoch.
+
+    Args:
+        loader: Training loader.
+
+    Returns:
+        Number of batches, their size, number of images, and a checksum of the images' names.
+    """
+    names = [Path(name).name for name in getattr(loader.dataset, "im_files", [])]  # folders may have moved
     return {
         "batches": len(loader),
         "images at once": loader.batch_size,
@@ -73,13 +80,13 @@ def data_of(loader: Any) -> dict[str, int]:
 
 
 class ResumableLoader:
-    """Stands for an Ultralytics training loader.
+    """Wrapper of an Ultralytics training loader with a state that can be saved and restored.
 
     Args:
-        loader: An `InfiniteDataLoader` that has given no batch yet.
-        image_size: Of the batches that stand for skipped ones.
-        arrange: Whether images of a batch are brought into the order of `arrangement`.
-        sharing: Where several ranks share each batch.
+        loader: Ultralytics `InfiniteDataLoader` that has returned no batch yet.
+        image_size: Size of the images of placeholder batches, in pixels.
+        arrange: True to bring the images of a batch into the order of `arrangement`.
+        sharing: Splits batches among several ranks; None for a training in one process.
     """
 
     def __init__(self, loader: Any, image_size: int, *, arrange: bool = False, sharing: Sharing | None = None) -> None:
@@ -92,11 +99,11 @@ class ResumableLoader:
         self._workers: dict[int, _Worker | bytes] = {}
         self._next_worker = 0
         self._epoch_order: Tensor | None = None
-        self._generator: Tensor | None = None  # state where a resumed run was interrupted
+        self._generator: Tensor | None = None  # state at which a resumed run was interrupted
         self._skip = 0
         self._then: Callable[[], None] = lambda: None
         self.position = 0
-        """Batches given in this epoch, with those skipped."""
+        """Number of batches returned in this epoch, placeholders included."""
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -118,7 +125,7 @@ class ResumableLoader:
         for batch in itertools.islice(self._loader, len(self) - skip):
             if self.position == skip:
                 self._epoch_order = self._order.drawn.popleft()
-                self._first.states = []  # workers have theirs; those after a reset begin anew
+                self._first.states = []  # workers have taken theirs; workers after a reset begin anew
             worker = batch.pop(_STATE)
             if worker is not None:
                 index, packed = worker
@@ -130,14 +137,14 @@ class ResumableLoader:
             yield batch
 
     def reset(self) -> None:
-        """See `InfiniteDataLoader`: what was loaded ahead is dropped, as the data set has changed."""
+        """Drop prefetched batches, as the data set has changed; see `InfiniteDataLoader.reset`."""
         self._loader.reset()
         if self._sharing is not None:
-            if self._order.drawn:  # other ranks may have drawn less far ahead
+            if self._order.drawn:  # other ranks may have prefetched less
                 self._loader.generator.set_state(self._order.drawn[0])
             self._sharing.drop()
         self._order.drawn.clear()
-        if self._order.begin is not None and not self._skip:  # the epoch that was skipped had nothing left to load
+        if self._order.begin is not None and not self._skip:  # the skipped epoch had no batch left to load
             self._order.begin, self._first.states = None, []
             self._loader.generator.set_state(self._generator)
         self._workers = dict(enumerate(self._first.states))
@@ -145,15 +152,15 @@ class ResumableLoader:
 
     @property
     def is_last(self) -> bool:
-        """Whether the batch given last is the last of its epoch."""
+        """True if the latest batch is the last of its epoch."""
         return self.position == len(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """How to go on after the batch given last; `for_file` makes it fit for a file."""
+        """Return the state after the latest batch; `for_file` converts it for a file."""
         count = self._loader.num_workers
         order = [(self._next_worker + index) % count for index in range(count)]
         workers = [self._workers.get(index) or {"seed": self._seed(index)} for index in order]
-        by_place = self._sharing is not None  # then workers have nothing to remember
+        by_place = self._sharing is not None  # then the state of a worker has no effect
         return {
             "data": self._data,
             "position": self.position,
@@ -162,26 +169,26 @@ class ResumableLoader:
             "generator": self._loader.generator.get_state(),
             "workers": [] if by_place else workers,
             "buffer": [] if by_place else list(self._buffer()),
-            "rungs": self._sharing.state_dict() if self._sharing is not None else [],
+            "resolution_steps": self._sharing.state_dict() if self._sharing is not None else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any], then: Callable[[], None]) -> bool:
-        """Go on from `state_dict`; the next epoch begins with skipped batches.
+        """Restore the result of `state_dict`; the next epoch begins with placeholders for done batches.
 
         Args:
-            state: From a loader of the same data, see `data_of`.
-            then: Called when the skipped batches are through, before the first other.
+            state: State of a loader with the same data, see `data_of`.
+            then: Called after the placeholders, before the first batch that is loaded.
 
         Returns:
-            Whether augmentation goes on as well. It does not with another number of workers.
+            Whether augmentation continues exactly, too. With another number of workers it does not.
         """
         state = for_file(state)
         self._skip, self._then = state["position"], then
         self._epoch_order = state["order"]
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if self._sharing is not None:
-            self._sharing.load_state_dict(state.get("rungs", []))
-            return not state["workers"] and not state["buffer"]  # or it was one process, which draws otherwise
+            self._sharing.load_state_dict(state.get("resolution_steps") or state.get("rungs", []))  # files of version 1
+            return not state["workers"] and not state["buffer"]  # the state of one process has both
         self._collate.arrange = state["arrange"]
         if len(state["workers"]) != self._loader.num_workers:
             return False
@@ -200,14 +207,14 @@ class ResumableLoader:
 
 
 class _Order:
-    """Batches of indices, over and over; keeps how the order of each epoch was drawn."""
+    """Endless batches of indices. It keeps the state of the generator from which the order of each epoch was drawn."""
 
     def __init__(self, batches: Any, generator: torch.Generator, sharing: Sharing | None) -> None:
         self._batches, self._generator, self._sharing = batches, generator, sharing
         self.drawn: deque[Tensor] = deque()
-        """State of the generator before each epoch that is not begun; workers are ahead of the training."""
+        """State of the generator before each drawn epoch that has not begun, as workers run ahead of the training."""
         self.begin: tuple[Tensor, int] | None = None
-        """Of the next epoch: state of the generator, batches to leave out."""
+        """State of the generator before the next epoch, and number of its batches to leave out."""
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -226,11 +233,11 @@ class _Order:
             return
         epoch = zlib.crc32(state.numpy().tobytes())
         for position, indices in enumerate(batches, skip):
-            yield self._sharing.cut(indices, f"{epoch} {position}")
+            yield self._sharing.split(indices, f"{epoch} {position}")
 
 
 class _Collate:
-    """Adds to a batch the state of the worker that loaded it, unless images are augmented by their place."""
+    """Collate function that adds the state of the worker to a batch, unless images are augmented by their place."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool = True) -> None:
         self._collate, self.arrange, self._add_state = collate, arrange, add_state
@@ -247,7 +254,7 @@ class _Collate:
 
 
 class _FirstState:
-    """Starts workers in the state they were in."""
+    """Worker initialisation that restores the states of an interrupted run."""
 
     def __init__(self, stock: Callable[[int], None]) -> None:
         self._stock = stock
@@ -266,7 +273,11 @@ class _FirstState:
 
 
 def for_file(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What `ResumableLoader.state_dict` gave, for `torch.load(weights_only=True)`. To unpack it takes milliseconds."""
+    """Convert the result of `ResumableLoader.state_dict` for `torch.load(weights_only=True)`, which takes milliseconds.
+
+    Args:
+        state: State of a loader; the states of its workers may be packed.
+    """
     workers = [
         torch.load(io.BytesIO(worker), weights_only=True) if isinstance(worker, bytes) else worker
         for worker in state["workers"]
@@ -275,14 +286,14 @@ def for_file(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:
-    """One object for the way between processes, which takes a file handle for every tensor."""
+    """Pack a state into one object, as processes exchange every tensor through a file handle of its own."""
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()
 
 
 def _fill(dataset: Any, buffer: list[int]) -> None:
-    """Load the images that mosaic chooses from."""
+    """Load the images among which mosaic chooses."""
     dataset.buffer.clear()
     for index in buffer:
         dataset.load_image(index)

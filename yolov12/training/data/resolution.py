@@ -1,8 +1,8 @@
-"""The data layer: smaller images, less mosaic and mixing, where nothing else makes a batch fit.
+"""Resolution control: smaller images with less mosaic and mixing, if nothing else makes a batch fit.
 
-Rungs go down from the full setting in steps of the stride. The rung is shared with the processes that load, which read
-it before each batch; a batch that was loaded before it changed is made smaller when it arrives. Several ranks load a
-batch on the rung that was settled when they drew it (see `sharing`), as each loads a part.
+Resolution steps lead from the full image size down in multiples of the model's stride. Workers share the index of the
+current step and read it before each batch. A batch that was loaded before the step changed is resized when it arrives.
+Several ranks load a batch at the step that was settled when they drew it (see `sharing`), as each loads a part.
 """
 
 from __future__ import annotations
@@ -19,79 +19,85 @@ import cv2
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from yolov12.training.data.sharing import rung_of
+from yolov12.training.data.sharing import resolution_step_of
 
-__all__ = ["DataLayer", "Rung", "rungs"]
+__all__ = ["ResolutionControl", "ResolutionStep", "resolution_steps"]
 
 CALM = 8
-"""Batches for which the rung above must be predicted to fit before it is taken; twice as many after it did not."""
+"""Number of consecutive batches for which the next larger size must be predicted to fit before it is used. The number
+doubles if that size then does not fit."""
 _MOST_CALM = 512
 _MIXING = ("mosaic", "mixup", "cutmix", "copy_paste")
 
 
 @dataclass(frozen=True)
-class Rung:
-    """How images are loaded."""
+class ResolutionStep:
+    """Image size and augmentation strength at which images are loaded."""
 
     image_size: int
-    """Of the longer side, in pixels."""
+    """Length of the longer side, in pixels."""
     strength: float
-    """What the probabilities of mosaic, mixup, cutmix and copy-paste are multiplied by."""
+    """Factor of the probabilities of mosaic, mixup, cutmix and copy-paste, from 0 to 1."""
 
 
-def rungs(image_size: int, smallest: int, stride: int) -> tuple[Rung, ...]:
-    """From the full setting down to the smallest size, where nothing is mixed.
+def resolution_steps(image_size: int, smallest: int, stride: int) -> tuple[ResolutionStep, ...]:
+    """Return the resolution steps from full size to the smallest size, at which images are not mixed.
 
     Args:
-        image_size: Of the training, a multiple of the stride.
-        smallest: In pixels.
-        stride: Of the model.
+        image_size: Full image size of the training in pixels, a multiple of the stride.
+        smallest: Lower bound of the size in pixels.
+        stride: Stride of the model in pixels.
     """
     sizes = range(image_size, min(smallest, image_size) - 1, -stride)
-    return tuple(Rung(size, 1 - index / max(len(sizes) - 1, 1)) for index, size in enumerate(sizes))
+    return tuple(ResolutionStep(size, 1 - index / max(len(sizes) - 1, 1)) for index, size in enumerate(sizes))
 
 
-class DataLayer:
-    """Chooses the rung of one training.
+class ResolutionControl:
+    """Chooses the resolution step of one training.
 
     Args:
-        mode: `auto`: down when a batch does not fit in any other way; `eager`: down when a BatchNorm group does not
-            fit with everything kept for the backward pass; `off`: never.
-        ladder: The rungs, the full one first.
-        stride: Of the model.
+        mode: `auto` takes smaller images if a batch fits in no other way; `eager` takes them if a BatchNorm group does
+            not fit with everything kept for the backward pass; `off` never does.
+        steps: Resolution steps, full size first.
+        stride: Stride of the model in pixels.
     """
 
-    def __init__(self, mode: str, ladder: Sequence[Rung], stride: int) -> None:
+    def __init__(self, mode: str, steps: Sequence[ResolutionStep], stride: int) -> None:
         self.is_eager = mode == "eager"
-        """True if whole BatchNorm groups with everything kept are to fit, rather than one image with least memory."""
-        self._ladder = ladder[:1] if mode == "off" else ladder
+        """True if a whole BatchNorm group with everything kept has to fit, rather than one image with least memory."""
+        self._steps = steps[:1] if mode == "off" else steps
         self._stride = stride
         self._shared = RawValue(ctypes.c_int, 0)
         self._calm, self._patience, self._since_rise = 0, CALM, _MOST_CALM
         self._events: list[str] = []
 
     @property
-    def rung(self) -> int:
-        """Counted from the full one."""
+    def step(self) -> int:
+        """Index of the current resolution step; 0 is full size."""
         return int(self._shared.value)
 
     @property
     def image_size(self) -> int:
-        """Of the rung."""
-        return self._ladder[self.rung].image_size
+        """Image size of the current resolution step in pixels."""
+        return self._steps[self.step].image_size
 
     def join(self, dataset: Any, settings: Any) -> None:
-        """Let a data set load as the rung says, if it is of a kind that makes its own transforms.
+        """Let a data set load images at the current resolution step, if it builds its own transforms.
 
         Args:
-            dataset: Of Ultralytics, for training.
-            settings: The arguments it was made with.
+            dataset: Training data set of Ultralytics.
+            settings: Arguments with which the data set was made.
         """
-        if len(self._ladder) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
-            _Loading(dataset, settings, self._ladder, self._shared).begin()
+        if len(self._steps) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
+            _Loading(dataset, settings, self._steps, self._shared).begin()
 
     def preprocess(self, stock: Callable[[Any], Any], settings: Any) -> Callable[[Any], Any]:
-        """Wrap Ultralytics' `preprocess_batch`, whose `multi_scale` draws sizes around the full one."""
+        """Wrap Ultralytics' `preprocess_batch`, so that `multi_scale` draws sizes around the current image size.
+
+        Args:
+            stock: Ultralytics' own method.
+            settings: Arguments of the training.
+        """
 
         def run(batch: Any) -> Any:
             full, settings.imgsz = settings.imgsz, self.image_size
@@ -103,7 +109,7 @@ class DataLayer:
         return run
 
     def before(self, batch: dict[str, Any], fits: Callable[[int], bool]) -> dict[str, Any]:
-        """Look at the memory that is free, if `eager`, and return the batch as it is to be trained on.
+        """Return a batch at the current resolution step, in mode `eager` after a look at the free memory.
 
         Args:
             batch: Batch as it was loaded.
@@ -114,30 +120,31 @@ class DataLayer:
         return self._resized(batch)
 
     def smaller(self, batch: dict[str, Any]) -> dict[str, Any] | None:
-        """For a batch that does not fit: itself, a rung lower; None where there is none."""
+        """Return a batch that does not fit at the next smaller size; None if there is no smaller size."""
         return self._resized(batch) if self._down() else None
 
     def after(self, fits: Callable[[int], bool]) -> None:
-        """Go up a rung when it has been predicted to fit for a while.
+        """After a batch, go back to the next larger size if it has been predicted to fit for long enough.
 
         Args:
-            fits: See `before`.
+            fits: Returns whether images of a size in pixels are predicted to fit, see `is_eager`.
         """
         self._since_rise += 1
-        if not self.rung:
+        if not self.step:
             return
-        self._calm = self._calm + 1 if fits(self._ladder[self.rung - 1].image_size) else 0
+        self._calm = self._calm + 1 if fits(self._steps[self.step - 1].image_size) else 0
         if self._calm >= self._patience:
             self._since_rise = 0
-            self._set(self.rung - 1)
+            self._set(self.step - 1)
 
     def state_dict(self) -> dict[str, int]:
-        """For a run that resumes."""
-        return {"rung": self.rung, "patience": self._patience, "calm": self._calm, "since_rise": self._since_rise}
+        """Return the state, for a run that resumes."""
+        return {"step": self.step, "patience": self._patience, "calm": self._calm, "since_rise": self._since_rise}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Take what `state_dict` gave, on a ladder that may be another."""
-        self._shared.value = min(state["rung"], len(self._ladder) - 1)
+        """Restore the result of `state_dict`. The resolution steps may be others than then."""
+        step = state["step"] if "step" in state else state["rung"]  # the name in files of version 1
+        self._shared.value = min(step, len(self._steps) - 1)
         self._patience, self._calm, self._since_rise = state["patience"], state["calm"], state["since_rise"]
 
     def take_events(self) -> list[str]:
@@ -146,43 +153,43 @@ class DataLayer:
         return events
 
     def _down(self) -> bool:
-        if self.rung + 1 >= len(self._ladder):
+        if self.step + 1 >= len(self._steps):
             return False
-        if self._since_rise < 2 * self._patience:  # it came too soon
+        if self._since_rise < 2 * self._patience:  # the last rise came too soon
             self._patience, self._since_rise = min(2 * self._patience, _MOST_CALM), _MOST_CALM
-        self._set(self.rung + 1)
+        self._set(self.step + 1)
         return True
 
-    def _set(self, rung: int) -> None:
-        self._events.append(f"image size {self.image_size} to {self._ladder[rung].image_size}")
-        self._shared.value, self._calm = rung, 0
+    def _set(self, step: int) -> None:
+        self._events.append(f"image size {self.image_size} to {self._steps[step].image_size}")
+        self._shared.value, self._calm = step, 0
 
     def _resized(self, batch: dict[str, Any]) -> dict[str, Any]:
         images: Tensor = batch["img"]
         longer = max(images.shape[2:])
-        if not self.rung or longer <= self.image_size:  # at full size nothing is touched, whatever size it is
+        if not self.step or longer <= self.image_size:  # at full size no batch is changed, whatever its size
             return batch
-        share = self.image_size / longer
-        size = [math.ceil(side * share / self._stride) * self._stride for side in images.shape[2:]]
+        factor = self.image_size / longer
+        size = [math.ceil(side * factor / self._stride) * self._stride for side in images.shape[2:]]
         return {**batch, "img": interpolate(images, size, mode="bilinear")}
 
 
 class _Loading:
-    """Makes a data set load each batch as the rung says at that moment."""
+    """Makes a data set load each batch at the current resolution step."""
 
-    def __init__(self, dataset: Any, settings: Any, ladder: Sequence[Rung], shared: Any) -> None:
-        self._dataset, self._ladder, self._shared = dataset, ladder, shared
+    def __init__(self, dataset: Any, settings: Any, steps: Sequence[ResolutionStep], shared: Any) -> None:
+        self._dataset, self._steps, self._shared = dataset, steps, shared
         self._settings, self._stock_build = copy.copy(settings), dataset.build_transforms
         self._transforms: dict[int, Any] = {}
-        self._rung = 0  # of the batch at hand
+        self._step = 0  # of the current batch
         self._stock_load = dataset.load_image
 
     def begin(self) -> None:
         """Take over the data set's methods."""
         dataset = self._dataset
         dataset.load_image = self._load_image
-        dataset.build_transforms = self._build  # called anew when mosaic is closed
-        dataset.__getitems__ = self._load  # PyTorch's way to load a batch
+        dataset.build_transforms = self._build  # called again when mosaic is closed
+        dataset.__getitems__ = self._load  # PyTorch loads a batch with it
 
     def _build(self, hyp: Any) -> Any:
         self._settings = copy.copy(hyp)
@@ -190,31 +197,31 @@ class _Loading:
         return self._stock_build(hyp)
 
     def _load(self, indices: Sequence[int]) -> list[Any]:
-        self._rung, dataset = rung_of(indices, self._shared.value), self._dataset
-        if not self._rung:
+        self._step, dataset = resolution_step_of(indices, self._shared.value), self._dataset
+        if not self._step:
             return [dataset[index] for index in indices]
         full = dataset.imgsz, dataset.transforms
         try:
-            dataset.imgsz = self._ladder[self._rung].image_size
-            dataset.transforms = self._transforms_of(self._rung)
+            dataset.imgsz = self._steps[self._step].image_size
+            dataset.transforms = self._transforms_of(self._step)
             return [dataset[index] for index in indices]
         finally:
             dataset.imgsz, dataset.transforms = full
 
     def _load_image(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """One that is in memory already, as it was loaded on a higher rung or for `cache=ram`, as small as the rung."""
+        """Load an image. If it is in memory already, from a larger step or with `cache=ram`, resize it to the step."""
         image, original, shape = self._stock_load(*args, **kwargs)
-        share = self._dataset.imgsz / max(shape)
-        if self._rung and share < 1:
-            height, width = (max(round(side * share), 1) for side in shape)
+        factor = self._dataset.imgsz / max(shape)
+        if self._step and factor < 1:
+            height, width = (max(round(side * factor), 1) for side in shape)
             image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-            image = image.reshape(height, width, -1)  # of one channel too
+            image = image.reshape(height, width, -1)  # keeps the dimension of a single channel
         return image, original, image.shape[:2]
 
-    def _transforms_of(self, rung: int) -> Any:
-        if rung not in self._transforms:
+    def _transforms_of(self, step: int) -> Any:
+        if step not in self._transforms:
             settings = copy.copy(self._settings)
             for name in _MIXING:
-                setattr(settings, name, getattr(settings, name) * self._ladder[rung].strength)
-            self._transforms[rung] = self._stock_build(settings)
-        return self._transforms[rung]
+                setattr(settings, name, getattr(settings, name) * self._steps[step].strength)
+            self._transforms[step] = self._stock_build(settings)
+        return self._transforms[step]

@@ -1,11 +1,12 @@
-"""Every rank draws the same batches, in the same order, and loads its own share of each.
+"""Shares of a batch for several ranks: every rank draws the same batches in the same order and loads its own part.
 
-Shares are settled when a batch is drawn, which workers do ahead of the training, and so is the rung that it is loaded
-on (see `data_layer`). What ranks measured in a step counts from the first batch on that no rank has drawn by then, so
-that all cut each batch alike, and load its images in one size.
+The shares of a batch, and the resolution step at which its images are loaded, are settled when the batch is drawn.
+Workers draw batches ahead of the training. A measurement in a training step therefore takes effect with the first
+batch that no rank has drawn yet, so that all ranks split every batch alike and load its images in one size.
 
-An image is augmented from a seed of its place in the run, whoever loads it: shares do not change what is trained on,
-but for the partners of a mosaic, which are images that the same process has loaded lately (with cache=ram, any).
+Each image is augmented from a seed that depends on its place in the run, whichever rank loads it. Shares then do not
+change the data that a run trains on. One exception remains: the partners of a mosaic are images that the same process
+has loaded recently (with `cache=ram`, any images).
 """
 
 from __future__ import annotations
@@ -25,25 +26,26 @@ from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.task import Share
 from yolov12.training.data.arrangement import arranged
 
-__all__ = ["SHARE", "Sharing", "augment_by_place", "rung_of"]
+__all__ = ["SHARE", "Sharing", "augment_by_place", "resolution_step_of"]
 
 SHARE = "yolov12_share"
 """Key of a batch: its `mas.Share`."""
 
 
 class Sharing:
-    """Cuts batches for one rank.
+    """Splits batches among ranks, and returns the images of one of them.
 
     Args:
-        rank: Number of this rank, from 0.
+        rank: Index of this rank, from 0.
         ranks: Number of ranks.
         batch: Number of images in a whole batch.
-        group: Number of images in a BatchNorm group; ranks take whole groups.
-        ahead: Number of batches that are drawn before the first is trained on, by the rank that draws furthest ahead.
-        move_ms: What new shares cost, see `Balance`.
-        boxes: Of each image of the data set, by which a batch is arranged (see `arrangement`): before augmentation, as
-            no rank knows more of the images of others. None to leave the order as it is.
-        rung: Tells the rung of the data layer, which is the same on all ranks.
+        group: Number of images in a BatchNorm group; a rank takes whole groups.
+        ahead: Number of batches that are drawn before the first one is trained on, on the rank that draws furthest
+            ahead.
+        move_ms: Price of new shares in milliseconds, see `Balance`.
+        boxes: Number of boxes in each image of the data set before augmentation, by which a batch is arranged (see
+            `arrangement`): a rank knows no more about the images of other ranks. None leaves the order as it is.
+        resolution_step: Returns the index of the current resolution step, the same on all ranks.
     """
 
     def __init__(
@@ -55,101 +57,109 @@ class Sharing:
         ahead: int,
         move_ms: float = 0.0,
         boxes: Sequence[int] | None = None,
-        rung: Callable[[], int] = lambda: 0,
+        resolution_step: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._rank, self._group, self._boxes, self._rung = rank, group, boxes, rung
+        self._rank, self._group, self._boxes, self._resolution_step = rank, group, boxes, resolution_step
         self._whole = split_groups(batch, group)
         self._ahead = ahead
         self._balance = Balance(ranks, move_ms)
-        self._settled: deque[tuple[int, Sequence[float], int]] = deque([(0, self._balance.ms_per_image, rung())])
-        """From which batch on ranks are taken to be how fast, and images are loaded on which rung."""
+        # First batch, milliseconds per image of each rank, and resolution step that hold from that batch on.
+        self._settled: deque[tuple[int, Sequence[float], int]] = deque(
+            [(0, self._balance.ms_per_image, resolution_step())]
+        )
         self._drawn = self._trained = 0
         self._waiting: deque[Share] = deque()
 
     @property
     def arranges(self) -> bool:
-        """Whether batches are arranged."""
+        """True if batches are arranged by boxes."""
         return self._boxes is not None
 
-    def cut(self, indices: Sequence[int], name: str) -> list[int]:
-        """Give this rank's images of a batch that is drawn, each with its seed.
+    def split(self, indices: Sequence[int], name: str) -> list[int]:
+        """Return this rank's images of a batch that is drawn, each with the seed of its augmentation.
 
         Args:
-            indices: Of the whole batch.
-            name: Of the batch, no other of the run has it.
+            indices: Indices of the images of the whole batch.
+            name: Name of the batch, unique in the run.
         """
         if self._boxes is not None:
             indices = [indices[place] for place in arranged([self._boxes[index] for index in indices])]
         shares = self.shares(len(indices))
         start = sum(shares[: self._rank])
-        seed, (_, rung) = zlib.crc32(name.encode()), self._now()
+        seed, (_, step) = zlib.crc32(name.encode()), self._now()
         mine = range(start, start + shares[self._rank]) or range(1)
         self._drawn += 1
         self._waiting.append(Share(len(indices), is_padding=shares[self._rank] == 0, seed=seed))
-        return [_Drawn(indices[place], zlib.crc32(f"{name} {place}".encode()), rung) for place in mine]
+        return [_Drawn(indices[place], zlib.crc32(f"{name} {place}".encode()), step) for place in mine]
 
     def shares(self, images: int) -> tuple[int, ...]:
-        """Images of every rank in the batch that is drawn next."""
+        """Return each rank's number of images in the batch that is drawn next."""
         speeds, _ = self._now()
         return share_out(split_groups(images, self._group), speeds)
 
     def _now(self) -> tuple[Sequence[float], int]:
-        """What is settled for the batch that is drawn next."""
-        return next((speeds, rung) for begin, speeds, rung in reversed(self._settled) if begin <= self._drawn)
+        """Return milliseconds per image of each rank, and the resolution step, for the batch that is drawn next."""
+        return next((speeds, step) for begin, speeds, step in reversed(self._settled) if begin <= self._drawn)
 
     def taken(self) -> Share:
-        """Give the share that was drawn first and not taken: that of the batch that is trained on now."""
+        """Return the share of the batch that is trained on now: the first one that was drawn and not taken."""
         return self._waiting.popleft()
 
     def observe(self, statuses: Sequence[RankStatus]) -> None:
-        """Learn from a batch that was trained on."""
+        """Learn the speed of each rank from a batch that was trained on."""
         self._trained += 1
         self._balance.observe([each.images for each in statuses], [each.ms for each in statuses])
         self._balance.shares(self._whole)
-        settled = self._balance.ms_per_image, self._rung()
+        settled = self._balance.ms_per_image, self._resolution_step()
         if settled != self._settled[-1][1:]:
             self._settled.append((self._trained + self._ahead, *settled))
             while len(self._settled) > 1 and self._settled[1][0] <= self._trained:
                 self._settled.popleft()
 
     def state_dict(self) -> list[list[int]]:
-        """Rungs that are settled: from which batch on, counted from the next to be trained on, and which."""
-        return [[max(begin - self._trained, 0), rung] for begin, _, rung in self._settled]
+        """Return the settled resolution steps as pairs: first batch, counted from the next one, and step."""
+        return [[max(begin - self._trained, 0), step] for begin, _, step in self._settled]
 
     def load_state_dict(self, state: Sequence[Sequence[int]]) -> None:
-        """Take what `state_dict` gave, before a batch is drawn."""
-        self._settled = deque((begin, self._balance.ms_per_image, rung) for begin, rung in state or [[0, self._rung()]])
+        """Restore the result of `state_dict` before the first batch is drawn."""
+        settled = state or [[0, self._resolution_step()]]
+        self._settled = deque((begin, self._balance.ms_per_image, step) for begin, step in settled)
 
     def drop(self) -> None:
-        """Forget what was drawn and not trained on: it will be drawn anew."""
+        """Forget the batches that were drawn and not trained on. They will be drawn again."""
         self._drawn = self._trained
         self._waiting.clear()
 
 
 class _Drawn(int):
-    """An index of a data set, with the seed of this use of it and the rung that its batch is loaded on."""
+    """Index of an image, with the seed of its augmentation and the resolution step of its batch."""
 
     seed: int
-    rung: int
+    resolution_step: int
 
-    def __new__(cls, index: int, seed: int, rung: int) -> _Drawn:
+    def __new__(cls, index: int, seed: int, resolution_step: int) -> _Drawn:
         drawn = super().__new__(cls, index)
-        drawn.seed, drawn.rung = seed, rung
+        drawn.seed, drawn.resolution_step = seed, resolution_step
         return drawn
 
     def __reduce__(self) -> tuple[Callable[[int, int, int], _Drawn], tuple[int, int, int]]:
-        return _Drawn, (int(self), self.seed, self.rung)
+        return _Drawn, (int(self), self.seed, self.resolution_step)
 
 
-def rung_of(indices: Sequence[int], otherwise: int) -> int:
-    """The rung that a batch is to be loaded on; `otherwise` where one process draws and loads all of it."""
-    return indices[0].rung if isinstance(indices[0], _Drawn) else otherwise
+def resolution_step_of(indices: Sequence[int], otherwise: int) -> int:
+    """Return the resolution step at which a batch is to be loaded.
+
+    Args:
+        indices: Indices of its images, as a `Sharing` returned them or, in a training in one process, plain numbers.
+        otherwise: Result for plain numbers.
+    """
+    return indices[0].resolution_step if isinstance(indices[0], _Drawn) else otherwise
 
 
 def augment_by_place(dataset: Any) -> None:
-    """Let a data set of Ultralytics augment each image from the seed that it was drawn with."""
+    """Let an Ultralytics data set augment each image from the seed that it was drawn with."""
     stock = getattr(dataset, "get_image_and_label", None)
-    if stock is None:  # one of the user's own, whose processes draw as they do
+    if stock is None:  # a data set of the user's own, whose processes draw random numbers as they do
         return
 
     def load(index: int) -> Any:

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as exceptions, which never come while something is half done."""
+"""SIGTERM and SIGINT as exceptions, which are never raised in the middle of a critical section."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ __all__ = ["Interruption"]
 
 
 class Interruption:
-    """Turns SIGTERM, as `docker stop` sends it, into SystemExit(143), and SIGINT into KeyboardInterrupt."""
+    """Turns SIGTERM, which `docker stop` sends, into SystemExit(143), and SIGINT into KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.at_once = True
-        """Whether an exception comes when the signal does, rather than where `check` is called."""
+        """True if a signal raises its exception at once; False if only `check` raises it."""
         self._signal: int | None = None
         self._deferrals = 0
         self._stock: dict[int, Any] = {}
 
     def watch(self) -> None:
-        """Begin; only the main thread can."""
+        """Install the signal handlers. Outside of the main thread, this does nothing."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as for a job in the background
+            if signal.getsignal(number) is not signal.SIG_IGN:  # a job in the background ignores them
                 self._stock[number] = signal.signal(number, self._arrived)
 
     def stop(self) -> None:
-        """Let the signals do what they did before; a handler of the user's own gets the one that came."""
+        """Restore the previous handlers, and pass a signal that has arrived on to a handler of the user's own."""
         stock, self._stock = self._stock, {}
         for number, handler in stock.items():
             signal.signal(number, handler)
@@ -42,12 +42,12 @@ class Interruption:
 
     @property
     def due(self) -> bool:
-        """Whether a signal has come."""
+        """True if a signal has arrived."""
         return self._signal is not None
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let a signal wait until the block is through."""
+        """Return a context that delays the exception of a signal until its end."""
         self._deferrals += 1
         try:
             yield
@@ -57,7 +57,14 @@ class Interruption:
             self.check()
 
     def check(self) -> None:
-        """Raise what is due: an exception from a handler can be lost, in a destructor for example."""
+        """Raise the exception of a signal that has arrived.
+
+        The exception from the handler may have been lost, for example in a destructor.
+
+        Raises:
+            SystemExit: SIGTERM has arrived.
+            KeyboardInterrupt: SIGINT has arrived.
+        """
         if self._signal is not None and not self._deferrals:
             raise SystemExit(128 + self._signal) if self._signal == signal.SIGTERM else KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Training arguments of whole runs; those of the engine are in `mas.config`."""
+"""Training arguments of whole runs. The arguments of the engine are in `mas.config`."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
 def check_data_layer(arguments: Mapping[str, Any]) -> None:
-    """Refuse what `mas_data` and `mas_min_imgsz` cannot be.
+    """Check the values of `mas_data` and `mas_min_imgsz`.
+
+    Args:
+        arguments: Argument name → value, with both names.
 
     Raises:
-        ConfigError: One of them is not a mode, or a size.
+        ConfigError: `mas_data` is not a mode, or `mas_min_imgsz` is not a size.
     """
     mode, smallest = arguments["mas_data"], arguments["mas_min_imgsz"]
     if mode not in _MODES:
@@ -36,19 +39,22 @@ def check_data_layer(arguments: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Interval:
-    """How often a run is saved in mid-epoch."""
+    """Interval at which a run is saved in mid-epoch. With both fields None, it is saved only when it is interrupted."""
 
     steps: int | None = None
-    """Of the optimizer; None: by time."""
+    """Number of optimizer steps between two saves; None if the interval is a time."""
     seconds: float | None = None
-    """None: by steps. Both None: only when the run is interrupted."""
+    """Seconds between two saves; None if the interval is a number of steps."""
 
     @classmethod
     def parse(cls, value: Any) -> Interval:
-        """Read `save_every`: `5min`, `30s`, `100` steps, or 0.
+        """Parse `save_every`.
+
+        Args:
+            value: A time such as `5min` or `30s`, a number of steps such as `100`, or 0.
 
         Raises:
-            ConfigError: It is none of these.
+            ConfigError: The value has none of these forms.
         """
         found = None if isinstance(value, bool) else _TIME.fullmatch(str(value).strip())
         number, unit = (float(found[1]), found[2].lower()) if found else (0.0, "?")
@@ -64,7 +70,12 @@ class Interval:
         )
 
     def due(self, steps: int, seconds: float) -> bool:
-        """Whether to save, so many steps and seconds after the last time."""
+        """Return whether to save now.
+
+        Args:
+            steps: Number of optimizer steps since the last save.
+            seconds: Seconds since the last save.
+        """
         if self.steps is not None:
             return steps >= self.steps
         return self.seconds is not None and seconds >= self.seconds

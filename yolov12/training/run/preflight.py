@@ -1,4 +1,4 @@
-"""Checks of a training request that need no model and no run folder, so that a bad one leaves nothing behind."""
+"""Checks of training arguments that need no model and no run folder, so that wrong ones leave nothing behind."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from yolov12 import demo
-from yolov12.errors import ConfigError, DataError
+from yolov12.errors import ConfigError, DataError, plain
 
 __all__ = ["check_training_arguments"]
 
 
 def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
-    """Refuse arguments that cannot train, before anything is written.
+    """Check training arguments before anything is written.
 
     Args:
-        arguments: What the user set, by argument name; missing names are Ultralytics' defaults.
+        arguments: Argument name → value that the user has set. Missing names have Ultralytics' defaults.
         task: Ultralytics' task name, such as `detect`.
 
     Raises:
-        ConfigError: The device is not there, or the image size is not a size.
-        DataError: The data set is not there, or has no images.
+        ConfigError: The device does not exist, or the image size is not valid.
+        DataError: The data set is missing, malformed, or has no images.
     """
     if (device := arguments.get("device")) is not None:
         _check_device(device)
@@ -50,7 +50,7 @@ def _check_image_size(imgsz: Any) -> None:
     from ultralytics.utils.checks import check_imgsz
 
     try:
-        # Up to three: the trainer reduces what is too many, with a warning.
+        # Up to three numbers are accepted: the trainer reduces them to one, with a warning.
         sizes = check_imgsz(imgsz, stride=1, min_dim=2, max_dim=3)
     except (TypeError, ValueError):
         sizes = []
@@ -65,7 +65,7 @@ def _check_data(data: str, val_split: str) -> None:
         demo.parse(data)
         return
     if "://" in data or data.endswith(".ndjson"):
-        return  # fetched, and checked after that, by Ultralytics
+        return  # Ultralytics downloads the data set, and then checks it
     try:
         found = check_det_dataset(data, split=val_split)
     except FileNotFoundError as error:
@@ -81,17 +81,18 @@ def _check_data(data: str, val_split: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    lines = plain(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def _has_images(sources: Iterable[str]) -> bool:
     from ultralytics.data.utils import IMG_FORMATS
 
     for source in sources:
-        if Path(source).is_file():  # a list of paths, one a line
+        if Path(source).is_file():  # a list of paths, one per line
             names: Iterable[str] = Path(source).read_text(encoding="utf-8-sig").splitlines()
         else:
-            # not Path.rglob: it does not follow linked folders
+            # Path.rglob would not follow linked folders.
             names = glob.iglob(f"{glob.escape(source)}/**/*.*", recursive=True)  # noqa: PTH207
         if any(name.strip().rpartition(".")[2].lower() in IMG_FORMATS for name in names):
             return True

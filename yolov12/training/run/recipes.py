@@ -1,4 +1,4 @@
-"""The official per-scale training values, for users who have not chosen their own."""
+"""Official training values of each model scale, for users who have not chosen their own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ _FILE = Path(__file__).parents[2] / "cfg" / "recipes.yaml"
 
 
 def recipe_for(model_yaml: Mapping[str, Any], chosen: Collection[str]) -> tuple[str, dict[str, float]]:
-    """Values of the official recipe that the user has not set.
+    """Return the values of the official recipe that the user has not set.
 
     Args:
-        model_yaml: The model's yaml; its `yaml_file` tells a `yolov12*` model, its `scale` which recipe.
-        chosen: Names of the arguments the user has set.
+        model_yaml: Yaml of the model. `yaml_file` tells whether it is a `yolov12*` model; `scale` selects the recipe.
+        chosen: Names of the arguments that the user has set.
 
     Returns:
         The scale letter, and argument name → value; both empty for any other model.

@@ -1,4 +1,4 @@
-"""Which run to go on with."""
+"""Search for the run that `resume=auto` continues."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ __all__ = ["interrupted", "latest_interrupted"]
 
 
 def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:
-    """The `last.pt` of the run that was interrupted last, of those that these arguments start, and none goes on with.
+    """Return `last.pt` of the latest interrupted run that these arguments started and that no process continues.
 
     Args:
-        arguments: Of a training: `project`, `name` and `save_dir` count.
-        task: Ultralytics' name of it.
+        arguments: Training arguments; `project`, `name` and `save_dir` are used.
+        task: Ultralytics' name of the task, such as `detect`.
+
+    Returns:
+        None if there is no such run.
     """
     from ultralytics.cfg import get_save_dir
 
@@ -29,13 +32,17 @@ def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:
     numbered = re.compile(re.escape(folder.name) + r"(-\d+)?")
     found = [
         last for last in folder.parent.glob("*/weights/last.pt") if numbered.fullmatch(last.parent.parent.name)
-    ]  # not of others, whose name begins alike
+    ]  # without runs whose names only begin alike
     newest_first = sorted(found, key=_changed, reverse=True)
     return next((last for last in newest_first if interrupted(last) and not is_locked(last.parent)), None)
 
 
 def interrupted(last: Path) -> bool:
-    """Whether there is something left to train."""
+    """Return whether the run of a checkpoint is not complete.
+
+    Args:
+        last: The run's `last.pt`.
+    """
     if last.with_name(FILE).exists():
         return True
     checkpoint = weights.read(last)

@@ -1,8 +1,8 @@
-"""All that a training is right after a step of its optimizer: to a file, and back.
+"""Complete state of a training after an optimizer step: saved to a file, and restored from it.
 
-Ultralytics saves an epoch's end, in half precision. The file beside `last.pt` holds the middle of an epoch exactly, and
-a run that goes on from it ends as one that was not interrupted: order of images, augmentation, weights, optimizer,
-moving average, scaler, and what the engine has learned.
+Ultralytics saves the end of an epoch in half precision. The state file beside `last.pt` holds the exact state in the
+middle of an epoch: order of images, augmentation, weights, optimizer, moving average, scaler, and the engine's models.
+A run that resumes from it ends like a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -25,22 +25,32 @@ from yolov12.errors import ConfigError
 from yolov12.mas import Engine
 from yolov12.models import weights
 from yolov12.training.data.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
-from yolov12.training.data.resolution import DataLayer
+from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 
 __all__ = ["FILE", "Keeper", "find"]
 
 FILE = "state.pt"
-"""Beside `last.pt`, while a run is not complete."""
+"""Name of the state file, which is beside `last.pt` until the run is complete."""
 
-_VERSION = 1
-_COST = 0.01  # of the time that saves at the ends of epochs may take
+_VERSION = 2
+_READABLE = (1, 2)  # version 1 calls the resolution `data_layer`, and its steps `rungs`
+_COST = 0.01  # largest fraction of the time that saves at the ends of epochs may take
 _NEVER = 2**62
 
 
 def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state to resume from: the checkpoint is the run's last, the state is not older, and the data are the same."""
+    """Return the state to resume from.
+
+    Args:
+        trainer: Ultralytics trainer that resumes.
+        checkpoint: Checkpoint that it resumes from.
+
+    Returns:
+        None if the checkpoint is not the run's last one, or if the state is missing, older than the checkpoint,
+        unreadable, or of other data. The last two log a warning.
+    """
     from ultralytics.utils import LOGGER
 
     path = Path(trainer.wdir, FILE)
@@ -50,32 +60,32 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         state: dict[str, Any] = weights.read(path)
         was, now = state["loader"]["data"], data_of(trainer.train_loader)
         other = [f"{now[name]} {name}, not {was[name]}" for name in now if was[name] != now[name]]
-        whole = state["version"] == _VERSION and 0 < state["loader"]["position"] <= was["batches"]
-    except Exception as error:  # of a stranger's file: any
+        whole = state["version"] in _READABLE and 0 < state["loader"]["position"] <= was["batches"]
+    except Exception as error:  # a file from elsewhere may raise any error
         other, whole = [f"it cannot be read ({type(error).__name__})"], True
     if not whole:
         other.append("it is of another version")
     if other:
         LOGGER.warning(
-            f"resume: no use for {path}: {', '.join(other)}. Going on from the end of an epoch, {trainer.last}"
+            f"resume: {path} is not used: {', '.join(other)}. Going on from the end of an epoch, {trainer.last}"
         )
         return None
     return state if state["epoch"] >= checkpoint["epoch"] else None
 
 
 class Keeper:
-    """Saves one training, and takes it up again.
+    """Saves the state of one training, and restores it.
 
     Args:
-        trainer: Set up.
-        model: Without wrappers.
+        trainer: Ultralytics trainer that has been set up.
+        model: Its model without wrappers.
         engine: Runs its batches.
-        loader: Gives its batches.
-        every: How often to save.
-        data_layer: Chooses the images' size.
-        of_epoch: What is counted up in an epoch for results.csv.
+        loader: Loader of its batches.
+        every: Interval at which to save.
+        resolution: Chooses the size of images.
+        of_epoch: Column → value for results.csv that is collected during an epoch.
         interruption: Signals of this process.
-        is_first: True on the one rank that saves.
+        is_first: True on rank 0, the only one that saves.
     """
 
     def __init__(
@@ -85,27 +95,27 @@ class Keeper:
         engine: Engine,
         loader: ResumableLoader,
         every: Interval,
-        data_layer: DataLayer,
+        resolution: ResolutionControl,
         of_epoch: dict[str, float],
         interruption: Interruption,
         *,
         is_first: bool = True,
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
-        self._data_layer, self._of_epoch = data_layer, of_epoch
+        self._resolution, self._of_epoch = resolution, of_epoch
         self._is_first, self._saves = is_first, is_first and bool(trainer.args.save)
         self._every = every if self._saves else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
-        self._resumed: Mapping[str, Any] | None = None  # until its batches are skipped
+        self._resumed: Mapping[str, Any] | None = None  # set until the placeholders for its batches are through
         self._whole = True
         self._lock: IO[bytes] | None = None
         self.interruption = interruption
 
     def begin(self) -> None:
-        """Lock the run's folder, and watch for signals until `end`.
+        """Lock the run's folder, and handle signals until `end`.
 
         Raises:
             ConfigError: Another process trains in the folder.
@@ -115,18 +125,18 @@ class Keeper:
             if self._lock is None:
                 raise ConfigError(f"another process trains in {self._trainer.save_dir}: stop it, or give another name=")
         self.interruption.watch()
-        self._trainer.callbacks["on_train_end"].insert(0, self._complete)  # before others, which may fail
+        self._trainer.callbacks["on_train_end"].insert(0, self._complete)  # before other callbacks, which may fail
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the state file."""
         return Path(self._trainer.wdir, FILE)
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around an optimizer step: no signal comes between, and after it is saved what there is to save."""
+        """Return the context of an optimizer step, which delays signals. At its end the state is saved if it is due."""
         with self.interruption.deferred():
-            self._whole = False  # parameters are not those of the step before any more
+            self._whole = False  # parameters may change from here on
             yield
             self._take_note()
             self._whole = True
@@ -141,17 +151,17 @@ class Keeper:
         self._steps = 0
 
     def flush(self) -> None:
-        """Let the journal have all rows."""
+        """Write all rows to the journal."""
         self._engine.flush()
 
     def end(self) -> None:
-        """Give back what a process has only once."""
+        """Release the lock of the folder and the signal handlers."""
         if self._lock is not None:
             self._lock.close()
         self.interruption.stop()
 
     def save_at_last(self) -> None:
-        """Save when a run ends before its time, unless that was in the middle of an optimizer step."""
+        """Save a run that ends early, unless it ended in the middle of an optimizer step."""
         if self._saves and self._whole and self._steps:
             with self.interruption.deferred():
                 self._save_or_warn()
@@ -168,9 +178,9 @@ class Keeper:
             "accumulate": trainer.accumulate,
             "loss": trainer.loss.detach(),
             "tloss": dict(trainer.tloss),
-            "data_layer": self._data_layer.state_dict(),
+            "resolution": self._resolution.state_dict(),
             "of_epoch": dict(self._of_epoch),
-            # BatchNorm's statistics move with every batch, and an interruption may come before its update.
+            # Every batch changes BatchNorm's statistics, and the run may be interrupted before the next update.
             "buffers": self._kept_buffers(),
             "fitness": _plain(trainer.fitness),
             "best_fitness": _plain(trainer.best_fitness),
@@ -186,11 +196,12 @@ class Keeper:
         if not self._buffers:
             self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         else:
-            torch._foreach_copy_(list(self._buffers.values()), list(buffers.values()))  # a few launches for hundreds
+            # A few launches instead of hundreds.
+            torch._foreach_copy_(list(self._buffers.values()), list(buffers.values()))
         return self._buffers
 
     def _is_finite(self) -> bool:
-        """Whether there is something to go on from; Ultralytics recovers from what is not, at the end of an epoch."""
+        """Return whether loss and weights are finite. If not, Ultralytics recovers at the end of the epoch."""
         assert self._moment is not None
         sums = [parameter.detach().sum().float() for parameter in self._model.parameters()]
         return bool(torch.stack([self._moment["loss"].sum().float(), *sums]).isfinite().all())
@@ -199,13 +210,13 @@ class Keeper:
         try:
             if self._is_finite():
                 self._save()
-        except (OSError, RuntimeError) as error:  # a full disk or a lost device; what was saved before is still there
+        except (OSError, RuntimeError) as error:  # a full disk or a lost device: the previous save is kept
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"resume: {self.path} could not be written, {error}")
 
     def _save(self) -> None:
-        """Save the run as it was after the last optimizer step, whose parameters there still are."""
+        """Save the state after the last optimizer step. The parameters have not changed since then."""
         assert self._moment is not None
         begin = time.monotonic()
         trainer, buffers = self._trainer, self._moment["buffers"]
@@ -224,7 +235,7 @@ class Keeper:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write(self.path, lambda file: torch.save(state, file))
-        if not trainer.last.exists():  # what a run is resumed by; it says that no epoch is complete
+        if not trainer.last.exists():  # runs are resumed by this file; it tells that no epoch is complete
             now = {name: getattr(trainer, name) for name in ("epoch", "fitness", "save_period")}
             vars(trainer).update(epoch=-1, fitness=math.nan, save_period=-1)
             try:
@@ -235,10 +246,10 @@ class Keeper:
         self._cost_s = self._saved_s - begin
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up a run; the first epoch begins with batches that only count.
+        """Restore a run. Its first epoch begins with placeholders for the finished batches.
 
         Args:
-            state: From `find`.
+            state: Result of `find`.
         """
         from ultralytics.utils import LOGGER
 
@@ -247,7 +258,7 @@ class Keeper:
         trainer.ema.ema.load_state_dict(state["ema"])
         trainer.ema.updates = state["updates"]
         for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True):
-            saved["fused"] = group.get("fused")  # this device chooses, as where Ultralytics resumes
+            saved["fused"] = group.get("fused")  # the current device decides, as when Ultralytics resumes
         trainer.optimizer.load_state_dict(state["optimizer"])
         trainer.scaler.load_state_dict(state["scaler"])
         trainer.fitness, trainer.best_fitness = state["fitness"], state["best_fitness"]
@@ -257,28 +268,30 @@ class Keeper:
         trainer.scheduler.last_epoch = state["epoch"] - 1
         _drop_rows(trainer.csv, state["epoch"])
         self._resumed = state
-        self._data_layer.load_state_dict(state["data_layer"])
+        self._resolution.load_state_dict(state["resolution" if "resolution" in state else "data_layer"])
         same = self._loader.load_state_dict(state["loader"], self._go_on)
         position = state["loader"]["position"]
         LOGGER.info(f"resume: epoch {state['epoch'] + 1}, after batch {position} of {len(self._loader)}")
         if not same:
-            LOGGER.warning("resume: with another number of workers, images are augmented otherwise than they would be")
+            LOGGER.warning(
+                "resume: the number of workers or processes has changed: images are augmented differently from here on"
+            )
 
     @property
     def _criterion(self) -> Any:
-        """Of a model that matches boxes in two ways, and weights them by the epoch."""
+        """Criterion of a model with two heads, whose weights depend on the epoch; otherwise an empty object."""
         criterion = getattr(self._model, "criterion", None)
         return criterion if hasattr(criterion, "update") else SimpleNamespace()
 
     @property
     def skipping(self) -> bool:
-        """Whether batches stand for those that were done."""
+        """True while batches are placeholders for batches that were trained on before the interruption."""
         return self._resumed is not None
 
     def skip(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and items of such a batch."""
+        """Return loss and items for a placeholder batch."""
         assert self._resumed is not None
-        # The loop is to count its last update where it was.
+        # Only the last placeholder may count as an update of the loop.
         last = self._loader.position == self._resumed["loader"]["position"]
         self._trainer.accumulate = 1 if last else _NEVER
         device = self._trainer.device
@@ -288,7 +301,7 @@ class Keeper:
     def _go_on(self) -> None:
         state, self._resumed, trainer = self._resumed, None, self._trainer
         assert state is not None
-        if trainer.args.time:  # its schedule goes by the time that epochs take
+        if trainer.args.time:  # the schedule depends on the time of epochs
             trainer.epochs = trainer.args.epochs = state["epochs"]
             trainer.train_time_start = trainer.epoch_time_start = time.time() - state["epoch_s"]
         trainer.accumulate = state["accumulate"]
@@ -305,15 +318,20 @@ def _numbers(thing: Any, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A number of Python's own, as nothing else is read from the file."""
+    """Return a number as a plain Python type, as the file is read without any other types."""
     return value if value is None or isinstance(value, (bool, int)) else float(value)
 
 
 def _drop_rows(path: Path, epochs: int) -> None:
-    """Leave rows of epochs that are complete in a results.csv."""
+    """Remove the rows of incomplete epochs from a results.csv.
+
+    Args:
+        path: The file.
+        epochs: Number of complete epochs.
+    """
     if not path.exists():
         return
-    if not path.stat().st_size:  # a disk was full; Ultralytics writes the header of a file that is not there
+    if not path.stat().st_size:  # the disk was full; Ultralytics writes the header of a missing file
         path.unlink()
         return
     header, *rows = path.read_text("utf-8").splitlines()

@@ -1,10 +1,11 @@
-"""What happens around one training: checks before it, the recipe, and no litter after a false start."""
+"""Work around one training: checks and the recipe before it, and clean-up after a false start."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from yolov12.training.run.recipes import recipe_for
 from yolov12.training.run.resume import latest_interrupted
 from yolov12.training.run.run_state import FILE
 
-__all__ = ["check_resume", "remove_false_start", "train"]
+__all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
 
-# What is written before the first epoch. A journal without a picture has no rows.
+# Files that are written before the first epoch. A journal without a picture has no rows.
 _BEFORE_THE_FIRST_EPOCH = {".lock", "args.yaml", "labels.jpg", "memory.csv", "memory.json"}
 
 
-def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: dict[str, Any]) -> Any:
+def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, **arguments: Any) -> Any:
     """Run Ultralytics' `Model.train` with this package's checks and recipe.
 
     Args:
@@ -31,16 +32,17 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
         arguments: Keyword arguments of the user.
 
     Returns:
-        What Ultralytics returns: the metrics.
+        Metrics, as `stock_train` returns them.
 
     Raises:
-        ConfigError, DataError: See `check_training_arguments`.
+        ConfigError: An argument is not valid, see `check_training_arguments`.
+        DataError: The data set cannot be used, see `check_training_arguments`.
     """
     model._check_is_pytorch_model()
     engine = {**_defaults(), **(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
-    Config.parse(engine)
+    Config.check(engine)
     if engine["mas"]:
-        # Micro-batches of many shapes leave holes in memory otherwise. CUDA reads it when it starts.
+        # Without it, micro-batches of many shapes fragment the memory. PyTorch reads it when it initialises CUDA.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     Interval.parse(engine["save_every"])
     check_data_layer(engine)
@@ -53,12 +55,12 @@ def train(stock_train: Callable[..., Any], model: Any, trainer: Any, arguments: 
 
 
 def check_resume(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
-    """Run Ultralytics' check of a resume, which restores all arguments, and let those of memory change.
+    """Run Ultralytics' check of a resume, which restores all arguments, but let memory arguments change.
 
     Args:
         stock_check_resume: Ultralytics' own method.
-        trainer: Gets the checkpoint's arguments.
-        overrides: What the user gave.
+        trainer: Ultralytics trainer, which gets the arguments of the checkpoint.
+        overrides: Arguments that the user has given.
     """
     defaults = {**DEFAULTS, **OPTIONS}
     ours = {key: value for key, value in overrides.items() if key in defaults}
@@ -66,7 +68,7 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
     if not trainer.resume:
         return
     for key, default in defaults.items():
-        if not hasattr(trainer.args, key):  # a run of plain Ultralytics
+        if not hasattr(trainer.args, key):  # the run began with plain Ultralytics
             setattr(trainer.args, key, default)
     kept = {"bn_group", "recipe"} | ({"mas"} if trainer.args.mas else set())
     for key, value in ours.items():
@@ -78,8 +80,22 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
             LOGGER.warning(f"{key}={value}: a run goes on with the {key}={getattr(trainer.args, key)} it began with")
 
 
+@contextmanager
+def no_false_start(trainer: Any) -> Iterator[None]:
+    """Remove the trainer's run folder if the block fails before the first epoch: see `remove_false_start`."""
+    try:
+        yield
+    except BaseException:
+        remove_false_start(getattr(trainer, "save_dir", None))
+        raise
+
+
 def remove_false_start(folder: Path | None) -> None:
-    """Remove a run folder that holds nothing but what is written before the first epoch: its name would stay taken."""
+    """Remove a run folder with nothing but the files that precede the first epoch, so that its name can be used again.
+
+    Args:
+        folder: Folder of the run; None if there is none yet.
+    """
     if folder is None or not folder.is_dir():
         return
     if all(file.name in _BEFORE_THE_FIRST_EPOCH for file in folder.rglob("*") if not file.is_dir()):
@@ -88,14 +104,17 @@ def remove_false_start(folder: Path | None) -> None:
 
 def _resumes(model: Any, arguments: dict[str, Any]) -> bool:
     resume = arguments.get("resume", model.overrides.get("resume"))
-    if resume is True:  # Ultralytics starts anew where the model at hand is not an interrupted training
+    if resume is True:  # Ultralytics starts anew if the model is not an interrupted training
         checkpoint = model.ckpt or {}
         return checkpoint.get("epoch", -1) >= 0 and checkpoint.get("optimizer") is not None
     return bool(resume)
 
 
 def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Name the checkpoint of `resume=auto`, and of a run whose checkpoint alone looks complete."""
+    """Return the arguments with the checkpoint to resume from.
+
+    They change for `resume=auto`, and if only the state file shows that the run is not complete.
+    """
     from ultralytics.utils import LOGGER
 
     resume = arguments.get("resume", model.overrides.get("resume"))
@@ -110,13 +129,16 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return {**arguments, "resume": False}
     LOGGER.info(f"resume=auto: going on with {last}")
     model._load(str(last))
-    # The run says what it is called.
+    # The run itself determines its folder and name.
     given = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok")}
     return {**given, **_resume_from(last)}
 
 
 def _resume_from(last: Path) -> dict[str, str]:
-    """The folder too: it may have moved, as one that is mounted does, and a checkpoint of the end does not name it."""
+    """Return the arguments that resume a run: its checkpoint, and its folder.
+
+    The folder may have moved, as mounted folders do, and the checkpoint of a complete epoch does not name it.
+    """
     return {"resume": str(last), "save_dir": str(last.parent.parent)}
 
 

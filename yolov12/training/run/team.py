@@ -1,13 +1,14 @@
-"""Trainings in several processes: how these find each other, and what Ultralytics does otherwise in each of them.
+"""Training in several processes: the process group, and the changes to Ultralytics in each of its processes.
 
-Ultralytics starts one process a GPU for `device=0,1`, and `torchrun` any number, on one machine or several; either way
-each finds its place in the environment. Ultralytics' loop stays as it is, and its collectives run in the group that is
-made here. What it would do to gradients and batches is left out: DistributedDataParallel, and a fixed part of the data
-for each process.
+Ultralytics starts one process per GPU for `device=0,1`. `torchrun` starts any number, on one machine or several. Both
+tell each process its rank in environment variables. Ultralytics' training loop stays as it is, and its collectives use
+the group that is created here. Two things of Ultralytics are left out: DistributedDataParallel, and the fixed part of
+the data for each process.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -26,15 +27,15 @@ from torch import nn
 
 from yolov12.errors import ConfigError, RankError
 from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
-from yolov12.mas.distributed.watchdog import Lookout, connect
+from yolov12.mas.distributed.watchdog import Watchdog, connect
 from yolov12.mas.scheduling.groups import split_groups
 
 __all__ = [
-    "Team",
+    "ProcessGroup",
     "build_loaders",
     "check_batch",
+    "current",
     "disband",
-    "found",
     "gather",
     "launch",
     "one_folder",
@@ -43,17 +44,17 @@ __all__ = [
 ]
 
 _TIMEOUT = timedelta(hours=3)
-"""Of a collective, as Ultralytics has it: rank 0 may be long at what it does alone. Of the dead, the lookout tells."""
+"""Timeout of a collective, Ultralytics' value: rank 0 may work alone for a long time. The watchdog finds dead ranks."""
 _GRACE_S = 15.0
-"""For a process to save and end once another is gone; one whose device waits for the dead cannot."""
+"""Seconds for a process to save and to end after another is gone. It cannot while its device waits for the dead one."""
 
 
-class Team:
-    """The processes of one training, seen from one of them.
+class ProcessGroup:
+    """Processes of one training, as one of them sees them. Creating it joins torch.distributed's default group.
 
     Args:
-        device: Ultralytics' argument.
-        training: Counts the trainings of this process.
+        device: Value of Ultralytics' argument `device`.
+        training: Number of trainings of this process so far, which distinguishes their watchdogs.
     """
 
     def __init__(self, device: Any, training: int) -> None:
@@ -65,31 +66,31 @@ class Team:
             gloo = self.device.type == "cpu" or self.shares_device
             dist.init_process_group("gloo" if gloo else "cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
         names = exchange_names()
-        self.lookout = Lookout(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
+        self.watchdog = Watchdog(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         kinds: list[Any] = [None] * WORLD_SIZE
         dist.all_gather_object(kinds, kind)
-        self.ranks = ProcessRanks(self.lookout, alike=len(set(kinds)) == 1)
+        self.ranks = ProcessRanks(self.watchdog, alike=len(set(kinds)) == 1)
 
 
-_team: Team | None = None
+_group: ProcessGroup | None = None
 _trainings = 0
 
 
-def found() -> Team | None:
-    """The team of the training that this process takes part in; None where it trains alone, or without the engine."""
-    return _team
+def current() -> ProcessGroup | None:
+    """Return the process group of the current training; None for one process, or without the engine."""
+    return _group
 
 
 def check_batch(settings: Mapping[str, Any], processes: int) -> None:
-    """Refuse a batch that leaves a process without work.
+    """Check that every process has a part of a batch.
 
     Args:
-        settings: Of the training.
-        processes: That share each batch.
+        settings: Arguments of the training; `batch` and `bn_group` are used.
+        processes: Number of processes that share each batch.
 
     Raises:
-        ConfigError: There are too few images, or groups of them, or their number is still to be found.
+        ConfigError: A batch has fewer images or BatchNorm groups than processes, or its size is not given.
     """
     batch, group = settings.get("batch", 16), settings.get("bn_group")
     if batch < 1 or not float(batch).is_integer():
@@ -103,51 +104,59 @@ def check_batch(settings: Mapping[str, Any], processes: int) -> None:
         )
 
 
-def gather(stock_init: Callable[[], None], trainer: Any, settings: Mapping[str, Any]) -> None:
-    """Run Ultralytics' `BaseTrainer.__init__`, with the other processes at hand where there are some.
+def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Run Ultralytics' `BaseTrainer.__init__`; for several processes, create the process group first.
 
     Args:
-        stock_init: Ultralytics' own method, with its arguments.
-        trainer: What it makes.
-        settings: Of the training.
+        stock_init: Ultralytics' own method.
+        trainer: Trainer that it initialises.
+        args: Positional arguments for `stock_init`.
+        kwargs: Keyword arguments for `stock_init`.
+
+    Raises:
+        ConfigError: The processes cannot share a batch, see `check_batch`.
     """
-    global _team, _trainings
+    global _group, _trainings
+    from ultralytics.cfg import get_cfg
     from ultralytics.utils import RANK, WORLD_SIZE
     from ultralytics.utils.torch_utils import init_seeds
 
+    given = inspect.signature(stock_init).bind(trainer, *args, **kwargs)
+    given.apply_defaults()
+    settings = {**vars(get_cfg(given.arguments["cfg"])), **(given.arguments["overrides"] or {})}
     processes = WORLD_SIZE if RANK != -1 else str(settings.get("device")).count(",") + 1  # "0,1", [0, 1]
     shared = processes > 1 and settings.get("mas", True)
     if shared and not settings.get("resume"):
         check_batch(settings, processes)
     if RANK == -1 or not shared:
-        stock_init()
+        stock_init(trainer, *args, **kwargs)
         return
     _trainings += 1
-    _team = Team(settings.get("device"), _trainings)
+    _group = ProcessGroup(settings.get("device"), _trainings)
     try:
-        stock_init()
+        stock_init(trainer, *args, **kwargs)
         check_batch(vars(trainer.args), processes)  # of a run that is resumed
     except BaseException as error:
         disband(error)
         raise
-    trainer.device, trainer.world_size = _team.device, _team.ranks.size
-    # As in one process: weights begin alike, and loaders draw the same batches.
+    trainer.device, trainer.world_size = _group.device, _group.ranks.size
+    # All processes begin with the same weights and draw the same batches, like one process.
     init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
 
 
-def launch(stock_train: Callable[[], None], trainer: Any) -> None:
+def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
     """Run Ultralytics' `BaseTrainer.train`, which for several GPUs starts a process for each and waits for them.
 
     Args:
         stock_train: Ultralytics' own method.
-        trainer: Of Ultralytics.
+        trainer: Ultralytics trainer.
 
     Raises:
         RankError: One of the processes failed.
-        SystemExit: SIGTERM came, which is handed on.
+        SystemExit: SIGTERM arrived and was passed on to the processes.
     """
     if not trainer.ddp:
-        stock_train()
+        stock_train(trainer)
         return
     stopped = False
 
@@ -160,7 +169,7 @@ def launch(stock_train: Callable[[], None], trainer: Any) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     stock_handler = signal.signal(signal.SIGTERM, hand_on) if in_main_thread else None
     try:
-        stock_train()
+        stock_train(trainer)
     except subprocess.CalledProcessError as error:
         if stopped:
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -171,48 +180,67 @@ def launch(stock_train: Callable[[], None], trainer: Any) -> None:
 
 
 def disband(error: BaseException | None = None) -> None:
-    """The training is over, or ends with an error, of which the others are told."""
-    global _team
-    if _team is not None and error is not None:
+    """Leave the process group at the end of a training.
+
+    Args:
+        error: Error that ends the training, which the other processes are told; None if the training is complete.
+    """
+    global _group
+    if _group is not None and error is not None:
         stopped = isinstance(error, (SystemExit, KeyboardInterrupt))
-        _team.lookout.leaving("was asked to stop" if stopped else str(error) or type(error).__name__)
-    elif _team is not None:
-        _team.lookout.close()
-    _team = None
+        _group.watchdog.leaving("was asked to stop" if stopped else str(error) or type(error).__name__)
+    elif _group is not None:
+        _group.watchdog.close()
+    _group = None
 
 
-def one_folder(get_save_dir: Callable[..., Path], args: Any, *more: Any, **others: Any) -> Path:
-    """Run Ultralytics' `get_save_dir`, which counts up to a free name; of a training once for all processes."""
-    if _team is None or getattr(args, "mode", None) != "train":
+def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **others: Any) -> Path:
+    """Run Ultralytics' `get_save_dir`, which finds a free name; in a training only on rank 0, for all processes.
+
+    Args:
+        get_save_dir: Ultralytics' own function.
+        args: Arguments of the run.
+        more: Further positional arguments for `get_save_dir`.
+        others: Keyword arguments for `get_save_dir`.
+    """
+    if _group is None or getattr(args, "mode", None) != "train":
         return get_save_dir(args, *more, **others)
-    box = [str(get_save_dir(args, *more, **others)) if _team.ranks.rank == 0 else None]
+    box = [str(get_save_dir(args, *more, **others)) if _group.ranks.rank == 0 else None]
     dist.broadcast_object_list(box, 0)
     return Path(str(box[0]))
 
 
-def setup_group(stock_setup: Callable[[], None], trainer: Any) -> None:
-    """Run Ultralytics' `_setup_ddp`, unless the group is there already."""
-    if _team is None:
-        stock_setup()
+def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
+    """Run Ultralytics' `_setup_ddp`, unless the process group exists already.
+
+    Args:
+        stock_setup: Ultralytics' own method.
+        trainer: Ultralytics trainer.
+    """
+    if _group is None:
+        stock_setup(trainer)
         return
     from ultralytics.utils.torch_utils import get_torch_device_backend
 
-    trainer.device = _team.device
-    if _team.device.type != "cpu":
-        trainer.accelerator = get_torch_device_backend(_team.device)
+    trainer.device = _group.device
+    if _group.device.type != "cpu":
+        trainer.accelerator = get_torch_device_backend(_group.device)
 
 
 @contextmanager
 def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
-    """Around Ultralytics' `_setup_train`: no DistributedDataParallel where the engine trains.
+    """Return the context of Ultralytics' `_setup_train`: without DistributedDataParallel if the engine trains.
 
     Args:
-        ours: Says why it does not train a model; None where it does.
+        ours: Returns the reason why the engine does not train a model, or None if it does.
+
+    Raises:
+        ConfigError: The engine does not train the model, and processes have no GPUs of their own.
     """
-    if _team is None:
+    if _group is None:
         yield
         return
-    team, stock = _team, nn.parallel.DistributedDataParallel
+    group, stock = _group, nn.parallel.DistributedDataParallel
 
     def instead(model: nn.Module, **options: Any) -> nn.Module:
         nn.parallel.DistributedDataParallel = stock  # type: ignore[misc]
@@ -221,7 +249,7 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
             for tensor in [*model.parameters(), *model.buffers()]:
                 dist.broadcast(tensor.detach(), 0)
             return model
-        if team.device.type == "cpu" or team.shares_device:
+        if group.device.type == "cpu" or group.shares_device:
             raise ConfigError(f"{reason}: then each process needs a GPU of its own")
         disband()
         return stock(model, **options)
@@ -233,14 +261,18 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
         nn.parallel.DistributedDataParallel = stock  # type: ignore[misc]
 
 
-def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
-    """Run Ultralytics' `_build_train_pipeline`; for several processes that the engine trains with whole batches.
+def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
+    """Run Ultralytics' `_build_train_pipeline`; if the engine trains in several processes, with whole batches in each.
 
-    Training batches are cut as they are drawn (see `sharing`). Those of validation are as large as a share, and dealt
-    out.
+    Training batches are split when they are drawn (see `sharing`). Validation batches have the size of a share, and
+    Ultralytics distributes them among the processes.
+
+    Args:
+        stock_build: Ultralytics' own method.
+        trainer: Ultralytics trainer.
     """
-    if _team is None:
-        stock_build()
+    if _group is None:
+        stock_build(trainer)
         return
     get, size = trainer.get_dataloader, trainer.world_size
 
@@ -251,7 +283,7 @@ def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
 
     trainer.get_dataloader, trainer.world_size = loader, 1
     try:
-        stock_build()
+        stock_build(trainer)
     finally:
         trainer.world_size = size
         del trainer.get_dataloader
@@ -261,7 +293,7 @@ def build_loaders(stock_build: Callable[[], None], trainer: Any) -> None:
 
 
 def _place(argument: Any) -> tuple[torch.device, bool]:
-    """This process's device, and whether another process of this machine has it too."""
+    """Return the device of this process, and whether another process of this machine uses it, too."""
     from ultralytics.utils import LOCAL_RANK
     from ultralytics.utils.torch_utils import parse_device
 

@@ -1,0 +1,78 @@
+"""The limit of the allocator: a training, a validation and a prediction each hold their own, and restore what was."""
+
+from contextlib import contextmanager
+
+import pytest
+from ultralytics import YOLO
+
+from yolov12.mas.memory.host import HostMeter
+
+LIMIT = {"train": "20GiB", "predict": "10GiB", "val": "15GiB"}
+GIB = 2**30
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Limits in GiB as they are set and restored."""
+    held, stack = [], [None]
+
+    @contextmanager
+    def limited(meter):
+        if meter._limit is None:
+            yield
+            return
+        stack.append(meter._limit // GIB)
+        held.append(stack[-1])
+        yield
+        stack.pop()
+        held.append(stack[-1])
+
+    monkeypatch.setattr(HostMeter, "limited", limited)
+    return held
+
+
+def test_a_prediction_in_a_callback_leaves_the_limit_of_the_training(trainings, tmp_path, held, data):
+    other = YOLO("yolov8n.yaml")
+
+    def predict(trainer):
+        before = len(held)
+        other.predict(data, imgsz=64, device="cpu", mem_limit=LIMIT["predict"], verbose=False, batch=2)
+        assert held[before:] == [10, 20] * (len(held[before:]) // 2)
+        assert len(held) > before
+
+    trainings.train(tmp_path, epochs=1, mem_limit=LIMIT["train"], callbacks=[("on_train_epoch_end", predict)])
+    assert (held[0], held[-1]) == (20, None)
+
+
+@pytest.fixture(scope="module")
+def data(trainings, tmp_path_factory):
+    from pathlib import Path
+
+    return str(Path(trainings.draw_data(tmp_path_factory.mktemp("data") / "drawn")).parent / "images")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_training_that_ends_with_an_error_restores_the_limit(trainings, tmp_path, held, error):
+    def stop(trainer):
+        raise error
+
+    trainings.train(tmp_path, mem_limit=LIMIT["train"], callbacks=[("on_train_batch_end", stop)], raises=error)
+    assert held == [20, None]
+
+
+def test_a_validation_and_a_prediction_leave_no_limit(trainings, held, data):
+    model = YOLO("yolov8n.yaml")
+    model.val(data=trainings.TINY["data"], imgsz=64, device="cpu", mem_limit=LIMIT["val"], plots=False)
+    assert held == [15, None]
+    held.clear()
+    model.predict(data, imgsz=64, device="cpu", mem_limit=LIMIT["predict"], verbose=False, batch=4)
+    assert held == [10, None] * (len(held) // 2)
+    assert held
+
+
+def test_making_an_engine_sets_nothing(trainings, tmp_path, held):
+    def look(trainer):
+        assert held == []
+
+    trainings.train(tmp_path, epochs=1, mem_limit=LIMIT["train"], callbacks=[("on_train_start", look)])
+    assert held[0] == 20

@@ -1,0 +1,34 @@
+"""Drawing the demo data set when a configuration asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from yolov12.demo.dataset import ensure, is_demo
+
+__all__ = ["get_cfg"]
+
+
+def get_cfg(stock: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Run Ultralytics' `get_cfg`; in place of `data=demo...`, its result names the yaml of the data set.
+
+    Args:
+        stock: Ultralytics' own function.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+
+    Returns:
+        The configuration, a namespace.
+
+    Raises:
+        ConfigError: The data set's description is malformed.
+        DataError: Something else has the name of its folder.
+    """
+    cfg = stock(*args, **kwargs)
+    if is_demo(getattr(cfg, "data", None)):
+        from ultralytics.utils import SETTINGS
+
+        cfg.data = str(ensure(cfg.data, Path(SETTINGS["datasets_dir"])))
+    return cfg

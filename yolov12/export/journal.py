@@ -1,0 +1,58 @@
+"""The record of one engine export, as JSON beside the engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from yolov12 import files
+from yolov12.export.budget import MemoryLimit
+from yolov12.export.engine import Attempt
+from yolov12.export.rewrite import Split
+
+__all__ = ["ExportJournal"]
+
+
+class ExportJournal:
+    """What was tried to build an engine. The file is complete after each entry; that of an earlier export goes.
+
+    Args:
+        file: The JSON file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._rows: list[dict[str, Any]] = []
+        file.unlink(missing_ok=True)
+
+    def add_split(self, limit: MemoryLimit, split: Split) -> None:
+        """Note the graph that is built next.
+
+        Args:
+            limit: The limit that the graph was split to.
+            split: The graph, split or whole, with its plan.
+        """
+        self._add(
+            {
+                "limit_bytes": limit.total_bytes,
+                "limit": limit.source,
+                "tensors_bytes": split.plan.peak_bytes,
+                "tensors_uncut_bytes": split.before.peak_bytes,
+                "weights_bytes": split.plan.weights_bytes,
+                "peak": f"{split.plan.node.name}: {split.plan.describe()}",
+                "cuts": split.describe(),
+            }
+        )
+
+    def add_whole(self) -> None:
+        """Note that the whole graph is built next, although it is planned not to fit."""
+        self._add({"cuts": []})
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Note an attempt to build."""
+        self._add(attempt.as_dict())
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        files.write(self.file, lambda file: file.write(json.dumps(self._rows, indent=1).encode()))

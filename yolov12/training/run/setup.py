@@ -1,0 +1,68 @@
+"""Functions around Ultralytics' trainer: how it is made, set up and run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from yolov12 import files
+from yolov12.training.adapter import attach as adapter
+from yolov12.training.data import host
+from yolov12.training.run import session, team
+
+__all__ = ["make", "resume_training", "setup_train", "train"]
+
+
+def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Run Ultralytics' `BaseTrainer.__init__` with the other ranks at hand, if there are any.
+
+    Args:
+        stock: Ultralytics' own method.
+        trainer: The trainer that it makes.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+    """
+    with session.no_false_start(trainer):
+        team.gather(stock, trainer, *args, **kwargs)
+
+
+def train(stock: Callable[..., None], trainer: Any, /) -> None:
+    """Run Ultralytics' `BaseTrainer.train`, which for several GPUs starts a process for each.
+
+    Args:
+        stock: Ultralytics' own method.
+        trainer: Ultralytics' trainer.
+    """
+    with session.no_false_start(trainer):
+        team.launch(stock, trainer)
+
+
+def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
+    """Run Ultralytics' `BaseTrainer._setup_train`, then let the engine run this trainer's batches.
+
+    Args:
+        stock: Ultralytics' own method.
+        trainer: Ultralytics' trainer.
+        args: Positional arguments for `stock`.
+        kwargs: Keyword arguments for `stock`.
+    """
+    if trainer.args.mas:
+        host.limit_workers(trainer)
+    with team.setting_up(functools.partial(adapter.why_not, trainer)):
+        stock(trainer, *args, **kwargs)
+    if trainer.args.mas:
+        host.draw_less_ahead(trainer)
+    files.make_atomic(trainer)
+    adapter.attach(trainer)
+
+
+def resume_training(stock: Callable[..., None], trainer: Any, /, ckpt: Any) -> None:
+    """Run Ultralytics' `BaseTrainer.resume_training`, or find the state of a later step to resume from.
+
+    Args:
+        stock: Ultralytics' own method.
+        trainer: Ultralytics' trainer.
+        ckpt: Checkpoint of an epoch's end, or None.
+    """
+    adapter.resume(stock, trainer, ckpt)
