@@ -1,6 +1,6 @@
 """The gradient of a batch that is split: averaging losses against the engine. Needs no GPU.
 
-    python benchmarks/exactness.py --out benchmarks/results/exactness.json      (about a minute on two cores)
+    python benchmarks/exactness.py --out benchmarks/results/exactness.json      (some minutes on two cores)
 
 YOLO12-N, eight images of the demonstration data, split into two micro-batches of 4 and into eight of 1, before training
 and after some steps. BatchNorm normalises groups of the micro-batch's size in every case, so only the loss differs.
@@ -11,20 +11,22 @@ package. Both are compared with the whole batch at once: |difference| / |gradien
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-IMAGES, SIZE, STEPS = 8, 192, 20
+IMAGES, SIZE, STEPS = 8, 192, 150
 
 
-def batch_of(dtype: torch.dtype) -> dict[str, Any]:
+def batch_of() -> dict[str, Any]:
     """Images of the demonstration data, as a loader of Ultralytics collates them."""
     from ultralytics.cfg import get_cfg
     from ultralytics.data import build_yolo_dataset
@@ -37,7 +39,7 @@ def batch_of(dtype: torch.dtype) -> dict[str, Any]:
     cfg = get_cfg(overrides={"imgsz": SIZE, "mosaic": 0.0})
     dataset = build_yolo_dataset(cfg, data["train"], IMAGES, data, mode="val", rect=False, stride=32)
     batch = dataset.collate_fn([dataset[index] for index in range(IMAGES)])
-    return {**batch, "img": batch["img"].to(dtype) / 255}
+    return {**batch, "img": batch["img"].float() / 255}
 
 
 def engine_gradient(model: Any, batch: dict[str, Any], micro_batch: int, group: int) -> Tensor:
@@ -71,32 +73,40 @@ def gradient_of(model: Any) -> Tensor:
     return torch.cat([each.grad.flatten().double() for each in model.parameters() if each.grad is not None])
 
 
-def measure(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Compare both with the whole batch, in one precision."""
+def measure() -> list[dict[str, Any]]:
+    """Compare both with the whole batch, before and after some training."""
     from ultralytics.nn.tasks import DetectionModel
     from ultralytics.utils import DEFAULT_CFG
 
     torch.manual_seed(0)
-    batch = batch_of(dtype)
-    model = DetectionModel("yolo12n.yaml", nc=11, verbose=False).train().to(dtype)
+    batch = batch_of()
+    model = DetectionModel("yolo12n.yaml", nc=11, verbose=False).train()
     model.args = DEFAULT_CFG
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     found = []
-    for trained in (0, STEPS):
-        for _ in range(trained):
+    for steps in (0, STEPS):
+        for _ in range(steps):
             optimizer.zero_grad()
             model(batch)[0].sum().backward()
             optimizer.step()
-        for size in (4, 1):
-            whole = engine_gradient(model, batch, IMAGES, size)
-            split = {
-                "average": average_gradient(model, batch, size),
-                "engine": engine_gradient(model, batch, size, size),
-            }
-            off = {name: float((each - whole).norm() / whole.norm()) for name, each in split.items()}
-            found.append({"dtype": str(dtype), "steps_before": trained, "micro_batch": size, **off})
-            print(found[-1], flush=True)
+        for dtype in (torch.float64, torch.float32):
+            found += compare(copy.deepcopy(model).to(dtype), {**batch, "img": batch["img"].to(dtype)}, steps)
     return found
+
+
+def compare(model: Any, batch: dict[str, Any], steps: int) -> Iterator[dict[str, Any]]:
+    """Compare both with the whole batch, for two sizes of micro-batches."""
+    model.criterion = None  # is made anew for the weights of this copy
+    for size in (4, 1):
+        whole = engine_gradient(model, batch, IMAGES, size)
+        split = {
+            "average": average_gradient(model, batch, size),
+            "engine": engine_gradient(model, batch, size, size),
+        }
+        off = {name: float((each - whole).norm() / whole.norm()) for name, each in split.items()}
+        row = {"dtype": str(batch["img"].dtype), "steps_before": steps, "micro_batch": size, **off}
+        print(row, flush=True)
+        yield row
 
 
 def main() -> None:
@@ -110,7 +120,6 @@ def main() -> None:
     autopatch.apply()
     import ultralytics
 
-    rows = [row for dtype in (torch.float64, torch.float32) for row in measure(dtype)]
     result = {
         "command": "python benchmarks/exactness.py --out exactness.json",
         "date": str(datetime.date.today()),
@@ -120,7 +129,7 @@ def main() -> None:
         "model": "yolo12n.yaml",
         "images": IMAGES,
         "imgsz": SIZE,
-        "rows": rows,
+        "rows": measure(),
     }
     out.write_text(json.dumps(result, indent=1) + "\n")
 

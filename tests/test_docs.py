@@ -82,7 +82,7 @@ def commands():
 
 
 @pytest.mark.parametrize(
-    ("page", "words"), commands(), ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value)[:50]
+    ("page", "words"), [*commands()], ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value)[:50]
 )
 def test_commands_have_arguments_that_exist(page, words):
     command, *arguments = words or ["check"]

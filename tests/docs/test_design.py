@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+DEEPEST = 6
+"""Spaces before a name; where there are more, a line is the rest of the one before."""
 SOURCE = {file: file.read_text("utf-8") for file in (ROOT / "yolov12").rglob("*.py")}
 
 
@@ -16,17 +18,19 @@ def test_the_layout_is_that_of_the_tree():
     folders, listed = [ROOT], set()
     for line in drawing("design.md", "## Layout").splitlines():
         indent, names, meaning = re.match(r"( *)(\S+(?: \S+)*?)(?: {2,}(.*))?$", line).groups()
-        folders[len(indent) // 2 + 1 :] = []
-        base = folders[len(indent) // 2]
-        for name in names.split():
-            path = base / name
-            assert path.exists(), f"{line}: there is no {path.relative_to(ROOT)}"
-            if name.endswith("/"):
+        if len(indent) <= DEEPEST:
+            folders[len(indent) // 2 + 1 :] = []
+            here = folders[-1]
+            for name in names.split():
+                path = here / name
+                assert path.exists(), f"{line}: there is no {path.relative_to(ROOT)}"
+            if names.endswith("/"):
                 listed.add(path)
                 folders.append(path)
-        here = folders[-1] if names.endswith("/") else base
+        else:  # the line before goes on
+            meaning = line
         for file in re.findall(r"\b\w+\.py\b", meaning or ""):
-            assert (here / file).exists() or (base / file).exists(), f"{line}: there is no {file}"
+            assert any((folder / file).exists() for folder in (folders[-1], here)), f"{line}: there is no {file}"
     packages = {file.parent for file in SOURCE if file.name == "__init__.py"} - {ROOT / "yolov12"}
     missing = packages - listed
     assert not missing, f"not in the drawing: {sorted(str(each.relative_to(ROOT)) for each in missing)}"
