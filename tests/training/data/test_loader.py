@@ -27,7 +27,7 @@ def loader(data, workers, cache=None):
     cfg = get_cfg(overrides={"imgsz": 64, "mosaic": 0.8, "mixup": 0.3, "degrees": 5.0, "cache": cache})
     dataset = build_yolo_dataset(cfg, data["train"], BATCH, data)
     dataset.max_buffer_length = 9  # small enough to overflow
-    return ResumableLoader(build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu"), 64)
+    return ResumableLoader(build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu"), 64).take_over()
 
 
 def epochs(loader, first=0):

@@ -157,7 +157,7 @@ def order(workers, ahead):
         worker_init_fn=lambda index: None,
     )
     sharing = Sharing(0, 1, 4, 1, max(workers * (ahead or 0) + 1, 9))
-    resumable, found = ResumableLoader(loader, 64, sharing=sharing), []
+    resumable, found = ResumableLoader(loader, 64, sharing=sharing).take_over(), []
     for epoch in range(3):
         if epoch == 2:
             resumable.reset()

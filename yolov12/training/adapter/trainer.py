@@ -92,7 +92,7 @@ class TrainerAdapter:
             arrange=arrange and self._sharing is None,  # with several ranks, no rank knows the whole batch
             sharing=self._sharing,
         )
-        trainer.train_loader = loader
+        trainer.train_loader = loader.take_over()
         self._interruption = Interruption()
         self.keeper = Keeper(
             trainer,
