@@ -230,7 +230,7 @@ _SHOWN = ("images", "micro_batches", "plan", "image_size", "budget_mib", "peak_m
 
 
 def _phases(journals: list[dict[int, dict[str, str]]], steps: list[int], pressed: dict[str, Any]) -> dict[str, Any]:
-    """Return statistics before, during and after the pressure, for the second half of each, when shares have settled."""
+    """Return statistics before, during and after the pressure, for the second half of each, when shares are settled."""
     marks = (0, pressed.get("from_step", steps[-1]), pressed.get("to_step", steps[-1]), steps[-1])
     found = {}
     for name, begin, end in zip(("before", "during", "after"), marks, marks[1:], strict=False):
