@@ -39,7 +39,7 @@ LABEL org.opencontainers.image.title="yolov12" \
       org.opencontainers.image.licenses="AGPL-3.0-only" \
       org.opencontainers.image.documentation="/root/yolov12/README.md"
 # gcc is not for users: Triton builds the launcher of a kernel with it when the kernel first runs. Without it BatchNorm and
-# SiLU are two operations, and a model keeps a third more (docs/engine.md).
+# SiLU are two operations, and a model keeps a third more (docs/explanation/engine.md).
 # hadolint ignore=DL3008
 RUN apt-get update && \
     apt-get install --yes --no-install-recommends ca-certificates gcc libc6-dev libgl1 libglib2.0-0 tini && \

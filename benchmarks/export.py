@@ -242,6 +242,7 @@ def main() -> None:
     from importlib import metadata
 
     results = json.loads(out.read_text()) if out.exists() else {}
+    results["command"] = "python benchmarks/export.py --out export.json"
     results["versions"] = {name: metadata.version(name) for name in ("torch", "onnxruntime", "onnx", "onnx-ir")}
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:

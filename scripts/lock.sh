@@ -8,7 +8,7 @@ command -v uv >/dev/null || {
   echo "lock.sh: uv is missing: pip install uv" >&2
   exit 1
 }
-for name in lock lint gpu; do
+for name in lock lint docs gpu; do
   options=("$@")
   [ "$name" != gpu ] || options+=(--no-deps)
   UV_CUSTOM_COMPILE_COMMAND=scripts/lock.sh uv pip compile --config-file uv.toml \

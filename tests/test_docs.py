@@ -1,36 +1,45 @@
 """Pages of docs/ that show code: the code runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from yolov12 import mas
+from yolov12 import cli, mas
+from yolov12.plan.arguments import parse as parse_plan
 
-PAGE = Path(__file__).parents[1] / "docs" / "engine.md"
-
-
-@pytest.fixture
-def blocks():
-    return re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "guides" / "python.md"
+GUIDES = sorted((DOCS / "guides").glob("*.md"))
 
 
-def test_twenty_lines_train_a_model_of_ones_own(blocks, tmp_path, monkeypatch, capsys):
+def blocks_of(page, kind):
+    return re.findall(rf"```{kind}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def block_with(text):
+    (found,) = (block for block in blocks_of(PAGE, "python") if text in block)
+    return found
+
+
+def test_twenty_lines_train_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = [line for line in blocks[0].splitlines() if line.strip()]
+    block = block_with("mas.Engine(")
+    code = [line for line in block.splitlines() if line.strip()]
     assert len(code) <= 20
     names = {}
-    exec(compile(blocks[0], str(PAGE), "exec"), names)
+    exec(compile(block, str(PAGE), "exec"), names)
     assert "20 of 20 updates" in capsys.readouterr().out
     assert {"memory.csv", "memory.png", "memory.json"} <= {file.name for file in tmp_path.iterdir()}
     assert names["engine"].journal is not None
 
 
-def test_a_loss_with_a_normaliser_of_its_own_is_exact(blocks):
+def test_a_loss_with_a_normaliser_of_its_own_is_exact():
     names = {"F": F, "mas": mas}
-    exec(compile(blocks[1], str(PAGE), "exec"), names)
+    exec(compile(block_with("mas.Loss("), str(PAGE), "exec"), names)
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 4).double()
     batch = torch.randn(16, 8).double(), (torch.rand(16, 4) < 0.2).double()
@@ -42,3 +51,44 @@ def test_a_loss_with_a_normaliser_of_its_own_is_exact(blocks):
         return model.weight.grad.clone()
 
     torch.testing.assert_close(gradient(micro_batch=2, bn_group=2), gradient(micro_batch=16, bn_group=2))
+
+
+def runs_here(block):
+    """Blocks that need a GPU, COCO, or a run of the reader's own are only compiled."""
+    return not re.search(r"coco|device=\"0|runs/|mas\.|F\.", block)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [(page, block) for page in GUIDES for block in blocks_of(page, "python")],
+    ids=lambda value: value.stem if isinstance(value, Path) else value.strip().splitlines()[-1][:40],
+)
+def test_code_of_guides_runs(page, block, tmp_path, monkeypatch, capsys):
+    code = compile(block, str(page), "exec")
+    if runs_here(block):
+        monkeypatch.chdir(tmp_path)
+        exec(code, {"__name__": "__main__"})
+        assert "memory.csv" in capsys.readouterr().out or "memory.csv" not in block
+
+
+def commands():
+    pages = [*DOCS.rglob("*.md"), DOCS.parent / "README.md", DOCS.parent / "README.zh-CN.md"]
+    for page in sorted(pages):
+        for block in blocks_of(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "yolov12" in words:
+                    yield page, words[words.index("yolov12") + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), commands(), ids=lambda value: value.stem if isinstance(value, Path) else " ".join(value)[:50]
+)
+def test_commands_have_arguments_that_exist(page, words):
+    command, *arguments = words or ["check"]
+    if command == "plan" and "format=onnx" not in arguments:
+        parse_plan(arguments)
+    elif command in cli.VERBS:
+        cli.parse(arguments)
+    else:
+        assert command in ("plan", "check", "."), f"{page.name}: {command}"

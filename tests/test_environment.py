@@ -144,7 +144,7 @@ def requirements(name: str) -> dict[str, tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["lock.txt", "lint.txt", "gpu.txt"])
+@pytest.mark.parametrize("name", ["lock.txt", "lint.txt", "docs.txt", "gpu.txt"])
 def test_locks_have_hashes_and_no_addresses(name):
     assert "://" not in (ROOT / "requirements" / name).read_text()
     locked = requirements(name)

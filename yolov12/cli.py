@@ -1,8 +1,8 @@
 """`yolov12 train|val|predict|export|check|plan key=value ...`: the grammar of Ultralytics' `yolo`.
 
 Missing arguments have defaults. `train` without `data=` trains YOLOv12-N on the embedded data set. `val`, `predict` and
-`export` without `model=` use the weights that were trained last. `check` also has `--json`; `plan --help` lists the
-arguments of `plan`.
+`export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help` lists the arguments of a
+command; `check` also has `--json`.
 
 Exit status: 0 on success, 1 after a failure, 2 if an argument is not valid. Every error is one line on stderr that says
 what to do. `YOLOV12_TRACEBACK=1` shows the traceback instead.
@@ -12,15 +12,36 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from yolov12 import autopatch
+from yolov12.cfg import reference
 from yolov12.errors import ConfigError, WeightsError, YOLOv12Error, plain
 
-__all__ = ["main"]
+__all__ = ["ENVIRONMENT", "EXIT_STATUSES", "main"]
+
+EXIT_STATUSES: Mapping[int, str] = {
+    0: "Success. For `check`: training can work. For `plan`: every model fits.",
+    1: "Failure. The last line on stderr says what happened and what to do. For `check`: training cannot work. For "
+    "`plan`: a model does not fit. In a distributed training, every process that ends because another one failed has "
+    "this status too.",
+    2: "An argument is unknown or not valid. Nothing was started, and no run folder was made.",
+    130: "SIGINT, which Ctrl-C sends. A training has saved its state; `resume=auto` continues it.",
+    143: "SIGTERM, which `docker stop` and Kubernetes send. Saved, as after SIGINT.",
+}
+"""Exit status of `yolov12` → its meaning."""
+
+ENVIRONMENT: Mapping[str, str] = {
+    "YOLOV12_AUTOPATCH": "`0` leaves Ultralytics as it is when it is imported. `from yolov12 import YOLO` and the "
+    "command `yolov12` use this package anyway.",
+    "YOLOV12_TRUST_WEIGHTS": "`1` loads weight files without the check of what they contain. Loading such a file can "
+    "run any code.",
+    "YOLOV12_TRACEBACK": "`1` shows the traceback of an error instead of one line.",
+}
+"""Environment variable → its effect."""
 
 # Takes less than a minute on two CPU cores, and the model learns: many small steps, mosaic in the first epoch only.
 DEMO_TRAINING: dict[str, Any] = {
@@ -50,13 +71,20 @@ def main(args: list[str] | None = None) -> int:
     """
     verb, *words = (sys.argv[1:] if args is None else args) or ["help"]
     verb = verb.lstrip("-")
-    if verb in ("help", "h") or (verb != "plan" and {"help", "-h", "--help"} & set(words)):
+    wants_help = bool({"help", "-h", "--help"} & set(words))
+    if wants_help and verb in reference.COMMANDS:
+        print(reference.help_text(verb))
+        return 0
+    if verb in ("help", "h") or (verb not in ("check", "plan") and wants_help):
         print(__doc__)
         return 0
     try:
         if verb == "check":
             from yolov12 import check
 
+            if wants_help:
+                print(check.__doc__)
+                return 0
             return check.main(words)
         if verb == "plan":
             autopatch.apply()

@@ -1,6 +1,6 @@
 """Memory-aware scheduling (MAS): training steps that fit into whatever memory is free, with the exact gradient.
 
-Needs torch, NumPy and SciPy, and no Ultralytics. docs/engine.md uses it on a model of one's own.
+Needs torch, NumPy and SciPy, and no Ultralytics. docs/guides/python.md uses it on a model of your own.
 """
 
 from yolov12.errors import ConfigError, DoesNotFitError

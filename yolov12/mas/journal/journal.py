@@ -22,14 +22,11 @@ from pathlib import Path
 from typing import TextIO
 
 from yolov12.mas.journal import picture
+from yolov12.mas.journal.columns import COLUMNS
 from yolov12.mas.journal.summary import RESUMED, Summary, summarise
 
 __all__ = ["COLUMNS", "RESUMED", "Journal", "Row", "Summary", "read_ranks", "read_rows"]
 
-COLUMNS = (
-    *("step", "epoch", "images", "micro_batches", "plan", "image_size", "max_boxes"),
-    *("predicted_mib", "peak_mib", "held_mib", "free_mib", "budget_mib", "step_ms", "images_per_s", "events"),
-)
 _FIRST = "memory.csv"
 _FLUSH_S = 1.0
 
@@ -150,7 +147,7 @@ class Journal:
     def _open(self) -> TextIO:
         file = self._csv.open("a", encoding="utf-8", newline="")
         if file.tell() == 0:
-            csv.writer(file, lineterminator="\n").writerow(COLUMNS)
+            csv.writer(file, lineterminator="\n").writerow(column.name for column in COLUMNS)
         file.flush()
         return file
 

@@ -23,7 +23,8 @@ from yolov12.mas.step.step import Step
 
 __all__ = ["Ladder", "ladder_of", "make_ladder"]
 
-# Used if not even one image could be profiled: the effect of recomputing all layers of YOLO12-S (docs/measurements.md).
+# Used if not even one image could be profiled: the effect of recomputing all layers of YOLO12-S
+# (docs/reference/measurements.md).
 _UNKNOWN = Level(share=0.4, slow=1.35)
 
 

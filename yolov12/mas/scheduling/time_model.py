@@ -25,7 +25,8 @@ from yolov12.mas.scheduling.time_law import SpeedLaw, megapixels
 __all__ = ["NEW_SIZE_MS", "SpeedModel"]
 
 NEW_SIZE_MS = 4000.0
-"""Initial cost of a new size: 3.6 to 7.7 s were measured on an H200 in deterministic mode (docs/measurements.md)."""
+"""Initial cost of a new size: 3.6 to 7.7 s were measured on an H200 in deterministic mode
+(docs/reference/measurements.md)."""
 # Relative uncertainty of the time of a size that was not measured.
 _UNSEEN = 0.15
 # The same, if two other sizes bound the time or the size was measured under another plan.
