@@ -1,10 +1,11 @@
-"""Attention back ends: do they compute the same, and what do they save in a YOLO12-S training step?
+"""Attention back ends: whether they compute the same, and the time and memory of a YOLO12-S training step with each.
 
     python benchmarks/attention.py --out benchmarks/results/attention.json      (about 3 minutes on one GPU)
 
-Each configuration of the step runs in a process of its own (stock Ultralytics must not see our seams), in two rounds,
-A B C A B C, so that a drifting clock shows. A step is forward, loss and backward of YOLO12-S at 640, fp16 autocast,
-channels_last, 25 random boxes an image, without data loading and without the optimizer.
+Each configuration runs in a process of its own, as stock Ultralytics must not see our seams. There are two rounds,
+A B C A B C, so that a drift of the clock is visible. A step is the forward pass, the loss and the backward pass of
+YOLO12-S at 640 in fp16 autocast and channels_last, with 25 random boxes per image, without data loading and without
+the optimizer.
 """
 
 from __future__ import annotations
@@ -22,13 +23,20 @@ from typing import Any
 import torch
 
 HEADS, HEAD_DIM = 4, 32
-TOKENS = (400, 1600)  # YOLOv12 at 640: 400 a area at P4 and at P5; 1600 is P4 undivided
+TOKENS = (400, 1600)  # YOLOv12 at 640 has 400 tokens per area at P4 and at P5; undivided, P4 has 1600
 TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 2e-2, torch.float32: 1e-3}
 BOXES_PER_IMAGE = 25
 
 
 def step(variant: str, batch: int, deterministic: bool, steps: int) -> dict[str, Any]:
-    """Time one configuration in this process. `variant`: stock, sdpa or flash."""
+    """Measure one configuration in this process.
+
+    Args:
+        variant: `stock`, `sdpa` or `flash`.
+        batch: Number of images in a batch.
+        deterministic: True for PyTorch's deterministic algorithms.
+        steps: Number of steps to measure.
+    """
     if variant != "stock":
         from yolov12 import autopatch
         from yolov12.models import attention
@@ -104,7 +112,10 @@ def _functions() -> dict[str, Any]:
 
 
 def accuracy() -> list[dict[str, Any]]:
-    """Relative error ‖x − ref‖ / ‖ref‖ of output and gradients against float64, and whether backward repeats."""
+    """Return relative errors ‖x − ref‖ / ‖ref‖ of outputs and gradients against float64.
+
+    Each row also tells whether the backward pass repeats bit for bit.
+    """
     from yolov12.models import attention as module
 
     torch.use_deterministic_algorithms(True, warn_only=True)

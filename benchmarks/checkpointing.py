@@ -1,12 +1,13 @@
-"""Checkpointing plans on a GPU: images/s against memory, and bytes freed against bytes predicted.
+"""Checkpoint plans on a GPU: images/s at each memory limit, and measured against predicted bytes that plans free.
 
     python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 14 minutes on one H100)
     python benchmarks/checkpointing.py --out part.json --only freed
-    python benchmarks/checkpointing.py --out part.json --only predicted     (no GPU; of what is in the file)
+    python benchmarks/checkpointing.py --out part.json --only predicted     (no GPU; for rows in the file)
 
-`curve` compares, at each limit: ours (the engine, batch 256); stock Ultralytics, in a process of its own without this
-package, at the largest batch that runs without a failed allocation; and our model with every layer recomputed, at its
-largest. All run the v1.0 layout, which stock knows, with SGD, a scaler, gradient clipping and an EMA, in fp16.
+Three variants are compared at each limit: `ours` is the engine at batch 256; `stock` is Ultralytics, in a process
+without this package, at the largest batch that runs without a failed allocation; `all` is our model with every layer
+recomputed, at its largest batch. All run the v1.0 layout, which stock knows, in fp16, with SGD, a scaler, gradient
+clipping and an EMA.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ GIB = 2**30
 LIMITS_GIB = (4, 8, 12, 16, 24, 40, 80)
 BATCHES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 SECONDS = {"s": 45.0, "m": 20.0, "x": 18.0}
-"""That ours runs at each limit, if the controller has not settled before."""
+"""Scale → most seconds that `ours` runs at each limit until the controller has settled."""
 SETTLED = 40
-"""Steps that run alike when it has."""
+"""Number of steps with the same decision after which the controller counts as settled."""
 PEAKS_GIB = (8, 16, 24)
-"""Limits under which a scale runs of which only peaks are wanted."""
+"""Limits in GiB for a scale of which only peaks are measured."""
 
 
 class Training:
-    """A model in the state of a training, with what belongs to one besides the batches."""
+    """Model in training, with its optimizer, scaler, moving average and a batch."""
 
     def __init__(self, cfg: str) -> None:
         import torch
@@ -58,7 +59,7 @@ class Training:
         self.ema.update(self.model)
 
     def bare(self, batch: int, start: int = 0) -> None:
-        """A batch as Ultralytics runs it."""
+        """Run forward and backward pass of a batch as Ultralytics does."""
         import torch
 
         with torch.autocast("cuda", torch.float16):
@@ -86,7 +87,7 @@ def _limit(gib: float) -> None:
 
 
 def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Images/s at the largest batch that runs at each limit."""
+    """Yield a row with images/s at the largest batch that runs, for each limit."""
     import torch
 
     slow: list[str] = []
@@ -113,7 +114,7 @@ def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iter
     fixed = torch.cuda.memory_allocated()
     for gib in sorted(limits, reverse=True):
         _limit(gib)
-        # Larger ones are not tried: the rest grows in proportion to images, and each takes long.
+        # Larger batches are not tried: memory grows in proportion to images, and each attempt takes long.
         likely = 1.1 * batch * (gib * GIB - fixed) / (peak - fixed)
         upper = min(upper, sum(size <= likely for size in BATCHES))
         while upper:
@@ -138,7 +139,7 @@ def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iter
 
 
 def _count_fallbacks(into: list[str]) -> None:
-    """Ultralytics' assigner survives a failed allocation by going image by image: that is not running stably."""
+    """Note when Ultralytics' assigner falls back to single images after a failed allocation: not a stable run."""
     from ultralytics.utils import LOGGER
 
     warn = LOGGER.warning
@@ -146,14 +147,14 @@ def _count_fallbacks(into: list[str]) -> None:
 
 
 def stock(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
-    """Unpatched Ultralytics; this process has the import hook turned off."""
+    """Measure unpatched Ultralytics; the import hook is turned off in this process."""
     training = Training(f"yolo12{scale}.yaml")
     assert "yolov12.seams" not in sys.modules, "this is not stock"
     yield from _fixed_batches(training, f"stock {scale}", limits)
 
 
 def all_layers(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
-    """Every top-level layer recomputed, always."""
+    """Measure our model with every top-level layer recomputed."""
     from torch.utils.checkpoint import checkpoint
 
     training = Training(f"yolo12{scale}.yaml")
@@ -163,7 +164,7 @@ def all_layers(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[
 
 
 def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
-    """The engine at each limit; with a profile from the first of them, as runs have one from the run before."""
+    """Measure the engine at each limit. Later limits use the profile of the first, as runs use that of earlier runs."""
     import torch
 
     from yolov12 import mas
@@ -227,13 +228,13 @@ def _settled(steps: list[dict[str, Any]]) -> bool:
 
 
 def _steady(step: dict[str, Any], last: dict[str, Any]) -> bool:
-    """Ran as the last one did, and did not begin to."""
+    """Return whether a step ran with the same decision as the last step, without a change in it."""
     alike = all(step[key] == last[key] for key in ("micro_batch", "level"))
     return alike and not any(event.startswith(("grew", "shrunk", "plan")) for event in step["events"])
 
 
 def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """What `yolov12 plan` predicts of the peaks that `ours` measured; on a machine without a GPU."""
+    """Predict with `yolov12 plan` the peaks that `ours` measured. This needs no GPU."""
     from memory import BOXES_PER_IMAGE
 
     from yolov12.mas.checkpointing.checkpointing import Plan
@@ -259,7 +260,7 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def freed() -> Iterator[dict[str, Any]]:
-    """Bytes that plans free, measured between forward and backward pass and at the peak, against those predicted."""
+    """Yield measured and predicted bytes that plans free, between forward and backward pass and at the peak."""
     import gc
 
     import torch
@@ -365,7 +366,7 @@ def main() -> int:
 
 
 def _measure(part: str, out: Path, limits: list[int]) -> int:
-    """In a process of its own, which writes every row as it comes; returns its exit status."""
+    """Run a part in its own process, which writes each row at once; return its exit status."""
     import torch
     import ultralytics
 

@@ -1,12 +1,14 @@
-"""Label-dense data on a GPU under a limit, and a limit so small that images have to get smaller.
+"""Label-dense data on a GPU under a memory limit, and memory so short that images have to get smaller.
 
     python benchmarks/dense.py --out benchmarks/results/dense.json      (about 7 minutes on one H100)
     python benchmarks/dense.py --out part.json --only ladder saving
 
-`dense`: 1,536 images, 2 % of them with 300 to 900 boxes among others of about 10, mosaic 1.0, copy_paste 0.1, whole
-epochs with data loading: stock Ultralytics, in a process without this package, at its largest stable batch, then ours.
-Peaks are of a step of the optimizer. `ladder`: a process leaves too little memory for one image, until it goes.
-`off`: the same without the ladder. `saving`: what it takes to save a run in mid-epoch; needs no GPU.
+dense   1,536 images, 2 % of them with 300 to 900 boxes and the others with about 10, mosaic 1.0, copy_paste 0.1, whole
+        epochs with data loading: stock Ultralytics in a process without this package, at its largest stable batch, then
+        ours. A peak is that of an optimizer step
+ladder  another process leaves too little memory for one image for a while, so images get smaller
+off     the same with mas_data=off
+saving  time of saving a run in mid-epoch; needs no GPU
 """
 
 from __future__ import annotations
@@ -35,9 +37,9 @@ GIB = 2**30
 ROOT = Path(__file__).parents[1]
 LIMIT_GIB = 16
 STOCK_BATCHES = (32,)
-"""The largest at which its assigner does not go image by image, and its batch is not halved."""
+"""Largest stable batch of stock: its assigner does not fall back to single images, and it does not halve the batch."""
 IMAGES, EPOCHS = 1536, {"stock": 4, "ours": 16}
-"""The second half is measured: by then files are read, and the controller has found its size and plan."""
+"""The second half of the epochs is measured, when files are cached and the controller has found its size and plan."""
 TRAIN: dict[str, Any] = {
     "imgsz": 640,
     "device": 0,
@@ -57,10 +59,10 @@ SMALL = {**OURS, "model": "yolov12x.yaml", "imgsz": 1280, "batch": 4, "nbs": 4, 
 
 
 def train(arguments: dict[str, Any], limit_gib: float | None) -> dict[str, Any]:
-    """One training, with the peak and the clock of every step of the optimizer; in this process."""
+    """Train in this process; return times of epochs in seconds and peaks of optimizer steps in MiB."""
     import torch
 
-    if limit_gib is not None:  # stock: what a smaller card would have
+    if limit_gib is not None:  # stock runs as on a smaller card
         torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.mem_get_info()[1])
     if os.environ.get("YOLOV12_AUTOPATCH") != "0":
         from yolov12 import autopatch
@@ -113,7 +115,7 @@ def _in_process(
 
 
 def dense() -> dict[str, Any]:
-    """Stock at its largest stable batch, ours at batch=256."""
+    """Compare stock at its largest stable batch with ours at batch=256."""
     data = noise(IMAGES, crowded=True)
     result: dict[str, Any] = {"limit_gib": LIMIT_GIB, "stock": []}
     for batch in STOCK_BATCHES:
@@ -128,7 +130,10 @@ def dense() -> dict[str, Any]:
 
 
 def _told(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """Of the second half, and of all; alike are steps of the second half in which nothing was decided anew."""
+    """Add statistics of the second half and of the whole run, and print them.
+
+    `alike` marks steps of the second half without a new decision.
+    """
     if "peaks_mib" in run:
         if rows := _rows(run):  # the engine resets the count for every micro-batch
             run["peaks_mib"] = [float(row["peak_mib"]) for row in rows]
@@ -152,7 +157,7 @@ def _rows(run: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def ladder() -> dict[str, Any]:
-    """A process comes that leaves too little for one image, and goes."""
+    """Train while another process leaves too little memory for one image, and then ends."""
     data = noise(64, crowded=True)
     arguments = {**SMALL, "data": data}
     folder = Path(tempfile.mkdtemp())
@@ -166,9 +171,9 @@ def ladder() -> dict[str, Any]:
 
 
 def off(budget_mib: float) -> list[dict[str, Any]]:
-    """The same without the ladder: it ends in an error that names a limit, which is tried, and so on until it runs.
+    """Train with mas_data=off, which ends in an error that names a limit; try the named limit until a run completes.
 
-    The first limit is in place of the process: to one that may leave, the engine gives two minutes.
+    The first limit replaces the other process, as the engine would wait two minutes for it to release memory.
     """
     data = noise(64, crowded=True)
     limit_mib, attempts = round(budget_mib / 0.9), []
@@ -191,7 +196,7 @@ def _told_rows(name: str, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _come_and_go(file: Path, run: Any) -> float:
-    """Take memory once the run is under way, until only `LADDER_MIB` may be used; give it back after a while."""
+    """Take memory until the budget of a run is `LADDER_MIB`, and release it later; return the least budget in MiB."""
     import torch
 
     torch.empty(1, device="cuda")
@@ -207,11 +212,11 @@ def _come_and_go(file: Path, run: Any) -> float:
     held, leave_mib = [], float(LADDER_MIB)
     while not run.ready() and rows()[-1]["image_size"] == "1280x1280":
         over = float(rows()[-1]["budget_mib"]) - leave_mib
-        if over < 50:  # it was not too little
+        if over < 50:  # the budget was still enough
             over = 50
             leave_mib -= 50
         free_mib = torch.cuda.mem_get_info()[0] / 2**20
-        over = max(min(over, free_mib - 256), 0)  # the training has to let go of more first
+        over = max(min(over, free_mib - 256), 0)  # the training must release memory first
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             held.append(torch.empty(int(over * 2**20), dtype=torch.uint8, device="cuda"))
         seen = len(rows())
@@ -225,7 +230,7 @@ def _come_and_go(file: Path, run: Any) -> float:
 
 
 LADDER_MIB = 2050
-"""Too little for one image of 1,280 pixels of YOLOv12-X with all recomputed, by `yolov12 plan`."""
+"""Budget in MiB too small for one image of 1,280 pixels, YOLOv12-X and all layers recomputed, by `yolov12 plan`."""
 
 
 def _device() -> Any:
@@ -235,7 +240,7 @@ def _device() -> Any:
 
 
 def saving(scales: str = "sx") -> list[dict[str, Any]]:
-    """Seconds it takes to save a run, for a small model and the largest."""
+    """Measure the seconds that it takes to save a run, for a small model and the largest."""
     data = noise(64, crowded=True)
     begin = {**OURS, "device": _device(), "save": True, "data": data, "batch": 16, "nbs": 16, "epochs": 2, "imgsz": 64}
     rows = []
@@ -255,7 +260,7 @@ def _time_saves(into: dict[str, Any]) -> None:
 
     def timed(keeper: Any) -> None:
         begin = time.perf_counter()
-        save(keeper)  # to copy from a device waits for it: the step before counts too
+        save(keeper)  # a copy from the device waits for it, so the step before counts, too
         into["saves_s"].append(time.perf_counter() - begin)
         into["file_mib"] = keeper.path.stat().st_size / 2**20
 
@@ -271,7 +276,7 @@ PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 def main() -> None:
-    """Run the parts, and add their results to the file as they come."""
+    """Run the parts, and write the results of each to the file at once."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))

@@ -1,4 +1,4 @@
-"""Data sets for the other benchmarks, drawn on all cores: images of 640 pixels unless they say otherwise."""
+"""Data sets for the other benchmarks, drawn on all cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ __all__ = ["boards", "noise"]
 
 
 def boards(sets: int, imgsz: int) -> str:
-    """The demonstration data set, with 128 images of each of so many seeds to train on; returns the yaml."""
+    """Draw the demonstration data set and return its yaml.
+
+    Args:
+        sets: Number of seeds; each has 128 images to train on.
+        imgsz: Size of the images in pixels.
+    """
     folder = Path(tempfile.mkdtemp())
     with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
         files = pool.map(functools.partial(_boards_of, folder, imgsz), range(sets))
@@ -30,7 +35,12 @@ def _boards_of(folder: Path, imgsz: int, seed: int) -> Path:
 
 
 def noise(images: int, *, crowded: bool = False) -> str:
-    """Noise with 4 to 16 boxes on each image, or with 300 to 900 on 2 % of them; returns the yaml."""
+    """Draw noise images of 640 pixels and return the yaml.
+
+    Args:
+        images: Number of images to train on.
+        crowded: True for 300 to 900 boxes on 2 % of the images; all others have 4 to 16 boxes.
+    """
     folder = Path(tempfile.mkdtemp()) / "noise"
     for split, count in (("train", images), ("val", 16)):
         for kind in ("images", "labels"):

@@ -1,15 +1,16 @@
-"""Exported graphs cut to fit: the same boxes, the memory that was planned, engines that build. Needs no GPU.
+"""Exported graphs that are split to fit: same boxes, planned memory, engines that build. Needs no GPU.
 
     python benchmarks/export.py --out benchmarks/results/export.json          (about half an hour on two cores)
     python benchmarks/export.py --out part.json --only rtx dynamic hopeless
 
-agree     n, s, m, l, x at 640 and m, x at 1280, static and dynamic, cut to a half or three quarters: boxes and scores
-          of two photographs against the uncut graph in onnxruntime; the planned peak against a run node by node
+agree     n, s, m, l, x at 640 and m, x at 1280, static and dynamic, split to a half or three quarters of their peak:
+          boxes and scores of two photographs against the unsplit graph in onnxruntime, and the planned peak against a
+          run node by node
 rtx       TensorRT-RTX: workspace limits under which YOLOv12-M at 1280 and YOLOv12-X at 640 and 1280 build
-dynamic   TensorRT-RTX: the smallest workspace in which YOLOv12-N for images up to 1280 builds, uncut and cut
-hopeless  seconds until a graph that cannot be cut so small is refused, or a builder that cannot do it gives up
+dynamic   TensorRT-RTX: the smallest workspace in which YOLOv12-N for images up to 1280 builds, unsplit and split
+hopeless  seconds until a graph that cannot get small enough is refused, or a builder that cannot build it gives up
 
-Weights are drawn from a seed, BatchNorm is calibrated on the photographs.
+Weights are random from a seed, and BatchNorm is calibrated on the photographs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import numpy as np
 
 MIB = 2**20
 MODELS = [(scale, 640) for scale in "nsmlx"] + [("m", 1280), ("x", 1280)]
-SHARES = {False: (1.0, 0.5), True: (1.0, 0.75)}  # of the uncut peak, for static and dynamic graphs
+SHARES = {False: (1.0, 0.5), True: (1.0, 0.75)}  # fractions of the unsplit peak, by whether the graph is dynamic
 
 
 def images(height: int, width: int) -> np.ndarray:
-    """(2, 3, height, width) of photographs, 0 to 1."""
+    """Return two photographs, (2, 3, height, width), from 0 to 1."""
     import cv2
     from ultralytics.utils import ASSETS
 
@@ -41,7 +42,7 @@ def images(height: int, width: int) -> np.ndarray:
 
 
 def exported(scale: str, size: int, dynamic: bool, folder: Path) -> Path:
-    """A YOLOv12 as ONNX, with activations as large as a trained one's."""
+    """Export a YOLOv12 to ONNX, with activations as large as those of a trained model; return the file."""
     import torch
 
     from yolov12 import YOLO
@@ -55,13 +56,13 @@ def exported(scale: str, size: int, dynamic: bool, folder: Path) -> Path:
             model.model(torch.from_numpy(images(320, 320)))
         model.model.eval()
         for branch in model.model.model[-1].cv3:
-            branch[-1].bias.zero_()  # scores about 0.5, not 1e-5 as at the start of a training
+            branch[-1].bias.zero_()  # scores are about 0.5 instead of 1e-5 as at the start of a training
     file = model.export(format="onnx", imgsz=size, dynamic=dynamic, verbose=False)
     return Path(file).rename(f"{scale}{size}{'d' if dynamic else 's'}.onnx").resolve()
 
 
 def run(file: Path, image: np.ndarray) -> tuple[np.ndarray, float]:
-    """Output of a graph, and seconds."""
+    """Run a graph; return its output and the seconds taken."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -73,7 +74,7 @@ def run(file: Path, image: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def agree(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each model, size and limit."""
+    """Yield a row for each model, size and limit."""
     import onnx_ir as ir
 
     from yolov12.errors import DoesNotFitError
@@ -123,7 +124,7 @@ def agree(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def rtx(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each build."""
+    """Yield a row for each build."""
     import onnx_ir as ir
 
     from yolov12.export import engine, graph
@@ -159,7 +160,7 @@ def rtx(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def dynamic(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each cut; the workspace by bisection, to 4 MiB."""
+    """Yield a row for each split; the workspace is found by bisection to 4 MiB."""
     import onnx_ir as ir
 
     from yolov12.export import engine, graph
@@ -187,7 +188,7 @@ def dynamic(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def hopeless(folder: Path) -> Iterator[dict[str, Any]]:
-    """A row for each graph and for the builder."""
+    """Yield a row for each graph and each build."""
     from yolov12 import YOLO
     from yolov12.errors import DoesNotFitError
     from yolov12.export import graph
@@ -207,10 +208,8 @@ def hopeless(folder: Path) -> Iterator[dict[str, Any]]:
                 "seconds": seconds,
                 "error": str(error),
             }
-    for scale, limit in (
-        ("n", "150MiB"),
-        ("m", "400MiB"),
-    ):  # enough by the plan, not for TensorRT-RTX
+    # Enough according to the plan, but not for TensorRT-RTX.
+    for scale, limit in (("n", "150MiB"), ("m", "400MiB")):
         start = time.perf_counter()
         try:
             YOLO(f"yolov12{scale}.yaml").export(

@@ -1,10 +1,10 @@
-"""How far workers should load ahead: speed of whole trainings with 2 and 4 batches a worker.
+"""Prefetch of data workers: speed of whole trainings with 2 and 4 batches per worker.
 
     python benchmarks/loading.py --out benchmarks/results/loading.json      (about 7 minutes on one H100)
     python benchmarks/loading.py --out part.json --device cpu --small
 
-Demonstration data, decoded in memory, with Ultralytics' augmentation and a validation after each epoch; in turn, twice
-each.
+The data are the demonstration data set, decoded in memory, with Ultralytics' augmentation and a validation after each
+epoch. Both settings take turns, twice each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ AHEADS = (4, 2)
 
 
 def train(ahead: int, model_file: str, images: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One training, of which the first epoch is not measured."""
+    """Train, and measure all epochs but the first.
+
+    Args:
+        ahead: Number of batches that each worker prefetches.
+        model_file: Yaml of the model.
+        images: Number of training images.
+        arguments: Arguments of the training.
+    """
     from ultralytics import YOLO
 
     from yolov12.training.data import host
@@ -73,7 +80,7 @@ def train(ahead: int, model_file: str, images: int, arguments: dict[str, Any]) -
 
 
 def main() -> None:
-    """All trainings, in this process, so that kernels are looked for once."""
+    """Run all trainings in this process, so that kernels are searched once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

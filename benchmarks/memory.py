@@ -1,10 +1,10 @@
-"""The memory-aware step on a GPU: limits, a hostile neighbour, injected failures, prediction, overhead.
+"""The memory-aware step on a GPU: limits, another process that takes memory, injected failures, prediction, overhead.
 
     python benchmarks/memory.py --out benchmarks/results/memory.json      (about 15 minutes on one large GPU)
     python benchmarks/memory.py --out part.json --only limits overhead
 
-Every part runs in a process of its own; whole trainings are the command `yolov12 train`, beside stock Ultralytics where
-that is compared. Data is drawn (`data=demo`), 5 % of its images crowded.
+Every part runs in a process of its own. Whole trainings run the command `yolov12 train`, and stock Ultralytics for
+comparison. The data set is drawn (`data=demo`); 5 % of its images are crowded.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ BOXES_PER_IMAGE = 25
 def prepare(
     images: int = 256, size: int = 640, seed: int = 0, cfg: str = "yolov12s.yaml"
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """A model, its task, a scaler as it is in the course of a training, and a batch in pinned memory."""
+    """Return a model, its task, a gradient scaler with the scale of a running training, and a batch in pinned memory.
+
+    Args:
+        images: Number of images in the batch.
+        size: Size of the images in pixels.
+        seed: Seed of weights and images.
+        cfg: Yaml of the model.
+    """
     import torch
 
     from yolov12 import autopatch
 
-    if os.environ.get("YOLOV12_AUTOPATCH") != "0":  # which asks for stock
+    if os.environ.get("YOLOV12_AUTOPATCH") != "0":  # 0 asks for stock
         autopatch.apply()
     from ultralytics.nn.tasks import DetectionModel
     from ultralytics.utils import DEFAULT_CFG
@@ -55,7 +62,7 @@ def prepare(
         "bboxes": torch.rand(boxes, 4) * 0.3 + 0.2,
     }
 
-    def preprocess(part: dict[str, Any]) -> dict[str, Any]:  # as Ultralytics' DetectionTrainer
+    def preprocess(part: dict[str, Any]) -> dict[str, Any]:  # like Ultralytics' DetectionTrainer
         part = {
             key: value.to("cuda", non_blocking=True) if isinstance(value, torch.Tensor) else value
             for key, value in part.items()
@@ -83,11 +90,11 @@ def _engine(model: Any, task: Any, scaler: Any, journal: Any = None, **settings:
 
 
 def gradient() -> dict[str, Any]:
-    """The gradient of one batch at 8 GiB against that at 40 GiB, and what rounding alone does to it.
+    """Compare the gradients of one batch at 8 GiB and at 40 GiB with the effect of rounding alone.
 
-    The noise of fp16 is what another order of summation makes of the same batch in the same micro-batches: a model in
-    the other memory layout. The weights are those after 60 steps of training, so that the assigner has something to go
-    by.
+    The effect of fp16 rounding is the difference when the same micro-batches run in the other memory layout, which
+    changes the order of summation. The weights are those after 60 steps of training, so that the assigner finds
+    objects.
     """
     import torch
 
@@ -105,7 +112,7 @@ def gradient() -> dict[str, Any]:
     def run(name: str, limit_gib: int, dtype: Any = torch.float16, layout: Any = torch.channels_last) -> None:
         model.to(memory_format=layout)
         with _engine(model, task, scaler, limit=limit_gib * GIB, bn_group=16) as engine:
-            for _ in range(3):  # the micro-batch settles
+            for _ in range(3):  # until the micro-batch has settled
                 model.zero_grad()
                 model.load_state_dict(state)
                 with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
@@ -144,7 +151,7 @@ def gradient() -> dict[str, Any]:
 
 
 def first_times() -> list[dict[str, float]]:
-    """How long a micro-batch takes that is the first of its size: libraries look for kernels then."""
+    """Measure the first and the second micro-batch of each size: libraries search kernels for the first."""
     import torch
 
     model, task, scaler, batch = prepare(images=64)
@@ -166,7 +173,7 @@ def first_times() -> list[dict[str, float]]:
 
 
 def overhead(steps: int = 5, rounds: int = 3) -> list[dict[str, Any]]:
-    """The engine against the bare loop at the same micro-batch: forward, loss, backward, optimizer."""
+    """Compare the engine with a bare loop at the same micro-batch: forward, loss, backward, optimizer."""
     import torch
 
     model, task, scaler, batch = prepare()
@@ -226,7 +233,7 @@ def overhead(steps: int = 5, rounds: int = 3) -> list[dict[str, Any]]:
 
 
 def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
-    """Train with real failed allocations at random places of the forward and backward passes; keeps the weights."""
+    """Train with real failed allocations at random places of forward and backward passes, and save the weights."""
     import torch
 
     from yolov12 import mas
@@ -243,7 +250,7 @@ def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
         nonlocal left, injected
         if left:
             left, injected = left - 1, injected + 1
-            torch.empty(2**50, device="cuda")  # more than any card has: the allocator's own error
+            torch.empty(2**50, device="cuda")  # more than any card has, so the allocator raises its own error
 
     order = torch.Generator().manual_seed(0)
     first_loss = last_loss = 0.0
@@ -251,7 +258,7 @@ def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
         shuffled = {**batch, "img": batch["img"][torch.randperm(64, generator=order)].pin_memory()}
         hook = None
         if chance.random() < probability and index:
-            left, leaf = chance.randint(1, 2), chance.choice(leaves)  # the second fails the retry too
+            left, leaf = chance.randint(1, 2), chance.choice(leaves)  # a second failure hits the retry, too
             register = chance.choice((leaf.register_forward_pre_hook, leaf.register_full_backward_hook))
             hook = register(fail)
         with torch.autocast("cuda", torch.float16):
@@ -277,7 +284,7 @@ def _weights(probability: float) -> Path:
 
 
 def failures(steps: int = 200, probability: float = 0.2) -> dict[str, Any]:
-    """Steps with injected failures, and beside them the same steps without: nothing may be lost."""
+    """Run steps with injected failures and, at the same time, the same steps without: nothing may be lost."""
     import torch
 
     code = "import sys; sys.path.insert(0, {!r}); import memory, json; print(json.dumps(memory._failing_steps({}, {})))"
@@ -337,7 +344,7 @@ def main() -> int:
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     failed = 0
     while options.only:
-        # Two that measure no times share the card.
+        # Parts that measure no times run together on one card.
         together = UNTIMED & set(options.only) or {options.only[0]}
         options.only = [part for part in options.only if part not in together]
         folder, started = Path(tempfile.mkdtemp()), time.time()

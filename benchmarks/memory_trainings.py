@@ -1,4 +1,4 @@
-"""Whole trainings for benchmarks/memory.py: under limits, and beside a process that takes and frees memory."""
+"""Whole trainings for benchmarks/memory.py: under limits, and beside a process that takes and releases memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAIN = {"model": "yolov12s.yaml", "imgsz": 640, "device": 0, "cache": "ram", "p
 
 
 def _train(folder: Path, stock: bool = False, **arguments: Any) -> subprocess.Popen[str]:
-    """Start a training; its output goes to a file in the folder above its own."""
+    """Start a training; its output goes to a log file beside its folder."""
     arguments = {**TRAIN, "project": folder.parent, "name": folder.name, **arguments}
     if stock:
         code = f"from ultralytics import YOLO; YOLO({arguments.pop('model')!r}).train(**{_plain(arguments)!r})"
@@ -44,7 +44,7 @@ def _rows(folder: Path) -> list[dict[str, str]]:
 
 
 def _errors(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Of predictions once the size has settled: the same largest micro-batch as in the row before."""
+    """Return errors of predicted peaks in percent, for steps with the same micro-batches as the step before."""
     settled = [
         abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1)
         for before, row in itertools.pairwise(rows[2:])
@@ -60,14 +60,14 @@ def _errors(rows: list[dict[str, str]]) -> dict[str, float]:
 
 
 def _draw(folder: Path, images: int) -> str:
-    """The demonstration data set; stock Ultralytics takes it by its yaml."""
+    """Draw the demonstration data set and return its yaml, which stock Ultralytics can use, too."""
     from yolov12 import demo
 
     return str(demo.ensure(f"demo:images={images}", folder))
 
 
 def limits(epochs: int = 7) -> dict[str, Any]:
-    """Whole trainings at four limits, at the same time on one card: times mean nothing here."""
+    """Run whole trainings at four limits at the same time on one card, so their times mean nothing."""
     folder = Path(tempfile.mkdtemp())
     data = _draw(folder, 640)
     runs = {
@@ -90,18 +90,23 @@ def limits(epochs: int = 7) -> dict[str, Any]:
 
 
 def neighbour(seconds: int = 120, stock_seconds: int = 60) -> dict[str, Any]:
-    """A second process takes and frees up to 40 % of the card at random; ours, then stock Ultralytics, beside it."""
+    """Run our training, then stock's, while this process takes and releases up to 40 % of the card at random.
+
+    Args:
+        seconds: Seconds of our training.
+        stock_seconds: Seconds of stock's training.
+    """
     import torch
 
     folder = Path(tempfile.mkdtemp())
-    # A batch that takes half to two thirds of the card, so that it fits beside a small neighbour and not a large one.
+    # The batch takes half to two thirds of the card, so it fits beside a little memory of this process, but not much.
     batch = int(0.6 * torch.cuda.mem_get_info()[1] / 290e6) // 32 * 32
-    data = _draw(folder, 5 * batch)  # a fifth is to validate on: no batch is partial
+    data = _draw(folder, 5 * batch)  # a fifth is for validation, so that no batch is partial
     out: dict[str, Any] = {"batch": batch}
     for name, stock in (("ours", False), ("stock", True)):
         seconds = stock_seconds if stock else seconds
         run_folder = folder / name
-        model = {"model": "yolo12s.yaml"}  # the layout that both can run
+        model = {"model": "yolo12s.yaml"}  # a layout that both can run
         hours = (seconds + 5) / 3600
         run = _train(run_folder, stock, data=data, epochs=1000, batch=batch, time=hours, val=False, workers=14, **model)
         log = run_folder.with_suffix(".log")
@@ -129,7 +134,7 @@ def _not_memory(_: str, names: list[str]) -> list[str]:
 
 
 def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[tuple[float, float]]:
-    """Take and free memory while a training runs: (seconds, share of the card) at each change."""
+    """Take and release memory while a training runs; return (seconds, fraction of the card) for each change."""
     import torch
 
     chance = random.Random(4)
@@ -146,7 +151,7 @@ def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[
             try:
                 blocks.append(torch.empty(block, dtype=torch.uint8, device="cuda"))
             except torch.cuda.OutOfMemoryError:
-                break  # the other one has it
+                break  # the training has allocated it
         log.append((round(time.time() - start, 1), round(len(blocks) * block / total, 3)))
         time.sleep(chance.uniform(5.0, 20.0))
     blocks.clear()

@@ -1,4 +1,4 @@
-"""An instrumented run of an ONNX graph, which knows nothing of how its memory was planned."""
+"""Instrumented run of an ONNX graph, independent of the plan of its memory."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ VIEWS = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 
 def peak(file: Path, image: np.ndarray) -> int:
-    """Run a graph's nodes one by one, in the order of the file; drop arrays when no node reads them any more.
+    """Run a graph's nodes one by one, in the order of the file, and drop arrays when no later node reads them.
 
     Args:
-        file: An ONNX graph with an input `images`.
-        image: (images, 3, height, width).
+        file: ONNX graph with an input `images`.
+        image: Input, (images, 3, height, width).
 
     Returns:
-        The most bytes that arrays took at one time, without weights and the input. Views are counted once.
+        Peak of the bytes of all arrays at one time, without weights and the input. A view and its source count once.
     """
     proto = onnx.load(file)
     arrays = {each.name: onnx.numpy_helper.to_array(each) for each in proto.graph.initializer}

@@ -1,15 +1,18 @@
-"""Several processes, one batch: shares under pressure, gradients against those of one process, speed, and costs.
+"""Several ranks that share batches: shares under memory pressure, gradients against one process, speed, and costs.
 
-    python benchmarks/ranks.py --out benchmarks/results/ranks.json      (some 20 minutes on four H200s)
+    python benchmarks/ranks.py --out benchmarks/results/ranks.json      (about 20 minutes on four H200s)
     python benchmarks/ranks.py --out part.json --only gradient speed
-    python benchmarks/ranks.py --out part.json --device cpu --small     (tries what needs no GPU, over gloo)
+    python benchmarks/ranks.py --out part.json --device cpu --small     (a trial without GPUs, over gloo)
 
-`gradient`: of unequal shares, a process a card, against one process. `shared_card`: two processes on one card, with
-limits that differ, and a third that takes what is free for a while. `squeeze`: that on one of all cards over NCCL, 256
-images a card, with failed allocations injected. `death`: how soon others end when one is killed. `speed`: whole
-trainings beside stock Ultralytics' DistributedDataParallel; images are in memory and not augmented, so that loading is
-not what is measured. `checksum`: what it takes to compare replicas, and to agree. A part that needs more cards is
-skipped. The exit status is 1 if what has to hold did not, or a part failed.
+gradient     gradient of unequal shares, one process per card, against one process
+shared_card  two ranks on one card with different limits, while a third process takes the free memory for a while
+squeeze      the same on one of several cards over NCCL, with 256 images per card and injected failed allocations
+death        time until the other ranks end after one was killed
+speed        whole trainings against stock Ultralytics' DistributedDataParallel; images are in memory and not augmented,
+             so that loading does not count
+checksum     times of comparing replicas and of an agreement
+
+A part that needs more cards is skipped. The exit status is 1 if a check or a part failed.
 """
 
 from __future__ import annotations
@@ -46,25 +49,28 @@ TRAIN: dict[str, Any] = {
     "lr0": 1e-3,
 }
 FLOOR_MIB = 4 * MIB_IN_GIB
-"""Of a rank's budget; below, it is not pressed further: a BatchNorm group of 8 images has to fit."""
+"""Least budget of a rank under pressure in MiB, as a BatchNorm group of 8 images has to fit."""
 BATCH = 128
-"""Images; of `speed` for each card."""
+"""Number of images in a batch; in `speed`, for each card."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Where parts run, and whether they are only tried."""
+    """Machine on which parts run, and their size."""
 
     device: str
+    """`cuda` or `cpu`."""
     small: bool
+    """True for a trial with small sizes."""
     gpus: int
+    """Number of GPUs."""
 
     def sized(self, full: Any, small: Any) -> Any:
-        """One of two."""
+        """Return the full size, or the small one in a trial."""
         return small if self.small else full
 
     def arguments(self, data: str, images: int, steps: int, batch: int) -> dict[str, Any]:
-        """Of a training of at least so many steps, on so many images."""
+        """Return arguments of a training on `images` images with at least `steps` steps."""
         small = {"model": "yolov12n.yaml", "imgsz": 64, "workers": 0, "amp": False}
         size = self.sized({"model": "yolov12s.yaml", "imgsz": 640, "workers": 3}, small)
         epochs = -(-steps * batch // images)
@@ -72,7 +78,7 @@ class Setup:
 
 
 def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Shares of 3:5 on two cards, 1:2:2:3 on four."""
+    """Compare the gradient of shares of 3:5 on two cards, or 1:2:2:3 on four, with one process."""
     ranks = 2 if setup.device == "cpu" else min(setup.gpus, 4) // 2 * 2
     if ranks < 2:
         return {"skipped": "one GPU"}
@@ -83,7 +89,7 @@ def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
         return {**found, "faults": ["it did not complete"]}
     result: dict[str, Any] = {"ranks": ranks, "shares": shares, "images": sum(shares), **size}
     faults = []
-    for name, most in (("fp32", 1e-3), ("half", 0.3)):  # of noise, the gradient of a few images of it
+    for name, most in (("fp32", 1e-3), ("half", 0.3)):  # limits of the relative difference
         each = [told[name] for told in found["told"]]
         alike = all(len({told[what] for told in each}) == 1 for what in ("gradient_crc", "checksum"))
         row = {key: value for key, value in each[0].items() if key not in ("gradient_crc", "checksum")}
@@ -96,8 +102,11 @@ def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Pressure:
-    """Of this process on a run: from step `begin` to `end` it leaves `leave_mib` of a card, or so much that no rank on
-    it has less than the floor; what ranks give back, it takes. At most for two minutes."""
+    """Memory that this process takes from a run, for at most two minutes.
+
+    From step `begin` to step `end` it leaves `leave_mib` free on a card, or as much as keeps the budgets of the ranks
+    at `FLOOR_MIB`. It also takes the memory that ranks release.
+    """
 
     card: int
     ranks: tuple[int, ...]
@@ -107,20 +116,20 @@ class _Pressure:
 
 
 def _rows(folder: Path) -> list[list[dict[str, str]]]:
-    """Of every rank's journal, as far as they are written."""
+    """Return the rows of every rank's journal that are written so far."""
     from yolov12.mas.journal.journal import read_ranks
 
     return list(read_ranks(folder).values()) if (folder / "memory.csv").exists() else []
 
 
 def _steps(folder: Path, ranks: int) -> int:
-    """That all ranks have written down."""
+    """Return the number of steps that all ranks have written to their journals."""
     journals = _rows(folder)
     return min(map(len, journals)) if len(journals) == ranks else 0
 
 
 def _two_writes(run: Processes, step: Callable[[], int]) -> None:
-    """Wait until rows were written twice, which is a second apart at least."""
+    """Wait until rows were written twice, at least a second apart."""
     began_s = time.monotonic()
     for _ in range(2):
         seen = step()
@@ -143,18 +152,18 @@ def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup:
     device = torch.device(setup.device, pressure.card) if setup.device == "cuda" else torch.device("cpu")
     while run.running() and step() < pressure.end and time.monotonic() - began_s < 120:
         budget_mib = min(float(_rows(folder)[rank][-1]["budget_mib"]) for rank in pressure.ranks)
-        free_mib = 0.0 if held else pressure.leave_mib + 64  # of a host, a little
+        free_mib = 0.0 if held else pressure.leave_mib + 64  # on a host, take a little
         if device.type == "cuda":
             free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
         over_mib = int(min(free_mib - pressure.leave_mib, budget_mib - FLOOR_MIB if device.type == "cuda" else 64))
-        if len(pressure.ranks) == 1 and device.type == "cuda":  # a card of its own: of its budget goes what is taken
+        if len(pressure.ranks) == 1 and device.type == "cuda":  # a rank with its own card loses what is taken
             held_mib = sum(block.numel() for block in held) / 2**20
             over_mib = min(over_mib, int(first_mib - FLOOR_MIB - held_mib))
         if over_mib >= 64:
-            with suppress(torch.cuda.OutOfMemoryError):  # it went to a rank
+            with suppress(torch.cuda.OutOfMemoryError):  # a rank has allocated it
                 held.append(torch.empty(over_mib * 2**20, dtype=torch.uint8, device=device))
                 taken.append(f"step {step()}: {over_mib} of {free_mib:.0f} free, least budget {budget_mib:.0f}")
-        _two_writes(run, step)  # rows of steps that had begun know nothing of what was taken
+        _two_writes(run, step)  # steps that had begun do not show what was taken
     ended = step()
     held_mib = sum(block.numel() for block in held) / 2**20
     held.clear()
@@ -166,7 +175,7 @@ def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup:
 def _pressed_run(
     work: dict[str, Any], ranks: int, pressure: _Pressure, setup: Setup, steps: int, limit_s: float
 ) -> dict[str, Any]:
-    """A run under pressure, and what became of it."""
+    """Run a training under memory pressure; return its journals, phases and faults."""
     project = Path(tempfile.mkdtemp())
     folder = project / "run"
     work["arguments"] |= {"project": str(project), "name": "run", "bn_group": setup.sized(GROUP, 2)}
@@ -175,7 +184,7 @@ def _pressed_run(
     pressed: dict[str, Any] = {}
     try:
         pressed = _press(run, folder, ranks, pressure, setup)
-    finally:  # processes do not outlive this
+    finally:  # processes must not outlive this function
         found = run.finish()
     result: dict[str, Any] = {"batch": batch, "seconds": round(time.monotonic() - began_s, 1), "pressure": pressed}
     if "failed" in found:
@@ -221,7 +230,7 @@ _SHOWN = ("images", "micro_batches", "plan", "image_size", "budget_mib", "peak_m
 
 
 def _phases(journals: list[dict[int, dict[str, str]]], steps: list[int], pressed: dict[str, Any]) -> dict[str, Any]:
-    """Before, during and after the pressure, the second half of each, as shares follow what was measured."""
+    """Return statistics before, during and after the pressure, for the second half of each, when shares are settled."""
     marks = (0, pressed.get("from_step", steps[-1]), pressed.get("to_step", steps[-1]), steps[-1])
     found = {}
     for name, begin, end in zip(("before", "during", "after"), marks, marks[1:], strict=False):
@@ -241,7 +250,7 @@ def _phases(journals: list[dict[int, dict[str, str]]], steps: list[int], pressed
 
 
 def shared_card(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Two processes on card 0, which meet over gloo."""
+    """Run two ranks on card 0 over gloo, under pressure."""
     steps, batch = setup.sized(500, 40), setup.sized(BATCH, 16)
     images = 10 * batch
     arguments = setup.arguments(noise(images), images, steps, batch)
@@ -252,7 +261,7 @@ def shared_card(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 
 
 def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """A process for each card, of which the second is pressed and has allocations fail."""
+    """Run a rank per card; the second is under pressure and has failing allocations."""
     ranks = min(setup.gpus, 4) if setup.device == "cuda" else 2
     if ranks < 2:
         return {"skipped": "one GPU"}
@@ -267,7 +276,7 @@ def squeeze(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 
 
 def death(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """A process for each card, of which the last is killed: how soon the others end, and whom they blame."""
+    """Run a rank per card and kill the last: how soon do the others end, and do they name it?"""
     ranks = min(setup.gpus, 4) if setup.device == "cuda" else 2
     if ranks < 2:
         return {"skipped": "one GPU"}
@@ -300,7 +309,7 @@ def death(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 
 
 def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Ours and stock on 1, 2 and 4 cards, one after the other."""
+    """Train with ours and stock on 1, 2 and 4 cards, one after the other."""
     images, each = setup.sized((3072, BATCH), (64, 8))
     arguments = {**setup.arguments(noise(images), images, 1, each), "workers": setup.sized(8, 0)}
     arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
@@ -308,7 +317,7 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     for gpus in (1, 2, 4):
         if gpus > (setup.gpus if setup.device == "cuda" else 2):
             break
-        arguments["epochs"] = setup.sized(2 + 2 * gpus, 3)  # all but two are measured
+        arguments["epochs"] = setup.sized(2 + 2 * gpus, 3)  # the first two epochs are not measured
         for who in ("ours", "stock") if gpus == 1 or setup.device == "cuda" else ("ours",):
             row = _timed(who, gpus, {**arguments, "batch": each * gpus, "nbs": each * gpus}, images, setup)
             rows.append(row)
@@ -332,13 +341,13 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 
 
 def _timed(who: str, gpus: int, arguments: dict[str, Any], images: int, setup: Setup) -> dict[str, Any]:
-    """One training. Rates are those of the median epoch, and of the median step, of all but the first two epochs."""
+    """Run one training; return rates of the median epoch and the median step, without the first two epochs."""
     project = Path(tempfile.mkdtemp())
     arguments = {**arguments, "project": str(project), "name": "run"}
     arguments["device"] = ",".join(map(str, range(gpus))) if setup.device == "cuda" else "cpu"
     if who == "stock":
         del arguments["recipe"]
-    ranks = gpus if setup.device == "cpu" and gpus > 1 else 0  # else Ultralytics starts them
+    ranks = gpus if setup.device == "cpu" and gpus > 1 else 0  # 0: Ultralytics starts the ranks
     began_s, patch = time.monotonic(), "0" if who == "stock" else "1"
     clock = project / "clock.json"
     work = {"arguments": arguments, "clock": str(clock)}
@@ -367,7 +376,7 @@ def _timed(who: str, gpus: int, arguments: dict[str, Any], images: int, setup: S
 
 
 def checksum(setup: Setup, result: dict[str, Any]) -> dict[str, Any]:
-    """Beside the time of a step of one card of `speed`, or of the slower process of `shared_card`."""
+    """Compare the times of checksums and agreements with a step of `speed` on one card, or of `shared_card`."""
     models = setup.sized(["yolov12s.yaml", "yolov12x.yaml"], ["yolov12n.yaml", "yolov12s.yaml"])
     compared = Processes("checksums", {"models": models, "device": setup.device}, 0, 100).finish()
     agreed = Processes("agree", {"calls": 200}, 2, 60).finish()
@@ -401,7 +410,7 @@ PARTS: dict[str, Callable[[Setup, dict[str, Any]], dict[str, Any]]] = {
 
 
 def main() -> int:
-    """Run the parts, and add their results to the file as they come."""
+    """Run the parts, and write the results of each to the file at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run as processes of this machine, and gathers what they have to tell."""
+"""Processes of a run on this machine: start the ranks, and collect their results."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ ROOT = Path(__file__).parents[1]
 
 
 class Processes:
-    """The ranks of one run, or one process; each does `ranks_work.WORK[kind]`, and writes down what it has to tell.
+    """Ranks of one run, or a single process. Each runs `ranks_work.WORK[kind]` and writes its result to a file.
 
     Args:
-        kind: See there.
-        work: For that function.
-        ranks: How many; 0 for one process that is no rank.
-        limit_s: After which they are ended.
-        environment: What is other than this process's own.
+        kind: Key of `ranks_work.WORK`.
+        work: Argument of that function.
+        ranks: Number of ranks; 0 for one process that is no rank.
+        limit_s: Seconds after which the processes are killed.
+        environment: Environment variables besides those of this process.
     """
 
     def __init__(self, kind: str, work: dict[str, Any], ranks: int, limit_s: float, **environment: str) -> None:
         self._folder, self._deadline = Path(tempfile.mkdtemp()), time.monotonic() + limit_s
         (self._folder / "work.json").write_text(json.dumps([kind, work]))
-        # As the .pth file of an installed package: processes that Ultralytics starts know our arguments too.
+        # It stands for the .pth file of an installed package, so that all processes of a run know our arguments.
         (self._folder / "sitecustomize.py").write_text("import yolov12.autopatch; yolov12.autopatch.install()\n")
         paths = [str(self._folder), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         common = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **environment}
@@ -57,19 +57,19 @@ class Processes:
                 )
 
     def running(self) -> bool:
-        """Whether all of them do, in time."""
+        """Return whether all processes still run, within the time limit."""
         return time.monotonic() < self._deadline and all(run.poll() is None for run in self._runs)
 
     def kill(self, rank: int) -> None:
-        """End one at once."""
+        """Kill one process."""
         self._runs[rank].kill()
 
     def any_runs(self) -> bool:
-        """Whether any of them does, in time."""
+        """Return whether any process still runs, within the time limit."""
         return time.monotonic() < self._deadline and any(run.poll() is None for run in self._runs)
 
     def end(self) -> None:
-        """End those that still run, with all that they started."""
+        """Kill the processes that still run, with their children."""
         for run in self._runs:
             if run.poll() is None:
                 with suppress(psutil.NoSuchProcess):
@@ -80,7 +80,7 @@ class Processes:
                 run.wait()
 
     def finish(self) -> dict[str, Any]:
-        """Wait for them; returns what they told, rank 0 first, or of those that failed the ends of their logs."""
+        """Wait for the processes; return their results, rank 0 first or, after a failure, the ends of their logs."""
         late = []
         for rank, run in enumerate(self._runs):
             try:

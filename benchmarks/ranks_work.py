@@ -1,6 +1,6 @@
-"""What each process that ranks.py starts does: a training, a gradient, or what agreeing and checksums take.
+"""Work of each process that ranks.py starts: a training, a gradient, or the times of agreements and checksums.
 
-Ultralytics reads the environment when it is imported, so nothing of it is imported before a function here runs.
+Ultralytics reads the environment when it is imported, so only functions import it here.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 GROUP = 8
-"""Images in a BatchNorm group."""
+"""Number of images in a BatchNorm group."""
 
 
 def train(work: dict[str, Any]) -> dict[str, Any]:
-    """One training, with whatever is measured or injected."""
+    """Run one training, with its clock and its injected failures."""
     from ultralytics import YOLO
 
     rank = int(os.environ.get("RANK", "-1"))
@@ -38,7 +38,7 @@ def train(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fail_at(steps: Sequence[int], injected: list[str]) -> Callable[[Any], None]:
-    """Let one micro-batch of each of these steps run out of memory, the first or the second."""
+    """Return a callback that lets the first or second micro-batch of each of these steps run out of memory."""
     import torch
 
     from yolov12.training.adapter.detection import DetectionTask
@@ -50,13 +50,13 @@ def _fail_at(steps: Sequence[int], injected: list[str]) -> Callable[[Any], None]
         nonlocal step, wait
         step += 1
         if step in steps:
-            wait = chance.randrange(2)  # of a step with one micro-batch, the next step's first fails in its place
+            wait = chance.randrange(2)  # if a step has only one micro-batch, the first of the next step fails
 
     def loss(task: Any, model: Any, part: dict[str, Any]) -> Any:
         nonlocal wait
         found = stock(task, model, part)
         wait, due = max(wait - 1, -1), wait == 0
-        if due:  # with all that the forward pass keeps in memory
+        if due:  # fails after the forward pass, whose tensors are in memory
             injected.append(f"step {step}, {len(part['img'])} images")
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB (injected)")
         return found
@@ -66,7 +66,10 @@ def _fail_at(steps: Sequence[int], injected: list[str]) -> Callable[[Any], None]
 
 
 def _clock(file: str) -> dict[str, Callable[[Any], None]]:
-    """Callbacks that write when epochs and batches end; they travel to the processes that Ultralytics starts."""
+    """Return callbacks that write the times of epochs and batches to a file.
+
+    Ultralytics passes them on to the processes that it starts.
+    """
     epochs: list[list[float]] = []
 
     def now(trainer: Any) -> float:
@@ -91,7 +94,7 @@ def _clock(file: str) -> dict[str, Callable[[Any], None]]:
 
 
 def _meet(device: str) -> tuple[Any, Any]:
-    """This process's place among the ranks, and its device."""
+    """Join the process group; return the ranks and the device of this process."""
     import torch
     import torch.distributed as dist
 
@@ -108,12 +111,12 @@ def _meet(device: str) -> tuple[Any, Any]:
 
 
 def _part(ranks: Any) -> None:
-    ranks.all(True)  # nobody is missed
+    ranks.all(True)  # all ranks are done, so none is taken for dead
     ranks._watchdog.close()
 
 
 class _InGroups:
-    """A planner that cuts what a rank has into micro-batches of so many groups."""
+    """Planner that splits a rank's share into micro-batches of a fixed number of groups."""
 
     level = 0
 
@@ -121,17 +124,17 @@ class _InGroups:
         self._groups, self._together = tuple(groups), together
 
     def plan(self, start: int, failure: Any) -> list[tuple[int, ...]]:
-        """See `step.Planner`."""
+        """Plan the remaining micro-batches, see `step.Planner`."""
         if failure is not None:
             raise RuntimeError(failure.message)
         return [self._groups[at : at + self._together] for at in range(0, len(self._groups), self._together)]
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
-        """See `step.Planner`."""
+        """Ignore the measurement, see `step.Planner`."""
 
 
 def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
-    """Gradients of one batch by all ranks and, on rank 0, by one process."""
+    """Compute the gradient of one batch on all ranks and, on rank 0, in one process, and compare them."""
     import torch
     from ultralytics.cfg import get_cfg
     from ultralytics.nn.tasks import DetectionModel
@@ -148,7 +151,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = DetectionModel(work["model"], nc=80, verbose=False)
     with torch.no_grad():
-        for scores in model.model[-1].cv3:  # not at its beginning: it finds objects, with scores of all sizes
+        for scores in model.model[-1].cv3:  # scores of all sizes, unlike those of a new model
             scores[-1].bias.uniform_(-4.0, 0.0)
     model.to(device).train().args = get_cfg()
     images, shares = sum(work["shares"]), work["shares"]
@@ -177,7 +180,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
 
     def run(step: Any, part: Any, half: bool, together: int = 2) -> tuple[Any, float]:
-        for _ in range(2):  # with the normaliser of the batch before, as in a training
+        for _ in range(2):  # the second run uses the normaliser of the batch before, as in a training
             model.load_state_dict(state)
             model.zero_grad()
             planner = _InGroups([GROUP] * (task.workload(part).images // GROUP), together)
@@ -188,7 +191,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
 
     told: dict[str, Any] = {"device": str(device), "share": shares[ranks.rank]}
     for name, half in (("fp32", False), ("half", True)):
-        scale = 1 / 16 if half else 1.0  # an untrained model's gradients are large
+        scale = 1 / 16 if half else 1.0  # gradients of an untrained model are large
         ours, loss = run(of_all, mine, half)
         found: dict[str, Any] = {"gradient_crc": zlib.crc32(ours.cpu().numpy().tobytes())}
         with torch.no_grad():
@@ -201,7 +204,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
             def off(one: Any, other: Any) -> float:
                 return float((one - other).norm() / other.norm())
 
-            (one, one_loss), (again, _), (other, _) = (run(alone, batch, half, cut) for cut in (2, 2, 1))
+            (one, one_loss), (again, _), (other, _) = (run(alone, batch, half, split) for split in (2, 2, 1))
             found |= {
                 "ranks_against_one": off(ours, one),
                 "one_twice": off(again, one),
@@ -217,7 +220,7 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def rank_agree(work: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of the host that a step spends on agreeing, when no rank has to be waited for."""
+    """Measure the milliseconds of host time that an agreement of the ranks takes, without waiting for a slow rank."""
     ranks, _ = _meet("cpu")
     times_ms = []
     for _ in range(work["calls"]):
@@ -229,7 +232,7 @@ def rank_agree(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def checksums(work: dict[str, Any]) -> dict[str, Any]:
-    """Milliseconds of a checksum of each model, its launches and the device's answer included."""
+    """Measure the milliseconds of a checksum of each model, from its launch to the result on the host."""
     import torch
     from ultralytics.nn.tasks import DetectionModel
 
@@ -253,7 +256,7 @@ WORK = {"train": train, "gradient": rank_gradient, "agree": rank_agree, "checksu
 
 
 def main(folder: Path) -> None:
-    """Do what work.json there asks for, and write what there is to tell to a file of this rank beside it."""
+    """Run the work of work.json in a folder, and write the result to the file of this rank there."""
     kind, work = json.loads((folder / "work.json").read_text())
     rank = max(int(os.environ.get("RANK", "0")), 0)
     (folder / f"{rank}.json").write_text(json.dumps(WORK[kind](work)))

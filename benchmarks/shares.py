@@ -1,13 +1,13 @@
-"""Shares of a batch that follow speed, in simulated fleets of cards whose speeds were measured.
+"""Shares of a batch that follow speed, in simulated fleets of cards with measured speeds.
 
     python benchmarks/shares.py --out benchmarks/results/shares.json      (no GPU; minutes on one core)
 
-A card takes as long for an image as YOLOv12-S did on an H100 under one of seven memory limits
-(results/checkpointing.json, in BatchNorm groups of 32); that of groups of 8 is taken to be the same. A mixed fleet is
-drawn from these, each as likely as the others; in one of equals, all have 80 GiB. Times of every rank and step scatter
-by 3 %, and are the same for all that is compared: our shares, equal shares, and the ideal split, which knows all speeds
-and may cut images. Halfway, one card becomes slower by a third. A move costs our shares what libraries take to look for
-kernels; exchanging gradients is left out. `plan_ms` is what every rank spends on shares in a step.
+A simulated card takes as long for an image as YOLOv12-S did on an H100 under one of seven memory limits
+(results/checkpointing.json, in BatchNorm groups of 32). Groups of 8 are assumed to take the same time. A mixed fleet is
+a random choice of these cards; in a fleet of equals, all cards have 80 GiB. Times of each rank and step scatter by 3 %.
+Three splits are compared on the same times: our shares, equal shares, and the ideal split, which knows all speeds and
+may split images. Halfway, one card becomes slower by a third. A change of our shares costs the time in which libraries
+search kernels. The exchange of gradients is left out. `plan_ms` is the time that each rank spends on shares in a step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
 MEASURED = Path(__file__).parent / "results" / "checkpointing.json"
 IMAGES_PER_RANK, NOISE, SLOWER = 256, 0.03, 2 / 3
 STEPS, LEARNED = 2000, 200
-FLEETS = {2: 40, 4: 40, 8: 20, 64: 5, 256: 2, 1024: 1}  # ranks → how many are drawn
+FLEETS = {2: 40, 4: 40, 8: 20, 64: 5, 256: 2, 1024: 1}  # number of ranks → number of fleets
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def _train(ranks: int, group: int, cards: Sequence[float], seed: int) -> dict[st
 
 
 def _summed(runs: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Means over fleets, but the worst of what has a worst."""
+    """Return means over fleets, and the worst value where the name tells so (`least`, `most`)."""
 
     def mean(name: str) -> float:
         return statistics.mean(run[name] for run in runs)

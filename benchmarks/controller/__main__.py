@@ -1,9 +1,10 @@
-"""The controller and its rivals on 10,000 simulated traces of memory, against an oracle that knows what will come.
+"""Our controller and its rivals on 10,000 simulated traces of memory, against an oracle that knows the future.
 
     python -m benchmarks.controller --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
 
-A run is a training of 50 traces, of all kinds in turn: 3000 batches, 18 minutes on the fast card. What was learned
-in one trace serves in the next. The first of each run, which begins knowing nothing, is reported apart too.
+A run is a training through 50 traces of all kinds in turn: 3000 batches, 18 minutes on the fast card. A controller
+keeps what it learned in earlier traces. The first trace of each run, which begins without knowledge, is also reported
+separately.
 """
 
 from __future__ import annotations

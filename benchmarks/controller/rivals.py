@@ -1,4 +1,4 @@
-"""Controllers to compare ours with, in the simulation: each plans a batch as `step.Planner` does."""
+"""Controllers in the simulation, ours and its rivals. Each plans batches as a `step.Planner`."""
 
 from __future__ import annotations
 
@@ -20,20 +20,25 @@ __all__ = ["POLICIES", "Policy"]
 
 
 class Policy(Protocol):
-    """Runs a training: one planner for each batch, and a look at what came of it."""
+    """Controller of a training: it returns a planner for each batch, and learns from the outcome."""
 
     def restart(self) -> None:
-        """A trace begins. Whoever sizes up the card at the start does so now."""
+        """Begin a trace. A policy that measures the card only at the start does so now."""
 
     def planner(self, work: Workload) -> Planner:
-        """For one batch."""
+        """Return the planner of one batch."""
 
     def learn(self, batch: Batch) -> None:
-        """A batch is done."""
+        """Learn from a finished batch."""
 
 
 class Ours:
-    """The scheduler of this package, told of the checkpoint plans what a profile would tell."""
+    """Scheduler of this package.
+
+    Args:
+        run: Training that it controls.
+        told: Card as a profile would describe it, with inexact checkpoint plans.
+    """
 
     def __init__(self, run: Run, told: Card) -> None:
         self._group = run.card.group
@@ -51,16 +56,16 @@ class Ours:
         self._planner.speed.ran(warmed_up, 640, 640, timed=False)
 
     def restart(self) -> None:
-        """Goes on with what it knows."""
+        """Keep everything that was learned."""
 
     def planner(self, work: Workload) -> Planner:
-        """See `Policy`."""
+        """Begin the next batch, see `Policy`."""
         self._planner.sizes = ()
         self._planner.begin(work, self._group)
         return self._planner
 
     def learn(self, batch: Batch) -> None:
-        """See `Policy`."""
+        """Teach the time model, see `Policy`."""
         report = self._planner.complete()
         if report.undisturbed and not batch.died:
             self._planner.speed.observe(self._planner.sizes, 640, 640, report.level, batch.ms)
@@ -75,14 +80,14 @@ class _Noted(BatchPlanner):
 
 
 class Sized:
-    """Sizes up the card at the start, and stays with that.
+    """Controller that chooses a micro-batch for the memory at the start, and keeps it.
 
     Args:
-        run: Where it trains.
-        told: Not used: it knows the true card.
-        level: The checkpoint plan, always.
-        share: Of the memory that is free at the start to fill; by default what the budget allows.
-        halves: After a failure, half the images from there on, and never more again; or else the run ends.
+        run: Training that it controls.
+        told: Unused, as this controller knows the true card.
+        level: Index of the checkpoint plan that it always uses.
+        share: Fraction of the memory free at the start to fill; by default what the budget allows.
+        halves: True to continue with half the images after a failure; otherwise the run ends.
     """
 
     def __init__(
@@ -92,16 +97,16 @@ class Sized:
         self._images = 0
 
     def restart(self) -> None:
-        """See `Policy`."""
+        """Forget the size, see `Policy`."""
         self._images = 0
 
     def planner(self, work: Workload) -> Planner:
-        """See `Policy`."""
+        """Return this object as the planner, see `Policy`."""
         self._work = work
         return self
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
-        """See `step.Planner`."""
+        """Split into micro-batches of the chosen size, see `step.Planner`."""
         card = self._run.card
         if not self._images:
             self._images = self._fitting()
@@ -114,13 +119,13 @@ class Sized:
         return [groups[index : index + each] for index in range(0, len(groups), each)]
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
-        """See `step.Planner`."""
+        """Learn nothing, see `step.Planner`."""
 
     def learn(self, batch: Batch) -> None:
-        """Learns nothing."""
+        """Learn nothing."""
 
     def _fitting(self) -> int:
-        """Most images, of those that halve the batch, that fit now; a group if none do."""
+        """Return the largest number of images that fits now, from the batch halved again and again, or one group."""
         card, reading = self._run.card, self._run.device.read()
         room = reading.budget_bytes(SAFETY_RATIO) if self._share is None else self._share * reading.free_bytes
         images = card.images

@@ -1,8 +1,9 @@
-"""Cards that are not there, and memory that others take and give back: what controllers of memory are compared on.
+"""Simulated cards, and memory that other processes take and release, to compare controllers of memory.
 
-A `Card` says what a micro-batch truly costs; what the controller under test is told of checkpoint plans is a few
-percent off. A `Run` trains on it, batch after batch, under a trace of what other processes hold. Peaks scatter by 1 %,
-times by 3 %, some batches hold crowded images, a size that is new takes seconds, and memory may go in mid-batch.
+A `Card` defines the true cost of a micro-batch; the controller under test gets values for checkpoint plans that are a
+few percent off. A `Run` trains on the card, batch after batch, under a trace of memory that other processes hold.
+Peaks scatter by 1 % and times by 3 %. Some batches have crowded images, a new size takes seconds, and memory may change
+within a batch.
 """
 
 from __future__ import annotations
@@ -26,46 +27,54 @@ GIB = 2**30
 SAFETY_RATIO = 0.10
 PEAK_SCATTER = 0.01
 _TIME_SCATTER = 0.03
-_MOVE_MS = 150.0  # to give memory back and ask for it again
-_FAILURE_MS = 200.0  # besides the micro-batch's own time
-_CROWDED = 0.05  # of batches
+_MOVE_MS = 150.0  # time to release memory and to allocate it again
+_FAILURE_MS = 200.0  # time of a failure besides that of the micro-batch
+_CROWDED = 0.05  # fraction of batches with crowded images
 KINDS = ("steady", "steps", "ramps", "bursts", "saw-tooth", "adversary")
 
 Taker = Callable[[float, float], float]
-"""Share of the card that others hold next, given this process' peak in the last two batches as shares of the card."""
+"""Function of this process's peaks in the last two batches, as fractions of the card; returns the fraction that other
+processes hold next."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A device and a model on it."""
+    """Device with a model on it."""
 
     name: str
+    """Name in the results."""
     total_bytes: int
+    """Memory of the device."""
     live_bytes: int
+    """Allocated memory between batches."""
     gradient_bytes: int
+    """Bytes of all gradients."""
     fixed_bytes: int
-    """Of a micro-batch, whatever its size."""
+    """Bytes of a micro-batch of any size."""
     image_bytes: int
-    """Of activations, at level 0."""
+    """Activations of an image at level 0."""
     host_ms: float
-    """A micro-batch takes at least."""
+    """Least time of a micro-batch."""
     image_ms: float
+    """Device time of an image."""
     new_size_ms: float
+    """Time in which libraries search kernels for a new size."""
     images: int
-    """Of a batch."""
+    """Number of images in a batch."""
     group: int
+    """Number of images in a BatchNorm group."""
     levels: tuple[Level, ...] = (Level(1, 1), Level(0.8, 1.03), Level(0.6, 1.08), Level(0.5, 1.2), Level(0.4, 1.35))
 
     def usual_ms(self, images: int, level: int) -> float:
-        """Of a micro-batch."""
+        """Return the time of a micro-batch in ms, without scatter."""
         return max(self.host_ms, self.image_ms * images) * self.levels[level].slow
 
     def usual_bytes(self, images: int, boxes: int, level: int) -> float:
-        """Peak of a micro-batch above what is live before."""
+        """Return the peak of a micro-batch above the bytes allocated before it, without scatter."""
         return self.fixed_bytes + images * self.image_bytes * level_peak_bytes(self.levels[level].share, boxes)
 
     def drawn(self, chance: random.Random) -> Card:
-        """Another specimen: everything within some percent."""
+        """Return a similar card, with random changes of some percent."""
 
         def about(value: float, percent: float) -> float:
             return value * (1 + chance.uniform(-percent, percent) / 100)
@@ -85,32 +94,37 @@ CARDS = (
     Card("T4-like", 15 * GIB, GIB // 2, GIB // 16, GIB // 8, 254 * 2**20, 60.0, 9.0, 3000.0, 64, 4),
     Card("Jetson-like", 8 * GIB, GIB // 4, GIB // 64, GIB // 16, 110 * 2**20, 150.0, 30.0, 6000.0, 32, 4),
 )
-"""The first as measured: YOLOv12-S at 640 on an H100, host and device, 254 MB an image."""
+"""Cards to draw from. The first is as measured: YOLOv12-S at 640 on an H100 and its host, 254 MiB per image."""
 
 
 def level_peak_bytes(share: float, boxes: int) -> float:
-    """Of one image, as a share of what level 0 takes: the backward pass, or the loss, if its tables need more.
+    """Return the peak of one image as a fraction of its activations at level 0.
 
-    Under a plan that keeps less the tables of the loss lie lower, until they reach above what is recomputed.
+    The peak is that of the backward pass, or that of the loss if its tables need more. Under a plan that keeps less,
+    the loss starts from fewer bytes.
+
+    Args:
+        share: Fraction of level 0 that the plan needs.
+        boxes: Number of boxes in the image with most boxes.
     """
     return max(share, max(share - 0.8, 0.05) + 0.0067 * boxes)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What a batch meets."""
+    """Conditions of one batch."""
 
     others: float
-    """Share of the card that other processes hold when it begins."""
+    """Fraction of the card that other processes hold in its first half."""
     others_later: float
-    """And in its second half."""
+    """Fraction of the card that other processes hold in its second half."""
     boxes: tuple[int, ...]
-    """Of each image."""
+    """Number of boxes in each image."""
 
 
 @dataclass
 class Batch:
-    """What came of a batch."""
+    """Outcome of one batch."""
 
     moment: Moment
     ms: float = 0.0
@@ -120,13 +134,13 @@ class Batch:
     failures: int = 0
     over_budget: bool = False
     avoidable: bool = False
-    """It was over the budget, and a smaller action would not have been."""
+    """True if the batch was over the budget and a smaller action would not have been."""
     new_sizes: list[int] = field(default_factory=list)
     died: bool = False
 
 
 class Device(ReplayMeter):
-    """Reads what the simulation says."""
+    """Meter that reads the simulated memory."""
 
     def __init__(self, card: Card) -> None:
         super().__init__(card.total_bytes, [0], card.live_bytes)
@@ -135,33 +149,33 @@ class Device(ReplayMeter):
         self.released = False
 
     def read(self) -> Reading:
-        """See `Meter`."""
+        """Return the simulated memory, see `Meter`."""
         card = self._card
         others = int(self.others * card.total_bytes)
         free = max(0, card.total_bytes - others - card.live_bytes)
         return Reading(card.live_bytes, card.live_bytes, free, card.total_bytes, others)
 
     def release(self) -> None:
-        """See `Meter`."""
+        """Note that memory was released, see `Meter`."""
         self.released = True
 
 
 class Run:
-    """A training of one card under one controller.
+    """Training on one card under one controller.
 
     Args:
-        card: What is true.
-        seed: Of boxes and scatter.
+        card: True card.
+        seed: Seed of boxes and scatter.
     """
 
     def __init__(self, card: Card, seed: int) -> None:
         self.card, self.device = card, Device(card)
         self._chance = random.Random(seed)
         self._warm: set[int] = set()
-        self._levels = 0, 0  # micro-batch and plan of the batch before
+        self._levels = 0, 0  # micro-batch and checkpoint plan of the previous batch
 
     def boxes(self) -> tuple[int, ...]:
-        """Draw the boxes of a batch: the fullest image of each group, for all of its images."""
+        """Draw the boxes of a batch: all images of a group have those of its fullest image."""
         chance, groups = self._chance, self.card.images // self.card.group
         fullest = [chance.randint(20, 60) for _ in range(groups)]
         if chance.random() < _CROWDED:
@@ -169,11 +183,20 @@ class Run:
         return tuple(boxes for boxes in fullest for _ in range(self.card.group))
 
     def budget_bytes(self, others: float) -> float:
-        """What this process may hold."""
+        """Return the budget of this process in bytes.
+
+        Args:
+            others: Fraction of the card that other processes hold.
+        """
         return max(0.0, self.card.total_bytes * (1 - others - SAFETY_RATIO))
 
     def batch(self, moment: Moment, planner: Callable[[Workload], Planner]) -> Batch:
-        """Run a batch as `step.Step` does."""
+        """Run a batch as `step.Step` does.
+
+        Args:
+            moment: Conditions of the batch.
+            planner: Returns the planner of the batch.
+        """
         card, chance, done = self.card, self._chance, Batch(moment)
         self.device.others, self.device.released = moment.others, False
         work = Workload(640, 640, moment.boxes)
@@ -220,7 +243,13 @@ class Run:
 
 
 def trace(kind: str, steps: int, chance: random.Random) -> Sequence[float] | Taker:
-    """Draw what others hold of the card, step by step; an adversary answers what it sees."""
+    """Draw the fraction of the card that other processes hold in each step; an adversary reacts to the peaks.
+
+    Args:
+        kind: One of `KINDS`.
+        steps: Number of steps.
+        chance: Source of random numbers.
+    """
     most, least = chance.uniform(0.3, 0.8), chance.uniform(0.0, 0.2)
     if kind == "steady":
         level = chance.uniform(0.0, 0.8)
@@ -246,7 +275,7 @@ def trace(kind: str, steps: int, chance: random.Random) -> Sequence[float] | Tak
     taken = least
 
     def adversary(before: float, now: float) -> float:
-        """Take memory right after this process has grown; give it back when it has shrunk."""
+        """Take memory right after this process has grown, and release it when it has shrunk."""
         nonlocal taken
         if now > 1.02 * before:
             taken = min(1 - SAFETY_RATIO - 0.8 * now, 0.85)

@@ -1,7 +1,7 @@
-"""Comparing controllers in the simulation, each with the oracle of the very memory it met.
+"""Comparison of controllers in the simulation, each with an oracle for the memory that it met.
 
-The oracle knows the card, the trace and the scatter's bounds; in hindsight it uses the sizes of micro-batch that are
-worth the seconds their first time costs, and moves between them for nothing.
+The oracle knows the card, the trace and the bounds of the scatter. It uses those sizes of micro-batches that are worth
+the seconds of their first use, and changes between them at no cost.
 """
 
 from __future__ import annotations
@@ -22,30 +22,43 @@ __all__ = ["Score", "compare", "summed"]
 
 @dataclass(frozen=True)
 class Score:
-    """One policy on one trace."""
+    """Result of one policy on one trace."""
 
     policy: str
+    """Name of the policy."""
     kind: str
+    """Kind of the trace."""
     card: str
+    """Name of the card."""
     first: bool
-    """Whether the run began with it."""
+    """True if the run began with this trace."""
     steps: int
+    """Number of steps of the trace."""
     images: int
+    """Number of images trained on."""
     ms: float
-    """With what was left of the trace when a run had died, in which the machine waits for somebody to come."""
+    """Time in ms. After a run died, it includes the rest of the trace, in which the machine is idle."""
     oracle_ms: float
-    """For all images of the trace."""
+    """Time of the oracle for all images of the trace."""
     over_budget: int
-    """Steps."""
+    """Number of steps over the budget."""
     avoidable: int
-    """Of these, where a smaller action would have been inside the budget."""
+    """Number of steps over the budget in which a smaller action would have been inside it."""
     failures: int
-    """Allocations."""
+    """Number of failed allocations."""
     died: int
+    """1 if the run died, otherwise 0."""
 
 
 def compare(seed: int, traces: int, steps: int, policies: Iterable[str] = POLICIES) -> list[Score]:
-    """Train one card under each policy, through traces of all kinds."""
+    """Train one card under each policy, through traces of all kinds.
+
+    Args:
+        seed: Seed of the run, which also chooses the card.
+        traces: Number of traces.
+        steps: Number of steps of a trace.
+        policies: Names of policies.
+    """
     scores = []
     for name in policies:
         chance = random.Random(seed)
@@ -98,7 +111,7 @@ def compare(seed: int, traces: int, steps: int, policies: Iterable[str] = POLICI
 
 
 def summed(scores: Sequence[Score]) -> dict[str, Any]:
-    """Of one policy: all, by kind of trace, by card, and the first traces of runs."""
+    """Sum up the scores of one policy: all, by kind of trace, by card, and the first traces of runs."""
     parts = {
         "all": scores,
         **{kind: [score for score in scores if score.kind == kind] for kind in KINDS},
@@ -125,7 +138,7 @@ def _sum(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def _oracle_ms(card: Card, met: Sequence[Sequence[Moment]]) -> list[list[float]]:
-    """Least time of every batch, with the sizes that make the whole run shortest."""
+    """Return the least time of every batch in ms, with the sizes that make the whole run shortest."""
     count = card.images // card.group
     parts = [each for each in range(1, count + 1) if count % each == 0]
     steps = [step for path in met for step in path]
@@ -146,7 +159,7 @@ def _oracle_ms(card: Card, met: Sequence[Sequence[Moment]]) -> list[list[float]]
 
 
 def _least_ms(card: Card, moment: Moment, parts: int) -> float:
-    """Of a batch in so many micro-batches of one size, under the first plan that stays inside the budget."""
+    """Return the time in ms of a batch in `parts` equal micro-batches, under the first plan inside the budget."""
     images = card.images // parts
     room = card.total_bytes * (1 - max(moment.others, moment.others_later) - 0.1) - card.live_bytes
     room -= card.gradient_bytes if parts > 1 else 0

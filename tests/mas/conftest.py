@@ -1,4 +1,4 @@
-"""What the tests of the engine share: models, batches, planners that follow a script, and allocations that fail."""
+"""Helpers for tests of the engine: models, batches, planners that follow a script, and failing allocations."""
 
 from __future__ import annotations
 
@@ -34,19 +34,21 @@ FAILURES: tuple[Callable[[], Exception], ...] = (
 
 @dataclass(frozen=True)
 class Fault:
-    """An error at one point of one attempt to run a micro-batch."""
+    """Error at one place of one attempt to run a micro-batch."""
 
     attempt: int
+    """Index of the attempt, from 0."""
     where: str
-    """`copy`, `preprocess`, `forward`, `assigner`, `loss` or `backward`."""
+    """Place: `copy`, `preprocess`, `forward`, `assigner`, `loss` or `backward`."""
     module: int = 0
-    """Which one, for `forward` and `backward`."""
+    """Index of the module, for `forward` and `backward`."""
     error: Callable[[], Exception] = FAILURES[0]
+    """Makes the error."""
 
 
 @dataclass
 class Faults:
-    """Raises the faults it is given, each once."""
+    """Raises each planned fault once."""
 
     plan: Sequence[Fault] = ()
     fired: list[Fault] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Faults:
 
 
 class Scripted:
-    """A planner that cuts at random between whole groups, and otherwise after every failure; so with levels."""
+    """Planner that splits between whole groups at random, in another way after every failure, with random levels."""
 
     def __init__(
         self,
@@ -99,14 +101,14 @@ class Scripted:
 
 @dataclass
 class Outcome:
-    """All that a step leaves."""
+    """Everything that a step changes."""
 
     gradient: Tensor
-    """Of all parameters, one after the other, without what was there before."""
+    """Gradients of all parameters in one vector, without the gradients that were there before."""
     result: Result
     buffers: dict[str, Tensor]
     drawn: Tensor
-    """What the random generator gives next."""
+    """Next numbers of the random generator."""
 
 
 class Bench:
@@ -138,7 +140,7 @@ class Bench:
         return {**batch, "img": images * (0.9 + 0.2 * factor).to(self.dtype)}
 
     def reset(self, faults: Sequence[Fault] = (), before: bool = False) -> None:
-        """Go back to the state at the beginning; `before` leaves gradients as those of an earlier batch."""
+        """Restore the initial state; with `before`, parameters have gradients as from an earlier batch."""
         self.model.load_state_dict(self._state)
         for parameter in self.parameters:
             parameter.grad = parameter.detach() * 0.5 if before else None
@@ -148,7 +150,7 @@ class Bench:
     def run(
         self, batch: dict[str, Any], planner: Any = None, faults: Sequence[Fault] = (), before: bool = False
     ) -> Outcome:
-        """Run a batch, by default at once and as one group."""
+        """Run a batch; by default at once and as one group."""
         self.reset((), before)
         images = self.task.workload(batch).images
         self.faults.reset(faults)
@@ -156,7 +158,7 @@ class Bench:
         return self.outcome(result, before)
 
     def whole(self, batch: dict[str, Any], group: int) -> Outcome:
-        """Run a batch at once, in groups."""
+        """Run a batch at once, in groups of `group` images."""
         groups = split_groups(len(batch["img"]), group)
         return self.run(batch, Scripted(groups, plans=[[groups]]))
 
@@ -168,7 +170,7 @@ class Bench:
         return self.outcome(Result(loss.detach(), items, (len(batch["img"]),), self.meter.stopwatch()))
 
     def outcome(self, result: Result, before: bool = False) -> Outcome:
-        """Collect what a step has left."""
+        """Collect the outcome of a step."""
         gradients = [
             torch.zeros_like(p) if p.grad is None else p.grad - p.detach() * 0.5 if before else p.grad
             for p in self.parameters
@@ -213,7 +215,7 @@ class _Task(DetectionTask):
 
 
 def make_batch(boxes: Sequence[int], seed: int = 0, angles: bool = False, size: int = 64) -> dict[str, Any]:
-    """Make a batch as Ultralytics' data loader does: noise, with so many boxes in each image."""
+    """Make a batch in the form of Ultralytics' data loader: noise images, with `boxes` boxes in each image."""
     draw = torch.Generator().manual_seed(seed)
     count = sum(boxes)
     placed = torch.rand(count, 4, generator=draw) * torch.tensor([0.8, 0.8, 0.5, 0.5]) + torch.tensor(
@@ -231,7 +233,7 @@ def make_batch(boxes: Sequence[int], seed: int = 0, angles: bool = False, size: 
 
 
 def random_plan(layers: dict[str, nn.Module], seed: int) -> Plan:
-    """About half of a model's layers in a mode at random, none inside another."""
+    """Return a plan with a random mode for about half of a model's layers, none inside another."""
     chance = random.Random(seed)
     names = list(layers)
     chance.shuffle(names)
@@ -244,7 +246,7 @@ def random_plan(layers: dict[str, nn.Module], seed: int) -> Plan:
 
 
 def build(kind: str, cfg: Any, **options: Any) -> nn.Module:
-    """Build a model whose head is not at its beginning: it finds objects, with scores of all sizes."""
+    """Build a model whose head is not freshly initialised: it finds objects, with scores of all sizes."""
     classes = {"detect": DetectionModel, "obb": OBBModel, "segment": SegmentationModel, "pose": PoseModel}
     torch.manual_seed(0)
     model = classes[kind](cfg, nc=5, verbose=False, **options)
@@ -255,13 +257,16 @@ def build(kind: str, cfg: Any, **options: Any) -> nn.Module:
 
 
 def difference(one: Tensor, other: Tensor) -> float:
-    """Relative, of all at once: a convolution's bias before BatchNorm has no gradient but rounding."""
+    """Return the relative difference of two vectors as a whole: single entries may consist only of rounding errors.
+
+    An example is the gradient of a convolution's bias before BatchNorm.
+    """
     return float((one - other).norm() / other.norm())
 
 
 @pytest.fixture(scope="session")
 def tools() -> SimpleNamespace:
-    """What is above, for the tests to use."""
+    """Return the helpers of this module."""
     return SimpleNamespace(
         Bench=Bench,
         FAILURES=FAILURES,

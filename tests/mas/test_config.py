@@ -1,4 +1,4 @@
-"""The engine's settings, as users write them."""
+"""Settings of the engine, as users write them."""
 
 import pytest
 
@@ -75,7 +75,7 @@ def test_group(name, value, group):
         ("micro_batch", [8]),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(name, value):
+def test_wrong_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=name):
         Config.parse({name: value})
 
@@ -88,7 +88,7 @@ def test_micro_batch_below_a_group_is_refused():
 
 
 @pytest.mark.parametrize("limit", ["16", "1.5", 16, "5i"])
-def test_a_limit_of_a_few_bytes_is_a_unit_forgotten(limit):
+def test_a_limit_of_a_few_bytes_is_refused_as_a_forgotten_unit(limit):
     with pytest.raises(ConfigError, match="as in 16GiB"):
         Config.parse({"mem_limit": limit})
 

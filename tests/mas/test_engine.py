@@ -1,4 +1,4 @@
-"""The engine on a small convolutional model and an invented card, on which an image takes 100 MiB."""
+"""The engine with a small convolutional model on a simulated card, on which an image takes 100 MiB."""
 
 import functools
 import time
@@ -21,13 +21,13 @@ IMAGE = 100 * MIB
 
 @pytest.fixture(autouse=True)
 def nobody_sleeps(monkeypatch):
-    """An engine that waits for memory to come back waits for ever here: no test should have it wait."""
+    """Fail a test if the engine waits for memory, which would never come back here."""
     defaults = BatchPlanner.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "sleep", lambda seconds: pytest.fail("waits for other processes"))
 
 
 class World:
-    """A training on a card of `room` images, of which others hold what `others` says, step by step."""
+    """Training on a card with memory for `room` images; other processes hold `others[step]` images in each step."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class World:
         self.meter = ReplayMeter(room * IMAGE, [int(images * IMAGE) for images in others], live)
         self.journal = Journal(folder) if folder else None
         self.fail = lambda images: False
-        self.wait_ms = wait_ms  # of every micro-batch, besides a millisecond an image
+        self.wait_ms = wait_ms  # time of every micro-batch, besides a millisecond per image
         self.lines, self.sizes, self.batch = [], [], batch
-        self.options = {}  # of every step
+        self.options = {}  # arguments of every `Engine.step`
         self.engine = Engine(
             self.model,
             TensorTask(self.loss),
             Config(**config),
             meter=self.meter,
             journal=self.journal,
-            layers={},  # on this card an image takes what it takes
+            layers={},  # no checkpoint plan saves memory on this card
             advice=Advice(ways_out),
             log=self.lines.append,
         )
@@ -67,7 +67,7 @@ class World:
         self.meter.tick(len(x) + self.wait_ms)
         if self.fail(len(x)):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
-        # A mean over what counts, as of pixels that are not to be ignored.
+        # A mean over the targets that count, like a mean over pixels that are not ignored.
         counts = (y[:, 0] > -1).sum()
         error = ((model(x) - y) ** 2)[y[:, 0] > -1].sum() / counts.clamp(min=1)
         return Loss(error, counts, {"error": error})
@@ -149,7 +149,7 @@ def test_second_failure_halves():
     assert world.sizes == [16, 8, 8]
 
 
-def test_groups_are_split_as_the_last_rung_and_come_back():
+def test_groups_are_split_as_a_last_resort_and_come_back():
     world = World(others=[0] * 3 + [33] + [0], bn_group=8)
     events = world.run(6)
     assert world.sizes[3] < 8
@@ -169,7 +169,7 @@ def test_nothing_fits():
 
 
 @pytest.mark.parametrize("group", [0, None, 1, 4])
-def test_not_even_the_rehearsal_gets_through(group):
+def test_not_even_the_warm_up_fits(group):
     world = World(bn_group=group)
     world.fail = lambda images: True
     with pytest.raises(DoesNotFitError):
@@ -240,7 +240,7 @@ def test_group_of_the_micro_batch():
     assert not torch.allclose(parts.model[1].running_var, whole.model[1].running_var, rtol=1e-6)
 
 
-def test_fixed_micro_batch_is_kept_through_thick_and_thin():
+def test_fixed_micro_batch_is_kept_under_pressure():
     world = World(bn_group=2, micro_batch=4, others=[0, 0, 30, 0])
     world.run(20)
     assert set(world.sizes) == {4}
@@ -256,15 +256,15 @@ def test_fixed_micro_batch_gives_way_to_a_failure():
 
 
 def test_later_batch_may_be_larger_than_the_first():
-    """As with a loop of one's own; groups must not be split for want of observations."""
+    """A user's own loop may do so. Groups must not be split only because nothing was observed."""
     world = World(bn_group=16, room=100)
     world.step(images=2)
     events = world.step(images=64)
     assert not [event for event in events if event.startswith("groups")]
 
 
-def test_rehearsal_leaves_no_trace():
-    one, other = World(bn_group=4), World(bn_group=4, micro_batch=16)  # rehearses; does not
+def test_the_warm_up_leaves_no_trace():
+    one, other = World(bn_group=4), World(bn_group=4, micro_batch=16)  # the first warms up, the second does not
     torch.manual_seed(1)
     one.engine.step(one.data())
     drawn = torch.rand(3)
@@ -276,7 +276,7 @@ def test_rehearsal_leaves_no_trace():
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
-def test_loss_that_writes_on_its_images():
+def test_loss_that_changes_its_images_in_place():
     world, plain = World(bn_group=0), World(bn_group=0)
     task = TensorTask(lambda model, x, y: world.loss(model, x.mul_(3), y))
     engine = Engine(world.model, task, Config(bn_group=0), meter=world.meter, log=world.lines.append)
@@ -290,7 +290,7 @@ def test_loss_that_writes_on_its_images():
 def test_journal(tmp_path):
     world = World(folder=tmp_path, others=[0, 0, 29, 0], bn_group=4, live=2 * IMAGE)
     for _ in range(3):
-        for seed in range(2):  # two batches an update
+        for seed in range(2):  # two batches per update
             world.engine.step(world.data(seed))
         world.engine.update(world.optimizer, epoch=3)
         world.meter.advance()
@@ -309,8 +309,8 @@ def test_journal(tmp_path):
     assert (summary.updates, summary.images, summary.images_lost, summary.shrinks) == (3, 96, 0, 1)
 
 
-def test_allocation_that_fails_while_a_batch_is_looked_at():
-    """With `multi_scale`, the size of the images is known only when one of them was resized, on the device."""
+def test_allocation_that_fails_while_the_size_of_a_batch_is_determined():
+    """With `multi_scale`, the size of images is known only after one of them was resized on the device."""
     world, failures = World(bn_group=4), [True]
     look = world.engine._task.workload
 
@@ -326,7 +326,7 @@ def test_allocation_that_fails_while_a_batch_is_looked_at():
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-def test_images_of_a_batch_that_breaks_are_counted_as_lost(tmp_path, batches):
+def test_images_of_a_batch_that_fails_are_counted_as_lost(tmp_path, batches):
     world = World(folder=tmp_path, bn_group=4)
     world.run(batches)
     world.fail = lambda images: 1 / 0
@@ -337,7 +337,7 @@ def test_images_of_a_batch_that_breaks_are_counted_as_lost(tmp_path, batches):
 
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_first_update_that_runs_out_of_memory(tmp_path, skipped):
-    """A `GradScaler` skips updates until its scale fits: the state is made after them."""
+    """A `GradScaler` skips updates until its scale fits. The optimizer creates its state only after them."""
     world, undisturbed = World(folder=tmp_path, bn_group=4), World(bn_group=4)
     failures = [True]
 
@@ -374,8 +374,8 @@ def test_first_update_that_runs_out_of_memory(tmp_path, skipped):
 
 @settings(deadline=None, derandomize=True, database=None, max_examples=40)
 @given(st.lists(st.integers(0, 34), min_size=1, max_size=12), st.sampled_from([1, 2, 4]), st.integers(3, 16))
-def test_never_plans_above_the_budget_of_an_invented_trace(others, group, batch):
-    """Memory that changes between batches alone is memory that never runs out."""
+def test_plans_stay_inside_the_budget_of_a_random_trace(others, group, batch):
+    """If memory changes only between batches, no allocation fails."""
     world = World(batch=batch, others=[0, *others], bn_group=group)
     for index in range(len(others) + 2):
         events = world.step(index)
@@ -387,7 +387,7 @@ def test_never_plans_above_the_budget_of_an_invented_trace(others, group, batch)
 
 
 def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
-    """They let go after three seconds; a group of one image would have been for the whole run."""
+    """They release memory after three seconds. Otherwise the whole run would use groups of one image."""
     world = World(others=[40, 40, 40, 0])
     monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds: world.meter.advance())
     world.step()
@@ -397,7 +397,7 @@ def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
 
 @pytest.fixture
 def waiting(monkeypatch):
-    """Every second that somebody waits is a step of the world's trace; returns when they did."""
+    """Return a function that lets each second of waiting advance the trace by a step, and that returns the waits."""
     slept = []
 
     def prepare(world):
@@ -414,7 +414,7 @@ def waiting(monkeypatch):
 
 @pytest.mark.parametrize(("later", "asked_after"), [(0, []), (35.3, [7])])
 def test_images_do_not_get_smaller_where_no_size_would_fit(waiting, tmp_path, later, asked_after):
-    """Others first leave no room for what stays in memory. Then all is free, or for four seconds less than an image."""
+    """Others first leave no memory even for the weights. Then all is free, or for 4 s too little for one image."""
     world = World(others=[0, 0, *[40] * 5, *[later] * 4, 0], live=IMAGE // 4, bn_group=1, folder=tmp_path)
     world.run(2)
     slept, asked = waiting(world), []

@@ -1,4 +1,4 @@
-"""Batches without gradients, in slices, on an invented card."""
+"""Forward passes without gradients, in slices, on a simulated card."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ class Card:
 
 def test_grows_to_what_fits_and_stays_inside_the_budget():
     card = Card(room=40)
-    assert card.run(64) == [8, 28, 28]  # 36 images are the budget, 5 % of them a margin
+    assert card.run(64) == [8, 28, 28]  # the budget is 36 images, and the margin 5 % of them
     assert card.run(64) == [32, 32]
     assert card.run(20) == [20]
     assert card.slices.failures == 0
@@ -51,25 +51,25 @@ def test_shrinks_when_others_come_and_grows_back():
     assert card.slices.failures == 0
 
 
-def test_a_failed_allocation_is_done_again_with_half():
+def test_a_failed_slice_runs_again_with_half_the_images():
     card = Card(room=100)
     card.run(32)
     card.fail = lambda images: images > 10
     assert card.run(32) == [8, 8, 8, 8]
     assert card.slices.failures == 2
     card.fail = lambda images: False
-    later = [card.run(32) for _ in range(40)][-1]  # it may have been a false alarm
+    later = [card.run(32) for _ in range(40)][-1]  # the failure may have been a false alarm
     assert later == [32]
 
 
-def test_a_size_that_is_wanted():
+def test_a_fixed_micro_batch_is_used():
     card = Card(room=100, micro_batch=7)
     assert card.run(16) == [7, 7, 2]
     card.fail = lambda images: images > 4
     assert max(card.run(16)) <= 4
 
 
-def test_not_even_one_image():
+def test_not_even_one_image_fits():
     card = Card(room=100, limit=50 * IMAGE)
     card.fail = lambda images: True
     with pytest.raises(DoesNotFitError, match=r"one image needs .* Ways out: a mem_limit above .*; or smaller images"):

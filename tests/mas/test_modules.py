@@ -18,7 +18,7 @@ class Pair(NamedTuple):
 
 
 class Words(list):
-    """A user's own list class, which is not searched."""
+    """List class of a user's own, which is not searched."""
 
 
 WORDS = Words(["a"])

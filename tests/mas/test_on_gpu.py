@@ -61,14 +61,14 @@ def test_a_limit_changes_the_micro_batch_and_not_the_gradient():
     peak_bytes = engine.latest.peak_bytes
 
     model, batch = make()
-    engine = engine_for(model, layers={}, bn_group=4, limit=int(0.4 * peak_bytes))  # no plan helps here
-    cut = engine.step(batch)
-    assert max(cut.micro_batches) < 32
+    engine = engine_for(model, layers={}, bn_group=4, limit=int(0.4 * peak_bytes))  # without checkpoint plans
+    split = engine.step(batch)
+    assert max(split.micro_batches) < 32
     assert engine.latest.peak_bytes <= engine.latest.budget_bytes <= 0.4 * peak_bytes
     assert off(gradient(model), reference) < 1e-4
     for ours, other in zip(model.buffers(), statistics, strict=True):
         torch.testing.assert_close(ours.double(), other, rtol=1e-6, atol=1e-6)
-    assert float(cut.loss) == pytest.approx(float(whole.loss), rel=1e-5)
+    assert float(split.loss) == pytest.approx(float(whole.loss), rel=1e-5)
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
@@ -98,7 +98,7 @@ def test_real_failed_allocations_are_survived(times):
     assert off(gradient(model), reference) < 1e-4
 
 
-def test_memory_that_others_hold_is_waited_for_or_named():
+def test_a_limit_below_one_image_is_named_in_the_error():
     model, batch = make(images=2)
     needed_bytes = 24 * MIB  # two images need more
     with pytest.raises(DoesNotFitError, match=r"one image needs .* MiB .* budget is .*give a mem_limit (of|above) "):
@@ -106,7 +106,7 @@ def test_memory_that_others_hold_is_waited_for_or_named():
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_prediction_follows_what_a_card_takes():
+def test_prediction_follows_the_measured_peak():
     model, batch = make(images=64)
     engine = engine_for(model, bn_group=4)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -126,7 +126,7 @@ def test_the_first_update_survives_a_real_failure():
         def update():
             optimizer.step()
             calls.append(1)
-            if len(calls) == fail_at:  # the weights have moved, the state is made
+            if len(calls) == fail_at:  # the weights have changed, and the state exists
                 torch.empty(2**50, device="cuda")
             optimizer.zero_grad()
 
@@ -144,14 +144,14 @@ def test_the_first_update_survives_a_real_failure():
     torch.testing.assert_close(disturbed, weights, rtol=1e-5, atol=1e-6)
 
 
-def test_a_group_that_does_not_fit_as_it_is_runs_under_a_plan():
+def test_a_group_that_does_not_fit_runs_under_a_checkpoint_plan():
     model, batch = make()
     engine = engine_for(model, bn_group=32)
     engine.step(batch)
     reference, peak_bytes = gradient(model), engine.latest.peak_bytes
 
     model, batch = make()
-    # Without blocks of layers, BatchNorm's outputs are what can be freed: a third of what is kept.
+    # Without blocks of layers, only BatchNorm's outputs can be freed, a third of what is kept.
     engine = engine_for(model, bn_group=32, limit=int(0.9 * peak_bytes))
     result = engine.step(batch)
     assert result.micro_batches == (32,)

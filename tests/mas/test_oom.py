@@ -1,4 +1,4 @@
-"""Which errors are failed allocations, and what the one that ends a run says."""
+"""Recognition of failed allocations, and the message of the error that ends a run."""
 
 import pytest
 import torch
@@ -60,11 +60,11 @@ def test_other_errors(error):
         ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", 0),
     ],
 )
-def test_bytes_that_were_asked_for(message, count):
+def test_requested_bytes_are_read_from_the_message(message, count):
     assert tried_to_allocate(message) == count
 
 
-def test_last_error_names_what_is_needed_what_there_is_and_three_ways_out():
+def test_the_error_names_bytes_needed_bytes_available_and_three_ways_out():
     error = does_not_fit(3000 * MIB, 2000 * MIB, 2500 * MIB, ["amp=True", "imgsz=320", "a smaller model", "a new card"])
     assert str(error) == (
         "one image needs 3,000 MiB at its peak, the budget is 2,000 MiB (2,500 MiB free). "

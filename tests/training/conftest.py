@@ -1,4 +1,4 @@
-"""What whole trainings share: a way to run one, and all that a user could see of it."""
+"""Helpers for tests of whole trainings: run one, and collect everything that a user could see of it."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.callbacks import default_callbacks
 from ultralytics.utils.torch_utils import unwrap_model
 
-IMAGES = 32  # of the training split
-BATCHES = 4  # of 8 images, an epoch
+IMAGES = 32  # number of images in the training split
+BATCHES = 4  # number of batches per epoch, of 8 images each
 _DATA = {"data": "demo:images=40,val=0.2", "imgsz": 64, "batch": 8, "nbs": 8, "workers": 0, "close_mosaic": 0}
 _TRAINING = {"epochs": 2, "optimizer": "SGD", "lr0": 0.01, "warmup_epochs": 0, "recipe": False}
 TINY: Mapping[str, Any] = {**_DATA, **_TRAINING, "plots": False, "device": "cpu"}
 SPLIT: Mapping[str, Any] = {"bn_group": 2, "micro_batch": 2}
-"""Four micro-batches a batch."""
+"""Arguments that split each batch into four micro-batches."""
 
 
 @dataclass
 class Run:
-    """One training, and what it left."""
+    """Outcome of one training."""
 
     folder: Path = Path()
     trainer: Any = None
     log: str = ""
     bar: str = ""
-    """The progress bars, as they were drawn."""
+    """Text of the progress bars."""
     seen: list[tuple[int, int, int]] = field(default_factory=list)
-    """Images, height and width of each part the model was trained on, in order."""
+    """Number of images, height and width of each part that the model was trained on, in order."""
     sums: list[float] = field(default_factory=list)
-    """Of the pixels of each of these images."""
+    """Sum of the pixels of each of these images."""
     draws: list[Any] = field(default_factory=list)
     """State of Python's random generator after each batch."""
     calls: Counter[str] = field(default_factory=Counter)
-    """How often each callback was called."""
+    """Callback → number of calls."""
     steps: int = 0
-    """Of the optimizer."""
+    """Number of optimizer steps."""
     before: dict[str, Tensor] = field(default_factory=dict)
     """Weights and statistics before the first batch."""
 
@@ -66,18 +66,18 @@ class Run:
 
     @property
     def results(self) -> list[dict[str, float]]:
-        """Rows of results.csv, of which each has a number in every column."""
+        """Rows of results.csv, with a number in every column."""
         header, *rows = csv.reader((self.folder / "results.csv").read_text().splitlines())
         return [dict(zip(header, map(float, row), strict=True)) for row in rows]
 
     @property
     def summary(self) -> dict[str, Any]:
-        """memory.json."""
+        """Content of memory.json."""
         return json.loads((self.folder / "memory.json").read_text())
 
     @property
     def args(self) -> dict[str, Any]:
-        """args.yaml."""
+        """Content of args.yaml."""
         return yaml.safe_load((self.folder / "args.yaml").read_text())
 
     @property
@@ -86,25 +86,25 @@ class Run:
         return unwrap_model(self.trainer.model).state_dict()
 
     def stock_results(self) -> list[dict[str, float]]:
-        """Rows of results.csv without the clock and the memory."""
+        """Rows of results.csv without the columns of time and memory."""
         return [{k: v for k, v in row.items() if k != "time" and not k.startswith("memory/")} for row in self.results]
 
     def batches(self, images: int) -> list[list[float]]:
-        """Sums of pixels, batch by batch; in whatever order images share micro-batches."""
+        """Sums of pixels of each batch, sorted, as images may share micro-batches in any order."""
         return [sorted(self.sums[start : start + images]) for start in range(0, len(self.sums), images)]
 
     def micro_batches(self) -> list[list[int]]:
-        """Of every update."""
+        """Sizes of the micro-batches of every update."""
         return [[int(size) for size in row["micro_batches"].split()] for row in self.memory]
 
     def start(self, trainer: Any) -> None:
-        """Callback of `on_train_start`."""
+        """Copy the weights before the first batch; callback of `on_train_start`."""
         self.trainer, self.folder = trainer, trainer.save_dir
         self.before = {name: value.clone() for name, value in unwrap_model(trainer.model).state_dict().items()}
         trainer.optimizer.register_step_post_hook(self._count)
 
     def look(self, module: Any, inputs: tuple[Any, ...]) -> None:
-        """Hook of all modules, as one on the model would be saved with it."""
+        """Note the images of a forward pass; hook of all modules, as a hook on the model would be saved with it."""
         ours = self.trainer is not None and module.training and module is unwrap_model(self.trainer.model)
         if ours and isinstance(inputs[0], dict):
             images = inputs[0]["img"]
@@ -124,7 +124,7 @@ def train(
     raises: type[BaseException] | None = None,
     **arguments: Any,
 ) -> Run:
-    """Train, by default `TINY`; arguments are those of Ultralytics, which None leaves at Ultralytics' default."""
+    """Train with Ultralytics' arguments, by default `TINY`; None stands for Ultralytics' own default."""
     run = Run()
     yolo = model if isinstance(model, Model) else YOLO(model)
     for event in default_callbacks:
@@ -151,7 +151,7 @@ def train(
 
 
 def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> str:
-    """Draw 8 images of each size (height, width), bright rectangles on noise, with labels of one task; its yaml."""
+    """Draw 8 images of each size (height, width), bright rectangles on noise, labelled for a task; return the yaml."""
     draw = np.random.default_rng(0)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
@@ -180,12 +180,12 @@ def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int
 
 @pytest.fixture(scope="session")
 def trainings() -> SimpleNamespace:
-    """Everything above."""
+    """Return the helpers of this module."""
     return SimpleNamespace(train=train, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
 
 
 @pytest.fixture(autouse=True)
 def _mode_is_left_as_it_was() -> Iterator[None]:
-    """Ultralytics turns PyTorch's deterministic mode off again; a training that failed must too."""
+    """Check that PyTorch's deterministic mode is off again, also after a training that failed."""
     yield
     assert not torch.are_deterministic_algorithms_enabled()

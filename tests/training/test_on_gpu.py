@@ -1,4 +1,4 @@
-"""Trainings on a GPU, with workers and half precision: interrupted ones, and images that get smaller."""
+"""Trainings on a GPU with workers: interrupted runs, and images that get smaller."""
 
 import csv
 import json
@@ -12,11 +12,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 ON_GPU = {"device": 0, "workers": 2, "imgsz": 320, "data": "demo:images=80,val=0.2", "amp": False, "cache": "ram"}
-BATCHES = 8  # of 8 images, an epoch
+BATCHES = 8  # number of batches per epoch, of 8 images each
 
 
 class PowerCutError(Exception):
-    """In the second epoch."""
+    """Power cut in the second epoch."""
 
 
 def cut(trainer):
@@ -25,13 +25,13 @@ def cut(trainer):
 
 
 def test_an_interrupted_run_goes_on_with_the_same_images_and_weights(trainings, tmp_path):
-    """In single precision, and with one micro-batch a batch, rounding is alike."""
+    """In single precision and with one micro-batch per batch, both runs round in the same way."""
     settings = {**ON_GPU, "bn_group": 8, "epochs": 3}
     whole = trainings.train(tmp_path, **settings)
     part = trainings.train(tmp_path, **settings, callbacks=[("on_train_batch_end", cut)], raises=PowerCutError)
     again = trainings.train(tmp_path, part.folder / "weights" / "last.pt", resume=True)
     assert f"resume: epoch 2, after batch 1 of {BATCHES}" in again.log
-    left = (3 * BATCHES - BATCHES - 1) * 8  # images; before them, a run that begins rehearses with a few
+    left = (3 * BATCHES - BATCHES - 1) * 8  # images; a new run also has a few in its warm-up
     assert again.sums[-left:] == pytest.approx(whole.sums[-left:], rel=1e-9)
     assert len(again.results) == 3
     for name, value in whole.after.items():
@@ -39,11 +39,11 @@ def test_an_interrupted_run_goes_on_with_the_same_images_and_weights(trainings, 
 
 
 SMALLEST_MIB = 300
-"""One image of 1,280 pixels of YOLOv8-N in single precision needs more, with all recomputed."""
+"""Less than one image of 1,280 pixels needs with YOLOv8-N in single precision, even with all layers recomputed."""
 
 
 def test_images_get_smaller_under_a_limit_that_is_refused_otherwise(run_python, tmp_path):
-    """What is refused without smaller images names a limit; where an image failed that is a bound, and not the last."""
+    """Without smaller images, the error names a limit, which is only a lower bound if an image failed."""
     words = {**ON_GPU, "imgsz": 1280, "batch": 2, "nbs": 2, "epochs": 1, "deterministic": False, "val": False}
     words |= {"model": "yolov8n.yaml", "project": tmp_path, "optimizer": "SGD", "plots": False}
 

@@ -331,7 +331,7 @@ class Engine:
             cost.load_state_dict(state["cost"])
             speed.load_state_dict(state["speed"])
         except (KeyError, TypeError, ValueError) as error:
-            self._log(f"memory: begins to learn anew, as what was learned before cannot be read ({error!r})")
+            self._log(f"memory: begins to learn anew, as the saved state of the engine cannot be read ({error!r})")
             return
         if ladder is not None and not ladder.names() <= calibration.layers.keys():
             return  # the plans name layers that may not be planned any more

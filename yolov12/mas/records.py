@@ -140,7 +140,7 @@ class Records:
         try:
             return self.journal.close(updates_expected=updates_expected) if self.journal is not None else None
         except OSError as error:
-            self._log(f"memory: the journal is not complete, {error}")
+            self._log(f"memory: the journal is not complete, as it could not be written: {error}")
             return None
 
     def _write(self, *, final: bool) -> None:
@@ -160,7 +160,9 @@ class Records:
                 try:
                     self.journal.add(replace(row, step_ms=sum(known) if len(known) == len(times) else None))
                 except OSError as error:  # a full disk does not end a training
-                    self._log(f"memory: the journal ends here, {error}")
+                    self._log(
+                        f"memory: the journal ends here, as it cannot be written: {error}. The training continues"
+                    )
                     self.journal = None
 
     def _learn(self, done: DoneBatch, ms: float) -> None:

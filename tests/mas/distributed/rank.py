@@ -1,7 +1,7 @@
-"""One of several processes that share batches: `python rank.py FOLDER`, with its place in the environment.
+"""One of several processes that share batches: `python rank.py FOLDER`, with its rank in the environment.
 
-Reads a case a line from standard input, runs its share of that batch, leaves what came of it in the folder, and says
-so on standard output.
+It reads one case per line from standard input, runs its share of that batch, saves the outcome in the folder, and then
+prints `done`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _spec.loader.exec_module(tools)
 
 
 def steady(bench: Any) -> Any:
-    """Images are not brightened by chance: ranks draw theirs apart."""
+    """Preprocess without random brightness, as ranks draw random numbers separately."""
     bench.preprocess = lambda batch: {**batch, "img": batch["img"].to(bench.dtype) / 255}
     bench.task.preprocess = lambda batch: (bench.faults.reach("preprocess"), bench.preprocess(batch))[1]
     return bench
@@ -54,7 +54,7 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     start, stop = sum(groups[:before]), sum(groups[:own])
     counts = stop > start
     mine = groups[before:own] if counts else (1,)
-    if not counts:  # then it runs one image for nothing
+    if not counts:  # then the rank runs one padding image
         start, stop = 0, 1
     bench.faults.reset(())
     bench.task.workload(batch)

@@ -1,4 +1,4 @@
-"""Several processes, one batch: over gloo, on the CPU, with a real YOLOv12-N in float64."""
+"""Several ranks that share a batch, over gloo on the CPU, with a real YOLOv12-N in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLACES = ("copy", "preprocess", "forward", "assigner", "loss", "backward")
 
 
 class Processes:
-    """So many of `rank.py`, for one case after the other."""
+    """Processes of `rank.py`, which run one case after the other."""
 
     def __init__(self, size: int) -> None:
         self.size, self.folder, self._cases = size, Path(tempfile.mkdtemp()), 0
@@ -50,7 +50,7 @@ class Processes:
         stuck = threading.Timer(60, lambda: [process.kill() for process in self._all])
         stuck.start()
         for process in self._all:
-            assert "done\n" in iter(process.stdout.readline, "")  # Ultralytics has its say before
+            assert "done\n" in iter(process.stdout.readline, "")  # Ultralytics prints lines before
         stuck.cancel()
         files = [self.folder / f"{self._cases}.{rank}.pt" for rank in range(self.size)]
         self._cases += 1
@@ -82,14 +82,14 @@ def alone(tools):
 
 
 def fault(chance):
-    """Attempt, place, module and kind of error."""
+    """Return a random fault: attempt, place, module and kind of error."""
     place = chance.choice(PLACES)
     module = chance.randrange(295) if place in ("forward", "backward") else 0
     return [chance.choice([0, 0, 1, 2]), place, module, chance.randrange(4)]
 
 
 def draw(chance, size, groups=None):
-    """A batch, how it is shared, and what fails on which rank."""
+    """Return a random case: a batch, its shares, and the faults of each rank."""
     group = chance.choice([1, 2])
     if groups is None:
         groups = [1] * size
@@ -98,7 +98,7 @@ def draw(chance, size, groups=None):
     images = sum(groups) * group + (chance.randrange(group) if group > 1 else 0)
     boxes = [chance.choice([0, 1, 3, chance.randrange(40), chance.randrange(150)]) for _ in range(images)]
     shares = list(groups)
-    shares[-1] += len(split_groups(images, group)) - sum(groups)  # what is left over is the last rank's
+    shares[-1] += len(split_groups(images, group)) - sum(groups)  # the last rank takes the remaining groups
     faults = [[fault(chance) for _ in range(chance.choice([0, 1, 2]))] for _ in range(size)]
     seed, before = chance.randrange(2**16), chance.random() < 0.3
     return {"boxes": boxes, "group": group, "groups": shares, "faults": faults, "seed": seed, "before": before}
@@ -110,7 +110,7 @@ def assert_same(tools, found, wanted, case):
         torch.testing.assert_close(rank["loss"], wanted.result.loss, rtol=2e-5, atol=1e-6)
         for name, item in wanted.result.items.items():
             torch.testing.assert_close(rank["items"][name], item, rtol=2e-5, atol=1e-6)
-        assert rank["gradient_sum"] == found[0]["gradient_sum"]  # replicas are alike bit for bit
+        assert rank["gradient_sum"] == found[0]["gradient_sum"]  # replicas are equal bit for bit
         assert rank["checksum"] == found[0]["checksum"]
         for name, buffer in wanted.buffers.items():
             torch.testing.assert_close(rank["buffers"][name], buffer, rtol=1e-6, atol=1e-6)
@@ -136,7 +136,7 @@ def shared(boxes, groups, **more):
     return {**case, **more}
 
 
-def test_a_rank_whose_share_is_no_image_takes_part(tools, processes, alone):
+def test_a_rank_with_an_empty_share_takes_part(tools, processes, alone):
     boxes, groups = [3, 0, 20], [2, *[0] * (processes.size - 2), 1]
     if processes.size == 2:
         boxes, groups = [3, 0], [2, 0]
@@ -144,7 +144,7 @@ def test_a_rank_whose_share_is_no_image_takes_part(tools, processes, alone):
     assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
 
 
-def test_all_end_a_batch_that_does_not_fit_on_one_and_can_go_on(tools, processes, alone):
+def test_all_ranks_end_a_batch_that_does_not_fit_on_one_and_can_continue(tools, processes, alone):
     boxes, groups = [3, 0, 20, 1], [1] * processes.size
     groups[0] += len(boxes) - sum(groups)
     last = processes.size - 1
@@ -168,8 +168,8 @@ def test_a_replica_that_differs_is_found(processes):
     assert all("other weights" in rank["error"] for rank in found)
 
 
-def test_what_sums_need_is_there_before_ranks_agree(tools):
-    """Later, memory that is missing on one rank would be the end of all."""
+def test_memory_for_sums_is_allocated_before_ranks_agree(tools):
+    """Later, a failed allocation on one rank would end all ranks."""
     calls = []
 
     class Recording:

@@ -53,7 +53,7 @@ def test_no_other_shares_take_less_time(groups, ms):
 
 
 @given(st.integers(1, 300), st.lists(speeds, min_size=1, max_size=40))
-def test_groups_that_are_alike_go_to_who_is_done_with_them_first(count, ms):
+def test_equal_groups_go_to_the_rank_that_finishes_them_first(count, ms):
     assume(count >= len(ms))
     by_hand = [1] * len(ms)
     for _ in range(count - len(ms)):
@@ -77,7 +77,7 @@ def test_fewer_groups_than_ranks_go_to_the_fastest():
     assert share_out([], [1.0, 1.0]) == (0, 0)
 
 
-def test_a_rank_that_hardly_moves_has_one_group_all_the_same():
+def test_a_very_slow_rank_still_has_one_group():
     assert share_out([8] * 10, [1.0, 1e9]) == (72, 8)
 
 
@@ -139,14 +139,14 @@ def moves(shares):
 
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 1000), (3, 1000), (16, 200), (128, 100)])
 @pytest.mark.parametrize("group", [8, 32])
-def test_noise_moves_nothing(ranks, steps, group):
+def test_noise_changes_no_share(ranks, steps, group):
     training = Training([1.0] * ranks, seed=ranks)
     seen = training.steps(split_groups(256 * ranks, group), steps)
     assert set(seen) == {(256,) * ranks}
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 32, 128])
-def test_a_rank_that_slows_down_has_less_to_do_soon(ranks):
+def test_a_rank_that_slows_down_soon_has_a_smaller_share(ranks):
     groups = split_groups(256 * ranks, 8)
     training = Training([1.0] * ranks, seed=ranks)
     before = training.steps(groups, 50)[-1]
@@ -159,7 +159,7 @@ def test_a_rank_that_slows_down_has_less_to_do_soon(ranks):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_tenth_is_followed(seed):
+def test_a_slowdown_of_ten_percent_changes_shares(seed):
     groups = split_groups(8 * 256, 8)
     training = Training([1.0] * 8, seed=seed)
     before = training.steps(groups, 100)[-1]
@@ -169,7 +169,7 @@ def test_a_tenth_is_followed(seed):
     assert moves(after) <= 2
 
 
-def test_cards_of_a_mixed_fleet_are_done_together():
+def test_cards_of_a_mixed_fleet_finish_together():
     groups = split_groups(6 * 256, 8)
     training = Training([3.4, 1.0, 1.0, 1.3, 2.1, 1.1])
     seen = training.steps(groups, 300)
@@ -178,7 +178,7 @@ def test_cards_of_a_mixed_fleet_are_done_together():
     assert moves(seen) <= 3
 
 
-def test_the_last_batch_of_an_epoch_moves_nothing_though_its_images_take_longer():
+def test_the_last_batch_of_an_epoch_changes_no_share_though_its_images_take_longer():
     training = Training([1.0, 1.5, 1.0, 1.2], fixed_ms=40.0)
     usual, last = split_groups(1024, 8), split_groups(397, 8)
     seen = [(training.step(usual), training.step(last)) for _ in range(150)]
@@ -186,7 +186,7 @@ def test_the_last_batch_of_an_epoch_moves_nothing_though_its_images_take_longer(
     assert all(sum(one) == 1024 and sum(other) == 397 for one, other in seen)
 
 
-def test_a_batch_that_is_smaller_from_now_on_is_learned_from():
+def test_shares_keep_learning_after_batches_get_smaller():
     training = Training([1.0, 1.0])
     training.steps(split_groups(1024, 8), 50)
     training.ms[0] = 2.0
@@ -194,7 +194,7 @@ def test_a_batch_that_is_smaller_from_now_on_is_learned_from():
     assert last[0] < last[1]
 
 
-def test_a_step_that_took_long_for_once_moves_nothing():
+def test_a_single_slow_step_changes_no_share():
     balance, groups = Balance(4), split_groups(1024, 8)
     for step in range(200):
         shares = balance.shares(groups)
@@ -202,7 +202,7 @@ def test_a_step_that_took_long_for_once_moves_nothing():
         balance.observe(shares, [300.0, 300.0, 3000.0 if step % 8 == 7 else 300.0, 300.0])
 
 
-def test_what_is_not_known_is_left_out():
+def test_unknown_times_are_ignored():
     balance, groups = Balance(3), split_groups(3 * 256, 8)
     for _ in range(20):
         balance.observe(balance.shares(groups), [None, math.nan, math.inf])
@@ -213,7 +213,7 @@ def test_what_is_not_known_is_left_out():
     assert shares[2] < shares[0] < 256 < shares[1]  # the unknown rank counts as average
 
 
-def test_ranks_without_a_share_are_no_reason_to_fail():
+def test_ranks_without_a_share_are_accepted():
     training = Training([1.0, 2.0, 1.0, 1.0])
     seen = training.steps(split_groups(64, 32), 20)
     assert seen[0] == (32, 32, 0, 0)
@@ -222,7 +222,7 @@ def test_ranks_without_a_share_are_no_reason_to_fail():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 12))
-def test_every_rank_comes_to_the_same_shares(seed, ranks):
+def test_every_rank_computes_the_same_shares(seed, ranks):
     numbers = random.Random(seed)
     balances = [Balance(ranks) for _ in range(3)]
     for _ in range(20):
@@ -234,7 +234,7 @@ def test_every_rank_comes_to_the_same_shares(seed, ranks):
             balance.observe(shares, list(ms))
 
 
-def test_a_move_that_costs_is_made_when_staying_has_lost_as_much():
+def test_shares_change_when_staying_has_lost_the_price_of_the_change():
     groups, steps = [8] * 16, 0
     balance = Balance(2, move_ms=1000.0)
     while balance.shares(groups) == (64, 64):
@@ -245,7 +245,7 @@ def test_a_move_that_costs_is_made_when_staying_has_lost_as_much():
     assert 1000 / (200 - best_ms) <= steps <= 1000 / (200 - best_ms) + 10
 
 
-def test_a_share_that_waits_for_the_host_counts_as_what_it_would_have_had_time_for():
+def test_a_launch_bound_share_counts_as_the_images_that_would_take_no_longer():
     """A rank that takes 150 ms for any share of up to 80 images is not slow because it was given 8."""
     groups, balance = [8] * 16, Balance(2)
     for _ in range(40):

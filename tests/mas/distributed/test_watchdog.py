@@ -19,7 +19,7 @@ HEARTBEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
 NOISE_S = 5.0
 """Seconds by which a busy machine may be late."""
 
-SLEEP = "ctypes.CDLL(None).sleep(60)  # as in a collective: Python's lock is free, and no signal handler runs"
+SLEEP = "ctypes.CDLL(None).sleep(60)  # like a collective: Python's lock is free, and no signal handler runs"
 RANK = """
 import ctypes, os, time
 from yolov12.mas.distributed.watchdog import Watchdog, connect
@@ -93,7 +93,7 @@ def ranks(tmp_path):
         return made[-1]
 
     yield make
-    for process in [process for team in made for process in team.all]:
+    for process in [process for group in made for process in group.all]:
         process.kill()
         process.join()
 
@@ -102,7 +102,7 @@ def ranks(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_all_leave_and_name_the_rank_that_was_killed_or_stopped(ranks, number):
+def test_all_ranks_end_and_name_the_rank_that_was_killed_or_stopped(ranks, number):
     four = ranks([SLEEP] * 4)
     four.send(2, number)
     assert four.end([0, 1, 3], DEAD_S + GRACE_S + NOISE_S) == [1, 1, 1]
@@ -140,7 +140,7 @@ def test_rank_that_leaves_says_why_within_two_seconds(ranks):
     ]
 
 
-def test_process_that_ends_without_a_word_is_missed_at_once(run_python, monkeypatch):
+def test_a_process_that_ends_without_a_message_is_reported_at_once(run_python, monkeypatch):
     host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(host.port))
@@ -210,11 +210,11 @@ def ring():
 
     yield make
     for watchdog in [watchdog for ring in rings for watchdog in ring.watchdogs]:
-        watchdog._caller.join = lambda _: None  # some are meant to hang
+        watchdog._caller.join = lambda _: None  # some connections hang on purpose
         watchdog.close()
 
 
-def test_ranks_that_are_done_are_stepped_over(ring):
+def test_ranks_that_are_done_are_skipped(ring):
     six = ring(6, names=["a", "b", "c", "d", "e", "f"])
     for rank in (2, 1):
         six[rank].close()
@@ -286,7 +286,7 @@ def test_store_that_is_lost_counts_as_the_death_of_its_host(ring, silent, monkey
     assert two[1].gone(NOISE_S) == Gone(-1, "the process that launched the run", reason)
 
 
-def test_failures_are_told_without_anybody_leaving(ring):
+def test_failures_are_published_without_ending_any_rank(ring):
     two = ring(2)
     two[0].tell("CUDA error")
     two[0].tell("CUDA error 2")

@@ -199,7 +199,7 @@ def test_no_further_than_four_times_what_was_observed():
 
 
 def test_first_batches_go_as_far_as_what_was_observed_allows():
-    """A rehearsal of 8 images is enough for 32, and those for 128; a new size is not weighed against its cost yet."""
+    """A warm-up of 8 images is enough for 32, and those for 128; a new size is not weighed against its cost yet."""
     begin = decide(state([8] * 32, 400, history=History()), model(8), SpeedModel())
     assert begin.micro_batches == (4,) * 8
     follow = decide(state([8] * 32, 400, history=begin.history), model(8, 32), SpeedModel())

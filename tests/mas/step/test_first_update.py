@@ -1,4 +1,4 @@
-"""The first optimizer step, whose state may not fit half way through: the weights end as if nothing had happened."""
+"""First update of an optimizer: if memory fails half way, the weights end as without the failure."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from yolov12.mas.step.first_update import copy_on_host, survive_first_update
 
 
 class Stingy(torch.optim.Adam):
-    """An Adam whose memory ends after so many parameters, a few times; what it had done by then is done."""
+    """Adam whose first `failures` steps run out of memory after `after` parameters, which stay changed."""
 
     failures = 0
     after = 3
@@ -27,7 +27,7 @@ class Stingy(torch.optim.Adam):
 
 
 def train(failures, error=None):
-    """Three updates with clipping, a scale that each update changes, as a `GradScaler`, and an average, as an EMA."""
+    """Run three updates with clipping, a loss scale that each update changes, and a moving average of the weights."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Linear(8, 1))
     average = [parameter.detach().clone() for parameter in model.parameters()]

@@ -1,9 +1,9 @@
-"""The gradient of a batch is the same however it was cut and whatever failed on the way: the engine's promise.
+"""The gradient of a batch is the same however the batch was split and whatever allocations failed.
 
-On a real YOLOv12-N with Ultralytics' loss, in float64, where rounding is 1e-16 and anything else is a mistake. What is
-left, up to 2e-5, are single-precision sums inside that loss.
-`YOLOV12_CASES=2000 pytest tests/mas/step/test_gradient.py`
-tries more.
+The tests use a real YOLOv12-N with Ultralytics' loss in float64, where rounding is 1e-16 and any larger difference is a
+mistake. The remaining differences, up to 2e-5, come from single-precision sums inside that loss. To try more cases:
+
+    YOLOV12_CASES=2000 pytest tests/mas/step/test_gradient.py
 """
 
 import os
@@ -61,7 +61,7 @@ def single_precision_detector(tools):
 
 
 def faults_of(tools, bench, drawn):
-    """Modules are those that run; preprocessing can fail before it has drawn a random number, and after."""
+    """Return faults at modules that run; preprocessing can fail before and after it draws a random number."""
     return [
         tools.Fault(
             attempt,
@@ -92,7 +92,7 @@ def assert_same(tools, outcome, wanted, tolerance):
 
 
 def run_disturbed(tools, bench, boxes, group, seed, drawn, before):
-    """Run at once with all kept, then cut at random, with plans at random and with failures; returns both."""
+    """Run a batch at once, and again with random splits, plans and failures; return both outcomes."""
     batch = tools.batch(boxes, seed)
     wanted = bench.whole(batch, group)
     bench.step.plans = (KEEP_ALL, tools.plan(bench.layers, seed), tools.plan(bench.layers, seed + 1))
@@ -109,7 +109,7 @@ def run_disturbed(tools, bench, boxes, group, seed, drawn, before):
     [3, 0, 20, 1, 0, 0, 7, 2, 150, 1, 1, 1], 4, 1, [(0, "backward", 0, 0), (1, "loss", 0, 1), (3, "copy", 0, 3)], True
 )
 @example([5, 2, 9, 4], 2, 2, [(0, "forward", 0, 0), (1, "backward", 60, 0), (2, "assigner", 0, 0)], False)
-def test_gradient_does_not_depend_on_the_cut_nor_on_failures(tools, detector, boxes, group, seed, drawn, before):
+def test_gradient_does_not_depend_on_the_split_nor_on_failures(tools, detector, boxes, group, seed, drawn, before):
     outcome, wanted = run_disturbed(tools, detector, boxes, group, seed, drawn, before)
     assert_same(tools, outcome, wanted, 2e-5)
 
@@ -117,7 +117,7 @@ def test_gradient_does_not_depend_on_the_cut_nor_on_failures(tools, detector, bo
 @cases(0.15)
 @given(BOXES, st.sampled_from([2, 4]), SEEDS, FAULTS)
 def test_gradient_in_single_precision(tools, single_precision_detector, boxes, group, seed, drawn):
-    # Not in groups of one: at 64 pixels the last layers then normalise 4 values, and rounding of 1e-7 becomes 1e-2.
+    # Without groups of one: at 64 pixels the last layers would normalise 4 values, and rounding of 1e-7 become 1e-2.
     boxes = boxes[: len(boxes) // group * group] or [1] * group
     outcome, wanted = run_disturbed(tools, single_precision_detector, boxes, group, seed, drawn, False)
     assert tools.difference(outcome.gradient, wanted.gradient) <= 1e-4
@@ -152,7 +152,7 @@ def test_batch_that_fits_at_once_after_a_smaller_attempt_failed(tools, detector)
 
 
 def test_gradient_in_groups_is_that_of_layers_that_normalise_each_group(tools, detector):
-    """Against an implementation of the test's own, of Ultralytics' loss on the whole batch."""
+    """The reference is the test's own grouped BatchNorm, with Ultralytics' loss on the whole batch."""
     batch, groups = tools.batch([3, 0, 50, 7, 2]), (1, 2, 2)
 
     def forward(layer, x):
@@ -176,13 +176,13 @@ def test_gradient_in_groups_is_that_of_layers_that_normalise_each_group(tools, d
 
 
 def test_average_of_losses_is_another_gradient(tools, detector):
-    """The usual accumulation, on the same groups and the same images: so the tests above can fail."""
+    """The usual accumulation differs on the same groups and images, which shows that the tests above can fail."""
     batch = tools.batch([3, 0, 20, 1, 0, 0, 7, 2])
     wanted = detector.whole(batch, 2)
     total = 0
     for start in range(0, 8, 2):
         detector.reset()
-        torch.rand(start, 1, 1, 1, dtype=torch.float64)  # the brightness of the images before
+        torch.rand(start, 1, 1, 1, dtype=torch.float64)  # draws the brightness of the earlier images
         detector.task.workload(batch)
         loss, _ = detector.model(detector.preprocess(detector.task.part(batch, start, start + 2)))
         loss.sum().backward()  # times 2 images of 8: a weighted average
@@ -203,7 +203,7 @@ def test_class_weights(tools):
     assert torch.equal(bench.run(batch).gradient, bench.plain(batch).gradient)
 
 
-# Oriented boxes: as exact. Masks and keypoints: weighted by images.
+# Oriented boxes are as exact; masks and keypoints are weighted by images.
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_oriented_boxes_at_once_are_ultralytics_bit_for_bit(tools, oriented):
 
 
 def test_failure_that_the_loss_of_oriented_boxes_calls_a_malformed_data_set(tools, oriented, monkeypatch):
-    """Ultralytics raises a TypeError from any RuntimeError there, an allocation that failed among them."""
+    """Ultralytics raises a TypeError there from any RuntimeError, so also from a failed allocation."""
     batch, criterion = tools.batch([3, 0, 50, 7], angles=True), oriented.model.criterion
     wanted = oriented.whole(batch, 2)
     pad, calls = criterion.preprocess, []
@@ -247,7 +247,7 @@ def test_failure_that_the_loss_of_oriented_boxes_calls_a_malformed_data_set(tool
 def masks(tools, boxes, overlapping):
     batch = tools.batch(boxes)
     draw = torch.Generator().manual_seed(1)
-    if overlapping:  # one entry an image: which object a pixel is of
+    if overlapping:  # one entry per image: the object of each pixel
         batch["masks"] = torch.stack([torch.randint(0, n + 1, (16, 16), generator=draw) for n in boxes]).to(torch.uint8)
     else:
         batch["masks"] = torch.randint(0, 2, (sum(boxes), 16, 16), generator=draw, dtype=torch.uint8)
@@ -277,10 +277,10 @@ def test_masks_and_keypoints_are_weighted_by_images(tools, kind):
     wanted, value, items = 0, 0, {}
     for start, stop in parts:
         bench.reset()
-        torch.rand(start, 1, 1, 1, dtype=torch.float64)  # the brightness of the images before
+        torch.rand(start, 1, 1, 1, dtype=torch.float64)  # draws the brightness of the earlier images
         bench.task.workload(batch)
         loss, new = bench.model(bench.preprocess(bench.task.part(batch, start, stop)))
-        (loss.sum() * 8 / (stop - start)).backward()  # a mean over its images, times those of the whole batch
+        (loss.sum() * 8 / (stop - start)).backward()  # a mean over the part's images, times the images of the batch
         share = (stop - start) / 8
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bench.parameters]
         wanted = wanted + share * torch.cat([gradient.flatten() for gradient in gradients])
@@ -294,7 +294,7 @@ def test_masks_and_keypoints_are_weighted_by_images(tools, kind):
         assert_close(outcome.result.items[name], item, 1e-5)
 
 
-# Errors that are no failed allocations
+# Errors other than failed allocations
 
 
 @pytest.mark.parametrize("where", ["copy", "preprocess", "forward", "assigner", "loss", "backward"])
@@ -319,7 +319,7 @@ def test_other_errors_leave_no_trace(tools, detector, where, attempt):
     )
 
 
-# Images drawn in several sizes
+# Images of randomly drawn sizes
 
 
 def test_multi_scale_draws_one_size_a_batch_whatever_fails(tools):
@@ -351,7 +351,7 @@ def test_multi_scale_draws_one_size_a_batch_whatever_fails(tools):
     assert next_sizes([tools.Fault(0, "backward", 0)]) == undisturbed
 
 
-# The engine, end to end
+# The whole engine
 
 
 @cases(0.15)
@@ -364,8 +364,10 @@ def test_multi_scale_draws_one_size_a_batch_whatever_fails(tools):
     st.integers(1, 9),
 )
 @example([3, 0, 20, 1, 0, 0, 7, 2], 2, 1, [(0, "backward", 0, 0), (1, "backward", 0, 0)], 4, 9)
-def test_engine_that_is_disturbed(tools, detector, boxes, group, seed, drawn, micro_batch, fits):
-    """Allocations fail at random, and always for more than so many images: retried, halved, and the same in the end."""
+def test_gradient_of_the_engine_does_not_depend_on_failures(
+    tools, detector, boxes, group, seed, drawn, micro_batch, fits
+):
+    """Allocations fail at random, and always above `fits` images; after retries and splits the result is the same."""
     batch = tools.batch(boxes, seed)
     wanted = detector.whole(batch, group)
     fits = max(fits, group)

@@ -1,4 +1,4 @@
-"""Parts of a batch put together."""
+"""Combination of losses and gradients of the parts of a batch."""
 
 import math
 
@@ -10,7 +10,7 @@ from yolov12.mas.task import Loss
 
 
 def scales(normalisers, per_image=None, floor=1.0):
-    """What the loss of each part is multiplied by before it is differentiated, for one image each."""
+    """Return the factor of each part's loss when it is differentiated, for parts of one image, and the final factor."""
     total, found = Total(len(normalisers), floor, per_image), []
     for normaliser in normalisers:
         weight = torch.ones((), requires_grad=True)
@@ -26,12 +26,12 @@ def test_a_first_part_without_objects_does_not_make_the_others_overflow():
     _, exact = scales(normalisers)
     blind, _ = scales(normalisers)
     guided, result = scales(normalisers, per_image=torch.tensor(58.0))
-    assert max(blind) == 60.0  # 3,780 times what the batch's loss would be
+    assert max(blind) == 60.0  # 3,780 times the loss of the batch
     assert max(guided) < 0.05
     assert result == pytest.approx(exact, rel=1e-6)
 
 
-def test_nothing_to_divide_by_is_no_nan():
+def test_a_normaliser_of_zero_gives_no_nan():
     for images in (1, 3):
         factors, result = scales([0.0] * images, floor=0.0)
         assert not any(math.isnan(value) for value in factors)
@@ -49,6 +49,6 @@ def test_a_normaliser_in_half_precision_is_added_up_in_single():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_batch_that_broke_does_not_break_the_next(broken):
+def test_a_batch_with_nan_does_not_affect_the_next(broken):
     factors, result = scales([3.0, 5.0], per_image=torch.tensor(broken))
     assert (factors, result) == scales([3.0, 5.0])

@@ -1,4 +1,4 @@
-"""The engine's arguments, from the command line and from Python."""
+"""Arguments of the engine, from the command line and from Python."""
 
 import pytest
 import yaml
@@ -50,7 +50,7 @@ def test_a_misspelt_argument_is_helped(tmp_path, capsys):
 
 
 def test_command_line_and_python_agree_and_args_yaml_has_them(trainings, tmp_path):
-    """Also where a file gives them."""
+    """Both also agree with a file that gives the arguments."""
     (tmp_path / "cfg.yaml").write_text("mem_limit: 0.5\nmem_safety_ratio: 0.2\n")
     tiny = {**trainings.TINY, "epochs": 1, "project": tmp_path, "name": "words"}
     words = [f"{key}={value}" for key, value in tiny.items()]
@@ -62,7 +62,7 @@ def test_command_line_and_python_agree_and_args_yaml_has_them(trainings, tmp_pat
     names = ("mas", "mem_safety_ratio", "mem_limit", "bn_group", "micro_batch")
     for run in ("words", "python", "file"):
         args = yaml.safe_load((tmp_path / run / "args.yaml").read_text())
-        assert [args[name] for name in names] == [True, 0.2, 0.5, 2, 2]  # the group that auto has become
+        assert [args[name] for name in names] == [True, 0.2, 0.5, 2, 2]  # bn_group is the number that auto has chosen
 
 
 @pytest.mark.parametrize("word", ["mas=False", "mas=false"])
@@ -75,7 +75,7 @@ def test_the_engine_is_switched_off_by_a_word(trainings, tmp_path, word):
     assert "memory" not in (run / "results.csv").read_text()
 
 
-def test_a_share_of_the_memory_and_a_number_of_bytes(trainings, tmp_path):
+def test_a_limit_is_a_fraction_of_the_memory_or_a_number_of_bytes(trainings, tmp_path):
     half = trainings.train(tmp_path, **trainings.SPLIT, mem_limit=0.5, mem_safety_ratio=0, epochs=1)
     fixed = trainings.train(tmp_path, **trainings.SPLIT, mem_limit="3GiB", mem_safety_ratio=0.5, epochs=1)
     from yolov12.mas.memory.host import HostMemory
@@ -85,18 +85,18 @@ def test_a_share_of_the_memory_and_a_number_of_bytes(trainings, tmp_path):
     assert {float(row["budget_mib"]) for row in fixed.memory} == {1536.0}
 
 
-def test_arguments_that_have_no_use_are_named(trainings, tmp_path):
+def test_arguments_without_effect_are_named(trainings, tmp_path):
     run = trainings.train(tmp_path, mas=False, epochs=1, mem_limit="8GiB", micro_batch=4)
     assert "mas=False, so there is no use for mem_limit=8GiB, micro_batch=4" in run.log
 
 
-def test_a_layer_that_is_not_there_is_refused_and_leaves_no_folder(trainings, tmp_path):
+def test_a_layer_that_does_not_exist_is_refused_and_leaves_no_folder(trainings, tmp_path):
     run = trainings.train(tmp_path, disable_mas_layers=["backbone.44"], raises=ConfigError)
     assert run.trainer is None
     assert not list(tmp_path.rglob("args.yaml"))
 
 
-def test_layers_to_leave_alone_are_kept_with_the_run(trainings, tmp_path):
+def test_names_of_disabled_layers_are_saved_with_the_run(trainings, tmp_path):
     run = trainings.train(tmp_path, epochs=1, disable_mas_layers=["backbone.4", "neck.2"])
     assert run.args["disable_mas_layers"] == ["backbone.4", "neck.2"]
     assert len(run.memory) == trainings.BATCHES

@@ -1,4 +1,4 @@
-"""The engine is off: a training is Ultralytics' own. It is on: the weights are the same, however batches were split."""
+"""Without the engine, a training is Ultralytics' own; with it, weights are the same however batches were split."""
 
 import csv
 import json
@@ -45,8 +45,10 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()))
 def test_one_micro_batch_gives_the_weights_of_ultralytics_own_step(trainings, tmp_path, options):
-    """Where nothing is split nothing may change. BatchNorm's statistics alone may be an ulp a batch apart: PyTorch's
-    kernel rounds their moving average elsewhere."""
+    """Without a split nothing may change, except BatchNorm's statistics by one ulp per batch.
+
+    PyTorch's kernel rounds their moving average at another place.
+    """
     stock = trainings.train(tmp_path, mas=False, **options)
     ours = trainings.train(tmp_path, bn_group=8, **options)
     parameters = {name for name, _ in ours.trainer.model.named_parameters()}
@@ -57,4 +59,4 @@ def test_one_micro_batch_gives_the_weights_of_ultralytics_own_step(trainings, tm
     assert ours.calls == stock.calls
     assert (ours.steps, ours.trainer.ema.updates) == (stock.steps, stock.trainer.ema.updates)
     for row, stock_row in zip(ours.stock_results(), stock.stock_results(), strict=True):
-        assert row == pytest.approx(stock_row, abs=2e-5)  # they are rounded to 1e-5
+        assert row == pytest.approx(stock_row, abs=2e-5)  # values are rounded to 1e-5

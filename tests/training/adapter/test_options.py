@@ -1,4 +1,4 @@
-"""Ultralytics' arguments that change what a batch is, or how many there are, where batches are split."""
+"""Split batches together with Ultralytics' arguments that change the content or the number of batches."""
 
 import torch
 
@@ -14,7 +14,7 @@ def test_frozen_layers_stay_as_they_were(trainings, tmp_path):
 
 
 def test_multi_scale_draws_a_size_a_batch_as_ultralytics_does(trainings, tmp_path):
-    """With bn_group=auto a few images are run before the first batch; that draws nothing either."""
+    """The warm-up of bn_group=auto draws no size either."""
     stock = trainings.train(tmp_path, mas=False, multi_scale=0.5, imgsz=96)
     for settings in (trainings.SPLIT, {"micro_batch": 2}):
         run = trainings.train(tmp_path, **settings, multi_scale=0.5, imgsz=96)
@@ -35,7 +35,7 @@ def test_time_ends_a_run(trainings, tmp_path):
 
 def test_without_validation_results_keep_their_columns(trainings, tmp_path):
     run = trainings.train(tmp_path, **trainings.SPLIT, val=False, epochs=3)
-    assert len(run.results) == 3  # each of which was read with a number in every column
+    assert len(run.results) == 3  # the rows have been read with a number in every column
     assert all(row["memory/micro_batch"] == 2 for row in run.results)
     assert "metrics/mAP50(B)" in run.results[0]
 

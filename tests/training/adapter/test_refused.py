@@ -1,4 +1,4 @@
-"""Not even one image fits: one error says what it needs, and nothing is left."""
+"""If not even one image fits, one error names the bytes needed, and no files are left."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ MESSAGE = re.compile(
 
 @pytest.fixture(autouse=True)
 def others(monkeypatch):
-    """Whatever else runs on this machine: other processes hold 8 GiB, which the engine waits no second for."""
+    """Pretend that other processes hold 8 GiB, whatever runs on this machine, and let the engine not wait."""
     read = HostMeter.read
     monkeypatch.setattr(HostMeter, "read", lambda meter: replace(read(meter), others_bytes=8 * 2**30))
     monkeypatch.setattr(engine, "WAIT_S", 0)
@@ -36,14 +36,14 @@ def test_one_image_that_does_not_fit_ends_in_an_error_with_numbers(trainings, tm
     found = MESSAGE.search(str(caught.value))
     assert found is not None, str(caught.value)
     number = {name: int(found[name].replace(",", "")) for name in ("needed", "budget", "free")}
-    assert 200 < number["needed"] < 4000  # of which most is Python and PyTorch
+    assert 200 < number["needed"] < 4000  # most of them are Python and PyTorch
     assert number["budget"] <= 1
     assert number["free"] > 100
     assert not any((tmp_path / "runs").rglob("*"))
-    assert "other processes" not in str(caught.value)  # what they free would not raise a limit
+    assert "other processes" not in str(caught.value)  # memory that they release would not raise a limit
 
 
-def test_the_command_line_says_it_in_one_line(trainings, tmp_path, capsys):
+def test_the_command_line_prints_the_error_in_one_line(trainings, tmp_path, capsys):
     arguments = {**trainings.TINY, "plots": True, "project": tmp_path / "runs"}
     tiny = [f"{key}={value}" for key, value in arguments.items()]
     assert cli.main(["train", "model=yolov8n.yaml", *tiny, "mem_limit=1MiB"]) == 1
@@ -57,8 +57,8 @@ def test_the_command_line_says_it_in_one_line(trainings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
-def test_what_the_optimizer_will_hold_is_counted_until_it_does(trainings, tmp_path, optimizer):
-    """A limit that is named must do after the first update too."""
+def test_the_optimizer_state_is_counted_until_it_is_allocated(trainings, tmp_path, optimizer):
+    """A limit that the error names must suffice after the first update, too."""
     counted = []
 
     def count(trainer):
@@ -71,8 +71,8 @@ def test_what_the_optimizer_will_hold_is_counted_until_it_does(trainings, tmp_pa
     assert counted == [pytest.approx(held, rel=0.02), 0]
 
 
-def test_what_was_done_before_is_kept(trainings, tmp_path):
-    """A run that trained for a while is no false start."""
+def test_the_folder_of_a_run_that_has_trained_is_kept(trainings, tmp_path):
+    """A run that has trained for a while is not removed."""
 
     def stop(trainer):
         raise DoesNotFitError("later")

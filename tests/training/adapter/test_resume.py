@@ -1,4 +1,4 @@
-"""An interrupted training goes on as it began, in the memory there is now."""
+"""An interrupted training continues as it began, within the memory that there is now."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from yolov12.mas import Engine
 
 
 class PowerCutError(Exception):
-    """Between two epochs."""
+    """Power cut between two epochs."""
 
 
 def cut_power(trainer):
@@ -47,7 +47,7 @@ def test_a_resumed_run_keeps_its_group_and_takes_the_memory_it_is_given(training
 
 
 def test_the_group_that_auto_chose_is_resumed(trainings, tmp_path):
-    """Though after the resume another would be chosen."""
+    """It is resumed even if another would be chosen after the resume."""
     cut = trainings.train(tmp_path, micro_batch=4, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError)
     assert cut.args["bn_group"] == 4
     run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True, micro_batch=8)
@@ -58,7 +58,7 @@ def test_the_group_that_auto_chose_is_resumed(trainings, tmp_path):
 
 
 def test_a_resumed_run_is_that_of_ultralytics(trainings, tmp_path):
-    """With every batch in one micro-batch, from the checkpoint that Ultralytics writes at the end of an epoch."""
+    """Every batch is one micro-batch, and the run resumes from Ultralytics' checkpoint of the end of an epoch."""
     left = []
     for settings in ({"mas": False}, {"bn_group": 8}):
         cut = trainings.train(tmp_path, **settings, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError)
@@ -73,7 +73,10 @@ def test_a_resumed_run_is_that_of_ultralytics(trainings, tmp_path):
 
 @pytest.mark.parametrize("began_with", [True, False])
 def test_the_engine_may_be_switched_on_at_a_resume_and_not_off(trainings, tmp_path, began_with):
-    """results.csv stays a table. A run that died of out-of-memory goes on with the engine; none goes on without."""
+    """A run that died of out-of-memory may continue with the engine; no run of the engine continues without it.
+
+    results.csv stays a table.
+    """
     cut = trainings.train(
         tmp_path, mas=began_with, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError, bn_group=2
     )
@@ -93,5 +96,5 @@ def test_what_the_engine_learned_is_in_the_checkpoint_and_taken_from_there(train
     monkeypatch.setattr(Engine, "load_state_dict", lambda engine, state: taken.append(state))
     run = trainings.train(tmp_path, last, resume=True)
     assert taken == [saved]
-    # The weights that a run ends with hold nothing of ours.
+    # The final weights hold nothing of the engine.
     assert "mas_state" not in str(torch.load(run.folder / "weights" / "best.pt", weights_only=False).keys())

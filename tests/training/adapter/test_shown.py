@@ -1,4 +1,4 @@
-"""What a user sees of the engine: the progress bar, the log, memory.json and memory.png."""
+"""Output of the engine for users: the progress bar, the log, memory.json and memory.png."""
 
 import re
 from itertools import pairwise
@@ -16,7 +16,7 @@ def run(trainings, tmp_path_factory):
 
 
 def ends(line):
-    """Where the words of a line end."""
+    """Return the positions at which the words of a line end."""
     return [word.end() for word in re.finditer(r"\S+", line)]
 
 
@@ -30,7 +30,7 @@ def test_the_progress_bar_has_a_column_under_its_header(run):
         assert found is not None, row
         peak, budget = float(found[2]), float(found[3])
         assert 0.1 < peak < budget
-        # Epoch, then the one column of two words, then losses, instances and size.
+        # Epoch, then the memory column with its two words, then losses, instances and size.
         first, _, *others = ends(row)
         assert [first, *others] == ends(header)
     last = run.memory[-1]
@@ -45,7 +45,7 @@ def test_without_the_engine_the_progress_bar_is_ultralytics_own(trainings, tmp_p
     assert "memory:" not in stock.log
 
 
-def test_the_log_says_what_was_chosen_and_at_the_end_how_it_went(run):
+def test_the_log_tells_the_chosen_group_and_at_the_end_the_summary(run):
     lines = run.log.splitlines()
     (chosen,) = [line for line in lines if "(bn_group)" in line]
     assert chosen.startswith("memory: BatchNorm sees 2 images at once (bn_group) in this run; other processes hold ")

@@ -1,4 +1,4 @@
-"""A training whose batches are split, beside the same one without the engine: what Ultralytics does goes on."""
+"""A training with split batches does everything that the same training without the engine does."""
 
 import pytest
 
@@ -58,7 +58,7 @@ def test_results_csv_has_the_memory_beside_what_ultralytics_writes(stock, split)
 
 
 def test_loggers_get_the_memory(split):
-    assert len(split.logged) == 3  # the last is of best.pt
+    assert len(split.logged) == 3  # the last entry is the validation of best.pt
     for metrics in split.logged[:2]:
         assert metrics["memory/micro_batch"] == 2
         assert 0 < metrics["memory/peak_MiB"] < metrics["memory/budget_MiB"]
@@ -66,10 +66,10 @@ def test_loggers_get_the_memory(split):
 
 
 def test_pictures_of_batches_are_the_same_to_the_pixel(trainings, tmp_path, stock, split):
-    """Where batches are not arranged: there are no groups to arrange."""
+    """Batches without BatchNorm groups are not arranged."""
     alike = trainings.train(tmp_path, bn_group=0, micro_batch=2, plots=True, close_mosaic=1)
     pictures = sorted(file.name for file in stock.folder.glob("train_batch*.jpg"))
-    # The last three are of the epoch without mosaic.
+    # The last three are from the epoch without mosaic.
     assert pictures == [f"train_batch{number}.jpg" for number in (0, 1, 2, 4, 5, 6)]
     for name in pictures:
         assert (alike.folder / name).read_bytes() == (stock.folder / name).read_bytes(), name

@@ -1,4 +1,4 @@
-"""Trainings of other kinds than detection: which are split, which are not, and what the log says of it."""
+"""Trainings of other tasks than detection: whether their batches are split, and what the log tells."""
 
 import cv2
 import numpy as np
@@ -60,7 +60,7 @@ def test_distillation_is_not_split(trainings, tmp_path):
 
 
 def test_a_compiled_model_is_not_split(trainings, tmp_path, monkeypatch):
-    """Compiling itself is not what is tested, and takes a compiler."""
+    """Compilation is replaced, as it needs a compiler and is not tested here."""
     import ultralytics.engine.trainer as module
 
     monkeypatch.setattr(module, "attempt_compile", lambda model, **_: model)

@@ -1,4 +1,4 @@
-"""Trainings that leave the straight path: callbacks, trainers of one's own, recovery; and the weights they leave."""
+"""Trainings with callbacks, the user's own trainers, early stopping and recovery from NaN, and their weights."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_model_behind_the_wrapper_is_reached_by_callbacks(trainings, tmp_path)
 
 
 class WorseAndWorse(DetectionTrainer):
-    """A fitness that falls."""
+    """Trainer whose fitness falls from epoch to epoch."""
 
     def validate(self):
         metrics, _ = super().validate()
@@ -39,7 +39,7 @@ def test_early_stopping(trainings, tmp_path):
 
 @pytest.mark.parametrize(("nbs", "images"), [(8, [8] * 12), (24, [24, 24, 8, 24])])
 def test_a_loss_that_is_not_a_number_is_recovered_from(trainings, tmp_path, nbs, images):
-    """Once, at the end of the second epoch. With nbs=24, Ultralytics drops two batches that wait for a third."""
+    """The loss is NaN once, at the end of the second epoch. With nbs=24, Ultralytics then drops two waiting batches."""
     left = []
     for settings in ({"mas": False}, trainings.SPLIT):
         done = []
@@ -87,7 +87,7 @@ def v1_run(trainings, tmp_path_factory):
 
 
 class OwnTrainer(DetectionTrainer):
-    """As users write them: it looks at labels, and changes a tensor in place."""
+    """Trainer as users write them: it reads labels and changes a tensor in place."""
 
     updated = 0
 
@@ -107,7 +107,7 @@ def test_a_trainer_of_the_users_own_is_called(trainings, tmp_path, more):
     for settings in ({"mas": False}, trainings.SPLIT, {"micro_batch": 2}):
         OwnTrainer.updated = 0
         run = trainings.train(tmp_path, **settings, **more, imgsz=96, epochs=1, trainer=OwnTrainer)
-        # In whatever order they share micro-batches; before that, bn_group=auto tries a few.
+        # Images may share micro-batches in any order; before the first batch, bn_group=auto runs a few.
         sums.append(sorted(run.sums[-trainings.IMAGES :]))
         assert OwnTrainer.updated == trainings.BATCHES
     assert sums[0] == sums[1] == sums[2]

@@ -1,4 +1,4 @@
-"""Validation and prediction in slices: the same numbers, whatever their size and whatever fails."""
+"""Validation and prediction in slices give the same numbers for any size of slices and after failed allocations."""
 
 import json
 
@@ -12,7 +12,7 @@ from yolov12.errors import ConfigError, DoesNotFitError
 
 @pytest.fixture(scope="module")
 def data(trainings, tmp_path_factory):
-    """40 images of one object that nearly fills them, which a young model finds."""
+    """40 images with one object that nearly fills the image, so that a model finds it after little training."""
     folder = tmp_path_factory.mktemp("data") / "data"
     file = trainings.draw_data(folder, "detect", [(128, 128)] * 5)
     for index in range(40):
@@ -23,14 +23,14 @@ def data(trainings, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(trainings, tmp_path_factory, data):
-    """A training."""
+    """One training."""
     folder = tmp_path_factory.mktemp("run")
     return trainings.train(folder, "yolov8n.yaml", data=data, optimizer="AdamW", lr0=2e-3, epochs=8, batch=8, val=False)
 
 
 @pytest.fixture(scope="module")
 def weights(run):
-    """As sure of what it finds as an old model is: a box of 15 cells, as a young one draws it, of 8 pixels each."""
+    """Weights that are as confident as those of a long training: boxes have 15 cells of 8 pixels each."""
     file = run.folder / "weights" / "sure.pt"
     checkpoint = torch.load(run.folder / "weights" / "last.pt", weights_only=False)
     checkpoint["model"].model[-1].cv3[0][-1].bias.data += 6
@@ -40,14 +40,14 @@ def weights(run):
 
 @pytest.fixture(autouse=True)
 def same_arithmetic():
-    """oneDNN and NNPACK round convolutions of other numbers of images otherwise; PyTorch's own do not."""
+    """Use PyTorch's own convolutions; in oneDNN and NNPACK, rounding depends on the number of images."""
     with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
         yield
 
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """Images of every forward pass of the model in evaluation."""
+    """Number of images in every forward pass of the model in evaluation mode."""
     from ultralytics.nn.tasks import BaseModel
 
     seen, forward = [], BaseModel.forward
@@ -115,7 +115,7 @@ def test_failed_allocations_change_no_number(weights, data, tmp_path, monkeypatc
     assert failed[-1] == 1
 
 
-def test_a_setting_that_cannot_be_is_told_before_any_data_is_read(weights, tmp_path):
+def test_a_wrong_setting_is_refused_before_any_data_is_read(weights, tmp_path):
     with pytest.raises(ConfigError, match="mem_safety_ratio"):
         validate(weights, tmp_path / "nothing.yaml", tmp_path, mem_safety_ratio=2)
 
@@ -133,7 +133,7 @@ def test_validation_in_a_training_gives_the_losses_of_whole_batches(run, sizes):
         assert max(sizes) == {"whole": 16, "ones": 1, "sevens": 7}[name]
     assert found["whole"]["val/box_loss"] > 0
     for name in ("ones", "sevens"):
-        assert found[name] == pytest.approx(found["whole"], abs=1.1e-5)  # they are rounded to five places
+        assert found[name] == pytest.approx(found["whole"], abs=1.1e-5)  # values are rounded to five places
     model = trainer.ema.ema
     assert not {"forward", "loss"} & vars(model).keys()
     assert not {"preprocess", "postprocess", "init_metrics", "finalize_metrics"} & vars(validator).keys()

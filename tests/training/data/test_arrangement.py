@@ -1,4 +1,4 @@
-"""Groups of a batch get as many boxes as one another, whatever their size, and memory has no part in it."""
+"""Groups of a batch have about equally many boxes, whatever their size, and memory does not affect them."""
 
 from hypothesis import given
 from hypothesis import strategies as st

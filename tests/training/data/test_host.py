@@ -1,4 +1,4 @@
-"""What a training takes of the host is told before it fails, with the number and a way out."""
+"""A training warns about a shortage of host memory before it fails, with numbers and a way out."""
 
 from types import SimpleNamespace
 
@@ -51,7 +51,7 @@ def a_trainer(**args):
     return SimpleNamespace(args=args, batch_size=256, world_size=1)
 
 
-def test_a_small_shm_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
+def test_a_small_shm_reduces_the_workers_with_a_warning(tmp_path, warnings, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setattr("os.statvfs", lambda folder: SimpleNamespace(f_bavail=64, f_frsize=MIB))
     trainer = a_trainer()
@@ -61,7 +61,7 @@ def test_a_small_shm_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
     assert "/dev/shm has 64 MiB free. `docker run --shm-size=18g`" in warnings[0]
 
 
-def test_a_small_host_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
+def test_a_small_host_reduces_the_workers_with_a_warning(tmp_path, warnings, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     trainer = a_trainer()
     limit_workers(trainer, a_host(tmp_path, 16 * GIB), shm=str(tmp_path / "none"))
@@ -69,7 +69,7 @@ def test_a_small_host_is_told_and_lived_with(tmp_path, warnings, monkeypatch):
     assert "the host has 16,384 MiB available: going on with workers=2" in warnings[0]
 
 
-def test_enough_is_enough(tmp_path, warnings):
+def test_with_enough_memory_nothing_changes(tmp_path, warnings):
     trainer = a_trainer(imgsz=64)
     limit_workers(trainer, a_host(tmp_path, 256 * GIB), shm=str(tmp_path / "none"))
     assert (trainer.args.workers, warnings) == (8, [])
@@ -82,7 +82,7 @@ def data(tmp_path, trainings):
 
 @pytest.mark.parametrize(("room_bytes", "cached"), [(1 * GIB, True), (100 << 10, False)])
 def test_images_are_cached_only_within_the_limit_of_the_container(data, warnings, monkeypatch, room_bytes, cached):
-    """8 images of 64 × 64 are 96 KiB; psutil, which Ultralytics asks, tells of the machine."""
+    """8 images of 64 × 64 take 96 KiB. Ultralytics asks psutil, which tells only the memory of the machine."""
     monkeypatch.setattr(HostMemory, "room_bytes", lambda self: (room_bytes, room_bytes))
     dataset = build_yolo_dataset(get_cfg(overrides={"imgsz": 64, "cache": "ram"}), data["train"], 4, data)
     assert (dataset.cache == "ram") is cached
@@ -108,12 +108,12 @@ def test_only_images_that_are_drawn_are_turned_into_floats(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("mas", "ahead"), [(True, AHEAD), (False, 4)])
-def test_workers_load_no_further_ahead_than_it_takes(tmp_path, trainings, mas, ahead):
-    """Batches that were asked for, and not trained on, when the first step was done."""
+def test_workers_prefetch_no_more_than_needed(tmp_path, trainings, mas, ahead):
+    """The test counts the batches that were requested and not trained on after the first step."""
     outstanding = []
 
     def have_a_worker(trainer):
-        trainer.args.workers = 1  # without a GPU, Ultralytics has none
+        trainer.args.workers = 1  # without a GPU, Ultralytics uses no workers
 
     def look(trainer):
         iterator = trainer.train_loader.iterator
@@ -125,7 +125,7 @@ def test_workers_load_no_further_ahead_than_it_takes(tmp_path, trainings, mas, a
 
 
 @pytest.mark.parametrize(("given", "kept"), [(1, 1), (4, AHEAD)])
-def test_a_loader_that_loads_less_ahead_is_left_alone(given, kept):
+def test_a_loader_that_prefetches_less_is_left_alone(given, kept):
     loader = InfiniteDataLoader([0] * 4, num_workers=1, prefetch_factor=given)
     draw_less_ahead(SimpleNamespace(train_loader=loader))
     assert loader.prefetch_factor == kept

@@ -1,4 +1,4 @@
-"""A loader that goes on gives the batches that would have come: the same images, augmented alike, in the same order."""
+"""A resumed loader returns the batches of an uninterrupted one: same images, same augmentation, same order."""
 
 import itertools
 
@@ -22,16 +22,16 @@ def data(tmp_path_factory, trainings):
 
 
 def loader(data, workers, cache=None):
-    """Of 24 images: 6 batches."""
+    """Return a loader of 24 images in 6 batches."""
     init_seeds(1, deterministic=False)
     cfg = get_cfg(overrides={"imgsz": 64, "mosaic": 0.8, "mixup": 0.3, "degrees": 5.0, "cache": cache})
     dataset = build_yolo_dataset(cfg, data["train"], BATCH, data)
     dataset.max_buffer_length = 9  # small enough to overflow
-    return ResumableLoader(build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu"), 64)
+    return ResumableLoader(build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu"), 64).take_over()
 
 
 def epochs(loader, first=0):
-    """Batches of all epochs, as Ultralytics' loop asks for them."""
+    """Yield the batches of all epochs, as Ultralytics' loop asks for them."""
     closed = False
     for epoch in range(first, EPOCHS):
         if epoch >= CLOSE and not closed:
@@ -50,11 +50,11 @@ def same(a, b):
     return a[0] == b[0] and all(torch.equal(x, y) for x, y in zip(a[1:], b[1:], strict=True))
 
 
-# In the middle and at the end of an epoch, before every worker has had its turn, and after mosaic was closed.
+# In the middle and at the end of an epoch, before every worker has delivered, and after mosaic was closed.
 @pytest.mark.parametrize(
     ("workers", "done"), [*itertools.product((0, 2), (1, 3, 6, 9, 12, 13, 17, 18)), (3, 8), (3, 11), (5, 2), (5, 14)]
 )
-def test_goes_on_as_it_would_have(data, workers, done, monkeypatch):
+def test_a_resumed_loader_continues_as_if_not_interrupted(data, workers, done, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)  # Ultralytics has no more workers than processors
     whole = loader(data, workers)
     assert whole.num_workers == workers
@@ -66,7 +66,7 @@ def test_goes_on_as_it_would_have(data, workers, done, monkeypatch):
     whole.close()
 
     again = loader(data, workers)
-    torch.manual_seed(99)  # what happens before counts for nothing
+    torch.manual_seed(99)  # earlier random numbers must have no effect
     assert again.load_state_dict(state, lambda: set_random_state(draws))
     seen, skipped = [], 0
     for _, batch in epochs(again, (done - 1) // 6):
@@ -80,8 +80,8 @@ def test_goes_on_as_it_would_have(data, workers, done, monkeypatch):
     assert all(map(same, seen, expected[done:]))
 
 
-def test_goes_on_from_where_it_went_on(data):
-    """A second interruption, before and after every worker has delivered."""
+def test_a_resumed_loader_can_be_resumed_again(data):
+    """The loader is interrupted a second time, before and after every worker has delivered."""
     whole = loader(data, 2)
     expected = [facts(batch) for _, batch in itertools.islice(epochs(whole), 12)]
     whole.close()
@@ -111,7 +111,7 @@ def test_the_first_batches_are_those_of_ultralytics(data):
     stock.close()
 
 
-def test_says_that_augmentation_does_not_go_on_with_other_workers(data):
+def test_another_number_of_workers_is_reported_as_it_changes_augmentation(data):
     one = loader(data, 2)
     order = [batch["im_file"] for batch in one]
     begun = loader(data, 2)
@@ -124,7 +124,7 @@ def test_says_that_augmentation_does_not_go_on_with_other_workers(data):
     begun.close()
 
 
-def test_the_state_survives_a_file_that_nothing_runs_from(data, tmp_path):
+def test_the_state_survives_a_file_that_is_loaded_with_weights_only(data, tmp_path):
     begun = loader(data, 2)
     list(itertools.islice(iter(begun), 3))
     torch.save({"loader": for_file(begun.state_dict()), "random": random_state()}, tmp_path / "state.pt")
@@ -135,7 +135,7 @@ def test_the_state_survives_a_file_that_nothing_runs_from(data, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_of_other_kinds_are_let_alone(data, workers):
+def test_loaders_of_other_kinds_are_left_alone(data, workers):
     stock = loader(data, workers)._loader
     generator = torch.Generator()
     plain = torch.utils.data.DataLoader(stock.dataset, BATCH, shuffle=True, generator=generator)

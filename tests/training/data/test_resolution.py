@@ -1,4 +1,4 @@
-"""Images get smaller when nothing else helps, and full again; the journal tells; otherwise nothing is touched."""
+"""Images get smaller if nothing else helps, and later full again; otherwise no image is changed."""
 
 import itertools
 from types import SimpleNamespace
@@ -20,14 +20,14 @@ from yolov12.training.data.sharing import Sharing
 SIZES = {"imgsz": 128, "mas_min_imgsz": 32}
 
 
-def test_rungs_go_down_in_strides_to_the_floor():
+def test_resolution_steps_go_down_in_strides_to_the_smallest_size():
     assert resolution_steps(128, 40, 32) == (ResolutionStep(128, 1.0), ResolutionStep(96, 0.5), ResolutionStep(64, 0.0))
     assert resolution_steps(64, 320, 32) == (ResolutionStep(64, 1.0),)
 
 
 @pytest.fixture
 def memory(monkeypatch):
-    """A device on which images up to `size` fit: an attribute to set."""
+    """Device on which images up to `memory.size` pixels fit; tests set this attribute."""
     memory = SimpleNamespace(size=10**6, asked=[])
     run = Engine._run
 
@@ -49,7 +49,7 @@ def sizes(run):
     return [int(row["image_size"].split("x")[0]) for row in run.memory]
 
 
-def test_goes_down_when_nothing_else_fits_and_up_again(trainings, tmp_path, memory):
+def test_images_get_smaller_if_nothing_else_fits_and_larger_again(trainings, tmp_path, memory):
     memory.size = 64
     steps = []
 
@@ -75,14 +75,15 @@ def test_goes_down_when_nothing_else_fits_and_up_again(trainings, tmp_path, memo
     assert not any(memory.asked)
 
 
-def test_off_ends_in_the_error(trainings, tmp_path, memory):
+def test_mode_off_ends_in_the_error(trainings, tmp_path, memory):
     memory.size = 96
     trainings.train(tmp_path, **trainings.SPLIT, **SIZES, mas_data="off", raises=DoesNotFitError)
 
 
-def test_the_floor_is_the_last_resort(trainings, tmp_path, memory):
+def test_the_smallest_size_is_the_last_resort(trainings, tmp_path, memory):
     memory.size = 32
-    trainings.train(tmp_path, **trainings.SPLIT, imgsz=128, raises=DoesNotFitError)  # half of imgsz
+    # The default smallest size is half of imgsz.
+    trainings.train(tmp_path, **trainings.SPLIT, imgsz=128, raises=DoesNotFitError)
     run = trainings.train(tmp_path, **trainings.SPLIT, **SIZES, epochs=1)
     assert set(sizes(run)) == {32}
 
@@ -90,12 +91,12 @@ def test_the_floor_is_the_last_resort(trainings, tmp_path, memory):
 def test_eager_looks_at_the_memory_before_every_batch(trainings, tmp_path, memory):
     memory.size = 64
     run = trainings.train(tmp_path, **trainings.SPLIT, **SIZES, epochs=1, mas_data="eager")
-    assert sizes(run) == [64] * trainings.BATCHES  # one rung for the free memory, one as it did not fit
+    assert sizes(run) == [64] * trainings.BATCHES  # one step down for the free memory, and one as the batch did not fit
     assert all(memory.asked)
 
 
-def test_sizes_are_drawn_around_the_rung(trainings, tmp_path, memory):
-    """`multi_scale` would enlarge what the data layer made small."""
+def test_multi_scale_draws_sizes_around_the_current_size(trainings, tmp_path, memory):
+    """Otherwise `multi_scale` would enlarge images that were made smaller."""
     memory.size = 64
     run = trainings.train(tmp_path, **trainings.SPLIT, **SIZES, epochs=2, multi_scale=0.5)
     assert max(size for _, size, _ in run.seen) <= 96
@@ -144,35 +145,35 @@ def data(tmp_path_factory, trainings):
     return check_det_dataset(trainings.draw_data(tmp_path_factory.mktemp("data") / "set", sizes=[(64, 64), (48, 80)]))
 
 
-def loaded(data, workers, layer=None):
-    """A loader of 4 batches of 4 images of 128 pixels, mixed whenever that is left to the rung."""
+def loaded(data, workers, control=None):
+    """Return a loader of 4 batches of 4 images of 128 pixels, which mixes every image at full size."""
     init_seeds(1, deterministic=False)
     cfg = get_cfg(overrides={"imgsz": 128, "mosaic": 1.0, "mixup": 1.0})
     dataset = build_yolo_dataset(cfg, data["train"], 4, data)
-    if layer is not None:
-        layer.join(dataset, cfg)
+    if control is not None:
+        control.join(dataset, cfg)
     return build_dataloader(dataset, 4, workers, device="cpu")
 
 
-def a_layer(mode="auto"):
+def a_control(mode="auto"):
     return ResolutionControl(mode, resolution_steps(128, 64, 32), 32)
 
 
 @pytest.mark.parametrize("mode", ["auto", "eager", "off"])
 def test_larger_images_than_asked_for_are_not_touched_at_full_size(mode):
-    """As a data set of one's own may load them."""
+    """The user's own data set may load larger images."""
     batch = {"img": torch.zeros(1, 3, 256, 256)}
-    assert a_layer(mode).before(batch, lambda size: True) is batch
+    assert a_control(mode).before(batch, lambda size: True) is batch
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_with_enough_memory_images_are_the_same_to_the_byte(data, workers):
     batches = {}
     for mode in ("auto", "eager", "off", None):
-        layer = a_layer(mode) if mode else None
-        loader = loaded(data, workers, layer)
+        control = a_control(mode) if mode else None
+        loader = loaded(data, workers, control)
         batches[mode] = [
-            (layer.before(batch, lambda size: True) if layer else batch)["img"]
+            (control.before(batch, lambda size: True) if control else batch)["img"]
             for batch in itertools.chain(loader, loader)
         ]
         loader.close()
@@ -180,14 +181,14 @@ def test_with_enough_memory_images_are_the_same_to_the_byte(data, workers):
         assert all(map(torch.equal, batches[mode], batches[None]))
 
 
-def test_workers_learn_of_the_rung_without_a_restart(data):
-    layer = a_layer()
-    loader = loaded(data, 2, layer)
+def test_workers_follow_the_resolution_step_without_a_restart(data):
+    control = a_control()
+    loader = loaded(data, 2, control)
     sides = [max(next(iter(loader))["img"].shape)]
     workers = [worker.pid for worker in loader.iterator._workers]
-    assert layer.smaller({"img": torch.zeros(1, 3, 128, 128, dtype=torch.uint8)})["img"].shape[-1] == 96
-    assert layer.smaller({"img": torch.zeros(1, 3, 96, 64, dtype=torch.uint8)})["img"].shape[-2:] == (64, 64)
-    assert layer.smaller({"img": torch.zeros(1)}) is None
+    assert control.smaller({"img": torch.zeros(1, 3, 128, 128, dtype=torch.uint8)})["img"].shape[-1] == 96
+    assert control.smaller({"img": torch.zeros(1, 3, 96, 64, dtype=torch.uint8)})["img"].shape[-2:] == (64, 64)
+    assert control.smaller({"img": torch.zeros(1)}) is None
     for _ in range(5):
         sides += [batch["img"].shape[-1] for batch in loader]
     assert sides[0] == 128
@@ -196,31 +197,31 @@ def test_workers_learn_of_the_rung_without_a_restart(data):
     loader.close()
 
 
-def test_mixing_fades_with_the_rungs_and_stays_off_where_it_was_closed(data):
-    """Two pictures in one have more boxes than one."""
+def test_mixing_fades_with_the_resolution_steps_and_stays_off_once_closed(data):
+    """Mixed images have more boxes."""
 
     def boxes(loader):
         return sum(len(batch["cls"]) for batch in loader)
 
-    layer = a_layer()
-    loader = loaded(data, 0, layer)
+    control = a_control()
+    loader = loaded(data, 0, control)
     full = boxes(loader)
-    layer.smaller({"img": torch.zeros(1, 3, 64, 64)})
+    control.smaller({"img": torch.zeros(1, 3, 64, 64)})
     half = boxes(loader)
-    layer.smaller({"img": torch.zeros(1, 3, 64, 64)})
+    control.smaller({"img": torch.zeros(1, 3, 64, 64)})
     none = boxes(loader)
     assert full > half > none
     loader.dataset.close_mosaic(get_cfg(overrides={"imgsz": 128}))
-    layer._shared.value = 1
+    control._shared.value = 1
     assert boxes(loader) <= none
 
 
-def test_ranks_load_on_the_rung_that_was_settled_and_not_on_the_one_of_the_moment(data):
-    layer = a_layer()
-    loader = loaded(data, 0, layer)
-    sharing = Sharing(0, 1, 4, 4, 0, resolution_step=lambda: layer.step)
+def test_ranks_load_at_the_resolution_step_that_was_settled_when_they_drew_the_batch(data):
+    control = a_control()
+    loader = loaded(data, 0, control)
+    sharing = Sharing(0, 1, 4, 4, 0, resolution_step=lambda: control.step)
     drawn = [sharing.split(range(4), "0 0")]
-    layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
+    control.smaller({"img": torch.zeros(1, 3, 128, 128)})
     sharing.taken()
     sharing.observe([RankStatus()])
     drawn.append(sharing.split(range(4), "0 1"))
@@ -230,30 +231,30 @@ def test_ranks_load_on_the_rung_that_was_settled_and_not_on_the_one_of_the_momen
 
 
 @pytest.mark.parametrize("cache", [None, "ram"])
-def test_images_that_are_in_memory_get_smaller_and_not_cropped(data, cache):
-    layer = a_layer()
+def test_cached_images_get_smaller_and_are_not_cropped(data, cache):
+    control = a_control()
     cfg = get_cfg(
         overrides={"imgsz": 128, "mosaic": 0.0, "scale": 0.0, "translate": 0.0, "fliplr": 0.0, "cache": cache}
     )
     init_seeds(1, deterministic=False)
     dataset = build_yolo_dataset(cfg, data["train"], 16, data)
-    layer.join(dataset, cfg)
+    control.join(dataset, cfg)
     full = dataset.__getitems__(range(16))
-    layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
-    layer.smaller({"img": torch.zeros(1, 3, 128, 128)})
+    control.smaller({"img": torch.zeros(1, 3, 128, 128)})
+    control.smaller({"img": torch.zeros(1, 3, 128, 128)})
     small = dataset.__getitems__(range(16))
     assert {tuple(sample["img"].shape[1:]) for sample in small} == {(64, 64)}
     for before, after in zip(full, small, strict=True):
         assert torch.allclose(before["bboxes"], after["bboxes"], atol=0.03)
 
 
-def test_one_fall_through_several_rungs_doubles_the_patience_once():
-    layer = ResolutionControl("auto", resolution_steps(128, 32, 32), 32)
+def test_one_fall_through_several_resolution_steps_doubles_the_patience_once():
+    control = ResolutionControl("auto", resolution_steps(128, 32, 32), 32)
     batch = {"img": torch.zeros(1, 3, 128, 128)}
-    layer.smaller(batch)
+    control.smaller(batch)
     for _ in range(CALM):
-        layer.after(lambda size: True)
-    assert layer.step == 0
+        control.after(lambda size: True)
+    assert control.step == 0
     for _ in range(3):
-        layer.smaller(batch)
-    assert (layer.step, layer.state_dict()["patience"]) == (3, 2 * CALM)
+        control.smaller(batch)
+    assert (control.step, control.state_dict()["patience"]) == (3, 2 * CALM)

@@ -1,4 +1,4 @@
-"""Who loads what: every image of every batch is loaded once, however far ranks draw ahead."""
+"""Every image of every batch is loaded by exactly one rank, however far ranks draw ahead."""
 
 import pickle
 import random
@@ -15,7 +15,10 @@ from yolov12.training.data.sharing import Sharing, augment_by_place, resolution_
 
 
 def draws(sharing, batches, *, ahead, said):
-    """What a rank loads, in a training that says the same in every step."""
+    """Return the images that a rank loads in each batch of a training.
+
+    `said` returns the reports of all ranks for a step.
+    """
     drawn = []
     for step in range(len(batches)):
         while len(drawn) < min(step + 1 + ahead, len(batches)):
@@ -43,12 +46,12 @@ def test_every_image_is_loaded_once_however_far_ranks_draw_ahead(aheads):
         assert all(len(share) % 4 == 0 for share in shares)
     sizes = [[len(share) for share in shares] for shares in zip(*loaded, strict=True)]
     assert sizes[0] == [24, 20, 20]
-    assert sizes[28] == [24, 24, 16]  # by speed
+    assert sizes[28] == [24, 24, 16]  # shares follow speed
     assert sizes[-2][0] < 16
 
 
 @pytest.mark.parametrize("aheads", [(0, 0), (9, 9), (0, 9)])
-def test_a_batch_is_loaded_on_one_rung_however_far_ranks_draw_ahead(aheads):
+def test_a_batch_is_loaded_at_one_resolution_step_however_far_ranks_draw_ahead(aheads):
     batches = [list(range(16)) for _ in range(60)]
     found = []
     for rank, ahead in enumerate(aheads):
@@ -65,11 +68,13 @@ def test_a_batch_is_loaded_on_one_rung_however_far_ranks_draw_ahead(aheads):
         loaded = draws(sharing, batches, ahead=ahead, said=said)
         found.append([{resolution_step_of([index], 7) for index in share} for share in loaded])
     assert found[0] == found[1]
-    assert found[0] == [{3} if 29 <= number < 50 else {0} for number in range(60)]  # nine batches later
+    assert found[0] == [
+        {3} if 29 <= number < 50 else {0} for number in range(60)
+    ]  # a change takes effect nine batches later
     assert resolution_step_of([5], 7) == 7
 
 
-def test_a_run_that_resumes_loads_on_the_rungs_that_were_settled():
+def test_a_resumed_run_loads_at_the_resolution_steps_that_were_settled():
     def steps_of(sharing, batches, first=0):
         return [resolution_step_of(sharing.split(range(16), f"0 {first + number}"), 7) for number in range(batches)]
 
@@ -83,11 +88,11 @@ def test_a_run_that_resumes_loads_on_the_rungs_that_were_settled():
     trained(sharing, 5)
     resolution_step = 1
     trained(sharing, 4)
-    resumed = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: 0)  # its data layer knows the rung only later
+    resumed = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: 0)  # its control restores the step only later
     resumed.load_state_dict(sharing.state_dict())
     assert steps_of(resumed, 12) == steps_of(sharing, 12, 9) == [2] * 6 + [1] * 6
     old = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: resolution_step)
-    old.load_state_dict([])  # a file that does not know
+    old.load_state_dict([])  # an old file without steps
     assert steps_of(old, 1) == [1]
 
 
@@ -97,7 +102,7 @@ def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():
     assert [boxes[index] for index in sharing.split([0, 1, 2, 3], "0 0")] == [9, 3, 5, 1]
 
 
-def test_what_was_drawn_and_dropped_is_drawn_anew():
+def test_batches_that_were_drawn_and_dropped_are_drawn_again():
     sharing = Sharing(0, 2, 8, 2, 9)
     for number in range(3):
         sharing.split(range(8), f"0 {number}")
@@ -108,7 +113,7 @@ def test_what_was_drawn_and_dropped_is_drawn_anew():
     assert sharing.taken().batch_images == 8
 
 
-def test_an_image_is_augmented_by_its_place_whoever_loads_it():
+def test_an_image_is_augmented_by_its_place_whichever_rank_loads_it():
     def load(index):
         return index, random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
 
@@ -124,7 +129,7 @@ def test_an_image_is_augmented_by_its_place_whoever_loads_it():
     assert type(loaded[0][0]) is int
 
 
-def test_a_rank_whose_share_is_none_runs_an_image_that_does_not_count():
+def test_a_rank_with_an_empty_share_runs_a_padding_image():
     found = []
     for rank in range(3):
         sharing = Sharing(rank, 3, 12, 4, 9)
@@ -134,7 +139,7 @@ def test_a_rank_whose_share_is_none_runs_an_image_that_does_not_count():
 
 
 class Numbers(torch.utils.data.Dataset):
-    """22 images that are their indices."""
+    """Data set of 22 images, which are their indices."""
 
     def __len__(self):
         return 22
@@ -144,7 +149,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def order(workers, ahead):
-    """What a rank trains on in three epochs, before the last of which the loader is reset, as where mosaic closes."""
+    """Return the images of three epochs; the loader is reset before the last one, as when mosaic is closed."""
     generator = torch.Generator().manual_seed(5)
     loader = InfiniteDataLoader(
         Numbers(),
@@ -157,7 +162,7 @@ def order(workers, ahead):
         worker_init_fn=lambda index: None,
     )
     sharing = Sharing(0, 1, 4, 1, max(workers * (ahead or 0) + 1, 9))
-    resumable, found = ResumableLoader(loader, 64, sharing=sharing), []
+    resumable, found = ResumableLoader(loader, 64, sharing=sharing).take_over(), []
     for epoch in range(3):
         if epoch == 2:
             resumable.reset()
@@ -168,5 +173,5 @@ def order(workers, ahead):
     return found
 
 
-def test_batches_are_alike_whatever_workers_had_loaded_when_mosaic_closes():
+def test_batches_are_the_same_whatever_workers_had_prefetched_when_mosaic_closes():
     assert order(0, None) == order(1, 2) == order(2, 4)

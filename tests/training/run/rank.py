@@ -1,9 +1,15 @@
-"""One of several processes that train together: `python rank.py MODEL ARGUMENTS FOLDER`, its place in the environment.
+"""One of several processes that train together: `python rank.py MODEL ARGUMENTS FOLDER`.
 
-Leaves its weights in the folder, and what validation found. `KILL` names the rank that dies, and after which batch;
-`VALIDATE` a model whose weights are validated, whatever was trained; `SLOW` the rank whose loss takes so many times as
-long; `KILL_IN_VAL` a rank that dies in validation; `STOP` the batch after which all are interrupted; `NO_ROOM` the rank
-on which images above 64 pixels do not fit, and after which batch they do; `WORKERS` how many each rank has.
+Its rank is in the environment. It saves its weights and the results of validation in the folder. Environment variables,
+all of them JSON except VALIDATE:
+
+KILL         [rank, batch]: the rank that dies, and the batch after which it does
+KILL_IN_VAL  rank that dies in validation
+NO_ROOM      [rank, batch]: the rank on which images above 64 pixels do not fit, until this batch
+SLOW         [rank, factor]: the rank whose loss takes longer by this factor
+STOP         [batch, ...]: batches after which all ranks are interrupted
+VALIDATE     path of a model whose weights are validated instead of those that were trained
+WORKERS      [number, ...]: number of data workers of each rank
 """
 
 import json
@@ -41,7 +47,7 @@ def leave_no_room(while_):
 
 
 def load_with(workers):
-    """Of which Ultralytics has none on a CPU."""
+    """Use data workers on the CPU, where Ultralytics uses none."""
     stock = DetectionTrainer.get_dataloader
 
     def get_dataloader(trainer, *args, **options):

@@ -1,4 +1,4 @@
-"""Trainings that are killed, at any moment and as often as you like, end as if nothing had happened."""
+"""Trainings that are killed at any moment, any number of times, end as if they had not been interrupted."""
 
 import os
 import random
@@ -44,7 +44,7 @@ for project in sys.stdin:
 
 
 class Lives:
-    """Starts one training after another, without loading libraries each time."""
+    """Server that forks one training after another, so that libraries are loaded once."""
 
     def __init__(self, folder):
         script = folder / "life.py"
@@ -55,7 +55,7 @@ class Lives:
         )
 
     def live(self, project, number=None, delay_s=0.0):
-        """Train; with a signal, send it so long after the training has begun. Returns the exit status."""
+        """Train and return the exit status; send a signal, if given, `delay_s` after the training has begun."""
         project.mkdir(exist_ok=True)
         (project / "began").unlink(missing_ok=True)
         self._server.stdin.write(f"{project}\n")
@@ -84,7 +84,7 @@ def lives(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(lives, tmp_path_factory):
-    """Its folder, and seconds it took for an update, validation included."""
+    """Folder of an uninterrupted run, and its seconds per update, validation included."""
     project = tmp_path_factory.mktemp("undisturbed")
     assert lives.live(project) == 0
     rows = (project / "run" / "results.csv").read_text().splitlines()[1:]
@@ -92,7 +92,7 @@ def undisturbed(lives, tmp_path_factory):
 
 
 def results(project):
-    """Rows of results.csv without the clock and the memory."""
+    """Return the rows of results.csv without the columns of time and memory."""
     header, *rows = [line.split(",") for line in (project / "run" / "results.csv").read_text().splitlines()]
     kept = [index for index, name in enumerate(header) if name != "time" and not name.startswith("memory/")]
     return [[row[index] for index in kept] for row in [header, *rows]]
@@ -105,14 +105,14 @@ def test_twenty_kills_change_nothing(lives, undisturbed, tmp_path):
     for _ in range(20):
         assert lives.live(tmp_path, signal.SIGKILL, draw.uniform(0, 3 * step_s)) == -signal.SIGKILL
     assert lives.live(tmp_path) == 0
-    assert int((tmp_path / "began").read_text()) > 0  # the last life went on
+    assert int((tmp_path / "began").read_text()) > 0  # the last process resumed a run
     assert [path.name for path in tmp_path.glob("run*")] == ["run"]
     for ours, expected in zip(torch.load(tmp_path / "final.pt"), torch.load(whole / "final.pt"), strict=True):
         assert all(torch.equal(ours[name], value) for name, value in expected.items())
     assert results(tmp_path) == results(whole)
     rows = [line.split(",") for line in (tmp_path / "run" / "memory.csv").read_text().splitlines()[1:]]
     assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
-    assert sum(int(row[2]) for row in rows) <= EPOCHS * BATCHES * 8  # the last accumulation may have no update
+    assert sum(int(row[2]) for row in rows) <= EPOCHS * BATCHES * 8  # the last accumulation may lack its update
     assert not list((tmp_path / "run").rglob("*.unfinished"))
     assert not (tmp_path / "run" / "weights" / "state.pt").exists()
 
@@ -121,7 +121,7 @@ def test_a_terminated_run_leaves_a_checkpoint_soon(lives, undisturbed, tmp_path)
     _, step_s = undisturbed
     begin = time.monotonic()
     assert lives.live(tmp_path, signal.SIGTERM, 5 * step_s) == 143
-    assert time.monotonic() - begin < 10 + 5 * step_s + 10  # of which 10 are for starting
+    assert time.monotonic() - begin < 10 + 5 * step_s + 10  # 10 s of these are for the start
     weights = tmp_path / "run" / "weights"
     assert torch.load(weights / "state.pt", weights_only=True)["loader"]["data"]["batches"] == BATCHES
     assert len(YOLO(weights / "last.pt").predict(torch.zeros(1, 3, 64, 64), verbose=False)) == 1

@@ -22,7 +22,7 @@ from yolov12.training.run import team
 
 RANK = Path(__file__).with_name("rank.py")
 PLAIN = {"mosaic": 0, "hsv_h": 0, "hsv_s": 0, "hsv_v": 0, "fliplr": 0, "translate": 0, "scale": 0}
-"""Images as they are: one process draws augmentation in another way than several."""
+"""Arguments without augmentation, as one process draws it in another way than several."""
 
 
 def port():
@@ -32,7 +32,7 @@ def port():
 
 
 def start(size, *command, **environment):
-    """Start a process for each rank."""
+    """Start a process for each rank and return the processes."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port()), "WORLD_SIZE": str(size)}
     place |= {"LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return [
@@ -48,7 +48,7 @@ def start(size, *command, **environment):
 
 
 def finish(processes, timeout_s=280):
-    """Exit status and output of each."""
+    """Wait for processes; return their exit statuses and their outputs."""
     outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
@@ -64,9 +64,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(trainings, tmp_path_factory):
-    """Of 32 images with large boxes, which no augmentation drops: all ranks know how many there are."""
+    """Arguments for 32 images with large boxes, which no augmentation drops, so that all ranks know their number."""
     data = trainings.draw_data(tmp_path_factory.mktemp("data") / "images", sizes=((64, 64),) * 4)
-    # Such that rounding stays rounding: BatchNorm over few values makes much of it.
+    # These sizes keep rounding errors small, which BatchNorm over few values would amplify.
     calm = {"imgsz": 128, "batch": 16, "nbs": 16, "bn_group": 4, "lr0": 0.002, "amp": False}
     own = {"data": data, "name": "run", **calm}
     return lambda folder, **more: {**trainings.TINY, **PLAIN, **own, "project": str(folder), **more}
@@ -94,7 +94,7 @@ def results(folder):
 
 
 def rows(folder, rank):
-    """Of a rank's journal."""
+    """Return the rows of a rank's journal."""
     name = f"memory.rank{rank}.csv" if rank else "memory.csv"
     return list(csv.DictReader((Path(folder) / name).read_text().splitlines()))
 
@@ -115,7 +115,7 @@ def test_a_run_in_several_processes_ends_as_in_one(settings, weights, alone, tmp
                 assert row[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
 
 
-def test_the_others_end_soon_and_name_the_rank_that_died(settings, weights, tmp_path):
+def test_the_other_ranks_end_soon_and_name_the_rank_that_died(settings, weights, tmp_path):
     arguments = settings(tmp_path, epochs=50)
     begun = time.monotonic()
     processes = start(4, RANK, weights, json.dumps(arguments), tmp_path, KILL="[2, 3]")
@@ -129,7 +129,7 @@ def test_the_others_end_soon_and_name_the_rank_that_died(settings, weights, tmp_
 
 
 @pytest.mark.slow
-def test_torchrun_starts_them_again_and_the_run_ends_as_if_nothing_had_been(settings, weights, alone, tmp_path):
+def test_torchrun_restarts_the_ranks_and_the_run_ends_as_if_not_interrupted(settings, weights, alone, tmp_path):
     arguments = settings(tmp_path, resume="auto")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=4", "--max-restarts=1", f"--master-port={port()}"]
     done = subprocess.run(
@@ -151,7 +151,7 @@ def test_torchrun_starts_them_again_and_the_run_ends_as_if_nothing_had_been(sett
 
 
 def label_as_predicted(model, source, folder):
-    """A data set whose boxes are what a model finds, so that validation has something to count."""
+    """Return a data set whose boxes are predictions of a model, so that validation has something to count."""
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
     for file in sorted((Path(source).parent / "images").iterdir()):
@@ -170,7 +170,7 @@ def label_as_predicted(model, source, folder):
 
 def test_validation_in_several_processes_finds_what_one_finds(settings, weights, alone, tmp_path):
     model = YOLO(Path(alone["folder"]) / "weights" / "best.pt")
-    for scores in model.model.model[-1].cv3:  # that it is not sure of anything yet would leave nothing to count
+    for scores in model.model.model[-1].cv3:  # an untrained model is not confident of any box
         torch.nn.init.normal_(scores[-1].weight, std=0.5)
         torch.nn.init.zeros_(scores[-1].bias)
     begin = tmp_path / "begin.pt"
@@ -178,7 +178,7 @@ def test_validation_in_several_processes_finds_what_one_finds(settings, weights,
     data = label_as_predicted(YOLO(begin), settings(tmp_path)["data"], tmp_path / "predicted")
     arguments = settings(tmp_path, data=str(data), bn_group=2, epochs=1, save_json=True, batch=6, nbs=6)
     processes = start(3, RANK, begin, json.dumps(arguments), tmp_path, VALIDATE=str(begin))
-    codes, outputs = finish(processes)  # eight batches of 4
+    codes, outputs = finish(processes)  # the validation has eight batches of 4
     assert codes == [0] * 3, "\n".join(outputs)
     metrics = torch.load(tmp_path / "0.pt", weights_only=True)["metrics"]
     best = tmp_path / "run" / "weights" / "best.pt"
@@ -209,13 +209,19 @@ def test_torchrun_runs_the_command_and_each_rank_keeps_a_journal(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Trained. Everything is in") == 1
     steps = [[int(row["images"]) for row in rows(tmp_path / "run", rank)] for rank in range(4)]
-    assert [sum(shares) for shares in zip(*steps, strict=True)] == [8, 8, 8, 8, 2]  # the last has an image for two
+    assert [sum(shares) for shares in zip(*steps, strict=True)] == [
+        8,
+        8,
+        8,
+        8,
+        2,
+    ]  # the last batch has an image for two ranks
     assert (tmp_path / "run" / "memory.png").exists()
     assert len(json.loads((tmp_path / "run" / "memory.json").read_text())["ranks"]) == 4
     assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
 
 
-def test_sigterm_ends_all_ranks_and_leaves_what_they_had_done(settings, weights, tmp_path):
+def test_sigterm_ends_all_ranks_and_keeps_their_steps(settings, weights, tmp_path):
     arguments = settings(tmp_path, epochs=100)
     launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port()}"]
     process = subprocess.Popen(
@@ -261,7 +267,7 @@ def test_it_is_refused_before_anything_is_written(settings, weights, tmp_path):
 
 
 def test_shares_follow_speed_and_batches_stay_whole(settings, weights, tmp_path):
-    """One of two ranks takes three times as long."""
+    """One of two ranks takes three times as long as the other."""
     arguments = settings(tmp_path, epochs=14, bn_group=2, val=False, plots=False)
     codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path, SLOW="[1, 3]"))
     assert codes == [0, 0], "\n".join(outputs)
@@ -274,7 +280,7 @@ def test_shares_follow_speed_and_batches_stay_whole(settings, weights, tmp_path)
 
 
 def test_images_of_a_batch_are_of_one_size_on_all_ranks(settings, weights, tmp_path):
-    """One has no room for them for a while, and loads further ahead."""
+    """One rank has no memory for large images for a while, and prefetches more."""
     arguments = settings(tmp_path, epochs=18, val=False, plots=False, mas_min_imgsz=32)
     environment = {"NO_ROOM": "[1, 6]", "WORKERS": "[0, 1]"}
     codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path, **environment))
@@ -294,8 +300,8 @@ def test_a_death_in_validation_is_named_too(settings, weights, tmp_path):
     assert all("rank 1 (" in output and "has not been heard of" in output for output in outputs), outputs
 
 
-def test_a_run_goes_on_at_a_short_last_batch_of_which_some_ranks_have_no_image(settings, weights, tmp_path):
-    """20 images in batches of 16: the second has one group for three ranks."""
+def test_a_run_resumes_at_a_short_last_batch_without_images_for_some_ranks(settings, weights, tmp_path):
+    """With 20 images in batches of 16, the second batch has one group for three ranks."""
     data = Path(settings(tmp_path)["data"]).parent
     lines = [str(file) for file in sorted((data / "images").iterdir())[:20]]
     (tmp_path / "some.txt").write_text("\n".join(lines))
@@ -318,8 +324,8 @@ def test_a_batch_larger_than_the_data_is_shared_out(settings, weights, tmp_path)
     assert [int(rows(tmp_path / "run", rank)[0]["images"]) for rank in range(2)] == [16, 16]
 
 
-def test_all_ranks_reckon_with_the_same_number_of_epochs(settings, weights, tmp_path):
-    """With `time`, Ultralytics asks each rank's own clock."""
+def test_all_ranks_agree_on_the_number_of_epochs(settings, weights, tmp_path):
+    """With `time`, Ultralytics estimates the number from each rank's own clock."""
     arguments = settings(tmp_path, time=0.005, plots=False)
     codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path))
     assert codes == [0, 0], "\n".join(outputs)

@@ -1,4 +1,4 @@
-"""What is saved of a run and when, which run `resume=auto` goes on with, and what becomes of files that do not fit."""
+"""Saving and resuming runs: when a run is saved, which run `resume=auto` continues, and files that cannot be used."""
 
 import os
 import signal
@@ -20,11 +20,11 @@ from yolov12.training.run.resume import latest_interrupted
 
 
 class PowerCutError(Exception):
-    """At a moment that a test chooses."""
+    """Power cut at a moment that a test chooses."""
 
 
 def cut_at(batch):
-    """A callback that ends a run after so many batches."""
+    """Return a callback that ends a run after a number of batches."""
     done = []
 
     def callback(trainer):
@@ -99,7 +99,7 @@ def test_intervals_are_due_after_so_many_steps_or_seconds():
     ("every", "share", "saves"), [(1, 0, 8), (3, 0, 2), (3, 1e9, 4), ("1h", 0, 1), ("1h", 1e9, 2), (0, 1e9, 0)]
 )
 def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, every, share, saves):
-    """8 updates in 2 epochs; at the end of an epoch too, if that takes no more than a share of the time."""
+    """The run has 8 updates in 2 epochs. It is also saved at the end of an epoch if that takes little time."""
     times = []
     save = run_state.Keeper._save
     monkeypatch.setattr(run_state.Keeper, "_save", lambda keeper: times.append(time.monotonic()) or save(keeper))
@@ -180,7 +180,7 @@ def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, tmp_path
 
 
 def test_auto_finds_a_run_whose_folder_was_moved(trainings, tmp_path):
-    """As a mounted folder is."""
+    """Mounted folders may move."""
     here = cut(trainings, tmp_path / "a", name="line").folder
     there = tmp_path / "b" / "line"
     (tmp_path / "b").mkdir()
@@ -191,7 +191,7 @@ def test_auto_finds_a_run_whose_folder_was_moved(trainings, tmp_path):
 
 
 def test_a_run_that_was_killed_after_its_last_epoch_is_complete_with_a_resume(trainings, tmp_path):
-    """Its checkpoint says that it is, already."""
+    """Its checkpoint tells already that the run is complete."""
 
     def cut_in_the_end(trainer):
         strip_optimizer(trainer.last)
@@ -244,7 +244,7 @@ def test_a_state_that_is_older_than_the_checkpoint_is_not_gone_on_from(trainings
 
 
 def test_a_program_in_place_of_a_state_is_not_run(trainings, tmp_path):
-    """PyTorch 2.3 hands an archive of TorchScript to its interpreter, `weights_only` or not."""
+    """PyTorch 2.3 runs an archive of TorchScript in its interpreter, even with `weights_only`."""
 
     class Program(torch.nn.Module):
         def __init__(self):
@@ -371,7 +371,7 @@ def test_signals_that_are_ignored_stay_so_and_others_reach_their_handlers():
 
 
 def whole_and_resumed(trainings, folder, model="yolov8n.yaml", *, cut_by, **arguments):
-    """A run that is left alone, and one that is cut by a callback and resumed."""
+    """Return an uninterrupted run, and one that a callback interrupts and that is resumed."""
     whole = trainings.train(folder, model, **arguments)
     part = trainings.train(folder, model, callbacks=[cut_by], raises=PowerCutError, **arguments)
     return whole, trainings.train(folder, part.folder / "weights" / "last.pt", resume=True)
@@ -384,7 +384,7 @@ def is_same(whole, resumed):
 
 
 def test_groups_are_arranged_as_they_were(trainings, tmp_path):
-    """`auto` finds the group in the first batch; a resumed run knows it before."""
+    """`auto` chooses the group with the first batch, but a resumed run knows it before."""
     cut_by = ("on_train_batch_end", lambda trainer: trainer.epoch and _cut())
     whole, resumed = whole_and_resumed(trainings, tmp_path, cut_by=cut_by, micro_batch=2)
     assert whole.args["bn_group"] == 2
@@ -392,7 +392,7 @@ def test_groups_are_arranged_as_they_were(trainings, tmp_path):
 
 
 def test_weights_of_two_heads_go_on_as_they_were(trainings, tmp_path):
-    """The criterion moves on at the end of an epoch, after its last step."""
+    """The criterion changes at the end of an epoch, after the last step."""
     cut_by = ("on_train_epoch_end", lambda trainer: trainer.epoch == 1 and _cut())
     whole, resumed = whole_and_resumed(trainings, tmp_path, "yolo26n.yaml", cut_by=cut_by, epochs=3, bn_group=8)
     criteria = [run.trainer.model.criterion for run in (whole, resumed)]
@@ -401,7 +401,7 @@ def test_weights_of_two_heads_go_on_as_they_were(trainings, tmp_path):
 
 
 def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, tmp_path, monkeypatch):
-    """After forward and backward, before the optimizer."""
+    """The run is interrupted after the forward and backward pass, before the optimizer step."""
     step, batches = Engine.step, []
 
     def cut_after(engine, batch):

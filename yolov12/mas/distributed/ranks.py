@@ -224,7 +224,7 @@ class ProcessRanks:
             error: Error of a collective.
         """
         gone = self._watchdog.gone(_VERDICT_S) or f"a rank does not answer ({str(error).splitlines()[0]})"
-        return RankError(f"{gone}. resume=True goes on from the last save, and resume=auto by itself")
+        return RankError(f"{gone}. resume=True continues from the last save; with resume=auto a restart does")
 
 
 def _by_kind(tensors: Sequence[Tensor]) -> dict[_Kind, list[Tensor]]:

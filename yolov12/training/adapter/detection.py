@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from yolov12.mas.task import Loss, Workload
 from yolov12.models.assigner import in_slices
-from yolov12.training.adapter.logical_batch import TensorFacts
+from yolov12.training.adapter.deferred_tensor import TensorFacts
+from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 
-__all__ = ["BOXES", "DetectionTask", "criterion_of", "knows_loss", "loss_is_exact"]
+__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_loss", "loss_is_exact"]
 
 BOXES = "yolov12_boxes"
 """Key of a part: list of the number of boxes in each image, on the host."""
@@ -22,7 +23,7 @@ BOXES = "yolov12_boxes"
 # These tensors have one row per object; all other tensors have one entry per image.
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
 _EXACT = ("v8DetectionLoss", "v8OBBLoss")
-_STOCK_LOSSES = "ultralytics.utils.loss"
+_MODELS, _LOSSES = "ultralytics.nn.tasks", "ultralytics.utils.loss"
 
 
 def criterion_of(model: Any) -> Any:
@@ -35,10 +36,25 @@ def criterion_of(model: Any) -> Any:
 def knows_loss(model: Any) -> bool:
     """Return whether a model's loss is one of Ultralytics' own, so that the losses of parts can be combined exactly.
 
-    A user may assign `criterion`, `loss` or `init_criterion` at any time.
+    A user may assign `forward`, `loss`, `criterion`, `init_criterion`, or a part of the criterion, at any time.
     """
-    own = "loss" in vars(model) or type(model).loss.__module__ != "ultralytics.nn.tasks"
-    return not own and type(criterion_of(model)).__module__ == _STOCK_LOSSES
+    for name in ("forward", "loss"):
+        if name in vars(model) or getattr(type(model), name).__module__ != _MODELS:
+            return False
+    return _is_stock(criterion_of(model))
+
+
+def _is_stock(criterion: Any) -> bool:
+    """Return whether a criterion is Ultralytics' own, and so is everything that it calls."""
+    if type(criterion).__module__ != _LOSSES:
+        return False
+    for part in vars(criterion).values():
+        module = getattr(part, "__module__", None) or type(part).__module__
+        if callable(part) and module != _LOSSES and module.partition(".")[0] not in ("torch", "ultralytics"):
+            return False
+        if module == _LOSSES and not isinstance(part, type) and not _is_stock(part):
+            return False
+    return True
 
 
 def loss_is_exact(model: nn.Module) -> bool:
@@ -70,23 +86,39 @@ class DetectionTask:
         self._boxes: list[int] = []  # number of boxes in each of its images
         self._rows: dict[str, int] = {}  # number of rows in each of its tensors
         self._ascending = False
-        self._draw: Any = None  # state of `random`, so that all parts of a batch draw the same size
-        self.facts: dict[str, TensorFacts] = {}
-        """Key → shape, dtype and device of the batch's tensor after preprocessing, as far as parts of it tell."""
+        self.draw: Any = None
+        """State of `random` from which all parts of the batch at hand draw the same size; None if they draw none."""
+        self.is_preprocessed = False
+        """True if the batch at hand has been through `preprocess`."""
+        self.facts: dict[str, TensorFacts | str] = {}
+        """Key → facts of the batch after preprocessing, as far as its parts tell them; see `LogicalBatch.describe`."""
+
+    def splits(self, batch: Mapping[str, Any]) -> bool:
+        """Return whether every value of a batch has an entry for each image, or for each object of an image."""
+        images, image_of = batch.get("img"), batch.get("batch_idx")
+        if not isinstance(images, Tensor) or not isinstance(image_of, Tensor) or images.ndim != 4 or image_of.ndim != 1:
+            return False
+        if len(image_of) and not 0 <= int(image_of.min()) <= int(image_of.max()) < len(images):
+            return False
+        for key, value in batch.items():
+            has_entries = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
+            if not has_entries or len(value) != len(image_of if key in (*self._objects, "batch_idx") else images):
+                return False
+        return True
 
     def workload(self, batch: Mapping[str, Any]) -> Workload:
         """Return the properties of a batch on the host, see `mas.Task`."""
         images: Tensor = batch["img"]
         self._images = len(images)
         self._rows = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-        self._draw = random.getstate() if self._multi_scale else None
-        if self._multi_scale:
-            # The user's own preprocessing may read more than images, and change tensors in place.
+        self.draw = random.getstate() if self._multi_scale and not self.is_preprocessed else None
+        if self.draw is not None:
+            # A user's own preprocessing may look at more than images, and write on it.
             one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
             try:
                 images = self.preprocess(one)["img"]
             except BaseException:
-                random.setstate(self._draw)
+                random.setstate(self.draw)
                 raise
         image_of = batch["batch_idx"]
         self._ascending = bool((image_of[1:] >= image_of[:-1]).all())
@@ -99,8 +131,8 @@ class DetectionTask:
             return {**batch, BOXES: self._boxes}
         image_of = batch["batch_idx"]
         mine: slice | Tensor = (image_of >= start) & (image_of < stop)
-        if self._ascending:  # always so after Ultralytics' collate function; a slice stays in pinned memory
-            first, last = torch.searchsorted(image_of, torch.tensor([start, stop], dtype=image_of.dtype)).tolist()
+        if self._ascending:  # as Ultralytics collates: a slice stays in pinned memory
+            first, last = torch.searchsorted(image_of, image_of.new_tensor([start, stop])).tolist()
             mine = slice(first, last)
         part = {key: value[mine] if key in self._objects else value[start:stop] for key, value in batch.items()}
         return {**part, "batch_idx": image_of[mine] - start, BOXES: self._boxes[start:stop]}
@@ -108,10 +140,12 @@ class DetectionTask:
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """Preprocess a part and run the model's loss on it, see `mas.Task`."""
         boxes, part = part[BOXES], {key: value for key, value in part.items() if key != BOXES}
-        rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
-        with self.same_draw():
-            part = self.preprocess(part)
-        self._learn_facts(part, rows)
+        if not self.is_preprocessed:
+            given = dict(part)
+            rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
+            with drawing_from(self.draw):
+                part = self.preprocess(part)
+            self._learn_facts(part, given, rows)
         return self.measured(model, boxes, lambda: model(part))
 
     def measured(self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any]) -> Loss:
@@ -129,26 +163,35 @@ class DetectionTask:
         normaliser: Tensor | float = sums[0] if loss_is_exact(model) else float(len(boxes))
         return Loss(loss, normaliser, items, times_images=True)
 
-    @contextmanager
-    def same_draw(self) -> Iterator[None]:
-        """Return a context with the random state of the current batch, so that all of its parts draw the same size."""
-        if self._draw is None:
-            yield
-            return
-        now = random.getstate()
-        random.setstate(self._draw)
-        try:
-            yield
-        finally:
-            random.setstate(now)
+    def _learn_facts(self, part: Mapping[str, Any], given: Mapping[str, Any], rows: Mapping[str, int]) -> None:
+        """Note what a part is after preprocessing; tensors whose rows it changed tell nothing of the batch."""
+        self.facts = {}
+        for key, value in part.items():
+            self.facts[key] = UNKNOWN
+            if isinstance(value, Tensor):
+                if value.ndim and rows.get(key) == len(value) and key in self._rows:
+                    shape = torch.Size((self._rows[key], *value.shape[1:]))
+                    self.facts[key] = TensorFacts(shape, value.dtype, value.device)
+            elif value is given.get(key):
+                self.facts[key] = SAME
 
-    def _learn_facts(self, part: Mapping[str, Any], rows: Mapping[str, int]) -> None:
-        """Note the tensors of a part after preprocessing, except those with another number of rows than before."""
-        self.facts = {
-            key: TensorFacts(torch.Size((self._rows[key], *value.shape[1:])), value.dtype, value.device)
-            for key, value in part.items()
-            if isinstance(value, Tensor) and value.ndim and rows.get(key) == len(value) and key in self._rows
-        }
+
+@contextmanager
+def drawing_from(state: Any) -> Iterator[None]:
+    """Draw from `random` in this state, and leave the generator as it was.
+
+    Args:
+        state: See `random.setstate`; None for the state there is.
+    """
+    if state is None:
+        yield
+        return
+    now = random.getstate()
+    random.setstate(state)
+    try:
+        yield
+    finally:
+        random.setstate(now)
 
 
 def _copy(value: Any) -> Any:

@@ -1,25 +1,32 @@
 """Logical batch: it stays on the host, carries the engine, and shows its readers what stock Ultralytics would show.
 
-Ultralytics' loop calls `preprocess_batch` and passes the result to the model. With the engine, the result is a
-`LogicalBatch`. The only seam on a model's call (`call`) recognises it and runs the engine. Stock code handles every
-other batch and every other call, so the model of a trainer stays the user's own object.
+Ultralytics' loop calls `preprocess_batch` and gives the result to the model. On a trainer that the engine runs, the
+result is a `LogicalBatch`, and the one seam on a model's call (`call`) recognises it and runs the engine. Every other
+batch, and every other call of the model, is stock's. So the model of a trainer is the user's own object.
+
+Who looks before the model has the batch gets what stock's `preprocess_batch` returns, at this moment; it is then what
+the model trains on, with whatever was written on it. Who looks later gets it made again.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from yolov12.mas.modules import each_tensor
 from yolov12.mas.task import Share
+from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts, made
 
-__all__ = ["DeferredTensor", "LogicalBatch", "TensorFacts", "call"]
+__all__ = ["SAME", "UNKNOWN", "LogicalBatch", "call"]
+
+SAME = "same"
+"""In place of a tensor's facts: the value is the loader's own."""
+UNKNOWN = "unknown"
+"""In place of a tensor's facts: the value is known only when it is made."""
 
 
 def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
@@ -39,41 +46,53 @@ def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: A
     return args[0].run(lambda shown: stock(model, shown, *args[1:], **kwargs), model)
 
 
-@dataclass(frozen=True)
-class TensorFacts:
-    """Shape, dtype and device of a tensor whose values are not computed yet."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
 class LogicalBatch(dict[str, Any]):
-    """Batch of an Ultralytics loader that the engine runs.
+    """Batch of an Ultralytics loader, for the engine; made by `LogicalBatch.of`.
 
-    Args:
-        host: Batch as the loader returned it.
-        share: Description of the whole batch over all ranks; None for a training in one process.
-        model: Model that the engine trains.
-        show: Called with the loader's batch; returns what stock's `preprocess_batch` would return, and leaves the
-            random generators as they were.
-        engine: Runs the batch on the model; returns its loss and loss items.
+    Called like `dict`, as generic code calls the type of a batch, the class returns a plain dictionary.
     """
 
-    def __init__(
-        self,
+    host: dict[str, Any]
+    """The loader's batch."""
+    share: Share | None
+    """What the batch is on all ranks; None for a training in one process."""
+    is_seen: bool
+    """True if somebody looked into the batch before the model had it."""
+    _model: nn.Module
+    _make: Callable[[dict[str, Any]], Mapping[str, Any]]
+    _engine: Callable[[LogicalBatch], Any]
+    _made: Mapping[str, Any] | None
+    _is_filled: bool
+    _was_run: bool
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return a plain dictionary."""
+        return dict(*args, **kwargs)
+
+    @classmethod
+    def of(
+        cls,
         host: dict[str, Any],
         share: Share | None,
         model: nn.Module,
-        show: Callable[[dict[str, Any]], Mapping[str, Any]],
+        preprocess: Callable[[dict[str, Any]], Mapping[str, Any]],
         engine: Callable[[LogicalBatch], Any],
-    ) -> None:
-        super().__init__()
-        self.host, self.share = host, share
-        self._model, self._make, self._engine = model, show, engine
-        self._made: Mapping[str, Any] | None = None
-        self._is_filled = self._was_run = self._was_written = False
-        self._versions: dict[str, int] = {}
+    ) -> LogicalBatch:
+        """Make a logical batch.
+
+        Args:
+            host: The loader's batch.
+            share: What the batch is on all ranks; None for a training in one process.
+            model: Model that the engine trains.
+            preprocess: Stock's `preprocess_batch`.
+            engine: Runs the batch on that model; returns its loss and loss items.
+        """
+        batch: LogicalBatch = dict.__new__(cls)
+        batch.host, batch.share, batch.is_seen = host, share, False
+        batch._model, batch._make, batch._engine = model, preprocess, engine
+        batch._made = None
+        batch._is_filled = batch._was_run = False
+        return batch
 
     def run(self, stock: Callable[[dict[str, Any]], Any], model: nn.Module) -> Any:
         """Run the batch with the engine the first time that the model trains on it, and otherwise as stock does.
@@ -83,7 +102,7 @@ class LogicalBatch(dict[str, Any]):
             model: Model that is called.
         """
         trains = model is self._model and model.training and torch.is_grad_enabled()
-        if self._was_run or not trains or self._is_changed():
+        if self._was_run or not trains:
             return stock(self.shown())
         self._was_run = True
         return self._engine(self)
@@ -91,46 +110,52 @@ class LogicalBatch(dict[str, Any]):
     def shown(self) -> dict[str, Any]:
         """Return an ordinary dict with the content that stock would show."""
         self._fill()
-        return {key: each_tensor(value, _made) for key, value in dict.items(self)}
+        self._settle()
+        return {key: made(value) for key, value in dict.items(self)}
 
-    def describe(self, facts: Mapping[str, TensorFacts]) -> None:
-        """Show tensors of known shape, dtype and device from now on; they are computed only if their values are used.
+    def describe(
+        self, facts: Mapping[str, TensorFacts | str], preprocess: Callable[[dict[str, Any]], Mapping[str, Any]]
+    ) -> None:
+        """Show what the model got, unless it is there already; tensors are made only if their values are used.
 
         Args:
-            facts: Key of the batch → facts of its tensor, as they were seen on parts of the batch.
+            facts: Key of the batch after preprocessing → facts of its tensor, `SAME` or `UNKNOWN`.
+            preprocess: Stock's `preprocess_batch`, drawing again what it drew for the model.
         """
-        if not self._is_filled:
-            self._is_filled = True
-            tensors = [key for key, value in self.host.items() if isinstance(value, Tensor)]
-            deferred = {
-                key: DeferredTensor(facts.get(key), partial(self._stock_value, key))
-                for key in dict.fromkeys((*tensors, *facts))
-            }
-            dict.update(self, {**self.host, **deferred})
-
-    def _stock_value(self, key: str) -> Any:
-        return self._stock()[key]
+        if self._is_filled:
+            return
+        self._is_filled, self._make = True, preprocess
+        for key, value in facts.items():
+            shown: Any = _Later()
+            if isinstance(value, TensorFacts):
+                shown = DeferredTensor(value, partial(self._stock_value, key))
+            elif value == SAME:
+                shown = self.host[key]
+            dict.__setitem__(self, key, shown)
 
     def show_host(self) -> None:
         """Show the loader's batch unchanged from now on."""
         self._is_filled = True
         dict.update(self, self.host)
 
-    def _stock(self) -> Mapping[str, Any]:
+    def _stock_value(self, key: str) -> Any:
         if self._made is None:
-            self._made = self._make(dict(self.host))
-        return self._made
+            with torch.inference_mode(False):
+                self._made = self._make(dict(self.host))
+        return self._made[key]
 
     def _fill(self) -> None:
         if not self._is_filled:
-            self._is_filled = True
-            dict.update(self, self._stock())
-            self._versions = {key: value._version for key, value in dict.items(self) if isinstance(value, Tensor)}
+            with torch.inference_mode(False):  # of who looks; the model trains on it
+                shown = self._make(dict(self.host))
+            self._is_filled = self.is_seen = True
+            dict.update(self, shown)
 
-    def _is_changed(self) -> bool:
-        """Return whether somebody has changed the content that this batch shows. The model then gets that content."""
-        written = any(dict.__getitem__(self, key)._version != version for key, version in self._versions.items())
-        return self._was_written or written
+    def _settle(self, *keys: str) -> None:
+        """Make values that stand for others: those of the keys, or all."""
+        for key in keys or list(dict.keys(self)):
+            if isinstance(dict.get(self, key), _Later):
+                dict.__setitem__(self, key, self._stock_value(key))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (self.shown(),)
@@ -139,88 +164,27 @@ class LogicalBatch(dict[str, Any]):
         return copy.deepcopy(self.shown(), memo)
 
 
-def _reading(name: str) -> Callable[..., Any]:
+class _Later:
+    """Stands for a value that is known only when it is made."""
+
+
+def _looking(name: str, settle: Callable[..., None]) -> Callable[..., Any]:
     plain = getattr(dict, name)
 
     def method(self: LogicalBatch, *args: Any, **kwargs: Any) -> Any:
         self._fill()
+        settle(self, *args)
         return plain(self, *args, **kwargs)
 
     method.__name__, method.__doc__ = name, plain.__doc__
     return method
 
 
-def _writing(name: str) -> Callable[..., Any]:
-    plain = getattr(dict, name)
-
-    def method(self: LogicalBatch, *args: Any, **kwargs: Any) -> Any:
-        self._fill()
-        self._was_written = True
-        return plain(self, *args, **kwargs)
-
-    method.__name__, method.__doc__ = name, plain.__doc__
-    return method
-
-
-for _name in ("__contains__", "__eq__", "__getitem__", "__iter__", "__len__", "__or__", "__repr__", "__reversed__"):
-    setattr(LogicalBatch, _name, _reading(_name))
-for _name in ("__ror__", "copy", "get", "items", "keys", "values"):
-    setattr(LogicalBatch, _name, _reading(_name))
-for _name in ("__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem", "setdefault", "update"):
-    setattr(LogicalBatch, _name, _writing(_name))
-
-
-class DeferredTensor(Tensor):
-    """Tensor that is computed when its values are used. Its shape, dtype and device may be known before.
-
-    Args:
-        facts: Shape, dtype and device; None if they are not known.
-        make: Computes the tensor.
-    """
-
-    _facts: TensorFacts | None
-    _make: Callable[[], Tensor]
-    _value: Tensor | None
-
-    @staticmethod
-    def __new__(cls, facts: TensorFacts | None, make: Callable[[], Tensor]) -> DeferredTensor:
-        """Create a tensor without values."""
-        tensor: DeferredTensor = torch.empty(0).as_subclass(cls)
-        tensor._facts, tensor._make, tensor._value = facts, make, None
-        return tensor
-
-    def __init__(self, facts: TensorFacts | None, make: Callable[[], Tensor]) -> None:
-        pass
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Answer from the facts if they suffice; otherwise compute the tensor and run the function on it."""
-        first = args[0] if args else None
-        if isinstance(first, cls) and first._facts is not None and func in _FROM_FACTS:
-            return _FROM_FACTS[func](first._facts, *args[1:])
-        args, kwargs = each_tensor((args, dict(kwargs or {})), _made)
-        return func(*args, **kwargs)
-
-
-def _made(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DeferredTensor):
-        return tensor
-    if tensor._value is None:
-        tensor._value = tensor._make()
-    return tensor._value
-
-
-def _size(facts: TensorFacts, dim: int | None = None) -> Any:
-    return facts.shape if dim is None else facts.shape[dim]
-
-
-_FROM_FACTS: Mapping[Any, Callable[..., Any]] = {
-    Tensor.shape.__get__: lambda facts: facts.shape,  # type: ignore[attr-defined,unused-ignore]
-    Tensor.size: _size,
-    Tensor.__len__: lambda facts: facts.shape[0],
-    Tensor.dim: lambda facts: len(facts.shape),
-    Tensor.ndim.__get__: lambda facts: len(facts.shape),  # type: ignore[attr-defined,unused-ignore]
-    Tensor.numel: lambda facts: facts.shape.numel(),
-    Tensor.dtype.__get__: lambda facts: facts.dtype,  # type: ignore[attr-defined,unused-ignore]
-    Tensor.device.__get__: lambda facts: facts.device,  # type: ignore[attr-defined,unused-ignore]
-}
+for _name in ("__contains__", "__delitem__", "__iter__", "__len__", "__reversed__", "__setitem__", "clear", "keys"):
+    setattr(LogicalBatch, _name, _looking(_name, lambda *_: None))
+for _name in ("__getitem__", "get", "pop", "setdefault"):
+    setattr(LogicalBatch, _name, _looking(_name, lambda self, key, *_: self._settle(key)))
+for _name in ("__eq__", "__ior__", "__ne__", "__or__", "__repr__", "__ror__"):
+    setattr(LogicalBatch, _name, _looking(_name, lambda self, *_: self._settle()))
+for _name in ("copy", "items", "popitem", "update", "values"):
+    setattr(LogicalBatch, _name, _looking(_name, lambda self, *_: self._settle()))

@@ -11,8 +11,10 @@ import random
 import signal
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from yolov12.errors import ConfigError
@@ -20,7 +22,7 @@ from yolov12.mas import Engine, Share
 from yolov12.mas.config import GROUPS
 from yolov12.mas.distributed.ranks import Ranks, RankStatus
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
-from yolov12.training.adapter.detection import DetectionTask, knows_loss, loss_is_exact
+from yolov12.training.adapter.detection import DetectionTask, drawing_from, knows_loss, loss_is_exact
 from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
@@ -65,10 +67,14 @@ class TrainerAdapter:
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
         self._updates_asked = 0
-        self._logged = ""  # last log line about the loss
+        self._has_run = False  # a batch by the engine since the last update
+        self._is_due = False  # the loop's next batch
+        self._told = ""  # what the log last said of batches
+        self._is_plain = trainer.preprocess_batch.__module__.startswith("ultralytics.") and not trainer.args.multi_scale
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
         self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
         self._stock_plot, self._stock_warmup = trainer.plot_training_samples, trainer._get_warmup_iterations
+        self._stock_callbacks = trainer.run_callbacks
 
     def take_over_loader(self) -> None:
         """Replace the trainer's loader with one that can be resumed, and shared among ranks.
@@ -92,7 +98,7 @@ class TrainerAdapter:
             arrange=arrange and self._sharing is None,  # with several ranks, no rank knows the whole batch
             sharing=self._sharing,
         )
-        trainer.train_loader = loader
+        trainer.train_loader = loader.take_over()
         self._interruption = Interruption()
         self.keeper = Keeper(
             trainer,
@@ -113,6 +119,7 @@ class TrainerAdapter:
         trainer = self._trainer
         if self._ranks.size > 1 and trainer.args.time:
             trainer._get_warmup_iterations = self._warmup
+        trainer.run_callbacks = self._run_callbacks
         trainer.preprocess_batch = self._logical
         trainer.optimizer_step = self._update
         trainer.validate = self._validate
@@ -123,31 +130,52 @@ class TrainerAdapter:
         trainer.add_callback("on_train_epoch_end", self._epoch_ends)
         trainer.add_callback("teardown", self._finish)
 
-    def _logical(self, batch: dict[str, Any]) -> LogicalBatch:
-        """Return the batch still on the host, as each part is preprocessed just before it runs."""
-        return LogicalBatch(batch, batch.pop(SHARE, None), self._model, self._show, self._run)
+    def _run_callbacks(self, event: str) -> None:
+        """Run the callbacks; the loop takes a batch right after those of `on_train_batch_start`."""
+        self._stock_callbacks(event)
+        self._is_due = event == "on_train_batch_start"
 
-    def _show(self, batch: dict[str, Any]) -> Any:
-        state = random_state()
+    def _logical(self, batch: dict[str, Any]) -> Any:
+        """Return the loop's batch as it is, still on the host; a batch that the user gives is preprocessed as usual."""
+        share = batch.pop(SHARE, None)
+        if not self._is_due and share is None:
+            return self._task.preprocess(batch)
+        self._is_due = False
+        logical = LogicalBatch.of(batch, share, self._model, partial(self._preprocess, share), self._run)
+        if SKIPPED in batch:
+            logical.show_host()  # it stands for a batch that was trained on before an interruption
+        return logical
+
+    def _preprocess(self, share: Share | None, batch: dict[str, Any]) -> Any:
+        self._seed(share)
+        return self._task.preprocess(batch)
+
+    def _preprocess_again(self, draw: Any, batch: dict[str, Any]) -> Any:
+        state, device = random_state(), self._trainer.device
         try:
-            with self._task.same_draw():
+            with drawing_from(draw), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 return self._task.preprocess(batch)
         finally:
             set_random_state(state)
 
+    def _seed(self, share: Share | None) -> None:
+        if share is not None and self._trainer.args.multi_scale > 0:
+            random.seed(share.seed)  # the size that is drawn is that of the whole batch
+
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run a logical batch with the engine, which adds its gradient to that of the parameters."""
-        host, share, model = batch.host, batch.share, self._model
-        if self.keeper is not None and SKIPPED in host:
-            batch.show_host()  # a placeholder of a batch that was trained on before an interruption
+        """Run a logical batch by the engine; its gradient is then on the parameters."""
+        share, model = batch.share, self._model
+        if self.keeper is not None and SKIPPED in batch.host:
             return self.keeper.skip()
         if self._interruption is not None and share is None:
             self._interruption.check()
-        if not self._loss_is_known(model):
+        host = batch.shown() if batch.is_seen else batch.host  # what was seen may have been written on
+        if not self._can_split(model, host):
             found: tuple[Tensor, dict[str, Tensor]] = model(batch.shown())
             return found
-        if share is not None and self._trainer.args.multi_scale > 0:
-            random.seed(share.seed)  # all ranks draw the same size for a batch
+        self._task.is_preprocessed = batch.is_seen
+        if not batch.is_seen:
+            self._seed(share)
         host = self._resolution.before(host, self._fits)
         result = self._engine.step(
             host,
@@ -155,14 +183,15 @@ class TrainerAdapter:
             smaller=None if self._trainer.args.mas_data == "off" else self._resolution.smaller,
             stop_requested=self._stop_requested,
         )
+        self._has_run = True
         self._share_ends(share, result.statuses)
         self._resolution.after(self._fits)
         for event in self._resolution.take_events():
             self._engine.note(event)
         self._keep_group()
         self._display.add(result)
-        batch.describe(self._task.facts)
-        # The loss is a leaf, so that Ultralytics' own backward pass has nothing left to do.
+        batch.describe(self._task.facts, partial(self._preprocess_again, self._task.draw))
+        # A leaf: Ultralytics' own backward has nothing left to do.
         return result.loss.requires_grad_(), dict(result.items)
 
     def _fits(self, size: int) -> bool:
@@ -181,22 +210,30 @@ class TrainerAdapter:
             raise SystemExit(128 + signal.SIGTERM)
         self._sharing.observe(statuses)
 
-    def _loss_is_known(self, model: nn.Module) -> bool:
-        """Return whether losses of parts of a batch can be combined; log once what that means for the run."""
+    def _can_split(self, model: nn.Module, batch: dict[str, Any]) -> bool:
+        """Return whether parts of this batch and its loss can be put together; say once what it means for the run."""
+        reason = ""
+        if not knows_loss(model):
+            reason = "the loss is not one of Ultralytics' own"
+        elif not self._task.splits(batch):
+            reason = "the batch has values that are neither of its images nor of their objects"
+        if reason and self._ranks.size > 1:
+            raise ConfigError(f"{reason}, so several processes cannot share it: train in one, or with mas=False")
+        if reason:
+            self._tell(f"memory: {reason}: batches run as Ultralytics runs them")
+        elif not loss_is_exact(model):
+            self._tell("memory: parts of a batch are weighted by images, as this loss is not divided by one sum")
+        else:
+            self._told = ""
+        return not reason
+
+    def _tell(self, line: str) -> None:
+        """Log what holds for the batches from now on, unless it was said."""
         from ultralytics.utils import LOGGER
 
-        known = knows_loss(model)
-        if not known and self._ranks.size > 1:
-            raise ConfigError("a loss of your own cannot be shared among processes: train in one, or with mas=False")
-        line = ""
-        if not known:
-            line = "memory: the loss is not one of Ultralytics' own: batches run as Ultralytics runs them"
-        elif not loss_is_exact(model):
-            line = "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
-        if line and line != self._logged and not self._ranks.rank:
+        if line != self._told and not self._ranks.rank:
             LOGGER.info(line)
-        self._logged = line
-        return known
+        self._told = line
 
     def _warmup(self, batches: int) -> int:
         """Agree on the number of epochs, which Ultralytics has just estimated from each process's own clock."""
@@ -220,7 +257,12 @@ class TrainerAdapter:
         if self.keeper is not None and self.keeper.skipping:
             return
         trainer = self._trainer
-        self._updates_asked += 1
+        if not self._has_run and not self._told:
+            self._tell(
+                "memory: the model was not given what preprocess_batch returned: batches run as Ultralytics runs them"
+            )
+        self._updates_asked += self._has_run
+        self._has_run = False
         with self.keeper.step() if self.keeper is not None else nullcontext():
             self._engine.update(
                 trainer.optimizer, self._stock_update, lambda: remember(trainer), epoch=trainer.epoch + 1
@@ -258,8 +300,9 @@ class TrainerAdapter:
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif SKIPPED not in batch.host:
-            stock = self._stock_plot.__module__.startswith("ultralytics.")
-            self._stock_plot(batch.host if stock else batch, ni)
+            is_stock = self._stock_plot.__module__.startswith("ultralytics.")
+            same = is_stock and self._is_plain and not batch.is_seen
+            self._stock_plot(batch.host if same else batch.shown(), ni)
 
     def _finish(self, trainer: Any) -> None:
         from ultralytics.utils import LOGGER

@@ -26,7 +26,7 @@ from yolov12.mas.inference import Slices
 from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.modules import overridden
 from yolov12.mas.step.loss import Total
-from yolov12.training.adapter.detection import BOXES, DetectionTask
+from yolov12.training.adapter.detection import BOXES, DetectionTask, knows_loss
 from yolov12.training.run import team
 
 __all__ = ["predict", "validate"]
@@ -135,6 +135,8 @@ class _Validation:
         """Take over, in place of `init_metrics`, which Ultralytics calls right before the first batch."""
         validator = self._validator
         self._stock["init_metrics"](model)
+        if self._training and not knows_loss(model):
+            return  # nobody knows how the loss of a batch follows from those of its parts
         self._slices = _slices_of(validator, validator.device)
         if self._slices is None or not (self._training or getattr(model, "format", None) == "pt"):
             return

@@ -91,11 +91,10 @@ class ResumableLoader:
 
     def __init__(self, loader: Any, image_size: int, *, arrange: bool = False, sharing: Sharing | None = None) -> None:
         self._loader, self._image_size, self._sharing = loader, image_size, sharing
-        self._order = loader.batch_sampler.sampler = _Order(loader.batch_sampler.sampler, loader.generator, sharing)
+        self._order = _Order(loader.batch_sampler.sampler, loader.generator, sharing)
         self._first = _FirstState(loader.worker_init_fn)
-        self._collate = loader.collate_fn = _Collate(loader.collate_fn, arrange, sharing is None)
+        self._collate = _Collate(loader.collate_fn, arrange, sharing is None)
         self._data = data_of(loader)
-        loader.worker_init_fn = self._first
         self._workers: dict[int, _Worker | bytes] = {}
         self._next_worker = 0
         self._epoch_order: Tensor | None = None
@@ -104,6 +103,12 @@ class ResumableLoader:
         self._then: Callable[[], None] = lambda: None
         self.position = 0
         """Number of batches returned in this epoch, placeholders included."""
+
+    def take_over(self) -> ResumableLoader:
+        """Follow the loader's sampler, workers and collate function from now on; return this loader."""
+        self._loader.batch_sampler.sampler, self._loader.collate_fn = self._order, self._collate
+        self._loader.worker_init_fn = self._first
+        return self
 
     def __len__(self) -> int:
         return len(self._loader)

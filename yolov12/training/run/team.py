@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -49,28 +50,39 @@ _GRACE_S = 15.0
 """Seconds for a process to save and to end after another is gone. It cannot while its device waits for the dead one."""
 
 
+@dataclass(frozen=True)
 class ProcessGroup:
-    """Processes of one training, as one of them sees them. Creating it joins torch.distributed's default group.
+    """Processes of one training, as one of them sees them."""
+
+    device: torch.device
+    """Device of this process."""
+    shares_device: bool
+    """True if another process of this machine has the same device."""
+    watchdog: Watchdog
+    """Finds a rank that is gone."""
+    ranks: ProcessRanks
+    """Collectives of the engine."""
+
+
+def _join_group(argument: Any, training: int) -> ProcessGroup:
+    """Join torch.distributed's default group, and meet the other processes of a training.
 
     Args:
-        device: Value of Ultralytics' argument `device`.
+        argument: Value of Ultralytics' argument `device`.
         training: Number of trainings of this process so far, which distinguishes their watchdogs.
     """
+    from ultralytics.utils import RANK, WORLD_SIZE
 
-    def __init__(self, device: Any, training: int) -> None:
-        from ultralytics.utils import RANK, WORLD_SIZE
-
-        self.device, self.shares_device = _place(device)
-        if not dist.is_initialized():
-            # NCCL refuses two processes on one device.
-            gloo = self.device.type == "cpu" or self.shares_device
-            dist.init_process_group("gloo" if gloo else "cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
-        names = exchange_names()
-        self.watchdog = Watchdog(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
-        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        kinds: list[Any] = [None] * WORLD_SIZE
-        dist.all_gather_object(kinds, kind)
-        self.ranks = ProcessRanks(self.watchdog, alike=len(set(kinds)) == 1)
+    device, shares_device = _place(argument)
+    if not dist.is_initialized():
+        # NCCL refuses two processes on one device.
+        gloo = device.type == "cpu" or shares_device
+        dist.init_process_group("gloo" if gloo else "cpu:gloo,cuda:nccl", timeout=_TIMEOUT)
+    names = exchange_names()
+    watchdog = Watchdog(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
+    kinds: list[Any] = [None] * WORLD_SIZE
+    dist.all_gather_object(kinds, torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    return ProcessGroup(device, shares_device, watchdog, ProcessRanks(watchdog, alike=len(set(kinds)) == 1))
 
 
 _group: ProcessGroup | None = None
@@ -132,7 +144,7 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         stock_init(trainer, *args, **kwargs)
         return
     _trainings += 1
-    _group = ProcessGroup(settings.get("device"), _trainings)
+    _group = _join_group(settings.get("device"), _trainings)
     try:
         stock_init(trainer, *args, **kwargs)
         check_batch(vars(trainer.args), processes)  # of a run that is resumed

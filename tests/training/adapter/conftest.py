@@ -1,0 +1,50 @@
+"""What the trainings of this folder share: a model that is small, and how two trainings are compared."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_MODEL = """
+nc: 10
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, C2f, [16]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+head:
+  - [[3, 4, 5], 1, Detect, [nc]]
+"""
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A detector of 176,000 parameters; its yaml."""
+    file: Path = tmp_path_factory.mktemp("model") / "small.yaml"
+    file.write_text(_MODEL)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def stock_run(trainings: Any, small_model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One epoch of it without the engine, and without any code of a user's own."""
+    return trainings.train(tmp_path_factory.mktemp("stock"), small_model, mas=False, epochs=1)
+
+
+@pytest.fixture(scope="session")
+def assert_same_weights() -> Callable[[Any, Any], None]:
+    """Check two runs for equal parameters, and for statistics that are an ulp a batch apart at most."""
+
+    def check(ours: Any, stock: Any) -> None:
+        after, before = ours.after, stock.after
+        assert list(after) == list(before)
+        for name, _ in stock.trainer.model.named_parameters():
+            assert torch.equal(after[name], before[name]), name
+        ulps = 2**-23 * len(ours.draws)  # PyTorch's kernel rounds the moving average of BatchNorm elsewhere
+        torch.testing.assert_close(after, before, rtol=ulps, atol=ulps)
+
+    return check
