@@ -387,7 +387,7 @@ def test_plans_stay_inside_the_budget_of_a_random_trace(others, group, batch):
 
 
 def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
-    """They release memory after three seconds. Otherwise the whole run would use groups of one image."""
+    """Other processes release memory after three seconds. Otherwise the whole run would use groups of one image."""
     world = World(others=[40, 40, 40, 0])
     monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds: world.meter.advance())
     world.step()

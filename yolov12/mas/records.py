@@ -23,13 +23,13 @@ class DoneBatch:
     work: Workload
     """Properties of the batch."""
     report: BatchReport
-    """How it was planned and what it took."""
+    """Plan of the batch, and the memory it took."""
     micro_batches: tuple[int, ...]
     """Number of images in each micro-batch."""
     watch: Stopwatch
     """Measures the time of this process's own work."""
     is_padding: bool
-    """See `task.Share.is_padding`."""
+    """True for a padding image, see `task.Share.is_padding`."""
     plan: str
     """Checkpoint plan of the last micro-batch, as the journal names it."""
 

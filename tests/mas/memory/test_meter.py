@@ -230,7 +230,7 @@ def test_limit_on_a_card_stops_the_allocator_too(card, limit, total):
 
 
 def test_a_limit_on_a_card_gives_back_the_one_around_it(card):
-    """As a prediction in a callback of a training; without a limit of its own it leaves the training's as it is."""
+    """A prediction in a callback of a training is such a case. Without its own limit, it keeps that of the training."""
     training, prediction, unlimited = (meter_for(GPU, limit) for limit in (0.5, 0.25, None))
     with training.limited():
         with prediction.limited():

@@ -90,7 +90,7 @@ def test_what_is_done_stays_done():
 
 
 def test_retry_is_never_larger_than_what_failed():
-    """Also where this would have been the batch to grow in."""
+    """The retry is not larger even if the batch would have grown without the failure."""
     one, _ = planner(history=History(8))
     first = one.plan(0, None)
     assert ran(first) == [8, 8]
@@ -120,7 +120,7 @@ def test_groups_are_split_as_the_last_rung():
 
 
 def test_groups_that_memory_holds_again_are_not_split():
-    """In the batch after the one that had to."""
+    """The batch after one with split groups has whole groups again."""
     one, _ = planner(group=8, history=History(2))
     plan = one.plan(0, None)
     assert {size for groups in plan for size in groups} == {8}
@@ -189,7 +189,7 @@ def refused(one, start=0, failed=None):
 
 @pytest.mark.parametrize("ratio", [0.0, 0.07, 0.1])
 def test_the_limit_that_is_named_does(ratio):
-    """With the gradients of the images before, the fullest image, and the state that the optimizer makes."""
+    """The limit covers gradients, the image with most boxes, and the state that the optimizer creates."""
     crowded = {"boxes": (5, 5, 300, 5), "group": 1, "known": (1, 2), "gradients": 236 * MIB, "safety_ratio": ratio}
     first = {**crowded, "live": 472 * MIB, "optimizer": 236 * MIB}
     fits = {**crowded, "live": (472 + 236) * MIB}  # as it is from the second batch on
@@ -204,7 +204,7 @@ def test_the_limit_that_is_named_does(ratio):
 
 
 def test_what_is_needed_is_more_than_the_budget():
-    """Also where that is for the sake of gradients alone, which are live once they have been made."""
+    """The need may exceed the budget only because of gradients, which stay allocated once they exist."""
     one, _ = planner(group=1, room=1.5, gradients=IMAGE, safety_ratio=0.0, limit=int(1.5 * IMAGE))
     assert refused(one)[0] > one.budget_bytes / MIB
     one, _ = planner(
@@ -215,7 +215,7 @@ def test_what_is_needed_is_more_than_the_budget():
 
 @pytest.mark.parametrize(("images", "limit"), [(1.2, 152), (10, 1001)])
 def test_an_image_that_failed_needs_more_than_it_had_got_to(images, limit):
-    """Where it failed nobody knows how much was still to come; and it failed under the limit that there is."""
+    """After a failed allocation, the further need of the image is unknown, and the present limit is too small."""
     one, _ = planner(images=4, group=1, known=(), history=History(1), limit=int(images * IMAGE), gradients=10 * MIB)
     one.plan(0, None)
     one.plan(0, failure(1))
@@ -259,7 +259,7 @@ def test_plan_changes_with_the_budget():
 
 
 def test_failure_may_be_answered_by_another_plan():
-    """Which half the memory does for, at the same size."""
+    """Another plan halves the memory at the same size."""
     one, _ = planner(levels=LADDER)
     one.plan(0, None)
     one.plan(0, failure(16))
@@ -287,7 +287,7 @@ def test_number_of_attempts_is_bounded(levels, images):
 
 
 def test_injected_failures_do_not_end_a_run():
-    """They ask for more than any device has. Every fifth batch meets two of them; the size comes back in between."""
+    """Injected requests exceed every device. Two of them hit every fifth batch, and the size recovers in between."""
     history, sizes, models = AT_ONCE, [], (CostModel(), SpeedModel())
     for size in (1, 2, 4, 8, 16):
         models[0].observe(Features(size, 640, 640, 5), size * IMAGE)
@@ -339,7 +339,7 @@ def test_time_of_a_move_is_not_that_of_the_size():
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 4])
 def test_a_wait_ends_though_every_attempt_fails(micro_batch):
-    """What others hold would be enough, and what seems to fit fails again and again."""
+    """Memory of other processes would suffice, and a size that seems to fit fails again and again."""
     slept = []
     one, _ = planner(
         images=4, group=1, room=8, others=(7,), known=(1, 2, 4), sleep=slept.append, safety_ratio=0.0,

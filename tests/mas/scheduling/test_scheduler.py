@@ -129,7 +129,7 @@ def test_size_that_is_new_is_tried_when_not_trying_has_cost_as_much():
 
 
 def test_recomputes_where_that_is_faster_than_less_at_once():
-    """On a card that waits for its host, 8 % more time for twice the images."""
+    """On a launch-bound card, twice the images take 8 % more time."""
     fast = decide(state([8] * 4, 25, history=History(32)), model(levels=LADDER), card(host=200, levels=LADDER))
     slow = decide(state([8] * 4, 25, history=History(32)), model(levels=LADDER), card(host=1, levels=LADDER))
     assert (fast.micro_batches, fast.level) == ((4,), 2)
@@ -207,7 +207,7 @@ def test_first_batches_go_as_far_as_what_was_observed_allows():
 
 
 def test_group_is_not_split_because_little_was_observed():
-    """After a first batch of one image, say; memory is what splits groups."""
+    """Only memory splits groups, even after a first batch of one image."""
     assert decide(state([16, 16], 400, history=History(16)), model(1), card()).fits
 
 

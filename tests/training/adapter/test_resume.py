@@ -47,7 +47,7 @@ def test_a_resumed_run_keeps_its_group_and_takes_the_memory_it_is_given(training
 
 
 def test_the_group_that_auto_chose_is_resumed(trainings, tmp_path):
-    """It is resumed even if another would be chosen after the resume."""
+    """The group is resumed even if another would be chosen after the resume."""
     cut = trainings.train(tmp_path, micro_batch=4, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError)
     assert cut.args["bn_group"] == 4
     run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True, micro_batch=8)

@@ -151,7 +151,7 @@ class BatchPlanner:
         self.cost, self.speed, self.history, self._completed = cost, speed, history, history
 
     def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
-        """See `step.Planner.plan`."""
+        """Split the remaining images into micro-batches, see `step.Planner.plan`."""
         self._start = start
         if failure is not None:
             self.undisturbed = False
@@ -189,7 +189,7 @@ class BatchPlanner:
         return self._accept(decision, sizes, group) if decision.fits else None
 
     def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
-        """See `step.Planner.done`."""
+        """Learn from a micro-batch that ran, see `step.Planner.done`."""
         self.cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
         self.speed.ran(stop - start, self._work.height, self._work.width)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)

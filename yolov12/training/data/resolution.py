@@ -124,7 +124,7 @@ class ResolutionControl:
         return self._resized(batch) if self._down() else None
 
     def after(self, fits: Callable[[int], bool]) -> None:
-        """After a batch, go back to the next larger size if it has been predicted to fit for long enough.
+        """Go back to the next larger size if it has been predicted to fit for long enough. Call this after each batch.
 
         Args:
             fits: Returns whether images of a size in pixels are predicted to fit, see `is_eager`.
