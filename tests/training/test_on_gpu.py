@@ -3,9 +3,11 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from ultralytics import YOLO
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,3 +67,29 @@ def test_images_get_smaller_under_a_limit_that_is_refused_otherwise(run_python, 
     assert any("image size 1280 to 1248" in row["events"] for row in rows)
     assert any(int(row["image_size"].split("x")[0]) < 1280 for row in rows)
     assert json.loads((tmp_path / "auto" / "memory.json").read_text())["images_lost"] == 0
+
+
+def test_every_limit_ends_with_the_work_it_is_for(trainings, tmp_path):
+    """A prediction in a callback restores the training's limit. Afterwards the process may use the whole device."""
+    total = torch.cuda.mem_get_info()[1]
+    refused = []
+
+    def fits(fraction):
+        try:
+            torch.empty(int(fraction * total), dtype=torch.uint8, device="cuda")
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    def predict(trainer):
+        YOLO("yolov8n.yaml").predict(str(images), device=0, imgsz=320, batch=8, mem_limit=0.1, verbose=False)
+        refused.append((fits(0.3), not fits(0.45)))
+
+    images = Path(trainings.draw_data(tmp_path / "data")).parent / "images"
+    trainings.train(tmp_path, **ON_GPU, epochs=1, mem_limit=0.4, callbacks=[("on_train_epoch_end", predict)])
+    assert refused == [(True, True)]
+    YOLO("yolov8n.yaml").val(data=trainings.TINY["data"], device=0, imgsz=320, mem_limit=0.2, plots=False)
+    YOLO("yolov8n.yaml").predict(str(images), device=0, imgsz=320, batch=8, mem_limit=0.1, verbose=False)
+    assert fits(0.45)
