@@ -74,8 +74,8 @@ class Ours:
 class _Noted(BatchPlanner):
     sizes: tuple[int, ...] = ()
 
-    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
-        super().done(start, stop, live_bytes, peak_bytes)
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
+        super().done(start, stop, allocated_bytes, peak_bytes)
         self.sizes = (*self.sizes, stop - start)
 
 
@@ -118,7 +118,7 @@ class Sized:
         each = max(self._images // card.group, 1)
         return [groups[index : index + each] for index in range(0, len(groups), each)]
 
-    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
         """Learn nothing, see `step.Planner`."""
 
     def learn(self, batch: Batch) -> None:
@@ -130,7 +130,7 @@ class Sized:
         room = reading.budget_bytes(SAFETY_RATIO) if self._share is None else self._share * reading.free_bytes
         images = card.images
         while images > card.group:
-            live = card.live_bytes + (card.gradient_bytes if images < card.images else 0)
+            live = card.allocated_bytes + (card.gradient_bytes if images < card.images else 0)
             needed = card.usual_bytes(images, max(self._work.boxes), self.level) * (1 + PEAK_SCATTER)
             if live + needed <= room:
                 break

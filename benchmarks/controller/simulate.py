@@ -45,7 +45,7 @@ class Card:
     """Name in the results."""
     total_bytes: int
     """Memory of the device."""
-    live_bytes: int
+    allocated_bytes: int
     """Allocated memory between batches."""
     gradient_bytes: int
     """Bytes of all gradients."""
@@ -143,7 +143,7 @@ class Device(ReplayMeter):
     """Meter that reads the simulated memory."""
 
     def __init__(self, card: Card) -> None:
-        super().__init__(card.total_bytes, [0], card.live_bytes)
+        super().__init__(card.total_bytes, [0], card.allocated_bytes)
         self._card = card
         self.others = 0.0
         self.released = False
@@ -152,8 +152,8 @@ class Device(ReplayMeter):
         """Return the simulated memory, see `Meter`."""
         card = self._card
         others = int(self.others * card.total_bytes)
-        free = max(0, card.total_bytes - others - card.live_bytes)
-        return Reading(card.live_bytes, card.live_bytes, free, card.total_bytes, others)
+        free = max(0, card.total_bytes - others - card.allocated_bytes)
+        return Reading(card.allocated_bytes, card.allocated_bytes, free, card.total_bytes, others)
 
     def release(self) -> None:
         """Note that memory was released, see `Meter`."""
@@ -213,7 +213,7 @@ class Run:
                 stop = start + sum(groups)
                 if 2 * start >= card.images:
                     self.device.others = moment.others_later
-                live = card.live_bytes + (card.gradient_bytes if start else 0)
+                live = card.allocated_bytes + (card.gradient_bytes if start else 0)
                 boxes = max(moment.boxes[start:stop])
                 usual = card.usual_bytes(stop - start, boxes, ways.level)
                 peak = live + usual * (1 + chance.uniform(-PEAK_SCATTER, PEAK_SCATTER))
@@ -231,7 +231,7 @@ class Run:
                 if peak > budget_bytes:
                     done.over_budget = True
                     least = card.usual_bytes(card.group, max(moment.boxes), len(card.levels) - 1) + card.gradient_bytes
-                    done.avoidable |= card.live_bytes + least * (1 + PEAK_SCATTER) <= budget_bytes
+                    done.avoidable |= card.allocated_bytes + least * (1 + PEAK_SCATTER) <= budget_bytes
                 done.peak_bytes = max(done.peak_bytes, peak)
                 done.largest, done.level = max(done.largest, stop - start), ways.level
                 ways.done(start, stop, int(live), int(peak))

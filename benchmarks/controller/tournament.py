@@ -161,7 +161,7 @@ def _oracle_ms(card: Card, met: Sequence[Sequence[Moment]]) -> list[list[float]]
 def _least_ms(card: Card, moment: Moment, parts: int) -> float:
     """Return the time in ms of a batch in `parts` equal micro-batches, under the first plan inside the budget."""
     images = card.images // parts
-    room = card.total_bytes * (1 - max(moment.others, moment.others_later) - 0.1) - card.live_bytes
+    room = card.total_bytes * (1 - max(moment.others, moment.others_later) - 0.1) - card.allocated_bytes
     room -= card.gradient_bytes if parts > 1 else 0
     fullest = max(moment.boxes)
     for level in range(len(card.levels)):

@@ -95,7 +95,7 @@ class Scripted:
             del left[:count]
         return plan
 
-    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
         pass
 
 

@@ -457,7 +457,7 @@ def test_a_wait_for_room_ends_when_the_process_is_asked_to_stop(waiting):
 def test_nobody_waits_for_room_that_would_not_be_there_without_others_either(monkeypatch):
     world = World(others=[0, 0, 1], bn_group=1)
     world.run(2)
-    world.meter.live_bytes = 39 * IMAGE
+    world.meter.allocated_bytes = 39 * IMAGE
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
     assert world.engine._room.wait(lambda: False)[1] == 0
 

@@ -127,7 +127,7 @@ class Calibration:
         planner = self._planner
         if reading is None:
             reading, budget_bytes = planner.reading, planner.budget_bytes
-        beside = beside_bytes(reading.live_bytes, planner.gradient_bytes)
+        beside = beside_bytes(reading.allocated_bytes, planner.gradient_bytes)
         return planner.cost.largest > 0 and beside + needed_bytes <= budget_bytes
 
     def _settle(self, batch: Any, work: Workload, share: Share) -> None:
@@ -156,8 +156,8 @@ class Calibration:
         run = "(bn_group) in this run"
         if sizes[0] != group:
             run = f"in this run (bn_group={group}, {batch_images} in a batch)"
-        held_mib = (self._planner.reading.others_bytes or 0) / 2**20
-        others = f"; other processes hold {held_mib:,.0f} MiB" if group < GROUPS[0] else ""
+        others_mib = (self._planner.reading.others_bytes or 0) / 2**20
+        others = f"; other processes hold {others_mib:,.0f} MiB" if group < GROUPS[0] else ""
         self._log_once(f"memory: BatchNorm sees {seen} images at once {run}", others)
 
     def _log_once(self, line: str, details: str) -> None:

@@ -53,7 +53,7 @@ class Slices:
         self._cost.new_batch()
         while start < images:
             count = min(self._count(images - start, height, width), most)
-            live_bytes, failure = self.meter.mark(), ""
+            allocated_bytes, failure = self.meter.mark(), ""
             try:
                 found.append(work(start, start + count))
             except Exception as error:
@@ -64,7 +64,7 @@ class Slices:
                 self._learn(Features(count, height, width, 0), failure)
                 most = count // 2
                 continue
-            self._cost.observe(Features(count, height, width, 0), self.meter.peak_bytes() - live_bytes)
+            self._cost.observe(Features(count, height, width, 0), self.meter.peak_bytes() - allocated_bytes)
             start += count
         return found
 
@@ -74,7 +74,7 @@ class Slices:
             return min(self._config.micro_batch, images)
         most = min(_LARGEST_STEP * self._cost.largest, images) or min(_FIRST, images)
         reading = self.meter.read()
-        room_bytes = reading.budget_bytes(self._config.safety_ratio) - reading.live_bytes
+        room_bytes = reading.budget_bytes(self._config.safety_ratio) - reading.allocated_bytes
         for parts in range(-(-images // most), images + 1):
             count = -(-images // parts)
             if not self._cost.largest or self._cost.upper(Features(count, height, width, 0))[1] <= room_bytes:
@@ -93,4 +93,4 @@ class Slices:
                 ways.insert(0, f"a mem_limit above {needed_bytes / 2**20:,.0f} MiB")
             raise does_not_fit(needed_bytes, budget_bytes, reading.free_bytes, ways)
         if self._cost.largest:
-            self._cost.observe_failure(features, budget_bytes - reading.live_bytes)
+            self._cost.observe_failure(features, budget_bytes - reading.allocated_bytes)

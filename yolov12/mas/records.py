@@ -103,7 +103,7 @@ class Records:
             max_boxes=max(work.most_boxes for work in works),
             predicted_bytes=max(report.predicted_bytes for report in reports),
             peak_bytes=max(report.peak_bytes for report in reports),
-            held_bytes=last.reading.held_bytes,
+            reserved_bytes=last.reading.reserved_bytes,
             free_bytes=last.reading.free_bytes,
             budget_bytes=last.budget_bytes,
             step_ms=None,

@@ -53,7 +53,7 @@ class Room:
             return self._ranks.all(True)
         reading = self._meter.read()
         _, needed_bytes = self._planner.cost.upper(features)
-        beside = beside_bytes(reading.live_bytes, self._planner.gradient_bytes)
+        beside = beside_bytes(reading.allocated_bytes, self._planner.gradient_bytes)
         return self._ranks.all(beside + needed_bytes <= reading.budget_bytes(self._config.safety_ratio))
 
     def wait(self, stop_requested: Callable[[], bool]) -> tuple[bool, int]:
@@ -85,7 +85,7 @@ class Room:
         if stop_requested():
             return _Status.STOP_REQUESTED
         reading, ratio = self._meter.read(), self._config.safety_ratio
-        stays_bytes = beside_bytes(reading.live_bytes, self._planner.gradient_bytes)
+        stays_bytes = beside_bytes(reading.allocated_bytes, self._planner.gradient_bytes)
         if stays_bytes < reading.budget_bytes(ratio):
             return _Status.SOME
         if stays_bytes < reading.without_others().budget_bytes(ratio):

@@ -153,7 +153,7 @@ def _decide(
             height=wanted.imgsz,
             width=wanted.imgsz,
             budget_bytes=wanted.budget_bytes,
-            live_bytes=fixed.allocated_bytes,
+            allocated_bytes=fixed.allocated_bytes,
             gradient_bytes=fixed.gradients_bytes,
             fixed=wanted.micro_batch,
         )

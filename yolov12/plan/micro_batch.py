@@ -98,7 +98,7 @@ class MicroBatchTracer:
         """
         if (plan, images) not in self._traces:
             with self._fake_model.mode, ByteTrace() as trace:
-                kept_bytes = self._run(images, self._checkpointing.within(plan), lambda: trace.live_bytes)
+                kept_bytes = self._run(images, self._checkpointing.within(plan), lambda: trace.allocated_bytes)
                 self._traces[plan, images] = kept_bytes, trace.peak_bytes()
         return self._traces[plan, images]
 
@@ -117,7 +117,7 @@ class MicroBatchTracer:
             self._run(images, recorder.saved_tensors(no_watch))
             recorder_bytes = trace.highest_bytes = trace.mark()  # the recorder keeps the tensors that it has seen
             around = recorder.times_and_peaks(no_watch, trace)
-            kept_bytes = self._run(images, around, lambda: trace.live_bytes)
+            kept_bytes = self._run(images, around, lambda: trace.allocated_bytes)
             found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes())
             trace.mark()
             # The recorder's pass is also the trace without checkpointing.

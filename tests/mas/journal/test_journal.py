@@ -12,12 +12,12 @@ from yolov12.mas.journal.picture import draw, thin
 MIB = 2**20
 HEADER = (
     "step,epoch,images,micro_batches,plan,image_size,max_boxes,"
-    "predicted_mib,peak_mib,held_mib,free_mib,budget_mib,step_ms,images_per_s,events"
+    "predicted_mib,peak_mib,reserved_mib,free_mib,budget_mib,step_ms,images_per_s,events"
 )
 
 
 def row(step, *events, epoch=1, micro_batches=(64, 64), peak=7000, budget=7400, step_ms=500.0):
-    sizes = {"predicted": peak * 1.01, "peak": peak, "held": 7100, "free": 900.06, "budget": budget}
+    sizes = {"predicted": peak * 1.01, "peak": peak, "reserved": 7100, "free": 900.06, "budget": budget}
     return Row(
         step=step,
         epoch=epoch,
@@ -265,7 +265,7 @@ def test_picture_has_three_panels_over_the_same_steps(tmp_path):
     figure = draw(told(tmp_path, [row(step) for step in range(1, 101)]))
     memory, micro_batches, speed = figure.axes
     assert {axes.get_xlim() for axes in figure.axes} == {(0.5, 100.5)}
-    assert labels(memory) == ["held, with cache", "budget", "measured peak", "predicted peak"]
+    assert labels(memory) == ["reserved, with cache", "budget", "measured peak", "predicted peak"]
     assert labels(micro_batches) == ["micro-batches per step", "images in the largest micro-batch"]
     assert labels(speed) == ["each step", "running median"]
 
@@ -318,3 +318,18 @@ def test_thinning_keeps_highest_peak_lowest_budget_and_events(tmp_path):
     memory = draw(rows).axes[0]
     assert len(memory.collections[-1].get_offsets()) == 2
     assert max(memory.get_lines()[1].get_ydata()) == 7300 / 1024
+
+
+def test_a_file_of_an_earlier_version_is_read_and_continued(tmp_path):
+    """Its column of reserved memory is called `held_mib`."""
+    journal = Journal(tmp_path)
+    journal.add(row(1))
+    journal.close(updates_expected=1)
+    file = tmp_path / "memory.csv"
+    file.write_text(file.read_text().replace("reserved_mib", "held_mib"))
+    resumed = Journal(tmp_path, resume=True)
+    resumed.add(row(2))
+    resumed.close(updates_expected=1)
+    assert [each["step"] for each in read_rows(file)] == ["1", "2"]
+    assert all(float(each["reserved_mib"]) > 0 for each in read_rows(file))
+    assert "held_mib" in file.read_text()

@@ -16,7 +16,7 @@ def row(step, images, *events, epoch=1, peak=7000, predicted=None, budget=8000, 
     """Return a row. Without images it has the values that the engine writes for an empty share."""
     parts = tuple(min(micro_batch, images - start) for start in range(0, images, micro_batch))
     peak = peak if images else 0
-    sizes = {"predicted": peak if predicted is None else predicted, "peak": peak, "held": 7100, "free": 900}
+    sizes = {"predicted": peak if predicted is None else predicted, "peak": peak, "reserved": 7100, "free": 900}
     return Row(
         step=step,
         epoch=epoch,

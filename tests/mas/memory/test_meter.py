@@ -46,36 +46,36 @@ def test_budget_is_never_negative():
 @needs_linux
 def test_host_peak_rises_by_what_was_allocated_and_falls_after_a_mark():
     meter = meter_for(torch.device("cpu"))
-    live_bytes = meter.mark()
+    allocated_bytes = meter.mark()
     block = torch.ones(200 * MIB, dtype=torch.uint8)
-    assert meter.read().held_bytes >= live_bytes + 192 * MIB
+    assert meter.read().reserved_bytes >= allocated_bytes + 192 * MIB
     del block
-    assert 192 * MIB <= meter.peak_bytes() - live_bytes <= 208 * MIB
-    live_bytes = meter.mark()
-    assert meter.peak_bytes() - live_bytes <= 8 * MIB
+    assert 192 * MIB <= meter.peak_bytes() - allocated_bytes <= 208 * MIB
+    allocated_bytes = meter.mark()
+    assert meter.peak_bytes() - allocated_bytes <= 8 * MIB
     torch.ones(50 * MIB, dtype=torch.uint8)  # freed at once
-    assert 42 * MIB <= meter.peak_bytes() - live_bytes <= 58 * MIB
+    assert 42 * MIB <= meter.peak_bytes() - allocated_bytes <= 58 * MIB
 
 
 @needs_linux
 @pytest.mark.skipif(not host_memory.trim_heap(), reason="the C library cannot give its heap back")
 def test_small_host_step_is_measured_after_a_large_one():
     meter = HostMeter()
-    live_bytes = meter.mark()
+    allocated_bytes = meter.mark()
     blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(3200)]
-    assert meter.peak_bytes() - live_bytes >= 192 * MIB
+    assert meter.peak_bytes() - allocated_bytes >= 192 * MIB
     last = blocks.pop()  # at the end of the heap: the freed memory below it stays resident
     del blocks
-    live_bytes = meter.mark()
+    allocated_bytes = meter.mark()
     blocks = [torch.ones(64 * KIB, dtype=torch.uint8) for _ in range(800)]
-    assert 42 * MIB <= meter.peak_bytes() - live_bytes <= 66 * MIB
+    assert 42 * MIB <= meter.peak_bytes() - allocated_bytes <= 66 * MIB
     del last, blocks
 
 
 def test_host_of_this_machine():
     meter = meter_for(torch.device("cpu"))
     reading = meter.read()
-    assert 0 < reading.live_bytes <= reading.held_bytes < reading.total_bytes
+    assert 0 < reading.allocated_bytes <= reading.reserved_bytes < reading.total_bytes
     assert 0 < reading.free_bytes < reading.total_bytes
     assert meter_for(torch.device("cpu"), 0.5).read().total_bytes == reading.total_bytes // 2
     assert meter_for(torch.device("cpu"), GIB).read().total_bytes == GIB
@@ -152,7 +152,7 @@ def test_host_whose_peak_cannot_be_reset_and_heap_not_be_given_back(invented, mo
     assert meter.peak_bytes() == 1800 * MIB
     hold(900, 3200)
     assert meter.peak_bytes() == 3200 * MIB
-    assert meter.read().live_bytes == 900 * MIB
+    assert meter.read().allocated_bytes == 900 * MIB
     assert meter.mark() == 900 * MIB
 
 
@@ -337,7 +337,7 @@ def test_stopwatch_waits_for_nothing(card, monkeypatch):
 
 
 def test_replay_of_an_invented_trace():
-    meter = ReplayMeter(10 * GIB, [0, 6 * GIB], live_bytes=GIB)
+    meter = ReplayMeter(10 * GIB, [0, 6 * GIB], allocated_bytes=GIB)
     assert meter.read() == Reading(GIB, GIB, 9 * GIB, 10 * GIB, 0)
     meter.use(9 * GIB)
     assert meter.peak_bytes() == 10 * GIB
@@ -353,7 +353,7 @@ def test_replay_of_an_invented_trace():
 
 
 def test_replay_with_a_limit():
-    meter = ReplayMeter(10 * GIB, [GIB], live_bytes=GIB, limit=0.4)
+    meter = ReplayMeter(10 * GIB, [GIB], allocated_bytes=GIB, limit=0.4)
     assert meter.read().budget_bytes(0.25) == 3 * GIB
     meter.use(3 * GIB)
     with pytest.raises(torch.cuda.OutOfMemoryError):
@@ -378,13 +378,13 @@ def test_replayed_clock():
 def test_peak_on_a_gpu_is_what_was_allocated():
     meter = meter_for(GPU)
     meter.release()
-    live_bytes, stopwatch = meter.mark(), meter.stopwatch()
+    allocated_bytes, stopwatch = meter.mark(), meter.stopwatch()
     block = torch.ones(64 * MIB + 1, dtype=torch.uint8, device=GPU)
-    assert meter.read().live_bytes == meter.peak_bytes()
+    assert meter.read().allocated_bytes == meter.peak_bytes()
     del block
     # The allocator rounds up to 512 bytes and may give up to 1 MiB more with a block.
-    assert 64 * MIB < meter.peak_bytes() - live_bytes <= 65 * MIB + 512
-    assert meter.mark() == meter.peak_bytes() == live_bytes
+    assert 64 * MIB < meter.peak_bytes() - allocated_bytes <= 65 * MIB + 512
+    assert meter.mark() == meter.peak_bytes() == allocated_bytes
     stopwatch.stop()
     torch.cuda.synchronize()
     assert stopwatch.elapsed_ms() > 0
@@ -397,7 +397,7 @@ def test_peak_on_a_gpu_is_what_was_allocated():
 def test_limit_on_a_gpu_is_kept():
     whole = meter_for(GPU)
     whole.release()
-    limited = meter_for(GPU, whole.read().held_bytes + 64 * MIB)
+    limited = meter_for(GPU, whole.read().reserved_bytes + 64 * MIB)
     with limited.limited():
         assert limited.read().budget_bytes(0) == limited.read().total_bytes
         torch.empty(48 * MIB, dtype=torch.uint8, device=GPU)

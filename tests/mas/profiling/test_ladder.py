@@ -32,12 +32,12 @@ class Card(ByteTrace):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.now_ms += 0.01
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.live_bytes > self.total_bytes:
+        if self.allocated_bytes > self.total_bytes:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 MiB")
         return result
 
     def read(self):
-        live = self.live_bytes
+        live = self.allocated_bytes
         return Reading(live, live, max(self.total_bytes - live, 0), self.total_bytes, 0)
 
     def release(self):

@@ -33,7 +33,7 @@ def kept_bytes(step, batch, plan):
     with ByteTrace() as trace:
 
         def backward(loss):
-            kept.append(trace.live_bytes)
+            kept.append(trace.allocated_bytes)
             loss.backward()
 
         step._backward = backward

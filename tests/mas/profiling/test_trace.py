@@ -19,7 +19,7 @@ def test_blocks_of_512_bytes():
     assert [rounded(size) for size in (0, 1, 512, 513)] == [0, 512, 512, 1024]
     with ByteTrace() as trace:
         kept = torch.empty(1)
-    assert trace.live_bytes == 512, kept
+    assert trace.allocated_bytes == 512, kept
 
 
 def test_what_is_freed_is_subtracted_and_the_peak_is_since_the_mark():
@@ -27,34 +27,34 @@ def test_what_is_freed_is_subtracted_and_the_peak_is_since_the_mark():
         one = floats(3)
         two = floats(2)
         del one
-        assert (trace.live_bytes, trace.peak_bytes()) == (2 * KIB, 5 * KIB)
+        assert (trace.allocated_bytes, trace.peak_bytes()) == (2 * KIB, 5 * KIB)
         assert trace.mark() == 2 * KIB
         assert trace.peak_bytes() == 2 * KIB
         three = floats(1)
     assert trace.peak_bytes() == 3 * KIB
     del two, three
-    assert trace.live_bytes == 0
+    assert trace.allocated_bytes == 0
 
 
 def test_views_and_tensors_from_before_do_not_count():
     before = floats(8)
     with ByteTrace() as trace:
         views = before[1:], before.view(2, -1), before.detach(), before.mul_(2), nn.Parameter(before)
-        assert trace.live_bytes == 0, views
+        assert trace.allocated_bytes == 0, views
         made = floats(4)
         view = made[:1]
         del made
-        assert trace.live_bytes == 4 * KIB, view
+        assert trace.allocated_bytes == 4 * KIB, view
         del view
-        assert trace.live_bytes == 0
+        assert trace.allocated_bytes == 0
 
 
 def test_tensors_made_from_python_values_and_resized_ones_count():
     with ByteTrace() as trace:
         listed = torch.tensor([1.0] * 256)
-        assert trace.live_bytes == KIB, listed
+        assert trace.allocated_bytes == KIB, listed
         listed.resize_(512)
-        assert trace.live_bytes == 2 * KIB
+        assert trace.allocated_bytes == 2 * KIB
 
 
 @pytest.mark.parametrize("fake", [False, True])
@@ -65,7 +65,7 @@ def test_convolution_norm_and_activation_forward_and_backward(fake):
         with ByteTrace() as trace:
             out = F.silu(norm(conv(image)))
             # 8 KiB each for the outputs of convolution, BatchNorm and activation; BatchNorm's mean and deviation.
-            assert trace.live_bytes == 3 * 8 * KIB + 2 * 512
+            assert trace.allocated_bytes == 3 * 8 * KIB + 2 * 512
             total = out.sum()
             trace.mark()
             total.backward()
@@ -75,9 +75,9 @@ def test_convolution_norm_and_activation_forward_and_backward(fake):
             assert trace.peak_bytes() == 4 * 8 * KIB + 2 * 512 + 2 * 512 + 2 * 512
             gradients = 3 * 512  # 36 weights of the convolution, twice four of BatchNorm
             del total
-            assert trace.live_bytes == 8 * KIB + gradients  # `out`
+            assert trace.allocated_bytes == 8 * KIB + gradients  # `out`
             del out
-            assert trace.live_bytes == gradients
+            assert trace.allocated_bytes == gradients
 
 
 def test_a_fake_pass_counts_what_a_real_one_does():
@@ -89,9 +89,9 @@ def test_a_fake_pass_counts_what_a_real_one_does():
             )
             with ByteTrace() as trace, torch.autocast("cpu", torch.bfloat16):
                 out = model(torch.rand(2, 3, 32, 32))
-                after_forward = trace.live_bytes
+                after_forward = trace.allocated_bytes
                 out.float().pow(2).sum().backward()
-            return [after_forward, trace.peak_bytes(), trace.live_bytes]
+            return [after_forward, trace.peak_bytes(), trace.allocated_bytes]
 
     assert run(FakeTensorMode()) == run(None)
 
@@ -108,5 +108,5 @@ def test_backward_on_a_gpu_is_followed_and_agrees_with_the_allocator():
     torch.cuda.reset_peak_memory_stats()
     with ByteTrace() as trace:
         layer(image).relu().sum().backward()
-    assert trace.live_bytes == torch.cuda.memory_allocated() - before
+    assert trace.allocated_bytes == torch.cuda.memory_allocated() - before
     assert trace.peak_bytes() == torch.cuda.max_memory_allocated() - before

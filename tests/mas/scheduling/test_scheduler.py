@@ -32,7 +32,7 @@ def state(groups, budget_images, **changes):
         "height": 640,
         "width": 640,
         "budget_bytes": int(budget_images * IMAGE * 1.02),
-        "live_bytes": 0,
+        "allocated_bytes": 0,
         "gradient_bytes": 0,
         "history": History(sum(groups)),
     }
@@ -76,7 +76,7 @@ def test_nothing_fits():
 
 
 def test_live_tensors_and_gradients_count():
-    assert decide(state([8] * 4, 32, live_bytes=4 * IMAGE), model(), card()).micro_batches == (2, 2)
+    assert decide(state([8] * 4, 32, allocated_bytes=4 * IMAGE), model(), card()).micro_batches == (2, 2)
     # Gradients are there only while a second micro-batch runs.
     assert decide(state([8] * 4, 32, gradient_bytes=4 * IMAGE), model(), card()).micro_batches == (4,)
     assert decide(state([8] * 4, 18, gradient_bytes=4 * IMAGE), model(), card()).micro_batches == (1,) * 4

@@ -45,7 +45,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("predicted_mib", "MiB", "Predicted peak of allocated memory."),
     Column("peak_mib", "MiB", "Measured peak of allocated memory."),
     Column(
-        "held_mib",
+        "reserved_mib",
         "MiB",
         "Memory that this process had reserved, with PyTorch's cache. This and the next two columns were read when the "
         "batch began, or after its last failed allocation.",

@@ -28,6 +28,7 @@ from yolov12.mas.journal.summary import RESUMED, Summary, summarise
 __all__ = ["COLUMNS", "RESUMED", "Journal", "Row", "Summary", "read_ranks", "read_rows"]
 
 _FIRST = "memory.csv"
+_OLD_COLUMNS = {"held_mib": "reserved_mib"}  # names in files of earlier versions, which a resumed run goes on with
 _FLUSH_S = 1.0
 
 
@@ -56,8 +57,8 @@ class Row:
     """Predicted peak of allocated memory."""
     peak_bytes: int
     """Measured peak of allocated memory."""
-    held_bytes: int
-    """Memory reserved by this process; see `Reading.held_bytes`."""
+    reserved_bytes: int
+    """Memory reserved by this process; see `Reading.reserved_bytes`."""
     free_bytes: int
     """Memory that the device could still give; see `Reading.free_bytes`."""
     budget_bytes: int
@@ -69,7 +70,7 @@ class Row:
 
     def as_csv(self) -> tuple[str | int, ...]:
         """Return the values of `COLUMNS` in MiB, milliseconds and images/s, with one decimal; empty if unknown."""
-        sizes_bytes = (self.predicted_bytes, self.peak_bytes, self.held_bytes, self.free_bytes, self.budget_bytes)
+        sizes_bytes = (self.predicted_bytes, self.peak_bytes, self.reserved_bytes, self.free_bytes, self.budget_bytes)
         return (
             *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches))),
             *(self.plan, self.image_size, self.max_boxes),
@@ -258,7 +259,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     An incomplete last line is left out: the run may still be writing it, or a kill may have cut it off.
     """
     text = path.read_text("utf-8")
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    return [{_OLD_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def read_ranks(folder: Path) -> dict[int, list[dict[str, str]]]:

@@ -117,18 +117,18 @@ def thin(rows: Sequence[_Row], bins: int = _BINS) -> list[_Row]:
 
 def _memory(axes: Axes, rows: Sequence[_Row]) -> None:
     steps = _steps(rows)
-    peak, predicted, held, budget = (
-        [float(row[f"{name}_mib"]) / 1024 for row in rows] for name in ("peak", "predicted", "held", "budget")
+    peak, predicted, reserved, budget = (
+        [float(row[f"{name}_mib"]) / 1024 for row in rows] for name in ("peak", "predicted", "reserved", "budget")
     )
     dot = _dot(rows)
-    axes.fill_between(steps, held, color=_SKY, alpha=0.22, linewidth=0, label="held, with cache")
+    axes.fill_between(steps, reserved, color=_SKY, alpha=0.22, linewidth=0, label="reserved, with cache")
     axes.plot(steps, budget, color=_BLACK, linewidth=1.6, marker=dot, ms=4, label="budget")
     axes.plot(steps, peak, color=_BLUE, linewidth=1.4, marker=dot, ms=4, label="measured peak")
     axes.plot(steps, predicted, "--", color=_ORANGE, linewidth=1.1, marker=dot, ms=4, label="predicted peak")
     if resumed := [int(row["step"]) - 0.5 for row in rows if _has_event(row, "resumed")]:
         axes.vlines(resumed, 0, 1, _GREEN, ":", label="resumed", transform=axes.get_xaxis_transform())
     _mark(axes, rows, "out-of-memory", peak, "X", _VERMILION, "out-of-memory, survived")
-    axes.set_ylim(0, max(*peak, *predicted, *held, *budget, 0.001) * 1.06)
+    axes.set_ylim(0, max(*peak, *predicted, *reserved, *budget, 0.001) * 1.06)
     _caption(axes, "Memory of this process", "GiB")
 
 

@@ -48,14 +48,14 @@ class CudaMeter:
     def read(self) -> Reading:
         """Read the memory now."""
         counters = self._counters()
-        held = int(counters["reserved_bytes"]["all"]["current"])
+        reserved = int(counters["reserved_bytes"]["all"]["current"])
         free, total = self._room_bytes()
         return Reading(
-            held_bytes=held,
-            live_bytes=int(counters["allocated_bytes"]["all"]["current"]),
+            reserved_bytes=reserved,
+            allocated_bytes=int(counters["allocated_bytes"]["all"]["current"]),
             free_bytes=free,
             total_bytes=self._limited_bytes,
-            others_bytes=max(0, total - free - held - self._context_bytes(held)),
+            others_bytes=max(0, total - free - reserved - self._context_bytes(reserved)),
         )
 
     def mark(self) -> int:
@@ -98,8 +98,8 @@ class CudaMeter:
             total = min(total, host_total)
         return free, total
 
-    def _ask_context_bytes(self, held_bytes: int) -> int:
-        return max(0, (self._nvml.own_bytes() or 0) - held_bytes)
+    def _ask_context_bytes(self, reserved_bytes: int) -> int:
+        return max(0, (self._nvml.own_bytes() or 0) - reserved_bytes)
 
 
 class _Fraction:

@@ -96,20 +96,20 @@ class HostMeter:
     def __init__(self, limit: int | float | None = None, memory: HostMemory | None = None) -> None:
         self._memory = memory or HostMemory()
         self._limit = limit
-        self._live_bytes: int | None = None
+        self._allocated_bytes: int | None = None
         self._marks, self._trim_at_s = 0, 0.0
         self._at_mark_bytes, self._peak_at_mark_bytes = self._memory.resident_bytes()
 
     def read(self) -> Reading:
         """Read the memory now. Allocated bytes are those of the last mark, or the resident size if it is smaller."""
-        held, _ = self._memory.resident_bytes()
+        reserved, _ = self._memory.resident_bytes()
         total, free = self._memory.room_bytes()
         return Reading(
-            held_bytes=held,
-            live_bytes=held if self._live_bytes is None else min(held, self._live_bytes),
+            reserved_bytes=reserved,
+            allocated_bytes=reserved if self._allocated_bytes is None else min(reserved, self._allocated_bytes),
             free_bytes=free,
             total_bytes=limited_bytes(total, self._limit),
-            others_bytes=max(0, total - free - held),
+            others_bytes=max(0, total - free - reserved),
         )
 
     def mark(self) -> int:
@@ -120,11 +120,11 @@ class HostMeter:
             self._trim_at_s = time.monotonic() + _TRIM_EVERY_S
         self._memory.forget_peak()
         self._at_mark_bytes, self._peak_at_mark_bytes = self._memory.resident_bytes()
-        if trimmed or self._live_bytes is None:
-            self._live_bytes = self._at_mark_bytes
+        if trimmed or self._allocated_bytes is None:
+            self._allocated_bytes = self._at_mark_bytes
         else:
-            self._live_bytes = min(self._live_bytes, self._at_mark_bytes)
-        return self._live_bytes
+            self._allocated_bytes = min(self._allocated_bytes, self._at_mark_bytes)
+        return self._allocated_bytes
 
     def peak_bytes(self) -> int:
         """Return the highest resident size since the last mark."""

@@ -1,9 +1,9 @@
 """Choice of the meter, which reads the memory of a model's device before every step and around every micro-batch.
 
 meter = meter_for(torch.device("cuda:0"), limit=0.5)
-live_bytes = meter.mark()
+allocated_bytes = meter.mark()
 ...  # forward and backward pass
-increment_bytes = meter.peak_bytes() - live_bytes
+increment_bytes = meter.peak_bytes() - allocated_bytes
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ __all__ = ["ClockStopwatch", "Meter", "Reading", "Stopwatch", "limited_bytes"]
 class Reading:
     """Memory of one device at one moment, in bytes."""
 
-    held_bytes: int
+    reserved_bytes: int
     """Reserved by this process: allocated tensors and the allocator's cache; on the host, its resident size."""
-    live_bytes: int
+    allocated_bytes: int
     """Allocated in tensors; on the host, an estimate (see `HostMeter`)."""
     free_bytes: int
     """Still available on the device, regardless of the limit."""
@@ -34,7 +34,7 @@ class Reading:
         Args:
             safety_ratio: Fraction of the total that stays free, 0 to 1.
         """
-        reachable_bytes = min(self.held_bytes + self.free_bytes, self.total_bytes)
+        reachable_bytes = min(self.reserved_bytes + self.free_bytes, self.total_bytes)
         return max(0, int(reachable_bytes - safety_ratio * self.total_bytes))
 
     def without_others(self) -> Reading:

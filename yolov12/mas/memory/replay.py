@@ -20,20 +20,20 @@ class ReplayMeter:
     Args:
         total_bytes: Memory of the card.
         others_bytes: Memory of other processes at each step. After the last step, its value stays.
-        live_bytes: Memory allocated by this process. May be changed at any time.
+        allocated_bytes: Memory allocated by this process. May be changed at any time.
         limit: Memory limit; see `meter_for`.
     """
 
     kind = "cuda"
 
     def __init__(
-        self, total_bytes: int, others_bytes: Sequence[int], live_bytes: int = 0, limit: int | float | None = None
+        self, total_bytes: int, others_bytes: Sequence[int], allocated_bytes: int = 0, limit: int | float | None = None
     ) -> None:
-        self.live_bytes = live_bytes
+        self.allocated_bytes = allocated_bytes
         self._card_bytes, self._limited_bytes = total_bytes, limited_bytes(total_bytes, limit)
         self._others_bytes = list(others_bytes)
         self._step = 0
-        self._peak_bytes = live_bytes
+        self._peak_bytes = allocated_bytes
         self._now_ms = 0.0
 
     def advance(self) -> None:
@@ -44,36 +44,36 @@ class ReplayMeter:
         """Advance the clock."""
         self._now_ms += ms
 
-    def use(self, peak_bytes_above_live: int) -> None:
+    def use(self, peak_bytes_above_allocated: int) -> None:
         """Allocate memory and free it at once, like a micro-batch.
 
         Raises:
             torch.cuda.OutOfMemoryError: The memory does not fit beside this process' and other processes' memory, or it
                 exceeds the limit.
         """
-        peak_bytes = self.live_bytes + peak_bytes_above_live
+        peak_bytes = self.allocated_bytes + peak_bytes_above_allocated
         room_bytes = min(self._card_bytes - self._others_bytes[self._step], self._limited_bytes)
         if peak_bytes > room_bytes:
             raise torch.cuda.OutOfMemoryError(
-                f"CUDA out of memory. Tried to allocate {peak_bytes_above_live / 2**20:.2f} MiB. "
-                f"GPU 0 has {(room_bytes - self.live_bytes) / 2**20:.2f} MiB left for this process (replayed)."
+                f"CUDA out of memory. Tried to allocate {peak_bytes_above_allocated / 2**20:.2f} MiB. "
+                f"GPU 0 has {(room_bytes - self.allocated_bytes) / 2**20:.2f} MiB left for this process (replayed)."
             )
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
 
     def read(self) -> Reading:
         """Read the memory at this step of the trace."""
         others_bytes = self._others_bytes[self._step]
-        free = max(0, self._card_bytes - others_bytes - self.live_bytes)
-        return Reading(self.live_bytes, self.live_bytes, free, self._limited_bytes, others_bytes)
+        free = max(0, self._card_bytes - others_bytes - self.allocated_bytes)
+        return Reading(self.allocated_bytes, self.allocated_bytes, free, self._limited_bytes, others_bytes)
 
     def mark(self) -> int:
         """Reset the peak; return the bytes allocated now."""
-        self._peak_bytes = self.live_bytes
-        return self.live_bytes
+        self._peak_bytes = self.allocated_bytes
+        return self.allocated_bytes
 
     def peak_bytes(self) -> int:
         """Return the highest allocated bytes since the last mark."""
-        return max(self._peak_bytes, self.live_bytes)
+        return max(self._peak_bytes, self.allocated_bytes)
 
     def release(self) -> None:
         """Do nothing: there is no cache."""

@@ -72,7 +72,7 @@ class Recorder:
         self._forward: dict[str, Timer] = {}
         self._rebuilds: dict[str, Timer] = {}
         self._marks: list[tuple[int, int]] = []  # (stage, peak bytes before its gradient arrived)
-        self._live_bytes = 0
+        self._allocated_bytes = 0
 
     @contextmanager
     def saved_tensors(self, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
@@ -116,7 +116,7 @@ class Recorder:
             meter: Reads the peaks.
         """
         self._marks.clear()
-        self._live_bytes = meter.mark()
+        self._allocated_bytes = meter.mark()
 
         def reached(stage: int, _: Tensor) -> None:
             self._marks.append((stage, meter.peak_bytes()))
@@ -296,7 +296,7 @@ class Recorder:
                 return 0.0
             there = sum(size for index, size in kept.items() if index <= stage) * images
             gradients = sum(self._gradient_bytes[self._stages[index]] for index in kept if index >= stage)
-            return max(0.0, peaks[stage] - self._live_bytes - there - gradients) / images
+            return max(0.0, peaks[stage] - self._allocated_bytes - there - gradients) / images
 
         return above(len(self._stages)), tuple(above(index) for index in range(len(self._stages)))
 

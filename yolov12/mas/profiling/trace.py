@@ -42,17 +42,17 @@ class ByteTrace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._followed: dict[int, tuple[weakref.ref[Any], int]] = {}  # by the address of the C++ storage
-        self._live_bytes = self._peak_bytes = 0
+        self._allocated_bytes = self._peak_bytes = 0
 
     @property
-    def live_bytes(self) -> int:
+    def allocated_bytes(self) -> int:
         """Bytes of storages that were made during the trace and still exist."""
-        return self._live_bytes
+        return self._allocated_bytes
 
     def mark(self) -> int:
         """Reset the peak; return the bytes allocated now."""
-        self._peak_bytes = self._live_bytes
-        return self._live_bytes
+        self._peak_bytes = self._allocated_bytes
+        return self._allocated_bytes
 
     def peak_bytes(self) -> int:
         """Return the highest allocated bytes since the last mark, or since the beginning."""
@@ -83,12 +83,12 @@ class ByteTrace(TorchDispatchMode):
         return result
 
     def _add(self, size_bytes: int) -> None:
-        self._live_bytes += size_bytes
-        self._peak_bytes = max(self._peak_bytes, self._live_bytes)
+        self._allocated_bytes += size_bytes
+        self._peak_bytes = max(self._peak_bytes, self._allocated_bytes)
 
     def _end_of(self, key: int) -> Callable[[Any], None]:
         def ended(_: Any) -> None:
-            self._live_bytes -= self._followed.pop(key)[1]
+            self._allocated_bytes -= self._followed.pop(key)[1]
 
         return ended
 

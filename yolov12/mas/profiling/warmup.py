@@ -61,9 +61,9 @@ def warm_up(
         for start in (0, around) if around else (0,):
             outcome = step.try_out(batch, start, start + images, layers())
             if not isinstance(outcome, Failure):
-                live_bytes, peak_bytes = outcome
+                allocated_bytes, peak_bytes = outcome
                 boxes = max(work.boxes[start : start + images])
-                cost.observe(Features(images, work.height, work.width, boxes, level), peak_bytes - live_bytes)
+                cost.observe(Features(images, work.height, work.width, boxes, level), peak_bytes - allocated_bytes)
         speed.ran(images, work.height, work.width, timed=False)
         return None
     return outcome if isinstance(outcome, Failure) else None

@@ -58,7 +58,7 @@ class State:
     """Width of the images in pixels."""
     budget_bytes: int
     """Bytes that this process may use."""
-    live_bytes: int
+    allocated_bytes: int
     """Bytes allocated now, between batches."""
     gradient_bytes: int
     """Bytes of the gradients, which are allocated from the end of the first micro-batch on."""
@@ -213,16 +213,16 @@ def under_ceiling(state: State, cost: CostModel, cut: Cut, level: int) -> bool:
     return state.ceiling is None or cut.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
 
 
-def beside_bytes(live_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:
+def beside_bytes(allocated_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:
     """Bytes allocated beside a micro-batch.
 
     Args:
-        live_bytes: Bytes allocated before the batch, or before what is left of it.
+        allocated_bytes: Bytes allocated before the batch, or before what is left of it.
         gradient_bytes: Bytes of one set of gradients. Earlier micro-batches of the batch leave one.
         alone: True for a micro-batch that is all of its batch, so that no earlier one leaves gradients.
     """
-    return live_bytes if alone else live_bytes + gradient_bytes
+    return allocated_bytes if alone else allocated_bytes + gradient_bytes
 
 
 def _allocated_bytes(state: State, cut: Cut) -> int:
-    return beside_bytes(state.live_bytes, state.gradient_bytes, alone=len(cut.counts) == 1)
+    return beside_bytes(state.allocated_bytes, state.gradient_bytes, alone=len(cut.counts) == 1)

@@ -188,9 +188,9 @@ class BatchPlanner:
         )
         return self._accept(decision, sizes, group) if decision.fits else None
 
-    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
         """Learn from a micro-batch that ran, see `step.Planner.done`."""
-        self.cost.observe(self._features(start, stop, self.level), peak_bytes - live_bytes)
+        self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
         self.speed.ran(stop - start, self._work.height, self._work.width)
         self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self._waited_s = self._told_s = 0  # only a successful micro-batch ends a wait
@@ -206,7 +206,7 @@ class BatchPlanner:
             self._failed_at, self._ceiling = failure.images, needs
             return
         features = self._features(start, start + failure.images, self.level)
-        self.cost.observe_failure(features, self.budget_bytes - self.reading.live_bytes)
+        self.cost.observe_failure(features, self.budget_bytes - self.reading.allocated_bytes)
         self._failed_at = 0
         # Try half of what failed: half the images or another plan. The last attempt is one image under the last plan.
         self._ceiling = max(needs / 2, least) if needs > least else 0.0
@@ -253,7 +253,7 @@ class BatchPlanner:
 
     def _beside_bytes(self) -> int:
         alone = self._start > 0 or self._work.images == 1  # later, the gradients are allocated already
-        return beside_bytes(self.reading.live_bytes, self.gradient_bytes, alone=alone)
+        return beside_bytes(self.reading.allocated_bytes, self.gradient_bytes, alone=alone)
 
     def _image_bytes(self, failure: Failure | None) -> int:
         """Return the bytes of the remaining image with most boxes, under the last plan.
@@ -267,7 +267,7 @@ class BatchPlanner:
         """Return the bytes that one image had allocated and requested when it failed: a lower bound of its need."""
         if failure is None or failure.images > 1:
             return 0
-        return failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.live_bytes
+        return failure.peak_bytes + tried_to_allocate(failure.message) - self.reading.allocated_bytes
 
     def _error(self, failure: Failure | None) -> DoesNotFitError:
         reading, ratio = self.reading, self._config.safety_ratio
@@ -284,7 +284,7 @@ class BatchPlanner:
                 ways.append(f"give a mem_limit above {max(roomy, reading.total_bytes) // 2**20 + 1:,.0f} MiB")
             else:
                 ways.append(f"give a mem_limit of {roomy // 2**20 + 1:,.0f} MiB")
-        if needed <= min(reading.held_bytes + reading.free_bytes, reading.total_bytes):
+        if needed <= min(reading.reserved_bytes + reading.free_bytes, reading.total_bytes):
             ways.append(f"give a mem_safety_ratio below {ratio:g}")
         if self._may_come_back(failure):
             ways.append(f"stop the other processes, which hold {(reading.others_bytes or 0) / 2**20:,.0f} MiB of it")
@@ -304,7 +304,7 @@ class BatchPlanner:
             height=self._work.height,
             width=self._work.width,
             budget_bytes=self.budget_bytes,
-            live_bytes=self.reading.live_bytes,
+            allocated_bytes=self.reading.allocated_bytes,
             gradient_bytes=0 if start else self.gradient_bytes,
             history=self.history,
             ceiling=self._ceiling,

@@ -53,13 +53,13 @@ class Planner(Protocol):
             DoesNotFitError: No smaller split is left to try.
         """
 
-    def done(self, start: int, stop: int, live_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
         """Learn from a micro-batch that ran.
 
         Args:
             start: First image.
             stop: Image after the last.
-            live_bytes: Allocated bytes before the micro-batch.
+            allocated_bytes: Allocated bytes before the micro-batch.
             peak_bytes: Peak of allocated bytes while it ran.
         """
 
@@ -200,12 +200,12 @@ class Step:
             for index, groups in enumerate(plan):
                 stop = start + sum(groups)
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
-                live_bytes = self._meter.mark()
+                allocated_bytes = self._meter.mark()
                 layers = self.checkpointing.within(self.plans[planner.level])
                 failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, layers)
                 if failure is not None:
                     break
-                planner.done(start, stop, live_bytes, self._meter.peak_bytes())
+                planner.done(start, stop, allocated_bytes, self._meter.peak_bytes())
                 groups_done += groups
                 ran.append(stop - start)
                 start = stop
@@ -231,11 +231,11 @@ class Step:
         state = _RandomState(self._device)
         self._norms.begin()
         try:
-            live_bytes = self._meter.mark()
+            allocated_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)
             total = Total(stop, self._task.floor)
             failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
-            return failure or (live_bytes, self._meter.peak_bytes())
+            return failure or (allocated_bytes, self._meter.peak_bytes())
         finally:
             state.restore()
             gradients.give(self._parameters, before)
