@@ -117,7 +117,7 @@ class Run:
 
 def train(
     project: Path,
-    model: Any = "yolov8n.yaml",
+    model: Any,
     *,
     trainer: Any = None,
     callbacks: Sequence[tuple[str, Callable[[Any], None]]] = (),
@@ -179,9 +179,13 @@ def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int
 
 
 @pytest.fixture(scope="session")
-def trainings() -> SimpleNamespace:
+def trainings(tiny_model: str) -> SimpleNamespace:
     """Return the helpers of this module."""
-    return SimpleNamespace(train=train, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
+
+    def train_any(project: Path, model: Any = tiny_model, **arguments: Any) -> Run:
+        return train(project, model, **arguments)
+
+    return SimpleNamespace(train=train_any, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
 
 
 @pytest.fixture(autouse=True)
