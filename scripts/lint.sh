@@ -7,6 +7,7 @@ install_into python lint.txt
 
 ruff check
 ruff format --check
+git ls-files -z '*.py' | xargs -0 python scripts/check_docstrings.py
 mypy
 git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x -P SCRIPTDIR
 git ls-files -z '*Dockerfile*' | xargs -0 -r hadolint

@@ -14,7 +14,7 @@ OF_ORACLE = 0.95
 
 @pytest.fixture(scope="module")
 def traces(deep):
-    """Of each of six seeds."""
+    """Scores of six seeds."""
     return 50 if deep else 16
 
 

@@ -74,7 +74,7 @@ class Container:
         return self.config()["Entrypoint"]
 
     def config(self):
-        """Of the image."""
+        """Return the environment of the image."""
         kind = "container" if TOOL == "buildah" else "image"
         found = json.loads(subprocess.check_output([TOOL, "inspect", "--type", kind, self.name], text=True))
         return found["OCIv1"]["config"] if TOOL == "buildah" else found[0]["Config"]

@@ -80,7 +80,7 @@ def test_validates(trained):
 
 
 def boxes(weights):
-    """Of the first picture of the validation set, by falling confidence."""
+    """Boxes in the first picture of the validation set, by falling confidence."""
     (result,) = YOLO(weights, task="detect").predict(picture(), imgsz=SIZE, conf=0.001, verbose=False, max_det=100)
     return result.boxes.data.cpu()
 

@@ -95,7 +95,7 @@ def _scripted(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def values():
-    """Of the tensor."""
+    """Facts of the tensor."""
     return torch.arange(2 * 3 * 4 * 4).view(2, 3, 4, 4).float() / 255
 
 

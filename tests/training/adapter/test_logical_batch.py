@@ -26,7 +26,7 @@ def facts(value):
 
 
 def contents(batch):
-    """Of a batch, in order."""
+    """Facts of a batch, in order."""
     return [(key, facts(value)) for key, value in batch.items()]
 
 
@@ -185,7 +185,7 @@ class Counting(DetectionTrainer):
 
 
 def look_at_shapes(trainer):
-    """As the loop does."""
+    """Look at shapes, as the loop does."""
     kept = trainer.kept
     assert kept["img"].shape[-1] == 64
     assert kept["img"].dtype == torch.float32
@@ -195,7 +195,7 @@ def look_at_shapes(trainer):
 
 
 def look_at_pixels(trainer):
-    """Of the whole batch."""
+    """Images of the whole batch."""
     assert 0.1 < float(trainer.kept["img"].max()) <= 1
     assert trainer.kept["seed"] == trainer.args.seed
 

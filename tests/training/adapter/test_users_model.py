@@ -126,7 +126,7 @@ def test_a_second_forward_of_a_batch_that_was_split_is_of_the_whole_batch(traini
 
 
 def ordinary_batch(images=4):
-    """As `preprocess_batch` returns it."""
+    """A batch as `preprocess_batch` returns it."""
     draw = torch.Generator().manual_seed(0)
     boxes = torch.rand(2 * images, 4, generator=draw) * 0.2 + 0.3
     return {
