@@ -74,7 +74,7 @@ class Container:
         return self.config()["Entrypoint"]
 
     def config(self):
-        """Return the environment of the image."""
+        """Configuration of the image, as the tool that runs it shows it."""
         kind = "container" if TOOL == "buildah" else "image"
         found = json.loads(subprocess.check_output([TOOL, "inspect", "--type", kind, self.name], text=True))
         return found["OCIv1"]["config"] if TOOL == "buildah" else found[0]["Config"]

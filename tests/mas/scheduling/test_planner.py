@@ -354,3 +354,39 @@ def test_a_wait_ends_though_every_attempt_fails(micro_batch):
     with pytest.raises(DoesNotFitError):
         run()
     assert sum(slept) <= WAIT_S
+
+
+def test_making_a_planner_reads_no_memory_and_lets_no_failure_fade():
+    """It is made once for a run; only a batch that begins reads memory, and counts for the failures before it."""
+    reads, batches = [], []
+
+    class Meter(ReplayMeter):
+        def read(self):
+            reads.append(True)
+            return super().read()
+
+    class Model(CostModel):
+        def new_batch(self):
+            batches.append(True)
+            super().new_batch()
+
+    meter = Meter(64 * IMAGE, [0])
+    one = BatchPlanner(Config(), Model(), SpeedModel(), meter, gradient_bytes=0)
+    assert (reads, batches) == ([], [])
+    for _ in range(3):
+        one.begin(Workload(640, 640, (5,) * 4), 1)
+        one.plan(0, None)
+        one.complete()
+    assert (len(reads), len(batches)) == (3, 3)
+
+
+def test_a_batch_that_was_not_completed_leaves_no_history():
+    one, _ = planner(room=10, safety_ratio=0.0)
+    one.plan(0, None)
+    assert one.history.images == 8
+    one.begin(Workload(640, 640, (5,) * 16), 4)
+    assert one.history == AT_ONCE
+    one.plan(0, None)
+    one.complete()
+    one.begin(Workload(640, 640, (5,) * 16), 4)
+    assert one.history.images == 8

@@ -26,7 +26,7 @@ def facts(value):
 
 
 def contents(batch):
-    """Facts of a batch, in order."""
+    """Return key and facts of every value of a batch, in order."""
     return [(key, facts(value)) for key, value in batch.items()]
 
 
@@ -195,7 +195,7 @@ def look_at_shapes(trainer):
 
 
 def look_at_pixels(trainer):
-    """Images of the whole batch."""
+    """Look at pixels and at a value of the batch as a whole."""
     assert 0.1 < float(trainer.kept["img"].max()) <= 1
     assert trainer.kept["seed"] == trainer.args.seed
 
