@@ -428,8 +428,8 @@ def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, tmp_path
     """The run is interrupted after the forward and backward pass, before the optimizer step."""
     step, batches = Engine.step, []
 
-    def cut_after(engine, batch):
-        result = step(engine, batch)
+    def cut_after(engine, batch, *more, **options):
+        result = step(engine, batch, *more, **options)
         batches.append(batch)
         if len(batches) == trainings.BATCHES * 2 + 6:
             raise PowerCutError

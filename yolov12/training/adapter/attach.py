@@ -13,7 +13,7 @@ from yolov12.mas.config import DEFAULTS
 from yolov12.mas.distributed.ranks import ALONE, Ranks
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
-from yolov12.training.adapter.detection import DetectionTask
+from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import KEEPER, TrainerAdapter
 from yolov12.training.data.loader import resumable
@@ -90,6 +90,8 @@ def attach(trainer: Any) -> None:
     adapter.take_over_loader()
     adapter.take_over()
     if state is not None and adapter.keeper is not None:
+        if knows_loss(model):
+            criterion_of(model)  # its state is restored, and an epoch that is skipped to its end does not create it
         adapter.keeper.restore(state)
         delattr(trainer, _FOUND)
 
