@@ -1,5 +1,6 @@
 """Validation and prediction in slices give the same numbers for any size of slices and after failed allocations."""
 
+import functools
 import json
 
 import numpy as np
@@ -56,6 +57,7 @@ def sizes(monkeypatch):
 
     seen, forward = [], BaseModel.forward
 
+    @functools.wraps(forward)  # it stays recognisable as Ultralytics' own
     def look(self, x, *args, **kwargs):
         if not self.training and isinstance(x, torch.Tensor):
             seen.append(len(x))
