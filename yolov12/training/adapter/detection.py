@@ -15,7 +15,7 @@ from yolov12.models.assigner import in_slices
 from yolov12.training.adapter.deferred_tensor import TensorFacts
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 
-__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_loss", "loss_is_exact"]
+__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_call", "knows_loss", "loss_is_exact"]
 
 BOXES = "yolov12_boxes"
 """Key of a part: list of the number of boxes in each image, on the host."""
@@ -36,12 +36,18 @@ def criterion_of(model: Any) -> Any:
 def knows_loss(model: Any) -> bool:
     """Return whether a model's loss is one of Ultralytics' own, so that the losses of parts can be combined exactly.
 
-    A user may assign `forward`, `loss`, `criterion`, `init_criterion`, or a part of the criterion, at any time.
+    A user may assign `loss`, `criterion`, `init_criterion`, or a part of the criterion, at any time.
     """
-    for name in ("forward", "loss"):
-        if name in vars(model) or getattr(type(model), name).__module__ != _MODELS:
-            return False
-    return _is_stock(criterion_of(model))
+    return not _is_own(model, "loss") and _is_stock(criterion_of(model))
+
+
+def knows_call(model: Any) -> bool:
+    """Return whether calling a model with a batch gives that loss: its `forward` is Ultralytics' own."""
+    return not _is_own(model, "forward")
+
+
+def _is_own(model: Any, name: str) -> bool:
+    return name in vars(model) or getattr(type(model), name).__module__ != _MODELS
 
 
 def _is_stock(criterion: Any) -> bool:

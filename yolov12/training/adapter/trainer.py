@@ -22,7 +22,14 @@ from yolov12.mas import Engine, Share
 from yolov12.mas.config import GROUPS
 from yolov12.mas.distributed.ranks import Ranks, RankStatus
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
-from yolov12.training.adapter.detection import DetectionTask, drawing_from, knows_loss, loss_is_exact
+from yolov12.training.adapter.detection import (
+    DetectionTask,
+    criterion_of,
+    drawing_from,
+    knows_call,
+    knows_loss,
+    loss_is_exact,
+)
 from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
@@ -166,6 +173,7 @@ class TrainerAdapter:
         """Run a logical batch by the engine; its gradient is then on the parameters."""
         share, model = batch.share, self._model
         if self.keeper is not None and SKIPPED in batch.host:
+            criterion_of(model)  # the loop asks for it at the end of an epoch, of which every batch may be skipped
             return self.keeper.skip()
         if self._interruption is not None and share is None:
             self._interruption.check()
@@ -213,7 +221,7 @@ class TrainerAdapter:
     def _can_split(self, model: nn.Module, batch: dict[str, Any]) -> bool:
         """Return whether parts of this batch and its loss can be put together; say once what it means for the run."""
         reason = ""
-        if not knows_loss(model):
+        if not (knows_call(model) and knows_loss(model)):
             reason = "the loss is not one of Ultralytics' own"
         elif not self._task.splits(batch):
             reason = "the batch has values that are neither of its images nor of their objects"
