@@ -82,7 +82,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "parse_model": around("models.layouts:parse_model"),
         "yaml_model_load": around("models.layouts:yaml_model_load"),
         "torch_safe_load": around("models.weights:torch_safe_load"),
-        "BaseModel.__call__": around("training.adapter.logical_batch:call"),
+        "BaseModel.__call__": changed("training.model_call:model_call"),
     },
     "ultralytics.nn.backends.tensorrt": {"TensorRTBackend.load_model": around("export.seams:load_model")},
     "ultralytics.engine.model": {"Model.train": around("training.run.session:train")},

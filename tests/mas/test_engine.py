@@ -472,3 +472,14 @@ def test_a_layer_may_be_unfrozen_during_a_training():
     whole, split = ([parameter.grad for parameter in world.model.parameters()] for world in worlds)
     for one, other in zip(whole, split, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_batch_that_broke_leaves_no_history_in_what_is_saved():
+    """A run that ends since nothing fits resumes with the size that it had."""
+    world = World(bn_group=1)
+    world.run(3)
+    before = world.engine.state_dict()["history"]
+    world.fail = lambda images: True
+    with pytest.raises(DoesNotFitError):
+        world.step()
+    assert world.engine.state_dict()["history"] == before

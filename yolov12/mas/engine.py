@@ -109,7 +109,7 @@ class Engine:
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )
         self._room = Room(self._planner, self.meter, self.config, ranks)
-        self._records = Records(speed, self._calibration, self.meter, journal, log)
+        self._records = Records(speed, self._calibration, self.meter, journal, log, shares=ranks.size > 1)
         self._limit = ExitStack()  # limit of PyTorch's allocator, from the first step to `close`
         self._is_limited = False
         self._updates = 0
@@ -127,7 +127,7 @@ class Engine:
         return self._records.journal
 
     def __enter__(self) -> Engine:
-        self._keep_to_limit()
+        self.hold_limit()
         return self
 
     def __exit__(
@@ -162,7 +162,7 @@ class Engine:
                 before.
             RankError: Another rank failed or is gone.
         """
-        self._keep_to_limit()
+        self.hold_limit()
         if self._records.pending and all(parameter.grad is None for parameter in self._parameters):
             self._records.drop()  # Ultralytics drops the gradients when it finds a NaN
         try:
@@ -300,7 +300,8 @@ class Engine:
         self._limit.close()
         self._is_limited = False
 
-    def _keep_to_limit(self) -> None:
+    def hold_limit(self) -> None:
+        """Hold PyTorch's allocator to the limit, until `close` or `lift_limit`. The first step does so too."""
         if not self._is_limited:
             self._limit.enter_context(self.meter.limited())
             self._is_limited = True
@@ -313,7 +314,7 @@ class Engine:
             "ladder": ladder.state_dict() if ladder and not ladder.guessed else None,
             "cost": self._planner.cost.state_dict(),
             "speed": self._planner.speed.state_dict(),
-            "history": asdict(self._planner.history),
+            "history": asdict(self._planner.completed_history),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

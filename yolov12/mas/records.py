@@ -43,6 +43,7 @@ class Records:
         meter: Meter of the device.
         journal: Destination of rows; None for none.
         log: Called with lines for the user.
+        shares: True if other ranks share each batch, and are told of times.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Records:
         meter: Meter,
         journal: Journal | None,
         log: Callable[[str], None],
+        *,
+        shares: bool,
     ) -> None:
-        self.speed, self.journal = speed, journal
+        self.speed, self.journal, self._shares = speed, journal, shares
         self._calibration, self._meter, self._log = calibration, meter, log
         self._done: list[DoneBatch] = []  # batches since the last update
         self._notes: list[str] = []  # events since the last update
@@ -168,7 +171,7 @@ class Records:
     def _learn(self, done: DoneBatch, ms: float) -> None:
         work, level = done.work, done.report.level
         usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.micro_batches)
-        if usual and not done.is_padding:
+        if usual and self._shares and not done.is_padding:
             self._status = RankStatus(max(work.images, self._images_as_fast(done)), ms)
         self.speed.observe(done.micro_batches, work.height, work.width, level, ms)
 

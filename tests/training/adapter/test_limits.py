@@ -3,8 +3,10 @@
 from contextlib import contextmanager
 
 import pytest
+from torch import nn
 from ultralytics import YOLO
 
+from yolov12.mas import Config, Engine, TensorTask
 from yolov12.mas.memory.host import HostMeter
 
 LIMIT = {"train": "20GiB", "predict": "10GiB", "val": "15GiB"}
@@ -70,9 +72,19 @@ def test_a_validation_and_a_prediction_leave_no_limit(trainings, held, data):
     assert held
 
 
-def test_making_an_engine_sets_nothing(trainings, tmp_path, held):
-    def look(trainer):
-        assert held == []
+def test_a_training_holds_its_limit_before_the_first_batch(trainings, tmp_path, held):
+    """Also a training that runs as stock, with a loss of the user's own."""
+    seen = []
+    trainings.train(
+        tmp_path, epochs=1, mem_limit=LIMIT["train"], callbacks=[("on_train_start", lambda trainer: seen.extend(held))]
+    )
+    assert seen == [20]
 
-    trainings.train(tmp_path, epochs=1, mem_limit=LIMIT["train"], callbacks=[("on_train_start", look)])
-    assert held[0] == 20
+
+def test_making_an_engine_sets_nothing(held):
+    model = nn.Conv2d(3, 3, 1)
+    engine = Engine(model, TensorTask(lambda model, x: model(x).mean()), Config(limit=20 * GIB))
+    assert held == []
+    with engine:
+        assert held == [20]
+    assert held == [20, None]

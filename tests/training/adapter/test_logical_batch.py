@@ -1,14 +1,17 @@
 """Whoever looks into a batch of a training sees what stock shows, and what is written on it is trained on."""
 
 import copy
+import gc
 import io
 import pickle
 import random
+import weakref
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolov12.training.adapter.deferred_tensor import TensorFacts
@@ -352,3 +355,22 @@ def test_what_is_trained_on_is_plotted(trainings, small_model, tmp_path, trainer
     if trainer is Plotting:
         assert ours.trainer.plotted == [(ni, dict, shown) for ni, _, shown in stock.trainer.plotted]
         assert [ni for ni, *_ in ours.trainer.plotted] == [0, 1, 2]
+
+
+def test_a_batch_is_freed_as_soon_as_nobody_uses_it():
+    """Without the garbage collector: a loader's batches lie in pinned or in shared memory."""
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    alive = weakref.ref(images)
+    batch = LogicalBatch.of({"img": images}, None, nn.Identity(), lambda host: host, lambda batch: None)
+    del images
+    batch.describe(
+        {"img": TensorFacts(torch.Size((2, 3, 8, 8)), torch.float32, torch.device("cpu"))}, lambda host: host
+    )
+    gc.disable()
+    try:
+        assert batch["img"].shape[0] == 2
+        assert float(batch["img"].sum()) == 0
+        del batch
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -146,6 +146,11 @@ class BatchPlanner:
             undisturbed=self.undisturbed,
         )
 
+    @property
+    def completed_history(self) -> History:
+        """History after the latest batch that was completed."""
+        return self._completed
+
     def resume(self, cost: CostModel, speed: SpeedModel, history: History) -> None:
         """Continue with the models and the history of an earlier run."""
         self.cost, self.speed, self.history, self._completed = cost, speed, history, history

@@ -89,6 +89,7 @@ def attach(trainer: Any) -> None:
     adapter = TrainerAdapter(trainer, model, task, engine, resolution, ranks)
     adapter.take_over_loader()
     adapter.take_over()
+    engine.hold_limit()
     if state is not None and adapter.keeper is not None:
         if knows_loss(model):
             criterion_of(model)  # its state is restored, and an epoch that is skipped to its end does not create it

@@ -46,6 +46,26 @@ def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: A
     return args[0].run(lambda shown: stock(model, shown, *args[1:], **kwargs), model)
 
 
+class _Source:
+    """What stock would show of a batch, made once at most.
+
+    Deferred tensors refer to it and it refers to no batch, so that a batch is freed as soon as nobody uses it.
+    """
+
+    def __init__(self, host: dict[str, Any], preprocess: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        self.host, self.preprocess = host, preprocess
+        self._made: Mapping[str, Any] | None = None
+
+    def make(self) -> Mapping[str, Any]:
+        if self._made is None:
+            with torch.inference_mode(False):  # the mode of whoever looks, while the model trains on it
+                self._made = self.preprocess(dict(self.host))
+        return self._made
+
+    def value(self, key: str) -> Any:
+        return self.make()[key]
+
+
 class LogicalBatch(dict[str, Any]):
     """Batch of an Ultralytics loader, for the engine; made by `LogicalBatch.of`.
 
@@ -59,9 +79,8 @@ class LogicalBatch(dict[str, Any]):
     is_seen: bool
     """True if somebody looked into the batch before the model had it."""
     _model: nn.Module
-    _make: Callable[[dict[str, Any]], Mapping[str, Any]]
+    _source: _Source
     _engine: Callable[[LogicalBatch], Any]
-    _made: Mapping[str, Any] | None
     _is_filled: bool
     _was_run: bool
 
@@ -89,8 +108,7 @@ class LogicalBatch(dict[str, Any]):
         """
         batch: LogicalBatch = dict.__new__(cls)
         batch.host, batch.share, batch.is_seen = host, share, False
-        batch._model, batch._make, batch._engine = model, preprocess, engine
-        batch._made = None
+        batch._model, batch._source, batch._engine = model, _Source(host, preprocess), engine
         batch._is_filled = batch._was_run = False
         return batch
 
@@ -114,23 +132,27 @@ class LogicalBatch(dict[str, Any]):
         return {key: made(value) for key, value in dict.items(self)}
 
     def describe(
-        self, facts: Mapping[str, TensorFacts | str], preprocess: Callable[[dict[str, Any]], Mapping[str, Any]]
+        self,
+        facts: Mapping[str, TensorFacts | str],
+        preprocess: Callable[[dict[str, Any]], Mapping[str, Any]],
+        host: dict[str, Any] | None = None,
     ) -> None:
         """Show what the model got, unless it is there already; tensors are made only if their values are used.
 
         Args:
             facts: Key of the batch after preprocessing → facts of its tensor, `SAME` or `UNKNOWN`.
             preprocess: Stock's `preprocess_batch`, drawing again what it drew for the model.
+            host: The batch as it ran, if its images were made smaller.
         """
         if self._is_filled:
             return
-        self._is_filled, self._make = True, preprocess
+        self._is_filled, self._source = True, _Source(host or self.host, preprocess)
         for key, value in facts.items():
             shown: Any = _Later()
             if isinstance(value, TensorFacts):
-                shown = DeferredTensor(value, partial(self._stock_value, key))
+                shown = DeferredTensor(value, partial(self._source.value, key))
             elif value == SAME:
-                shown = self.host[key]
+                shown = self._source.host[key]
             dict.__setitem__(self, key, shown)
 
     def show_host(self) -> None:
@@ -138,16 +160,9 @@ class LogicalBatch(dict[str, Any]):
         self._is_filled = True
         dict.update(self, self.host)
 
-    def _stock_value(self, key: str) -> Any:
-        if self._made is None:
-            with torch.inference_mode(False):
-                self._made = self._make(dict(self.host))
-        return self._made[key]
-
     def _fill(self) -> None:
         if not self._is_filled:
-            with torch.inference_mode(False):  # of who looks; the model trains on it
-                shown = self._make(dict(self.host))
+            shown = self._source.make()
             self._is_filled = self.is_seen = True
             dict.update(self, shown)
 
@@ -155,7 +170,7 @@ class LogicalBatch(dict[str, Any]):
         """Make values that stand for others: those of the keys, or all."""
         for key in keys or list(dict.keys(self)):
             if isinstance(dict.get(self, key), _Later):
-                dict.__setitem__(self, key, self._stock_value(key))
+                dict.__setitem__(self, key, self._source.value(key))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (self.shown(),)

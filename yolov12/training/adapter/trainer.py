@@ -21,8 +21,8 @@ from yolov12.errors import ConfigError
 from yolov12.mas import Engine, Share
 from yolov12.mas.config import GROUPS
 from yolov12.mas.distributed.ranks import Ranks, RankStatus
-from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
 from yolov12.training.adapter.detection import (
+    BOXES,
     DetectionTask,
     criterion_of,
     drawing_from,
@@ -33,14 +33,17 @@ from yolov12.training.adapter.detection import (
 from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
+from yolov12.training.adapter.sharing import share_batches
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
 from yolov12.training.data.resolution import ResolutionControl
-from yolov12.training.data.sharing import SHARE, Sharing, augment_by_place
+from yolov12.training.data.sharing import SHARE, Sharing
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 from yolov12.training.run.run_state import Keeper
 
 __all__ = ["KEEPER", "TrainerAdapter"]
+
+_DRAWN = 16  # images of a batch that Ultralytics plots
 
 KEEPER = "yolov12_keeper"
 """Attribute of a trainer: its `Keeper`."""
@@ -97,7 +100,7 @@ class TrainerAdapter:
                 )
             return
         if ranks.size > 1:
-            self._sharing = self._share()
+            self._sharing = share_batches(trainer, ranks, engine, self._resolution)
         arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
         loader = ResumableLoader(
             trainer.train_loader,
@@ -185,22 +188,34 @@ class TrainerAdapter:
         if not batch.is_seen:
             self._seed(share)
         host = self._resolution.before(host, self._fits)
+        self._note_sizes()
+
+        def smaller(batch: dict[str, Any]) -> dict[str, Any] | None:
+            nonlocal host
+            found = self._resolution.smaller(batch)
+            self._note_sizes()
+            host = found or host
+            return found
+
         result = self._engine.step(
             host,
             share,
-            smaller=None if self._trainer.args.mas_data == "off" else self._resolution.smaller,
+            smaller=None if self._trainer.args.mas_data == "off" else smaller,
             stop_requested=self._stop_requested,
         )
         self._has_run = True
         self._share_ends(share, result.statuses)
         self._resolution.after(self._fits)
-        for event in self._resolution.take_events():
-            self._engine.note(event)
+        self._note_sizes()
         self._keep_group()
         self._display.add(result)
-        batch.describe(self._task.facts, partial(self._preprocess_again, self._task.draw))
+        batch.describe(self._task.facts, partial(self._preprocess_again, self._task.draw), host)
         # A leaf: Ultralytics' own backward has nothing left to do.
         return result.loss.requires_grad_(), dict(result.items)
+
+    def _note_sizes(self) -> None:
+        for event in self._resolution.take_events():
+            self._engine.note(event)
 
     def _fits(self, size: int) -> bool:
         return self._engine.would_fit(size, size, whole_group=self._resolution.is_eager)
@@ -308,9 +323,18 @@ class TrainerAdapter:
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif SKIPPED not in batch.host:
-            is_stock = self._stock_plot.__module__.startswith("ultralytics.")
-            same = is_stock and self._is_plain and not batch.is_seen
-            self._stock_plot(batch.host if same else batch.shown(), ni)
+            self._stock_plot(self._drawn(batch), ni)
+
+    def _drawn(self, batch: LogicalBatch) -> dict[str, Any]:
+        """Return the batch for a plot: for stock's function, of no more images than it draws."""
+        if batch.is_seen or not self._stock_plot.__module__.startswith("ultralytics."):
+            return batch.shown()
+        if self._is_plain:
+            return batch.host
+        part = self._task.part(batch.host, 0, min(_DRAWN, len(batch.host["img"])))
+        part.pop(BOXES)
+        shown: dict[str, Any] = self._preprocess_again(self._task.draw, part)
+        return shown
 
     def _finish(self, trainer: Any) -> None:
         from ultralytics.utils import LOGGER
@@ -318,23 +342,3 @@ class TrainerAdapter:
         summary = self._engine.close(updates_expected=self._updates_asked)
         if summary is not None and not self._ranks.rank:
             LOGGER.info(summary.as_text())
-
-    def _share(self) -> Sharing:
-        """Return a sharing with which all ranks draw the batches that one process would draw."""
-        trainer, ranks, engine, resolution = self._trainer, self._ranks, self._engine, self._resolution
-        loader = trainer.train_loader
-        loader.sampler.set_epoch = lambda epoch: None  # the loop calls it, but the generator decides the order
-        augment_by_place(loader.dataset)
-        group = engine.config.bn_group
-        batch = min(trainer.batch_size, len(loader.dataset))
-        if group is None:  # an upper bound that every final choice divides
-            group = next(group for group in GROUPS if group * ranks.size <= batch)
-        ahead = loader.num_workers * (loader.prefetch_factor or 0) + 1
-        furthest_ahead = -ranks.least(-ahead)
-        boxes = None
-        if group and batch > group and hasattr(loader.dataset, "labels"):
-            boxes = [len(label["cls"]) for label in loader.dataset.labels]
-        move_ms = 0.0 if engine.meter.kind == "host" else NEW_SIZE_MS  # the same on all ranks
-        return Sharing(
-            ranks.rank, ranks.size, batch, group or 1, furthest_ahead, move_ms, boxes, lambda: resolution.step
-        )
