@@ -15,6 +15,8 @@ LOADED = {
     "yolov12.models.weight_names",
     "yolov12.models.yaml_check",
     "yolov12.seams",
+    "yolov12.training",
+    "yolov12.training.model_call",
 }
 
 _LOADED = """
