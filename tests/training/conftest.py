@@ -117,7 +117,7 @@ class Run:
 
 def train(
     project: Path,
-    model: Any,
+    model: Any = "yolov8n.yaml",
     *,
     trainer: Any = None,
     callbacks: Sequence[tuple[str, Callable[[Any], None]]] = (),
@@ -179,13 +179,9 @@ def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int
 
 
 @pytest.fixture(scope="session")
-def trainings(tiny_model: str) -> SimpleNamespace:
+def trainings() -> SimpleNamespace:
     """Return the helpers of this module."""
-
-    def train_any(project: Path, model: Any = tiny_model, **arguments: Any) -> Run:
-        return train(project, model, **arguments)
-
-    return SimpleNamespace(train=train_any, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
+    return SimpleNamespace(train=train, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
 
 
 @pytest.fixture(autouse=True)
