@@ -1,16 +1,30 @@
-"""What every test needs: the seams applied, Ultralytics' folders in a temporary place, no network."""
+"""What every test needs: the seams applied, Ultralytics' folders in a temporary place, no network.
+
+Four things keep the suite short. Other processes are forked from one that has loaded PyTorch. What several tests need
+is made once for all of pytest's processes. A property is tried on few cases, and on many with `--deep`. Pictures are
+not rendered, except in tests that look at them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import gc
+import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
+from hypothesis import settings
 
 # Ultralytics reads these once, when it is imported, which happens while tests are collected.
 HOME = Path(tempfile.mkdtemp(prefix="yolov12-tests-"))
@@ -26,15 +40,125 @@ from ultralytics.utils import SETTINGS  # noqa: E402
 
 SETTINGS.update({f"{name}_dir": str(HOME / name) for name in ("datasets", "weights", "runs")})
 
+# Number of cases that a property is tried on. A test asks for a part or a multiple of it:
+# `settings(max_examples=settings.default.max_examples * 3)`.
+_SAME_EVERY_TIME: Mapping[str, Any] = {"deadline": None, "derandomize": True, "database": None}
+settings.register_profile("default", max_examples=50, **_SAME_EVERY_TIME)
+settings.register_profile("deep", max_examples=500, **_SAME_EVERY_TIME)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--deep", action="store_true", help="search longer: ten times the cases, and the tests marked deep"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("deep" if config.getoption("deep") else "default")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if config.getoption("deep"):
+            item.add_marker(pytest.mark.timeout(1800))
+        elif item.get_closest_marker("deep"):
+            item.add_marker(pytest.mark.skip(reason="--deep runs these"))
+
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def home() -> Path:
     """The folder that holds this test run's Ultralytics settings, data sets, weights and runs."""
     return HOME
+
+
+@pytest.fixture(scope="session")
+def deep(pytestconfig: pytest.Config) -> bool:
+    """True with `--deep`."""
+    return bool(pytestconfig.getoption("deep"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_imported_is_no_garbage() -> None:
+    """Keep the garbage collector off what exists so far: a training calls it five times, for its own objects alone."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _pictures_are_blank(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save figures as empty files, as rendering takes half a second; tests marked `picture` have real ones."""
+    if not request.node.get_closest_marker("picture"):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).touch())
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Callable[..., Path]:
+    """`made_once(name, make)` returns a folder that `make(folder)` filled, once for all of pytest's processes.
+
+    Tests read it and write to copies.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = (base if worker_id == "master" else base.parent) / "made-once"
+    base.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (base / f"{name}.made").exists():
+                shutil.rmtree(base / name, ignore_errors=True)  # of one who failed
+                (base / name).mkdir()
+                make(base / name)
+                (base / f"{name}.made").touch()
+        return base / name
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(made_once: Callable[..., Path]) -> Mapping[str, str]:
+    """Task → path of the yaml of a model of ten small layers, for tests in which the model is not the point."""
+
+    def write(folder: Path) -> None:
+        for task, head in TINY_HEADS.items():
+            (folder / f"tiny-{task}.yaml").write_text(f"{TINY_MODEL}  - [[3, 8, 5], 1, {head}]\n")
+
+    folder = made_once("models", write)
+    return {task: str(folder / f"tiny-{task}.yaml") for task in TINY_HEADS}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_models: Mapping[str, str]) -> str:
+    """Path of the yaml of a tiny detection model."""
+    return tiny_models["detect"]
+
+
+TINY_HEADS = {
+    "detect": "Detect, [nc]",
+    "segment": "Segment, [nc, 8, 16]",
+    "pose": "Pose, [nc, kpt_shape]",
+    "obb": "OBB, [nc, 1]",
+}
+TINY_MODEL = """nc: 10
+kpt_shape: [17, 3]
+backbone:
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, Conv, [8, 3, 2]]
+  - [-1, 1, C2f, [8, True]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+  - [-1, 1, Conv, [16, 3, 2]]
+head:
+  - [-1, 1, nn.Upsample, [None, 2, nearest]]
+  - [[-1, 4], 1, Concat, [1]]
+  - [-1, 1, C2f, [16]]
+"""
+
+
+# -- other processes --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -52,3 +176,118 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+# New processes are forked from one that has imported these: seconds each time. Ultralytics is not among them, as it
+# reads the environment (RANK, WORLD_SIZE) when it is imported.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch", "torchvision", "cv2", "matplotlib.pyplot", "polars", "scipy.optimize", "requests", "yolov12.mas"]
+)
+_SCRIPT = """
+import atexit, gc, multiprocessing, os, runpy, sys
+gc.freeze()
+multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked itself
+for number, end in enumerate(ends):
+    os.dup2(end.fileno(), number)
+    end.close()
+sys.stdin, sys.stdout, sys.stderr = (open(number, mode, buffering=1) for number, mode in enumerate("rww"))
+os.environ.clear()
+os.environ.update(environment)
+sys.argv = arguments
+try:
+    runpy.run_path(arguments[0], run_name="__main__")
+finally:
+    atexit._run_exitfuncs()  # which multiprocessing leaves out
+"""
+
+
+class Script:
+    """A Python script in a process of its own, used like a `subprocess.Popen` whose stderr goes to its stdout."""
+
+    def __init__(self, arguments: Sequence[object], environment: Mapping[str, str]) -> None:
+        ends = [os.pipe(), os.pipe()]
+        self.stdin: TextIO = os.fdopen(ends[0][1], "w")
+        self.stdout: TextIO = os.fdopen(ends[1][0])
+        names = {
+            "arguments": list(map(str, arguments)),
+            "environment": {**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            "ends": [Connection(ends[0][0]), Connection(end := ends[1][1]), Connection(os.dup(end))],
+        }
+        self._process = FORKS.Process(target=exec, args=(_SCRIPT, names))
+        self._process.start()
+        for each in names["ends"]:
+            each.close()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.pid is not None
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a script", timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float = 280) -> tuple[str, None]:
+        """Close its stdin, read all that it writes and wait for its end."""
+        self.stdin.close()
+        watch = threading.Timer(timeout, self._process.kill)
+        watch.start()
+        output = self.stdout.read()
+        watch.cancel()
+        self.wait(10)
+        return output, None
+
+    def end(self) -> None:
+        if self.returncode is None:
+            self._process.kill()
+        self._process.join()
+        for file in (self.stdin, self.stdout):
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+@pytest.fixture(scope="module")
+def start_script() -> Iterator[Callable[..., Script]]:
+    """Start `python ARGUMENTS...` in a process that has loaded PyTorch; keywords set environment variables."""
+    started: list[Script] = []
+
+    def start(*arguments: object, **environment: str) -> Script:
+        started.append(Script(arguments, environment))
+        return started[-1]
+
+    yield start
+    for script in started:
+        script.end()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Any:
+    """`multiprocessing` context whose processes have loaded PyTorch."""
+    return FORKS
+
+
+@pytest.fixture(scope="session")
+def reserve_port() -> Callable[[], int]:
+    """Reserve a port for a server that must be told a number: `reserve_port()` returns it.
+
+    A closed connection stays there for a minute (TIME_WAIT). Until then the system gives the port to nobody who asks
+    for any, but to a server that asks for this number with SO_REUSEADDR, as PyTorch's does.
+    """
+
+    def reserve() -> int:
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", 0))
+            server.listen(1)
+            with socket.create_connection(server.getsockname()):
+                server.accept()[0].close()  # first, so that it is the one that lingers
+            return int(server.getsockname()[1])
+
+    return reserve

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
@@ -49,23 +48,30 @@ def _metadata(file: Path) -> dict:
     return BaseBackend.read_metadata(file)
 
 
-@pytest.mark.slow
-def test_an_engine_fits_where_the_uncut_graph_does_not(folder, library):
-    """YOLOv12-M at 1280 builds in 256 MiB of workspace; as a whole graph it does not build in 512 MiB."""
-    onnx_file = YOLO("yolov12m.yaml").export(format="onnx", imgsz=1280, verbose=False)
-    job = engine.Job(Path(onnx_file), folder / "uncut.engine", (1, 3, 1280, 1280))
-    (attempt,) = engine.build(library, job, 512 * MIB, engine.EFFORTS[:1])
-    assert attempt.outcome == "out of memory"
-    assert not job.engine.exists()
-    file = _export(model="yolov12m.yaml", imgsz=1280, workspace=0.25)
+@pytest.mark.parametrize(
+    ("model", "imgsz", "limit_mib", "too_little_mib"),
+    [
+        ("yolov12n.yaml", 1600, 256, 320),
+        pytest.param("yolov12m.yaml", 1280, 256, 512, marks=[pytest.mark.slow, pytest.mark.deep]),
+    ],
+)
+def test_an_engine_fits_where_the_uncut_graph_does_not(folder, library, model, imgsz, limit_mib, too_little_mib):
+    """The workspace that is enough when the graph is cut is less than the one that is too little when it is not."""
+    file = _export(model=model, imgsz=imgsz, workspace=limit_mib / 1024)
     plan, attempt = _journal(file)
     assert attempt["outcome"] == "built"
-    assert attempt["workspace_bytes"] == 256 * MIB
-    assert plan["tensors_bytes"] < 256 * MIB < plan["tensors_uncut_bytes"]
+    assert attempt["workspace_bytes"] == limit_mib * MIB
+    assert plan["tensors_bytes"] < limit_mib * MIB < plan["tensors_uncut_bytes"]
     assert len(plan["cuts"]) > 4
-    assert file.stat().st_size > 70 * MIB
-    assert _metadata(file)["imgsz"] == [1280, 1280]
-    assert _metadata(file)["engine_builder"].startswith("TensorRT-RTX 1.")
+    metadata = _metadata(file)
+    assert metadata["imgsz"] == [imgsz, imgsz]
+    assert metadata["engine_builder"].startswith("TensorRT-RTX 1.")
+    assert file.stat().st_size > {"n": 9, "m": 70}[model[7]] * MIB
+    onnx_file = Path(YOLO(model).export(format="onnx", imgsz=imgsz, verbose=False))
+    job = engine.Job(onnx_file, folder / "uncut.engine", (1, 3, imgsz, imgsz))
+    (attempt,) = engine.build(library, job, too_little_mib * MIB, engine.EFFORTS[:1])
+    assert attempt.outcome == "out of memory"
+    assert not job.engine.exists()
 
 
 def test_arguments_mean_what_they_mean_upstream(folder):
@@ -109,12 +115,10 @@ def test_less_effort_is_tried_while_memory_does_not_suffice(folder, library, sta
 
 def test_what_does_not_fit_says_what_it_needs_and_leaves_the_engine_there_was(folder):
     Path("yolov12n.engine").write_bytes(b"before")
-    start = time.monotonic()
     with pytest.raises(
         DoesNotFitError, match=r"needs \d+ MiB for weights.* there are 40 MiB.*limit of 40 MiB is mem_limit"
     ):
         _export(imgsz=320, mem_limit="40MiB")
-    assert time.monotonic() - start < 60
     assert Path("yolov12n.engine").read_bytes() == b"before"
 
 

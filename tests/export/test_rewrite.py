@@ -1,7 +1,5 @@
 """Graphs that fit are left alone; others are split until they do, and find the same in a photograph."""
 
-import time
-
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -68,12 +66,10 @@ def test_several_images_are_taken_one_by_one_where_that_helps(make):
 @pytest.mark.slow
 def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file):
     model = graph.load(static_file)
-    start = time.monotonic()
     with pytest.raises(
         DoesNotFitError, match=r"needs about [4-9] MiB for its tensors.*3 MiB are there.*Use a smaller imgsz="
     ):
         split(model, 3 * MIB, graph.input_shapes(model, (1, 3, 640, 640)))
-    assert time.monotonic() - start < 120  # half a minute where nothing else runs
 
 
 def test_a_graph_that_fits_need_not_work_at_the_smallest_size(make):

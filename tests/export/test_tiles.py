@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from yolov12.export import graph, tiles
@@ -64,7 +64,6 @@ def chains(draw):
     return nodes, constants
 
 
-@settings(max_examples=60, deadline=None)
 @given(chain=chains(), parts=st.integers(2, 6), data=st.data())
 def test_strips_are_the_whole(chain, parts, data, make, run):
     nodes, constants = chain

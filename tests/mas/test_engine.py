@@ -372,7 +372,7 @@ def test_first_update_that_runs_out_of_memory(tmp_path, skipped):
     assert not any("optimizer" in event for event in events[:skipped] + events[skipped + 1 :])
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=40)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(st.lists(st.integers(0, 34), min_size=1, max_size=12), st.sampled_from([1, 2, 4]), st.integers(3, 16))
 def test_plans_stay_inside_the_budget_of_a_random_trace(others, group, batch):
     """If memory changes only between batches, no allocation fails."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner, make_anchors
 
@@ -57,7 +57,6 @@ def test_targets_are_those_of_all_at_once(kind, second, boxes):
     assert not assigner._forward_hooks
 
 
-@settings(deadline=None, derandomize=True, database=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=64))
 def test_slices_hold_every_image_once_and_are_level(boxes):
     slices = split_by_boxes(boxes)

@@ -2,7 +2,10 @@
 
 import gzip
 import json
+import os
 import pickletools
+import subprocess
+import sys
 import zipfile
 import zlib
 from copy import deepcopy
@@ -23,6 +26,12 @@ OFFICIAL = json.loads((DATA / "official.json").read_text())
 TURBO_PARAMETERS = {"n": 2_553_904, "s": 9_127_424, "m": 19_670_784, "l": 26_506_496, "x": 59_414_176}
 # as stated in Ultralytics' yolo12.yaml
 V1_PARAMETERS = {"n": 2_602_288, "s": 9_284_096, "m": 20_199_168, "l": 26_450_784, "x": 59_210_784}
+
+
+@pytest.fixture
+def as_they_come(monkeypatch):
+    """Convolutions whose weights are whatever is in memory: those of large models take seconds to draw."""
+    monkeypatch.setattr(torch.nn.Conv2d, "reset_parameters", lambda layer: None)
 
 
 def parameters(name: str) -> int:
@@ -55,6 +64,7 @@ def weights_by_name(state_dict):
     return made
 
 
+@pytest.mark.usefixtures("as_they_come")
 @pytest.mark.parametrize("scale", "nsmlx")
 def test_parameter_counts(scale):
     assert parameters(f"yolov12{scale}.yaml") == TURBO_PARAMETERS[scale] == OFFICIAL["models"][scale]["parameters"]
@@ -62,6 +72,7 @@ def test_parameter_counts(scale):
     assert parameters(f"yolo12{scale}.yaml") == V1_PARAMETERS[scale]
 
 
+@pytest.mark.usefixtures("as_they_come")
 @pytest.mark.parametrize("scale", "nl")  # without and with the residual that brings gamma and the MLP ratio 1.5
 def test_turbo_state_dict_has_the_official_names_and_shapes(scale):
     ours = {key: list(value.shape) for key, value in DetectionModel(f"yolov12{scale}.yaml").state_dict().items()}
@@ -81,6 +92,7 @@ def check_against_official(name, dtype, tolerance, model=None):
     assert out.double().std().item() == pytest.approx(expected["output_std"], rel=tolerance)
 
 
+@pytest.mark.usefixtures("as_they_come")
 @pytest.mark.parametrize("scale", "nsmlx")
 def test_turbo_computes_what_the_official_code_computes(scale):
     check_against_official(scale, torch.float64, 1e-6)
@@ -103,26 +115,42 @@ def test_turbo_computes_what_the_official_code_computes_in_fp32(scale):
     check_against_official(scale, torch.float32, 1e-4)
 
 
+STOCK = """
+import sys, torch
+from ultralytics import YOLO
+from ultralytics.nn.modules.block import AAttn
+folder = sys.argv[1]
+for area in (1, 4):
+    torch.manual_seed(0)
+    m = AAttn(64, 2, area).train()
+    x = torch.randn(3, 64, 8, 12, requires_grad=True)
+    y = m(x)
+    y.square().sum().backward()
+    found = [m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.grad]
+    torch.save(found, f"{folder}/attention-{area}.pt")
+torch.manual_seed(0)
+m = YOLO(f"{folder}/v1.pt").model.eval()
+with torch.no_grad():
+    torch.save(m(torch.rand(1, 3, 64, 64))[0], f"{folder}/v1-out.pt")
+assert not any(n.startswith("yolov12.models") for n in sys.modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def stock(made_once):
+    """The folder of what a process computes that has nothing of ours."""
+
+    def compute(folder):
+        YOLO("yolov12n-v1.yaml").save(folder / "v1.pt")
+        subprocess.run([sys.executable, "-c", STOCK, folder], env={**os.environ, "YOLOV12_AUTOPATCH": "0"}, check=True)
+
+    return made_once("stock", compute)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("area", [1, 4])
-def test_v1_attention_equals_stock(run_python, tmp_path, memory_format, area):
-    stock = tmp_path / "stock.pt"
-    run = run_python(
-        "-c",
-        f"""
-import torch
-from ultralytics.nn.modules.block import AAttn
-torch.manual_seed(0)
-m = AAttn(64, 2, {area}).train()
-x = torch.randn(3, 64, 8, 12, requires_grad=True)
-y = m(x)
-y.square().sum().backward()
-torch.save([m.state_dict(), x.detach(), y.detach(), x.grad, m.qkv.conv.weight.grad], {str(stock)!r})
-""",
-        YOLOV12_AUTOPATCH="0",
-    )
-    assert run.returncode == 0, run.stderr
-    weights, x, y, x_grad, w_grad = torch.load(stock)
+def test_v1_attention_equals_stock(stock, memory_format, area):
+    weights, x, y, x_grad, w_grad = torch.load(stock / f"attention-{area}.pt")
     ours = AAttn(64, 2, area).train()
     # The stock pass has already updated the running statistics, but training mode does not read them.
     ours.load_state_dict(weights)
@@ -220,23 +248,8 @@ def test_official_turbo_checkpoint_is_recognised_by_its_modules(tmp_path):
     assert YOLO(tmp_path / "yolov12n.pt").model.yaml["layout"] == "turbo"
 
 
-def test_v1_checkpoint_loads_in_stock_ultralytics(tmp_path, run_python):
-    model = YOLO("yolov12n-v1.yaml")
-    model.model.eval()
-    file, outputs = tmp_path / "v1.pt", tmp_path / "out.pt"
-    model.save(file)
-    code = f"""
-import sys, torch
-from ultralytics import YOLO
-torch.manual_seed(0)
-m = YOLO({str(file)!r}).model.eval()
-with torch.no_grad():
-    torch.save(m(torch.rand(1, 3, 64, 64))[0], {str(outputs)!r})
-assert not any(n.startswith("yolov12.models") for n in sys.modules)
-"""
-    run = run_python("-c", code, YOLOV12_AUTOPATCH="0")
-    assert run.returncode == 0, run.stderr
+def test_v1_checkpoint_loads_in_stock_ultralytics(stock):
     torch.manual_seed(0)
     with torch.no_grad():
-        ours = YOLO(file).model.eval()(torch.rand(1, 3, 64, 64))[0]
-    torch.testing.assert_close(ours, torch.load(outputs), rtol=1e-4, atol=1e-4)
+        ours = YOLO(stock / "v1.pt").model.eval()(torch.rand(1, 3, 64, 64))[0]
+    torch.testing.assert_close(ours, torch.load(stock / "v1-out.pt"), rtol=1e-4, atol=1e-4)

@@ -69,11 +69,11 @@ MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/checkpoin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [part for part in MEASURED if part.startswith("ours-")])
-def test_peaks_that_were_measured_on_a_card(part):
+def test_peaks_that_were_measured_on_a_card(part, deep):
     """benchmarks/checkpointing.py measured them: the engine at several limits, with and without a plan."""
     fake_model = load(f"yolo12{part[-1]}.yaml")
     assert len(MEASURED[part]) >= 3
-    for row in MEASURED[part]:
+    for row in MEASURED[part] if deep else MEASURED[part][-2:]:
         plan = Plan(tuple((name, mode) for mode, names in row["plan"].items() for name in names))
         found = estimate(fake_model, micro_batch=row["micro_batch"], plan=plan, boxes=49, optimizer="SGD")
         assert found.peak_bytes / MIB == pytest.approx(row["peak_mib"], rel=0.03)

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision  # noqa: F401 - or each worker of a loader would spend half a second on it
 import yaml
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -117,7 +118,7 @@ class Run:
 
 def train(
     project: Path,
-    model: Any = "yolov8n.yaml",
+    model: Any,
     *,
     trainer: Any = None,
     callbacks: Sequence[tuple[str, Callable[[Any], None]]] = (),
@@ -179,9 +180,13 @@ def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int
 
 
 @pytest.fixture(scope="session")
-def trainings() -> SimpleNamespace:
+def trainings(tiny_model: str) -> SimpleNamespace:
     """Return the helpers of this module."""
-    return SimpleNamespace(train=train, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
+
+    def train_any(project: Path, model: Any = tiny_model, **arguments: Any) -> Run:
+        return train(project, model, **arguments)
+
+    return SimpleNamespace(train=train_any, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
+from yolov12.mas.distributed import ranks as ranks_module
 from yolov12.mas.distributed.ranks import ProcessRanks, RankStatus, exchange_names
 from yolov12.mas.distributed.replicas import checksum
 from yolov12.mas.distributed.watchdog import Watchdog, connect
@@ -85,6 +86,7 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    ranks_module.BUCKET_BYTES = 2**22  # so that gradients of a small model fill several
     dist.init_process_group("gloo")
     watchdog = Watchdog(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names())
     ranks = ProcessRanks(watchdog)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.step.step import Step
 
-CASES = int(os.environ.get("YOLOV12_CASES", "100"))
 RANK = Path(__file__).with_name("rank.py")
 PLACES = ("copy", "preprocess", "forward", "assigner", "loss", "backward")
 
@@ -26,28 +22,16 @@ PLACES = ("copy", "preprocess", "forward", "assigner", "loss", "backward")
 class Processes:
     """Processes of `rank.py`, which run one case after the other."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.folder, self._cases = size, Path(tempfile.mkdtemp()), 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def __init__(self, size, folder, start, port) -> None:
+        self.size, self.folder, self._cases = size, folder, 0
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-        self._all = [
-            subprocess.Popen(
-                [sys.executable, str(RANK), str(self.folder)],
-                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(size)
-        ]
+        self._all = [start(RANK, folder, **place, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
 
     def run(self, case):
         for process in self._all:
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
-        stuck = threading.Timer(60, lambda: [process.kill() for process in self._all])
+        stuck = threading.Timer(60, lambda: [process.end() for process in self._all])
         stuck.start()
         for process in self._all:
             assert "done\n" in iter(process.stdout.readline, "")  # Ultralytics prints lines before
@@ -62,13 +46,12 @@ class Processes:
     def end(self):
         for process in self._all:
             process.stdin.close()
-            process.stdout.close()
         assert [process.wait(60) for process in self._all] == [0] * self.size
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def processes(request):
-    processes = Processes(request.param)
+def processes(request, start_script, reserve_port, tmp_path_factory):
+    processes = Processes(request.param, tmp_path_factory.mktemp("cases"), start_script, reserve_port())
     yield processes
     processes.end()
 
@@ -122,7 +105,7 @@ def test_gradient_is_that_of_one_process(tools, processes, alone, groups):
     chance = random.Random(processes.size)
     forced = {2: [3, 5], 4: [1, 2, 2, 3]}[processes.size] if groups else None
     fired = 0
-    for _ in range(max(CASES * 7 // 50, 4)):
+    for _ in range(settings.default.max_examples // 10):
         case = draw(chance, processes.size, forced)
         found = processes.run(case)
         wanted = alone.whole(tools.batch(case["boxes"], case["seed"]), case["group"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 import threading
 import time
 from datetime import timedelta
@@ -37,20 +35,15 @@ for _ in range(100):
 barrier.wait()
 exec(main)
 """
-# The server imports torch once. A plain fork would copy this process with its threads.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["yolov12.mas.distributed.watchdog"])
 
 
 class Ranks:
     """Processes, each with a watchdog and a main program. The store is in this process or in rank 0."""
 
-    def __init__(self, folder, mains, rank_0_hosts=False):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self._store = None if rank_0_hosts else TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        barrier = FORKS.Barrier(len(mains) + 1)
+    def __init__(self, forks, reserve_port, folder, mains, rank_0_hosts=False):
+        self._store = None if rank_0_hosts else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = reserve_port() if self._store is None else self._store.port
+        barrier = forks.Barrier(len(mains) + 1)
         self._words, self.all = [folder / f"{rank}.txt" for rank in range(len(mains))], []
         for rank, main in enumerate(mains):
             names = {
@@ -65,7 +58,7 @@ class Ranks:
                 "dead_s": DEAD_S,
                 "grace_s": GRACE_S,
             }
-            self.all.append(FORKS.Process(target=exec, args=(RANK, names), daemon=True))
+            self.all.append(forks.Process(target=exec, args=(RANK, names), daemon=True))
             self.all[-1].start()
         barrier.wait(60)
 
@@ -85,11 +78,11 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks(tmp_path):
+def ranks(forks, reserve_port, tmp_path):
     made = []
 
     def make(*arguments, **keywords):
-        made.append(Ranks(tmp_path, *arguments, **keywords))
+        made.append(Ranks(forks, reserve_port, tmp_path, *arguments, **keywords))
         return made[-1]
 
     yield make

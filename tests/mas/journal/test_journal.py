@@ -253,6 +253,7 @@ def told(tmp_path, rows):
     return read_rows(tmp_path / "memory.csv")
 
 
+@pytest.mark.picture
 @pytest.mark.parametrize("count", [1, 2, 300])
 def test_picture_is_a_png_of_1200_by_800(tmp_path, count):
     write(tmp_path, [row(step, epoch=step) for step in range(1, count + 1)])

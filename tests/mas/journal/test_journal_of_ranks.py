@@ -398,6 +398,7 @@ def test_of_a_long_run_the_same_steps_of_every_rank_are_drawn(tmp_path):
     assert tops == [{20}, {32}]  # smaller last batches of epochs are left out
 
 
+@pytest.mark.picture
 def test_the_picture_of_many_ranks_has_the_usual_size(tmp_path):
     write(tmp_path, *[[row(step, 2) for step in range(1, 60)]] * 40)
     header = (tmp_path / "memory.png").read_bytes()[:24]

@@ -70,7 +70,6 @@ def highest_phase(profile, plan):
     return highest
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(profiles(), st.floats(0.2, 1.0))
 def test_solution_is_the_best_of_all_plans(profile, share):
     most = share * peak_bytes(profile, KEEP_ALL)
@@ -87,7 +86,7 @@ def test_solution_is_the_best_of_all_plans(profile, share):
         assert found.slow <= min(slow(profile, plan) for plan in fitting) + 1e-6
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(profiles())
 def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
     rungs = ladder(profile)

@@ -51,7 +51,6 @@ def test_learns_a_flat_and_rising_law(seed):
     assert max(many) <= 0.05
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=40)
 @given(st.integers(0, 300), st.floats(100, 400), st.floats(0, 1.5), st.integers(50, 200), st.integers(0, 9))
 def test_learns_other_laws(fixed, pixel, box, kink, seed):
     needs = card(fixed * MIB, pixel, box, kink)
@@ -273,7 +272,6 @@ def test_crowd_under_a_plan_that_has_seen_none(level):
     assert cost.predict(under(16, level)) == pytest.approx(needs(under(16, level)), rel=0.01)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=60)
 @given(
     kept=st.floats(0.3, 0.9), plan=st.floats(0.1, 0.9), backward=st.floats(0.05, 0.6), again=st.floats(0.0, 0.4),
     loss=st.floats(0.0, 0.3), box=st.floats(0.0, 0.01), profiled=st.integers(0, 60), boxes=st.integers(0, 400),
@@ -338,7 +336,7 @@ def test_levels_that_stay_keep_what_they_learned():
     assert dataclasses.replace(under(16, 0), level=0) == Features(16, 640, 640, 20)
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=100)
+@settings(max_examples=settings.default.max_examples * 2)
 @given(
     st.lists(st.tuples(st.integers(1, 64), st.integers(0, 500), st.integers(0, 80 * 2**30)), min_size=1, max_size=30)
 )

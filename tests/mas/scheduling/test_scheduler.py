@@ -211,7 +211,7 @@ def test_group_is_not_split_because_little_was_observed():
     assert decide(state([16, 16], 400, history=History(16)), model(1), card()).fits
 
 
-@settings(deadline=None, derandomize=True, database=None, max_examples=300)
+@settings(max_examples=settings.default.max_examples * 4)
 @given(
     groups=st.lists(st.builds(Group, st.integers(1, 16), st.integers(0, 300)), min_size=1, max_size=20),
     observed=st.lists(

@@ -21,41 +21,41 @@ BAD = [
 
 
 @pytest.mark.parametrize(("words", "message"), BAD)
-def test_a_value_that_cannot_work_is_refused_before_anything_is_made(tmp_path, capsys, words, message):
+def test_a_value_that_cannot_work_is_refused_before_anything_is_made(tiny_model, tmp_path, capsys, words, message):
     given = cli.parse(words.split())
-    status = cli.main(["train", "model=yolov8n.yaml", "data=demo", f"project={tmp_path / 'runs'}", *words.split()])
+    status = cli.main(["train", f"model={tiny_model}", "data=demo", f"project={tmp_path / 'runs'}", *words.split()])
     error = capsys.readouterr().err.strip().splitlines()
     assert status == 2
     assert error[-1].startswith("yolov12: error: ")
     assert message in error[-1]
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
-        YOLO("yolov8n.yaml").train(data="demo", project=tmp_path / "runs", device="cpu", **given)
+        YOLO(tiny_model).train(data="demo", project=tmp_path / "runs", device="cpu", **given)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_switch_is_on_or_off(tmp_path, capsys):
-    words = ["train", "model=yolov8n.yaml", "data=demo", f"project={tmp_path / 'runs'}"]
+def test_a_switch_is_on_or_off(tiny_model, tmp_path, capsys):
+    words = ["train", f"model={tiny_model}", "data=demo", f"project={tmp_path / 'runs'}"]
     assert cli.main([*words, "mas=perhaps"]) != 0
     assert "'mas=perhaps' is of invalid type str" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_misspelt_argument_is_helped(tmp_path, capsys):
-    status = cli.main(["train", "model=yolov8n.yaml", "data=demo", f"project={tmp_path / 'runs'}", "mem_limt=1GiB"])
+def test_a_misspelt_argument_is_helped(tiny_model, tmp_path, capsys):
+    status = cli.main(["train", f"model={tiny_model}", "data=demo", f"project={tmp_path / 'runs'}", "mem_limt=1GiB"])
     assert status == 2
     assert "unknown argument 'mem_limt'. Did you mean 'mem_limit'?" in capsys.readouterr().err
     with pytest.raises(SyntaxError, match=r"'mem_limt' is not a valid YOLO argument(.|\n)*mem_limit"):
-        YOLO("yolov8n.yaml").train(data="demo", project=tmp_path / "runs", device="cpu", mem_limt="1GiB")
+        YOLO(tiny_model).train(data="demo", project=tmp_path / "runs", device="cpu", mem_limt="1GiB")
     assert not (tmp_path / "runs").exists()
 
 
-def test_command_line_and_python_agree_and_args_yaml_has_them(trainings, tmp_path):
+def test_command_line_and_python_agree_and_args_yaml_has_them(trainings, tiny_model, tmp_path):
     """Both also agree with a file that gives the arguments."""
     (tmp_path / "cfg.yaml").write_text("mem_limit: 0.5\nmem_safety_ratio: 0.2\n")
     tiny = {**trainings.TINY, "epochs": 1, "project": tmp_path, "name": "words"}
     words = [f"{key}={value}" for key, value in tiny.items()]
     engine = ["mem_limit=0.5", "mem_safety_ratio=0.2", "bn_group=auto", "micro_batch=2"]
-    assert cli.main(["train", "model=yolov8n.yaml", *words, *engine]) == 0
+    assert cli.main(["train", f"model={tiny_model}", *words, *engine]) == 0
     python = {"mem_limit": 0.5, "mem_safety_ratio": 0.2, "bn_group": "auto", "micro_batch": 2}
     trainings.train(tmp_path, epochs=1, name="python", **python)
     trainings.train(tmp_path, epochs=1, name="file", cfg=tmp_path / "cfg.yaml", micro_batch=2)
@@ -66,9 +66,9 @@ def test_command_line_and_python_agree_and_args_yaml_has_them(trainings, tmp_pat
 
 
 @pytest.mark.parametrize("word", ["mas=False", "mas=false"])
-def test_the_engine_is_switched_off_by_a_word(trainings, tmp_path, word):
+def test_the_engine_is_switched_off_by_a_word(trainings, tiny_model, tmp_path, word):
     words = [f"{key}={value}" for key, value in {**trainings.TINY, "epochs": 1, "project": tmp_path}.items()]
-    assert cli.main(["train", "model=yolov8n.yaml", *words, word]) == 0
+    assert cli.main(["train", f"model={tiny_model}", *words, word]) == 0
     (run,) = tmp_path.iterdir()
     assert yaml.safe_load((run / "args.yaml").read_text())["mas"] is False
     assert not list(run.glob("memory*"))

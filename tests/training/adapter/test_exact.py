@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,24 +13,53 @@ from ultralytics.utils import SETTINGS
 
 from yolov12 import demo
 
-_TRAIN = "import json, sys; from ultralytics import YOLO; YOLO(sys.argv[1]).train(**json.loads(sys.argv[2]))"
+_TRAIN = """
+import json, sys
+from ultralytics import YOLO
+for model, arguments in json.load(sys.stdin):
+    YOLO(model).train(**arguments)
+"""
 
 
-@pytest.mark.parametrize("model", ["yolov8n.yaml", "yolo12n.yaml"])
-def test_without_the_engine_a_training_is_stock_bit_for_bit(trainings, run_python, tmp_path, model):
+def left_in(folder):
+    """The table without the clock, the weights, and which files there are."""
+    header, *rows = csv.reader((folder / "results.csv").read_text().splitlines())
+    numbers = [[value for name, value in zip(header, row, strict=True) if name != "time"] for row in rows]
+    checkpoint = torch.load(folder / "weights" / "last.pt", map_location="cpu", weights_only=False)
+    return header, numbers, checkpoint["model"].state_dict(), {file.name for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model):
+    """By name: one whose attention is ours, and one that we do not touch."""
+    return {"yolo12n": "yolo12n.yaml", "tiny": tiny_model}
+
+
+@pytest.fixture(scope="module")
+def without_us(trainings, models, tmp_path_factory):
+    """The folder of trainings of all models in a process that knows nothing of us."""
+    project = tmp_path_factory.mktemp("stock")
     data = demo.ensure(trainings.TINY["data"], Path(SETTINGS["datasets_dir"]))
-    left = []
-    for patched, more in (("0", {}), ("1", {"mas": False, "recipe": False})):
-        arguments = {**trainings.TINY, "data": str(data), "project": str(tmp_path), "name": f"run{patched}", **more}
-        arguments = {key: value for key, value in arguments.items() if key != "recipe" or patched == "1"}
-        done = run_python("-c", _TRAIN, model, json.dumps(arguments), YOLOV12_AUTOPATCH=patched)
-        assert done.returncode == 0, done.stderr
-        folder = tmp_path / f"run{patched}"
-        header, *rows = csv.reader((folder / "results.csv").read_text().splitlines())
-        numbers = [[value for name, value in zip(header, row, strict=True) if name != "time"] for row in rows]
-        checkpoint = torch.load(folder / "weights" / "last.pt", map_location="cpu", weights_only=False)
-        left.append((header, numbers, checkpoint["model"].state_dict(), {file.name for file in folder.iterdir()}))
-    (header, numbers, weights, files), (our_header, our_numbers, our_weights, our_files) = left
+    arguments = {**trainings.TINY, "data": str(data), "project": str(project)}
+    del arguments["recipe"]
+    jobs = [(model, {**arguments, "name": name}) for name, model in models.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", _TRAIN],
+        input=json.dumps(jobs),
+        env={**os.environ, "YOLOV12_AUTOPATCH": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return project
+
+
+@pytest.mark.parametrize("name", ["yolo12n", "tiny"])
+def test_without_the_engine_a_training_is_stock_bit_for_bit(trainings, models, without_us, tmp_path, name):
+    run = trainings.train(tmp_path, models[name], mas=False, name=name)
+    header, numbers, weights, files = left_in(without_us / name)
+    our_header, our_numbers, our_weights, our_files = left_in(run.folder)
     assert our_header == header
     assert our_numbers == numbers
     assert our_files == files

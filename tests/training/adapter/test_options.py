@@ -29,7 +29,7 @@ def test_multi_scale_draws_a_size_a_batch_as_ultralytics_does(trainings, tmp_pat
 
 def test_time_ends_a_run(trainings, tmp_path):
     run = trainings.train(tmp_path, **trainings.SPLIT, epochs=500, time=1 / 3600)
-    assert 1 <= len(run.results) < 20
+    assert 1 <= len(run.results) < 500
     assert len(run.memory) == run.steps
 
 

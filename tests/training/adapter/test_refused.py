@@ -43,10 +43,10 @@ def test_one_image_that_does_not_fit_ends_in_an_error_with_numbers(trainings, tm
     assert "other processes" not in str(caught.value)  # memory that they release would not raise a limit
 
 
-def test_the_command_line_prints_the_error_in_one_line(trainings, tmp_path, capsys):
+def test_the_command_line_prints_the_error_in_one_line(trainings, tiny_model, tmp_path, capsys):
     arguments = {**trainings.TINY, "plots": True, "project": tmp_path / "runs"}
     tiny = [f"{key}={value}" for key, value in arguments.items()]
-    assert cli.main(["train", "model=yolov8n.yaml", *tiny, "mem_limit=1MiB"]) == 1
+    assert cli.main(["train", f"model={tiny_model}", *tiny, "mem_limit=1MiB"]) == 1
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert last.startswith("yolov12: error: one image needs ")
@@ -65,7 +65,7 @@ def test_the_optimizer_state_is_counted_until_it_is_allocated(trainings, tmp_pat
         counted.append(optimizer_bytes(trainer.optimizer, unwrap_model(trainer.model)))
 
     callbacks = [("on_train_start", count), ("on_train_end", count)]
-    run = trainings.train(tmp_path, optimizer=optimizer, epochs=1, callbacks=callbacks)
+    run = trainings.train(tmp_path, "yolov8n.yaml", optimizer=optimizer, epochs=1, val=False, callbacks=callbacks)
     state = [value for values in run.trainer.optimizer.state.values() for value in values.values()]
     held = sum(value.numel() * value.element_size() for value in state if isinstance(value, torch.Tensor))
     assert counted == [pytest.approx(held, rel=0.02), 0]

@@ -12,10 +12,10 @@ SMALL = {"epochs": 1, "batch": 4, "nbs": 4}
 SCALED = {"multi_scale": 0.5, "imgsz": 96, "overlap_mask": False}
 
 
-@pytest.mark.parametrize(("task", "suffix"), [("segment", "seg"), ("pose", "pose"), ("obb", "obb")])
+@pytest.mark.parametrize("task", ["segment", "pose", "obb"])
 @pytest.mark.parametrize("more", [{}, SCALED], ids=["plain", "scaled"])
-def test_a_task_whose_batches_are_split(trainings, tmp_path, task, suffix, more):
-    model = f"yolo11n-{suffix}.yaml"
+def test_a_task_whose_batches_are_split(trainings, tiny_models, tmp_path, task, more):
+    model = tiny_models[task]
     data = trainings.draw_data(tmp_path / "data", task)
     run = trainings.train(tmp_path, model, **trainings.SPLIT, **SMALL, data=data, **more)
     assert run.micro_batches() == [[2, 2]] * 2
@@ -53,8 +53,8 @@ def test_classification_is_not_split(trainings, tmp_path):
     assert_stock(run, "ClassificationModel is not split up")
 
 
-def test_distillation_is_not_split(trainings, tmp_path):
-    YOLO("yolov8n.yaml").save(tmp_path / "teacher.pt")
+def test_distillation_is_not_split(trainings, tiny_model, tmp_path):
+    YOLO(tiny_model).save(tmp_path / "teacher.pt")
     run = trainings.train(tmp_path, epochs=1, distill_model=str(tmp_path / "teacher.pt"))
     assert_stock(run, "distill_model is set")
 

@@ -63,22 +63,23 @@ def test_a_loss_that_is_not_a_number_is_recovered_from(trainings, tmp_path, nbs,
 _LOAD = """
 import sys, torch
 from ultralytics import YOLO
-model = YOLO(sys.argv[1])
-assert "yolov12.seams" not in sys.modules
-print(sorted({type(m).__module__.partition(".")[0] for m in model.model.modules()}))
-print(float(model.model.eval()(torch.ones(1, 3, 64, 64))[0].double().sum()))
+for file in sys.argv[1:]:
+    model = YOLO(file)
+    assert "yolov12.seams" not in sys.modules
+    print(sorted({type(m).__module__.partition(".")[0] for m in model.model.modules()}))
+    print(float(model.model.eval()(torch.ones(1, 3, 64, 64))[0].double().sum()))
 """
 
 
-@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
-def test_weights_load_in_plain_ultralytics(trainings, v1_run, run_python, name):
-    weights = v1_run.folder / "weights" / name
-    done = run_python("-c", _LOAD, str(weights), YOLOV12_AUTOPATCH="0")
+def test_weights_load_in_plain_ultralytics(trainings, v1_run, run_python):
+    files = [v1_run.folder / "weights" / name for name in ("best.pt", "last.pt")]
+    done = run_python("-c", _LOAD, *map(str, files), YOLOV12_AUTOPATCH="0")
     assert done.returncode == 0, done.stderr
-    modules, total = done.stdout.splitlines()[-2:]
-    assert modules == "['torch', 'ultralytics']"
-    ours = YOLO(weights).model.eval()(torch.ones(1, 3, 64, 64))[0]
-    assert float(total) == pytest.approx(float(ours.double().sum()), rel=1e-4)
+    lines = done.stdout.splitlines()[-4:]
+    for file, modules, total in zip(files, lines[::2], lines[1::2], strict=True):
+        assert modules == "['torch', 'ultralytics']"
+        ours = YOLO(file).model.eval()(torch.ones(1, 3, 64, 64))[0]
+        assert float(total) == pytest.approx(float(ours.double().sum()), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

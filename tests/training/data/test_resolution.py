@@ -134,9 +134,9 @@ def test_a_resumed_run_keeps_its_image_size(trainings, tmp_path, memory, version
 @pytest.mark.parametrize(
     "wrong", [{"mas_data": "sometimes"}, {"mas_min_imgsz": "small"}, {"mas_min_imgsz": 0}, {"save_every": "5 parsecs"}]
 )
-def test_wrong_settings_are_refused_before_anything_begins(tmp_path, wrong):
+def test_wrong_settings_are_refused_before_anything_begins(tiny_model, tmp_path, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
-        YOLO("yolov8n.yaml").train(data="demo", project=tmp_path, **wrong)
+        YOLO(tiny_model).train(data="demo", project=tmp_path, **wrong)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,10 +1,11 @@
 """Saving and resuming runs: when a run is saved, which run `resume=auto` continues, and files that cannot be used."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +40,27 @@ def cut(trainings, folder, batch=6, **arguments):
     return trainings.train(folder, bn_group=8, callbacks=cut_at(batch), raises=PowerCutError, **arguments)
 
 
+@pytest.fixture
+def interrupted(trainings, made_once, tmp_path):
+    """Lay a run that was cut in its second epoch into a folder, by default this test's: the folder of the run.
+
+    Each is a copy of one training, whose checkpoint is told where it lies now.
+    """
+    original = made_once("interrupted", lambda folder: cut(trainings, folder, name="line")) / "line"
+
+    def lay(project=tmp_path, name="line"):
+        copy = shutil.copytree(original, project / name)
+        file = copy / "weights" / "last.pt"
+        changed = file.stat().st_mtime
+        checkpoint = torch.load(file, weights_only=False)
+        checkpoint["train_args"] |= {"project": str(project), "name": name, "save_dir": str(copy)}
+        torch.save(checkpoint, file)
+        os.utime(file, (changed, changed))
+        return copy
+
+    return lay
+
+
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     path = AtomicPath(tmp_path) / "last.pt"
     assert path.write_bytes(b"old") == 3
@@ -49,8 +71,8 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.pt", b"newer")]
 
 
-def test_a_checkpoint_that_is_stripped_is_whole_at_any_moment(trainings, tmp_path, monkeypatch):
-    last = cut(trainings, tmp_path).folder / "weights" / "last.pt"
+def test_a_checkpoint_that_is_stripped_is_whole_at_any_moment(interrupted, monkeypatch):
+    last = interrupted() / "weights" / "last.pt"
     before, save = last.read_bytes(), torch.save
 
     def full_disk(what, file):
@@ -100,12 +122,12 @@ def test_intervals_are_due_after_so_many_steps_or_seconds():
 )
 def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, every, share, saves):
     """The run has 8 updates in 2 epochs. It is also saved at the end of an epoch if that takes little time."""
-    times = []
+    saved = []
     save = run_state.Keeper._save
-    monkeypatch.setattr(run_state.Keeper, "_save", lambda keeper: times.append(time.monotonic()) or save(keeper))
+    monkeypatch.setattr(run_state.Keeper, "_save", lambda keeper: saved.append(keeper) or save(keeper))
     monkeypatch.setattr(run_state, "_COST", share)
     run = trainings.train(tmp_path, bn_group=8, save_every=every)
-    assert len(times) == saves
+    assert len(saved) == saves
     assert not (run.folder / "weights" / "state.pt").exists()
 
 
@@ -158,20 +180,20 @@ def test_signals_wait_for_what_must_not_be_cut():
     assert signal.getsignal(signal.SIGTERM) is stock
 
 
-def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, tmp_path):
+def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrupted, tmp_path):
     name = {"project": tmp_path, "name": "line"}
     assert latest_interrupted(name, "detect") is None
-    first = cut(trainings, tmp_path, name="line")
-    second = cut(trainings, tmp_path, name="line")
-    cut(trainings, tmp_path, name="line2")
-    complete = trainings.train(tmp_path, bn_group=8, name="line", epochs=1)
-    assert {run.folder.name for run in (first, second, complete)} == {"line", "line-2", "line-3"}
-    assert latest_interrupted(name, "detect") == second.folder / "weights" / "last.pt"
+    first = interrupted()
+    second = cut(trainings, tmp_path, name="line").folder
+    interrupted(name="line2")
+    complete = trainings.train(tmp_path, bn_group=8, name="line", epochs=1).folder
+    assert {folder.name for folder in (first, second, complete)} == {"line", "line-2", "line-3"}
+    assert latest_interrupted(name, "detect") == second / "weights" / "last.pt"
     assert latest_interrupted({**name, "name": "other"}, "detect") is None
 
-    for run in (second, first):
+    for folder in (second, first):
         again = trainings.train(bn_group=8, resume="auto", **name, **trainings.TINY)
-        assert again.folder == run.folder
+        assert again.folder == folder
         assert len(again.results) == 2
         assert "Resume ignores" not in again.log
     anew = trainings.train(bn_group=8, resume="auto", **name, **trainings.TINY)
@@ -179,9 +201,9 @@ def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, tmp_path
     assert "starting anew" in anew.log
 
 
-def test_auto_finds_a_run_whose_folder_was_moved(trainings, tmp_path):
+def test_auto_finds_a_run_whose_folder_was_moved(trainings, interrupted, tmp_path):
     """Mounted folders may move."""
-    here = cut(trainings, tmp_path / "a", name="line").folder
+    here = interrupted(tmp_path / "a")
     there = tmp_path / "b" / "line"
     (tmp_path / "b").mkdir()
     here.rename(there)
@@ -211,21 +233,21 @@ def test_a_run_that_was_killed_after_its_last_epoch_is_complete_with_a_resume(tr
     assert again.steps == 0
 
 
-def test_a_state_of_other_batches_is_not_gone_on_from(trainings, tmp_path):
-    run = cut(trainings, tmp_path)
-    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True, batch=16)
+def test_a_state_of_other_batches_is_not_gone_on_from(trainings, interrupted, tmp_path):
+    folder = interrupted()
+    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True, batch=16)
     assert "2 batches, not 4, 16 images at once, not 8. Going on from the end of an epoch" in again.log
     assert len(again.results) == 2
 
 
-def test_a_state_that_would_run_code_is_not_read(trainings, tmp_path):
+def test_a_state_that_would_run_code_is_not_read(trainings, interrupted, tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "pwned"),)
 
-    run = cut(trainings, tmp_path)
-    torch.save({"epoch": Evil()}, run.folder / "weights" / "state.pt")
-    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
+    folder = interrupted()
+    torch.save({"epoch": Evil()}, folder / "weights" / "state.pt")
+    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
     assert "it cannot be read (UntrustedWeightsError). Going on from the end of an epoch" in again.log
     assert not (tmp_path / "pwned").exists()
     assert len(again.results) == 2
@@ -243,7 +265,7 @@ def test_a_state_that_is_older_than_the_checkpoint_is_not_gone_on_from(trainings
     assert len(again.results) == 3
 
 
-def test_a_program_in_place_of_a_state_is_not_run(trainings, tmp_path):
+def test_a_program_in_place_of_a_state_is_not_run(trainings, interrupted, tmp_path):
     """PyTorch 2.3 runs an archive of TorchScript in its interpreter, even with `weights_only`."""
 
     class Program(torch.nn.Module):
@@ -264,19 +286,19 @@ def test_a_program_in_place_of_a_state_is_not_run(trainings, tmp_path):
         def forward(self):
             return self.x
 
-    run = cut(trainings, tmp_path)
-    torch.jit.script(Program()).save(str(run.folder / "weights" / "state.pt"))
-    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
+    folder = interrupted()
+    torch.jit.script(Program()).save(str(folder / "weights" / "state.pt"))
+    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
     assert "it cannot be read (WeightsError)" in again.log
     assert len(again.results) == 2
 
 
-def test_a_new_run_in_the_same_folder_is_not_mistaken_for_the_old(trainings, tmp_path):
-    run = cut(trainings, tmp_path)
-    assert (run.folder / "weights" / "state.pt").exists()
+def test_a_new_run_in_the_same_folder_is_not_mistaken_for_the_old(trainings, interrupted, tmp_path):
+    folder = interrupted(name="train")
+    assert (folder / "weights" / "state.pt").exists()
     new = trainings.train(tmp_path, mas=False, exist_ok=True, epochs=3, callbacks=cut_at(10), raises=PowerCutError)
-    assert new.folder == run.folder
-    assert not (run.folder / "weights" / "state.pt").exists()
+    assert new.folder == folder
+    assert not (folder / "weights" / "state.pt").exists()
 
 
 def test_a_checkpoint_that_is_named_is_gone_on_from(trainings, tmp_path):
@@ -327,29 +349,29 @@ def test_a_run_that_was_complete_stays_so(trainings, tmp_path):
     assert latest_interrupted({"project": tmp_path, "name": run.folder.name}, "detect") is None
 
 
-def test_one_process_trains_in_a_folder(trainings, tmp_path):
-    run = cut(trainings, tmp_path, name="line")
+def test_one_process_trains_in_a_folder(trainings, interrupted, tmp_path):
+    folder = interrupted()
     where = {"project": tmp_path, "name": "line"}
     code = (
         "import sys, pathlib; from yolov12.files import lock; "
         "kept = lock(pathlib.Path(sys.argv[1])); print(kept is not None, flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", code, run.folder / "weights"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, folder / "weights"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with other:
         assert other.stdout.readline() == "True\n"
         assert latest_interrupted(where, "detect") is None
         with pytest.raises(ConfigError, match="another process trains in"):
-            trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
+            trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
         other.stdin.close()
-    assert latest_interrupted(where, "detect") == run.folder / "weights" / "last.pt"
+    assert latest_interrupted(where, "detect") == folder / "weights" / "last.pt"
 
 
-def test_an_empty_table_is_no_obstacle(trainings, tmp_path):
-    run = cut(trainings, tmp_path)
-    (run.folder / "results.csv").write_text("")
-    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
+def test_an_empty_table_is_no_obstacle(trainings, interrupted, tmp_path):
+    folder = interrupted()
+    (folder / "results.csv").write_text("")
+    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
     assert [row["epoch"] for row in again.results] == [2]
 
 
@@ -370,10 +392,10 @@ def test_signals_that_are_ignored_stay_so_and_others_reach_their_handlers():
         signal.signal(signal.SIGTERM, stock[1])
 
 
-def whole_and_resumed(trainings, folder, model="yolov8n.yaml", *, cut_by, **arguments):
+def whole_and_resumed(trainings, folder, *, cut_by, **arguments):
     """Return an uninterrupted run, and one that a callback interrupts and that is resumed."""
-    whole = trainings.train(folder, model, **arguments)
-    part = trainings.train(folder, model, callbacks=[cut_by], raises=PowerCutError, **arguments)
+    whole = trainings.train(folder, **arguments)
+    part = trainings.train(folder, callbacks=[cut_by], raises=PowerCutError, **arguments)
     return whole, trainings.train(folder, part.folder / "weights" / "last.pt", resume=True)
 
 
@@ -391,10 +413,12 @@ def test_groups_are_arranged_as_they_were(trainings, tmp_path):
     assert is_same(whole, resumed)
 
 
-def test_weights_of_two_heads_go_on_as_they_were(trainings, tmp_path):
+def test_weights_of_two_heads_go_on_as_they_were(trainings, tiny_model, tmp_path):
     """The criterion changes at the end of an epoch, after the last step."""
+    model = tmp_path / "two-heads.yaml"
+    model.write_text(Path(tiny_model).read_text() + "end2end: True\nreg_max: 1\n")  # as YOLO26 has them
     cut_by = ("on_train_epoch_end", lambda trainer: trainer.epoch == 1 and _cut())
-    whole, resumed = whole_and_resumed(trainings, tmp_path, "yolo26n.yaml", cut_by=cut_by, epochs=3, bn_group=8)
+    whole, resumed = whole_and_resumed(trainings, tmp_path, model=model, cut_by=cut_by, epochs=3, bn_group=8)
     criteria = [run.trainer.model.criterion for run in (whole, resumed)]
     assert criteria[0].updates == criteria[1].updates == 3
     assert is_same(whole, resumed)
