@@ -111,13 +111,20 @@ def test_figures_are_those_of_the_data():
 
 
 def test_the_picture_is_of_the_run_that_is_described():
-    neighbour = results("memory")["neighbour_larger_card"]
-    text = " ".join(ENGLISH.read_text("utf-8").split())
-    assert (neighbour["batch"], neighbour["ours"]["summary"]["updates"]) == (320, 71)
-    assert "batch 320, one H200" in text
-    assert "all 71 updates" in text
-    assert neighbour["ours"]["summary"]["out_of_memories"] == 0
-    assert neighbour["stock"]["exit_status"] == 1
+    neighbour = results("memory")["neighbour"]
+    ours, stock = neighbour["ours"], neighbour["stock"]
+    for file, batch, updates in (
+        (ENGLISH, "batch {}, one H200", "all {} updates"),
+        (CHINESE, "batch {}，一块 H200", "{} 次参数更新全部"),
+    ):
+        text = " ".join(file.read_text("utf-8").split())
+        assert batch.format(neighbour["batch"]) in text
+        assert updates.format(ours["summary"]["updates"]) in text
+    assert ours["summary"]["updates"] == ours["summary"]["updates_expected"]
+    assert ours["summary"]["out_of_memories"] == 0
+    sizes = {max(map(int, row["micro_batches"].split())) for row in ours["rows"][4:]}  # after the start
+    assert sizes == {256, 512}
+    assert "Reducing to batch=256" in stock["out_of_memory_lines"][0]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda file: file.name)
