@@ -55,8 +55,8 @@ class Ladder:
         Raises:
             KeyError, TypeError, ValueError: The state has another form.
         """
-        plans = tuple(Plan(tuple((name, mode) for name, mode in rung["modes"])) for rung in state)
-        return cls(plans, tuple(Level(rung["share"], rung["slow"]) for rung in state))
+        plans = tuple(Plan(tuple((name, mode) for name, mode in level["modes"])) for level in state)
+        return cls(plans, tuple(Level(level["share"], level["slow"]) for level in state))
 
 
 def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Ladder:
@@ -84,10 +84,10 @@ def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch
 
 def ladder_of(profile: Profile) -> Ladder:
     """Compute the checkpoint plans for a profile."""
-    rungs = ladder(profile) if profile.layers else ()
-    if not rungs:
+    levels = ladder(profile) if profile.layers else ()
+    if not levels:
         return Ladder((KEEP_ALL,), (Level(1.0, 1.0),))
     return Ladder(
-        tuple(rung.plan for rung in rungs),
-        tuple(Level(rung.peak_bytes / rungs[0].peak_bytes, rung.slow) for rung in rungs),
+        tuple(level.plan for level in levels),
+        tuple(Level(level.peak_bytes / levels[0].peak_bytes, level.slow) for level in levels),
     )

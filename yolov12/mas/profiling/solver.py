@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
-__all__ = ["Rung", "ladder", "peak_bytes", "solve"]
+__all__ = ["LadderLevel", "ladder", "peak_bytes", "solve"]
 
 _Array = NDArray[np.float64]
 
 # Least bytes that a choice inside an outermost layer must free, as a fraction of all that is kept. Many small choices
 # would take the solver long.
 _WORTHWHILE = 0.01
-RUNGS = 10
+LEVELS = 10
 """Number of levels above level 0, which keeps everything."""
 
 
 @dataclass(frozen=True)
-class Rung:
+class LadderLevel:
     """A checkpoint plan with its memory and time."""
 
     plan: Plan
@@ -61,30 +61,30 @@ def peak_bytes(profile: Profile, plan: Plan) -> float:
     return float(programme.phases(programme.chosen(plan)).max())
 
 
-def solve(profile: Profile, most_bytes: float) -> Rung | None:
+def solve(profile: Profile, most_bytes: float) -> LadderLevel | None:
     """Return the fastest plan whose peak bytes for one image are at most `most_bytes`; None if there is none."""
     return _Programme(profile).least_time(most_bytes)
 
 
-def ladder(profile: Profile, rungs: int = RUNGS) -> tuple[Rung, ...]:
+def ladder(profile: Profile, levels: int = LEVELS) -> tuple[LadderLevel, ...]:
     """Return plans from keeping everything to the lowest possible peak, each with less memory than the one before.
 
     Args:
         profile: Costs of the layers.
-        rungs: Most levels above level 0. Their peaks fall by a constant factor; a level within 1 % of the one before is
+        levels: Most levels above level 0. Their peaks fall by a constant factor; a level within 1 % of the one before is
             left out.
     """
     programme = _Programme(profile)
-    first = programme.rung(programme.chosen(KEEP_ALL))
+    first = programme.level(programme.chosen(KEEP_ALL))
     found = [first]
     if first.peak_bytes <= 0:
         return (first,)
     lowest = programme.lowest_peak()
-    for step in range(1, rungs + 1):
-        target = first.peak_bytes * (lowest / first.peak_bytes) ** (step / rungs)
-        rung = programme.least_time(target * (1 + 1e-9))
-        if rung is not None and rung.peak_bytes < 0.99 * found[-1].peak_bytes:
-            found.append(rung)
+    for step in range(1, levels + 1):
+        target = first.peak_bytes * (lowest / first.peak_bytes) ** (step / levels)
+        level = programme.least_time(target * (1 + 1e-9))
+        if level is not None and level.peak_bytes < 0.99 * found[-1].peak_bytes:
+            found.append(level)
     return tuple(found)
 
 
@@ -129,13 +129,13 @@ class _Programme:
     def chosen(self, plan: Plan) -> _Array:
         return np.array([float((choice.layer.name, choice.mode) in plan.modes) for choice in self._choices])
 
-    def rung(self, chosen: _Array) -> Rung:
+    def level(self, chosen: _Array) -> LadderLevel:
         modes = tuple((c.layer.name, c.mode) for c, x in zip(self._choices, chosen, strict=True) if x)
-        return Rung(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
+        return LadderLevel(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
 
-    def least_time(self, most_bytes: float) -> Rung | None:
+    def least_time(self, most_bytes: float) -> LadderLevel | None:
         chosen = self._optimise(self._times, self._grows, most_bytes - self._fixed)
-        return None if chosen is None else self.rung(chosen)
+        return None if chosen is None else self.level(chosen)
 
     def lowest_peak(self) -> float:
         """Return the lowest possible peak. The peak is one more variable, an upper bound of all phases."""
