@@ -14,7 +14,7 @@ from typing import Any
 
 from yolov12.mas.memory.host import HostMemory
 
-__all__ = ["AHEAD", "affordable_workers", "cache_fits", "draw_less_ahead", "fewer_pictures", "limit_workers"]
+__all__ = ["AHEAD", "affordable_workers", "cache_fits", "fewer_pictures", "limit_prefetch", "limit_workers"]
 
 AHEAD = 2
 """Number of batches that each worker of a training prefetches (benchmarks/loading.py)."""
@@ -71,7 +71,7 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
     args.workers = fewer
 
 
-def draw_less_ahead(trainer: Any) -> None:
+def limit_prefetch(trainer: Any) -> None:
     """Limit the prefetch of the training loader to what is needed to hide the time of loading.
 
     The size of images, and the shares of ranks, are settled when a batch is drawn. With 8 workers, a decision then

@@ -52,7 +52,7 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     with team.setting_up(functools.partial(adapter.why_not, trainer)):
         stock(trainer, *args, **kwargs)
     if trainer.args.mas:
-        host.draw_less_ahead(trainer)
+        host.limit_prefetch(trainer)
     files.make_atomic(trainer)
     adapter.attach(trainer)
 
