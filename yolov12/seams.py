@@ -64,7 +64,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "DEFAULT_CFG": changed("cfg.arguments:add_arguments"),
     },
     "ultralytics.utils.torch_utils": {"strip_optimizer": around("models.weights:strip_optimizer")},
-    "ultralytics.utils.plotting": {"plot_images": around("training.data.host:fewer_pictures")},
+    "ultralytics.utils.plotting": {"plot_images": around("training.data.host:plot_fewer_images")},
     "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": changed("models.weight_names:add_official")},
     "ultralytics.utils.export.engine": {"get_tensorrt_logger": around("export.seams:get_tensorrt_logger")},
     "ultralytics.cfg": {
