@@ -15,7 +15,7 @@ from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
-from yolov12.training.adapter.trainer import KEEPER, TrainerAdapter
+from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
 from yolov12.training.data.loader import resumable
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import team
@@ -90,10 +90,10 @@ def attach(trainer: Any) -> None:
     adapter.take_over_loader()
     adapter.take_over()
     engine.hold_limit()
-    if state is not None and adapter.keeper is not None:
+    if state is not None and adapter.saver is not None:
         if knows_loss(model):
             criterion_of(model)  # its state is restored, and an epoch that is skipped to its end does not create it
-        adapter.keeper.restore(state)
+        adapter.saver.restore(state)
         delattr(trainer, _FOUND)
 
 
@@ -145,21 +145,21 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     try:
         done = stock_train(trainer)
         if group is not None:
-            if (keeper := getattr(trainer, KEEPER, None)) is not None:
-                keeper.flush()
+            if (saver := getattr(trainer, SAVER, None)) is not None:
+                saver.flush()
             group.ranks.all(True)  # the journals of all ranks are complete
         return done
     except BaseException as error:
-        if (keeper := getattr(trainer, KEEPER, None)) is not None:
-            keeper.save_at_last()
+        if (saver := getattr(trainer, SAVER, None)) is not None:
+            saver.save_at_last()
         blamed = group.ranks.blame(error) if group is not None and _is_of_collective(error) else None
         team.disband(blamed or error)
         if blamed is not None:
             raise blamed from error
         raise
     finally:
-        if (keeper := getattr(trainer, KEEPER, None)) is not None:
-            keeper.end()
+        if (saver := getattr(trainer, SAVER, None)) is not None:
+            saver.end()
         if (engine := getattr(trainer, _ENGINE, None)) is not None:
             engine.lift_limit()  # an error or a signal ends a run without its teardown
         team.disband()

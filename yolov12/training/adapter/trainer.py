@@ -39,14 +39,14 @@ from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
-from yolov12.training.run.run_state import Keeper
+from yolov12.training.run.run_state import RunSaver
 
-__all__ = ["KEEPER", "TrainerAdapter"]
+__all__ = ["SAVER", "TrainerAdapter"]
 
 _DRAWN = 16  # images of a batch that Ultralytics plots
 
-KEEPER = "yolov12_keeper"
-"""Attribute of a trainer: its `Keeper`."""
+SAVER = "yolov12_saver"
+"""Attribute of a trainer: its `RunSaver`."""
 
 
 class TrainerAdapter:
@@ -72,7 +72,7 @@ class TrainerAdapter:
     ) -> None:
         self._trainer, self._model, self._task, self._engine = trainer, model, task, engine
         self._resolution, self._ranks = resolution, ranks
-        self.keeper: Keeper | None = None  # None for a loader of the user's own, which cannot be resumed
+        self.saver: RunSaver | None = None  # None for a loader of the user's own, which cannot be resumed
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
@@ -110,7 +110,7 @@ class TrainerAdapter:
         )
         trainer.train_loader = loader.take_over()
         self._interruption = Interruption()
-        self.keeper = Keeper(
+        self.saver = RunSaver(
             trainer,
             self._model,
             engine,
@@ -121,8 +121,8 @@ class TrainerAdapter:
             self._interruption,
             is_first=ranks.rank == 0,
         )
-        self.keeper.begin()
-        setattr(trainer, KEEPER, self.keeper)
+        self.saver.begin()
+        setattr(trainer, SAVER, self.saver)
 
     def take_over(self) -> None:
         """Lead the trainer's calls to this adapter."""
@@ -175,9 +175,9 @@ class TrainerAdapter:
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a logical batch by the engine; its gradient is then on the parameters."""
         share, model = batch.share, self._model
-        if self.keeper is not None and SKIPPED in batch.host:
+        if self.saver is not None and SKIPPED in batch.host:
             criterion_of(model)  # the loop asks for it at the end of an epoch, of which every batch may be skipped
-            return self.keeper.skip()
+            return self.saver.skip()
         if self._interruption is not None and share is None:
             self._interruption.check()
         host = batch.shown() if batch.is_seen else batch.host  # what was seen may have been written on
@@ -277,7 +277,7 @@ class TrainerAdapter:
             YAML.save(file, {**YAML.load(file), "bn_group": group})
 
     def _update(self) -> None:
-        if self.keeper is not None and self.keeper.skipping:
+        if self.saver is not None and self.saver.skipping:
             return
         trainer = self._trainer
         if not self._has_run and not self._told:
@@ -286,7 +286,7 @@ class TrainerAdapter:
             )
         self._updates_asked += self._has_run
         self._has_run = False
-        with self.keeper.step() if self.keeper is not None else nullcontext():
+        with self.saver.step() if self.saver is not None else nullcontext():
             self._engine.update(
                 trainer.optimizer, self._stock_update, lambda: remember(trainer), epoch=trainer.epoch + 1
             )
