@@ -98,7 +98,7 @@ class _Programme:
             for mode in (REBUILD, RECOMPUTE)
             if (choice := _Choice(layer, mode)).frees_bytes > (least_bytes if layer.inside else 0)
         ]
-        self._times = np.array([profile.share_of_time(choice.time) for choice in self._choices])
+        self._times = np.array([profile.fraction_of_time(choice.time) for choice in self._choices])
         # phases(x) = fixed + grows @ x. The rows are the loss, every stage, and every stage once more for each layer in
         # it that may be recomputed.
         stages = profile.stages()
