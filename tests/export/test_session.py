@@ -130,7 +130,7 @@ def test_a_graph_is_read_and_planned_once_however_many_builds_fail(exporter, bui
     assert (tmp_path / "n.onnx").read_bytes() == whole
     rows = json.loads((tmp_path / "n.export.json").read_text())
     assert [row["outcome"] for row in rows if "outcome" in row] == ["out of memory"] * 7
-    assert [len(row["cuts"]) > 0 for row in rows if "cuts" in row] == [True, False, True, True]
+    assert [len(row["splits"]) > 0 for row in rows if "splits" in row] == [True, False, True, True]
 
 
 def test_the_graph_that_was_built_stays_in_the_file(exporter, builder, counts, tmp_path):

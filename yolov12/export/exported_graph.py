@@ -87,7 +87,7 @@ class ExportedGraph:
         if variant is not None and variant.sites:
             model = variant.model
             LOGGER.info(
-                f"yolov12: {len(variant.sites)} places of the graph cut, so that its tensors take "
+                f"yolov12: {len(variant.sites)} places of the graph are split, so that its tensors take "
                 f"{variant.plan.peak_bytes >> 20} MiB instead of {variant.before.peak_bytes >> 20}"
             )
         if model is self._in_file:

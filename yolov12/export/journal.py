@@ -38,16 +38,16 @@ class ExportJournal:
                 "limit_bytes": limit.total_bytes,
                 "limit": limit.source,
                 "tensors_bytes": split.plan.peak_bytes,
-                "tensors_uncut_bytes": split.before.peak_bytes,
+                "tensors_unsplit_bytes": split.before.peak_bytes,
                 "weights_bytes": split.plan.weights_bytes,
                 "peak": f"{split.plan.node.name}: {split.plan.describe()}",
-                "cuts": split.describe(),
+                "splits": split.describe(),
             }
         )
 
     def add_whole(self) -> None:
         """Note that the whole graph is built next, although it is planned not to fit."""
-        self._add({"cuts": []})
+        self._add({"splits": []})
 
     def add_attempt(self, attempt: Attempt) -> None:
         """Note an attempt to build."""

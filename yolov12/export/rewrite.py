@@ -127,7 +127,7 @@ class Splitter:
         if self._search is None:
             version = self._model.opset_imports[""]
             if version < _OPSET:
-                raise ConfigError(f"graphs of opset {version} cannot be cut: export with opset={_OPSET} or newer")
+                raise ConfigError(f"graphs of opset {version} cannot be split: export with opset={_OPSET} or newer")
             sizes = Sizes(self._model, self._least, self._most, self._shapes)
             self._search = _Search(self._model, self._most, sizes, self.whole)
         return self._search.run(limit)
@@ -142,7 +142,7 @@ class Splitter:
                 break
             least = max(found, int(_NEAR * least))
         raise DoesNotFitError(
-            f"the exported graph needs about {needs.peak_bytes >> 20} MiB for its tensors, cut as small as it gets, "
+            f"the exported graph needs about {needs.peak_bytes >> 20} MiB for its tensors, split as far as possible, "
             f"beside {needs.weights_bytes >> 20} MiB of weights, and {limit >> 20} MiB are there for them (its peak "
             f"then: {needs.describe()}). Use a smaller imgsz= or batch=, or a larger mem_limit="
         )
