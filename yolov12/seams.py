@@ -70,7 +70,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
     "ultralytics.cfg": {
         "CFG_BOOL_KEYS": changed("cfg.arguments:add_switches"),
         "get_cfg": around("demo.on_demand:get_cfg"),
-        "get_save_dir": around("training.run.team:one_folder"),
+        "get_save_dir": around("training.run.process_group:one_folder"),
     },
     "ultralytics.data.base": {"BaseDataset.check_cache_ram": around("training.data.host:cache_fits")},
     "ultralytics.nn.modules.block": {
@@ -93,8 +93,8 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "BaseTrainer.resume_training": around("training.run.setup:resume_training"),
         "BaseTrainer._do_train": around("training.adapter.attach:do_train"),
         "BaseTrainer._setup_train": around("training.run.setup:setup_train"),
-        "BaseTrainer._setup_ddp": around("training.run.team:setup_group"),
-        "BaseTrainer._build_train_pipeline": around("training.run.team:build_loaders"),
+        "BaseTrainer._setup_ddp": around("training.run.process_group:setup_group"),
+        "BaseTrainer._build_train_pipeline": around("training.run.process_group:build_loaders"),
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": around("training.seams:validate")},
     "ultralytics.engine.predictor": {"BasePredictor.inference": around("training.seams:inference")},
