@@ -225,7 +225,7 @@ def test_an_engine_is_loaded_with_the_library_that_built_it(folder):
         ({"int8": True}, "INT8"),
         ({"device": "dla:0"}, "no DLA"),
         ({"engine_builder": "tensorflow"}, "engine_builder=tensorflow: give one of auto, tensorrt, tensorrt_rtx"),
-        ({"engine_builder": "tensorrt"}, "needs TensorRT, which is in the image"),
+        ({"engine_builder": "tensorrt"}, "needs TensorRT, which is in the Docker image"),
         ({"mem_limit": 0.5, "device": "cpu"}, "give bytes"),
         ({"format": "onnx", "mem_limit": 0.5}, "needs bytes"),
     ],

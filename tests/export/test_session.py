@@ -175,7 +175,7 @@ def test_tensorrt_may_use_twice_the_plan_as_it_runs_in_half_precision(exporter, 
     session.export_engine(lambda self: None, exporter(quantize=16, mem_limit="140MiB"), "")
     plan, attempt = json.loads((tmp_path / "n.export.json").read_text())
     assert plan["limit_bytes"] == 280 * MIB
-    assert plan["limit"] == "mem_limit, twice, as the plan is of FP32"
+    assert plan["limit"] == "mem_limit, doubled because the plan counts FP32"
     assert attempt["workspace_bytes"] == 140 * MIB
 
 
