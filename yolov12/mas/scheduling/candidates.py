@@ -1,6 +1,7 @@
 """The ways in which a batch can run: splits into micro-batches under checkpoint plans, with their memory and time.
 
-A split is a `BatchSplit`, and a split under a checkpoint plan is an `Arm`, as the alternatives of a bandit problem are called.
+A `BatchSplit` is a split of a batch into micro-batches. An `Arm` is a split together with a checkpoint plan. In bandit
+problems, an alternative is called an arm.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def split_micro_batches(groups: Sequence[Group], parts: int) -> BatchSplit:
 def safe_arms(
     state: State, cost: CostModel, speed: SpeedModel, splits: Sequence[BatchSplit], budget_bytes: float
 ) -> list[Arm]:
-    """Return for each split the first plan that fits, because recomputing more is never faster.
+    """Return each split with the first plan under which it fits. Later plans recompute more, so they are not faster.
 
     Args:
         state: Groups, memory and ceiling.
@@ -223,17 +224,17 @@ def features_of(state: State, split: BatchSplit, level: int, most_boxes: int | N
 
 def under_ceiling(state: State, cost: CostModel, split: BatchSplit, level: int) -> bool:
     """Return whether a split under a plan needs less than what has just failed."""
-    # The ceiling is a product with a share as well, and equal products may differ by rounding.
+    # The ceiling is also a number of images times a `Level.share`. Equal products may differ by rounding.
     return state.ceiling is None or split.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
 
 
 def beside_bytes(allocated_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:
-    """Bytes allocated beside a micro-batch.
+    """Return the bytes that are allocated while a micro-batch runs and do not belong to it.
 
     Args:
-        allocated_bytes: Bytes allocated before the batch, or before what is left of it.
-        gradient_bytes: Bytes of one set of gradients. Earlier micro-batches of the batch leave one.
-        alone: True for a micro-batch that is all of its batch, so that no earlier one leaves gradients.
+        allocated_bytes: Bytes allocated before the batch or, after a failure, before its remaining images.
+        gradient_bytes: Bytes of one set of gradients, which earlier micro-batches of the batch leave.
+        alone: True if there are no gradients of earlier micro-batches, or `allocated_bytes` includes them.
     """
     return allocated_bytes if alone else allocated_bytes + gradient_bytes
 
