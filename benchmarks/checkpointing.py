@@ -214,7 +214,7 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
             "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
             "peak_mib": max(step["peak_mib"] for step in last),
             "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
-            "ladder": [[level.share, level.slow] for level in engine._planner.cost.levels],
+            "ladder": [[level.fraction, level.slow] for level in engine._planner.cost.levels],
             "steps": steps,
         }
         told = {key: value for key, value in row.items() if key not in ("steps", "ladder", "plan")}

@@ -25,7 +25,7 @@ __all__ = ["Ladder", "ladder_of", "make_ladder"]
 
 # Used if not even one image could be profiled: the effect of recomputing all layers of YOLO12-S
 # (docs/reference/measurements.md).
-_UNKNOWN = Level(share=0.4, slow=1.35)
+_UNKNOWN = Level(fraction=0.4, slow=1.35)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ladder:
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the plans and levels in a form that JSON can store."""
         pairs = zip(self.plans, self.levels, strict=True)
-        return [{"modes": [list(m) for m in p.modes], "share": lv.share, "slow": lv.slow} for p, lv in pairs]
+        return [{"modes": [list(m) for m in p.modes], "share": lv.fraction, "slow": lv.slow} for p, lv in pairs]
 
     @classmethod
     def from_state_dict(cls, state: list[dict[str, Any]]) -> Ladder:

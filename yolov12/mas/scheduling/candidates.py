@@ -77,7 +77,7 @@ class State:
     history: History = History()
     """What the previous decision passed on."""
     ceiling: float | None = None
-    """Upper limit of a micro-batch's images times its plan's `Level.share`, whatever is predicted.
+    """Upper limit of a micro-batch's images times its plan's `Level.fraction`, whatever is predicted.
 
     It is set after an allocation failure; None otherwise.
     """
@@ -224,8 +224,8 @@ def features_of(state: State, split: BatchSplit, level: int, most_boxes: int | N
 
 def under_ceiling(state: State, cost: CostModel, split: BatchSplit, level: int) -> bool:
     """Return whether a split under a plan needs less than what has just failed."""
-    # The ceiling is also a number of images times a `Level.share`. Equal products may differ by rounding.
-    return state.ceiling is None or split.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
+    # The ceiling is also a number of images times a `Level.fraction`. Equal products may differ by rounding.
+    return state.ceiling is None or split.largest * cost.levels[level].fraction <= state.ceiling * (1 + 1e-9)
 
 
 def beside_bytes(allocated_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:

@@ -75,13 +75,13 @@ class PeakLaw:
         """Bytes per 1000 pixels and 100 boxes above the kink; 0 until boxes are seen to matter."""
         return self._line[2]
 
-    def expected_bytes(self, size: Size, boxes: int, share: float = 1.0, bytes_per_box: float = 0.0) -> float:
+    def expected_bytes(self, size: Size, boxes: int, ratio: float = 1.0, bytes_per_box: float = 0.0) -> float:
         """Return the expected bytes above the memory allocated before the micro-batch.
 
         Args:
             size: Size of the micro-batch.
             boxes: Boxes of the image that has most.
-            share: Factor on activations, to predict for another plan: its share relative to this plan's. The tables of
+            ratio: Factor on activations, to predict for another plan: its ratio relative to this plan's. The tables of
                 the assignment keep their size. If the other plan keeps less, the tables may determine the peak from
                 fewer boxes on. The result is safe even if they do so from the first box.
             bytes_per_box: What other plans have learned, used for boxes beyond the most observed here. Tables have the
@@ -91,11 +91,11 @@ class PeakLaw:
         c0, c1, c2 = self._line
         per_box = pixels * max(c2, bytes_per_box) / 1e2
         beyond = max(boxes - self._most_boxes, 0) * per_box
-        rising = c1 * pixels * max(share, 1.0) + c2 * tables + beyond
-        if share < 1.0:
-            rising = min(rising, c1 * pixels * share + boxes * per_box)
+        rising = c1 * pixels * max(ratio, 1.0) + c2 * tables + beyond
+        if ratio < 1.0:
+            rising = min(rising, c1 * pixels * ratio + boxes * per_box)
         correction = self._corrections.get(size, 0.0)
-        return c0 * fixed + rising + (correction if share == 1.0 else max(correction, 0.0))
+        return c0 * fixed + rising + (correction if ratio == 1.0 else max(correction, 0.0))
 
     def observe(self, size: Size, boxes: int, needed_bytes: int) -> None:
         """Learn the bytes that a micro-batch needed above the memory allocated before it."""

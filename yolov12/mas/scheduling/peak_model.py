@@ -41,7 +41,7 @@ _REMEMBERED = 32  # half-lives after which another failure counts as the first
 class Level:
     """A checkpoint plan, as decisions see it. Level 0 keeps every activation; higher levels free more of them."""
 
-    share: float
+    fraction: float
     """Activation bytes of an image relative to level 0. It falls with the level."""
     slow: float
     """Time relative to level 0. It rises with the level."""
@@ -182,7 +182,7 @@ class CostModel:
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned, in a form that JSON can store."""
         return {
-            "levels": [[level.share, level.slow] for level in self.levels],
+            "levels": [[level.fraction, level.slow] for level in self.levels],
             "laws": [law.state_dict() for law in self._laws],
             "bounds": [
                 [*shape, bound.excess_bytes, bound.failures, bound.batches] for shape, bound in self._bounds.items()
@@ -192,7 +192,7 @@ class CostModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, for levels that are the same now as they were then."""
         levels = self.levels
-        self.levels = tuple(Level(share, slow) for share, slow in state["levels"])
+        self.levels = tuple(Level(fraction, slow) for fraction, slow in state["levels"])
         self._laws = [PeakLaw() for _ in self.levels]
         for law, learned in zip(self._laws, state["laws"], strict=True):
             law.load_state_dict(learned)
@@ -228,10 +228,10 @@ class CostModel:
         level = self._nearest(features.level, sizes=2 if law.sizes else 1)
         if level is None:
             return law.expected_bytes(features.size, boxes, 1.0, per_box)
-        share = self.levels[features.level].share / self.levels[level].share
-        expected = self._laws[level].expected_bytes(features.size, boxes, share, per_box)
+        ratio = self.levels[features.level].fraction / self.levels[level].fraction
+        expected = self._laws[level].expected_bytes(features.size, boxes, ratio, per_box)
         if (latest := law.latest()) is not None:
-            there = self._laws[level].expected_bytes(*latest, share, per_box)
+            there = self._laws[level].expected_bytes(*latest, ratio, per_box)
             expected *= law.expected_bytes(*latest) / there if there > 0 else 1.0
         return expected
 

@@ -246,7 +246,7 @@ class BatchPlanner:
 
     def _weight(self, images: int, level: int) -> float:
         """Return the activations of a micro-batch, expressed as a number of images at level 0."""
-        return images * self.cost.levels[min(level, len(self.cost.levels) - 1)].share
+        return images * self.cost.levels[min(level, len(self.cost.levels) - 1)].fraction
 
     def _may_come_back(self, failure: Failure | None) -> bool:
         """Return whether one image would fit if no other process used the device."""
