@@ -16,7 +16,8 @@ def split_groups(images: int, group: int) -> tuple[int, ...]:
     """Split a batch into BatchNorm groups.
 
     Each group has `group` images, and the remaining images form a smaller group. If these are fewer than a quarter of a
-    group, their statistics would be noise. Then they and the last full group are divided into two groups of about equal size.
+    group, their statistics would be noise. Then they and the last full group are divided into two groups of about equal
+    size.
 
     Args:
         images: Number of images in the batch.
