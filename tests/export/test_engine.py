@@ -56,7 +56,7 @@ def _metadata(file: Path) -> dict:
     ],
 )
 def test_an_engine_fits_where_the_unsplit_graph_does_not(folder, library, model, imgsz, limit_mib, too_little_mib):
-    """The workspace that is enough when the graph is cut is less than the one that is too little when it is not."""
+    """The workspace in which the split graph builds is smaller than one that is too small for the unsplit graph."""
     file = _export(model=model, imgsz=imgsz, workspace=limit_mib / 1024)
     plan, attempt = _journal(file)
     assert attempt["outcome"] == "built"
