@@ -74,7 +74,7 @@ def split(
         least: See `Splitter`.
 
     Raises:
-        DoesNotFitError: The graph cannot be split to the limit. The message gives about the bytes that it needs.
+        DoesNotFitError: The graph cannot be split to the limit. The message tells about how many bytes suffice.
         ConfigError: The graph cannot be planned or split.
     """
     return Splitter(model, most, least).split(limit)
@@ -109,7 +109,7 @@ class Splitter:
             limit: Bytes for all tensors that are live at the same time, without weights and inputs.
 
         Raises:
-            DoesNotFitError: The graph cannot be split to the limit. The message gives about the bytes that it needs.
+            DoesNotFitError: The graph cannot be split to the limit. The message tells about how many bytes suffice.
             ConfigError: The graph cannot be split.
         """
         found = self._run(limit)
