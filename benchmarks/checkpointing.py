@@ -214,7 +214,7 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
             "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
             "peak_mib": max(step["peak_mib"] for step in last),
             "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
-            "ladder": [[level.share, level.slow] for level in engine._planner.cost.levels],
+            "ladder": [[level.fraction, level.slow] for level in engine._planner.cost.levels],
             "steps": steps,
         }
         told = {key: value for key, value in row.items() if key not in ("steps", "ladder", "plan")}
@@ -292,10 +292,10 @@ def freed() -> Iterator[dict[str, Any]]:
             found = profile(step, engine.meter, candidates(model, layers), training.batch, images)
         seconds = time.perf_counter() - begin
         begin = time.perf_counter()
-        rungs = ladder(found)
+        levels = ladder(found)
         ladder_seconds = time.perf_counter() - begin
         results = []
-        for rung in rungs:
+        for level in levels:
             kept: list[int] = []
             gc.collect()
 
@@ -305,25 +305,25 @@ def freed() -> Iterator[dict[str, Any]]:
 
             step._backward = backward
             with autocast():
-                outcome = step.try_out(training.batch, 0, images, step.checkpointing.within(rung.plan))
+                outcome = step.try_out(training.batch, 0, images, step.checkpointing.within(level.plan))
             results.append((kept[0], outcome[1]))
         by_name = {layer.name: layer for layer in found.layers}
         worst = 0.0
-        for rung, (kept_bytes, peak) in zip(rungs[1:], results[1:], strict=True):
+        for level, (kept_bytes, peak) in zip(levels[1:], results[1:], strict=True):
             predicted = images * sum(
                 by_name[name].rebuild_frees_bytes if mode == "rebuild" else by_name[name].recompute_frees_bytes
-                for name, mode in rung.plan.modes
+                for name, mode in level.plan.modes
             )
             measured = results[0][0] - kept_bytes
             row = {
                 "model": f"yolov12{scale}",
                 "images": images,
-                "plan": str(rung.plan),
+                "plan": str(level.plan),
                 "predicted_mib": predicted / 2**20,
                 "measured_mib": measured / 2**20,
                 "off_percent": 100 * (predicted / measured - 1),
                 "kept_mib": [kept_bytes / 2**20, results[0][0] / 2**20],
-                "predicted_peak_mib": (rungs[0].peak_bytes - rung.peak_bytes) * images / 2**20,
+                "predicted_peak_mib": (levels[0].peak_bytes - level.peak_bytes) * images / 2**20,
                 "measured_peak_mib": (results[0][1] - peak) / 2**20,
                 "profile_s": seconds,
                 "ladder_s": ladder_seconds,

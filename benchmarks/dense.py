@@ -254,17 +254,17 @@ def saving(scales: str = "sx") -> list[dict[str, Any]]:
 
 
 def _time_saves(into: dict[str, Any]) -> None:
-    from yolov12.training.run.run_state import Keeper
+    from yolov12.training.run.run_state import RunSaver
 
-    save = Keeper._save
+    save = RunSaver._save
 
-    def timed(keeper: Any) -> None:
+    def timed(saver: Any) -> None:
         begin = time.perf_counter()
-        save(keeper)  # a copy from the device waits for it, so the step before counts, too
+        save(saver)  # a copy from the device waits for it, so the step before counts, too
         into["saves_s"].append(time.perf_counter() - begin)
-        into["file_mib"] = keeper.path.stat().st_size / 2**20
+        into["file_mib"] = saver.path.stat().st_size / 2**20
 
-    Keeper._save = timed  # type: ignore[method-assign]
+    RunSaver._save = timed  # type: ignore[method-assign]
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {

@@ -1,12 +1,14 @@
-"""Teaches Ultralytics about this package the moment it is imported, whoever imports it.
+"""Import hook that joins this package to Ultralytics, whichever program imports Ultralytics.
 
-A `.pth` file in site-packages runs `install()` at interpreter start. That puts a finder in front of `sys.meta_path`
-which lets Ultralytics load as always and, after each of its modules has run, applies the seams declared for it in
-`yolov12.seams`. So `from ultralytics import YOLO`, the `yolo` command and the processes Ultralytics spawns all get
-them. `YOLOV12_AUTOPATCH=0`, set before Ultralytics is imported, keeps it stock; `from yolov12 import YOLO` asks for the
-seams and gets them.
+A `.pth` file in site-packages calls `install()` when the interpreter starts. `install()` puts a finder at the beginning
+of `sys.meta_path`. Ultralytics' modules are loaded as usual. After the code of such a module has run, the hook applies
+the seams of this module, which `yolov12.seams` lists. The seams are therefore active after `from ultralytics import
+YOLO`, in the `yolo` command, and in processes that Ultralytics starts.
 
-This module runs in every Python process of the environment: it may import nothing but what is loaded anyway.
+If `YOLOV12_AUTOPATCH=0` is set before Ultralytics is imported, Ultralytics stays unpatched. `from yolov12 import YOLO`
+applies the seams in any case.
+
+Every Python process of the environment runs this module, so it imports only modules that are always loaded.
 """
 
 import os
@@ -24,13 +26,14 @@ __all__ = ["apply", "install"]
 
 _UPSTREAM = "ultralytics"
 _SWITCH = "YOLOV12_AUTOPATCH"
-_MARK = "yolov12_joins"  # of a loader's `exec_module`
+_MARK = "yolov12_joins"  # attribute of an `exec_module` that joins modules
 
 
 class _Finder:
-    """Finds Ultralytics' modules through the finders behind it, so that they are joined when they have run.
+    """Finder that finds Ultralytics' modules with the finders after it, and makes their loaders join them.
 
-    Other finders may do the same, and ask this one on their way: it answers each search of a thread once.
+    Another finder may also search all finders, and call this one while this one searches. The finder returns None if
+    the same thread is already searching for the same module, so that the search ends.
     """
 
     def __init__(self) -> None:
@@ -43,7 +46,7 @@ class _Finder:
         if name.partition(".")[0] != _UPSTREAM:
             return None
         if name == _UPSTREAM and name not in sys.modules:
-            self.stands_aside = _is_switched_off()  # decided once: half of Ultralytics joined would be neither
+            self.stands_aside = _is_switched_off()  # decided once, so that either all modules are joined or none
         search = get_ident(), name
         if self.stands_aside or search in self._searches:
             return None
@@ -60,13 +63,13 @@ class _Finder:
         return None
 
     def _behind(self) -> "list[Any]":
-        """Finders that come after this one; those before it have had their turn, or are asking."""
+        """Return the finders after this one. Those before it were asked already, or are asking this one now."""
         finders = list(sys.meta_path)
         return finders[finders.index(self) + 1 :] if self in finders else finders
 
 
 class _Loader:
-    """Stands in for a loader that lets none of its attributes be set."""
+    """Wrapper of a loader whose attribute `exec_module` cannot be set."""
 
     def __init__(self, loader: "Any", exec_module: "Callable[[ModuleType], None]") -> None:
         self._loader, self.exec_module = loader, exec_module
@@ -77,7 +80,7 @@ class _Loader:
 
 def _join_after_exec(spec: "ModuleSpec") -> None:
     execute = getattr(spec.loader, "exec_module", None)
-    if execute is None or hasattr(execute, _MARK):  # a loader may serve for many modules
+    if execute is None or hasattr(execute, _MARK):  # one loader may load many modules, and is changed once
         return
 
     def exec_and_join(module: "ModuleType") -> None:
@@ -97,15 +100,16 @@ def _join_after_exec(spec: "ModuleSpec") -> None:
 
 
 def install() -> None:
-    """Watch for Ultralytics being imported, unless `YOLOV12_AUTOPATCH=0`."""
+    """Install the import hook, unless `YOLOV12_AUTOPATCH=0`."""
     if not _is_switched_off():
         _watch()
 
 
 def apply() -> None:
-    """Join Ultralytics whatever the environment says: what was imported already, and what will be.
+    """Join the modules of Ultralytics that are loaded, and those that will be imported, despite `YOLOV12_AUTOPATCH=0`.
 
-    Processes started from here are joined too: Ultralytics hands them arguments that only this package knows.
+    The variable is removed from the environment, so Ultralytics is joined in child processes as well. This is needed,
+    because Ultralytics passes them arguments that only this package knows.
     """
     os.environ.pop(_SWITCH, None)
     _watch()

@@ -30,7 +30,7 @@ EXIT_STATUSES: Mapping[int, str] = {
     "this status too.",
     2: "An argument is unknown or not valid. Nothing was started, and no run folder was made.",
     130: "SIGINT, which Ctrl-C sends. A training has saved its state; `resume=auto` continues it.",
-    143: "SIGTERM, which `docker stop` and Kubernetes send. Saved, as after SIGINT.",
+    143: "SIGTERM, which `docker stop` and Kubernetes send. A training has saved its state, as after SIGINT.",
 }
 """Exit status of `yolov12` → its meaning."""
 

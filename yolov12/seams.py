@@ -1,11 +1,11 @@
-"""The seams: every place where this package joins Ultralytics, in one table, and the one way in which it does.
+"""The seams: a table of all places in which this package changes Ultralytics, and the code that changes them.
 
-A row names a place, which is an attribute of an Ultralytics module, and a function of this package. In an `around` row
-that function is called instead of the stock one, and gets the stock one as its first argument; it is imported with the
-first call. In a `changed` row it is called once, with the stock value, and returns the value that takes its place.
+A row names a place, which is an attribute of an Ultralytics module or class, and a function of this package. In an
+`around` row, the function is called instead of Ultralytics' own function, which is its first argument. It is imported
+at the first call. In a `changed` row, it is called once, with Ultralytics' value, and returns the new value.
 
-Ultralytics' modules are joined right after they have run (see autopatch.py), once for each time that they run: a joined
-module carries a mark, and so does every function that was put in.
+To join a module means to change all of its places. This is done whenever the code of the module has run (see
+autopatch.py). Joined modules and new functions carry a mark, so that no place is changed twice.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["PINNED", "SEAMS", "Seam", "find", "join", "join_loaded", "running"]
 PINNED = "8.4.190"
 """Ultralytics release that these seams are made for and tested with."""
 
-_MODULE_MARK = "__yolov12_joined__"  # of a module: True once it is joined, False while its code runs
-_MARK = "__yolov12_seam__"  # of a function that was put in
+_MODULE_MARK = "__yolov12_joined__"  # attribute of a module: False while its code runs, True when it is joined
+_MARK = "__yolov12_seam__"  # attribute of a function that replaces a function of Ultralytics
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Seam:
 
     reference: str
     """Function of this package, as `module:name` below `yolov12`."""
-    once: bool = False  # called when the place is joined, and not whenever the place is called
+    once: bool = False  # True if the function is called when the module is joined, not when the place is called
 
     def target(self) -> Callable[..., Any]:
-        """Import the function."""
+        """Import and return the function."""
         module, _, name = self.reference.partition(":")
         return getattr(importlib.import_module(f"yolov12.{module}"), name)  # type: ignore[no-any-return]
 
     def replace(self, stock: Any) -> Any:
-        """Make what takes the place of the stock function or value."""
+        """Return the replacement of Ultralytics' function or value."""
         if self.once:
             return self.target()(stock)
 
-        @functools.wraps(stock)  # its module and name too: a function pickles by reference, as the stock one does
+        @functools.wraps(stock)  # sets module and name as well: pickle stores a function by these
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return self.target()(stock, *args, **kwargs)
 
@@ -64,13 +64,13 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "DEFAULT_CFG": changed("cfg.arguments:add_arguments"),
     },
     "ultralytics.utils.torch_utils": {"strip_optimizer": around("models.weights:strip_optimizer")},
-    "ultralytics.utils.plotting": {"plot_images": around("training.data.host:fewer_pictures")},
+    "ultralytics.utils.plotting": {"plot_images": around("training.data.host:plot_fewer_images")},
     "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": changed("models.weight_names:add_official")},
     "ultralytics.utils.export.engine": {"get_tensorrt_logger": around("export.seams:get_tensorrt_logger")},
     "ultralytics.cfg": {
         "CFG_BOOL_KEYS": changed("cfg.arguments:add_switches"),
         "get_cfg": around("demo.on_demand:get_cfg"),
-        "get_save_dir": around("training.run.team:one_folder"),
+        "get_save_dir": around("training.run.process_group:one_folder"),
     },
     "ultralytics.data.base": {"BaseDataset.check_cache_ram": around("training.data.host:cache_fits")},
     "ultralytics.nn.modules.block": {
@@ -93,8 +93,8 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "BaseTrainer.resume_training": around("training.run.setup:resume_training"),
         "BaseTrainer._do_train": around("training.adapter.attach:do_train"),
         "BaseTrainer._setup_train": around("training.run.setup:setup_train"),
-        "BaseTrainer._setup_ddp": around("training.run.team:setup_group"),
-        "BaseTrainer._build_train_pipeline": around("training.run.team:build_loaders"),
+        "BaseTrainer._setup_ddp": around("training.run.process_group:setup_group"),
+        "BaseTrainer._build_train_pipeline": around("training.run.process_group:build_loaders"),
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": around("training.seams:validate")},
     "ultralytics.engine.predictor": {"BasePredictor.inference": around("training.seams:inference")},
@@ -104,16 +104,16 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "Exporter.export_engine": around("export.seams:export_engine"),
     },
 }
-"""Ultralytics module → attribute, dotted where it is one of a class → row."""
+"""Ultralytics module → place (attribute, or `Class.attribute`) → row."""
 
 _lock = threading.RLock()
 
 
 def join(module: ModuleType) -> None:
-    """Join the places of one Ultralytics module, unless that has been done since it ran.
+    """Join one Ultralytics module, unless it is joined already.
 
     Raises:
-        SeamError: The installed Ultralytics has no such place; the message names it.
+        SeamError: The installed Ultralytics does not have one of the places. The message names it.
     """
     name = module.__name__
     with _lock:
@@ -130,10 +130,10 @@ def join(module: ModuleType) -> None:
 
 
 def join_loaded(wait: bool = False) -> None:
-    """Join the modules that ran without our knowledge: before the hook was there, or through another one.
+    """Join modules whose import was not seen, because the import hook came later or another hook loaded them.
 
     Args:
-        wait: Wait for modules that another thread is importing.
+        wait: True to wait for modules that another thread is importing.
     """
     for name in SEAMS:
         if wait and name in sys.modules:
@@ -145,7 +145,7 @@ def join_loaded(wait: bool = False) -> None:
 
 @contextmanager
 def running(module: ModuleType) -> Iterator[None]:
-    """Join a module when the block is through, which runs its code, perhaps again."""
+    """Return a context for running the code of a module, for the first time or again. At its end, join the module."""
     setattr(module, _MODULE_MARK, False)
     try:
         yield
@@ -157,7 +157,7 @@ def running(module: ModuleType) -> Iterator[None]:
 
 
 def find(module: ModuleType, path: str) -> tuple[Any, str]:
-    """Find a place: its owner, which is the module or a class in it, and the name of the attribute.
+    """Return the module or class that a place is in, and the name of the attribute.
 
     Raises:
         SeamError: There is no such place.
@@ -168,7 +168,7 @@ def find(module: ModuleType, path: str) -> tuple[Any, str]:
         owner = getattr(owner, parent, None)
     if not hasattr(owner, attribute):
         raise SeamError(
-            f"ultralytics has no {module.__name__}.{path}, which yolov12 joins: install ultralytics=={PINNED}, "
+            f"ultralytics has no {module.__name__}.{path}, which yolov12 patches: install ultralytics=={PINNED}, "
             "or set YOLOV12_AUTOPATCH=0 to use Ultralytics unpatched"
         )
     return owner, attribute
@@ -192,7 +192,7 @@ def _replace(module: ModuleType, path: str, row: Seam) -> None:
 
 
 def _rebind(old: Any, new: Any) -> None:
-    # Only for modules that imported the name before we came: `apply()` after `import ultralytics`.
+    # If `apply()` is called after `import ultralytics`, other modules have imported the old value by its name.
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "ultralytics":
             for key, value in list(vars(module).items()):

@@ -30,12 +30,12 @@ def parse_memory_size(value: Any, name: str = "mem_limit") -> int | float | None
         return None
     found = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
     if found is None:
-        raise ConfigError(f"{name}={value}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
+        raise ConfigError(f"{name}={value}: give bytes, as in 16GiB, or a fraction of the device, as in 0.5")
     number, unit = float(found[1]), found[2].upper()
     if not unit and not str(value).strip().upper().endswith("B") and number <= 1:
         return check_memory_size(number, name) if number < 1 else None
     if not unit and number < 2**20:
-        raise ConfigError(f"{name}={value} is {number:g} bytes: give a unit, as in 16GiB, or a share, as in 0.5")
+        raise ConfigError(f"{name}={value} is {number:g} bytes: give a unit, as in 16GiB, or a fraction, as in 0.5")
     return check_memory_size(int(number * _UNITS[unit]), name)
 
 
@@ -50,5 +50,5 @@ def check_memory_size(size: int | float, name: str = "mem_limit") -> int | float
         ConfigError: The amount is no byte, or a fraction outside (0, 1).
     """
     if not (0 < size < 1 if isinstance(size, float) else size >= 1):
-        raise ConfigError(f"{name}={size}: give bytes, as in 16GiB, or a share of the device, as in 0.5")
+        raise ConfigError(f"{name}={size}: give bytes, as in 16GiB, or a fraction of the device, as in 0.5")
     return size

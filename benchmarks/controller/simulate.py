@@ -71,7 +71,7 @@ class Card:
 
     def usual_bytes(self, images: int, boxes: int, level: int) -> float:
         """Return the peak of a micro-batch above the bytes allocated before it, without scatter."""
-        return self.fixed_bytes + images * self.image_bytes * level_peak_bytes(self.levels[level].share, boxes)
+        return self.fixed_bytes + images * self.image_bytes * level_peak_bytes(self.levels[level].fraction, boxes)
 
     def drawn(self, chance: random.Random) -> Card:
         """Return a similar card, with random changes of some percent."""
@@ -79,7 +79,7 @@ class Card:
         def about(value: float, percent: float) -> float:
             return value * (1 + chance.uniform(-percent, percent) / 100)
 
-        levels = [Level(about(each.share, 3), about(each.slow, 3)) for each in self.levels[1:]]
+        levels = [Level(about(each.fraction, 3), about(each.slow, 3)) for each in self.levels[1:]]
         return replace(
             self,
             image_bytes=int(about(self.image_bytes, 20)),

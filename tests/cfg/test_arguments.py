@@ -38,7 +38,7 @@ def test_each_part_reads_its_own():
     assert sum(len(part) for part in parts) == len({each.name for each in ARGUMENTS}) == len(ARGUMENTS)
     assert {key: value for part in parts for key, value in part.items()} == defaults()
     assert Config.parse(DEFAULTS) == Config()
-    run.check_data_layer(run.OPTIONS)
+    run.check_data_arguments(run.OPTIONS)
     assert run.Interval.parse(run.OPTIONS["save_every"]).seconds == 300
 
 

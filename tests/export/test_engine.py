@@ -55,20 +55,20 @@ def _metadata(file: Path) -> dict:
         pytest.param("yolov12m.yaml", 1280, 256, 512, marks=[pytest.mark.slow, pytest.mark.deep]),
     ],
 )
-def test_an_engine_fits_where_the_uncut_graph_does_not(folder, library, model, imgsz, limit_mib, too_little_mib):
-    """The workspace that is enough when the graph is cut is less than the one that is too little when it is not."""
+def test_an_engine_fits_where_the_unsplit_graph_does_not(folder, library, model, imgsz, limit_mib, too_little_mib):
+    """The workspace in which the split graph builds is smaller than one that is too small for the unsplit graph."""
     file = _export(model=model, imgsz=imgsz, workspace=limit_mib / 1024)
     plan, attempt = _journal(file)
     assert attempt["outcome"] == "built"
     assert attempt["workspace_bytes"] == limit_mib * MIB
-    assert plan["tensors_bytes"] < limit_mib * MIB < plan["tensors_uncut_bytes"]
-    assert len(plan["cuts"]) > 4
+    assert plan["tensors_bytes"] < limit_mib * MIB < plan["tensors_unsplit_bytes"]
+    assert len(plan["splits"]) > 4
     metadata = _metadata(file)
     assert metadata["imgsz"] == [imgsz, imgsz]
     assert metadata["engine_builder"].startswith("TensorRT-RTX 1.")
     assert file.stat().st_size > {"n": 9, "m": 70}[model[7]] * MIB
     onnx_file = Path(YOLO(model).export(format="onnx", imgsz=imgsz, verbose=False))
-    job = engine.Job(onnx_file, folder / "uncut.engine", (1, 3, imgsz, imgsz))
+    job = engine.Job(onnx_file, folder / "unsplit.engine", (1, 3, imgsz, imgsz))
     (attempt,) = engine.build(library, job, too_little_mib * MIB, engine.EFFORTS[:1])
     assert attempt.outcome == "out of memory"
     assert not job.engine.exists()
@@ -90,7 +90,7 @@ def test_arguments_mean_what_they_mean_upstream(folder):
 def test_an_engine_for_any_size_is_planned_for_its_largest(folder):
     file = _export(imgsz=640, dynamic=True, mem_limit="240MiB")
     plan, *attempts = _journal(file)
-    assert plan["tensors_bytes"] < 165 * MIB < 170 * MIB < plan["tensors_uncut_bytes"]  # of images of 1280
+    assert plan["tensors_bytes"] < 165 * MIB < 170 * MIB < plan["tensors_unsplit_bytes"]  # of images of 1280
     assert plan["limit_bytes"] == 240 * MIB
     assert attempts[-1]["outcome"] == "built"
     assert attempts[-1]["workspace_bytes"] == 240 * MIB
@@ -99,7 +99,7 @@ def test_an_engine_for_any_size_is_planned_for_its_largest(folder):
 def test_an_engine_in_half_precision_fits_a_limit(folder):
     file = _export(imgsz=640, half=True, mem_limit="66MiB")
     plan, *attempts = _journal(file)
-    assert plan["cuts"]
+    assert plan["splits"]
     assert plan["weights_bytes"] < 6 * MIB  # of 9 in FP32
     assert attempts[-1]["outcome"] == "built"
 
@@ -122,7 +122,7 @@ def test_what_does_not_fit_says_what_it_needs_and_leaves_the_engine_there_was(fo
     assert Path("yolov12n.engine").read_bytes() == b"before"
 
 
-def test_a_builder_that_runs_out_of_memory_is_given_a_graph_that_is_cut_smaller(folder, monkeypatch):
+def test_a_builder_that_runs_out_of_memory_is_given_a_graph_that_is_split_further(folder, monkeypatch):
     """The reserve is made so small that the plan is too hopeful, which can happen on a card."""
     monkeypatch.setattr(budget, "RESERVE_BYTES", 0)
     with pytest.raises(DoesNotFitError, match=r"ran out of memory building .*it may use 32 MiB \(mem_limit\)"):
@@ -133,7 +133,7 @@ def test_a_builder_that_runs_out_of_memory_is_given_a_graph_that_is_cut_smaller(
     assert plans == sorted(plans, reverse=True)
     assert (
         sum(row.get("outcome") == "out of memory" for row in rows) == 4 + 1 + len(plans) - 1
-    )  # efforts, whole, cut smaller
+    )  # efforts, whole, split further
 
 
 def test_a_graph_that_the_library_refuses_is_another_error(folder, library, make):
@@ -225,7 +225,7 @@ def test_an_engine_is_loaded_with_the_library_that_built_it(folder):
         ({"int8": True}, "INT8"),
         ({"device": "dla:0"}, "no DLA"),
         ({"engine_builder": "tensorflow"}, "engine_builder=tensorflow: give one of auto, tensorrt, tensorrt_rtx"),
-        ({"engine_builder": "tensorrt"}, "needs TensorRT, which is in the image"),
+        ({"engine_builder": "tensorrt"}, "needs TensorRT, which is in the Docker image"),
         ({"mem_limit": 0.5, "device": "cpu"}, "give bytes"),
         ({"format": "onnx", "mem_limit": 0.5}, "needs bytes"),
     ],
@@ -243,11 +243,11 @@ def test_without_the_engine_an_export_is_ultralytics_own(folder):
     assert len(graph.load(first).graph) > 100
 
 
-def test_onnx_is_cut_to_a_limit(folder, run, real_image, planned):
+def test_onnx_is_split_to_a_limit(folder, run, real_image, planned):
     model = YOLO("yolov12n.yaml")
     whole = graph.load(Path(model.export(format="onnx", imgsz=640, verbose=False)).rename("whole.onnx"))
-    cut = graph.load(model.export(format="onnx", imgsz=640, verbose=False, mem_limit="75MiB"))
+    split = graph.load(model.export(format="onnx", imgsz=640, verbose=False, mem_limit="75MiB"))
     shape = (1, 3, 640, 640)
-    assert planned(cut, shape).peak_bytes < planned(whole, shape).peak_bytes
+    assert planned(split, shape).peak_bytes < planned(whole, shape).peak_bytes
     image = real_image(640, 640)
-    assert abs(run(cut, image)[0] - run(whole, image)[0]).max() < 1e-3
+    assert abs(run(split, image)[0] - run(whole, image)[0]).max() < 1e-3

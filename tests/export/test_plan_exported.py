@@ -1,4 +1,4 @@
-"""`yolov12 plan format=onnx`: what an exported graph takes, and how it would be cut."""
+"""`yolov12 plan format=onnx`: what an exported graph takes, and how it would be split."""
 
 import json
 
@@ -20,18 +20,18 @@ def test_a_file_is_planned_as_it_is(capsys, static_file, planned):
     code, out, _ = _plan(capsys, f"model={static_file}", "--json")
     facts = json.loads(out)
     assert code == 0
-    assert facts["uncut"]["tensors_bytes"] == planned(graph.load(static_file), (1, 3, 640, 640)).peak_bytes
+    assert facts["unsplit"]["tensors_bytes"] == planned(graph.load(static_file), (1, 3, 640, 640)).peak_bytes
     assert facts["input"] == [1, 3, 640, 640]
-    assert "cut" not in facts
+    assert "split" not in facts
 
 
-def test_a_limit_shows_the_cuts(capsys, static_file):
+def test_a_limit_shows_the_splits(capsys, static_file):
     code, out, _ = _plan(capsys, f"model={static_file}", "mem=76MiB")
     assert code == 0
     assert "tensors at the peak" in out
     assert "by rows: 2 parts" in out
     code, out, _ = _plan(capsys, f"model={static_file}", "mem=1GiB")
-    assert "nothing is cut" in out
+    assert "nothing is split" in out
 
 
 def test_what_does_not_fit_is_exit_status_1(capsys, static_file):
@@ -91,4 +91,4 @@ def test_planning_an_onnx_file_imports_neither_torch_nor_ultralytics(run_python,
     )
     assert done.returncode == 0
     assert done.stderr.splitlines() == ["[]"]
-    assert json.loads(done.stdout)["cut"]["cuts"]
+    assert json.loads(done.stdout)["split"]["splits"]

@@ -37,15 +37,15 @@ def test_parts_are_the_whole_and_hold_less(make, run, planned, scale, transposed
     model = make(_attention(scale, transposed), SHAPE, {"scale": np.float32(0.5)})
     (site,), sizes = _found(model, SHAPE)
     assert site.most(sizes) == 12
-    cut = model.clone()
-    site.apply(cut, sizes, parts)
+    split = model.clone()
+    site.apply(split, sizes, parts)
     image = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
-    np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-5)
-    assert sum(node.op_type == "Softmax" for node in cut.graph) == parts
+    np.testing.assert_allclose(run(split, image)[0], run(model, image)[0], rtol=1e-5)
+    assert sum(node.op_type == "Softmax" for node in split.graph) == parts
     scores = 2 * 3 * 12 * 12 * 4
     assert planned(model, SHAPE).peak_bytes >= 2 * scores
     assert (
-        max(size for node, size in planned(cut, SHAPE).bytes_per_node if node.op_type == "Softmax")
+        max(size for node, size in planned(split, SHAPE).bytes_per_node if node.op_type == "Softmax")
         < planned(model, SHAPE).peak_bytes
     )
 
@@ -54,18 +54,18 @@ def test_any_number_of_tokens_even_fewer_than_parts(make, run):
     model = make(_attention(), ("images", 3, "tokens", 8), {"scale": np.float32(0.5)})
     sizes = Sizes(model, {"images": (1, 3, 1, 8)}, {"images": SHAPE})
     (site,) = queries.find(model, sizes)
-    cut = model.clone()
-    site.apply(cut, sizes, 4)
+    split = model.clone()
+    site.apply(split, sizes, 4)
     for tokens in (1, 3, 12, 13):
         image = np.random.default_rng(0).normal(size=(2, 3, tokens, 8)).astype(np.float32)
-        np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-5)
+        np.testing.assert_allclose(run(split, image)[0], run(model, image)[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
         (("Softmax", ["scaled"], "weights", {"axis": 2}), "over the queries"),
-        (("Add", ["scores", "mask"], "scaled", {}), "a mask, whose rows would have to be cut too"),
+        (("Add", ["scores", "mask"], "scaled", {}), "a mask, whose rows would have to be split too"),
         (("MatMul", ["weights", "many"], "out", {}), "values of more axes"),
     ],
 )

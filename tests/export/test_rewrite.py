@@ -23,7 +23,7 @@ def test_a_graph_that_fits_is_left_alone(static_file):
 
 
 @pytest.mark.parametrize("limit", [0.75, 0.5])
-def test_a_cut_graph_fits_and_finds_the_same(static_file, limit, run, real_image, planned):
+def test_a_split_graph_fits_and_finds_the_same(static_file, limit, run, real_image, planned):
     model = graph.load(static_file)
     before = ir.to_proto(model).SerializeToString()
     shape = (1, 3, 640, 640)
@@ -64,10 +64,10 @@ def test_several_images_are_taken_one_by_one_where_that_helps(make):
 
 
 @pytest.mark.slow
-def test_what_cannot_be_cut_is_an_error_that_says_how_small_it_gets(static_file):
+def test_what_cannot_be_split_is_an_error_that_says_how_small_it_gets(static_file):
     model = graph.load(static_file)
     with pytest.raises(
-        DoesNotFitError, match=r"needs about [4-9] MiB for its tensors.*3 MiB are there.*Use a smaller imgsz="
+        DoesNotFitError, match=r"needs about [4-9] MiB for its tensors.*leaves 3 MiB.*Use a smaller imgsz="
     ):
         split(model, 3 * MIB, graph.input_shapes(model, (1, 3, 640, 640)))
 
@@ -85,7 +85,7 @@ def test_a_graph_that_fits_need_not_work_at_the_smallest_size(make):
     assert split(model, MIB, most, {"images": (1, 4, 8, 8)}).sites == {}
 
 
-def test_graphs_of_old_opsets_are_not_cut(make):
+def test_graphs_of_old_opsets_are_not_split(make):
     model = make([("Relu", ["images"], "a", {})])
     model.opset_imports[""] = 12
     with pytest.raises(ConfigError, match="opset=13 or newer"):
@@ -100,5 +100,5 @@ def test_a_model_with_two_outputs_and_another_attention(tmp_path, monkeypatch, r
     done = split(model, int(0.8 * graph.plan(model, Shapes(model, most)).peak_bytes), most)
     assert done.sites
     image = real_image(320, 320)
-    for cut, whole in zip(run(done.model, image), run(model, image), strict=True):
-        np.testing.assert_allclose(cut, whole, atol=1e-3)
+    for found, whole in zip(run(done.model, image), run(model, image), strict=True):
+        np.testing.assert_allclose(found, whole, atol=1e-3)

@@ -130,7 +130,7 @@ def test_a_graph_is_read_and_planned_once_however_many_builds_fail(exporter, bui
     assert (tmp_path / "n.onnx").read_bytes() == whole
     rows = json.loads((tmp_path / "n.export.json").read_text())
     assert [row["outcome"] for row in rows if "outcome" in row] == ["out of memory"] * 7
-    assert [len(row["cuts"]) > 0 for row in rows if "cuts" in row] == [True, False, True, True]
+    assert [len(row["splits"]) > 0 for row in rows if "splits" in row] == [True, False, True, True]
 
 
 def test_the_graph_that_was_built_stays_in_the_file(exporter, builder, counts, tmp_path):
@@ -175,7 +175,7 @@ def test_tensorrt_may_use_twice_the_plan_as_it_runs_in_half_precision(exporter, 
     session.export_engine(lambda self: None, exporter(quantize=16, mem_limit="140MiB"), "")
     plan, attempt = json.loads((tmp_path / "n.export.json").read_text())
     assert plan["limit_bytes"] == 280 * MIB
-    assert plan["limit"] == "mem_limit, twice, as the plan is of FP32"
+    assert plan["limit"] == "mem_limit, doubled because the plan counts FP32"
     assert attempt["workspace_bytes"] == 140 * MIB
 
 

@@ -15,7 +15,7 @@ def _sizes(model, least, most):
     return Sizes(model, graph.input_shapes(model, least), graph.input_shapes(model, most))
 
 
-def _cut(model, sizes, parts, nodes=None, axis=ROWS):
+def _split(model, sizes, parts, nodes=None, axis=ROWS):
     names = nodes or [node.outputs[0].name for node in model.graph]
     copy = model.clone()
     return copy if tiles.Region(frozenset(names), axis).apply(copy, sizes, parts) is not None else None
@@ -72,12 +72,12 @@ def test_strips_are_the_whole(chain, parts, data, make, run):
     sizes = _sizes(model, shape, shape)
     names = [node.outputs[0].name for node in model.graph]
     first = data.draw(st.integers(0, len(names) - 1))
-    cut = _cut(model, sizes, parts, names[first:])
-    if cut is None:
+    split = _split(model, sizes, parts, names[first:])
+    if split is None:
         assert min(sizes.most[name][2] for name in [*names[first:], "images"]) < parts
         return
     image = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(split, image)[0], run(model, image)[0], rtol=1e-4, atol=1e-4)
 
 
 def _grown(model, sizes, seeds, axis=ROWS, taken=frozenset(), limit=1 << 40):
@@ -99,32 +99,32 @@ def _conv(make, shape, kernel=3, stride=1):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_strips_of_any_size_of_image(make, run, stride):
     model = _conv(make, ("images", 4, "height", "width"), stride=stride)
-    cut = _cut(model, _sizes(model, (1, 4, 32, 32), (2, 4, 256, 256)), 4)
+    split = _split(model, _sizes(model, (1, 4, 32, 32), (2, 4, 256, 256)), 4)
     for shape in ((1, 4, 32, 32), (2, 4, 96, 64), (1, 4, 256, 32), (1, 4, 130, 32)):
         image = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-        np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(run(split, image)[0], run(model, image)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_strips_that_would_be_padded_differently_at_another_size_are_refused(make):
     model = _conv(make, ("images", 4, "height", "width"), kernel=7)
-    assert _cut(model, _sizes(model, (1, 4, 8, 8), (1, 4, 256, 256)), 4) is None
-    assert _cut(model, _sizes(model, (1, 4, 256, 256), (1, 4, 256, 256)), 4) is not None
+    assert _split(model, _sizes(model, (1, 4, 8, 8), (1, 4, 256, 256)), 4) is None
+    assert _split(model, _sizes(model, (1, 4, 256, 256), (1, 4, 256, 256)), 4) is not None
 
 
 def test_no_strip_is_empty(make):
     model = _conv(make, (1, 4, 4, 4))
     sizes = _sizes(model, (1, 4, 4, 4), (1, 4, 4, 4))
-    assert _cut(model, sizes, 4) is not None
-    assert _cut(model, sizes, 5) is None
+    assert _split(model, sizes, 4) is not None
+    assert _split(model, sizes, 5) is None
 
 
 def test_images_one_after_the_other(make, run):
     shape = (3, 4, 16, 16)
     model = _conv(make, shape)
-    cut = _cut(model, _sizes(model, shape, shape), 3, axis=IMAGES)
+    split = _split(model, _sizes(model, shape, shape), 3, axis=IMAGES)
     image = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    np.testing.assert_allclose(run(cut, image)[0], run(model, image)[0], rtol=1e-5, atol=1e-5)
-    assert not any(node.op_type == "Conv" and "pads" not in node.attributes for node in cut.graph)
+    np.testing.assert_allclose(run(split, image)[0], run(model, image)[0], rtol=1e-5, atol=1e-5)
+    assert not any(node.op_type == "Conv" and "pads" not in node.attributes for node in split.graph)
 
 
 def test_a_region_grows_to_where_little_is_held(make):
@@ -162,7 +162,7 @@ def test_what_lies_between_comes_along(make):
 @pytest.mark.parametrize(
     ("node", "axis", "why"),
     [
-        (("Concat", ["images", "same"], "a", {"axis": 1}), ROWS, "a constant that would have to be cut too"),
+        (("Concat", ["images", "same"], "a", {"axis": 1}), ROWS, "a constant that would have to be split too"),
         (("Resize", ["images", "", "", "lengths"], "a", {"mode": "nearest"}), IMAGES, "resized to lengths"),
         (("Conv", ["images", "computed"], "a", {}), IMAGES, "weights that are computed"),
         (("Softmax", ["images"], "a", {"axis": 2}), ROWS, "over rows"),

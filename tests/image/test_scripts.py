@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from yolov12.cli import parse
-from yolov12.training.run.team import check_batch
+from yolov12.training.run.process_group import check_batch
 
 ROOT = Path(__file__).parents[2]
 

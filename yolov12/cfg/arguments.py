@@ -56,7 +56,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         None,
         "bytes with a unit, as in 16GiB, or a fraction of the device, as in 0.5; None: what is free",
         "Use at most this much memory: PyTorch's allocator stops there too, so a GPU can be shared with other "
-        "processes, and an exported model is cut to fit.",
+        "processes, and an exported model is split to fit.",
         ENGINE,
         ("train", "val", "predict", "export"),
     ),

@@ -1,4 +1,4 @@
-"""Attempts to build an engine, until one fits into memory: with less effort, and of a graph that is split further."""
+"""Builds an engine in several attempts, until one fits into memory: with less effort, or with more splits."""
 
 from __future__ import annotations
 
@@ -16,23 +16,27 @@ from yolov12.export.rewrite import Split
 __all__ = ["build_within"]
 
 _TIGHTER = (0.7, 0.5)
-"""Fractions of the bytes for tensors that the graph is split to in turn, if the builder ran out of memory."""
+"""Fractions of the memory for tensors. If the builder runs out of memory, the graph is split to one after the other."""
 
 _FP32_OF_FP16 = 2
-"""Bytes of an FP32 plan for each byte of a limit, where the builder itself runs the graph in FP16 or INT8."""
+"""Bytes that a plan may have per byte of the limit, if the builder converts the FP32 graph to FP16 or INT8."""
 
 
 def build_within(library: engine.Library, job: engine.Job, exported: ExportedGraph, limit: MemoryLimit) -> None:
     """Build an engine in limited memory, and note each attempt in a journal beside it.
 
-    The first attempts are with the graph as its plan says it fits. If the builder runs out of memory, the whole graph
-    is next, as the builder may know a better way to run it, and then the graph split further, as the builder may need
-    more than was planned. Each variant is written to the ONNX file just before it is built. If all attempts fail, the
-    file holds the whole graph.
+    As long as the builder runs out of memory, these graphs are tried in turn:
+
+    1. The graph with the splits that it needs according to its plan.
+    2. The unsplit graph, because the builder may know a better way to run it.
+    3. Graphs with more splits, because the builder may need more memory than was planned.
+
+    Each graph is written to the ONNX file just before it is built. If all attempts fail, the file holds the unsplit
+    graph.
 
     Args:
         library: The builder.
-        job: The engine and its ONNX file, which is that of `exported`.
+        job: The engine. Its ONNX file is the file of `exported`.
         exported: The graph.
         limit: Memory that the builder may use.
 
@@ -76,10 +80,10 @@ def build_within(library: engine.Library, job: engine.Job, exported: ExportedGra
 
 
 def _limit_of_plan(library: engine.Library, job: engine.Job, limit: MemoryLimit) -> MemoryLimit:
-    """Return the limit that the plan of the graph is held against, as a plan counts the graph's own precision."""
+    """Return the limit for the plan of the graph. A plan counts FP32, so for FP16 and INT8 the limit is doubled."""
     if limit.total_bytes is None or library.is_rtx or job.quantize not in (16, 8):
         return limit
-    return MemoryLimit(_FP32_OF_FP16 * limit.total_bytes, f"{limit.source}, twice, as the plan is of FP32")
+    return MemoryLimit(_FP32_OF_FP16 * limit.total_bytes, f"{limit.source}, doubled because the plan counts FP32")
 
 
 def _failure(
@@ -89,7 +93,7 @@ def _failure(
     if limit.total_bytes is not None:
         allowed = f"{limit.total_bytes >> 20} MiB ({limit.source})"
     if first is not None:
-        needs = f" The graph needs about {workspace_for(first.plan) >> 20} MiB as it is planned."
+        needs = f" By its plan, the graph needs about {workspace_for(first.plan) >> 20} MiB."
     return DoesNotFitError(
         f"{library.name} ran out of memory building {job.engine}: it may use {allowed}.{needs} Use a smaller imgsz= or "
         f"batch=, half=True, or free memory on the GPU; {journal.file} has every attempt"

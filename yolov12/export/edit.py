@@ -14,16 +14,16 @@ END = np.iinfo(np.int64).max
 """The end that Slice reads as "to the end of the axis"."""
 
 Bound = int | ir.Value
-"""A place on an axis: a number, or a one-element int64 tensor if the axis has any length."""
+"""A position on an axis: a number, or a one-element int64 tensor if the length of the axis is dynamic."""
 
 
 def by_name(model: ir.Model) -> dict[str, ir.Value]:
-    """Return every tensor that a node computes and every input, by name."""
+    """Return the inputs of a graph and the outputs of its nodes: name → tensor."""
     return {str(v.name): v for v in [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]}
 
 
 def operand(node: ir.Node, index: int) -> ir.Value:
-    """Return an input that the operator always has."""
+    """Return an input of a node that its operator requires."""
     value = node.inputs[index]
     assert value is not None
     return value
@@ -44,11 +44,11 @@ class Editor:
         self._constants: dict[tuple[int, ...], ir.Value] = {}
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
-        """Append a node of one output, and return that output."""
+        """Append a node with one output. Return the output."""
         return self._append(op, inputs, name, 1, attributes)[0]
 
     def copy(self, node: ir.Node, inputs: Sequence[ir.Value | None], name: str, **changed: Any) -> list[ir.Value]:
-        """Append a node like another, with other inputs, and return its outputs."""
+        """Append a copy of a node with other inputs. Return its outputs."""
         return self._append(node.op_type, inputs, name, len(node.outputs), {**node.attributes, **changed})
 
     def ints(self, *numbers: int) -> ir.Value:
@@ -62,7 +62,7 @@ class Editor:
         return self._constants[numbers]
 
     def bound(self, place: Bound) -> ir.Value:
-        """Return a place on an axis as a tensor."""
+        """Return a position on an axis as a tensor."""
         return self.ints(int(place)) if isinstance(place, (int, np.integer)) else place
 
     def length(self, value: ir.Value, axis: int, name: str) -> ir.Value:
@@ -71,7 +71,7 @@ class Editor:
         return self.add("Gather", [shape, self.ints(axis)], f"{name}/length", axis=0)
 
     def compute(self, op: str, left: Bound, right: Bound, name: str) -> ir.Value:
-        """Compute a place on an axis from two others, as a one-element int64 tensor."""
+        """Compute a position on an axis from two others, as a one-element int64 tensor."""
         return self.add(op, [self.bound(left), self.bound(right)], name)
 
     def slice(self, value: ir.Value, axis: int, start: Bound, end: Bound, name: str) -> ir.Value:
@@ -81,7 +81,7 @@ class Editor:
         return self.add("Slice", [value, self.bound(start), self.bound(end), self.ints(axis)], name)
 
     def replace(self, old: Sequence[ir.Node], values: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
-        """Put the added nodes where the last of `old` stands, and remove `old`.
+        """Replace nodes by the nodes that were added. These are inserted at the position of the last replaced node.
 
         Args:
             old: Nodes in the graph's order. Other nodes read none of their outputs, except those in `values`.

@@ -1,9 +1,11 @@
-"""Builds TensorRT engines inside a memory limit: both libraries behind one small interface.
+"""Builds engines inside a memory limit, with TensorRT or TensorRT-RTX behind one small interface.
 
-Ultralytics' own `onnx2engine` talks to the library (precision, INT8 calibration, DLA, dynamic shapes, metadata). While
-it runs, `import tensorrt` gives it a builder of ours, whose configurations carry the limits. TensorRT-RTX is another
-product, for GeForce and RTX cards, whose engines TensorRT cannot load. It has the interface of TensorRT 11 and builds
-without a GPU.
+Ultralytics' own `onnx2engine` calls the library (precision, INT8 calibration, DLA, dynamic shapes, metadata) and passes
+the memory limit to it. While `onnx2engine` runs, `import tensorrt` returns a module with a builder of ours. This
+builder also sets how hard the library looks for fast kernels, and reuses the kernel times of earlier builds.
+
+TensorRT-RTX is another product, for GeForce and RTX cards. It has the interface of TensorRT 11 and builds without a
+GPU. TensorRT cannot load its engines.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ from yolov12.errors import ConfigError, ExportError
 __all__ = ["BUILDERS", "Attempt", "Effort", "Job", "Library", "build", "find", "load", "logger"]
 
 BUILDERS = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
-"""`engine_builder=` → the product's name."""
+"""Value of `engine_builder=` → name of the product."""
 
-_RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: built for if this machine has no card
+_RTX_CARDS = ("SM86", "SM89", "SM120")  # Ampere, Ada, Blackwell: targets if this machine has no GPU
 _NO_ROOM = re.compile(
     r"out ?of ?memory|insuff?icient (workspace|memory)|memory is insufficient|bad_alloc|Requested size was",
     re.IGNORECASE,
 )
-_NO_KERNEL = re.compile("could not find any implementation", re.IGNORECASE)  # under a limit: none is small enough
+# With a limit, this message means that no kernel needs as little memory.
+_NO_KERNEL = re.compile("could not find any implementation", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Effort:
     level: int | None = None
     """`builder_optimization_level`, 0 to 5; None: the library's default, 3."""
     all_tactics: bool = True
-    """Whether the builder tries tactics of other libraries (cuDNN, cuBLAS, …)."""
+    """True if the builder also tries tactics of other libraries (cuDNN, cuBLAS, …)."""
 
 
 EFFORTS: Sequence[Effort] = (
@@ -58,12 +61,12 @@ EFFORTS: Sequence[Effort] = (
     Effort(level=1, all_tactics=False),
     Effort(level=0, all_tactics=False),
 )
-"""Efforts in the order they are tried, as long as memory does not suffice."""
+"""Efforts in the order in which they are tried, until one needs no more memory than there is."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """An engine to build: the arguments of `onnx2engine`, which documents them."""
+    """An engine to build. The fields are arguments of Ultralytics' `onnx2engine`, which documents them."""
 
     onnx: Path
     engine: Path
@@ -80,11 +83,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt to build an engine, as it is noted in the journal."""
+    """One attempt to build an engine. The journal contains its fields."""
 
     builder: str
     workspace_bytes: int | None
-    """Bytes that the builder might use; None: as many as there are."""
+    """Bytes that the builder was allowed to use; None: no limit."""
     level: int | None
     all_tactics: bool
     seconds: float
@@ -99,10 +102,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two products, with its Python module."""
+    """TensorRT or TensorRT-RTX, with its Python module."""
 
     key: str
-    """The value of `engine_builder=` that names it."""
+    """Value of `engine_builder=`."""
     module: ModuleType
 
     @property
@@ -112,15 +115,15 @@ class Library:
 
     @property
     def is_rtx(self) -> bool:
-        """Whether it is TensorRT-RTX."""
+        """True for TensorRT-RTX."""
         return self.key == "tensorrt_rtx"
 
     @contextmanager
     def installed(self, effort: Effort = Effort()) -> Iterator[None]:
-        """Let `import tensorrt` give this library inside the block, with builders that keep to an effort.
+        """Let `import tensorrt` return this library inside the block, with builders that use an effort.
 
         Args:
-            effort: How hard its builders look for fast kernels.
+            effort: How hard the builders look for fast kernels.
         """
         before = sys.modules.get("tensorrt")
         stand_in = sys.modules["tensorrt"] = _stand_in(self)
@@ -147,10 +150,10 @@ class Library:
             config.set_timing_cache(config.create_timing_cache(file.read_bytes() if file.exists() else b""), False)
 
     def _keep_timings(self, config: Any) -> None:
-        """Keep the timings of kernels in a file, so that the next build of a similar network need not measure them."""
+        """Write the measured times of kernels to a file, so that later builds of similar networks can reuse them."""
         cache = None if self.is_rtx else config.get_timing_cache()
         if cache is not None:
-            with contextlib.suppress(OSError):  # the engine is built, and must not be lost for want of a cache
+            with contextlib.suppress(OSError):  # without a cache, the engine that was built is still good
                 self._timings.parent.mkdir(parents=True, exist_ok=True)
                 files.write(self._timings, lambda file: file.write(bytes(cache.serialize())))
 
@@ -177,21 +180,21 @@ def find(key: str) -> Library:
         if module is not None:
             return Library(each, module)
     raise ConfigError(
-        "format=engine needs TensorRT, which is in the image (pip install tensorrt-cu12); for GeForce and RTX cards "
-        "TensorRT-RTX does, with engine_builder=tensorrt_rtx (pip install tensorrt-rtx-cu12)"
+        "format=engine needs TensorRT, which is in the Docker image (elsewhere: pip install tensorrt-cu12). GeForce "
+        "and RTX cards can use TensorRT-RTX instead, with engine_builder=tensorrt_rtx (pip install tensorrt-rtx-cu12)"
     )
 
 
 def build(
     library: Library, job: Job, workspace_bytes: int | None, efforts: Sequence[Effort] = EFFORTS
 ) -> Iterator[Attempt]:
-    """Build an engine with less and less effort, until the memory suffices. Its file appears when it is complete.
+    """Build an engine with less and less effort, until the memory suffices. Its file is written when it is complete.
 
     Args:
         library: The builder.
         job: The engine to build.
-        workspace_bytes: Bytes that the builder and the engine may use; None: as many as there are.
-        efforts: Efforts to try in turn.
+        workspace_bytes: Bytes that the builder and the engine may use; None: no limit.
+        efforts: Efforts, in the order in which to try them.
 
     Yields:
         Each attempt. The outcome of the last is `built` or `out of memory`.
@@ -230,13 +233,13 @@ def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
 
 @functools.cache
 def logger(module: ModuleType) -> Any:
-    """Return the one logger of a library in this process. It remembers errors and warnings, for `build`'s messages."""
+    """Return the logger of a library. A process has one. It stores errors and warnings for the messages of `build`."""
 
     class Log(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.errors: deque[str] = deque(maxlen=100)
-            self.min_severity = module.ILogger.WARNING  # Ultralytics sets it; VERBOSE with verbose=True
+            self.min_severity = module.ILogger.WARNING  # Ultralytics sets this to VERBOSE if verbose=True
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR, module.ILogger.WARNING):
@@ -250,7 +253,7 @@ def logger(module: ModuleType) -> Any:
 
 @functools.cache
 def _stand_in(library: Library) -> ModuleType:
-    """Return a module for `import tensorrt`: the library with our builder and a version that Ultralytics knows."""
+    """Return the module for `import tensorrt`: the library with our builder and a version that Ultralytics accepts."""
     module = ModuleType("tensorrt")
 
     class Builder(library.module.Builder):  # type: ignore[misc, name-defined]  # the library has no types
@@ -265,17 +268,17 @@ def _stand_in(library: Library) -> ModuleType:
             return built
 
         def __del__(self) -> None:
-            pass  # the library's own only warns
+            pass  # the library's own method only logs a warning
 
     vars(module).update(vars(library.module))
     vars(module).update(Builder=Builder, __name__="tensorrt", yolov12_logger=logger(library.module))
     if library.is_rtx:
-        vars(module)["__version__"] = f"11.0+rtx{library.module.__version__}"  # TensorRT 11, whose interface it has
+        vars(module)["__version__"] = f"11.0+rtx{library.module.__version__}"  # it has the interface of TensorRT 11
     return module
 
 
 def _attempt(library: Library, job: Job, workspace_bytes: int | None, effort: Effort) -> tuple[str, str]:
-    """Build once; return the outcome, as in `Attempt`, and what the library said if it failed."""
+    """Build once. Return the outcome, as in `Attempt`, and the library's message if the build failed."""
     from ultralytics.utils.export.engine import onnx2engine
 
     log = logger(library.module)

@@ -1,4 +1,4 @@
-"""One exported ONNX file and the variants of its graph, of which one at a time is in the file."""
+"""One exported ONNX file, and the variants of its graph. The file holds one variant at a time."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["ExportedGraph"]
 class ExportedGraph:
     """The graph in an ONNX file that Ultralytics exported.
 
-    The file is read and planned once, when that is first needed. Variants of the graph are made in memory; `write` puts
-    one into the file.
+    The file is read and planned when this is needed for the first time. Variants of the graph are made in memory.
+    `write` writes one of them to the file.
 
     Args:
         file: The ONNX file.
@@ -35,11 +35,11 @@ class ExportedGraph:
         self.file = file
         self._smallest, self._largest = smallest_and_largest(shape, dynamic)
         self._half = half
-        self._in_file: ir.Model | None = None  # None: the graph as it was exported
-        self._exported = b""  # the bytes that the file held then, once it holds another graph
+        self._in_file: ir.Model | None = None  # None: the graph that was exported
+        self._exported = b""  # content of the exported file, read before it is replaced
 
     def split(self, limit: MemoryLimit) -> Split | None:
-        """Split the graph in memory, if it needs that.
+        """Split the graph, if it does not fit. The file is not changed.
 
         Args:
             limit: Memory for everything that a builder needs.
@@ -55,20 +55,20 @@ class ExportedGraph:
         try:
             return self._splitter.split(tensors_limit(self._splitter.whole, limit.total_bytes))
         except ConfigError as error:
-            LOGGER.warning(f"yolov12: {error}. The graph is left whole")
+            LOGGER.warning(f"yolov12: {error}. The graph is not split")
             return None
         except DoesNotFitError as error:
             raise DoesNotFitError(f"{error}. The limit of {limit.total_bytes >> 20} MiB is {limit.source}") from None
 
     def split_tighter(self, limit: MemoryLimit, fraction: float) -> Split | None:
-        """Split a graph that `split` has split, or that fits, to a fraction of the bytes for its tensors.
+        """Split the graph to a fraction of the memory for its tensors.
 
         Args:
             limit: The limit that `split` was given; its bytes are known.
             fraction: Fraction of the bytes for tensors, in (0, 1).
 
         Returns:
-            The variant that fits; None if the graph cannot be split to that.
+            The variant that fits; None if the graph cannot be split so far.
         """
         assert limit.total_bytes is not None
         try:
@@ -78,16 +78,16 @@ class ExportedGraph:
             return None
 
     def write(self, variant: Split | None = None) -> None:
-        """Put a variant into the file, unless it is there already.
+        """Write a variant to the file, unless the file holds it already.
 
         Args:
-            variant: The variant; the whole graph if None.
+            variant: The variant; None for the unsplit graph.
         """
         model = self._whole if self._half else None
         if variant is not None and variant.sites:
             model = variant.model
             LOGGER.info(
-                f"yolov12: {len(variant.sites)} places of the graph cut, so that its tensors take "
+                f"yolov12: {len(variant.sites)} places of the graph are split, so that its tensors take "
                 f"{variant.plan.peak_bytes >> 20} MiB instead of {variant.before.peak_bytes >> 20}"
             )
         if model is self._in_file:

@@ -15,7 +15,7 @@ __all__ = ["ExportJournal"]
 
 
 class ExportJournal:
-    """What was tried to build an engine. The file is complete after each entry; that of an earlier export goes.
+    """Record of the attempts to build an engine. The file is valid after each entry. An earlier file is deleted.
 
     Args:
         file: The JSON file.
@@ -27,27 +27,27 @@ class ExportJournal:
         file.unlink(missing_ok=True)
 
     def add_split(self, limit: MemoryLimit, split: Split) -> None:
-        """Note the graph that is built next.
+        """Note the graph that is built next, and its plan.
 
         Args:
             limit: The limit that the graph was split to.
-            split: The graph, split or whole, with its plan.
+            split: The graph with its splits, or without any if it fits.
         """
         self._add(
             {
                 "limit_bytes": limit.total_bytes,
                 "limit": limit.source,
                 "tensors_bytes": split.plan.peak_bytes,
-                "tensors_uncut_bytes": split.before.peak_bytes,
+                "tensors_unsplit_bytes": split.before.peak_bytes,
                 "weights_bytes": split.plan.weights_bytes,
                 "peak": f"{split.plan.node.name}: {split.plan.describe()}",
-                "cuts": split.describe(),
+                "splits": split.describe(),
             }
         )
 
     def add_whole(self) -> None:
-        """Note that the whole graph is built next, although it is planned not to fit."""
-        self._add({"cuts": []})
+        """Note that the unsplit graph is built next, although it does not fit according to its plan."""
+        self._add({"splits": []})
 
     def add_attempt(self, attempt: Attempt) -> None:
         """Note an attempt to build."""

@@ -1,4 +1,4 @@
-"""Regions of a graph that are worth splitting into strips: large tensors inside, small ones at the border."""
+"""Finds regions of a graph whose split into strips saves memory: large tensors inside, small ones at the border."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from yolov12.export.windows import is_local, moves
 
 __all__ = ["Growth"]
 
-_LARGEST = 150  # nodes in a region: in a larger one halos cost more than they save
+_LARGEST = 150  # most nodes in a region: in a larger one, halos cost more than they save
 
 
 class Growth:
@@ -39,7 +39,7 @@ class Growth:
 
         Args:
             seeds: Names of the nodes' first outputs.
-            limit: Bytes at the border, at most: tensors there are whole, however small the strips are.
+            limit: Most bytes at the border. Tensors at the border are never split.
         """
         found: list[Region] = []
         least = limit + 1
@@ -75,7 +75,7 @@ class Growth:
         return None if node is None else self._index.get(node)
 
     def _closed(self, inside: set[int]) -> set[int] | None:
-        """Return a set of nodes with all nodes between them; None if one of those cannot be split."""
+        """Return a set of nodes together with all nodes between them; None if one of these cannot be split."""
         before = 0
         for index in inside:
             before |= self._before[index]
@@ -84,7 +84,7 @@ class Growth:
         return closed if all(self._local[i] for i in closed) else None
 
     def _border(self, inside: set[int]) -> dict[ir.Value, int]:
-        """Return the tensors at the border, which are whole, with their bytes. The graph's inputs count as none."""
+        """Return the tensors at the border, which are not split, with their bytes. Graph inputs count 0 bytes."""
         shapes = self._sizes.shapes
         border: dict[ir.Value, int] = {}
         for index in inside:

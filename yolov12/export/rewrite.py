@@ -1,8 +1,8 @@
-"""Splitting the large tensors of an ONNX graph until it fits, and no further.
+"""Splits operations of an ONNX graph, so that its large tensors become smaller, until the graph fits into a limit.
 
-The node that makes the peak says where to begin. What helps there is tried: its attention in parts of the queries
-(queries.py), the convolutions around it in strips (tiles.py), each in as few parts as bring that place under the limit.
-Then follows the next peak. A graph that fits is left as it is.
+The search begins at the node with the highest memory, the peak. It tries to split the attention there into parts of the
+queries (queries.py), and the convolutions around the node into strips (tiles.py). It tries few parts first, and stops
+when this place is under the limit. Then it continues with the next peak. A graph that fits is not changed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ __all__ = ["Site", "Split", "Splitter", "split"]
 Site = queries.Attention | tiles.Region
 """A place of a graph that can be split."""
 
-_OPSET = 13  # since then Softmax is over one axis, and Slice, Split and Squeeze are as they are written here
-_LARGE = 0.08  # of the peak: tensors that are worth a look
-_USEFUL = 0.99  # of the peak in fewer parts: a site that gains less from more parts gets no more of them
-_STRIPS = 32  # at most
-_NEAR = 1.1  # how near to what a graph really needs the number in an error is
+_OPSET = (
+    13  # the first with Softmax over a single axis, and with the inputs of Slice, Split and Squeeze that are used here
+)
+_LARGE = 0.08  # tensors with at least this fraction of the peak are considered
+# If twice as many parts of a site do not bring its peak below this fraction of what it was, more parts are not tried.
+_USEFUL = 0.99
+_STRIPS = 32  # most strips of a region
+_NEAR = 1.1  # ratio of the limits that are tried in turn to find the bytes for an error message
 
 
 @dataclass(frozen=True)
 class Split:
-    """A graph that fits, and how it was made to."""
+    """A graph that fits, with the splits that were needed."""
 
     model: ir.Model
     plan: MemoryPlan
     before: MemoryPlan
-    """Plan of the whole graph."""
+    """Plan of the unsplit graph."""
     sites: Mapping[Site, int]
-    """What was split, and into how many parts; empty if the graph fitted."""
+    """Site → number of its parts; empty if the unsplit graph fits."""
 
     def describe(self) -> list[str]:
         """Return a line for each site."""
@@ -49,7 +52,7 @@ class Split:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A variant of the graph that was made and planned."""
+    """A variant of the graph, with its plan."""
 
     split: Split
     site_of: Mapping[ir.Node, Site]
@@ -71,20 +74,20 @@ def split(
         least: See `Splitter`.
 
     Raises:
-        DoesNotFitError: The graph does not get that small; the message says about how small it gets.
-        ConfigError: The graph cannot be planned, or not be split.
+        DoesNotFitError: The graph cannot be split to the limit. The message tells about how many bytes suffice.
+        ConfigError: The graph cannot be planned or split.
     """
     return Splitter(model, most, least).split(limit)
 
 
 class Splitter:
-    """Rewrites one graph for any number of limits. The graph is planned once, and so is each variant that is tried.
+    """Rewrites one graph for any number of limits. The graph and each variant of it are planned only once.
 
     Args:
         model: Any graph; it is not changed.
-        most: Input name → the largest shape it will run at.
-        least: Input name → the smallest, if its axes are dynamic; as `most` if None. A split graph runs at sizes
-            between that the network halves without a rest, which are multiples of its stride.
+        most: Input name → largest shape.
+        least: Input name → smallest shape, if axes are dynamic; None: the same as `most`. Between both shapes, a split
+            graph runs at heights and widths that are multiples of the network's stride.
 
     Raises:
         ConfigError: The graph cannot be planned.
@@ -96,7 +99,7 @@ class Splitter:
         self._model, self._most, self._least = model, most, least or most
         self._shapes = Shapes(model, most)
         self.whole = graph.plan(model, self._shapes)
-        """Plan of the graph as it is."""
+        """Plan of the unsplit graph."""
         self._search: _Search | None = None
 
     def split(self, limit: int) -> Split:
@@ -106,14 +109,16 @@ class Splitter:
             limit: Bytes for all tensors that are live at the same time, without weights and inputs.
 
         Raises:
-            DoesNotFitError: The graph does not get that small; the message says about how small it gets.
+            DoesNotFitError: The graph cannot be split to the limit. The message tells about how many bytes suffice.
             ConfigError: The graph cannot be split.
         """
         found = self._run(limit)
         return found if isinstance(found, Split) else self._refuse(limit, found)
 
     def try_split(self, limit: int) -> Split | None:
-        """Rewrite the graph as `split` does; return None if it does not get that small, without asking how small.
+        """Rewrite the graph as `split` does, but return None if it cannot be split to the limit.
+
+        This is faster, because the bytes that the graph needs are not searched for.
 
         Raises:
             ConfigError: The graph cannot be split.
@@ -127,13 +132,13 @@ class Splitter:
         if self._search is None:
             version = self._model.opset_imports[""]
             if version < _OPSET:
-                raise ConfigError(f"graphs of opset {version} cannot be cut: export with opset={_OPSET} or newer")
+                raise ConfigError(f"graphs of opset {version} cannot be split: export with opset={_OPSET} or newer")
             sizes = Sizes(self._model, self._least, self._most, self._shapes)
             self._search = _Search(self._model, self._most, sizes, self.whole)
         return self._search.run(limit)
 
     def _refuse(self, limit: int, least: int) -> NoReturn:
-        """Say what the graph needs instead: the first of slowly growing limits that it can be split to."""
+        """Raise an error with the bytes that the graph needs. They are found by trying larger and larger limits."""
         needs = self.whole
         while _NEAR * least < self.whole.peak_bytes:
             found = self._run(int(_NEAR * least))
@@ -142,27 +147,31 @@ class Splitter:
                 break
             least = max(found, int(_NEAR * least))
         raise DoesNotFitError(
-            f"the exported graph needs about {needs.peak_bytes >> 20} MiB for its tensors, cut as small as it gets, "
-            f"beside {needs.weights_bytes >> 20} MiB of weights, and {limit >> 20} MiB are there for them (its peak "
-            f"then: {needs.describe()}). Use a smaller imgsz= or batch=, or a larger mem_limit="
+            f"the exported graph needs about {needs.peak_bytes >> 20} MiB for its tensors, even if it is split as far "
+            f"as possible, and {needs.weights_bytes >> 20} MiB for its weights. The limit leaves {limit >> 20} MiB for "
+            f"the tensors. Largest tensors at the peak: {needs.describe()}. Use a smaller imgsz= or batch=, or a "
+            "larger mem_limit="
         )
 
 
 class _Search:
-    """The search for sites to split. What it has tried for one limit it remembers for the next."""
+    """Search for sites to split. It remembers the variants that it has tried, for the next limit."""
 
     def __init__(self, model: ir.Model, most: Mapping[str, Sequence[int]], sizes: Sizes, whole: MemoryPlan) -> None:
         self._model, self._most, self._sizes, self._whole = model, most, sizes, whole
         self._attentions = queries.find(model, sizes)
         self._known = sizes.shapes.known()
-        self._known_of: dict[tuple[Site, int], dict[str, Known]] = {}  # new tensors of a site in so many parts
+        self._known_of: dict[tuple[Site, int], dict[str, Known]] = {}  # (site, parts) → its new tensors
         self._tried: dict[tuple[tuple[Site, int], ...], _Trial | None] = {}
 
     def run(self, goal: int) -> Split | int:
-        """Split until the peak is no higher than a goal; if that fails, return the least peak at the place it fails.
+        """Split sites until the peak is at most a goal.
 
         Args:
-            goal: Bytes.
+            goal: Most bytes of the peak.
+
+        Returns:
+            The split graph or, if no split helps at some peak, the lowest bytes that were reached there.
         """
         done = _Trial(Split(self._model, self._whole, self._whole, {}), {})
         while done.split.plan.peak_bytes > goal:
@@ -173,9 +182,9 @@ class _Search:
         return done.split
 
     def _better(self, now: _Trial, goal: int) -> _Trial | int:
-        """Split the place of the peak into as few parts as it takes; if none suffice, return the least peak there."""
+        """Return the first variant that brings the place of the peak under the goal, else the lowest bytes there."""
         highest = least = now.split.plan.peak_bytes
-        before: dict[Site, int] = {}  # peak of a site in fewer parts
+        before: dict[Site, int] = {}  # site → its peak with fewer parts
         useless: set[Site] = set()
         for sites, site in self._proposals(now, goal):
             if site in useless or (tried := self._try(sites)) is None:
@@ -190,7 +199,7 @@ class _Search:
         return least
 
     def _try(self, sites: Mapping[Site, int]) -> _Trial | None:
-        key = tuple(sites.items())  # in their order, which is that of the rewriting
+        key = tuple(sites.items())  # sites are split in this order, so the order matters
         if key not in self._tried:
             self._tried[key] = self._apply(sites)
         return self._tried[key]
@@ -214,14 +223,14 @@ class _Search:
         return _Trial(Split(model, graph.plan(model, shapes), self._whole, sites), site_of)
 
     def _proposals(self, now: _Trial, goal: int) -> Iterator[tuple[Mapping[Site, int], Site]]:
-        """Yield what might lower the peak, in few parts first.
+        """Yield splits that may lower the peak, for each kind of site with few parts first.
 
         Args:
-            now: The graph as it is split so far.
-            goal: Bytes; what cannot get there is left out.
+            now: The graph with the splits so far.
+            goal: Most bytes of the peak. Regions with more bytes at their border are left out.
 
         Yields:
-            All sites with their parts, and the one that is new or has more parts.
+            All sites with their numbers of parts, and the site that is new or has more parts.
         """
         sites, plan = dict(now.split.sites), now.split.plan
         seeds = self._seeds(plan)
@@ -245,7 +254,10 @@ class _Search:
                         yield {**sites, region: parts}, region
 
     def _seeds(self, plan: MemoryPlan) -> list[frozenset[str]]:
-        """Return where to begin: the node that makes the peak, and those that compute or read its large tensors."""
+        """Return sets of nodes from which sites are searched: the node of the peak, alone and with each neighbour.
+
+        A neighbour computes or reads a tensor that is large at the peak. Nodes are named by their first outputs.
+        """
         large = [value for value, size in plan.live if size >= _LARGE * plan.peak_bytes]
         made = {node for value in large if (node := value.producer()) is not None}
         read = {use.node for value in large for use in value.uses()}

@@ -28,7 +28,7 @@ def export(stock: Callable[..., Any], exporter: Any, /, model: Any) -> Any:
 
 
 def export_engine(stock: Callable[..., Any], exporter: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' `export_engine`, or with `mas=True` build an engine that fits; either logs how that went.
+    """Build an engine that fits into memory. With `mas=False`, run Ultralytics' `export_engine`.
 
     Args:
         stock: Ultralytics' own method.

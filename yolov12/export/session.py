@@ -25,7 +25,7 @@ __all__ = ["before_export", "export_engine", "export_onnx"]
 
 
 def before_export(exporter: Any) -> None:
-    """Refuse what cannot work before anything is done.
+    """Refuse arguments that cannot work, before the export starts.
 
     Args:
         exporter: Ultralytics' exporter.
@@ -58,7 +58,7 @@ def before_export(exporter: Any) -> None:
 
 
 def export_onnx(stock: Callable[..., Any], exporter: Any, *args: Any, **kwargs: Any) -> Any:
-    """Export to ONNX; if that is the format asked for and there is a limit, split the graph to it.
+    """Export to ONNX. With `format=onnx`, `mas=True` and a limit, split the graph to the limit.
 
     Args:
         stock: Ultralytics' own method.

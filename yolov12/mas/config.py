@@ -46,7 +46,7 @@ class Config:
         if isinstance(self.limit, str):
             object.__setattr__(self, "limit", parse_memory_size(self.limit))
         if not 0 <= self.safety_ratio <= 0.9:
-            raise ConfigError(f"mem_safety_ratio={self.safety_ratio}: give a share of the memory from 0 to 0.9")
+            raise ConfigError(f"mem_safety_ratio={self.safety_ratio}: give a fraction of the memory from 0 to 0.9")
         if self.limit is not None:
             check_memory_size(self.limit)
         if self.bn_group is not None and self.bn_group < 0:
@@ -81,7 +81,7 @@ class Config:
         values = {key: arguments.get(key, default) for key, default in DEFAULTS.items()}
         return cls(
             safety_ratio=_number(
-                "mem_safety_ratio", values["mem_safety_ratio"], float, "a share of the memory, as in 0.1"
+                "mem_safety_ratio", values["mem_safety_ratio"], float, "a fraction of the memory, as in 0.1"
             ),
             limit=parse_memory_size(values["mem_limit"]),
             bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),

@@ -110,7 +110,7 @@ class _TracedCostModel(CostModel):
 
     def peak_bytes(self, level: int, images: int) -> int:
         """Return the peak of a micro-batch, without the memory allocated before it."""
-        line = LinearBytes(self._keep.fixed_bytes, self._keep.bytes_per_image * self.levels[level].share)
+        line = LinearBytes(self._keep.fixed_bytes, self._keep.bytes_per_image * self.levels[level].fraction)
         return self._traced.get((level, images)) or round(line(images) * self._factors[level])
 
     @property

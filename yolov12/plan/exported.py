@@ -100,9 +100,9 @@ def _exported(name: str, shape: Sequence[int], dynamic: bool, folder: Path) -> P
 def _facts(
     name: str, shape: Sequence[int], whole: MemoryPlan, limit_bytes: int | None, split: Split | None, problem: str
 ) -> dict[str, Any]:
-    facts = {"model": name, "input": list(shape), "limit_bytes": limit_bytes, "uncut": _facts_of_plan(whole)}
+    facts = {"model": name, "input": list(shape), "limit_bytes": limit_bytes, "unsplit": _facts_of_plan(whole)}
     if split is not None:
-        facts["cut"] = {**_facts_of_plan(split.plan), "cuts": split.describe()}
+        facts["split"] = {**_facts_of_plan(split.plan), "splits": split.describe()}
     return {**facts, "fits": not problem, "problem": problem}
 
 
@@ -118,7 +118,7 @@ def _facts_of_plan(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _text(facts: Mapping[str, Any]) -> str:
-    columns = {"uncut": facts["uncut"], **({"cut": facts["cut"]} if "cut" in facts else {})}
+    columns = {"unsplit": facts["unsplit"], **({"split": facts["split"]} if "split" in facts else {})}
     rows = {"weights": "weights", "inputs": "inputs", "tensors": "tensors at the peak", "builder": "a builder needs"}
     lines = [f"{facts['model']} as an ONNX graph, input {'x'.join(map(str, facts['input']))}, FP32", ""]
     lines.append(f"{'MiB':22}" + "".join(f"{name:>10}" for name in columns))
@@ -127,8 +127,8 @@ def _text(facts: Mapping[str, Any]) -> str:
     for name, each in columns.items():
         lines += ["", f"peak, {name}: {each['node']}"]
         lines += [f"  {size / 2**20:8,.1f}  {tensor}" for tensor, size in each["largest"].items()]
-    if "cut" in facts:
-        lines += ["", *(facts["cut"]["cuts"] or ["It fits as it is: nothing is cut."])]
+    if "split" in facts:
+        lines += ["", *(facts["split"]["splits"] or ["It fits as it is: nothing is split."])]
     if facts["problem"]:
         lines += ["", f"It does not fit: {facts['problem']}"]
     return "\n".join(lines)

@@ -122,7 +122,7 @@ def test_layers_left_alone_are_in_no_plan_and_keep_their_memory(whole, tmp_path)
     limit = 0.75 * whole.latest.peak_bytes
     free, bound = Run(limit), Run(limit, folder=tmp_path, disabled_layers=("0", "2", "3"))
     assert not {"0", "2", "3"} & {name for plan in bound.engine._step.plans for name, _ in plan.modes}
-    lowest = [run.engine._planner.cost.levels[-1].share for run in (free, bound)]
+    lowest = [run.engine._planner.cost.levels[-1].fraction for run in (free, bound)]
     assert lowest[1] > lowest[0] + 0.1
     bound.engine.close()
     rows = read_rows(tmp_path / "memory.csv")

@@ -68,12 +68,12 @@ def test_bytes_that_plans_free(profiled):
     step, batch, found = profiled
     by_name = {layer.name: layer for layer in found.layers}
     everything = kept_bytes(step, batch, KEEP_ALL)
-    for rung in ladder(found)[1:]:
+    for level in ladder(found)[1:]:
         predicted = IMAGES * sum(
             by_name[name].rebuild_frees_bytes if mode == REBUILD else by_name[name].recompute_frees_bytes
-            for name, mode in rung.plan.modes
+            for name, mode in level.plan.modes
         )
-        assert everything - kept_bytes(step, batch, rung.plan) == pytest.approx(predicted, rel=0.01, abs=SMALL)
+        assert everything - kept_bytes(step, batch, level.plan) == pytest.approx(predicted, rel=0.01, abs=SMALL)
 
 
 def test_what_stages_keep_adds_up(profiled):

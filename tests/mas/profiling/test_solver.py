@@ -89,13 +89,13 @@ def test_solution_is_the_best_of_all_plans(profile, share):
 @settings(max_examples=settings.default.max_examples // 5)
 @given(profiles())
 def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
-    rungs = ladder(profile)
-    assert rungs[0].plan == KEEP_ALL
-    assert all(b.peak_bytes < a.peak_bytes for a, b in itertools.pairwise(rungs))
-    assert all(b.slow >= a.slow for a, b in itertools.pairwise(rungs))
+    levels = ladder(profile)
+    assert levels[0].plan == KEEP_ALL
+    assert all(b.peak_bytes < a.peak_bytes for a, b in itertools.pairwise(levels))
+    assert all(b.slow >= a.slow for a, b in itertools.pairwise(levels))
     lowest = min(highest_phase(profile, plan) for plan in all_plans(profile))
     # Levels within 1 % of the one before are left out.
-    assert rungs[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or rungs[-1].peak_bytes == pytest.approx(
+    assert levels[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or levels[-1].peak_bytes == pytest.approx(
         lowest, rel=0.011
     )
 
@@ -103,6 +103,6 @@ def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
 def test_nothing_to_choose():
     layer = LayerCost("0", None, 0, 100.0, 0.0, 0.0, Time(1.0, 1.0), Time(0.0, 0.0))
     profile = Profile((layer,), 5.0, (10.0,), Time(10.0, 10.0))
-    assert [rung.plan for rung in ladder(profile)] == [KEEP_ALL]
+    assert [level.plan for level in ladder(profile)] == [KEEP_ALL]
     assert solve(profile, 100.0) is None
     assert solve(profile, 110.0).plan == KEEP_ALL

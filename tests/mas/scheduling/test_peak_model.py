@@ -211,7 +211,7 @@ def planned(share_off=0.0, kept=0.5):
     """Return the peaks of a card under plans. With a lower plan, the tables of the loss matter from fewer boxes on."""
 
     def needs(each):
-        share = LADDER[each.level].share * (1 + share_off * bool(each.level))
+        share = LADDER[each.level].fraction * (1 + share_off * bool(each.level))
         activations = max(share, share - kept + 0.0067 * max(each.boxes, 0))
         return int(40 * MIB + each.images * 100 * MIB * activations)
 

@@ -112,7 +112,7 @@ def test_memory_that_went_in_between_shrinks_the_retry():
     assert ran(one.plan(0, failure(16))) == [8, 8]
 
 
-def test_groups_are_split_as_the_last_rung():
+def test_groups_are_split_as_the_last_level():
     one, _ = planner(group=8, room=3, safety_ratio=0.0)
     plan = one.plan(0, None)
     assert plan == [(2,)] * 8

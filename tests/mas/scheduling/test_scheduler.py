@@ -246,7 +246,7 @@ def test_never_above_the_budget(groups, observed, budget, live, gradients, histo
     held = live * MIB + (gradients * MIB if len(sizes) > 1 else 0)
     if decision.fits:
         assert held + max(peaks) <= budget * MIB
-        assert max(sizes) * LADDER[decision.level].share <= (ceiling or max(sizes)) * 1.000001
+        assert max(sizes) * LADDER[decision.level].fraction <= (ceiling or max(sizes)) * 1.000001
         assert max(sizes) <= max(4 * cost.largest, *(group.images for group in groups), 0)
     else:
         assert set(decision.micro_batches) == {1}

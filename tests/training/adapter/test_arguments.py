@@ -8,9 +8,9 @@ from yolov12 import cli
 from yolov12.errors import ConfigError
 
 BAD = [
-    ("mem_limit=banana", "mem_limit=banana: give bytes, as in 16GiB, or a share of the device, as in 0.5"),
+    ("mem_limit=banana", "mem_limit=banana: give bytes, as in 16GiB, or a fraction of the device, as in 0.5"),
     ("mem_limit=-1", "mem_limit=-1: give bytes"),
-    ("mem_safety_ratio=2", "mem_safety_ratio=2.0: give a share of the memory from 0 to 0.9"),
+    ("mem_safety_ratio=2", "mem_safety_ratio=2.0: give a fraction of the memory from 0 to 0.9"),
     ("mem_safety_ratio=much", "mem_safety_ratio=much is not a number"),
     ("bn_group=-1", "bn_group=-1: give auto, a number of images, or 0"),
     ("bn_group=2.5", "bn_group=2.5 is not a number: give auto"),

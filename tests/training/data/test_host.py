@@ -11,7 +11,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER, plotting
 
 from yolov12.mas.memory.host import HostMemory
-from yolov12.training.data.host import AHEAD, affordable_workers, draw_less_ahead, limit_workers
+from yolov12.training.data.host import AHEAD, affordable_workers, limit_prefetch, limit_workers
 
 MIB, GIB = 2**20, 2**30
 
@@ -127,5 +127,5 @@ def test_workers_prefetch_no_more_than_needed(tmp_path, trainings, mas, ahead):
 @pytest.mark.parametrize(("given", "kept"), [(1, 1), (4, AHEAD)])
 def test_a_loader_that_prefetches_less_is_left_alone(given, kept):
     loader = InfiniteDataLoader([0] * 4, num_workers=1, prefetch_factor=given)
-    draw_less_ahead(SimpleNamespace(train_loader=loader))
+    limit_prefetch(SimpleNamespace(train_loader=loader))
     assert loader.prefetch_factor == kept

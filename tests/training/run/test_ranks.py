@@ -17,7 +17,7 @@ import torch
 from ultralytics import YOLO
 
 from yolov12.errors import ConfigError
-from yolov12.training.run import team
+from yolov12.training.run import process_group
 
 RANK = Path(__file__).with_name("rank.py")
 PLAIN = {"mosaic": 0, "hsv_h": 0, "hsv_s": 0, "hsv_v": 0, "fliplr": 0, "translate": 0, "scale": 0}
@@ -238,7 +238,7 @@ def test_sigterm_ends_all_ranks_and_keeps_their_steps(start, settings, weights, 
 )
 def test_what_cannot_be_shared_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
-        team.check_batch(arguments, 2)
+        process_group.check_batch(arguments, 2)
 
 
 def test_it_is_refused_before_anything_is_written(start, settings, weights, tmp_path):

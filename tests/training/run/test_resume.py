@@ -123,8 +123,8 @@ def test_intervals_are_due_after_so_many_steps_or_seconds():
 def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, every, share, saves):
     """The run has 8 updates in 2 epochs. It is also saved at the end of an epoch if that takes little time."""
     saved = []
-    save = run_state.Keeper._save
-    monkeypatch.setattr(run_state.Keeper, "_save", lambda keeper: saved.append(keeper) or save(keeper))
+    save = run_state.RunSaver._save
+    monkeypatch.setattr(run_state.RunSaver, "_save", lambda saver: saved.append(saver) or save(saver))
     monkeypatch.setattr(run_state, "_COST", share)
     run = trainings.train(tmp_path, bn_group=8, save_every=every)
     assert len(saved) == saves

@@ -25,7 +25,7 @@ __all__ = ["Ladder", "ladder_of", "make_ladder"]
 
 # Used if not even one image could be profiled: the effect of recomputing all layers of YOLO12-S
 # (docs/reference/measurements.md).
-_UNKNOWN = Level(share=0.4, slow=1.35)
+_UNKNOWN = Level(fraction=0.4, slow=1.35)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ladder:
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the plans and levels in a form that JSON can store."""
         pairs = zip(self.plans, self.levels, strict=True)
-        return [{"modes": [list(m) for m in p.modes], "share": lv.share, "slow": lv.slow} for p, lv in pairs]
+        return [{"modes": [list(m) for m in p.modes], "share": lv.fraction, "slow": lv.slow} for p, lv in pairs]
 
     @classmethod
     def from_state_dict(cls, state: list[dict[str, Any]]) -> Ladder:
@@ -55,8 +55,8 @@ class Ladder:
         Raises:
             KeyError, TypeError, ValueError: The state has another form.
         """
-        plans = tuple(Plan(tuple((name, mode) for name, mode in rung["modes"])) for rung in state)
-        return cls(plans, tuple(Level(rung["share"], rung["slow"]) for rung in state))
+        plans = tuple(Plan(tuple((name, mode) for name, mode in level["modes"])) for level in state)
+        return cls(plans, tuple(Level(level["share"], level["slow"]) for level in state))
 
 
 def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: Any, images: int) -> Ladder:
@@ -84,10 +84,10 @@ def make_ladder(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch
 
 def ladder_of(profile: Profile) -> Ladder:
     """Compute the checkpoint plans for a profile."""
-    rungs = ladder(profile) if profile.layers else ()
-    if not rungs:
+    levels = ladder(profile) if profile.layers else ()
+    if not levels:
         return Ladder((KEEP_ALL,), (Level(1.0, 1.0),))
     return Ladder(
-        tuple(rung.plan for rung in rungs),
-        tuple(Level(rung.peak_bytes / rungs[0].peak_bytes, rung.slow) for rung in rungs),
+        tuple(level.plan for level in levels),
+        tuple(Level(level.peak_bytes / levels[0].peak_bytes, level.slow) for level in levels),
     )

@@ -52,7 +52,7 @@ class Profile:
     total: Time
     """Time of the forward and backward pass of the whole model and loss, with everything kept."""
 
-    def share_of_time(self, time: Time) -> float:
+    def fraction_of_time(self, time: Time) -> float:
         """Return a time as a fraction of the total: the mean of the fractions of host time and of device time."""
         return (time.host_ms / self.total.host_ms + time.device_ms / self.total.device_ms) / 2
 

@@ -1,11 +1,14 @@
 """Chooses checkpoint plans: the least time for the memory that must be freed, solved exactly as an integer programme.
 
-The peak of a plan is the highest of several phases. One phase is the loss, when everything that the plan keeps is in
-memory. The others are the backward passes of the outermost layers: in each of them, the tensors kept by this layer and
-the layers before it are in memory, and so is what the layer recomputes. All phases are linear in the choices. "No phase
-above a number of bytes, in the least time" is therefore a knapsack problem with a few more constraints. HiGHS, which
-SciPy includes, solves it in milliseconds. (Checkmate: Jain et al., 2020, https://arxiv.org/abs/1910.02653, decides
-about every single operation and takes minutes.)
+A training step has several phases, and the peak of a plan is the memory of its highest phase. One phase is the loss:
+everything that the plan keeps is in memory. The other phases are the backward passes of the outermost layers. In the
+phase of a layer, the tensors that this layer and the layers before it keep are in memory, together with the tensors
+that the layer recomputes.
+
+The bytes of each phase are a linear function of the choices, which are the layers to rebuild or recompute. To find the
+fastest plan whose phases are all below a number of bytes is therefore a knapsack problem with a few more constraints.
+HiGHS, which is part of SciPy, solves it in milliseconds. Checkmate (Jain et al., 2020,
+https://arxiv.org/abs/1910.02653) decides about every single operation instead, which takes minutes.
 """
 
 from __future__ import annotations
@@ -18,27 +21,27 @@ from numpy.typing import NDArray
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
-__all__ = ["Rung", "ladder", "peak_bytes", "solve"]
+__all__ = ["LadderLevel", "ladder", "peak_bytes", "solve"]
 
 _Array = NDArray[np.float64]
 
-# Least bytes that a choice inside an outermost layer must free, as a fraction of all that is kept. Many small choices
-# would take the solver long.
+# Least bytes that a choice inside an outermost layer must free, as a fraction of all bytes that are kept. With many
+# small choices, the solver would take long.
 _WORTHWHILE = 0.01
-RUNGS = 10
+LEVELS = 10
 """Number of levels above level 0, which keeps everything."""
 
 
 @dataclass(frozen=True)
-class Rung:
-    """A checkpoint plan with its memory and time."""
+class LadderLevel:
+    """One level of a ladder: a checkpoint plan with its memory and time."""
 
     plan: Plan
     """The checkpoint plan."""
     peak_bytes: float
-    """Peak bytes of one image: the highest phase."""
+    """Bytes of one image in the highest phase."""
     slow: float
-    """Time of a pass relative to keeping everything."""
+    """Time of a forward and backward pass, relative to the plan that keeps everything."""
 
 
 @dataclass(frozen=True)
@@ -56,35 +59,35 @@ class _Choice:
 
 
 def peak_bytes(profile: Profile, plan: Plan) -> float:
-    """Return the peak bytes of a plan for one image: the highest phase."""
+    """Return the bytes of one image in the highest phase of a plan."""
     programme = _Programme(profile)
     return float(programme.phases(programme.chosen(plan)).max())
 
 
-def solve(profile: Profile, most_bytes: float) -> Rung | None:
+def solve(profile: Profile, most_bytes: float) -> LadderLevel | None:
     """Return the fastest plan whose peak bytes for one image are at most `most_bytes`; None if there is none."""
     return _Programme(profile).least_time(most_bytes)
 
 
-def ladder(profile: Profile, rungs: int = RUNGS) -> tuple[Rung, ...]:
-    """Return plans from keeping everything to the lowest possible peak, each with less memory than the one before.
+def ladder(profile: Profile, levels: int = LEVELS) -> tuple[LadderLevel, ...]:
+    """Return the ladder of a profile: level 0 keeps everything, and the last level has the lowest possible peak.
 
     Args:
         profile: Costs of the layers.
-        rungs: Most levels above level 0. Their peaks fall by a constant factor; a level within 1 % of the one before is
-            left out.
+        levels: Most levels above level 0. From level to level, the peak falls by a constant factor. A level is left
+            out if its peak is less than 1 % below that of the level before.
     """
     programme = _Programme(profile)
-    first = programme.rung(programme.chosen(KEEP_ALL))
+    first = programme.level(programme.chosen(KEEP_ALL))
     found = [first]
     if first.peak_bytes <= 0:
         return (first,)
     lowest = programme.lowest_peak()
-    for step in range(1, rungs + 1):
-        target = first.peak_bytes * (lowest / first.peak_bytes) ** (step / rungs)
-        rung = programme.least_time(target * (1 + 1e-9))
-        if rung is not None and rung.peak_bytes < 0.99 * found[-1].peak_bytes:
-            found.append(rung)
+    for step in range(1, levels + 1):
+        target = first.peak_bytes * (lowest / first.peak_bytes) ** (step / levels)
+        level = programme.least_time(target * (1 + 1e-9))
+        if level is not None and level.peak_bytes < 0.99 * found[-1].peak_bytes:
+            found.append(level)
     return tuple(found)
 
 
@@ -98,9 +101,9 @@ class _Programme:
             for mode in (REBUILD, RECOMPUTE)
             if (choice := _Choice(layer, mode)).frees_bytes > (least_bytes if layer.inside else 0)
         ]
-        self._times = np.array([profile.share_of_time(choice.time) for choice in self._choices])
-        # phases(x) = fixed + grows @ x. The rows are the loss, every stage, and every stage once more for each layer in
-        # it that may be recomputed.
+        self._times = np.array([profile.fraction_of_time(choice.time) for choice in self._choices])
+        # Bytes of the phases: fixed + grows @ chosen, with one row per phase. The first row is the loss. Each stage (an
+        # outermost layer) has one row, and another row for each layer in it that may be recomputed.
         stages = profile.stages()
         kept = np.cumsum([stage.kept_bytes for stage in stages])
         fixed, rows = [kept[-1] + profile.loss_extra_bytes], [self._changes(len(stages), None)]
@@ -115,7 +118,9 @@ class _Programme:
     def _changes(self, stage: int, again: int | None) -> list[float]:
         """Return the bytes by which each choice changes the phase of a stage.
 
-        Choice `again` frees nothing in that phase, because its layer is being recomputed.
+        Args:
+            stage: Index of the stage; the number of stages for the loss.
+            again: Index of a choice. Its layer is being recomputed in this phase, so this choice frees nothing.
         """
         return [
             -choice.frees_bytes * (choice.layer.stage <= stage) + choice.frees_bytes * (index == again)
@@ -129,22 +134,22 @@ class _Programme:
     def chosen(self, plan: Plan) -> _Array:
         return np.array([float((choice.layer.name, choice.mode) in plan.modes) for choice in self._choices])
 
-    def rung(self, chosen: _Array) -> Rung:
+    def level(self, chosen: _Array) -> LadderLevel:
         modes = tuple((c.layer.name, c.mode) for c, x in zip(self._choices, chosen, strict=True) if x)
-        return Rung(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
+        return LadderLevel(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
 
-    def least_time(self, most_bytes: float) -> Rung | None:
+    def least_time(self, most_bytes: float) -> LadderLevel | None:
         chosen = self._optimise(self._times, self._grows, most_bytes - self._fixed)
-        return None if chosen is None else self.rung(chosen)
+        return None if chosen is None else self.level(chosen)
 
     def lowest_peak(self) -> float:
-        """Return the lowest possible peak. The peak is one more variable, an upper bound of all phases."""
+        """Return the lowest possible peak. It is an additional variable, which is an upper bound of all phases."""
         count = len(self._choices)
         if not count:
             return float(self._fixed.max())
         grows = np.hstack([self._grows, -np.ones((len(self._grows), 1)) * self._fixed.max()])
         chosen = self._optimise(np.eye(count + 1)[count], grows, -self._fixed)
-        assert chosen is not None  # keeping everything is a solution
+        assert chosen is not None  # to keep everything is always a solution
         return float(self.phases(chosen).max())
 
     def _optimise(self, costs: _Array, grows: _Array, most: _Array) -> _Array | None:
@@ -165,7 +170,7 @@ class _Programme:
         return None if found.x is None else np.round(found.x[: len(self._choices)])
 
     def _exclusive(self, layer: LayerCost) -> list[float]:
-        """Return 1.0 for each choice about the layer or a layer around it. Only one of these choices is allowed."""
+        """Return 1.0 for each choice about this layer or a layer around it, else 0.0. A plan may take one of them."""
         by_name = {each.name: each for each in self._profile.layers}
         names: list[str] = []
         current: LayerCost | None = layer

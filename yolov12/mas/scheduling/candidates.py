@@ -1,6 +1,7 @@
 """The ways in which a batch can run: splits into micro-batches under checkpoint plans, with their memory and time.
 
-A split is a `Cut`, and a split under a checkpoint plan is an `Arm`, as the alternatives of a bandit problem are called.
+A `BatchSplit` is a split of a batch into micro-batches. An `Arm` is a split together with a checkpoint plan. In bandit
+problems, an alternative is called an arm.
 """
 
 from __future__ import annotations
@@ -12,11 +13,22 @@ from itertools import accumulate
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
 
-__all__ = ["Arm", "Cut", "Group", "History", "State", "arm_of", "beside_bytes", "cut_evenly", "cuts", "features_of"]
+__all__ = [
+    "Arm",
+    "BatchSplit",
+    "Group",
+    "History",
+    "State",
+    "arm_of",
+    "beside_bytes",
+    "even_splits",
+    "features_of",
+    "split_micro_batches",
+]
 __all__ += ["safe_arms", "under_ceiling", "upper_bytes"]
 
 # Least ratio between the numbers of micro-batches of two splits. Splits that are closer are nearly the same.
-_NEXT_CUT = 1.25
+_NEXT_SPLIT = 1.25
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,7 @@ class State:
     history: History = History()
     """What the previous decision passed on."""
     ceiling: float | None = None
-    """Upper limit of a micro-batch's images times its plan's `Level.share`, whatever is predicted.
+    """Upper limit of a micro-batch's images times its plan's `Level.fraction`, whatever is predicted.
 
     It is set after an allocation failure; None otherwise.
     """
@@ -74,7 +86,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Cut:
+class BatchSplit:
     """A split of groups into micro-batches."""
 
     counts: tuple[int, ...]
@@ -94,7 +106,7 @@ class Cut:
 class Arm:
     """One way to run a batch: a split under a checkpoint plan."""
 
-    cut: Cut
+    split: BatchSplit
     """The split into micro-batches."""
     level: int
     """The checkpoint plan, as a level of the ladder."""
@@ -110,7 +122,7 @@ class Arm:
     """Number of micro-batch sizes for which libraries have no kernels yet."""
 
 
-def cuts(groups: Sequence[Group], *, every: bool = False, most: int | None = None) -> Iterator[Cut]:
+def even_splits(groups: Sequence[Group], *, every: bool = False, most: int | None = None) -> Iterator[BatchSplit]:
     """Yield even splits, from one micro-batch to one per group.
 
     Args:
@@ -123,18 +135,18 @@ def cuts(groups: Sequence[Group], *, every: bool = False, most: int | None = Non
     count, last = len(groups), 0
     total = sum(group.images for group in groups)
     for parts in range(min(-(-total // most), count) if most else 1, count + 1):
-        if not every and parts < count and parts < last * _NEXT_CUT:
+        if not every and parts < count and parts < last * _NEXT_SPLIT:
             continue
         if not every and count % parts and any(count % more == 0 for more in range(parts + 1, 2 * parts)):
             continue
-        cut = cut_evenly(groups, parts)
-        if parts < count and most and cut.largest > most:
+        split = split_micro_batches(groups, parts)
+        if parts < count and most and split.largest > most:
             continue
         last = parts
-        yield cut
+        yield split
 
 
-def cut_evenly(groups: Sequence[Group], parts: int) -> Cut:
+def split_micro_batches(groups: Sequence[Group], parts: int) -> BatchSplit:
     """Split groups into `parts` micro-batches whose numbers of groups differ by one at most."""
     count = len(groups)
     counts = tuple(count * (i + 1) // parts - count * i // parts for i in range(parts))
@@ -145,84 +157,87 @@ def cut_evenly(groups: Sequence[Group], parts: int) -> Cut:
         images = sum([group.images for group in chunk])
         fullest[images] = max(fullest.get(images, 0), max([group.boxes for group in chunk]))
         sizes.append(images)
-    return Cut(counts, tuple(sizes), tuple(sorted(fullest.items())))
+    return BatchSplit(counts, tuple(sizes), tuple(sorted(fullest.items())))
 
 
-def safe_arms(state: State, cost: CostModel, speed: SpeedModel, cuts: Sequence[Cut], budget_bytes: float) -> list[Arm]:
-    """Return for each split the first plan that fits, because recomputing more is never faster.
+def safe_arms(
+    state: State, cost: CostModel, speed: SpeedModel, splits: Sequence[BatchSplit], budget_bytes: float
+) -> list[Arm]:
+    """Return each split with the first plan under which it fits. Later plans recompute more, so they are not faster.
 
     Args:
         state: Groups, memory and ceiling.
         cost: Model of memory.
         speed: Model of time.
-        cuts: Splits to consider.
+        splits: Splits to consider.
         budget_bytes: Upper limit of the predicted peak with its margin.
     """
     arms = []
-    for cut in cuts:
+    for split in splits:
         low, high = 0, len(cost.levels)
         # Binary search for the first level that is under the ceiling and fits. Both improve with the level.
         while low < high:
             level = (low + high) // 2
-            fits = under_ceiling(state, cost, cut, level) and upper_bytes(state, cost, cut, level) <= budget_bytes
+            fits = under_ceiling(state, cost, split, level) and upper_bytes(state, cost, split, level) <= budget_bytes
             low, high = (low, level) if fits else (level + 1, high)
         if low < len(cost.levels):
-            arms.append(arm_of(state, cost, speed, cut, low))
+            arms.append(arm_of(state, cost, speed, split, low))
     return arms
 
 
-def arm_of(state: State, cost: CostModel, speed: SpeedModel, cut: Cut, level: int) -> Arm:
+def arm_of(state: State, cost: CostModel, speed: SpeedModel, split: BatchSplit, level: int) -> Arm:
     """Return the memory and time of a split under a plan."""
     where = state.height, state.width
-    times = [(cut.sizes.count(images), images) for images, _ in cut.fullest]
+    times = [(split.sizes.count(images), images) for images, _ in split.fullest]
     return Arm(
-        cut,
+        split,
         level,
-        peak_bytes=_allocated_bytes(state, cut) + max(cost.predict(each) for each in features_of(state, cut, level)),
-        upper_bytes=upper_bytes(state, cost, cut, level),
+        peak_bytes=_allocated_bytes(state, split)
+        + max(cost.predict(each) for each in features_of(state, split, level)),
+        upper_bytes=upper_bytes(state, cost, split, level),
         ms=sum(count * speed.expected_ms(images, *where, level) for count, images in times),
         best_ms=sum(count * speed.optimistic_ms(images, *where, level) for count, images in times),
         new_sizes=sum(not speed.warm(images, *where) for _, images in times),
     )
 
 
-def upper_bytes(state: State, cost: CostModel, cut: Cut, level: int, most_boxes: int | None = None) -> int:
+def upper_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, most_boxes: int | None = None) -> int:
     """Return the predicted peak of allocated memory with its margin.
 
     Args:
         state: Memory that is allocated already.
         cost: Model of memory.
-        cut: Split into micro-batches.
+        split: Split into micro-batches.
         level: Checkpoint plan.
         most_boxes: If given, predict as if no image had more boxes than this.
     """
-    uppers = [cost.upper(each) for each in features_of(state, cut, level, most_boxes)]
-    return _allocated_bytes(state, cut) + max(upper for _, upper in uppers)
+    uppers = [cost.upper(each) for each in features_of(state, split, level, most_boxes)]
+    return _allocated_bytes(state, split) + max(upper for _, upper in uppers)
 
 
-def features_of(state: State, cut: Cut, level: int, most_boxes: int | None = None) -> list[Features]:
+def features_of(state: State, split: BatchSplit, level: int, most_boxes: int | None = None) -> list[Features]:
     """Return the features of each size of micro-batch in a split; for `most_boxes`, see `upper_bytes`."""
-    boxes = [most if most_boxes is None else min(most, most_boxes) for _, most in cut.fullest]
-    sizes = [images for images, _ in cut.fullest]
+    boxes = [most if most_boxes is None else min(most, most_boxes) for _, most in split.fullest]
+    sizes = [images for images, _ in split.fullest]
     return [Features(size, state.height, state.width, most, level) for size, most in zip(sizes, boxes, strict=True)]
 
 
-def under_ceiling(state: State, cost: CostModel, cut: Cut, level: int) -> bool:
+def under_ceiling(state: State, cost: CostModel, split: BatchSplit, level: int) -> bool:
     """Return whether a split under a plan needs less than what has just failed."""
-    # The ceiling is a product with a share as well, and equal products may differ by rounding.
-    return state.ceiling is None or cut.largest * cost.levels[level].share <= state.ceiling * (1 + 1e-9)
+    # The ceiling is also a number of images times a `Level.fraction`. Equal products may differ by rounding.
+    return state.ceiling is None or split.largest * cost.levels[level].fraction <= state.ceiling * (1 + 1e-9)
 
 
 def beside_bytes(allocated_bytes: int, gradient_bytes: int, *, alone: bool = False) -> int:
-    """Bytes allocated beside a micro-batch.
+    """Return the bytes that are allocated while a micro-batch runs and do not belong to it.
 
     Args:
-        allocated_bytes: Bytes allocated before the batch, or before what is left of it.
-        gradient_bytes: Bytes of one set of gradients. Earlier micro-batches of the batch leave one.
-        alone: True for a micro-batch that is all of its batch, so that no earlier one leaves gradients.
+        allocated_bytes: Bytes allocated before the batch or, after a failure, before its remaining images.
+        gradient_bytes: Bytes of one set of gradients, which earlier micro-batches of the batch leave.
+        alone: True if there are no gradients of earlier micro-batches, or `allocated_bytes` includes them.
     """
     return allocated_bytes if alone else allocated_bytes + gradient_bytes
 
 
-def _allocated_bytes(state: State, cut: Cut) -> int:
-    return beside_bytes(state.allocated_bytes, state.gradient_bytes, alone=len(cut.counts) == 1)
+def _allocated_bytes(state: State, split: BatchSplit) -> int:
+    return beside_bytes(state.allocated_bytes, state.gradient_bytes, alone=len(split.counts) == 1)

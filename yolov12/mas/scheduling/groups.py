@@ -15,8 +15,9 @@ __all__ = ["decide_groups", "largest_group", "least_bytes", "split_groups"]
 def split_groups(images: int, group: int) -> tuple[int, ...]:
     """Split a batch into BatchNorm groups.
 
-    Groups have `group` images. Left-over images form a group of their own, unless they are fewer than a quarter of a
-    group, whose statistics would be noise: then they share evenly with the group before.
+    Each group has `group` images, and the remaining images form a smaller group. If these are fewer than a quarter of a
+    group, their statistics would be noise. Then they and the last full group are divided into two groups of about equal
+    size.
 
     Args:
         images: Number of images in the batch.
@@ -58,9 +59,7 @@ def least_bytes(cost: CostModel, features: Features) -> int:
 def decide_groups(
     images: int, group: int, state: Callable[[tuple[int, ...]], State], cost: CostModel, speed: SpeedModel
 ) -> tuple[Decision, tuple[int, ...], int]:
-    """Decide how to run a batch in BatchNorm groups or, as a last resort, in smaller ones.
-
-    BatchNorm then sees fewer images for this batch.
+    """Decide how to run a batch in BatchNorm groups. If no whole group fits, use smaller groups for this batch.
 
     Args:
         images: Number of images to run.
@@ -70,8 +69,8 @@ def decide_groups(
         speed: Model of times.
 
     Returns:
-        The decision, which does not fit if no groups do; the sizes of the groups it is about; and the size they were
-        split by.
+        The decision, whose `fits` is False if not even groups of one image fit; the sizes of the groups; and the group
+        size by which the batch was split.
     """
     group = group or 1
     while True:

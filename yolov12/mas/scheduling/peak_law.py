@@ -4,8 +4,10 @@
 
 Usually the peak of a micro-batch is at the start of the backward pass, when all activations are kept. The assignment of
 boxes to anchors can need more: its tables grow with images × anchors × the boxes of the fullest image. The peak is
-therefore constant up to a number of boxes (the kink) and then rises. The constants are a least-squares fit of relative
-errors over the last observations of every size. Libraries choose workspaces by size, in steps that no line follows, so
+therefore constant up to a number of boxes (the kink), and rises beyond it. The constants c0, c1 and c2 are a
+least-squares fit of relative errors over the last observations of every size.
+
+Libraries choose workspaces by size, and their bytes jump from size to size. A smooth function cannot describe this, so
 each size also has a correction: the median of its residuals.
 """
 
@@ -24,17 +26,17 @@ Size = tuple[int, int, int]
 
 # Number of kinks tried between the fewest and the most boxes observed.
 _KINKS = 16
-_KEPT = 16  # observations per size
+_KEPT = 16  # most observations stored per size
 # The observations with most boxes stay, however old: crowded images are rare and must not come as a surprise.
 _KEPT_FULLEST = 4
-_SIZES = 64
+_SIZES = 64  # most sizes stored
 # Ridge regularisation on normalised columns. If the data allow several fits, the cost is attributed to the pixels.
 _RIDGE = 1e-9
-# Most observations between two fits, if predictions are surprising.
+# A surprising prediction causes a fit if there were this many observations, or an eighth of all, since the last fit.
 _REFIT = 64
 _SHOCK = 0.1  # relative error that causes a fit at once
 SURPRISE = 0.01
-"""Relative error of a prediction that the law has to explain."""
+"""Smallest relative error, or relative effect of boxes, that counts as significant."""
 
 _Array = NDArray[np.float64]
 
@@ -57,7 +59,7 @@ class PeakLaw:
         self._count = self._fitted_at = 0
 
     def seen(self, size: Size, boxes: int = 0) -> int:
-        """Return the number of observations of a size; 0 if `boxes` is more than any observation of any size had."""
+        """Return the number of observations of a size; 0 if `boxes` is larger than in all observations of all sizes."""
         return len(self._seen.get(size, ())) if boxes <= self._most_boxes else 0
 
     @property
@@ -66,36 +68,36 @@ class PeakLaw:
         return self._most_boxes
 
     def latest(self) -> tuple[Size, int] | None:
-        """Return size and boxes of the last observation; None before any."""
+        """Return size and boxes of the last observation; None before the first."""
         size = next(reversed(self._seen), None)
         return (size, self._seen[size][-1][0]) if size else None
 
     @property
     def bytes_per_box(self) -> float:
-        """Bytes per 1000 pixels and 100 boxes above the kink; 0 until boxes are seen to matter."""
+        """Bytes per 1000 pixels and 100 boxes above the kink; 0 as long as no effect of boxes was observed."""
         return self._line[2]
 
-    def expected_bytes(self, size: Size, boxes: int, share: float = 1.0, bytes_per_box: float = 0.0) -> float:
+    def expected_bytes(self, size: Size, boxes: int, ratio: float = 1.0, bytes_per_box: float = 0.0) -> float:
         """Return the expected bytes above the memory allocated before the micro-batch.
 
         Args:
             size: Size of the micro-batch.
             boxes: Boxes of the image that has most.
-            share: Factor on activations, to predict for another plan: its share relative to this plan's. The tables of
-                the assignment keep their size. If the other plan keeps less, the tables may determine the peak from
-                fewer boxes on. The result is safe even if they do so from the first box.
-            bytes_per_box: What other plans have learned, used for boxes beyond the most observed here. Tables have the
-                same size under all plans.
+            ratio: Activation bytes of the plan to predict for, divided by those of the plan of this law. The tables of
+                the assignment have the same size under all plans. If the other plan keeps less, the tables may
+                determine the peak at fewer boxes. The result is high enough even if every box adds to the peak.
+            bytes_per_box: Value of the property `bytes_per_box` that other plans have learned. It is used for boxes
+                beyond the most boxes observed under this plan.
         """
         fixed, pixels, tables = _terms(size, min(boxes, self._most_boxes), self._kink)
         c0, c1, c2 = self._line
         per_box = pixels * max(c2, bytes_per_box) / 1e2
         beyond = max(boxes - self._most_boxes, 0) * per_box
-        rising = c1 * pixels * max(share, 1.0) + c2 * tables + beyond
-        if share < 1.0:
-            rising = min(rising, c1 * pixels * share + boxes * per_box)
+        rising = c1 * pixels * max(ratio, 1.0) + c2 * tables + beyond
+        if ratio < 1.0:
+            rising = min(rising, c1 * pixels * ratio + boxes * per_box)
         correction = self._corrections.get(size, 0.0)
-        return c0 * fixed + rising + (correction if share == 1.0 else max(correction, 0.0))
+        return c0 * fixed + rising + (correction if ratio == 1.0 else max(correction, 0.0))
 
     def observe(self, size: Size, boxes: int, needed_bytes: int) -> None:
         """Learn the bytes that a micro-batch needed above the memory allocated before it."""
@@ -181,11 +183,12 @@ def _terms(size: Size, boxes: int, kink: float) -> tuple[float, float, float]:
 def _best_line(
     pixels: _Array, boxes: _Array, needed: _Array, kinks: _Array
 ) -> tuple[float, tuple[float, float, float], float]:
-    """Return the least relative error, its line and its kink. More pixels or boxes must not cost less."""
+    """Return the best fit: its error, its line and its kink. In a valid fit, more pixels or boxes never need less."""
     flat = np.stack([np.ones_like(pixels), pixels], axis=1) / needed[:, None]
     tables = pixels * np.maximum(boxes - kinks[:, None], 0.0) / 1e2 / needed
     terms = np.concatenate([np.broadcast_to(flat, (len(kinks), *flat.shape)), tables[:, :, None]], axis=2)
-    # With one size the constant part is unknown. Without it, the prediction for more images is too high, which is safe.
+    # With a single size, the constant part is unknown and is set to zero. For more images, the prediction is then too
+    # high, which is safe.
     first = 1 if len(np.unique(pixels)) == 1 else 0
     best = float("inf"), (0.0, float((1.0 / flat[:, 1]).mean()), 0.0), float(kinks[0])
     for columns in (range(first, 3), range(first, 2), range(1, 2)):
@@ -201,7 +204,7 @@ def _best_line(
 
 
 def _least_squares(terms: _Array, pixels: int) -> tuple[_Array, _Array]:
-    """Solve several problems `terms @ line = 1`. Return the lines and the sums of squared errors.
+    """Solve several problems `terms @ line = 1` by least squares. Return the lines and the sums of squared errors.
 
     Args:
         terms: (problems, observations, columns).

@@ -1,12 +1,13 @@
 """The online model of a micro-batch's peak: bytes above the memory allocated before it, under any checkpoint plan.
 
-Each plan (`Level`) learns its own law (peak_law.py), because recomputing moves the peak to another place. A plan that
-has not run yet uses the law of the nearest plan that has, with activations scaled by the ratio of their shares. A plan
-that has run with a single size takes the shape of its neighbour's law and scales it to its own measurement.
+Each plan (`Level`) learns its own law (peak_law.py), because recomputation moves the peak to another part of the pass.
+A plan that has not run yet uses the law of the nearest plan that has run, with activations scaled by the ratio of the
+two plans' fractions. A plan that has run with a single size does the same for other sizes, with the law of a plan that
+has run with several sizes, and scales the result to its own measurement.
 
-A failed allocation is a lower bound for the peak of its shape. It may be a false alarm or fragmentation, so the bound
-fades: it holds for a few batches, then its excess over the law is halved again and again, more slowly after repeated
-failures.
+A failed allocation gives a lower bound for the peak of its shape. It may also be a false alarm or fragmentation, so the
+bound fades: it is constant for a few batches, and then its excess over the law is halved again and again. After
+repeated failures, this takes longer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _REMEMBERED = 32  # half-lives after which another failure counts as the first
 class Level:
     """A checkpoint plan, as decisions see it. Level 0 keeps every activation; higher levels free more of them."""
 
-    share: float
+    fraction: float
     """Activation bytes of an image relative to level 0. It falls with the level."""
     slow: float
     """Time relative to level 0. It rises with the level."""
@@ -154,11 +155,11 @@ class CostModel:
     def observe(self, features: Features, needed_bytes: int) -> None:
         """Learn the bytes that a micro-batch needed above the memory allocated before it."""
         if needed_bytes <= 0:
-            return  # a resident size that did not change
+            return  # on the host, the resident size may stay the same
         self._laws[features.level].observe(features.size, features.boxes, needed_bytes)
         self._sum_up()
         bound = self._bounds.get(features.shape)
-        if bound is not None:  # it succeeded, so only the number of failures stays for a while
+        if bound is not None:  # the shape has fitted, so only its number of failures is kept for a while
             self._bounds[features.shape] = replace(bound, excess_bytes=0.0)
 
     def observe_failure(self, features: Features, room_bytes: int) -> None:
@@ -182,7 +183,7 @@ class CostModel:
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned, in a form that JSON can store."""
         return {
-            "levels": [[level.share, level.slow] for level in self.levels],
+            "levels": [[level.fraction, level.slow] for level in self.levels],
             "laws": [law.state_dict() for law in self._laws],
             "bounds": [
                 [*shape, bound.excess_bytes, bound.failures, bound.batches] for shape, bound in self._bounds.items()
@@ -192,7 +193,7 @@ class CostModel:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned, for levels that are the same now as they were then."""
         levels = self.levels
-        self.levels = tuple(Level(share, slow) for share, slow in state["levels"])
+        self.levels = tuple(Level(fraction, slow) for fraction, slow in state["levels"])
         self._laws = [PeakLaw() for _ in self.levels]
         for law, learned in zip(self._laws, state["laws"], strict=True):
             law.load_state_dict(learned)
@@ -228,10 +229,10 @@ class CostModel:
         level = self._nearest(features.level, sizes=2 if law.sizes else 1)
         if level is None:
             return law.expected_bytes(features.size, boxes, 1.0, per_box)
-        share = self.levels[features.level].share / self.levels[level].share
-        expected = self._laws[level].expected_bytes(features.size, boxes, share, per_box)
+        ratio = self.levels[features.level].fraction / self.levels[level].fraction
+        expected = self._laws[level].expected_bytes(features.size, boxes, ratio, per_box)
         if (latest := law.latest()) is not None:
-            there = self._laws[level].expected_bytes(*latest, share, per_box)
+            there = self._laws[level].expected_bytes(*latest, ratio, per_box)
             expected *= law.expected_bytes(*latest) / there if there > 0 else 1.0
         return expected
 
@@ -240,6 +241,6 @@ class CostModel:
         self._bytes_per_box = max(law.bytes_per_box for law in self._laws)
 
     def _nearest(self, level: int, sizes: int) -> int | None:
-        """Return the observed level whose law fits this one best."""
+        """Return the nearest other level with at least `sizes` observed sizes; None if there is none."""
         known = [index for index, law in enumerate(self._laws) if law.sizes >= sizes and index != level]
         return min(known, key=lambda index: (abs(index - level), index), default=None)

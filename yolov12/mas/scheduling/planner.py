@@ -21,7 +21,7 @@ from yolov12.mas.task import Workload
 __all__ = ["NO_ADVICE", "WAIT_S", "Advice", "BatchPlanner", "BatchReport", "WaysOut"]
 
 WaysOut = Callable[[float], Sequence[str]]
-"""Function of the fraction of one image's activations that would fit; returns things to do, cheapest first."""
+"""Returns what the user can do, cheapest first. The argument is the fraction of one image's activations that fits."""
 
 WAIT_S = 120
 """Most seconds to wait for other processes to release memory before a run ends."""
@@ -66,7 +66,7 @@ class BatchPlanner:
     Args:
         config: Settings of the engine.
         cost: Model of peak bytes; it learns from micro-batches that ran.
-        speed: Model of times; it notes the sizes that ran. The caller teaches it their times, which are known later.
+        speed: Model of times. It is told the sizes that ran; the caller tells it their times, which are known later.
         meter: Meter of the model's device.
         gradient_bytes: Bytes of all gradients of the model.
         advice: Knowledge of the training, for the error of a batch that does not fit.
@@ -92,7 +92,7 @@ class BatchPlanner:
         self.cost, self.speed, self.gradient_bytes = cost, speed, gradient_bytes
         self.sleep = sleep
         self.history = self._completed = History()
-        """State that the latest decision hands on to the next one."""
+        """State that the latest decision passes on to the next one."""
         self.level = 0
         """Index of the checkpoint plan that `plan` returned last."""
         self._config, self._meter, self._advice = config, meter, advice
@@ -232,8 +232,8 @@ class BatchPlanner:
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
             self._meter.release()  # other processes may need the memory that this one no longer uses
         if before.images and (after.images, after.level) != (before.images, before.level):
-            # To release memory and allocate it again takes time, but little compared with the search for kernels that a
-            # new size needs.
+            # A change releases and allocates memory, so the time of this batch is not representative. For a new size,
+            # this time is small compared with the search for kernels.
             self.undisturbed = self.undisturbed and not self.speed.warm(
                 after.images, self._work.height, self._work.width
             )
@@ -246,7 +246,7 @@ class BatchPlanner:
 
     def _weight(self, images: int, level: int) -> float:
         """Return the activations of a micro-batch, expressed as a number of images at level 0."""
-        return images * self.cost.levels[min(level, len(self.cost.levels) - 1)].share
+        return images * self.cost.levels[min(level, len(self.cost.levels) - 1)].fraction
 
     def _may_come_back(self, failure: Failure | None) -> bool:
         """Return whether one image would fit if no other process used the device."""

@@ -29,10 +29,10 @@ from yolov12.mas.scheduling.candidates import (
     History,
     State,
     arm_of,
-    cut_evenly,
-    cuts,
+    even_splits,
     features_of,
     safe_arms,
+    split_micro_batches,
     under_ceiling,
     upper_bytes,
 )
@@ -82,32 +82,32 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
     most = max(_LARGEST_STEP * cost.largest, one_group)
     arms: list[Arm] = []
     usual = None
-    for cut in cuts(state.groups, most=most):
-        if usual is None and cut.largest <= max(history.images, one_group):
-            usual = cut
-        arms += safe_arms(state, cost, speed, [cut], state.budget_bytes)
+    for split in even_splits(state.groups, most=most):
+        if usual is None and split.largest <= max(history.images, one_group):
+            usual = split
+        arms += safe_arms(state, cost, speed, [split], state.budget_bytes)
         plain = [arm for arm in arms if arm.level == 0]
         if usual is not None and plain and (len(plain) > 1 or not plain[0].new_sizes):
             break  # smaller micro-batches take longer and recompute no less
     assert usual is not None
     if not arms:
-        single = cut_evenly(state.groups, len(state.groups))
+        single = split_micro_batches(state.groups, len(state.groups))
         return _decision(arm_of(state, cost, speed, single, last), history, fits=False)
     if not history.images:  # over a long run, the price of a first size does not count
         first = _fastest(arms, [arm.ms for arm in arms])
-        held_back = first.cut.largest < images and _LARGEST_STEP * first.cut.largest > most
-        return _decision(first, History(0 if held_back else first.cut.largest, first.level))
+        held_back = first.split.largest < images and _LARGEST_STEP * first.split.largest > most
+        return _decision(first, History(0 if held_back else first.split.largest, first.level))
     stay = arm_of(state, cost, speed, usual, min(history.level, last))
     if stay.upper_bytes > state.budget_bytes or not under_ceiling(state, cost, usual, stay.level):
         known = [arm for arm in arms if not arm.new_sizes] or arms
         chosen = _fastest(known, [arm.best_ms for arm in known])
         if state.ceiling is None and (images < history.images or _fits_but_for_crowds(state, cost, stay)):
             return _decision(chosen, history)
-        return _decision(chosen, replace(history, images=chosen.cut.largest, level=chosen.level, regret_ms=0.0))
+        return _decision(chosen, replace(history, images=chosen.split.largest, level=chosen.level, regret_ms=0.0))
     if state.ceiling is not None or images < history.images:
         return _decision(stay, history)
     roomy_bytes = max(state.budget_bytes * (1 - ROOM_TO_GROW), stay.upper_bytes)
-    tight = [arm.cut for arm in arms if arm.upper_bytes > roomy_bytes]
+    tight = [arm.split for arm in arms if arm.upper_bytes > roomy_bytes]
     roomy = [arm for arm in arms if arm.upper_bytes <= roomy_bytes]
     roomy += safe_arms(state, cost, speed, tight, roomy_bytes)
     return _stay_or_move(history, stay, roomy, speed.new_size_ms)
@@ -131,10 +131,10 @@ def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms:
         new_regret_ms=history.new_regret_ms + (max(stay.ms - new.best_ms, 0.0) if new is not stay else 0.0),
     )
     if better and history.regret_ms >= price_ms:
-        return _decision(known, replace(history, images=known.cut.largest, level=known.level, regret_ms=0.0))
+        return _decision(known, replace(history, images=known.split.largest, level=known.level, regret_ms=0.0))
     new_price_ms = price_ms + (new.new_sizes - stay.new_sizes) * new_size_ms
     if new is not stay and new.best_ms < stay.ms and history.new_regret_ms >= new_price_ms:
-        return _decision(new, History(new.cut.largest, new.level))
+        return _decision(new, History(new.split.largest, new.level))
     return _decision(stay, history)
 
 
@@ -145,21 +145,21 @@ def _at_best(arms: Sequence[Arm], default: Arm) -> Arm:
 def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int) -> Decision:
     """Use the user's size under the first plan that fits; if none fits, under the last, unless it failed recently."""
     levels = range(len(cost.levels))
-    for cut in cuts(state.groups, every=True, most=images):
-        arms = [arm_of(state, cost, speed, cut, each) for each in levels if under_ceiling(state, cost, cut, each)]
+    for split in even_splits(state.groups, every=True, most=images):
+        arms = [arm_of(state, cost, speed, split, each) for each in levels if under_ceiling(state, cost, split, each)]
         fitting = [arm for arm in arms if arm.upper_bytes <= state.budget_bytes]
-        failed = bool(arms) and any(cost.failed(each) for each in features_of(state, cut, arms[-1].level))
+        failed = bool(arms) and any(cost.failed(each) for each in features_of(state, split, arms[-1].level))
         for arm in fitting[:1] or ([] if failed else arms[-1:]):
-            return _decision(arm, History(max(arm.cut.largest, state.history.images), arm.level))
-    single = cut_evenly(state.groups, len(state.groups))
+            return _decision(arm, History(max(arm.split.largest, state.history.images), arm.level))
+    single = split_micro_batches(state.groups, len(state.groups))
     return _decision(arm_of(state, cost, speed, single, levels[-1]), state.history, fits=False)
 
 
 def _fits_but_for_crowds(state: State, cost: CostModel, arm: Arm) -> bool:
     """Return whether an arm would be safe if the images with most boxes had only as many as those of most groups."""
     usual = sorted(group.boxes for group in state.groups)[len(state.groups) // 2]
-    return upper_bytes(state, cost, arm.cut, arm.level, usual) <= state.budget_bytes
+    return upper_bytes(state, cost, arm.split, arm.level, usual) <= state.budget_bytes
 
 
 def _decision(arm: Arm, history: History, *, fits: bool = True) -> Decision:
-    return Decision(arm.cut.counts, arm.level, arm.peak_bytes, fits, history)
+    return Decision(arm.split.counts, arm.level, arm.peak_bytes, fits, history)

@@ -189,14 +189,14 @@ class SpeedModel:
         Which sizes have run is not included, because another process has to search for kernels again.
         """
         return {
-            "levels": [[level.share, level.slow] for level in self.levels],
+            "levels": [[level.fraction, level.slow] for level in self.levels],
             "arms": [[*arm, mean.ms, mean.weight] for arm, mean in self._arms.items()],
             "new_size_ms": self.new_size_ms,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, for levels that are the same now as they were then."""
-        levels, self.levels = self.levels, tuple(Level(share, slow) for share, slow in state["levels"])
+        levels, self.levels = self.levels, tuple(Level(fraction, slow) for fraction, slow in state["levels"])
         self._arms = {
             (images, height, width, level): _Mean(ms, weight)
             for images, height, width, level, ms, weight in state["arms"]

@@ -15,10 +15,10 @@ from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
-from yolov12.training.adapter.trainer import KEEPER, TrainerAdapter
+from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
 from yolov12.training.data.loader import resumable
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
-from yolov12.training.run import team
+from yolov12.training.run import process_group
 from yolov12.training.run.run_state import FILE, find
 
 __all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
@@ -58,7 +58,7 @@ def attach(trainer: Any) -> None:
         multi_scale=trainer.args.multi_scale > 0,
         overlapping_masks=trainer.args.overlap_mask,
     )
-    group = team.current()
+    group = process_group.current()
     ranks = group.ranks if group is not None else ALONE
     state = getattr(trainer, _FOUND, None)
     Path(trainer.save_dir).mkdir(parents=True, exist_ok=True)  # it may be missing on a machine other than rank 0's
@@ -90,10 +90,10 @@ def attach(trainer: Any) -> None:
     adapter.take_over_loader()
     adapter.take_over()
     engine.hold_limit()
-    if state is not None and adapter.keeper is not None:
+    if state is not None and adapter.saver is not None:
         if knows_loss(model):
             criterion_of(model)  # its state is restored, and an epoch that is skipped to its end does not create it
-        adapter.keeper.restore(state)
+        adapter.saver.restore(state)
         delattr(trainer, _FOUND)
 
 
@@ -111,7 +111,7 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
     exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
-    if (group := team.current()) is not None and not _same_on_all(group.ranks, state):
+    if (group := process_group.current()) is not None and not _same_on_all(group.ranks, state):
         state = None
     if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
         from ultralytics.utils import LOGGER
@@ -141,28 +141,28 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     Raises:
         RankError: Another rank failed or is gone.
     """
-    group = team.current()
+    group = process_group.current()
     try:
         done = stock_train(trainer)
         if group is not None:
-            if (keeper := getattr(trainer, KEEPER, None)) is not None:
-                keeper.flush()
+            if (saver := getattr(trainer, SAVER, None)) is not None:
+                saver.flush()
             group.ranks.all(True)  # the journals of all ranks are complete
         return done
     except BaseException as error:
-        if (keeper := getattr(trainer, KEEPER, None)) is not None:
-            keeper.save_at_last()
+        if (saver := getattr(trainer, SAVER, None)) is not None:
+            saver.save_at_last()
         blamed = group.ranks.blame(error) if group is not None and _is_of_collective(error) else None
-        team.disband(blamed or error)
+        process_group.disband(blamed or error)
         if blamed is not None:
             raise blamed from error
         raise
     finally:
-        if (keeper := getattr(trainer, KEEPER, None)) is not None:
-            keeper.end()
+        if (saver := getattr(trainer, SAVER, None)) is not None:
+            saver.end()
         if (engine := getattr(trainer, _ENGINE, None)) is not None:
             engine.lift_limit()  # an error or a signal ends a run without its teardown
-        team.disband()
+        process_group.disband()
 
 
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:

@@ -1,11 +1,12 @@
 """Logical batch: it stays on the host, carries the engine, and shows its readers what stock Ultralytics would show.
 
-Ultralytics' loop calls `preprocess_batch` and gives the result to the model. On a trainer that the engine runs, the
-result is a `LogicalBatch`, and the one seam on a model's call (`call`) recognises it and runs the engine. Every other
-batch, and every other call of the model, is stock's. So the model of a trainer is the user's own object.
+Ultralytics' loop calls `preprocess_batch` and passes the result to the model. If the engine runs the training, this
+result is a `LogicalBatch`. The replaced call of the model (`call`) recognises it and runs the engine. All other batches
+go to Ultralytics' own call. `trainer.model` therefore needs no wrapper: it stays the user's own object.
 
-Who looks before the model has the batch gets what stock's `preprocess_batch` returns, at this moment; it is then what
-the model trains on, with whatever was written on it. Who looks later gets it made again.
+Code of the user, such as a callback, may read a logical batch. If it does so before the model receives the batch, the
+whole batch is preprocessed at once. The model then trains on the result, including all changes that the user's code has
+made to it. If the user's code reads the batch later, the batch is preprocessed again, with the same random image size.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts
 __all__ = ["SAME", "UNKNOWN", "LogicalBatch", "call"]
 
 SAME = "same"
-"""In place of a tensor's facts: the value is the loader's own."""
+"""Used in place of the facts of a tensor: preprocessing does not change this value of the loader's batch."""
 UNKNOWN = "unknown"
-"""In place of a tensor's facts: the value is known only when it is made."""
+"""Used in place of the facts of a tensor: the value is known only after the batch has been preprocessed."""
 
 
 def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' call of a model; for a logical batch that waits for the engine, run the engine.
+    """Run Ultralytics' call of a model. For a logical batch, see `LogicalBatch.run`.
 
     Args:
         stock: Ultralytics' own method.
         model: Model that is called.
-        args: Arguments for `stock`; the first is images, or a batch.
+        args: Arguments for `stock`. The first one is images or a batch.
         kwargs: Further arguments for `stock`.
 
     Returns:
@@ -47,9 +48,10 @@ def call(stock: Callable[..., Any], model: nn.Module, /, *args: Any, **kwargs: A
 
 
 class _Source:
-    """What stock would show of a batch, made once at most.
+    """Content that stock Ultralytics would show for a batch. It is computed when it is needed, and only once.
 
-    Deferred tensors refer to it and it refers to no batch, so that a batch is freed as soon as nobody uses it.
+    Deferred tensors refer to this object. The object does not refer to the `LogicalBatch`, because a reference cycle
+    would delay the release of its memory.
     """
 
     def __init__(self, host: dict[str, Any], preprocess: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
@@ -58,7 +60,7 @@ class _Source:
 
     def make(self) -> Mapping[str, Any]:
         if self._made is None:
-            with torch.inference_mode(False):  # the mode of whoever looks, while the model trains on it
+            with torch.inference_mode(False):  # the reader may be in this mode, but the model trains on the result
                 self._made = self.preprocess(dict(self.host))
         return self._made
 
@@ -67,17 +69,17 @@ class _Source:
 
 
 class LogicalBatch(dict[str, Any]):
-    """Batch of an Ultralytics loader, for the engine; made by `LogicalBatch.of`.
+    """Batch of an Ultralytics loader, for the engine. `LogicalBatch.of` creates it.
 
-    Called like `dict`, as generic code calls the type of a batch, the class returns a plain dictionary.
+    Generic code may call `type(batch)(...)` to create a batch of the same type. This returns a plain dictionary.
     """
 
     host: dict[str, Any]
     """The loader's batch."""
     share: Share | None
-    """What the batch is on all ranks; None for a training in one process."""
+    """Description of the whole batch over all ranks; None for a training in one process."""
     is_seen: bool
-    """True if somebody looked into the batch before the model had it."""
+    """True if the content was read before the engine ran the batch."""
     _model: nn.Module
     _source: _Source
     _engine: Callable[[LogicalBatch], Any]
@@ -101,9 +103,9 @@ class LogicalBatch(dict[str, Any]):
 
         Args:
             host: The loader's batch.
-            share: What the batch is on all ranks; None for a training in one process.
+            share: Description of the whole batch over all ranks; None for a training in one process.
             model: Model that the engine trains.
-            preprocess: Stock's `preprocess_batch`.
+            preprocess: Ultralytics' `preprocess_batch`.
             engine: Runs the batch on that model; returns its loss and loss items.
         """
         batch: LogicalBatch = dict.__new__(cls)
@@ -113,10 +115,12 @@ class LogicalBatch(dict[str, Any]):
         return batch
 
     def run(self, stock: Callable[[dict[str, Any]], Any], model: nn.Module) -> Any:
-        """Run the batch with the engine the first time that the model trains on it, and otherwise as stock does.
+        """Run the batch with the engine if this is its first call in training mode; otherwise call `stock`.
+
+        The engine runs the batch only for the model that it trains, and only if gradients are enabled.
 
         Args:
-            stock: Runs stock's call of the model on an ordinary batch.
+            stock: Runs Ultralytics' call of the model on an ordinary batch.
             model: Model that is called.
         """
         trains = model is self._model and model.training and torch.is_grad_enabled()
@@ -137,12 +141,14 @@ class LogicalBatch(dict[str, Any]):
         preprocess: Callable[[dict[str, Any]], Mapping[str, Any]],
         host: dict[str, Any] | None = None,
     ) -> None:
-        """Show what the model got, unless it is there already; tensors are made only if their values are used.
+        """Set the content that the batch shows after it has run. Do nothing if it shows its content already.
+
+        Tensors are created only when their values are used.
 
         Args:
             facts: Key of the batch after preprocessing → facts of its tensor, `SAME` or `UNKNOWN`.
-            preprocess: Stock's `preprocess_batch`, drawing again what it drew for the model.
-            host: The batch as it ran, if its images were made smaller.
+            preprocess: Ultralytics' `preprocess_batch`, with the same random image size as for the model.
+            host: The batch that ran. Its images may be smaller than those of the loader's batch.
         """
         if self._is_filled:
             return
@@ -156,7 +162,7 @@ class LogicalBatch(dict[str, Any]):
             dict.__setitem__(self, key, shown)
 
     def show_host(self) -> None:
-        """Show the loader's batch unchanged from now on."""
+        """Show the loader's batch from now on, without preprocessing."""
         self._is_filled = True
         dict.update(self, self.host)
 
@@ -167,7 +173,7 @@ class LogicalBatch(dict[str, Any]):
             dict.update(self, shown)
 
     def _settle(self, *keys: str) -> None:
-        """Make values that stand for others: those of the keys, or all."""
+        """Replace `_Later` objects by the values that they stand for: under the given keys, or under all keys."""
         for key in keys or list(dict.keys(self)):
             if isinstance(dict.get(self, key), _Later):
                 dict.__setitem__(self, key, self._source.value(key))
@@ -180,7 +186,7 @@ class LogicalBatch(dict[str, Any]):
 
 
 class _Later:
-    """Stands for a value that is known only when it is made."""
+    """Placeholder of a value that is known only after the batch has been preprocessed."""
 
 
 def _looking(name: str, settle: Callable[..., None]) -> Callable[..., Any]:

@@ -1,8 +1,8 @@
-"""Adapter between one Ultralytics trainer, which has just been set up, and the engine.
+"""Adapter between one Ultralytics trainer and the engine.
 
-Ultralytics' training loop stays as it is. It calls `preprocess_batch`, the model, `optimizer_step` and a few other
-methods. On this trainer these calls lead to the engine, which calls the trainer's own methods. `trainer.model` stays
-the user's model.
+Ultralytics' training loop is unchanged. It calls `preprocess_batch`, the model, `optimizer_step` and a few other
+methods of the trainer. The adapter replaces these methods on this trainer, so that they use the engine. They still call
+the trainer's original methods. `trainer.model` stays the user's own model.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
-from yolov12.training.run.run_state import Keeper
+from yolov12.training.run.run_state import RunSaver
 
-__all__ = ["KEEPER", "TrainerAdapter"]
+__all__ = ["SAVER", "TrainerAdapter"]
 
-_DRAWN = 16  # images of a batch that Ultralytics plots
+_DRAWN = 16  # number of images of a batch that Ultralytics plots
 
-KEEPER = "yolov12_keeper"
-"""Attribute of a trainer: its `Keeper`."""
+SAVER = "yolov12_saver"
+"""Name of the trainer's attribute that holds its `RunSaver`."""
 
 
 class TrainerAdapter:
-    """Leads one trainer's calls to its engine.
+    """Replaces methods of one trainer, so that the engine runs its batches.
 
     Args:
         trainer: Ultralytics trainer that has been set up.
@@ -72,14 +72,14 @@ class TrainerAdapter:
     ) -> None:
         self._trainer, self._model, self._task, self._engine = trainer, model, task, engine
         self._resolution, self._ranks = resolution, ranks
-        self.keeper: Keeper | None = None  # None for a loader of the user's own, which cannot be resumed
+        self.saver: RunSaver | None = None  # None for a loader of the user's own, which cannot be resumed
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
         self._updates_asked = 0
-        self._has_run = False  # a batch by the engine since the last update
-        self._is_due = False  # the loop's next batch
-        self._told = ""  # what the log last said of batches
+        self._has_run = False  # True if the engine ran a batch after the last update
+        self._is_due = False  # True if the next call of `preprocess_batch` comes from the training loop
+        self._told = ""  # last log line about how batches run
         self._is_plain = trainer.preprocess_batch.__module__.startswith("ultralytics.") and not trainer.args.multi_scale
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
         self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
@@ -87,7 +87,7 @@ class TrainerAdapter:
         self._stock_callbacks = trainer.run_callbacks
 
     def take_over_loader(self) -> None:
-        """Replace the trainer's loader with one that can be resumed, and shared among ranks.
+        """Replace the trainer's loader with one that can be resumed and that ranks can share.
 
         Raises:
             ConfigError: Several processes cannot share the loader, or another process trains in the run's folder.
@@ -110,7 +110,7 @@ class TrainerAdapter:
         )
         trainer.train_loader = loader.take_over()
         self._interruption = Interruption()
-        self.keeper = Keeper(
+        self.saver = RunSaver(
             trainer,
             self._model,
             engine,
@@ -121,11 +121,11 @@ class TrainerAdapter:
             self._interruption,
             is_first=ranks.rank == 0,
         )
-        self.keeper.begin()
-        setattr(trainer, KEEPER, self.keeper)
+        self.saver.begin()
+        setattr(trainer, SAVER, self.saver)
 
     def take_over(self) -> None:
-        """Lead the trainer's calls to this adapter."""
+        """Replace the trainer's methods with those of this adapter."""
         trainer = self._trainer
         if self._ranks.size > 1 and trainer.args.time:
             trainer._get_warmup_iterations = self._warmup
@@ -141,19 +141,19 @@ class TrainerAdapter:
         trainer.add_callback("teardown", self._finish)
 
     def _run_callbacks(self, event: str) -> None:
-        """Run the callbacks; the loop takes a batch right after those of `on_train_batch_start`."""
+        """Run the callbacks. Right after `on_train_batch_start`, the loop preprocesses its next batch."""
         self._stock_callbacks(event)
         self._is_due = event == "on_train_batch_start"
 
     def _logical(self, batch: dict[str, Any]) -> Any:
-        """Return the loop's batch as it is, still on the host; a batch that the user gives is preprocessed as usual."""
+        """Wrap a batch of the training loop as a `LogicalBatch`, still on the host. Preprocess any other batch."""
         share = batch.pop(SHARE, None)
         if not self._is_due and share is None:
             return self._task.preprocess(batch)
         self._is_due = False
         logical = LogicalBatch.of(batch, share, self._model, partial(self._preprocess, share), self._run)
         if SKIPPED in batch:
-            logical.show_host()  # it stands for a batch that was trained on before an interruption
+            logical.show_host()  # a placeholder for a batch that was trained on before an interruption
         return logical
 
     def _preprocess(self, share: Share | None, batch: dict[str, Any]) -> Any:
@@ -170,17 +170,18 @@ class TrainerAdapter:
 
     def _seed(self, share: Share | None) -> None:
         if share is not None and self._trainer.args.multi_scale > 0:
-            random.seed(share.seed)  # the size that is drawn is that of the whole batch
+            random.seed(share.seed)  # all ranks draw the same image size
 
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run a logical batch by the engine; its gradient is then on the parameters."""
+        """Run a logical batch with the engine. Its gradient is then on the parameters."""
         share, model = batch.share, self._model
-        if self.keeper is not None and SKIPPED in batch.host:
-            criterion_of(model)  # the loop asks for it at the end of an epoch, of which every batch may be skipped
-            return self.keeper.skip()
+        if self.saver is not None and SKIPPED in batch.host:
+            # The loop uses the criterion at the end of an epoch, even if all batches of the epoch were skipped.
+            criterion_of(model)
+            return self.saver.skip()
         if self._interruption is not None and share is None:
             self._interruption.check()
-        host = batch.shown() if batch.is_seen else batch.host  # what was seen may have been written on
+        host = batch.shown() if batch.is_seen else batch.host  # code that read the batch may have changed it
         if not self._can_split(model, host):
             found: tuple[Tensor, dict[str, Tensor]] = model(batch.shown())
             return found
@@ -210,7 +211,7 @@ class TrainerAdapter:
         self._keep_group()
         self._display.add(result)
         batch.describe(self._task.facts, partial(self._preprocess_again, self._task.draw), host)
-        # A leaf: Ultralytics' own backward has nothing left to do.
+        # The loss is a leaf tensor, so the `backward` of Ultralytics' loop changes no gradient of a parameter.
         return result.loss.requires_grad_(), dict(result.items)
 
     def _note_sizes(self) -> None:
@@ -224,7 +225,7 @@ class TrainerAdapter:
         return self._interruption is not None and self._interruption.due
 
     def _share_ends(self, share: Share | None, statuses: Sequence[RankStatus]) -> None:
-        """Handle the reports of all ranks. If one of them got a signal, all of them end after the same step."""
+        """Handle the reports of all ranks. If one rank got a signal, all ranks end after this step."""
         if share is None or self._sharing is None:
             return
         if any(status.stop for status in statuses):
@@ -234,7 +235,7 @@ class TrainerAdapter:
         self._sharing.observe(statuses)
 
     def _can_split(self, model: nn.Module, batch: dict[str, Any]) -> bool:
-        """Return whether parts of this batch and its loss can be put together; say once what it means for the run."""
+        """Return whether the batch can be split and the losses of its parts can be combined; log what follows."""
         reason = ""
         if not (knows_call(model) and knows_loss(model)):
             reason = "the loss is not one of Ultralytics' own"
@@ -251,7 +252,7 @@ class TrainerAdapter:
         return not reason
 
     def _tell(self, line: str) -> None:
-        """Log what holds for the batches from now on, unless it was said."""
+        """Log how batches run from now on, unless the last such line was the same."""
         from ultralytics.utils import LOGGER
 
         if line != self._told and not self._ranks.rank:
@@ -259,13 +260,13 @@ class TrainerAdapter:
         self._told = line
 
     def _warmup(self, batches: int) -> int:
-        """Agree on the number of epochs, which Ultralytics has just estimated from each process's own clock."""
+        """Use the same number of epochs on all ranks: Ultralytics estimates it from the clock of each process."""
         trainer = self._trainer
         trainer.epochs = trainer.args.epochs = self._ranks.least(trainer.epochs)
         return int(self._stock_warmup(batches))
 
     def _keep_group(self) -> None:
-        """Write the BatchNorm group into args.yaml: it is fixed for this run, and for runs that resume or repeat it."""
+        """Write the BatchNorm group into args.yaml, so that runs that resume or repeat this one use the same group."""
         from ultralytics.utils import YAML
 
         args, group = self._trainer.args, self._engine.bn_group
@@ -277,7 +278,7 @@ class TrainerAdapter:
             YAML.save(file, {**YAML.load(file), "bn_group": group})
 
     def _update(self) -> None:
-        if self.keeper is not None and self.keeper.skipping:
+        if self.saver is not None and self.saver.skipping:
             return
         trainer = self._trainer
         if not self._has_run and not self._told:
@@ -286,13 +287,13 @@ class TrainerAdapter:
             )
         self._updates_asked += self._has_run
         self._has_run = False
-        with self.keeper.step() if self.keeper is not None else nullcontext():
+        with self.saver.step() if self.saver is not None else nullcontext():
             self._engine.update(
                 trainer.optimizer, self._stock_update, lambda: remember(trainer), epoch=trainer.epoch + 1
             )
 
     def _validate(self) -> Any:
-        # Ultralytics must not average the losses over ranks, as validation.py combines them.
+        # With a world size of 1, Ultralytics does not average the losses over ranks. validation.py combines them.
         size, self._trainer.world_size = self._trainer.world_size, 1
         try:
             metrics, fitness = self._stock_validate()
@@ -319,14 +320,14 @@ class TrainerAdapter:
         return float(self._stock_memory(fraction)) if fraction else self._display.column()
 
     def _plot(self, batch: Any, ni: int) -> None:
-        """Plot training samples. Stock's function accepts images on the host, so they are not copied to the device."""
+        """Plot training samples."""
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif SKIPPED not in batch.host:
             self._stock_plot(self._drawn(batch), ni)
 
     def _drawn(self, batch: LogicalBatch) -> dict[str, Any]:
-        """Return the batch for a plot: for stock's function, of no more images than it draws."""
+        """Return the batch to plot. Ultralytics' own function draws only 16 images, and accepts them on the host."""
         if batch.is_seen or not self._stock_plot.__module__.startswith("ultralytics."):
             return batch.shown()
         if self._is_plain:

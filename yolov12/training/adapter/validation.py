@@ -27,7 +27,7 @@ from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.modules import overridden
 from yolov12.mas.step.loss import Total
 from yolov12.training.adapter.detection import BOXES, DetectionTask, knows_loss
-from yolov12.training.run import team
+from yolov12.training.run import process_group
 
 __all__ = ["predict", "validate"]
 
@@ -55,7 +55,7 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
         return stock(validator, trainer, model, **kwargs)
     Config.check(_settings_of(validator))  # before any data is read
     validation = _Validation(validator, trainer is not None)
-    group = team.current()
+    group = process_group.current()
     on_cpu = group is not None and trainer is None and group.device.type == "cpu"
     try:
         with _on_the_cpu() if on_cpu else nullcontext():
@@ -153,7 +153,7 @@ class _Validation:
             self._stack.callback(vars(model).pop, "loss", None)
         validator.preprocess, validator.postprocess = self._keep, lambda _: self._predictions
         validator.finalize_metrics = self._finalize
-        if team.current() is not None:
+        if process_group.current() is not None:
             validator.gather_stats = self._gather
 
     def _keep(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class _Validation:
 
     def _gather(self) -> None:
         """Gather statistics as Ultralytics does, and losses; on the host, as gloo cannot reduce a matrix on a GPU."""
-        validator, group = self._validator, team.current()
+        validator, group = self._validator, process_group.current()
         assert group is not None
         mine = [{name: float(value) for name, value in each.items()} for each in self._sums]
         gathered: list[Any] | None = [None] * group.ranks.size if group.ranks.rank == 0 else None

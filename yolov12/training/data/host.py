@@ -14,7 +14,7 @@ from typing import Any
 
 from yolov12.mas.memory.host import HostMemory
 
-__all__ = ["AHEAD", "affordable_workers", "cache_fits", "draw_less_ahead", "fewer_pictures", "limit_workers"]
+__all__ = ["AHEAD", "affordable_workers", "cache_fits", "limit_prefetch", "limit_workers", "plot_fewer_images"]
 
 AHEAD = 2
 """Number of batches that each worker of a training prefetches (benchmarks/loading.py)."""
@@ -71,7 +71,7 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
     args.workers = fewer
 
 
-def draw_less_ahead(trainer: Any) -> None:
+def limit_prefetch(trainer: Any) -> None:
     """Limit the prefetch of the training loader to what is needed to hide the time of loading.
 
     The size of images, and the shares of ranks, are settled when a batch is drawn. With 8 workers, a decision then
@@ -119,7 +119,7 @@ def cache_fits(
     return False
 
 
-def fewer_pictures(stock: Callable[..., Any], /, labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
+def plot_fewer_images(stock: Callable[..., Any], /, labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Run Ultralytics' `plot_images` only on the images that it draws, as it converts all images to floats first.
 
     Args:

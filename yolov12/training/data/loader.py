@@ -1,8 +1,9 @@
 """Training loader whose state can be saved after any batch, and restored.
 
-The order of images comes from the sampler's generator. Augmentation draws from the random generators of the process
-that loads an image, and mosaic chooses among the images that this process loaded recently. Each batch of a worker
-therefore carries the worker's state. All draws are those of Ultralytics.
+The order of the images depends on the generator of the sampler. The augmentation depends on the worker process that
+loads an image: on its random generators, and on the images that it loaded recently, from which mosaic chooses. Each
+batch that a worker returns therefore contains the state of this worker. The random draws are the same as in plain
+Ultralytics.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SKIPPED = "yolov12_skipped"
 """Key of a placeholder batch: it stands for a batch that was trained on before the run was interrupted."""
 
 _STATE = "yolov12_worker"
-_Worker = Mapping[str, Any]  # `random` and `buffer`, or the `seed` of a worker that has not begun
+_Worker = Mapping[str, Any]  # keys `random` and `buffer`; `seed` for a worker that has returned no batch
 
 
 def random_state() -> dict[str, Any]:
@@ -62,7 +63,7 @@ def resumable(loader: Any) -> bool:
 
 
 def data_of(loader: Any) -> dict[str, int]:
-    """Return the facts that must be the same when a run resumes in mid-epoch.
+    """Return the properties of the data that must be unchanged when a run resumes in mid-epoch.
 
     Args:
         loader: Training loader.
@@ -98,14 +99,14 @@ class ResumableLoader:
         self._workers: dict[int, _Worker | bytes] = {}
         self._next_worker = 0
         self._epoch_order: Tensor | None = None
-        self._generator: Tensor | None = None  # state at which a resumed run was interrupted
+        self._generator: Tensor | None = None  # state of the generator when a resumed run was interrupted
         self._skip = 0
         self._then: Callable[[], None] = lambda: None
         self.position = 0
-        """Number of batches returned in this epoch, placeholders included."""
+        """Number of batches returned in this epoch, including placeholders."""
 
     def take_over(self) -> ResumableLoader:
-        """Follow the loader's sampler, workers and collate function from now on; return this loader."""
+        """Replace the loader's sampler, worker initialisation and collate function by those of this object."""
         self._loader.batch_sampler.sampler, self._loader.collate_fn = self._order, self._collate
         self._loader.worker_init_fn = self._first
         return self
@@ -130,7 +131,7 @@ class ResumableLoader:
         for batch in itertools.islice(self._loader, len(self) - skip):
             if self.position == skip:
                 self._epoch_order = self._order.drawn.popleft()
-                self._first.states = []  # workers have taken theirs; workers after a reset begin anew
+                self._first.states = []  # used by the present workers; workers after a reset start without
             worker = batch.pop(_STATE)
             if worker is not None:
                 index, packed = worker
@@ -142,14 +143,14 @@ class ResumableLoader:
             yield batch
 
     def reset(self) -> None:
-        """Drop prefetched batches, as the data set has changed; see `InfiniteDataLoader.reset`."""
+        """Drop prefetched batches, because the data set has changed; see `InfiniteDataLoader.reset`."""
         self._loader.reset()
         if self._sharing is not None:
-            if self._order.drawn:  # other ranks may have prefetched less
+            if self._order.drawn:  # this epoch has not begun, and other ranks may not have drawn it yet
                 self._loader.generator.set_state(self._order.drawn[0])
             self._sharing.drop()
         self._order.drawn.clear()
-        if self._order.begin is not None and not self._skip:  # the skipped epoch had no batch left to load
+        if self._order.begin is not None and not self._skip:  # every batch was a placeholder
             self._order.begin, self._first.states = None, []
             self._loader.generator.set_state(self._generator)
         self._workers = dict(enumerate(self._first.states))
@@ -161,11 +162,11 @@ class ResumableLoader:
         return self.position == len(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the latest batch; `for_file` converts it for a file."""
+        """Return the state after the latest batch. `for_file` converts it, so that it can be saved."""
         count = self._loader.num_workers
         order = [(self._next_worker + index) % count for index in range(count)]
         workers = [self._workers.get(index) or {"seed": self._seed(index)} for index in order]
-        by_place = self._sharing is not None  # then the state of a worker has no effect
+        by_place = self._sharing is not None  # each image then has a seed of its own
         return {
             "data": self._data,
             "position": self.position,
@@ -178,14 +179,14 @@ class ResumableLoader:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], then: Callable[[], None]) -> bool:
-        """Restore the result of `state_dict`; the next epoch begins with placeholders for done batches.
+        """Restore the result of `state_dict`. The next epoch begins with placeholders for the batches that are done.
 
         Args:
             state: State of a loader with the same data, see `data_of`.
-            then: Called after the placeholders, before the first batch that is loaded.
+            then: Called after the last placeholder, before the first batch is loaded.
 
         Returns:
-            Whether augmentation continues exactly, too. With another number of workers it does not.
+            True if augmentation continues with the same random draws. With another number of workers it does not.
         """
         state = for_file(state)
         self._skip, self._then = state["position"], then
@@ -193,7 +194,7 @@ class ResumableLoader:
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if self._sharing is not None:
             self._sharing.load_state_dict(state.get("resolution_steps") or state.get("rungs", []))  # files of version 1
-            return not state["workers"] and not state["buffer"]  # the state of one process has both
+            return not state["workers"] and not state["buffer"]  # saved by a single process
         self._collate.arrange = state["arrange"]
         if len(state["workers"]) != self._loader.num_workers:
             return False
@@ -212,14 +213,14 @@ class ResumableLoader:
 
 
 class _Order:
-    """Endless batches of indices. It keeps the state of the generator from which the order of each epoch was drawn."""
+    """Batch sampler that stores the generator's state before each epoch, from which the order of the epoch follows."""
 
     def __init__(self, batches: Any, generator: torch.Generator, sharing: Sharing | None) -> None:
         self._batches, self._generator, self._sharing = batches, generator, sharing
         self.drawn: deque[Tensor] = deque()
-        """State of the generator before each drawn epoch that has not begun, as workers run ahead of the training."""
+        """Generator states of epochs that were drawn but have not begun. Workers draw batches ahead of the training."""
         self.begin: tuple[Tensor, int] | None = None
-        """State of the generator before the next epoch, and number of its batches to leave out."""
+        """For a resumed run: state of the generator before its epoch, and number of batches to skip; else None."""
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -242,7 +243,7 @@ class _Order:
 
 
 class _Collate:
-    """Collate function that adds the state of the worker to a batch, unless images are augmented by their place."""
+    """Collate function that adds the state of the worker to a batch, unless each image has a seed of its own."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool = True) -> None:
         self._collate, self.arrange, self._add_state = collate, arrange, add_state
@@ -278,7 +279,9 @@ class _FirstState:
 
 
 def for_file(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the result of `ResumableLoader.state_dict` for `torch.load(weights_only=True)`, which takes milliseconds.
+    """Convert the result of `ResumableLoader.state_dict` for `torch.load(weights_only=True)`.
+
+    The conversion takes milliseconds, so it is done only when the state is saved or restored.
 
     Args:
         state: State of a loader; the states of its workers may be packed.
@@ -291,14 +294,14 @@ def for_file(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:
-    """Pack a state into one object, as processes exchange every tensor through a file handle of its own."""
+    """Pack a state into bytes. Processes would pass each of its tensors through a separate file handle."""
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()
 
 
 def _fill(dataset: Any, buffer: list[int]) -> None:
-    """Load the images among which mosaic chooses."""
+    """Fill the buffer of a data set, from which mosaic chooses images, by loading these images."""
     dataset.buffer.clear()
     for index in buffer:
         dataset.load_image(index)

@@ -10,7 +10,7 @@ from typing import Any
 from yolov12.cfg.arguments import DATA, RUN, defaults
 from yolov12.errors import ConfigError
 
-__all__ = ["OPTIONS", "Interval", "check_data_layer"]
+__all__ = ["OPTIONS", "Interval", "check_data_arguments"]
 
 OPTIONS: Mapping[str, Any] = defaults(RUN, DATA)
 """Defaults of the arguments of a run and of its data layer, by the names that users write."""
@@ -21,7 +21,7 @@ _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
-def check_data_layer(arguments: Mapping[str, Any]) -> None:
+def check_data_arguments(arguments: Mapping[str, Any]) -> None:
     """Check the values of `mas_data` and `mas_min_imgsz`.
 
     Args:

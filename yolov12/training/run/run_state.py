@@ -29,7 +29,7 @@ from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 
-__all__ = ["FILE", "Keeper", "find"]
+__all__ = ["FILE", "RunSaver", "find"]
 
 FILE = "state.pt"
 """Name of the state file, which is beside `last.pt` until the run is complete."""
@@ -73,7 +73,7 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     return state if state["epoch"] >= checkpoint["epoch"] else None
 
 
-class Keeper:
+class RunSaver:
     """Saves the state of one training, and restores it.
 
     Args:

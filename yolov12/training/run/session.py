@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov12.mas.config import DEFAULTS, Config
-from yolov12.training.run.options import OPTIONS, Interval, check_data_layer
+from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
 from yolov12.training.run.preflight import check_training_arguments
 from yolov12.training.run.recipes import recipe_for
 from yolov12.training.run.resume import latest_interrupted
@@ -45,7 +45,7 @@ def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, *
         # Without it, micro-batches of many shapes fragment the memory. PyTorch reads it when it initialises CUDA.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     Interval.parse(engine["save_every"])
-    check_data_layer(engine)
+    check_data_arguments(engine)
     arguments = _resolve_resume(model, arguments)
     if not _resumes(model, arguments):
         given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}

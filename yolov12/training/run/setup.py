@@ -9,7 +9,7 @@ from typing import Any
 from yolov12 import files
 from yolov12.training.adapter import attach as adapter
 from yolov12.training.data import host
-from yolov12.training.run import session, team
+from yolov12.training.run import process_group, session
 
 __all__ = ["make", "resume_training", "setup_train", "train"]
 
@@ -24,7 +24,7 @@ def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any)
         kwargs: Keyword arguments for `stock`.
     """
     with session.no_false_start(trainer):
-        team.gather(stock, trainer, *args, **kwargs)
+        process_group.gather(stock, trainer, *args, **kwargs)
 
 
 def train(stock: Callable[..., None], trainer: Any, /) -> None:
@@ -35,7 +35,7 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
         trainer: Ultralytics' trainer.
     """
     with session.no_false_start(trainer):
-        team.launch(stock, trainer)
+        process_group.launch(stock, trainer)
 
 
 def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -49,10 +49,10 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     """
     if trainer.args.mas:
         host.limit_workers(trainer)
-    with team.setting_up(functools.partial(adapter.why_not, trainer)):
+    with process_group.setting_up(functools.partial(adapter.why_not, trainer)):
         stock(trainer, *args, **kwargs)
     if trainer.args.mas:
-        host.draw_less_ahead(trainer)
+        host.limit_prefetch(trainer)
     files.make_atomic(trainer)
     adapter.attach(trainer)
 
