@@ -131,7 +131,7 @@ class ResumableLoader:
         for batch in itertools.islice(self._loader, len(self) - skip):
             if self.position == skip:
                 self._epoch_order = self._order.drawn.popleft()
-                self._first.states = []  # used by the present workers; workers after a reset start without
+                self._first.states = []  # the present workers have used them; workers after a reset need none
             worker = batch.pop(_STATE)
             if worker is not None:
                 index, packed = worker
