@@ -6,11 +6,11 @@
 
 gradient     gradient of unequal shares, one process per card, against one process
 shared_card  two ranks on one card with different limits, while a third process takes the free memory for a while
-squeeze      the same on one of several cards over NCCL, with 256 images per card and injected failed allocations
+squeeze      a rank per card over NCCL, 256 images per card; the second card has little memory and injected failures
 death        time until the other ranks end after one was killed
 speed        whole trainings against stock Ultralytics' DistributedDataParallel; images are in memory and not augmented,
              so that loading does not count
-checksum     times of comparing replicas and of an agreement
+checksum     times of the comparison of weights (by checksums) and of the exchange of reports after a step
 
 A part that needs more cards is skipped. The exit status is 1 if a check or a part failed.
 """
@@ -78,7 +78,7 @@ class Setup:
 
 
 def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Compare the gradient of shares of 3:5 on two cards, or 1:2:2:3 on four, with one process."""
+    """Compare the gradient on two cards (shares 3:5) or four (shares 1:2:2:3) with that of one process."""
     ranks = 2 if setup.device == "cpu" else min(setup.gpus, 4) // 2 * 2
     if ranks < 2:
         return {"skipped": "one GPU"}
@@ -104,8 +104,8 @@ def gradient(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 class _Pressure:
     """Memory that this process takes from a run, for at most two minutes.
 
-    From step `begin` to step `end` it leaves `leave_mib` free on a card, or as much as keeps the budgets of the ranks
-    at `FLOOR_MIB`. It also takes the memory that ranks release.
+    From step `begin` to step `end` it takes memory, also memory that ranks release. It leaves `leave_mib` free on the
+    card. It leaves more if the budget of a rank would otherwise fall below `FLOOR_MIB`.
     """
 
     card: int
@@ -129,7 +129,7 @@ def _steps(folder: Path, ranks: int) -> int:
 
 
 def _two_writes(run: Processes, step: Callable[[], int]) -> None:
-    """Wait until rows were written twice, at least a second apart."""
+    """Wait until the journals have got new rows twice. Rows reach them about once a second."""
     began_s = time.monotonic()
     for _ in range(2):
         seen = step()
@@ -156,7 +156,7 @@ def _press(run: Processes, folder: Path, ranks: int, pressure: _Pressure, setup:
         if device.type == "cuda":
             free_mib = torch.cuda.mem_get_info(device)[0] / 2**20
         over_mib = int(min(free_mib - pressure.leave_mib, budget_mib - FLOOR_MIB if device.type == "cuda" else 64))
-        if len(pressure.ranks) == 1 and device.type == "cuda":  # a rank with its own card loses what is taken
+        if len(pressure.ranks) == 1 and device.type == "cuda":  # all that is taken lowers this rank's budget
             held_mib = sum(block.numel() for block in held) / 2**20
             over_mib = min(over_mib, int(first_mib - FLOOR_MIB - held_mib))
         if over_mib >= 64:
@@ -309,7 +309,7 @@ def death(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
 
 
 def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
-    """Train with ours and stock on 1, 2 and 4 cards, one after the other."""
+    """Train with this package and with stock on 1, 2 and 4 cards, one training after the other."""
     images, each = setup.sized((3072, BATCH), (64, 8))
     arguments = {**setup.arguments(noise(images), images, 1, each), "workers": setup.sized(8, 0)}
     arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
@@ -376,7 +376,7 @@ def _timed(who: str, gpus: int, arguments: dict[str, Any], images: int, setup: S
 
 
 def checksum(setup: Setup, result: dict[str, Any]) -> dict[str, Any]:
-    """Compare the times of checksums and agreements with a step of `speed` on one card, or of `shared_card`."""
+    """Measure checksums and agreements, relative to a step of `speed` on one card, else of `shared_card`."""
     models = setup.sized(["yolov12s.yaml", "yolov12x.yaml"], ["yolov12n.yaml", "yolov12s.yaml"])
     compared = Processes("checksums", {"models": models, "device": setup.device}, 0, 100).finish()
     agreed = Processes("agree", {"calls": 200}, 2, 60).finish()

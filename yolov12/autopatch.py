@@ -30,10 +30,10 @@ _MARK = "yolov12_joins"  # attribute of an `exec_module` that joins modules
 
 
 class _Finder:
-    """Finder that finds Ultralytics' modules with the finders after it, and makes their loaders join them.
+    """Finder that asks the finders after it for Ultralytics' modules. It changes their loaders to join the modules.
 
-    Another finder may also search all finders, and call this one while this one searches. The finder returns None if
-    the same thread is already searching for the same module, so that the search ends.
+    One of these finders may itself ask all finders, including this one. The search would then never end. So this finder
+    returns None if the same thread is already searching for the same module.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ def install() -> None:
 
 
 def apply() -> None:
-    """Join the modules of Ultralytics that are loaded, and those that will be imported, despite `YOLOV12_AUTOPATCH=0`.
+    """Join all modules of Ultralytics, now or when they are imported, even if `YOLOV12_AUTOPATCH=0`.
 
     The variable is removed from the environment, so Ultralytics is joined in child processes as well. This is needed,
     because Ultralytics passes them arguments that only this package knows.

@@ -1,8 +1,8 @@
 """The seams: a table of all places in which this package changes Ultralytics, and the code that changes them.
 
-A row names a place, which is an attribute of an Ultralytics module or class, and a function of this package. In an
-`around` row, the function is called instead of Ultralytics' own function, which is its first argument. It is imported
-at the first call. In a `changed` row, it is called once, with Ultralytics' value, and returns the new value.
+A row names a place (an attribute of an Ultralytics module or class) and a function of ours. In an `around` row, our
+function is called instead of Ultralytics' own, which is its first argument. Our function is imported at the first call.
+In a `changed` row, our function is called once. It gets Ultralytics' value and returns the new value.
 
 To join a module means to change all of its places. This is done whenever the code of the module has run (see
 autopatch.py). Joined modules and new functions carry a mark, so that no place is changed twice.
@@ -121,8 +121,8 @@ def join(module: ModuleType) -> None:
             return
         if name == "ultralytics.utils" and module.__version__ != PINNED:
             module.LOGGER.warning(
-                f"yolov12 is made for ultralytics {PINNED}, {module.__version__} is installed: "
-                f"pip install ultralytics=={PINNED}, or YOLOV12_AUTOPATCH=0 to use it unpatched"
+                f"yolov12 is made for ultralytics {PINNED}, but {module.__version__} is installed: "
+                f"install ultralytics=={PINNED}, or set YOLOV12_AUTOPATCH=0 to use Ultralytics unpatched"
             )
         for path, row in SEAMS.get(name, {}).items():
             _replace(module, path, row)

@@ -1,4 +1,4 @@
-"""Builds engines inside a memory limit, with TensorRT or TensorRT-RTX behind one small interface.
+"""Builds engines of TensorRT or TensorRT-RTX within a memory limit. Both libraries have the same small interface here.
 
 Ultralytics' own `onnx2engine` calls the library (precision, INT8 calibration, DLA, dynamic shapes, metadata) and passes
 the memory limit to it. While `onnx2engine` runs, `import tensorrt` returns a module with a builder of ours. This
@@ -41,7 +41,7 @@ _NO_ROOM = re.compile(
     r"out ?of ?memory|insuff?icient (workspace|memory)|memory is insufficient|bad_alloc|Requested size was",
     re.IGNORECASE,
 )
-# With a limit, this message means that no kernel needs as little memory.
+# With a limit, this message means that every kernel needs more memory than the limit.
 _NO_KERNEL = re.compile("could not find any implementation", re.IGNORECASE)
 
 
@@ -61,7 +61,7 @@ EFFORTS: Sequence[Effort] = (
     Effort(level=1, all_tactics=False),
     Effort(level=0, all_tactics=False),
 )
-"""Efforts in the order in which they are tried, until one needs no more memory than there is."""
+"""Efforts in the order in which they are tried. The first one for which the memory suffices is used."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Library:
 
     @contextmanager
     def installed(self, effort: Effort = Effort()) -> Iterator[None]:
-        """Let `import tensorrt` return this library inside the block, with builders that use an effort.
+        """Let `import tensorrt` return this library inside the block. Its builders look for kernels with one effort.
 
         Args:
             effort: How hard the builders look for fast kernels.
@@ -168,7 +168,7 @@ def find(key: str) -> Library:
     """Import the library that `engine_builder=` names.
 
     Args:
-        key: `tensorrt`, `tensorrt_rtx`, or `auto` for TensorRT, or TensorRT-RTX if only that is installed.
+        key: `tensorrt`, `tensorrt_rtx` or `auto`. `auto` is TensorRT if it is installed, otherwise TensorRT-RTX.
 
     Raises:
         ConfigError: The library is not installed, or no builder has that name.
@@ -188,7 +188,7 @@ def find(key: str) -> Library:
 def build(
     library: Library, job: Job, workspace_bytes: int | None, efforts: Sequence[Effort] = EFFORTS
 ) -> Iterator[Attempt]:
-    """Build an engine with less and less effort, until the memory suffices. Its file is written when it is complete.
+    """Build an engine with less and less effort, until the memory suffices. Only a complete engine gets into a file.
 
     Args:
         library: The builder.
@@ -222,7 +222,7 @@ def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
         file: The engine's file.
 
     Raises:
-        ConfigError: TensorRT-RTX built it, and is not installed.
+        ConfigError: The engine was built by TensorRT-RTX, which is not installed.
     """
     _, metadata = backend.engine_header(file)
     if not str(metadata.get("engine_builder", "")).startswith(BUILDERS["tensorrt_rtx"]):
@@ -233,7 +233,7 @@ def load(stock: Callable[..., Any], backend: Any, file: Any) -> Any:
 
 @functools.cache
 def logger(module: ModuleType) -> Any:
-    """Return the logger of a library. A process has one. It stores errors and warnings for the messages of `build`."""
+    """Return the logger of a library, one per process. It stores errors and warnings for the messages of `build`."""
 
     class Log(module.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Splits operations of an ONNX graph, so that its large tensors become smaller, until the graph fits into a limit.
 
 The search begins at the node with the highest memory, the peak. It tries to split the attention there into parts of the
-queries (queries.py), and the convolutions around the node into strips (tiles.py). It tries few parts first, and stops
-when this place is under the limit. Then it continues with the next peak. A graph that fits is not changed.
+queries (queries.py), and the convolutions around the node into strips (tiles.py). It tries few parts first. As soon as
+the memory at this place is under the limit, the search moves on to the next peak. A graph that fits is not changed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ __all__ = ["Site", "Split", "Splitter", "split"]
 Site = queries.Attention | tiles.Region
 """A place of a graph that can be split."""
 
-_OPSET = (
-    13  # the first with Softmax over a single axis, and with the inputs of Slice, Split and Squeeze that are used here
-)
+_OPSET = 13  # the first opset whose Softmax works on one axis, and whose Split and Squeeze have the inputs used here
 _LARGE = 0.08  # tensors with at least this fraction of the peak are considered
-# If twice as many parts of a site do not bring its peak below this fraction of what it was, more parts are not tried.
+# A site is given up if doubling its parts leaves its peak above this fraction of the earlier peak.
 _USEFUL = 0.99
 _STRIPS = 32  # most strips of a region
-_NEAR = 1.1  # ratio of the limits that are tried in turn to find the bytes for an error message
+_NEAR = 1.1  # the bytes in an error message are found by raising the limit by this factor, until the graph fits
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ def split(
         least: See `Splitter`.
 
     Raises:
-        DoesNotFitError: The graph cannot be split to the limit. The message tells about how many bytes suffice.
+        DoesNotFitError: The graph cannot be split to the limit. The message gives the approximate bytes it needs.
         ConfigError: The graph cannot be planned or split.
     """
     return Splitter(model, most, least).split(limit)
@@ -109,7 +107,7 @@ class Splitter:
             limit: Bytes for all tensors that are live at the same time, without weights and inputs.
 
         Raises:
-            DoesNotFitError: The graph cannot be split to the limit. The message tells about how many bytes suffice.
+            DoesNotFitError: The graph cannot be split to the limit. The message gives the approximate bytes it needs.
             ConfigError: The graph cannot be split.
         """
         found = self._run(limit)
@@ -118,7 +116,7 @@ class Splitter:
     def try_split(self, limit: int) -> Split | None:
         """Rewrite the graph as `split` does, but return None if it cannot be split to the limit.
 
-        This is faster, because the bytes that the graph needs are not searched for.
+        This is faster, because it does not search for the bytes that the graph needs.
 
         Raises:
             ConfigError: The graph cannot be split.
@@ -147,8 +145,8 @@ class Splitter:
                 break
             least = max(found, int(_NEAR * least))
         raise DoesNotFitError(
-            f"the exported graph needs about {needs.peak_bytes >> 20} MiB for its tensors, even if it is split as far "
-            f"as possible, and {needs.weights_bytes >> 20} MiB for its weights. The limit leaves {limit >> 20} MiB for "
+            f"the exported graph needs {needs.weights_bytes >> 20} MiB for its weights. Split as far as possible, it "
+            f"also needs about {needs.peak_bytes >> 20} MiB for its tensors. The limit leaves {limit >> 20} MiB for "
             f"the tensors. Largest tensors at the peak: {needs.describe()}. Use a smaller imgsz= or batch=, or a "
             "larger mem_limit="
         )
@@ -171,7 +169,7 @@ class _Search:
             goal: Most bytes of the peak.
 
         Returns:
-            The split graph or, if no split helps at some peak, the lowest bytes that were reached there.
+            The split graph. If no split brings some peak under the goal: the lowest bytes that were reached there.
         """
         done = _Trial(Split(self._model, self._whole, self._whole, {}), {})
         while done.split.plan.peak_bytes > goal:
@@ -223,7 +221,7 @@ class _Search:
         return _Trial(Split(model, graph.plan(model, shapes), self._whole, sites), site_of)
 
     def _proposals(self, now: _Trial, goal: int) -> Iterator[tuple[Mapping[Site, int], Site]]:
-        """Yield splits that may lower the peak, for each kind of site with few parts first.
+        """Yield splits that may lower the peak. Each kind of site begins with few parts.
 
         Args:
             now: The graph with the splits so far.

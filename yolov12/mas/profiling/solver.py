@@ -5,9 +5,9 @@ everything that the plan keeps is in memory. The other phases are the backward p
 phase of a layer, the tensors that this layer and the layers before it keep are in memory, together with the tensors
 that the layer recomputes.
 
-The bytes of each phase are a linear function of the choices, which are the layers to rebuild or recompute. To find the
-fastest plan whose phases are all below a number of bytes is therefore a knapsack problem with a few more constraints.
-HiGHS, which is part of SciPy, solves it in milliseconds. Checkmate (Jain et al., 2020,
+The bytes of each phase are a linear function of the choices, which are the layers to rebuild or recompute. The solver
+looks for the fastest plan whose phases all stay below a number of bytes. This is a knapsack problem with a few more
+constraints. HiGHS, which is part of SciPy, solves it in milliseconds. Checkmate (Jain et al., 2020,
 https://arxiv.org/abs/1910.02653) decides about every single operation instead, which takes minutes.
 """
 
@@ -25,8 +25,8 @@ __all__ = ["LadderLevel", "ladder", "peak_bytes", "solve"]
 
 _Array = NDArray[np.float64]
 
-# Least bytes that a choice inside an outermost layer must free, as a fraction of all bytes that are kept. With many
-# small choices, the solver would take long.
+# Choices inside an outermost layer are left out if they free less than this fraction of all bytes that are kept. With
+# many small choices, the solver would take long.
 _WORTHWHILE = 0.01
 LEVELS = 10
 """Number of levels above level 0, which keeps everything."""
@@ -120,7 +120,7 @@ class _Programme:
 
         Args:
             stage: Index of the stage; the number of stages for the loss.
-            again: Index of a choice. Its layer is being recomputed in this phase, so this choice frees nothing.
+            again: Index of a choice whose layer is being recomputed in this phase. This choice then frees nothing.
         """
         return [
             -choice.frees_bytes * (choice.layer.stage <= stage) + choice.frees_bytes * (index == again)
@@ -143,7 +143,7 @@ class _Programme:
         return None if chosen is None else self.level(chosen)
 
     def lowest_peak(self) -> float:
-        """Return the lowest possible peak. It is an additional variable, which is an upper bound of all phases."""
+        """Return the lowest possible peak: the minimum of an additional variable that no phase may exceed."""
         count = len(self._choices)
         if not count:
             return float(self._fixed.max())
@@ -170,7 +170,7 @@ class _Programme:
         return None if found.x is None else np.round(found.x[: len(self._choices)])
 
     def _exclusive(self, layer: LayerCost) -> list[float]:
-        """Return 1.0 for each choice about this layer or a layer around it, else 0.0. A plan may take one of them."""
+        """Return 1.0 for choices about this layer or a layer around it, else 0.0. A plan may make only one of them."""
         by_name = {each.name: each for each in self._profile.layers}
         names: list[str] = []
         current: LayerCost | None = layer

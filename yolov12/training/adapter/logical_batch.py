@@ -1,4 +1,4 @@
-"""Logical batch: it stays on the host, carries the engine, and shows its readers what stock Ultralytics would show.
+"""Logical batch: it stays on the host, is run by the engine, and shows readers what stock Ultralytics would show.
 
 Ultralytics' loop calls `preprocess_batch` and passes the result to the model. If the engine runs the training, this
 result is a `LogicalBatch`. The replaced call of the model (`call`) recognises it and runs the engine. All other batches

@@ -235,7 +235,7 @@ class TrainerAdapter:
         self._sharing.observe(statuses)
 
     def _can_split(self, model: nn.Module, batch: dict[str, Any]) -> bool:
-        """Return whether the batch can be split and the losses of its parts can be combined; log what follows."""
+        """Return whether the batch can be split and its parts' losses can be combined. Also log how batches run."""
         reason = ""
         if not (knows_call(model) and knows_loss(model)):
             reason = "the loss is not one of Ultralytics' own"

@@ -131,7 +131,7 @@ class ResumableLoader:
         for batch in itertools.islice(self._loader, len(self) - skip):
             if self.position == skip:
                 self._epoch_order = self._order.drawn.popleft()
-                self._first.states = []  # used by the present workers; workers after a reset start without
+                self._first.states = []  # the present workers have used them; workers after a reset need none
             worker = batch.pop(_STATE)
             if worker is not None:
                 index, packed = worker
@@ -194,7 +194,7 @@ class ResumableLoader:
         self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
         if self._sharing is not None:
             self._sharing.load_state_dict(state.get("resolution_steps") or state.get("rungs", []))  # files of version 1
-            return not state["workers"] and not state["buffer"]  # saved by a single process
+            return not state["workers"] and not state["buffer"]  # False for a state of a single process
         self._collate.arrange = state["arrange"]
         if len(state["workers"]) != self._loader.num_workers:
             return False
@@ -213,7 +213,7 @@ class ResumableLoader:
 
 
 class _Order:
-    """Batch sampler that stores the generator's state before each epoch, from which the order of the epoch follows."""
+    """Batch sampler that stores the generator's state before each epoch. This state determines the epoch's order."""
 
     def __init__(self, batches: Any, generator: torch.Generator, sharing: Sharing | None) -> None:
         self._batches, self._generator, self._sharing = batches, generator, sharing
@@ -294,7 +294,7 @@ def for_file(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:
-    """Pack a state into bytes. Processes would pass each of its tensors through a separate file handle."""
+    """Pack a state into bytes. Otherwise, each tensor would go to the other process through its own file handle."""
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()

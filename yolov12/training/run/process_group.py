@@ -2,8 +2,8 @@
 
 Ultralytics starts one process per GPU for `device=0,1`. `torchrun` starts any number, on one machine or several. Both
 tell each process its rank in environment variables. Ultralytics' training loop stays as it is, and its collectives use
-the group that is created here. Two things of Ultralytics are left out: DistributedDataParallel, and the fixed part of
-the data for each process.
+the group that is created here. Two things of Ultralytics are not used: DistributedDataParallel, and the sampler that
+gives each process a fixed part of the data.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ __all__ = [
 _TIMEOUT = timedelta(hours=3)
 """Timeout of a collective, Ultralytics' value: rank 0 may work alone for a long time. The watchdog finds dead ranks."""
 _GRACE_S = 15.0
-"""Seconds for a process to save and to end after another is gone. It cannot while its device waits for the dead one."""
+"""Seconds in which a process has to save and end after another process is gone.
+
+It cannot save while its device waits for the dead process.
+"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     _group = _join_group(settings.get("device"), _trainings)
     try:
         stock_init(trainer, *args, **kwargs)
-        check_batch(vars(trainer.args), processes)  # of a run that is resumed
+        check_batch(vars(trainer.args), processes)  # a resumed run has its arguments only now
     except BaseException as error:
         disband(error)
         raise
@@ -157,7 +160,7 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
 
 
 def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
-    """Run Ultralytics' `BaseTrainer.train`, which for several GPUs starts a process for each and waits for them.
+    """Run Ultralytics' `BaseTrainer.train`. For several GPUs, it starts one process per GPU and waits for them.
 
     Args:
         stock_train: Ultralytics' own method.
@@ -195,7 +198,7 @@ def disband(error: BaseException | None = None) -> None:
     """Leave the process group at the end of a training.
 
     Args:
-        error: Error that ends the training, which the other processes are told; None if the training is complete.
+        error: Error that ends the training; the other processes get its text. None if the training is complete.
     """
     global _group
     if _group is not None and error is not None:
@@ -207,7 +210,7 @@ def disband(error: BaseException | None = None) -> None:
 
 
 def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **others: Any) -> Path:
-    """Run Ultralytics' `get_save_dir`, which finds a free name; in a training only on rank 0, for all processes.
+    """Run Ultralytics' `get_save_dir`, which finds a free name. In a training, rank 0 runs it for all processes.
 
     Args:
         get_save_dir: Ultralytics' own function.
@@ -274,10 +277,10 @@ def setting_up(ours: Callable[[nn.Module], str | None]) -> Iterator[None]:
 
 
 def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
-    """Run Ultralytics' `_build_train_pipeline`; if the engine trains in several processes, with whole batches in each.
+    """Run Ultralytics' `_build_train_pipeline`, changed if the engine trains in several processes.
 
-    Training batches are split when they are drawn (see `sharing`). Validation batches have the size of a share, and
-    Ultralytics distributes them among the processes.
+    Every process then draws the whole training batches, which are split when they are drawn (see `sharing`). Validation
+    batches have the size of an equal share, and Ultralytics distributes them among the processes.
 
     Args:
         stock_build: Ultralytics' own method.

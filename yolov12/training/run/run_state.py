@@ -109,7 +109,7 @@ class RunSaver:
         self._moment: dict[str, Any] | None = None
         self._buffers: dict[str, Tensor] = {}
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
-        self._resumed: Mapping[str, Any] | None = None  # set until the placeholders for its batches are through
+        self._resumed: Mapping[str, Any] | None = None  # set until all of its placeholder batches have run
         self._whole = True
         self._lock: IO[bytes] | None = None
         self.interruption = interruption
@@ -235,7 +235,7 @@ class RunSaver:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write(self.path, lambda file: torch.save(state, file))
-        if not trainer.last.exists():  # runs are resumed by this file; it tells that no epoch is complete
+        if not trainer.last.exists():  # a run resumes from last.pt; this one says that no epoch is complete
             now = {name: getattr(trainer, name) for name in ("epoch", "fitness", "save_period")}
             vars(trainer).update(epoch=-1, fitness=math.nan, save_period=-1)
             try:
