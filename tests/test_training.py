@@ -126,7 +126,7 @@ def test_demonstration_learns_and_its_export_finds_the_same_boxes(tmp_path):
 
 
 def test_an_export_finds_the_same_boxes(trained, tmp_path):
-    """Of a model that is surer of what it finds than it has become in an epoch."""
+    """The model is made surer of what it finds than it has become in an epoch."""
     model = YOLO(trained / "weights" / "best.pt")
     for layer in model.model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
