@@ -89,3 +89,22 @@ def test_a_failed_allocation_raises_and_does_not_retry_image_by_image():
     with pytest.raises(MemoryError), in_slices(assigner, [300, 1]):
         assigner(*batch([300, 1]))
     assert "_forward" not in vars(assigner)
+
+
+@pytest.mark.parametrize("kind", [TaskAlignedAssigner, RotatedTaskAlignedAssigner])
+def test_boxes_are_counted_where_they_are_used(kind):
+    """A user's own code may have added boxes or images, or taken some away. Every row of the targets is filled."""
+    assigner, stock = (kind(topk=10, num_classes=CLASSES) for _ in range(2))
+    with in_slices(assigner):
+        for boxes in ([3, 300, 2, 40], [300, 3], [2, 1, 90, 0, 90], [0, 70]):  # one after the other, as in a training
+            inputs = batch(boxes, rotated=kind is RotatedTaskAlignedAssigner)
+            inputs[-1][:, 1] = False  # boxes that do not count need not be the last
+            for found, wanted in zip(assigner(*inputs), stock(*inputs), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-6 if found.is_floating_point() else 0, atol=0)
+
+
+@pytest.mark.parametrize("boxes", [[300], [300, 1, 1], [300, 301]])
+def test_numbers_of_boxes_of_another_batch_are_an_error(boxes):
+    assigner = TaskAlignedAssigner(topk=10, num_classes=CLASSES)
+    with pytest.raises(ValueError, match="2 images with up to 300 boxes"), in_slices(assigner, boxes):
+        assigner(*batch([300, 1]))

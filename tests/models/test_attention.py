@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import types
 
@@ -44,6 +45,49 @@ def test_deterministic_mode_repeats_bit_for_bit_on_cpu():
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(grads[0], other) for other in grads[1:])
+
+
+class Kernels:
+    """Stands in for PyTorch's fused kernels, which run on a GPU only; notes the mode of their backward passes."""
+
+    def __init__(self, fails):
+        self.fails, self.strict = fails, []
+
+    def _scaled_dot_product_flash_attention(self, q, k, v):
+        return q + k + v, q, q, q, 1, 1, q, q, None
+
+    def _scaled_dot_product_efficient_attention(self, q, k, v, bias, compute_log_sumexp):
+        return q + k + v, q, q, q
+
+    def _backward(self, grad, *_):
+        self.strict.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+        if self.fails:
+            raise RuntimeError("CUDA out of memory")
+        return grad, grad, grad, None
+
+    def _scaled_dot_product_flash_attention_backward(self, *given):
+        return self._backward(*given)[:3]
+
+    _scaled_dot_product_efficient_attention_backward = _backward
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("warn_only", [True, False])
+@pytest.mark.parametrize("kernel", [module._DeterministicFlash, module._DeterministicEfficient])
+def test_strict_mode_is_on_for_one_kernel_and_then_as_before(monkeypatch, kernel, warn_only, fails):
+    kernels = Kernels(fails)
+    monkeypatch.setattr(module, "_aten", kernels)
+    _, parts = qkv(grad=True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        out = kernel.apply(*parts)
+        with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+            out.sum().backward()
+        assert kernels.strict == [True]
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def fake_gpu(monkeypatch, capability, flash_attn):

@@ -45,31 +45,31 @@ def split_by_boxes(boxes: Sequence[int]) -> list[list[int]]:
 
 
 @contextmanager
-def in_slices(assigner: Any, boxes: Sequence[int]) -> Iterator[list[Tensor]]:
+def in_slices(assigner: Any, boxes: Sequence[int] | None = None) -> Iterator[list[Tensor]]:
     """Make an assigner run in slices, and collect its sums of target scores.
+
+    The slices follow the boxes that the assigner is given, whatever the batch was before a user's own code changed it.
 
     After a failed allocation, Ultralytics' assigner retries image by image, in every batch again. Here a failed
     allocation raises, because a smaller micro-batch is faster.
 
     Args:
         assigner: A `TaskAlignedAssigner` of Ultralytics, or a subclass.
-        boxes: Number of boxes of each image of the next batch.
+        boxes: Number of boxes of each image, for tensors without values, from which they cannot be counted.
 
     Yields:
         A list. Each call of the assigner appends its sum of target scores, a scalar tensor.
 
     Raises:
         MemoryError: An allocation failed in the assigner.
+        ValueError: `boxes` are those of another batch.
     """
     sums: list[Tensor] = []
-    slices = split_by_boxes(boxes)
     assign = assigner._forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            if len(slices) == 1:
-                return assign(*args, **kwargs)
-            return _sliced(assigner, assign, slices, boxes, *args, **kwargs)
+            return _sliced(assigner, assign, boxes, *args, **kwargs)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -88,23 +88,27 @@ def in_slices(assigner: Any, boxes: Sequence[int]) -> Iterator[list[Tensor]]:
 def _sliced(
     assigner: Any,
     assign: Any,
-    slices: Sequence[Sequence[int]],
-    boxes: Sequence[int],
+    boxes: Sequence[int] | None,
     scores: Tensor,
     predicted: Tensor,
     anchors: Tensor,
     *truths: Tensor,
     **more: Tensor,
-) -> tuple[Tensor, ...]:
+) -> Any:
     """Run the assigner on each slice. All inputs except `anchors` have images as the first dimension.
 
     The second dimension of `truths` is the boxes of an image, padded to the largest number of boxes.
     """
     images, most = assigner.bs, assigner.n_max_boxes
+    if most <= ROWS_PER_IMAGE:  # one slice: nothing has to be counted, which waits for the device
+        return assign(scores, predicted, anchors, *truths, **more)
+    counts = _rows_in_use(truths[-1]) if boxes is None else boxes
+    if len(counts) != images or max(counts) > most:
+        raise ValueError(f"{images} images with up to {most} boxes are not the {len(counts)} with up to {max(counts)}")
     results: tuple[Tensor, ...] = ()
     try:
-        for chosen in slices:
-            count = min(max(1, *(boxes[index] for index in chosen)), most)
+        for chosen in split_by_boxes(counts):
+            count = max(1, *(counts[index] for index in chosen))
             at = torch.tensor(chosen, device=scores.device)
             assigner.bs, assigner.n_max_boxes = len(chosen), count
             found = assign(
@@ -117,3 +121,14 @@ def _sliced(
     finally:
         assigner.bs, assigner.n_max_boxes = images, most
     return results
+
+
+def _rows_in_use(mask: Tensor) -> list[int]:
+    """Return the number of rows of each image up to its last box.
+
+    Args:
+        mask: True for each row that is a box, (images, rows, 1).
+    """
+    rows = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    found: list[int] = (mask[..., 0].bool() * rows).amax(1).tolist()
+    return found

@@ -119,6 +119,13 @@ def test_groups_are_split_as_the_last_level():
     assert "groups of 2" in one.events
 
 
+@pytest.mark.parametrize(("room", "groups"), [(64, [2, 2, 3]), (2.9, [2, 2, 2, 1]), (1.9, [1] * 7)])
+def test_an_image_is_alone_only_where_memory_leaves_no_other_way(room, groups):
+    one, _ = planner(images=7, group=2, room=room, safety_ratio=0.0, history=History())
+    assert [size for groups in one.plan(0, None) for size in groups] == groups
+    assert ("groups of 1" in one.events) is (room == 1.9)
+
+
 def test_groups_that_memory_holds_again_are_not_split():
     """The batch after one with split groups has whole groups again."""
     one, _ = planner(group=8, history=History(2))

@@ -1,11 +1,12 @@
 """A loss of the user's own is the one that trains, whenever and wherever on the model it was set."""
 
+import functools
 from types import MethodType
 
 import pytest
 import torch
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import DetectionModel
+from ultralytics.nn.tasks import BaseModel, DetectionModel
 from ultralytics.utils.loss import v8DetectionLoss
 
 UNSPLIT = {"bn_group": 8, "micro_batch": 8}
@@ -105,6 +106,30 @@ def test_a_loss_of_the_users_own_trains(
     assert (f"{before} of {before} updates" if before else "no steps were run") in split.log
     if not batch:  # only the order of images in a batch is another
         torch.testing.assert_close(split.after, stock.after, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "signed"),
+    [(BaseModel, "forward", False), (BaseModel, "forward", True), (v8DetectionLoss, "loss", True)],
+)
+def test_a_method_that_replaces_that_of_ultralytics_class_is_the_users_own(
+    trainings, small_model, tmp_path, stock_run, assert_same_weights, monkeypatch, kind, name, signed
+):
+    """It may compute anything, whatever name and module it bears."""
+    stock_method = getattr(kind, name)
+
+    def method(self, x, *args, **kwargs):
+        found = stock_method(self, x, *args, **kwargs)
+        return (found[0].sqrt(), found[1]) if isinstance(x, dict) else found
+
+    monkeypatch.setattr(kind, name, functools.wraps(stock_method)(method) if signed else method)
+    stock, split = (
+        trainings.train(tmp_path, small_model, **settings, epochs=1)
+        for settings in ({"mas": False}, {**trainings.SPLIT, "bn_group": 0})
+    )
+    assert not torch.equal(stock.after["model.0.conv.weight"], stock_run.after["model.0.conv.weight"])
+    assert_same_weights(split, stock)
+    assert split.log.count(OWN_LOSS) == 1
 
 
 class OwnModel(DetectionModel):

@@ -17,7 +17,8 @@ def split_groups(images: int, group: int) -> tuple[int, ...]:
 
     Each group has `group` images, and the remaining images form a smaller group. If these are fewer than a quarter of a
     group, their statistics would be noise. Then they and the last full group are divided into two groups of about equal
-    size.
+    size. With groups of two or more, no image is alone in a group, because some layers cannot normalise a single image:
+    after groups of two, the last three images form one group.
 
     Args:
         images: Number of images in the batch.
@@ -28,8 +29,9 @@ def split_groups(images: int, group: int) -> tuple[int, ...]:
     """
     full, rest = divmod(images, group) if group else (0, images)
     sizes = [group] * full + [rest] * bool(rest)
-    if full and 0 < 4 * rest < max(group, 5):  # never one image alone, which some layers cannot normalise
-        sizes[-2:] = group + rest - (group + rest) // 2, (group + rest) // 2
+    if full and 0 < 4 * rest < max(group, 5):
+        last = group + rest
+        sizes[-2:] = [last] if last < 4 else [last - last // 2, last // 2]
     return tuple(sizes)
 
 
@@ -76,6 +78,9 @@ def decide_groups(
     while True:
         sizes = split_groups(images, group)
         decision = decide(state(sizes), cost, speed)
+        if not decision.fits and max(sizes) > group:  # three images: better one alone than all
+            sizes = (*sizes[:-1], 2, 1)
+            decision = decide(state(sizes), cost, speed)
         if decision.fits or max(sizes) == 1:
             return decision, sizes, group
         group = max(sizes) // 2

@@ -28,6 +28,7 @@ from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
 from yolov12.mas.step.loss import Total
 from yolov12.mas.step.prefetch import Prefetch
+from yolov12.mas.step.snapshots import ModuleState, RandomState
 from yolov12.mas.task import Share, Task
 
 __all__ = ["Planner", "Result", "Step"]
@@ -156,7 +157,7 @@ class Step:
         """
         share = share or Share(images)
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
-        before, state = gradients.take(self._parameters), _RandomState(self._device)
+        before, state = gradients.take(self._parameters), RandomState(self._device)
         total = Total(share.batch_images, self._task.floor, self._per_image)
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
@@ -228,7 +229,7 @@ class Step:
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before = gradients.take(self._parameters)
         parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last))
-        state = _RandomState(self._device)
+        states = RandomState(self._device), ModuleState(self.model)
         self._norms.begin()
         try:
             allocated_bytes = self._meter.mark()
@@ -237,7 +238,8 @@ class Step:
             failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
             return failure or (allocated_bytes, self._meter.peak_bytes())
         finally:
-            state.restore()
+            for state in states:
+                state.restore()
             gradients.give(self._parameters, before)
 
     def _attempt(
@@ -250,7 +252,7 @@ class Step:
         layers: AbstractContextManager[None],
     ) -> Failure | None:
         start, stop, following = span
-        state = _RandomState(self._device)
+        state = RandomState(self._device)
         try:
             part = parts.get(start, stop)
             if following > stop:
@@ -275,17 +277,3 @@ class Step:
         state.restore()
         self._meter.release()
         return failure
-
-
-class _RandomState:
-    """Copy of the state of the random generators of the host and of one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._host = torch.get_rng_state()
-        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._host)
-        if self._on_device is not None:
-            torch.cuda.set_rng_state(self._on_device, self._device)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from yolov12.errors import ConfigError
 from yolov12.mas.task import Loss, Workload
 from yolov12.models.assigner import in_slices
+from yolov12.training.adapter.batch_values import Belongs, Nest, Values, entries, is_nest
 from yolov12.training.adapter.deferred_tensor import TensorFacts
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
+from yolov12.training.adapter.users_code import module_of
 
 __all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_call", "knows_loss", "loss_is_exact"]
 
 BOXES = "yolov12_boxes"
 """Key of a part: list of the number of boxes in each image, on the host."""
 
-# These tensors have one row per object; all other tensors have one entry per image.
+# Ultralytics' own values with an entry for each object.
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
+# Ultralytics' own values that no loss reads, and that code which adds images may have left as they were.
+_UNREAD = ("im_file", "ori_shape", "resized_shape", "ratio_pad")
 _EXACT = ("v8DetectionLoss", "v8OBBLoss")
 _MODELS, _LOSSES = "ultralytics.nn.tasks", "ultralytics.utils.loss"
 
@@ -47,15 +53,22 @@ def knows_call(model: Any) -> bool:
 
 
 def _is_own(model: Any, name: str) -> bool:
-    return name in vars(model) or getattr(type(model), name).__module__ != _MODELS
+    return name in vars(model) or module_of(getattr(model, name)) != _MODELS
+
+
+def _has_own_methods(kind: type) -> bool:
+    """Return whether no method of one of Ultralytics' classes was replaced."""
+    methods = [value for value in vars(kind).values() if isinstance(value, (FunctionType, staticmethod, classmethod))]
+    own = (module_of(method).startswith(("ultralytics.", "torch.")) for method in methods)
+    return kind.__module__ != _LOSSES or all(own)
 
 
 def _is_stock(criterion: Any) -> bool:
     """Return whether a criterion is Ultralytics' own, and so is everything that it calls."""
-    if type(criterion).__module__ != _LOSSES:
+    if type(criterion).__module__ != _LOSSES or not all(map(_has_own_methods, type(criterion).__mro__)):
         return False
     for part in vars(criterion).values():
-        module = getattr(part, "__module__", None) or type(part).__module__
+        module = module_of(part)
         if callable(part) and module != _LOSSES and module.partition(".")[0] not in ("torch", "ultralytics"):
             return False
         if module == _LOSSES and not isinstance(part, type) and not _is_stock(part):
@@ -87,10 +100,12 @@ class DetectionTask:
 
     def __init__(self, preprocess: Callable[[Any], Any], *, multi_scale: bool, overlapping_masks: bool) -> None:
         self.preprocess, self._multi_scale = preprocess, multi_scale
-        self._objects = _OBJECTS if overlapping_masks else (*_OBJECTS, "masks")
+        self._values = Values(_OBJECTS if overlapping_masks else (*_OBJECTS, "masks"))
+        self._belongs: dict[str, Belongs] = {}  # what each value of the current batch belongs to
         self._images = 0  # number of images in the current batch
         self._boxes: list[int] = []  # number of boxes in each of its images
         self._rows: dict[str, int] = {}  # number of rows in each of its tensors
+        self._image_of = torch.empty(0)  # index of the image of each of its objects, on the host
         self._ascending = False
         self.draw: Any = None
         """State of `random` from which all parts of the batch at hand draw the same size; None if they draw none."""
@@ -100,58 +115,73 @@ class DetectionTask:
         """Key → facts of the batch after preprocessing, as far as its parts tell them; see `LogicalBatch.describe`."""
 
     def splits(self, batch: Mapping[str, Any]) -> bool:
-        """Return whether every value of a batch has an entry for each image, or for each object of an image."""
+        """Return whether a batch has images, and objects of which it is known to which image they belong."""
         images, image_of = batch.get("img"), batch.get("batch_idx")
         if not isinstance(images, Tensor) or not isinstance(image_of, Tensor) or images.ndim != 4 or image_of.ndim != 1:
             return False
-        if len(image_of) and not 0 <= int(image_of.min()) <= int(image_of.max()) < len(images):
-            return False
-        for key, value in batch.items():
-            has_entries = value.ndim > 0 if isinstance(value, Tensor) else isinstance(value, (list, tuple))
-            if not has_entries or len(value) != len(image_of if key in (*self._objects, "batch_idx") else images):
-                return False
-        return True
+        return not len(image_of) or 0 <= int(image_of.min()) <= int(image_of.max()) < len(images)
+
+    def unknown(self, batch: Mapping[str, Any]) -> str:
+        """Return a key of the current batch whose value cannot be split up, with its length; empty if there is none."""
+        found = (key for key, each in self._belongs.items() if each is Belongs.UNKNOWN and key not in _UNREAD)
+        return next((f"'{key}' ({len(batch[key])} entries)" for key in found), "")
 
     def workload(self, batch: Mapping[str, Any]) -> Workload:
         """Return the properties of a batch on the host, see `mas.Task`."""
         images: Tensor = batch["img"]
         self._images = len(images)
+        self._belongs = self._values.of(batch)
         self._rows = {key: len(value) for key, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+        self._image_of = image_of = batch["batch_idx"].cpu()
+        self._ascending = bool((image_of[1:] >= image_of[:-1]).all())
+        self._boxes = torch.bincount(image_of.long(), minlength=self._images).tolist()
         self.draw = random.getstate() if self._multi_scale and not self.is_preprocessed else None
         if self.draw is not None:
             # A user's own preprocessing may look at more than images, and write on it.
-            one = {key: _copy(value) for key, value in self.part(batch, 0, 1).items() if key != BOXES}
+            one = {key: _copy(value) for key, value in self.opened(self.part(batch, 0, 1)).items()}
             try:
                 images = self.preprocess(one)["img"]
             except BaseException:
                 random.setstate(self.draw)
                 raise
-        image_of = batch["batch_idx"]
-        self._ascending = bool((image_of[1:] >= image_of[:-1]).all())
-        self._boxes = torch.bincount(batch["batch_idx"].long(), minlength=self._images).tolist()
         return Workload(images.shape[2], images.shape[3], tuple(self._boxes))
 
     def part(self, batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
         """Return images `start` to `stop` of a batch, with their numbers of boxes, see `mas.Task`."""
-        if stop - start == self._images:
-            return {**batch, BOXES: self._boxes}
-        image_of = batch["batch_idx"]
-        mine: slice | Tensor = (image_of >= start) & (image_of < stop)
-        if self._ascending:  # as Ultralytics collates: a slice stays in pinned memory
-            first, last = torch.searchsorted(image_of, image_of.new_tensor([start, stop])).tolist()
-            mine = slice(first, last)
-        part = {key: value[mine] if key in self._objects else value[start:stop] for key, value in batch.items()}
-        return {**part, "batch_idx": image_of[mine] - start, BOXES: self._boxes[start:stop]}
+        part = dict(batch)
+        if stop - start < self._images:
+            image_of = self._image_of
+            mine: slice | Tensor = ((image_of >= start) & (image_of < stop)).nonzero()[:, 0]
+            if self._ascending:  # as Ultralytics collates: a slice stays in pinned memory
+                first, last = torch.searchsorted(image_of, image_of.new_tensor([start, stop])).tolist()
+                mine = slice(first, last)
+            places = {Belongs.IMAGES: slice(start, stop), Belongs.OBJECTS: mine}
+            for key, belongs in self._belongs.items():
+                if belongs in places:
+                    part[key] = entries(part[key], places[belongs])
+            part["batch_idx"] = part["batch_idx"] - start
+        nests = {key: Nest(value) for key, value in part.items() if is_nest(value)}
+        return {**part, **nests, BOXES: self._boxes[start:stop]}
+
+    @staticmethod
+    def opened(part: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a part as an ordinary batch."""
+        return {key: value.value if isinstance(value, Nest) else value for key, value in part.items() if key != BOXES}
 
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """Preprocess a part and run the model's loss on it, see `mas.Task`."""
-        boxes, part = part[BOXES], {key: value for key, value in part.items() if key != BOXES}
+        boxes, part = part[BOXES], self.opened(part)
         if not self.is_preprocessed:
             given = dict(part)
             rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
             with drawing_from(self.draw):
                 part = self.preprocess(part)
             self._learn_facts(part, given, rows)
+            if len(part["img"]) != len(boxes):
+                raise ConfigError(
+                    f"preprocess_batch made {len(part['img'])} images of {len(boxes)}, and memory does not suffice to "
+                    "call it with a whole batch: train with a smaller batch"
+                )
         return self.measured(model, boxes, lambda: model(part))
 
     def measured(self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any]) -> Loss:
@@ -164,7 +194,7 @@ class DetectionTask:
         """
         assigner: Any = getattr(criterion_of(model), "assigner", None)
         none: list[Tensor] = []
-        with nullcontext(none) if assigner is None else in_slices(assigner, boxes) as sums:
+        with nullcontext(none) if assigner is None else in_slices(assigner) as sums:
             loss, items = run()
         normaliser: Tensor | float = sums[0] if loss_is_exact(model) else float(len(boxes))
         return Loss(loss, normaliser, items, times_images=True)

@@ -14,15 +14,14 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from yolov12.errors import ConfigError
 from yolov12.mas import Engine, Share
 from yolov12.mas.config import GROUPS
 from yolov12.mas.distributed.ranks import Ranks, RankStatus
+from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.detection import (
-    BOXES,
     DetectionTask,
     criterion_of,
     drawing_from,
@@ -34,7 +33,8 @@ from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.adapter.sharing import share_batches
-from yolov12.training.data.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
+from yolov12.training.adapter.users_code import Notices, check_split, is_ultralytics, show_whole
+from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
 from yolov12.training.run.interruption import Interruption
@@ -79,8 +79,8 @@ class TrainerAdapter:
         self._updates_asked = 0
         self._has_run = False  # True if the engine ran a batch after the last update
         self._is_due = False  # True if the next call of `preprocess_batch` comes from the training loop
-        self._told = ""  # last log line about how batches run
-        self._is_plain = trainer.preprocess_batch.__module__.startswith("ultralytics.") and not trainer.args.multi_scale
+        self._notices = Notices(silent=ranks.rank > 0)
+        self._knows_preprocess = is_ultralytics(trainer.preprocess_batch)
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
         self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
         self._stock_plot, self._stock_warmup = trainer.plot_training_samples, trainer._get_warmup_iterations
@@ -161,12 +161,12 @@ class TrainerAdapter:
         return self._task.preprocess(batch)
 
     def _preprocess_again(self, draw: Any, batch: dict[str, Any]) -> Any:
-        state, device = random_state(), self._trainer.device
+        state = RandomState(self._trainer.device)
         try:
-            with drawing_from(draw), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            with drawing_from(draw):
                 return self._task.preprocess(batch)
         finally:
-            set_random_state(state)
+            state.restore()
 
     def _seed(self, share: Share | None) -> None:
         if share is not None and self._trainer.args.multi_scale > 0:
@@ -181,6 +181,8 @@ class TrainerAdapter:
             return self.saver.skip()
         if self._interruption is not None and share is None:
             self._interruption.check()
+        if not self._knows_preprocess:
+            show_whole(batch, self._trainer.device, self._engine.meter.release, self._notices)
         host = batch.shown() if batch.is_seen else batch.host  # code that read the batch may have changed it
         if not self._can_split(model, host):
             found: tuple[Tensor, dict[str, Tensor]] = model(batch.shown())
@@ -205,6 +207,8 @@ class TrainerAdapter:
             stop_requested=self._stop_requested,
         )
         self._has_run = True
+        if len(result.micro_batches) > 1 and (key := self._task.unknown(host)):
+            check_split(key, self._notices, is_training=self._updates_asked > 0)
         self._share_ends(share, result.statuses)
         self._resolution.after(self._fits)
         self._note_sizes()
@@ -240,24 +244,17 @@ class TrainerAdapter:
         if not (knows_call(model) and knows_loss(model)):
             reason = "the loss is not one of Ultralytics' own"
         elif not self._task.splits(batch):
-            reason = "the batch has values that are neither of its images nor of their objects"
+            reason = "the batch does not tell which image its objects belong to"
         if reason and self._ranks.size > 1:
             raise ConfigError(f"{reason}, so several processes cannot share it: train in one, or with mas=False")
         if reason:
-            self._tell(f"memory: {reason}: batches run as Ultralytics runs them")
+            line = f"memory: {reason}: batches run as Ultralytics runs them"
         elif not loss_is_exact(model):
-            self._tell("memory: parts of a batch are weighted by images, as this loss is not divided by one sum")
+            line = "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
         else:
-            self._told = ""
+            line = ""
+        self._notices.hold(line)
         return not reason
-
-    def _tell(self, line: str) -> None:
-        """Log how batches run from now on, unless the last such line was the same."""
-        from ultralytics.utils import LOGGER
-
-        if line != self._told and not self._ranks.rank:
-            LOGGER.info(line)
-        self._told = line
 
     def _warmup(self, batches: int) -> int:
         """Use the same number of epochs on all ranks: Ultralytics estimates it from the clock of each process."""
@@ -281,8 +278,8 @@ class TrainerAdapter:
         if self.saver is not None and self.saver.skipping:
             return
         trainer = self._trainer
-        if not self._has_run and not self._told:
-            self._tell(
+        if not self._has_run and not self._notices.latest:
+            self._notices.hold(
                 "memory: the model was not given what preprocess_batch returned: batches run as Ultralytics runs them"
             )
         self._updates_asked += self._has_run
@@ -330,10 +327,9 @@ class TrainerAdapter:
         """Return the batch to plot. Ultralytics' own function draws only 16 images, and accepts them on the host."""
         if batch.is_seen or not self._stock_plot.__module__.startswith("ultralytics."):
             return batch.shown()
-        if self._is_plain:
+        if self._knows_preprocess and not self._trainer.args.multi_scale:
             return batch.host
-        part = self._task.part(batch.host, 0, min(_DRAWN, len(batch.host["img"])))
-        part.pop(BOXES)
+        part = self._task.opened(self._task.part(batch.host, 0, min(_DRAWN, len(batch.host["img"]))))
         shown: dict[str, Any] = self._preprocess_again(self._task.draw, part)
         return shown
 

@@ -1,0 +1,81 @@
+"""Warm-up, profile and failed attempts leave random generators and a user's own layers as they found them."""
+
+import copy
+import random
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from yolov12 import mas
+from yolov12.mas.profiling.ladder import make_ladder
+from yolov12.mas.profiling.warmup import warm_up
+from yolov12.mas.scheduling.peak_model import CostModel
+from yolov12.mas.scheduling.time_model import SpeedModel
+
+
+class Noise(nn.Module):
+    """Draws from every generator, and keeps state in every way."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.calls = most, 0
+        self.sizes, self.shapes, self.counts, self.last = [], set(), {"all": 0}, deque(maxlen=2)
+        self.register_buffer("written", torch.zeros(3))
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("none", None)
+
+    def forward(self, x):
+        self.calls += 1
+        self.sizes.append(len(x))
+        self.shapes.add(x.shape)
+        self.counts["all"] += 1
+        self.last.append(len(x))
+        self.written += 1
+        self.replaced = self.replaced + len(x)
+        self.new = "new"
+        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+        if len(x) > self.most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return x * noise
+
+
+def _generators():
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("most", [8, 2, 0])
+def test_warm_up_and_profile_leave_no_trace(most):
+    noise = Noise(most)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), noise, nn.Conv2d(4, 4, 3), nn.Flatten())
+    task = mas.TensorTask(lambda model, x: model(x).square().mean())
+    batch = (torch.rand(8, 3, 8, 8),)
+    engine = mas.Engine(model, task, mas.Config())
+    kept = {name: value for name, value in vars(noise).items() if not name.startswith("_")}
+    before = copy.deepcopy((kept, model.state_dict())), _generators()
+    failure = warm_up(engine._step, "host", batch, task.workload(batch), CostModel(), SpeedModel(new_size_ms=0.0))
+    ladder = make_ladder(engine._step, engine.meter, engine._calibration.layers, batch, 4)
+    assert ((failure is None), ladder.guessed) == (most > 0, most == 0)
+    assert _generators() == before[1]
+    (attributes, state), now = before[0], vars(noise)
+    assert {name: value for name, value in now.items() if not name.startswith("_")} == attributes
+    assert all(now[name] is value for name, value in kept.items())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_failed_attempt_draws_again_what_it_drew():
+    noise = Noise(4)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), noise, nn.Flatten())
+    task = mas.TensorTask(lambda model, x: model(x).square().mean())
+    batch = (torch.rand(8, 3, 8, 8),)
+    after = []
+    for most in (4, 8):
+        noise.most = most
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)  # noqa: NPY002
+        engine = mas.Engine(model, task, mas.Config(bn_group=0, micro_batch=4 if most == 8 else 8))
+        result = engine.step(batch)
+        after.append((result.micro_batches, _generators()))
+    assert after[0] == after[1]
+    assert after[0][0] == (4, 4)

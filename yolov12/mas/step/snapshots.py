@@ -1,0 +1,87 @@
+"""Snapshots of what a forward pass may change besides gradients and BatchNorm's statistics, which can be restored."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ModuleState", "RandomState"]
+
+_KNOWN = ("torch", "ultralytics", "yolov12")  # packages whose layers keep nothing but BatchNorm's statistics
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+class RandomState:
+    """State of the random generators of Python, NumPy and PyTorch, on the host and on one device.
+
+    Args:
+        device: Device of the model.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        """Set the generators back to these states."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)  # noqa: NPY002 - Ultralytics and users draw from it
+        torch.set_rng_state(self._torch)
+        if self._on_device is not None:
+            torch.cuda.set_rng_state(self._on_device, self._device)
+
+
+class ModuleState:
+    """State of the layers of a model that are a user's own: their buffers and attributes.
+
+    Such a layer may count its calls, or keep what it saw in a list, set or dictionary.
+
+    Args:
+        model: Model whose modules may change.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [
+            (module, _attributes(module), {name: (buffer, _copy(buffer)) for name, buffer in module._buffers.items()})
+            for module in model.modules()
+            if type(module).__module__.partition(".")[0] not in _KNOWN
+        ]
+
+    def restore(self) -> None:
+        """Set the modules back to this state."""
+        for module, attributes, buffers in self._modules:
+            for name in _attributes(module).keys() - attributes.keys():
+                del vars(module)[name]
+            for name, (value, content) in attributes.items():
+                vars(module)[name] = value
+                if isinstance(value, (list, deque)):
+                    value.clear()
+                    value.extend(content)
+                elif isinstance(value, (set, dict)):
+                    value.clear()
+                    value.update(content)
+            for name, (buffer, content) in buffers.items():
+                module._buffers[name] = buffer
+                if buffer is not None and content is not None:
+                    with torch.no_grad():
+                        buffer.copy_(content)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Return each attribute of a module with a copy of its content, for a container."""
+    own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
+    return {
+        name: (value, copy.copy(value) if isinstance(value, (list, deque, set, dict)) else None)
+        for name, value in own.items()
+    }
+
+
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.detach().clone()
