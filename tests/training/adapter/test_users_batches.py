@@ -168,6 +168,8 @@ def test_a_layer_of_the_users_own_sees_no_warm_up(trainings, small_model, tmp_pa
 
     def put(trainer):
         trainer.model.model[1].act = Counting()
+        trainer.model.seen = []
+        trainer.model.model[0].register_forward_hook(lambda *_: trainer.model.seen.append(trainer.model.training))
 
     stock, ours = (
         trainings.train(
@@ -178,6 +180,7 @@ def test_a_layer_of_the_users_own_sees_no_warm_up(trainings, small_model, tmp_pa
     assert "BatchNorm sees" in ours.log
     one, other = (run.trainer.model.model[1].act for run in (ours, stock))
     assert (one.calls, one.sizes, one.latest, int(one.images)) == (4, [8] * 4, other.latest, 32)
+    assert ours.trainer.model.seen == stock.trainer.model.seen == [True] * trainings.BATCHES
     assert_same_weights(ours, stock)
     assert ours.draws == stock.draws
 

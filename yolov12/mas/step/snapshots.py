@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 __all__ = ["ModuleState", "RandomState"]
 
-_KNOWN = ("torch", "ultralytics", "yolov12")  # packages whose layers keep nothing but BatchNorm's statistics
+_KNOWN = ("torch", "ultralytics", "yolov12")  # their buffers are BatchNorm's statistics, or constants
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -39,20 +39,16 @@ class RandomState:
 
 
 class ModuleState:
-    """State of the layers of a model that are a user's own: their buffers and attributes.
+    """State of the modules of a model besides parameters: their attributes, and buffers of layers of a user's own.
 
-    Such a layer may count its calls, or keep what it saw in a list, set or dictionary.
+    Such a layer, or a hook on any layer, may count calls, or keep what it saw in a list, set or dictionary.
 
     Args:
         model: Model whose modules may change.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [
-            (module, _attributes(module), {name: (buffer, _copy(buffer)) for name, buffer in module._buffers.items()})
-            for module in model.modules()
-            if type(module).__module__.partition(".")[0] not in _KNOWN
-        ]
+        self._modules = [(module, _attributes(module), _buffers(module)) for module in model.modules()]
 
     def restore(self) -> None:
         """Set the modules back to this state."""
@@ -69,9 +65,8 @@ class ModuleState:
                     value.update(content)
             for name, (buffer, content) in buffers.items():
                 module._buffers[name] = buffer
-                if buffer is not None and content is not None:
-                    with torch.no_grad():
-                        buffer.copy_(content)
+                with torch.no_grad():
+                    buffer.copy_(content)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -83,5 +78,9 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.detach().clone()
+def _buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each buffer of a layer of a user's own, with a copy."""
+    if type(module).__module__.partition(".")[0] in _KNOWN:
+        return {}
+    buffers = module._buffers.items()
+    return {name: (buffer, buffer.detach().clone()) for name, buffer in buffers if buffer is not None}
