@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from yolov12 import own_files
+
 __all__ = ["AtomicPath", "is_locked", "lock", "make_atomic", "replacing", "unlock", "write"]
 
 _LOCK = ".lock"
@@ -33,6 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
+        own_files.remember(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
