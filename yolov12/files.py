@@ -7,7 +7,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -108,12 +108,15 @@ def lock(folder: Path) -> FolderLock | None:
 
 def is_locked(folder: Path) -> bool:
     """Return True if a thread or process has locked a folder."""
-    if not (folder / _LOCK).exists():
-        return False
-    mine = lock(folder)
-    if mine is not None:
-        mine.release()
-    return mine is None
+    with _guard, suppress(FileNotFoundError):
+        if _key(folder) in _locked:
+            return True
+        with (folder / _LOCK).open("rb") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # any number of processes may look at once
+            except OSError as error:
+                return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def _key(folder: Path) -> tuple[int, int, int]:

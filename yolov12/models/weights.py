@@ -55,8 +55,7 @@ def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -
     checkpoint = {"model": found} if isinstance(found, nn.Module) else found
     if not isinstance(checkpoint, dict) or not _has_model(checkpoint):
         _raise_without_model(file, checkpoint)
-    if not is_own:
-        _check_settings(file, checkpoint)
+    _check_settings(file, checkpoint, is_own)
     return checkpoint, file
 
 
@@ -154,21 +153,24 @@ def strip_optimizer(stock: Callable[..., Any], /, f: Any = "best.pt", *args: Any
         What `stock` returns: the checkpoint; empty if the file is not a checkpoint, with a warning in the log.
 
     Raises:
-        UntrustedWeightsError: See `read`.
+        UntrustedWeightsError: See `load`.
     """
     from ultralytics.utils import LOGGER
 
     try:
-        found = read(f)
+        found, is_own = _read(Path(f))
         if not isinstance(found, dict) or "model" not in found:
             raise UnreadableWeightsError("it holds no model")
+        _check_settings(f, found, is_own)  # afterwards it is a file of this process
     except UntrustedWeightsError:
         raise
     except WeightsError as error:
         LOGGER.warning(f"Skipping {f}, not a valid Ultralytics model: {error}")
         return {}
     if args or "s" in kwargs:
-        return stock(f, *args, **kwargs)
+        done = stock(f, *args, **kwargs)
+        own_files.remember((args[0] if args else kwargs["s"]) or f)
+        return done
     with files.replacing(f) as unfinished, _left_out_of_log(f" saved as {unfinished},"):
         return stock(f, str(unfinished), **kwargs)
 
@@ -245,9 +247,9 @@ def _raise_without_model(file: str, found: Any) -> None:
     )
 
 
-def _check_settings(file: str, checkpoint: dict[str, Any]) -> None:
+def _check_settings(file: str, checkpoint: dict[str, Any], is_own: bool) -> None:
     """Refuse or remove settings that would make Ultralytics run or download something later."""
-    if checkpoint.get("modelopt"):
+    if checkpoint.get("modelopt") and not is_own:
         raise UntrustedWeightsError(
             f"{file} holds a state for NVIDIA ModelOpt. To restore it, Ultralytics would install and run that package. "
             f"If you trust the author of the file, set {TRUST}=1."
