@@ -1,4 +1,4 @@
-"""Where a resumed run goes on, and which arguments it refuses before it changes anything there."""
+"""The folder in which a resumed run goes on, and the arguments that it refuses before it changes anything there."""
 
 from pathlib import Path
 
