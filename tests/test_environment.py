@@ -1,5 +1,6 @@
 """The scripts' way to a Python with everything in it, with a stand-in for the five gigabytes; and the locks."""
 
+import inspect
 import json
 import os
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ultralytics.models.yolo.detect.val import DetectionValidator
+from ultralytics.utils.checks import check_requirements
 
 from yolov12.seams import PINNED
 
@@ -170,3 +173,11 @@ def test_every_command_has_its_script(command):
     script = ROOT / "scripts" / f"{command}.sh"
     assert os.access(script, os.X_OK)
     assert f'exec yolov12 {command} "$@"' in script.read_text()
+
+
+def test_what_ultralytics_needs_for_coco_metrics_is_installed():
+    """It would be downloaded by `val(save_json=True)` otherwise, and without a network the metrics would be missing."""
+    source = inspect.getsource(DetectionValidator.coco_evaluate)
+    (needed,) = re.findall(r'check_requirements\("(faster-coco-eval\S*)"\)', source)
+    assert check_requirements(needed, install=False)
+    assert "faster-coco-eval" in requirements("lock.txt")

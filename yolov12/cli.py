@@ -19,7 +19,7 @@ from typing import Any
 
 from yolov12 import autopatch
 from yolov12.cfg import reference
-from yolov12.errors import ConfigError, WeightsError, YOLOv12Error, plain
+from yolov12.errors import ConfigError, MissingWeightsError, YOLOv12Error, plain
 
 __all__ = ["ENVIRONMENT", "EXIT_STATUSES", "main"]
 
@@ -247,7 +247,7 @@ def _last_trained(name: str) -> str:
     found = Path(SETTINGS["runs_dir"]).glob(f"**/weights/{name}")
     last = max(found, key=lambda file: file.stat().st_mtime, default=None)
     if last is None:
-        raise WeightsError(f"no model= given, and nothing trained yet in {SETTINGS['runs_dir']}. Train first")
+        raise MissingWeightsError(f"no model= given, and nothing trained yet in {SETTINGS['runs_dir']}. Train first")
     print(f"model={last} (trained last)")
     return str(last)
 

@@ -1,13 +1,19 @@
 """The errors that this package raises on purpose. Every message says what happened and what to do.
 
+Each is also an error of the type that Ultralytics or PyTorch raises in its place, so code that catches that type works.
+
 YOLOv12Error
 ├── ConfigError                 an argument is not valid (also a ValueError)
-├── DataError                   a data set cannot be used (also a ValueError)
-├── WeightsError                a weight file is missing or unreadable
-│   └── UntrustedWeightsError   a weight file asks for code outside the allow-list
+│   └── ArgumentTypeError       an argument has a type that it cannot have (also a TypeError)
+├── DataError                   a data set cannot be used (also a RuntimeError and a ValueError)
+│   └── MissingImagesError      a data set has no images (also a FileNotFoundError)
+├── WeightsError                a weight file cannot be used
+│   ├── MissingWeightsError     a weight file does not exist (also a FileNotFoundError)
+│   └── UnreadableWeightsError  a weight file is not a checkpoint (also a TypeError)
+│       └── UntrustedWeightsError   a weight file asks for code outside the allow-list
 ├── ExportError                 a builder refuses an exported graph
-├── DoesNotFitError             one image does not fit into memory (also a MemoryError)
-├── RankError                   another rank of a distributed training failed or is gone
+├── DoesNotFitError             one image does not fit into memory (also a MemoryError and a RuntimeError)
+├── RankError                   another rank of a distributed training failed or is gone (also a RuntimeError)
 └── SeamError                   the installed Ultralytics lacks a name that we patch (also an ImportError)
 """
 
@@ -29,15 +35,31 @@ class ConfigError(YOLOv12Error, ValueError):
     """An argument is unknown or malformed, or this machine does not support it."""
 
 
-class DataError(YOLOv12Error, ValueError):
+class ArgumentTypeError(ConfigError, TypeError):
+    """An argument has a type that it cannot have."""
+
+
+class DataError(YOLOv12Error, RuntimeError, ValueError):
     """A data set is missing, empty, or malformed."""
+
+
+class MissingImagesError(DataError, FileNotFoundError):
+    """A data set names images that do not exist."""
 
 
 class WeightsError(YOLOv12Error):
     """A weight file is missing, unreadable, or not a checkpoint."""
 
 
-class UntrustedWeightsError(WeightsError):
+class MissingWeightsError(WeightsError, FileNotFoundError):
+    """A weight file does not exist, and cannot be downloaded."""
+
+
+class UnreadableWeightsError(WeightsError, TypeError):
+    """A weight file is incomplete, or not a checkpoint."""
+
+
+class UntrustedWeightsError(UnreadableWeightsError):
     """A weight file names code outside the allow-list. Loading the file would run that code."""
 
 
@@ -45,11 +67,11 @@ class ExportError(YOLOv12Error):
     """A builder refuses an exported graph for a reason other than memory."""
 
 
-class DoesNotFitError(YOLOv12Error, MemoryError):
+class DoesNotFitError(YOLOv12Error, MemoryError, RuntimeError):
     """One image does not fit into memory. The message gives the bytes needed, the bytes free, and ways out."""
 
 
-class RankError(YOLOv12Error):
+class RankError(YOLOv12Error, RuntimeError):
     """Another rank failed, is gone, or has different weights. The message names the rank."""
 
 

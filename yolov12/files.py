@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["AtomicPath", "is_locked", "lock", "make_atomic", "replacing", "unlock", "write"]
+from yolov12 import own_files
+
+__all__ = ["AtomicPath", "FolderLock", "is_locked", "lock", "make_atomic", "replacing", "write"]
 
 _LOCK = ".lock"
+_guard = threading.Lock()
+_locked: set[tuple[int, int, int]] = set()  # folders that this process has locked
 
 
 @contextmanager
@@ -33,6 +38,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)
+        own_files.remember(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -57,47 +63,66 @@ class AtomicPath(type(Path())):  # type: ignore[misc]  # Path() returns a PosixP
         return len(data)
 
 
-def lock(folder: Path) -> IO[bytes] | None:
-    """Lock a folder, so that other processes know that this process writes to it.
+class FolderLock:
+    """Lock of a folder. It lasts until `release`, or until the process ends."""
+
+    def __init__(self, key: tuple[int, int, int], file: IO[bytes]) -> None:
+        self._key, self._file = key, file
+
+    def release(self) -> None:
+        """Release the lock and delete its file."""
+        with _guard:
+            Path(self._file.name).unlink(missing_ok=True)
+            self._file.close()
+            _locked.discard(self._key)
+
+
+def lock(folder: Path) -> FolderLock | None:
+    """Lock a folder, so that other threads and processes know that it is written to.
 
     Args:
         folder: An existing folder.
 
     Returns:
-        An open lock file. The lock lasts until the file is closed or the process ends. None if another process holds
-        the lock. On a file system without locks, a file is returned and nothing is locked.
+        The lock. None if another thread or process has locked the folder. On a file system without locks, only threads
+        of this process notice the lock.
     """
-    file = (folder / _LOCK).open("ab")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
+    with _guard:
+        key = _key(folder)
+        # Locks of files are those of a process, which loses them when it closes the file in any place.
+        if key in _locked:
             return None
-        return (folder / _LOCK).open("ab")  # the file system has no locks
-    return file
-
-
-def unlock(folder: Path, file: IO[bytes] | None) -> None:
-    """Release a lock and delete its file.
-
-    Args:
-        folder: The folder that was locked.
-        file: What `lock` returned.
-    """
-    (folder / _LOCK).unlink(missing_ok=True)
-    if file is not None:
-        file.close()
+        file = (folder / _LOCK).open("ab")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: worker processes would inherit it
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.close()
+                return None
+        if not os.fstat(file.fileno()).st_nlink:  # another process has just released and deleted it
+            file.close()
+            return None
+        _locked.add(key)
+        return FolderLock(key, file)
 
 
 def is_locked(folder: Path) -> bool:
-    """Return True if another process holds the lock of a folder."""
-    if not (folder / _LOCK).exists():
-        return False
-    mine = lock(folder)
-    if mine is not None:
-        mine.close()
-    return mine is None
+    """Return True if a thread or process has locked a folder."""
+    with _guard, suppress(FileNotFoundError):
+        if _key(folder) in _locked:
+            return True
+        with (folder / _LOCK).open("rb") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # any number of processes may look at once
+            except OSError as error:
+                return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
+
+
+def _key(folder: Path) -> tuple[int, int, int]:
+    """Return what identifies a folder in this process, but not in a fork of it."""
+    status = folder.stat()
+    return os.getpid(), status.st_dev, status.st_ino
 
 
 def make_atomic(trainer: Any) -> None:

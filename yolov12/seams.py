@@ -59,10 +59,7 @@ class Seam:
 around, changed = Seam, functools.partial(Seam, once=True)
 
 SEAMS: Mapping[str, Mapping[str, Seam]] = {
-    "ultralytics.utils": {
-        "DEFAULT_CFG_DICT": changed("cfg.arguments:add_arguments"),
-        "DEFAULT_CFG": changed("cfg.arguments:add_arguments"),
-    },
+    "ultralytics.utils": dict.fromkeys(("DEFAULT_CFG_DICT", "DEFAULT_CFG"), changed("cfg.arguments:add_arguments")),
     "ultralytics.utils.torch_utils": {"strip_optimizer": around("models.weights:strip_optimizer")},
     "ultralytics.utils.plotting": {"plot_images": around("training.data.host:plot_fewer_images")},
     "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": changed("models.weight_names:add_official")},
@@ -85,7 +82,10 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "BaseModel.__call__": changed("training.model_call:model_call"),
     },
     "ultralytics.nn.backends.tensorrt": {"TensorRTBackend.load_model": around("export.seams:load_model")},
-    "ultralytics.engine.model": {"Model.train": around("training.run.session:train")},
+    "ultralytics.engine.model": {
+        "Model.train": around("training.run.session:train"),
+        "Model.save": around("models.weights:save"),
+    },
     "ultralytics.engine.trainer": {
         "BaseTrainer.__init__": around("training.run.setup:make"),
         "BaseTrainer.train": around("training.run.setup:train"),

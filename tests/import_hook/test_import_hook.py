@@ -35,6 +35,8 @@ STAND_IN = {
         class Model:
             def train(self, trainer=None, **kwargs):
                 return "stock"
+            def save(self, filename="saved_model.pt"):
+                return "stock"
     """,
 }
 

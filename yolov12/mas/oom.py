@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from yolov12.errors import DoesNotFitError
+from yolov12.errors import DoesNotFitError, YOLOv12Error
 
 __all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tried_to_allocate"]
 
@@ -48,8 +48,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if error.__cause__ is not None and is_out_of_memory(error.__cause__):
         return True
+    if isinstance(error, YOLOv12Error):  # such as the report of another rank that ran out of memory
+        return False
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return not isinstance(error, DoesNotFitError)
+        return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from yolov12.errors import WeightsError
+from yolov12.errors import MissingWeightsError
 
 _RELEASES = "https://github.com/sunsmarterjie/yolov12/releases/download"
 
@@ -30,8 +30,8 @@ def resolve(name: str | Path) -> str:
         The path of the file.
 
     Raises:
-        WeightsError: The file does not exist, or the download failed. After a failed download, the message gives the
-            address and the path to save the file to.
+        MissingWeightsError: The file does not exist, or the download failed. After a failed download, the message gives
+            the address and the path to save the file to.
     """
     from ultralytics.utils import SETTINGS
 
@@ -55,7 +55,7 @@ def _download(url: str, target: Path) -> str:
             part = safe_download(url, file=target.name, dir=folder, unzip=False, min_bytes=1e5)
             Path(part).replace(target)
     except Exception as e:
-        raise WeightsError(
+        raise MissingWeightsError(
             f"{target.name} is not in {target.parent} and could not be downloaded ({_line(e)}). "
             f"Download {url} by hand and save it as {target}."
         ) from e
@@ -72,7 +72,7 @@ def _upstream(given: str) -> str:
         found: str = downloads.attempt_download_asset(given)
         if Path(found).is_file():
             return found
-    raise WeightsError(
+    raise MissingWeightsError(
         f"{given} does not exist (folder: {Path.cwd()}). Check the path, or use an official name such as yolov12s.pt."
     )
 

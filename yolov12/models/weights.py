@@ -21,14 +21,14 @@ from zipfile import BadZipFile, ZipFile
 import torch
 from torch import nn
 
-from yolov12 import files
-from yolov12.errors import UntrustedWeightsError, WeightsError
+from yolov12 import files, own_files
+from yolov12.errors import MissingWeightsError, UnreadableWeightsError, UntrustedWeightsError, WeightsError
 from yolov12.models.layouts import mark_layout
 from yolov12.models.unpickle import RestrictedPickle
 from yolov12.models.weight_names import OFFICIAL, resolve
 from yolov12.models.yaml_check import check_yaml
 
-__all__ = ["OFFICIAL", "check_yaml", "load", "read", "resolve", "strip_optimizer", "torch_safe_load"]
+__all__ = ["OFFICIAL", "check_yaml", "load", "read", "resolve", "save", "strip_optimizer", "torch_safe_load"]
 
 TRUST = "YOLOV12_TRUST_WEIGHTS"
 
@@ -45,21 +45,24 @@ def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -
 
     Raises:
         UntrustedWeightsError: The file asks for code outside the allow-list. The message lists all of it.
-        WeightsError: The file is missing, incomplete, or not a checkpoint.
+        UnreadableWeightsError: The file is incomplete, or not a checkpoint.
+        MissingWeightsError: The file does not exist.
     """
     file = resolve(weight)
     if _trusted():
         return (trusted_loader or _stock_loader())(file)  # type: ignore[no-any-return]
-    found = read(file)
+    found, is_own = _read(Path(file))
     checkpoint = {"model": found} if isinstance(found, nn.Module) else found
     if not isinstance(checkpoint, dict) or not _has_model(checkpoint):
         _raise_without_model(file, checkpoint)
-    _check_settings(file, checkpoint)
+    _check_settings(file, checkpoint, is_own)
     return checkpoint, file
 
 
 def read(file: str | Path) -> Any:
     """Read a file like `torch.load(file, map_location="cpu")`, without running its code.
+
+    A file that this process wrote is read by `torch.load` itself.
 
     Args:
         file: A file that `torch.save` wrote.
@@ -69,14 +72,21 @@ def read(file: str | Path) -> Any:
 
     Raises:
         UntrustedWeightsError: The file asks for code outside the allow-list. The message lists all of it.
-        WeightsError: The file is missing, incomplete, or was not written by `torch.save`.
+        UnreadableWeightsError: The file is incomplete, or was not written by `torch.save`.
+        MissingWeightsError: The file does not exist.
     """
-    path = Path(file)
+    return _read(Path(file))[0]
+
+
+def _read(path: Path) -> tuple[Any, bool]:
+    """Return the object in a file, and whether this process wrote the file."""
     if _trusted():
-        return torch.load(path, map_location="cpu", weights_only=False)
+        return torch.load(path, map_location="cpu", weights_only=False), False
     pickle_module = RestrictedPickle()
     try:
         with path.open("rb") as stream:
+            if own_files.is_own(stream):
+                return torch.load(stream, map_location="cpu", weights_only=False), True
             start = stream.read(4)
         if zipped := start == b"PK\x03\x04":
             pickle_module = RestrictedPickle(_records(path))
@@ -87,19 +97,21 @@ def read(file: str | Path) -> Any:
         found = torch.load(source, map_location="cpu", pickle_module=pickle_module, weights_only=False)
     except WeightsError:
         raise
+    except FileNotFoundError as e:
+        raise MissingWeightsError(f"{path} does not exist (folder: {Path.cwd()}). Check the path.") from e
     except Exception as e:
         if not pickle_module.refused:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            raise WeightsError(
-                f"{file} cannot be read as a checkpoint: it is empty, incomplete, or another format ({reason:.200}). "
+            raise UnreadableWeightsError(
+                f"{path} cannot be read as a checkpoint: it is empty, incomplete, or another format ({reason:.200}). "
                 "Delete it and download or copy it again."
             ) from e
     if pickle_module.refused:
         raise UntrustedWeightsError(
-            f"{file} asks for {', '.join(pickle_module.refused)}, which no checkpoint of Ultralytics needs. None of it "
+            f"{path} asks for {', '.join(pickle_module.refused)}, which no checkpoint of Ultralytics needs. None of it "
             f"was run. If you trust the author of the file, set {TRUST}=1 to load it without this check."
         )
-    return found
+    return found, False
 
 
 def torch_safe_load(stock: Callable[..., Any], /, weight: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], str]:
@@ -116,7 +128,11 @@ def torch_safe_load(stock: Callable[..., Any], /, weight: Any, *args: Any, **kwa
 
     Raises:
         WeightsError: See `load`.
+        AssertionError: The name of the file does not end in `.pt`.
     """
+    from ultralytics.utils.checks import check_suffix
+
+    check_suffix(file=weight, suffix=".pt")
     checkpoint, file = load(weight, trusted_loader=stock)
     for key in ("model", "ema"):
         if checkpoint.get(key) is not None:
@@ -133,14 +149,42 @@ def strip_optimizer(stock: Callable[..., Any], /, f: Any = "best.pt", *args: Any
         args: Positional arguments for `stock`.
         kwargs: Keyword arguments for `stock`.
 
+    Returns:
+        What `stock` returns: the checkpoint; empty if the file is not a checkpoint, with a warning in the log.
+
     Raises:
-        WeightsError: See `read`.
+        UntrustedWeightsError: See `load`.
     """
-    read(f)
+    from ultralytics.utils import LOGGER
+
+    try:
+        found, is_own = _read(Path(f))
+        if not isinstance(found, dict) or "model" not in found:
+            raise UnreadableWeightsError("it holds no model")
+        _check_settings(f, found, is_own)  # afterwards it is a file of this process
+    except UntrustedWeightsError:
+        raise
+    except WeightsError as error:
+        LOGGER.warning(f"Skipping {f}, not a valid Ultralytics model: {error}")
+        return {}
     if args or "s" in kwargs:
-        return stock(f, *args, **kwargs)
+        done = stock(f, *args, **kwargs)
+        own_files.remember((args[0] if args else kwargs["s"]) or f)
+        return done
     with files.replacing(f) as unfinished, _left_out_of_log(f" saved as {unfinished},"):
         return stock(f, str(unfinished), **kwargs)
+
+
+def save(stock: Callable[..., None], model: Any, /, filename: str | Path = "saved_model.pt") -> None:
+    """Run Ultralytics' `Model.save`, and trust the file in this process.
+
+    Args:
+        stock: Ultralytics' own method.
+        model: The `YOLO` object.
+        filename: Path of the file.
+    """
+    stock(model, filename)
+    own_files.remember(filename)
 
 
 @contextmanager
@@ -173,7 +217,7 @@ def _records(path: Path) -> dict[str, int]:
     # Use torch's own reader: a crafted file can show different records to different readers.
     reader: Any = torch._C.PyTorchFileReader(str(path))
     if "constants.pkl" in reader.get_all_records():
-        raise WeightsError(
+        raise UnreadableWeightsError(
             f"{path} is a TorchScript archive, which is a program. Load the .pt file that it was exported from, or "
             "rename it to .torchscript to run it as an exported model."
         )
@@ -193,24 +237,26 @@ def _has_model(checkpoint: Mapping[str, Any]) -> bool:
 def _raise_without_model(file: str, found: Any) -> None:
     state = found.get("model", found) if isinstance(found, dict) else None
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise WeightsError(
+        raise UnreadableWeightsError(
             f"{file} holds {len(state)} tensors and no model (a state dict). Build the model and load them: "
             f"model = YOLO('yolov12s.yaml'); model.model.load_state_dict(torch.load({file!r}, weights_only=True)); "
             "model.save() then writes a checkpoint."
         )
-    raise WeightsError(f"{file} holds a {type(found).__name__} without a model. Give a checkpoint that YOLO saved.")
+    raise UnreadableWeightsError(
+        f"{file} holds a {type(found).__name__} without a model. Give a checkpoint that YOLO saved."
+    )
 
 
-def _check_settings(file: str, checkpoint: dict[str, Any]) -> None:
+def _check_settings(file: str, checkpoint: dict[str, Any], is_own: bool) -> None:
     """Refuse or remove settings that would make Ultralytics run or download something later."""
-    if checkpoint.get("modelopt"):
+    if checkpoint.get("modelopt") and not is_own:
         raise UntrustedWeightsError(
             f"{file} holds a state for NVIDIA ModelOpt. To restore it, Ultralytics would install and run that package. "
             f"If you trust the author of the file, set {TRUST}=1."
         )
     settings = checkpoint.get("train_args") or {}
     if not isinstance(settings, dict):
-        raise WeightsError(
+        raise UnreadableWeightsError(
             f"{file} has train_args of type {type(settings).__name__}. Give a checkpoint that YOLO saved."
         )
     if _is_remote(settings.get("data")):

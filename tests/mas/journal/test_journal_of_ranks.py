@@ -249,6 +249,20 @@ def test_a_resume_after_a_save_cuts_every_file(tmp_path):
     assert (summary.updates, summary.images, summary.ranks[1].images) == (3, 96, 40)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_resume_from_the_end_of_an_epoch_cuts_every_file(tmp_path, order):
+    """The steps of the second epoch are made again, whichever rank opens its file first."""
+    before = [row(1, 16), row(2, 16), row(3, 16, epoch=2), row(4, 16, epoch=2)]
+    write(tmp_path, before, before[:3])
+    journals = {rank: Journal(tmp_path, resume=True, epochs=1, rank=rank, ranks=2) for rank in order}
+    for rank in (1, 0):
+        journals[rank].add(row(3, 16, epoch=2))
+        summary = journals[rank].close(updates_expected=1)
+    assert steps(tmp_path, 0) == steps(tmp_path, 1) == [1, 2, 3]
+    assert [rows[2]["events"] for rows in read_ranks(tmp_path).values()] == ["resumed"] * 2
+    assert (summary.updates, summary.updates_expected, summary.updates_repeated, summary.images) == (3, 3, 0, 96)
+
+
 def test_after_a_resume_all_ranks_count_alike_whatever_rows_a_kill_took(tmp_path):
     write(tmp_path, [row(step, 16) for step in (1, 2, 3)], [row(1, 16)], [row(step, 16) for step in (1, 2, 3, 4, 5)])
     journals = [Journal(tmp_path, rank=rank, ranks=3, resume=True) for rank in range(3)]

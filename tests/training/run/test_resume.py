@@ -1,7 +1,6 @@
 """Saving and resuming runs: when a run is saved, which run `resume=auto` continues, and files that cannot be used."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,27 +37,6 @@ def cut_at(batch):
 
 def cut(trainings, folder, batch=6, **arguments):
     return trainings.train(folder, bn_group=8, callbacks=cut_at(batch), raises=PowerCutError, **arguments)
-
-
-@pytest.fixture
-def interrupted(trainings, made_once, tmp_path):
-    """Lay a run that was cut in its second epoch into a folder, by default this test's: the folder of the run.
-
-    Each is a copy of one training, whose checkpoint is told where it lies now.
-    """
-    original = made_once("interrupted", lambda folder: cut(trainings, folder, name="line")) / "line"
-
-    def lay(project=tmp_path, name="line"):
-        copy = shutil.copytree(original, project / name)
-        file = copy / "weights" / "last.pt"
-        changed = file.stat().st_mtime
-        checkpoint = torch.load(file, weights_only=False)
-        checkpoint["train_args"] |= {"project": str(project), "name": name, "save_dir": str(copy)}
-        torch.save(checkpoint, file)
-        os.utime(file, (changed, changed))
-        return copy
-
-    return lay
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
@@ -289,7 +267,7 @@ def test_a_program_in_place_of_a_state_is_not_run(trainings, interrupted, tmp_pa
     folder = interrupted()
     torch.jit.script(Program()).save(str(folder / "weights" / "state.pt"))
     again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
-    assert "it cannot be read (WeightsError)" in again.log
+    assert "it cannot be read (UnreadableWeightsError)" in again.log
     assert len(again.results) == 2
 
 

@@ -89,6 +89,7 @@ class Journal:
             files.
         resume: Continue the existing file. If a kill cut off its last line, that line is dropped.
         steps: With `resume`, drop the rows after this step number, because these steps will run again.
+        epochs: With `resume` from the end of an epoch, drop the rows after this epoch number for the same reason.
         rank: Index of this process among the ranks.
         ranks: Number of ranks.
 
@@ -97,7 +98,14 @@ class Journal:
     """
 
     def __init__(
-        self, folder: str | Path, *, resume: bool = False, steps: int | None = None, rank: int = 0, ranks: int = 1
+        self,
+        folder: str | Path,
+        *,
+        resume: bool = False,
+        steps: int | None = None,
+        epochs: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self._folder, self._rank, self._ranks = Path(folder), rank, ranks
         self._json, self._picture = self._folder / "memory.json", self._folder / "memory.png"
@@ -107,7 +115,7 @@ class Journal:
         self._before: Mapping[str, float | None] = {}
         if not resume:
             self._remove_old_files()
-        rows, last_step = self._resume(steps) if resume else ([], 0)
+        rows, last_step = self._resume(steps, epochs) if resume else ([], 0)
         self._next_step = last_step + 1
         self._resumed_rows, self._first_step = len(rows), self._next_step
         self._mark = (RESUMED if steps is None else f"{RESUMED} after step {steps}") if last_step else ""
@@ -123,11 +131,12 @@ class Journal:
             for path in (self._json, self._picture, *_rank_files(self._folder).values()):
                 path.unlink(missing_ok=True)
 
-    def _resume(self, steps: int | None) -> tuple[list[dict[str, str]], int]:
+    def _resume(self, steps: int | None, epochs: int | None) -> tuple[list[dict[str, str]], int]:
         """Truncate the file to the valid rows. Return them, and the last step number, which all ranks agree on."""
         first = self._folder / _FIRST
-        if steps is None and self._rank and first.exists():
-            steps = _last_step(read_rows(first))  # a kill may cost each rank another number of rows
+        if steps is None and (self._rank or epochs is not None) and first.exists():
+            # A kill may cost each rank another number of rows.
+            steps = _last_step([row for row in read_rows(first) if epochs is None or int(row["epoch"]) <= epochs])
         rows: list[dict[str, str]] = []
         if self._csv.exists():
             _truncate(self._csv, steps)

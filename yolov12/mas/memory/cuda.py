@@ -67,9 +67,10 @@ class CudaMeter:
         """Return the highest allocated bytes since the mark. They are exact, as the allocator counts every request."""
         return int(self._counters()["allocated_bytes"]["all"]["peak"])
 
-    def release(self) -> None:
-        """Collect garbage and return the allocator's cache to the device; this waits for the device."""
-        gc.collect()
+    def release(self, *, collect: bool = True) -> None:
+        """See `Meter.release`; this waits for the device."""
+        if collect:
+            gc.collect()
         torch.cuda.empty_cache()
 
     def limited(self) -> AbstractContextManager[None]:

@@ -131,9 +131,10 @@ class HostMeter:
         now, peak = self._memory.resident_bytes()
         return peak if peak > self._peak_at_mark_bytes else max(now, self._at_mark_bytes)
 
-    def release(self) -> None:
-        """Collect garbage and return the heap to the system."""
-        gc.collect()
+    def release(self, *, collect: bool = True) -> None:
+        """Return the heap to the system, see `Meter.release`."""
+        if collect:
+            gc.collect()
         trim_heap()
 
     def limited(self) -> contextlib.AbstractContextManager[None]:

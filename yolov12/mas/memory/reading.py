@@ -80,8 +80,12 @@ class Meter(Protocol):
     def peak_bytes(self) -> int:
         """Return the highest allocated bytes since the last mark."""
 
-    def release(self) -> None:
-        """Return cached memory of the allocator to the device."""
+    def release(self, *, collect: bool = True) -> None:
+        """Return cached memory of the allocator to the device.
+
+        Args:
+            collect: Collect Python's garbage first, which takes tenths of a second.
+        """
 
     def stopwatch(self) -> Stopwatch:
         """Start a stopwatch."""

@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from yolov12.errors import YOLOv12Error
 from yolov12.mas import Advice, Config, Engine, Journal
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.distributed.ranks import ALONE, Ranks
@@ -16,16 +17,18 @@ from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
-from yolov12.training.data.loader import resumable
+from yolov12.training.data.loader import random_state, resumable
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import process_group
-from yolov12.training.run.run_state import FILE, find
+from yolov12.training.run.completed_epoch import CompletedEpoch
+from yolov12.training.run.run_state import FILE, drop_rows, find
 
 __all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
 
 STATE = "mas_state"
 """Attribute of a trainer, and key of a checkpoint's `optimizer`: state of the engine when the checkpoint was saved."""
 
+_SIZES, _RANDOM = "mas_resolution", "mas_random"  # the same for the resolution control, and for random generators
 _FOUND = "yolov12_state"  # attribute of a trainer: the state to resume from
 _ENGINE = "yolov12_engine"  # attribute of a trainer
 
@@ -70,6 +73,7 @@ def attach(trainer: Any) -> None:
             trainer.save_dir,
             resume=bool(trainer.resume),
             steps=state and state["rows"],
+            epochs=trainer.start_epoch if state is None else None,
             rank=ranks.rank,
             ranks=ranks.size,
         ),
@@ -84,8 +88,10 @@ def attach(trainer: Any) -> None:
         ranks=ranks,
         log=LOGGER.info,
     )
-    _keep_what_is_learned(trainer, engine)
+    _keep_what_is_learned(trainer, engine, resolution)
     setattr(trainer, _ENGINE, engine)
+    if state is not None and state["validated"] is not None:
+        CompletedEpoch(trainer, state["validated"], getattr(trainer, _RANDOM), is_first=ranks.rank == 0).begin()
     adapter = TrainerAdapter(trainer, model, task, engine, resolution, ranks)
     adapter.take_over_loader()
     adapter.take_over()
@@ -108,12 +114,13 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     if not (checkpoint and trainer.resume):
         stock_resume(trainer, checkpoint)
         return
-    setattr(trainer, STATE, (checkpoint.get("optimizer") or {}).get(STATE))
+    for name in (STATE, _SIZES, _RANDOM):
+        setattr(trainer, name, (checkpoint.get("optimizer") or {}).get(name))
     exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
     if (group := process_group.current()) is not None and not _same_on_all(group.ranks, state):
         state = None
-    if state is None and checkpoint["epoch"] == -1 and checkpoint.get("optimizer") is not None:
+    if state is None and checkpoint.get("epoch", -1) == -1 and checkpoint.get("optimizer") is not None:
         from ultralytics.utils import LOGGER
 
         LOGGER.warning("resume: no epoch was complete: it begins anew, with the weights of the checkpoint")
@@ -123,6 +130,8 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
     else:
         setattr(trainer, STATE, state["optimizer"].get(STATE))
         setattr(trainer, _FOUND, state)
+    if state is None and trainer.args.mas and trainer.metrics is not None:  # rank 0 has metrics
+        drop_rows(trainer.csv, trainer.start_epoch)
 
 
 def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:
@@ -168,18 +177,26 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:
     """Return whether the error comes from a collective of Ultralytics, such as one in validation."""
     words = "gloo", "NCCL", "Connection closed", "Connection reset"
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    by_library = isinstance(error, RuntimeError) and not isinstance(error, YOLOv12Error)
+    return by_library and any(word in str(error) for word in words)
 
 
-def _keep_what_is_learned(trainer: Any, engine: Engine) -> None:
-    """Save the engine's state in every checkpoint, within the optimizer's state.
+def _keep_what_is_learned(trainer: Any, engine: Engine, resolution: ResolutionControl) -> None:
+    """Save the states of engine, resolution control and random generators in checkpoints, within the optimizer's state.
 
-    Plain Ultralytics ignores an unknown entry there, and drops the optimizer's state when the run is complete.
+    Plain Ultralytics ignores unknown entries there, and drops the optimizer's state when the run is complete.
     """
-    learned = getattr(trainer, STATE, None)
-    if learned:
-        engine.load_state_dict(learned)
-    trainer.optimizer.register_state_dict_post_hook(lambda _, state: {**state, STATE: engine.state_dict()})
+    states: dict[str, Engine | ResolutionControl] = {STATE: engine, _SIZES: resolution}
+    for name, each in states.items():
+        if learned := getattr(trainer, name, None):
+            each.load_state_dict(learned)
+    trainer.optimizer.register_state_dict_post_hook(
+        lambda _, state: {
+            **state,
+            **{name: each.state_dict() for name, each in states.items()},
+            _RANDOM: random_state(),
+        }
+    )
 
 
 def _unwrapped(trainer: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ class Display:
         """Return the values of this epoch, column → MiB or images, for results.csv and every logger."""
         shown = not self._csv.exists() or _PEAK in self._csv.read_text().partition("\n")[0]
         return dict(self.of_epoch) if shown else {}
+
+    def in_order(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Return metrics in the order of the columns of results.csv, where Ultralytics' own come first.
+
+        Args:
+            metrics: Column → value, without epoch and time. A file of a run that is resumed keeps its order.
+        """
+        header = self._csv.read_text().partition("\n")[0].split(",") if self._csv.exists() else []
+        columns = header or [name for name in metrics if name not in self.of_epoch]
+        place = {name: index for index, name in enumerate(columns)}
+        return {name: metrics[name] for name in sorted(metrics, key=lambda name: place.get(name, len(place)))}
 
     def column(self) -> float:
         """Return a number for the progress bar that is formatted as micro-batch × count and peak/budget in GiB."""

@@ -84,13 +84,15 @@ class TrainerAdapter:
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
         self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
         self._stock_plot, self._stock_warmup = trainer.plot_training_samples, trainer._get_warmup_iterations
-        self._stock_callbacks = trainer.run_callbacks
+        self._stock_callbacks, self._stock_save = trainer.run_callbacks, trainer.save_metrics
+        self._hooks = {"on_train_epoch_start": self._epoch_starts, "on_train_epoch_end": self._epoch_ends}
+        self._hooks["teardown"] = self._finish
 
     def take_over_loader(self) -> None:
         """Replace the trainer's loader with one that can be resumed and that ranks can share.
 
         Raises:
-            ConfigError: Several processes cannot share the loader, or another process trains in the run's folder.
+            ConfigError: Several processes cannot share the loader.
         """
         trainer, engine, ranks = self._trainer, self._engine, self._ranks
         if not resumable(trainer.train_loader):
@@ -136,14 +138,16 @@ class TrainerAdapter:
         trainer._get_memory = self._memory
         trainer.progress_string = lambda: self._display.header(str(self._stock_header()))
         trainer.plot_training_samples = self._plot
-        trainer.add_callback("on_train_epoch_start", self._epoch_starts)
-        trainer.add_callback("on_train_epoch_end", self._epoch_ends)
-        trainer.add_callback("teardown", self._finish)
+        trainer.save_metrics = lambda metrics: self._stock_save(self._display.in_order(metrics))
 
     def _run_callbacks(self, event: str) -> None:
-        """Run the callbacks. Right after `on_train_batch_start`, the loop preprocesses its next batch."""
+        """Run the callbacks, which users may replace at any time, and what this adapter does at the same event."""
+        if event == "on_train_end" and self.saver is not None:
+            self.saver.complete()  # before the callbacks, which may fail
         self._stock_callbacks(event)
-        self._is_due = event == "on_train_batch_start"
+        self._is_due = event == "on_train_batch_start"  # the loop takes a batch right after these callbacks
+        if (hook := self._hooks.get(event)) is not None:
+            hook()
 
     def _logical(self, batch: dict[str, Any]) -> Any:
         """Wrap a batch of the training loop as a `LogicalBatch`, still on the host. Preprocess any other batch."""
@@ -298,11 +302,12 @@ class TrainerAdapter:
             self._trainer.world_size = size
         return (metrics if metrics is None else {**metrics, **self._display.metrics()}), fitness
 
-    def _epoch_starts(self, trainer: Any) -> None:
+    def _epoch_starts(self) -> None:
         self._display.of_epoch.clear()
         self._heed_signals(at_once=self._sharing is None)
 
-    def _epoch_ends(self, trainer: Any) -> None:
+    def _epoch_ends(self) -> None:
+        trainer = self._trainer
         if trainer.metrics is not None:  # with several ranks, only rank 0 has metrics
             trainer.metrics = {**trainer.metrics, **self._display.metrics()}
         self._heed_signals(at_once=True)
@@ -333,7 +338,7 @@ class TrainerAdapter:
         shown: dict[str, Any] = self._preprocess_again(self._task.draw, part)
         return shown
 
-    def _finish(self, trainer: Any) -> None:
+    def _finish(self) -> None:
         from ultralytics.utils import LOGGER
 
         summary = self._engine.close(updates_expected=self._updates_asked)

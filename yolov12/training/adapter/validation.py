@@ -127,7 +127,7 @@ class _Validation:
             vars(self._validator).pop(name, None)
         vars(self._validator).update(self._own)
         if self._slices is not None:
-            self._slices.meter.release()
+            self._slices.meter.release(collect=False)  # validations are frequent where epochs are short
             if not self._training:
                 delattr(self._validator, _SLICES)
 

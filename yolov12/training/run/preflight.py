@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov12 import demo
-from yolov12.errors import ConfigError, DataError, plain
+from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, plain
 
 __all__ = ["check_training_arguments"]
 
@@ -49,6 +49,8 @@ def _check_device(device: Any) -> None:
 def _check_image_size(imgsz: Any) -> None:
     from ultralytics.utils.checks import check_imgsz
 
+    if not isinstance(imgsz, (int, str, list, tuple)):
+        raise ArgumentTypeError(f"imgsz={imgsz} is not an image size. Give pixels, as in imgsz=640")
     try:
         # Up to three numbers are accepted: the trainer reduces them to one, with a warning.
         sizes = check_imgsz(imgsz, stride=1, min_dim=2, max_dim=3)
@@ -70,14 +72,14 @@ def _check_data(data: str, val_split: str) -> None:
         found = check_det_dataset(data, split=val_split)
     except FileNotFoundError as error:
         raise DataError(f"data={data}: {_first_line(error)}. Give the path of a data set yaml, or data=demo") from error
-    except (SyntaxError, TypeError, ValueError) as error:
+    except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set
         raise DataError(f"data={data}: {_first_line(error)}") from error
     for split in ("train", val_split):
         sources = found[split] if isinstance(found[split], list) else [found[split]]
         if not all(sources):
             raise DataError(f"data={data}: '{split}:' names no images")
         if not _has_images(sources):
-            raise DataError(f"data={data}: no images for '{split}' in {', '.join(sources)}")
+            raise MissingImagesError(f"data={data}: no images for '{split}' in {', '.join(sources)}")
 
 
 def _first_line(error: Exception) -> str:

@@ -15,13 +15,12 @@ from contextlib import contextmanager
 from numbers import Number
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from yolov12 import files
-from yolov12.errors import ConfigError
 from yolov12.mas import Engine
 from yolov12.models import weights
 from yolov12.training.data.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
@@ -29,7 +28,7 @@ from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 
-__all__ = ["FILE", "RunSaver", "find"]
+__all__ = ["FILE", "RunSaver", "drop_rows", "find"]
 
 FILE = "state.pt"
 """Name of the state file, which is beside `last.pt` until the run is complete."""
@@ -48,8 +47,9 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         checkpoint: Checkpoint that it resumes from.
 
     Returns:
-        None if the checkpoint is not the run's last one, or if the state is missing, older than the checkpoint,
-        unreadable, or of other data. The last two log a warning.
+        The state, with the metrics of its epoch under `validated` if that epoch is complete. None if the checkpoint is
+        not the run's last one, or if the state is missing, older than the checkpoint, unreadable, or of other data. The
+        last two log a warning.
     """
     from ultralytics.utils import LOGGER
 
@@ -70,7 +70,12 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
             f"resume: {path} is not used: {', '.join(other)}. Going on from the end of an epoch, {trainer.last}"
         )
         return None
-    return state if state["epoch"] >= checkpoint["epoch"] else None
+    epoch = checkpoint.get("epoch", -1)
+    # The checkpoint of an epoch is written after its validation. The optimizer is removed after the last epoch.
+    is_complete = epoch == state["epoch"] or checkpoint.get("optimizer") is None
+    is_complete = is_complete and state["loader"]["position"] == was["batches"]
+    state["validated"] = checkpoint.get("train_metrics") if is_complete else None
+    return state if state["epoch"] >= epoch else None
 
 
 class RunSaver:
@@ -103,7 +108,7 @@ class RunSaver:
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
         self._resolution, self._of_epoch = resolution, of_epoch
-        self._is_first, self._saves = is_first, is_first and bool(trainer.args.save)
+        self._saves = is_first and bool(trainer.args.save)
         self._every = every if self._saves else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
@@ -111,21 +116,11 @@ class RunSaver:
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
         self._resumed: Mapping[str, Any] | None = None  # set until all of its placeholder batches have run
         self._whole = True
-        self._lock: IO[bytes] | None = None
         self.interruption = interruption
 
     def begin(self) -> None:
-        """Lock the run's folder, and handle signals until `end`.
-
-        Raises:
-            ConfigError: Another process trains in the folder.
-        """
-        if self._is_first:
-            self._lock = files.lock(self._trainer.wdir)
-            if self._lock is None:
-                raise ConfigError(f"another process trains in {self._trainer.save_dir}: stop it, or give another name=")
+        """Handle signals until `end`."""
         self.interruption.watch()
-        self._trainer.callbacks["on_train_end"].insert(0, self._complete)  # before other callbacks, which may fail
 
     @property
     def path(self) -> Path:
@@ -145,9 +140,9 @@ class RunSaver:
             if epoch_end or self._every.due(self._steps, seconds):
                 self._save_or_warn()
 
-    def _complete(self, _: Any) -> None:
+    def complete(self) -> None:
+        """Delete the state, as the training is complete."""
         self.path.unlink(missing_ok=True)
-        files.unlock(self._trainer.wdir, self._lock)
         self._steps = 0
 
     def flush(self) -> None:
@@ -155,9 +150,7 @@ class RunSaver:
         self._engine.flush()
 
     def end(self) -> None:
-        """Release the lock of the folder and the signal handlers."""
-        if self._lock is not None:
-            self._lock.close()
+        """Release the signal handlers."""
         self.interruption.stop()
 
     def save_at_last(self) -> None:
@@ -266,7 +259,7 @@ class RunSaver:
         vars(self._criterion).update(state["criterion"])
         trainer.start_epoch = state["epoch"]
         trainer.scheduler.last_epoch = state["epoch"] - 1
-        _drop_rows(trainer.csv, state["epoch"])
+        drop_rows(trainer.csv, state["epoch"] + (state["validated"] is not None))
         self._resumed = state
         self._resolution.load_state_dict(state["resolution" if "resolution" in state else "data_layer"])
         same = self._loader.load_state_dict(state["loader"], self._go_on)
@@ -322,7 +315,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int)) else float(value)
 
 
-def _drop_rows(path: Path, epochs: int) -> None:
+def drop_rows(path: Path, epochs: int) -> None:
     """Remove the rows of incomplete epochs from a results.csv.
 
     Args:

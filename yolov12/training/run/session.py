@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from yolov12.errors import UntrustedWeightsError
 from yolov12.mas.config import DEFAULTS, Config
+from yolov12.training.run import run_folder
 from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
 from yolov12.training.run.preflight import check_training_arguments
 from yolov12.training.run.recipes import recipe_for
@@ -47,8 +49,11 @@ def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, *
     Interval.parse(engine["save_every"])
     check_data_arguments(engine)
     arguments = _resolve_resume(model, arguments)
-    if not _resumes(model, arguments):
-        given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
+    from_file = _from_file(arguments.get("cfg"))
+    if _resumes(model, arguments):  # all other arguments are those of the run
+        check_training_arguments({**from_file, **arguments}, model.task)
+    else:
+        given = {**(from_file or model.overrides), **arguments}
         check_training_arguments(given, model.task)
         arguments = {**_recipe(model, given), **arguments}
     return stock_train(model, trainer, **arguments)
@@ -57,16 +62,37 @@ def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, *
 def check_resume(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
     """Run Ultralytics' check of a resume, which restores all arguments, but let memory arguments change.
 
+    The run continues in the folder of the checkpoint, which may have been moved or copied since. Whether it resumes or
+    not, its folder is locked.
+
     Args:
         stock_check_resume: Ultralytics' own method.
         trainer: Ultralytics trainer, which gets the arguments of the checkpoint.
         overrides: Arguments that the user has given.
+
+    Raises:
+        UntrustedWeightsError: The checkpoint asks for code, such as a class of the user's.
+        FileNotFoundError: There is no checkpoint to resume from.
+        ConfigError: Another training runs in the folder.
     """
+    _restore_arguments(stock_check_resume, trainer, overrides)
+    run_folder.reserve(trainer)
+
+
+def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
     defaults = {**DEFAULTS, **OPTIONS}
     ours = {key: value for key, value in overrides.items() if key in defaults}
-    stock_check_resume(trainer, {key: value for key, value in overrides.items() if key not in ours})
+    try:
+        stock_check_resume(trainer, {key: value for key, value in overrides.items() if key not in ours})
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, UntrustedWeightsError):
+            raise error.__cause__ from None  # it names the code, and says how to trust it
+        raise
     if not trainer.resume:
         return
+    weights_folder = Path(trainer.args.resume).absolute().parent
+    if not overrides.get("save_dir") and weights_folder.name == "weights":
+        trainer.args.save_dir = str(weights_folder.parent)
     for key, default in defaults.items():
         if not hasattr(trainer.args, key):  # the run began with plain Ultralytics
             setattr(trainer.args, key, default)
@@ -120,7 +146,7 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     resume = arguments.get("resume", model.overrides.get("resume"))
     path = Path(str(model.ckpt_path))
     if resume is True and model.ckpt and path.name == "last.pt" and path.with_name(FILE).exists():
-        return {**arguments, **_resume_from(path)}
+        return {**arguments, "resume": str(path)}
     if str(resume).lower() != "auto":
         return arguments
     last = latest_interrupted({**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}, model.task)
@@ -130,16 +156,8 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     LOGGER.info(f"resume=auto: going on with {last}")
     model._load(str(last))
     # The run itself determines its folder and name.
-    given = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok")}
-    return {**given, **_resume_from(last)}
-
-
-def _resume_from(last: Path) -> dict[str, str]:
-    """Return the arguments that resume a run: its checkpoint, and its folder.
-
-    The folder may have moved, as mounted folders do, and the checkpoint of a complete epoch does not name it.
-    """
-    return {"resume": str(last), "save_dir": str(last.parent.parent)}
+    given = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok", "save_dir")}
+    return {**given, "resume": str(last)}
 
 
 def _defaults() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from yolov12 import files
 from yolov12.training.adapter import attach as adapter
 from yolov12.training.data import host
-from yolov12.training.run import process_group, session
+from yolov12.training.run import process_group, run_folder, session
 
 __all__ = ["make", "resume_training", "setup_train", "train"]
 
@@ -23,7 +23,7 @@ def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any)
         args: Positional arguments for `stock`.
         kwargs: Keyword arguments for `stock`.
     """
-    with session.no_false_start(trainer):
+    with session.no_false_start(trainer), run_folder.locked_while_made():
         process_group.gather(stock, trainer, *args, **kwargs)
 
 
@@ -33,8 +33,11 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
     Args:
         stock: Ultralytics' own method.
         trainer: Ultralytics' trainer.
+
+    Raises:
+        ConfigError: Another training runs in the folder.
     """
-    with session.no_false_start(trainer):
+    with run_folder.locked(trainer), session.no_false_start(trainer):
         process_group.launch(stock, trainer)
 
 

@@ -1,0 +1,89 @@
+"""The folder in which a resumed run goes on, and the arguments that it refuses before it changes anything there."""
+
+from pathlib import Path
+
+import pytest
+from ultralytics import YOLO
+from ultralytics.cfg import entrypoint
+
+from yolov12 import cli
+
+
+def snapshot(folder):
+    """Return path → size and time of every file."""
+    return {
+        path.relative_to(folder): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+SPELLINGS = {
+    "Python, True": lambda folder, _: YOLO(folder / "weights" / "last.pt").train(resume=True),
+    "Python, path": lambda folder, yaml: YOLO(yaml).train(resume=str(folder / "weights" / "last.pt")),
+    "Python, relative": lambda folder, _: YOLO(f"{folder.name}/weights/last.pt").train(resume=True),
+    "yolo, model": lambda folder, _: entrypoint(f"train resume model={folder.name}/weights/last.pt"),
+    "yolov12, model": lambda folder, _: cli.main(["train", f"model={folder}/weights/last.pt", "resume=True"]),
+    "yolov12, path": lambda folder, _: cli.main(["train", f"resume={folder.name}/weights/last.pt"]),
+    "Python, auto": lambda folder, yaml: YOLO(yaml).train(resume="auto", project=folder.parent, name=folder.name),
+}
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_copied_run_goes_on_in_the_copy(interrupted, tiny_model, tmp_path, monkeypatch, spelling, has_state):
+    """The checkpoint names the folder in which the run began, where the original still is."""
+    copy = interrupted()
+    if not has_state:
+        (copy / "weights" / "state.pt").unlink()
+    original = Path(YOLO(copy / "weights" / "last.pt").ckpt["train_args"]["save_dir"])
+    before = snapshot(original)
+    assert original != copy
+    monkeypatch.chdir(tmp_path)
+    assert SPELLINGS[spelling](copy, tiny_model) in (0, None) or spelling.startswith("Python")
+    assert [path.name for path in tmp_path.iterdir()] == ["line"]
+    assert len((copy / "results.csv").read_text().splitlines()) == 1 + 2
+    assert f"save_dir: {copy}\n" in (copy / "args.yaml").read_text()
+    assert snapshot(original) == before
+
+
+def test_a_folder_that_is_given_is_used(interrupted, tmp_path):
+    """Ultralytics lets a resumed run write elsewhere."""
+    folder = interrupted()
+    before = snapshot(folder)
+    YOLO(folder / "weights" / "last.pt").train(resume=True, save_dir=str(tmp_path / "elsewhere"))
+    assert (tmp_path / "elsewhere" / "weights" / "best.pt").exists()
+    assert snapshot(folder) == before
+
+
+BAD = {
+    "imgsz": [0, -32, "big", 64.5],
+    "device": [99],
+    "data": ["missing.yaml"],
+    "batch": ["x"],
+    "workers": ["x"],
+    "epochs": ["x"],
+    "save_every": ["soon"],
+    "mas_data": ["sometimes"],
+    "mem_limit": ["much"],
+    "nonsense": [1],
+}
+
+
+def refusal(model, **arguments):
+    try:
+        YOLO(model).train(**arguments)
+    except Exception as error:
+        return type(error)
+    raise AssertionError(arguments)
+
+
+def test_bad_arguments_are_refused_as_in_a_new_run_and_change_nothing(trainings, interrupted, tiny_model, tmp_path):
+    folder = interrupted()
+    before = snapshot(folder)
+    for name, values in BAD.items():
+        for value in values:
+            new = refusal(tiny_model, **{**trainings.TINY, "project": tmp_path / "new", name: value})
+            assert refusal(folder / "weights" / "last.pt", resume=True, **{name: value}) is new, (name, value)
+            assert snapshot(folder) == before, (name, value)
+    assert not (tmp_path / "new").exists()
