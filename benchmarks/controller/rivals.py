@@ -13,7 +13,7 @@ from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.planner import BatchPlanner
 from yolov12.mas.scheduling.time_model import SpeedModel
-from yolov12.mas.step.step import Planner
+from yolov12.mas.step.planner import Planner
 from yolov12.mas.task import Workload
 
 __all__ = ["POLICIES", "Policy"]
@@ -74,7 +74,7 @@ class Ours:
 class _Noted(BatchPlanner):
     sizes: tuple[int, ...] = ()
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
         super().done(start, stop, allocated_bytes, peak_bytes)
         self.sizes = (*self.sizes, stop - start)
 
@@ -118,7 +118,7 @@ class Sized:
         each = max(self._images // card.group, 1)
         return [groups[index : index + each] for index in range(0, len(groups), each)]
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
         """Learn nothing, see `step.Planner`."""
 
     def learn(self, batch: Batch) -> None:

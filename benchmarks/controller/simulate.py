@@ -18,7 +18,7 @@ from yolov12.mas.memory.reading import Reading
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.peak_model import Level
-from yolov12.mas.step.step import Planner
+from yolov12.mas.step.planner import Planner
 from yolov12.mas.task import Workload
 
 __all__ = ["CARDS", "KINDS", "SAFETY_RATIO", "Batch", "Card", "Moment", "Run", "level_peak_bytes", "trace"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,8 @@ from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.groups import split_groups
-from yolov12.mas.step.step import Result, Step
+from yolov12.mas.step.result import Result
+from yolov12.mas.step.step import Step
 from yolov12.training.adapter.detection import DetectionTask, criterion_of
 
 GIB = 2**30
@@ -95,7 +96,7 @@ class Scripted:
             del left[:count]
         return plan
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
         pass
 
 
@@ -189,18 +190,22 @@ class Bench:
 
             module.register_forward_hook(after)
         self.modules = len(modules)
+        for head in self.heads():
+            match, loss = head.assigner.get_pos_mask, head.bce.forward
+            head.assigner.get_pos_mask = self._reaching("assigner", match)
+            head.bce.forward = self._reaching("loss", loss)
+
+    def heads(self) -> list[Any]:
+        """Return the parts of the criterion that have an assigner: two for an end-to-end model."""
         criterion = criterion_of(self.model)
-        match, loss = criterion.assigner.get_pos_mask, criterion.bce.forward
+        return [criterion] if hasattr(criterion, "assigner") else [criterion.one2many, criterion.one2one]
 
-        def matching(*args: Any, **kwargs: Any) -> Any:
-            self.faults.reach("assigner")
-            return match(*args, **kwargs)
+    def _reaching(self, place: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def reaching(*args: Any, **kwargs: Any) -> Any:
+            self.faults.reach(place)
+            return call(*args, **kwargs)
 
-        def losing(*args: Any, **kwargs: Any) -> Any:
-            self.faults.reach("loss")
-            return loss(*args, **kwargs)
-
-        criterion.assigner.get_pos_mask, criterion.bce.forward = matching, losing
+        return reaching
 
 
 class _Task(DetectionTask):
@@ -232,6 +237,22 @@ def make_batch(boxes: Sequence[int], seed: int = 0, angles: bool = False, size: 
     }
 
 
+def make_batch_for(name: str, boxes: Sequence[int], seed: int = 0) -> dict[str, Any]:
+    """Make a batch for one of `HEADS`: with angles, with random masks of 16 x 16, or with 17 keypoints an object."""
+    kind = HEADS[name][0]
+    batch, draw = make_batch(boxes, seed, angles=kind == "obb"), torch.Generator().manual_seed(seed + 1)
+    if kind == "segment":
+        images = [torch.randint(0, count + 1, (16, 16), generator=draw) for count in boxes]  # the object of each pixel
+        apart = torch.randint(0, 2, (sum(boxes), 16, 16), generator=draw)
+        batch["masks"] = (apart if name == "masks apart" else torch.stack(images)).to(torch.uint8)
+        batch["sem_masks"] = torch.randint(0, 5, (len(boxes), 16, 16), generator=draw).to(torch.uint8)
+    elif kind == "pose":
+        points = torch.rand(sum(boxes), 17, 3, generator=draw)
+        points[..., 2] = (points[..., 2] > 0.4).float()  # which are visible
+        batch["keypoints"] = points[..., :2] if name == "keypoints without visibility" else points
+    return batch
+
+
 def random_plan(layers: dict[str, nn.Module], seed: int) -> Plan:
     """Return a plan with a random mode for about half of a model's layers, none inside another."""
     chance = random.Random(seed)
@@ -251,9 +272,37 @@ def build(kind: str, cfg: Any, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = classes[kind](cfg, nc=5, verbose=False, **options)
     with torch.no_grad():
-        for scores in model.model[-1].cv3:
-            scores[-1].bias.uniform_(-4.0, 0.0)
+        for name in ("cv3", "one2one_cv3"):
+            for scores in getattr(model.model[-1], name, None) or ():
+                scores[-1].bias.uniform_(-4.0, 0.0)
     return model
+
+
+HEADS: Mapping[str, tuple[str, str, list[Any], dict[str, Any]]] = {
+    "masks": ("segment", "Segment", ["nc", 32, 16], {}),
+    "masks apart": ("segment", "Segment", ["nc", 32, 16], {}),
+    "keypoints": ("pose", "Pose", ["nc", "kpt_shape"], {"kpt_shape": [17, 3]}),
+    "keypoints without visibility": ("pose", "Pose", ["nc", "kpt_shape"], {"kpt_shape": [17, 2]}),
+    "two heads": ("detect", "v10Detect", ["nc"], {}),
+    "masks of two heads": ("segment", "Segment26", ["nc", 32, 16], {"end2end": True, "reg_max": 1}),
+    "keypoints of two heads": (
+        "pose", "Pose26", ["nc", "kpt_shape"], {"kpt_shape": [17, 3], "end2end": True, "reg_max": 1},
+    ),
+    "oriented boxes": ("obb", "OBB", ["nc", 1], {}),
+    "oriented boxes of two heads": ("obb", "OBB26", ["nc", 1], {"end2end": True, "reg_max": 1}),
+}  # fmt: skip
+"""Name → task, head, arguments of the head, and further entries of the yaml."""
+
+
+def small_bench(name: str, dtype: torch.dtype = torch.float64) -> Bench:
+    """Return a bench with a small model with one of `HEADS`."""
+    kind, head, arguments, more = HEADS[name]
+    layers = [[-1, 1, "Conv", [8, 3, 2]]] * 2 + [[-1, 1, "C2f", [16]]] + [[-1, 1, "Conv", [16, 3, 2]]] * 3
+    cfg = {**more, "nc": 5, "backbone": layers, "head": [[[3, 4, 5], 1, head, arguments]]}
+    bench = Bench(build(kind, cfg), dtype, overlapping_masks=name != "masks apart")
+    for each in bench.heads():
+        each.overlap = name != "masks apart"
+    return bench
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -273,7 +322,9 @@ def tools() -> SimpleNamespace:
         Fault=Fault,
         Scripted=Scripted,
         batch=make_batch,
+        batch_for=make_batch_for,
         plan=random_plan,
         build=build,
+        small_bench=small_bench,
         difference=difference,
     )

@@ -106,6 +106,38 @@ def test_weights_after_a_training_under_pressure_are_those_of_one_without():
     assert_same_weights(pressed, calm)
 
 
+class WorldOfTerms(World):
+    """A world whose loss has two normalisers. A batch that is split runs ahead without gradients."""
+
+    def loss(self, model, x, y):
+        whole = super().loss(model, x, y)
+        error = ((model(x) - y) ** 2).sum(1)
+        negative = y[:, 1] < 0
+        counts = torch.stack((whole.normaliser, negative.sum()))
+        value = torch.stack((whole.value, error[negative].sum() / counts[1].clamp(min=1)))
+        return Loss(value, counts, {"error": value * value.new_tensor([1, 0])})
+
+
+def test_weights_under_pressure_with_several_normalisers():
+    calm, pressed = WorldOfTerms(bn_group=2), WorldOfTerms(bn_group=2, others=[0, 0, 30, 33, 10, 20, 33, 0, 0])
+    calls, ahead = [], []
+
+    def fail(images):
+        calls.append(None)
+        ahead.append(not torch.is_grad_enabled())
+        return len(calls) % 7 == 4
+
+    pressed.fail = fail
+    calm.run(12)
+    events = [event for each in pressed.run(12) for event in each]
+    assert set(calm.sizes) == {16}
+    assert min(pressed.sizes) < 8
+    assert any(ahead[3::7])
+    assert not all(ahead[3::7])
+    assert any(event.startswith("out-of-memory") for event in events)
+    assert_same_weights(pressed, calm)
+
+
 def test_shrinks_before_it_fails():
     world = World(others=[0] * 4 + [26] * 4, bn_group=2)
     events = world.run(8)

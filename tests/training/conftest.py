@@ -51,6 +51,8 @@ class Run:
     """Number of images, height and width of each part that the model was trained on, in order."""
     sums: list[float] = field(default_factory=list)
     """Sum of the pixels of each of these images."""
+    ahead: list[int] = field(default_factory=list)
+    """Number of images in each part that ran without gradients, in order."""
     draws: list[Any] = field(default_factory=list)
     """State of Python's random generator after each batch."""
     calls: Counter[str] = field(default_factory=Counter)
@@ -109,6 +111,9 @@ class Run:
         ours = self.trainer is not None and module.training and module is unwrap_model(self.trainer.model)
         if ours and isinstance(inputs[0], dict):
             images = inputs[0]["img"]
+            if not torch.is_grad_enabled():
+                self.ahead.append(len(images))
+                return
             self.seen.append((len(images), *images.shape[2:]))
             self.sums.extend(images.double().sum((1, 2, 3)).tolist())
 

@@ -69,6 +69,15 @@ ARGUMENTS: tuple[Argument, ...] = (
         ENGINE,
     ),
     Argument(
+        "exact",
+        True,
+        "True or False",
+        "Give a batch that is split the exact gradient in every task: for losses with several normalisers "
+        "(segmentation, pose, models with two heads) its forward pass then runs twice; False weights the parts by "
+        "their numbers of images instead, which is faster.",
+        ENGINE,
+    ),
+    Argument(
         "micro_batch",
         None,
         "number of images; None: chosen for each batch by the free memory",

@@ -8,7 +8,7 @@ from yolov12.mas.config import Config
 from yolov12.mas.engine import Engine
 from yolov12.mas.journal.journal import Journal
 from yolov12.mas.scheduling.planner import Advice
-from yolov12.mas.step.step import Result
+from yolov12.mas.step.result import Result
 from yolov12.mas.task import Loss, Share, Task, TensorTask, Workload
 
 __all__ = [

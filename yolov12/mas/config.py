@@ -42,6 +42,10 @@ class Config:
     """Names of layers that are never rebuilt or recomputed, see `checkpointing.layers.candidates`. Users write
     `disable_mas_layers`."""
 
+    exact: bool = DEFAULTS["exact"]
+    """True for the exact gradient of a loss with several normalisers, whose split batches then run their forward pass
+    twice, see `task.Loss`; False to weight its parts by their numbers of images."""
+
     def __post_init__(self) -> None:
         if isinstance(self.limit, str):
             object.__setattr__(self, "limit", parse_memory_size(self.limit))
@@ -87,6 +91,7 @@ class Config:
             bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),
             micro_batch=_count("micro_batch", values["micro_batch"], "a number of images, or leave it out"),
             disabled_layers=_names(values["disable_mas_layers"]),
+            exact=bool(values["exact"]),
         )
 
 

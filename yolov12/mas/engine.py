@@ -32,7 +32,8 @@ from yolov12.mas.scheduling.planner import NO_ADVICE, WAIT_S, Advice, BatchPlann
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step.first_update import Undo, survive_first_update
-from yolov12.mas.step.step import Result, Step
+from yolov12.mas.step.result import Result
+from yolov12.mas.step.step import Step
 from yolov12.mas.task import Share, Task, Workload
 
 __all__ = ["Engine"]
@@ -104,7 +105,7 @@ class Engine:
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
         )
         found = candidates(model, layers, self.config.disabled_layers)
-        self._step = Step(model, task, self.meter, backward, found, activations, ranks)
+        self._step = Step(model, task, self.meter, backward, found, activations, ranks, exact=self.config.exact)
         self._calibration = Calibration(
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )
@@ -199,7 +200,15 @@ class Engine:
         ran = self._step.run(batch, work.images, self._planner, share, status)
         report = self._planner.complete()
         self._records.add(
-            DoneBatch(work, report, ran.micro_batches, ran.watch, share.is_padding, str(self._step.plans[report.level]))
+            DoneBatch(
+                work,
+                report,
+                ran.micro_batches,
+                ran.watch,
+                ran.ahead,
+                share.is_padding,
+                str(self._step.plans[report.level]),
+            )
         )
         self.latest = replace(
             ran,

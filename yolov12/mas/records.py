@@ -28,6 +28,8 @@ class DoneBatch:
     """Number of images in each micro-batch."""
     watch: Stopwatch
     """Measures the time of this process's own work."""
+    ahead: Stopwatch | None
+    """Measures the pass without gradients, which is part of that time; None if there was none."""
     is_padding: bool
     """True for a padding image, see `task.Share.is_padding`."""
     plan: str
@@ -173,7 +175,8 @@ class Records:
         usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.micro_batches)
         if usual and self._shares and not done.is_padding:
             self._status = RankStatus(max(work.images, self._images_as_fast(done)), ms)
-        self.speed.observe(done.micro_batches, work.height, work.width, level, ms)
+        ahead_ms = (done.ahead.elapsed_ms() or 0.0) if done.ahead is not None else 0.0
+        self.speed.observe(done.micro_batches, work.height, work.width, level, ms - ahead_ms, ahead_ms)
 
     def _images_as_fast(self, done: DoneBatch) -> int:
         """Number of images that would have taken no longer, in micro-batches as large as host time and memory allow.

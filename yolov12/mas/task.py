@@ -54,17 +54,41 @@ class Loss:
     The loss of a batch is numerator / max(normaliser, floor), and both are sums over its images. For a part, `value` is
     numerator / max(normaliser, floor) of that part alone, which is what a loss function returns anyway. The engine
     undoes the division, adds numerators and normalisers over all parts, and divides once.
+
+    A loss may be a sum of terms with different normalisers: then `value` and `normaliser` have one entry for each term.
+    One division at the end cannot correct the gradient of such a loss, so the engine has to know the normalisers of the
+    whole batch before the first backward pass. A batch that is split therefore runs its forward pass twice, the first
+    time without gradients, unless `Config.exact` is False. Then parts are weighted by their numbers of images.
+
+    Raises:
+        ValueError: Shapes differ although there are several normalisers.
     """
 
     value: Tensor
     """Loss of the part, of any shape; its sum is differentiated."""
     normaliser: Tensor | float
-    """Divisor of the value before the floor: a sum over the part, such as its number of images or of targets."""
+    """Divisor of the value before the floor: a sum over the part, such as its number of images or of targets. A tensor
+    of the value's shape for terms with different normalisers."""
     items: Mapping[str, Tensor] = field(default_factory=dict)
-    """Scalars to report, divided as the value was."""
+    """Scalars to report, divided as the value was. With several normalisers, tensors of the value's shape, whose sums
+    are reported."""
     times_images: bool = False
     """True if the value is also multiplied by the number of images it covers, as Ultralytics' losses are. The engine
     then replaces the images of the part by those of the whole batch."""
+    factors: Callable[[Tensor, Tensor], Tensor] | None = None
+    """For several normalisers: called with value and normaliser of the whole batch, returns a factor for each term,
+    such as 0 for a term that is clamped. None for no factors."""
+
+    def __post_init__(self) -> None:
+        if self.has_terms:
+            shapes = [tuple(each.shape) for each in (self.normaliser, self.value, *self.items.values())]  # type: ignore[union-attr]
+            if len(set(shapes)) > 1:
+                raise ValueError(f"normaliser, value and items of a loss must have the same shape, not {shapes}")
+
+    @property
+    def has_terms(self) -> bool:
+        """True for a loss with several normalisers."""
+        return isinstance(self.normaliser, Tensor) and self.normaliser.numel() > 1
 
 
 class Task(Protocol):

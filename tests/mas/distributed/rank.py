@@ -49,7 +49,12 @@ def raising(error: Exception) -> Any:
 
 def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]:
     """Run this rank's share of a case."""
-    batch = tools.make_batch(case["boxes"], case["seed"])
+    name = case.get("head")
+    batch = (
+        tools.make_batch_for(name, case["boxes"], case["seed"])
+        if name
+        else tools.make_batch(case["boxes"], case["seed"])
+    )
     groups = split_groups(len(case["boxes"]), case["group"])
     before, own = (sum(case["groups"][: ranks.rank + place]) for place in (0, 1))
     start, stop = sum(groups[:before]), sum(groups[:own])
@@ -84,17 +89,26 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def bench_for(head: str | None, benches: dict[Any, Any], ranks: ProcessRanks) -> Any:
+    """Return a bench with a head of `HEADS`, or with YOLOv12-N; each is made once."""
+    if head not in benches:
+        bench = steady(tools.small_bench(head) if head else tools.Bench(tools.build("detect", "yolov12n.yaml")))
+        bench.step = Step(bench.model, bench.task, bench.meter, torch.Tensor.backward, bench.layers, ranks=ranks)
+        benches[head] = bench
+    return benches[head]
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks_module.BUCKET_BYTES = 2**22  # so that gradients of a small model fill several
     dist.init_process_group("gloo")
     watchdog = Watchdog(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names())
     ranks = ProcessRanks(watchdog)
-    bench = steady(tools.Bench(tools.build("detect", "yolov12n.yaml")))
-    bench.step = Step(bench.model, bench.task, bench.meter, torch.Tensor.backward, bench.layers, ranks=ranks)
+    benches: dict[Any, Any] = {}
     for index, line in enumerate(sys.stdin):
         try:
-            found = run(bench, ranks, json.loads(line))
+            case = json.loads(line)
+            found = run(bench_for(case.get("head"), benches, ranks), ranks, case)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         if "gradient" in found:

@@ -143,6 +143,30 @@ def test_all_ranks_end_a_batch_that_does_not_fit_on_one_and_can_continue(tools, 
     assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
 
 
+@pytest.mark.parametrize("head", ["masks", "keypoints of two heads"])
+def test_losses_with_several_normalisers(tools, processes, head):
+    """Normalisers are those of all ranks: with unequal shares, an empty one, failures in both passes, and an error."""
+    single = tools.small_bench(head)
+    single.preprocess = lambda batch: {**batch, "img": batch["img"].to(single.dtype) / 255}
+    single.task.preprocess = single.preprocess
+    boxes, last = [3, 0, 20, 1, 0, 7, 0, 2], processes.size - 1
+    groups = [5, 1, *[1] * (processes.size - 2)]
+    groups[0] += len(boxes) - sum(groups)
+    for shares, images in ((groups, 8), ([*groups[:-1], 0], 8 - groups[-1])):
+        case = shared(boxes[:images], shares, head=head)
+        wanted = single.whole(tools.batch_for(head, boxes[:images], 1), 1)
+        case["faults"] = [[[1, "forward", 3, 0]], *[[[2, "loss", 0, 1]]] * last]
+        found = processes.run(case)
+        assert tools.difference(found[0]["gradient"], wanted.gradient) <= 1e-6
+        assert_same(tools, found, wanted, case)
+        assert found[0]["failures"]
+    found = processes.run(shared(boxes, groups, head=head, trouble={"rank": last, "kind": "fit"}))
+    assert found[last]["error"] == "DoesNotFitError: what it says"
+    assert all(rank["error"].endswith("what it says") for rank in found)
+    found = processes.run(case := shared(boxes, groups, head=head))
+    assert_same(tools, found, single.whole(tools.batch_for(head, boxes, 1), 1), case)
+
+
 def test_a_replica_that_differs_is_found(processes):
     boxes, groups = [3] * processes.size, [1] * processes.size
     assert all("error" not in rank for rank in processes.run(shared(boxes, groups, flip=-1)))

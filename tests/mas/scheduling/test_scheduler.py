@@ -69,6 +69,17 @@ def test_fewest_micro_batches_that_fit(budget, sizes):
     assert decide(state([8] * 4, budget), model(), card()).micro_batches == sizes
 
 
+@pytest.mark.parametrize(("ahead_ms", "parts"), [(0.0, (1,) * 4), (60.0, (4,))])
+def test_a_pass_ahead_of_split_batches_counts(ahead_ms, parts):
+    """Four micro-batches are a little faster than one, but not with a pass without gradients before them."""
+    speed = SpeedModel()
+    for images, ms in ((8, 50.0), (16, 110.0), (32, 220.0)):
+        speed.ran(images, 640, 640, timed=False)
+        for _ in range(8):
+            speed.observe([images] * (32 // images), 640, 640, 0, ms * 32 / images, ahead_ms * (images < 32))
+    assert decide(state([8] * 4, 40, history=History()), model(), speed).micro_batches == parts
+
+
 def test_nothing_fits():
     decision = decide(state([8] * 4, 7), model(), card())
     assert not decision.fits

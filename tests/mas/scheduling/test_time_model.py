@@ -153,3 +153,18 @@ def test_levels_that_stay_keep_what_they_learned():
     speed.set_levels((LADDER[0], LADDER[1], Level(0.5, 1.2)))
     assert [speed.seen(64, 640, 640, level) for level in range(3)] == [True, True, False]
     assert expected(speed, 64, 2) == pytest.approx(80 * 1.2, rel=0.01)
+
+
+def test_a_pass_ahead_of_split_batches_is_learned_separately():
+    """The search for kernels of a new size is not part of it."""
+    speed = SpeedModel(LADDER)
+    speed.observe([16] * 4, 640, 640, 0, 80.0, 4000.0)
+    for _ in range(3):
+        speed.observe([16] * 4, 640, 640, 0, 80.0, 30.0)
+    assert expected(speed, 16) == pytest.approx(20.0)
+    assert speed.with_ahead(4) == pytest.approx(1.375)
+    assert speed.with_ahead(1) == 1.0
+    assert speed.new_size_ms == pytest.approx((NEW_SIZE_MS + 4080.0 - 110.0) / 2)
+    resumed = SpeedModel(LADDER)
+    resumed.load_state_dict(json.loads(json.dumps(speed.state_dict())))
+    assert resumed.with_ahead(4) == speed.with_ahead(4)

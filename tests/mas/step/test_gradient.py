@@ -17,7 +17,6 @@ from yolov12.mas import Config, Engine
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.scheduling.groups import split_groups
-from yolov12.training.adapter.detection import loss_is_exact
 
 GIB = 2**30
 
@@ -193,7 +192,7 @@ def test_class_weights(tools):
     assert torch.equal(bench.run(batch).gradient, bench.plain(batch).gradient)
 
 
-# Oriented boxes are as exact; masks and keypoints are weighted by images.
+# Oriented boxes are as exact. Masks and keypoints: test_terms.py.
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +211,6 @@ def test_gradient_of_oriented_boxes(tools, oriented, boxes, group, seed, drawn):
 
 def test_oriented_boxes_at_once_are_ultralytics_bit_for_bit(tools, oriented):
     batch = tools.batch([3, 0, 50, 7], angles=True)
-    assert loss_is_exact(oriented.model)
     assert torch.equal(oriented.run(batch).gradient, oriented.plain(batch).gradient)
 
 
@@ -232,56 +230,6 @@ def test_failure_that_the_loss_of_oriented_boxes_calls_a_malformed_data_set(tool
     planner = tools.Scripted((2, 2), plans=[[(2, 2)], [(2,), (2,)]])
     assert_same(tools, oriented.run(batch, planner), wanted, 2e-5)
     assert len(planner.failures) == 1
-
-
-def masks(tools, boxes, overlapping):
-    batch = tools.batch(boxes)
-    draw = torch.Generator().manual_seed(1)
-    if overlapping:  # one entry per image: the object of each pixel
-        batch["masks"] = torch.stack([torch.randint(0, n + 1, (16, 16), generator=draw) for n in boxes]).to(torch.uint8)
-    else:
-        batch["masks"] = torch.randint(0, 2, (sum(boxes), 16, 16), generator=draw, dtype=torch.uint8)
-    return batch
-
-
-def keypoints(tools, boxes):
-    batch = tools.batch(boxes)
-    batch["keypoints"] = torch.rand(sum(boxes), 17, 3, generator=torch.Generator().manual_seed(1))
-    return batch
-
-
-@pytest.mark.parametrize("kind", ["segment", "segment with masks apart", "pose"])
-def test_masks_and_keypoints_are_weighted_by_images(tools, kind):
-    boxes, parts = [3, 0, 20, 1, 5, 2, 0, 0], ((0, 3), (3, 5), (5, 8))
-    task = kind.split()[0]
-    overlapping = kind == "segment"
-    bench = tools.Bench(
-        tools.build(task, {"segment": "yolo11n-seg.yaml", "pose": "yolo11n-pose.yaml"}[task]),
-        overlapping_masks=overlapping,
-    )
-    bench.model.args.overlap_mask = bench.model.criterion.overlap = overlapping
-    batch = masks(tools, boxes, overlapping) if task == "segment" else keypoints(tools, boxes)
-    assert not loss_is_exact(bench.model)
-    assert torch.equal(bench.run(batch).gradient, bench.plain(batch).gradient)
-
-    wanted, value, items = 0, 0, {}
-    for start, stop in parts:
-        bench.reset()
-        torch.rand(start, 1, 1, 1, dtype=torch.float64)  # draws the brightness of the earlier images
-        bench.task.workload(batch)
-        loss, new = bench.model(bench.preprocess(bench.task.part(batch, start, stop)))
-        (loss.sum() * 8 / (stop - start)).backward()  # a mean over the part's images, times the images of the batch
-        share = (stop - start) / 8
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bench.parameters]
-        wanted = wanted + share * torch.cat([gradient.flatten() for gradient in gradients])
-        value = value + share * loss.detach() * 8 / (stop - start)
-        items = {name: items.get(name, 0) + share * item for name, item in new.items()}
-    groups = tuple(stop - start for start, stop in parts)
-    outcome = bench.run(batch, tools.Scripted(groups, plans=[[(size,) for size in groups]]))
-    assert tools.difference(outcome.gradient, wanted) <= 2e-5
-    assert_close(outcome.result.loss, value, 1e-5)
-    for name, item in items.items():
-        assert_close(outcome.result.items[name], item, 1e-5)
 
 
 # Errors other than failed allocations

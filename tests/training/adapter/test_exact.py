@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils import SETTINGS
 
 from yolov12 import demo
@@ -92,3 +94,58 @@ def test_one_micro_batch_gives_the_weights_of_ultralytics_own_step(trainings, tm
     assert (ours.steps, ours.trainer.ema.updates) == (stock.steps, stock.trainer.ema.updates)
     for row, stock_row in zip(ours.stock_results(), stock.stock_results(), strict=True):
         assert row == pytest.approx(stock_row, abs=2e-5)  # values are rounded to 1e-5
+
+
+TRAINERS = {"segment": SegmentationTrainer, "pose": PoseTrainer}
+
+
+@pytest.mark.parametrize("task", TRAINERS)
+def test_a_split_gives_the_losses_and_weights_of_the_whole_batch(trainings, tiny_models, tmp_path, task):
+    """For losses with several normalisers, if `exact` is not False. The user's `preprocess_batch` is called once."""
+    calls = []
+
+    class Trainer(TRAINERS[task]):
+        def preprocess_batch(self, batch):
+            calls.append(len(batch["img"]))
+            return super().preprocess_batch(batch)
+
+    data = trainings.draw_data(tmp_path / "data", task, [(64, 64)] * 2)
+    found = {}
+    for name, options in {
+        "whole": {"micro_batch": 8},
+        "split": {"micro_batch": 2},
+        "averaged": {"micro_batch": 2, "exact": False},
+    }.items():
+        del calls[:]
+        options |= {"trainer": Trainer, "data": data, "bn_group": 2, "name": name}
+        run = trainings.train(tmp_path, tiny_models[task], **options, warmup_bias_lr=0.01)
+        losses = [value for row in run.results for key, value in row.items() if key.startswith("train/")]
+        found[name] = torch.cat([value.flatten() for value in run.after.values() if value.is_floating_point()]), losses
+        assert len(run.ahead) == (16 if name == "split" else 0)  # 2 epochs of 2 batches of 4 parts
+        assert calls == [8] * 4 if name != "averaged" else [2] * 16
+    weights, losses = found["whole"]
+    assert found["split"][1] == pytest.approx(losses, rel=1e-3)
+    assert found["averaged"][1] != pytest.approx(losses, rel=1e-2)
+    assert float((found["split"][0] - weights).norm() / weights.norm()) < 1e-4
+    assert float((found["averaged"][0] - weights).norm() / weights.norm()) > 1e-3
+    assert_validation_in_slices_is_whole(run.trainer)
+
+
+def assert_validation_in_slices_is_whole(trainer):
+    validator, found = trainer.get_validator(), []
+    validator.args.plots = False
+    with torch.backends.mkldnn.flags(enabled=False):  # oneDNN's rounding depends on the number of images
+        for settings in ({"mas": False}, {"mas": True, "micro_batch": 3}):
+            vars(validator.args).update({"micro_batch": None, **settings})
+            found.append({name: value for name, value in validator(trainer).items() if "loss" in name})
+    assert len(found[0]) == 5
+    assert found[1] == pytest.approx(found[0], abs=1.1e-5)  # values are rounded to five places
+
+
+def test_detection_does_not_depend_on_exact(trainings, tiny_model, tmp_path):
+    runs = [
+        trainings.train(tmp_path, tiny_model, epochs=1, **trainings.SPLIT, exact=exact, name=str(exact))
+        for exact in (True, False)
+    ]
+    assert all(torch.equal(value, runs[1].after[name]) for name, value in runs[0].after.items())
+    assert all(run.ahead == [] and len(run.seen) == 4 * trainings.BATCHES for run in runs)

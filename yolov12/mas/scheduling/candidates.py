@@ -189,14 +189,15 @@ def arm_of(state: State, cost: CostModel, speed: SpeedModel, split: BatchSplit, 
     """Return the memory and time of a split under a plan."""
     where = state.height, state.width
     times = [(split.sizes.count(images), images) for images, _ in split.fullest]
+    ahead = speed.with_ahead(len(split.counts))
     return Arm(
         split,
         level,
         peak_bytes=_allocated_bytes(state, split)
         + max(cost.predict(each) for each in features_of(state, split, level)),
         upper_bytes=upper_bytes(state, cost, split, level),
-        ms=sum(count * speed.expected_ms(images, *where, level) for count, images in times),
-        best_ms=sum(count * speed.optimistic_ms(images, *where, level) for count, images in times),
+        ms=ahead * sum(count * speed.expected_ms(images, *where, level) for count, images in times),
+        best_ms=ahead * sum(count * speed.optimistic_ms(images, *where, level) for count, images in times),
         new_sizes=sum(not speed.warm(images, *where) for _, images in times),
     )
 

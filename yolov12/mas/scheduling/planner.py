@@ -193,11 +193,12 @@ class BatchPlanner:
         )
         return self._accept(decision, sizes, group) if decision.fits else None
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
+    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
         """Learn from a micro-batch that ran, see `step.Planner.done`."""
-        self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
+        if peak_bytes is not None:
+            self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
+            self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self.speed.ran(stop - start, self._work.height, self._work.width)
-        self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self._waited_s = self._told_s = 0  # only a successful micro-batch ends a wait
         if self._failed_at == stop - start:
             self.events.append(f"retried {self._failed_at}")

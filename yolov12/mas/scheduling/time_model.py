@@ -6,6 +6,9 @@ optimistic time: optimism in the face of uncertainty (Auer, Cesa-Bianchi, Fische
 multiarmed bandit problem, 2002). Old measurements are discounted exponentially (Garivier, Moulines: On upper-confidence
 bound policies for switching bandit problems, 2011), because other processes come and go.
 
+A pass without gradients before a batch (`task.Loss`) adds a fraction of its time, which is learned separately for whole
+and for split batches: the scheduler compares both.
+
 The first micro-batch of a size takes seconds, while libraries search for kernels. Its time is used only to learn
 `new_size_ms`.
 """
@@ -45,6 +48,8 @@ _ARMS = 128
 _FIRST = 8
 # Least weight of an old mean.
 _LEAST = 0.05
+# Batches over which the time of passes without gradients is averaged.
+_AHEAD_BATCHES = 8
 # Weight of a plan's profile, in observations.
 _TRUST = 2.0
 
@@ -95,6 +100,7 @@ class SpeedModel:
         self.levels = tuple(levels)
         self.new_size_ms = new_size_ms
         """Milliseconds that the first micro-batch of a size takes beyond its usual time."""
+        self._ahead = [0.0, 0.0]  # time of a pass ahead, as a fraction of the rest: for whole and for split batches
         self._prior_ms = prior_ms if prior_ms and min(prior_ms) > 0 else None
         self._arms: dict[_Arm, _Mean] = {}
         # Sizes that have run in this process → whether their first time has been used.
@@ -142,6 +148,14 @@ class SpeedModel:
         device_ms = self._law.device_ms * megapixels((1, height, width))
         return self._law.host_ms / device_ms if device_ms > 0 else 0.0
 
+    def with_ahead(self, parts: int) -> float:
+        """Return the factor of a batch's time for the pass without gradients that may run before it.
+
+        Args:
+            parts: Number of micro-batches in the batch.
+        """
+        return 1.0 + self._ahead[parts > 1]
+
     def ran(self, images: int, height: int, width: int, *, timed: bool = True) -> None:
         """Note that a micro-batch has run.
 
@@ -154,7 +168,9 @@ class SpeedModel:
         size = images, height, width
         self._warm[size] = self._warm.get(size, False) or not timed
 
-    def observe(self, sizes: Sequence[int], height: int, width: int, level: int, ms: float) -> None:
+    def observe(
+        self, sizes: Sequence[int], height: int, width: int, level: int, ms: float, ahead_ms: float = 0.0
+    ) -> None:
         """Learn from a batch that ran as planned.
 
         Args:
@@ -163,6 +179,7 @@ class SpeedModel:
             width: Width of the images in pixels.
             level: Level of the checkpoint plan.
             ms: Milliseconds of the batch, forward and backward.
+            ahead_ms: Milliseconds of a pass without gradients before it.
         """
         if ms <= 0:
             return  # the clock is too coarse
@@ -170,8 +187,11 @@ class SpeedModel:
         new = [size for size in counts if not self._warm.get(size, False)]
         if new:
             self._warm.update(dict.fromkeys(new, True))
-            self._first = [*self._first, _FirstRun(counts, len(new), level, ms)][-_FIRST:]
+            self._first = [*self._first, _FirstRun(counts, len(new), level, ms + ahead_ms)][-_FIRST:]
             return
+        is_split = len(sizes) > 1
+        known = self._ahead[is_split]
+        self._ahead[is_split] += (ahead_ms / ms - known) / (_AHEAD_BATCHES if known else 1)
         total = sum(count * self.expected_ms(*size, level) for size, count in counts.items())
         means = {size: self.expected_ms(*size, level) * ms / total for size in counts}
         self._arms = {arm: _Mean(mean.ms, mean.weight * _FADING) for arm, mean in self._arms.items()}
@@ -192,6 +212,7 @@ class SpeedModel:
             "levels": [[level.fraction, level.slow] for level in self.levels],
             "arms": [[*arm, mean.ms, mean.weight] for arm, mean in self._arms.items()],
             "new_size_ms": self.new_size_ms,
+            "ahead": self._ahead,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,6 +223,7 @@ class SpeedModel:
             for images, height, width, level, ms, weight in state["arms"]
         }
         self.new_size_ms = state["new_size_ms"]
+        self._ahead = list(state.get("ahead", self._ahead))
         self.set_levels(levels)
 
     def _learn_new_size_ms(self) -> None:
@@ -209,6 +231,7 @@ class SpeedModel:
         for first in list(self._first):
             if all(any(arm[:3] == size for arm in self._arms) for size in first.counts):
                 usual_ms = sum(count * self.expected_ms(*size, first.level) for size, count in first.counts.items())
+                usual_ms *= self.with_ahead(sum(first.counts.values()))
                 cost_ms = max(first.ms - usual_ms, 0.0) / first.new
                 self.new_size_ms += (cost_ms - self.new_size_ms) / 2
                 self._first.remove(first)

@@ -4,11 +4,14 @@ A loss is numerator / normaliser, and both are sums over images. The normaliser 
 target scores) is known only after the last part on all ranks. So the numerator of each part is divided by an estimate,
 which keeps half precision in range, and then differentiated. At the end the gradient is multiplied by
 estimate / normaliser.
+
+A loss of several terms with different normalisers needs the normalisers of the batch before: they are the sums of an
+earlier pass without gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +21,11 @@ from yolov12.mas.distributed.ranks import Ranks
 from yolov12.mas.step import gradients
 from yolov12.mas.task import Loss
 
-__all__ = ["Total"]
+__all__ = ["Total", "UnknownNormalisersError"]
+
+
+class UnknownNormalisersError(Exception):
+    """A part has several normalisers, and those of the batch are needed before it is differentiated."""
 
 
 class _Part(NamedTuple):
@@ -36,10 +43,22 @@ class Total:
         images: Number of images in the batch, over all ranks.
         floor: Smallest normaliser, see `task.Task.floor`.
         per_image: Normaliser per image of the previous batch, for the estimate, as the first part may hold no target.
+        ahead: Sums over the same batch from a pass without gradients, for a loss with several normalisers.
+        exact: False to weight the parts of a loss with several normalisers by their numbers of images.
     """
 
-    def __init__(self, images: int, floor: float, per_image: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        images: int,
+        floor: float,
+        per_image: Tensor | None = None,
+        *,
+        ahead: Total | None = None,
+        exact: bool = True,
+    ) -> None:
         self._images, self._floor, self._per_image = images, max(floor, 1e-12), per_image
+        self.ahead, self._exact = ahead, exact
+        self._factors: Callable[[Tensor, Tensor], Tensor] | None = None
         self._estimate: Tensor | None = None
         self._gradients: gradients.Gradients | None = None
         self._parts: list[_Part] = []
@@ -47,13 +66,18 @@ class Total:
         self._whole: tuple[Tensor, dict[str, Tensor]] | None = None  # loss and items, over all ranks
 
     def scaled(self, loss: Loss, images: int) -> Tensor:
-        """Return a part's numerator divided by the estimate of the batch's normaliser: the scalar to differentiate.
+        """Return the scalar to differentiate: a part's numerator divided by the estimate of the batch's normaliser.
 
         Args:
             loss: Loss of the part.
             images: Number of images in the part.
+
+        Raises:
+            UnknownNormalisersError: The loss has several normalisers, and nothing is known of the rest of the batch.
         """
-        normaliser = self._as_tensor(loss)
+        normaliser, value = self._normaliser(loss, images), self._value(loss, images)
+        if normaliser.ndim:
+            return self._scaled_terms(loss, value, normaliser, images)
         if not self._parts and images == self._images:
             self._estimate = normaliser.clamp(min=self._floor)  # exact, as the factor below is 1
         elif not self._parts:  # also after a failure, as the failed part may have had another size
@@ -64,7 +88,15 @@ class Total:
                 before = torch.nan_to_num(self._per_image, nan=0.0, posinf=0.0)
                 expected = torch.maximum(expected, before.to(expected) * self._images)
             self._estimate = torch.exp2(torch.log2(expected).round())
-        return self._value(loss, images).sum() * (normaliser.clamp(min=self._floor) / self._estimate)
+        return value.sum() * (normaliser.clamp(min=self._floor) / self._estimate)
+
+    def _scaled_terms(self, loss: Loss, value: Tensor, normaliser: Tensor, images: int) -> Tensor:
+        if self.ahead is not None:
+            factor = normaliser.clamp(min=self._floor) / self.ahead.normaliser()
+            return (value * self.ahead._with_factors(factor)).sum()
+        if images != self._images:
+            raise UnknownNormalisersError
+        return (value if loss.factors is None else value * loss.factors(value.detach(), normaliser)).sum()
 
     def add(self, loss: Loss, images: int, new: gradients.Gradients | None = None) -> None:
         """Add a finished part.
@@ -77,7 +109,12 @@ class Total:
         if new is not None:
             self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
         items = {name: item.detach() for name, item in loss.items.items()}
-        self._parts.append(_Part(self._as_tensor(loss), self._value(loss, images).detach(), items))
+        value, normaliser = self._value(loss, images).detach(), self._normaliser(loss, images)
+        if normaliser.ndim:
+            self._factors = loss.factors
+        elif loss.has_terms:
+            items = {name: self._own_factors(loss, item).sum() for name, item in items.items()}
+        self._parts.append(_Part(normaliser, value, items))
 
     def sum_over(self, ranks: Ranks, *, is_padding: bool = False) -> None:
         """Sum loss, items and normaliser over all ranks. The caller sums the gradients.
@@ -102,26 +139,46 @@ class Total:
     def finished_gradients(self) -> gradients.Gradients:
         """Return the gradients of the batch's loss; with several ranks, this rank's terms of the sums."""
         assert self._gradients is not None
-        assert self._estimate is not None
-        if len(self._parts) > 1 or self._whole is not None:
+        if self._estimate is not None and (len(self._parts) > 1 or self._whole is not None):
             gradients.scale(self._gradients, self._estimate / self.normaliser())
         return self._gradients
 
     def loss(self) -> Tensor:
         """Return the loss of the batch, in the shape of `Loss.value`."""
-        return self._whole[0] if self._whole else self._combined([part.value for part in self._parts])
+        return self._with_factors(self._unfactored())
 
     def items(self) -> dict[str, Tensor]:
         """Return the items of the batch, see `Loss.items`."""
-        if self._whole:
-            return self._whole[1]
-        return {name: self._combined([part.items[name] for part in self._parts]) for name in self._parts[0].items}
+        first = self._parts[0]
+        items = {name: self._combined([part.items[name] for part in self._parts]) for name in first.items}
+        items = self._whole[1] if self._whole else items
+        return (
+            {name: self._with_factors(item).sum() for name, item in items.items()} if first.normaliser.ndim else items
+        )
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the items as numerators, and by the name "" what they are divided by, before the floor.
+
+        With several normalisers, that is the number of images.
+        """
+        several = self._parts[0].normaliser.ndim > 0
+        divisor = torch.full((), float(self._images)) if several else self.unfloored()
+        return {name: item * divisor.clamp(min=self._floor).to(item.device) for name, item in self.items().items()} | {
+            "": divisor
+        }
+
+    def _unfactored(self) -> Tensor:
+        return self._whole[0] if self._whole else self._combined([part.value for part in self._parts])
+
+    def _with_factors(self, terms: Tensor) -> Tensor:
+        return terms if self._factors is None else terms * self._factors(self._unfactored(), self.unfloored())
 
     def _combined(self, values: list[Tensor]) -> Tensor:
         if len(values) == 1:
             return values[0]
         weights = [part.normaliser.clamp(min=self._floor) / self.normaliser() for part in self._parts]
-        return sum((value * weight for value, weight in zip(values, weights, strict=True)), torch.zeros_like(values[0]))
+        weighted = [value * weight for value, weight in zip(values, weights, strict=True)]
+        return sum(weighted, torch.zeros_like(values[0])).to(values[0].dtype)
 
     def normaliser(self) -> Tensor:
         """Return the normaliser of the batch, at least the floor."""
@@ -129,18 +186,28 @@ class Total:
 
     def unfloored(self) -> Tensor:
         """Return the normaliser of the batch before the floor."""
-        return torch.stack([part.normaliser for part in self._parts]).sum() if self._sum is None else self._sum
+        return torch.stack([part.normaliser for part in self._parts]).sum(0) if self._sum is None else self._sum
 
     def _value(self, loss: Loss, images: int) -> Tensor:
         scales = loss.times_images and images != self._images
-        return loss.value * (self._images / images) if scales else loss.value
+        value = loss.value * (self._images / images) if scales else loss.value
+        return self._own_factors(loss, value) if loss.has_terms and not self._exact else value
 
     @staticmethod
-    def _as_tensor(loss: Loss) -> Tensor:
-        if isinstance(loss.normaliser, Tensor):
-            return loss.normaliser.detach().double()  # counts and half precision do not add up exactly
+    def _own_factors(loss: Loss, terms: Tensor) -> Tensor:
+        """Multiply terms by their factors for the part alone."""
+        if loss.factors is None:
+            return terms
+        assert isinstance(loss.normaliser, Tensor)
+        return terms * loss.factors(loss.value.detach(), loss.normaliser)
+
+    def _normaliser(self, loss: Loss, images: int) -> Tensor:
+        if isinstance(loss.normaliser, Tensor) and (self._exact or not loss.has_terms):
+            normaliser = loss.normaliser.detach().double()  # counts and half precision do not add up exactly
+            return normaliser if loss.has_terms else normaliser.reshape(())
+        number = images * max(self._floor, 1.0) if loss.has_terms else float(loss.normaliser)
         # It is filled on the device, as a copy from the host would wait for the device.
-        return torch.full((), float(loss.normaliser), device=loss.value.device, dtype=torch.float64)
+        return torch.full((), number, device=loss.value.device, dtype=torch.float64)
 
 
 def _numbers(part: _Part, names: Sequence[str]) -> list[Tensor]:

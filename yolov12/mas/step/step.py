@@ -2,20 +2,22 @@
 
 The gradient is that of the whole batch at once, however the batch was split and whatever allocations failed:
 
-- a loss is numerator / normaliser, and numerators and normalisers are added separately (loss.py);
+- a loss is numerator / normaliser, and numerators and normalisers are added separately (loss.py). If it has several
+  normalisers, a batch that is split runs ahead without gradients, which gives their sums;
 - BatchNorm normalises fixed groups of images (batchnorm/grouped.py);
 - the gradient of a micro-batch is computed separately, and added when it is complete. After a failed allocation, the
   gradient of that micro-batch is dropped, the random generators are restored, and the remaining images run again in
   smaller micro-batches;
-- several ranks exchange nothing until all of them have run their shares, and then only sums (distributed/ranks.py).
+- several ranks exchange nothing until all of them have run their shares, or have run ahead, and then only sums
+  (distributed/ranks.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,72 +25,20 @@ from torch import Tensor, nn
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.distributed.ranks import ALONE, NO_NEWS, Ranks, RankStatus
-from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.memory.reading import Meter
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
-from yolov12.mas.step.loss import Total
+from yolov12.mas.step.loss import Total, UnknownNormalisersError
+from yolov12.mas.step.planner import MicroBatches, Planner
 from yolov12.mas.step.prefetch import Prefetch
+from yolov12.mas.step.result import Result
 from yolov12.mas.step.snapshots import ModuleState, RandomState
 from yolov12.mas.task import Share, Task
 
-__all__ = ["Planner", "Result", "Step"]
+__all__ = ["Step"]
 
-
-class Planner(Protocol):
-    """Decides how a batch is split and what its layers keep, and learns from the micro-batches that ran."""
-
-    level: int
-    """Index of the checkpoint plan that layers follow until the next call of `plan`."""
-
-    def plan(self, start: int, failure: Failure | None) -> list[tuple[int, ...]]:
-        """Split the remaining images into micro-batches.
-
-        Args:
-            start: Number of images that are done.
-            failure: Failed allocation that ended the last plan; None at first.
-
-        Returns:
-            For each micro-batch, the numbers of images in its BatchNorm groups.
-
-        Raises:
-            DoesNotFitError: No smaller split is left to try.
-        """
-
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int) -> None:
-        """Learn from a micro-batch that ran.
-
-        Args:
-            start: First image.
-            stop: Image after the last.
-            allocated_bytes: Allocated bytes before the micro-batch.
-            peak_bytes: Peak of allocated bytes while it ran.
-        """
-
-
-@dataclass(frozen=True)
-class Result:
-    """Outcome of a batch. Its gradient has been added to that of the parameters."""
-
-    loss: Tensor
-    """Loss of the whole batch, in the shape of `Loss.value`; on the device, detached."""
-    items: Mapping[str, Tensor]
-    """Scalars of the whole batch, see `Loss.items`."""
-    micro_batches: tuple[int, ...]
-    """Number of images in each micro-batch that ran here, in the order they ran."""
-    watch: Stopwatch
-    """Time of this process's own work."""
-    statuses: Sequence[RankStatus] = ()
-    """Reports of all ranks."""
-    level: int = 0
-    """Index of the checkpoint plan of the last micro-batch. The engine fills in this field and those below."""
-    predicted_bytes: int = 0
-    """Predicted peak of allocated memory."""
-    peak_bytes: int = 0
-    """Measured peak of allocated memory."""
-    budget_bytes: int = 0
-    """Memory that this process could use when the batch began or, after a failure, when it was read again."""
-    events: tuple[str, ...] = ()
-    """Events of the batch, as the journal names them, such as `shrunk 64 to 32`."""
+_LOOKS = 3
+"""Most passes without gradients before a batch: again if a failed allocation has changed its BatchNorm groups."""
 
 
 class Step:
@@ -102,6 +52,7 @@ class Step:
         layers: Layers that checkpoint plans may name: name → layer, see `checkpointing`.
         activations: BatchNorm → activation of its output, see `batchnorm.grouped.GroupedBatchNorm`.
         ranks: Processes that share each batch.
+        exact: False to weight the parts of a loss with several normalisers by their numbers of images.
     """
 
     def __init__(
@@ -113,6 +64,8 @@ class Step:
         layers: Mapping[str, nn.Module] | None = None,
         activations: Mapping[nn.Module, nn.Module] | None = None,
         ranks: Ranks = ALONE,
+        *,
+        exact: bool = True,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
@@ -124,6 +77,7 @@ class Step:
         self._ranks = ranks
         self._parameters: list[nn.Parameter] = []
         self._per_image: Tensor | None = None  # normaliser per image of the previous batch
+        self._exact, self._has_terms = exact, False  # whether the latest loss had several normalisers
 
     @property
     def fused(self) -> int:
@@ -156,22 +110,42 @@ class Step:
             RankError: Another rank failed or is gone.
         """
         share = share or Share(images)
+        for restarts in (True, True, False):
+            try:
+                return self._run(batch, images, planner, share, status, restarts=restarts)
+            except UnknownNormalisersError:  # the first loss shows that there are several, or groups have changed
+                if not restarts:
+                    raise
+        raise AssertionError
+
+    def _run(
+        self, batch: Any, images: int, planner: Planner, share: Share, status: RankStatus, *, restarts: bool
+    ) -> Result:
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         before, state = gradients.take(self._parameters), RandomState(self._device)
-        total = Total(share.batch_images, self._task.floor, self._per_image)
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
         self._norms.begin()
         watch = self._meter.stopwatch()
+        looks_ahead, ahead = self._exact and self._has_terms, None
+        ahead_watch = self._meter.stopwatch() if looks_ahead else None
         try:
-            try:
-                ran, groups_done = self._run_share(parts, images, planner, total)
+            with self._telling(NO_NEWS if looks_ahead else status):
+                plan = planner.plan(0, None)
+                if looks_ahead:
+                    plan, ahead = self._look_ahead(parts, images, plan, planner, share)
+            if ahead_watch is not None:
+                ahead_watch.stop()
+            if ahead is not None:
+                self._ranks.agree(NO_NEWS)
+                ahead.sum_over(self._ranks, is_padding=share.is_padding)
+            total = Total(share.batch_images, self._task.floor, self._per_image, ahead=ahead, exact=self._exact)
+            with self._telling(status):
+                restarts = restarts and self._ranks.size == 1  # other ranks would not begin again
+                ran, groups_done = self._run_share(parts, images, plan, planner, total, restarts=restarts)
                 watch.stop()
                 statistics = self._norms.averages(groups_done, share.batch_images)
                 # Reserved now, while a failed allocation still concerns only this rank.
                 self._ranks.reserve([*self._parameters, *statistics])
-            except BaseException as error:
-                self._ranks.agree(status, error)
-                raise
             statuses = self._ranks.agree(status)
             total.sum_over(self._ranks, is_padding=share.is_padding)
             finished = total.finished_gradients()
@@ -179,8 +153,8 @@ class Step:
             if share.is_padding:
                 torch._foreach_zero_(summed)
             self._ranks.sum(summed)
-            result = Result(total.loss(), total.items(), tuple(ran), watch, statuses)
-            self._per_image = total.normaliser() / share.batch_images
+            result = Result(total.loss(), total.items(), tuple(ran), watch, ahead_watch if ahead else None, statuses)
+            self._per_image = None if self._has_terms else total.normaliser() / share.batch_images
             self._norms.commit(statistics)
         except BaseException:
             parts.drop()
@@ -190,27 +164,90 @@ class Step:
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
 
-    def _run_share(self, parts: Prefetch, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
+    @contextmanager
+    def _telling(self, status: RankStatus) -> Iterator[None]:
+        """Report an error of this rank to the others before it is raised."""
+        try:
+            yield
+        except UnknownNormalisersError:  # which all ranks raise
+            raise
+        except BaseException as error:
+            self._ranks.agree(status, error)
+            raise
+
+    def _run_share(
+        self,
+        parts: Prefetch,
+        images: int,
+        plan: MicroBatches,
+        planner: Planner,
+        total: Total,
+        *,
+        restarts: bool = False,
+    ) -> tuple[list[int], list[int]]:
         """Run this rank's share; return the sizes of its micro-batches and of their BatchNorm groups."""
         ran: list[int] = []
         groups_done: list[int] = []
+        groups_ahead = _flat(plan)
+        with_gradients = torch.is_grad_enabled()
         start, failure = 0, None
         while start < images:
-            plan = planner.plan(start, failure)
+            if failure is not None:
+                plan = planner.plan(start, failure)
+                if restarts and total.ahead is not None and _flat(plan) != groups_ahead[len(groups_done) :]:
+                    raise UnknownNormalisersError
             failure = None
             for index, groups in enumerate(plan):
                 stop = start + sum(groups)
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
                 allocated_bytes = self._meter.mark()
-                layers = self.checkpointing.within(self.plans[planner.level])
+                layers = self.checkpointing.within(self.plans[planner.level] if with_gradients else KEEP_ALL)
                 failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, layers)
                 if failure is not None:
                     break
-                planner.done(start, stop, allocated_bytes, self._meter.peak_bytes())
+                planner.done(start, stop, allocated_bytes, self._meter.peak_bytes() if with_gradients else None)
                 groups_done += groups
                 ran.append(stop - start)
                 start = stop
+                if not (with_gradients or self._has_terms):
+                    return ran, groups_done  # there are no normalisers to look for
         return ran, groups_done
+
+    def _look_ahead(
+        self, parts: Prefetch, images: int, plan: MicroBatches, planner: Planner, share: Share
+    ) -> tuple[MicroBatches, Total | None]:
+        """Run this rank's share without gradients, to know the normalisers of its loss.
+
+        Args:
+            parts: Parts of the share.
+            images: Number of images in the share.
+            plan: Micro-batches of the share.
+            planner: Plans again after a failed allocation.
+            share: Description of the whole batch.
+
+        Returns:
+            The micro-batches to run now, and the sums of the pass; None for a batch that is not split.
+        """
+        if len(plan) == 1 and self._ranks.size == 1:
+            return plan, None
+        states = RandomState(self._device), ModuleState(self.model)
+        try:
+            for _ in range(_LOOKS):
+                ahead = Total(share.batch_images, self._task.floor)
+                with torch.no_grad():
+                    ran, groups = self._run_share(parts, images, plan, planner, ahead)
+                if not self._has_terms or ran == [sum(groups) for groups in plan]:
+                    break
+                states[0].restore()
+                plan = planner.plan(0, None)  # there was a failure
+                if _flat(plan) == groups:
+                    break
+            return plan, ahead if self._has_terms else None
+        finally:
+            parts.drop()
+            for state in states:
+                state.restore()
+            torch.clear_autocast_cache()  # its copies of weights were made without gradients
 
     def try_out(
         self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None
@@ -234,7 +271,7 @@ class Step:
         try:
             allocated_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)
-            total = Total(stop, self._task.floor)
+            total = Total(stop, self._task.floor, exact=False)
             failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
             return failure or (allocated_bytes, self._meter.peak_bytes())
         finally:
@@ -260,9 +297,11 @@ class Step:
             with self._norms.within(groups, first_group):
                 with layers:
                     loss = self._task.loss(self.model, part)
-                # A backward pass uses the dtypes of its forward pass.
-                with torch.autocast(self._device.type, enabled=False):
-                    self._backward(total.scaled(loss, stop - start))
+                self._has_terms = loss.has_terms
+                if torch.is_grad_enabled():
+                    # A backward pass uses the dtypes of its forward pass.
+                    with torch.autocast(self._device.type, enabled=False):
+                        self._backward(total.scaled(loss, stop - start))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -277,3 +316,7 @@ class Step:
         state.restore()
         self._meter.release()
         return failure
+
+
+def _flat(plan: MicroBatches) -> list[int]:
+    return list(chain.from_iterable(plan))

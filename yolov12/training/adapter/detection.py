@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -17,9 +17,10 @@ from yolov12.models.assigner import in_slices
 from yolov12.training.adapter.batch_values import Belongs, Nest, Values, entries, is_nest
 from yolov12.training.adapter.deferred_tensor import TensorFacts
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
+from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
 from yolov12.training.adapter.users_code import module_of
 
-__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_call", "knows_loss", "loss_is_exact"]
+__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_call", "knows_loss", "note_on_split"]
 
 BOXES = "yolov12_boxes"
 """Key of a part: list of the number of boxes in each image, on the host."""
@@ -28,7 +29,6 @@ BOXES = "yolov12_boxes"
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
 # Ultralytics' own values that no loss reads, and that code which adds images may have left as they were.
 _UNREAD = ("im_file", "ori_shape", "resized_shape", "ratio_pad")
-_EXACT = ("v8DetectionLoss", "v8OBBLoss")
 _MODELS, _LOSSES = "ultralytics.nn.tasks", "ultralytics.utils.loss"
 
 
@@ -76,17 +76,30 @@ def _is_stock(criterion: Any) -> bool:
     return True
 
 
-def loss_is_exact(model: nn.Module) -> bool:
-    """Return whether the gradient of a model's loss does not depend on how a batch is split."""
-    return type(criterion_of(model)).__name__ in _EXACT
+def note_on_split(model: nn.Module, *, exact: bool) -> str:
+    """Return what the log says of the loss of a batch that is split; empty if there is nothing to say.
+
+    Args:
+        model: Model whose loss is known, see `knows_loss`.
+        exact: Argument of the training.
+    """
+    criterion = criterion_of(model)
+    if has_one_normaliser(criterion):
+        return ""
+    if exact and has_terms(criterion):
+        return (
+            "memory: this loss has several normalisers: a batch that is split runs its forward pass twice; with "
+            "exact=False once, and its parts are weighted by images"
+        )
+    return "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
 
 
 class DetectionTask:
     """Implements `mas.Task` for Ultralytics' trainings with boxes.
 
-    Detection and oriented boxes are exact: their losses are numerators over one sum S of target scores, clamped at 1,
-    times the number of images. S is read from the assigner's output. Masks, keypoints and the two heads of an
-    end-to-end model have further normalisers; there, parts are weighted by their numbers of images.
+    The losses of detection and oriented boxes are numerators over one sum S of target scores, clamped at 1, times the
+    number of images. S is read from the assigner's output. Masks, keypoints and the two heads of an end-to-end model
+    have further normalisers, see `loss_terms`.
 
     Args:
         preprocess: Ultralytics' `trainer.preprocess_batch`, which scales pixels and, for `multi_scale`, draws an image
@@ -192,12 +205,15 @@ class DetectionTask:
             boxes: Number of boxes in each image of the part.
             run: Runs the loss; returns it with its items.
         """
-        assigner: Any = getattr(criterion_of(model), "assigner", None)
-        none: list[Tensor] = []
-        with nullcontext(none) if assigner is None else in_slices(assigner) as sums:
+        criterion = criterion_of(model)
+        if has_terms(criterion):
+            return loss_of_terms(criterion, run)
+        if not has_one_normaliser(criterion):
             loss, items = run()
-        normaliser: Tensor | float = sums[0] if loss_is_exact(model) else float(len(boxes))
-        return Loss(loss, normaliser, items, times_images=True)
+            return Loss(loss, float(len(boxes)), items, times_images=True)
+        with in_slices(criterion.assigner) as sums:
+            loss, items = run()
+        return Loss(loss, sums[0], items, times_images=True)
 
     def _learn_facts(self, part: Mapping[str, Any], given: Mapping[str, Any], rows: Mapping[str, int]) -> None:
         """Note what a part is after preprocessing; tensors whose rows it changed tell nothing of the batch."""

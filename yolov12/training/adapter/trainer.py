@@ -27,7 +27,7 @@ from yolov12.training.adapter.detection import (
     drawing_from,
     knows_call,
     knows_loss,
-    loss_is_exact,
+    note_on_split,
 )
 from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
@@ -219,8 +219,9 @@ class TrainerAdapter:
         self._keep_group()
         self._display.add(result)
         batch.describe(self._task.facts, partial(self._preprocess_again, self._task.draw), host)
+        loss = result.loss.sum(0) if result.loss.ndim > 1 else result.loss  # of two heads, see loss_terms.py
         # The loss is a leaf tensor, so the `backward` of Ultralytics' loop changes no gradient of a parameter.
-        return result.loss.requires_grad_(), dict(result.items)
+        return loss.requires_grad_(), dict(result.items)
 
     def _note_sizes(self) -> None:
         for event in self._resolution.take_events():
@@ -252,12 +253,9 @@ class TrainerAdapter:
         if reason and self._ranks.size > 1:
             raise ConfigError(f"{reason}, so several processes cannot share it: train in one, or with mas=False")
         if reason:
-            line = f"memory: {reason}: batches run as Ultralytics runs them"
-        elif not loss_is_exact(model):
-            line = "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
+            self._notices.hold(f"memory: {reason}: batches run as Ultralytics runs them")
         else:
-            line = ""
-        self._notices.hold(line)
+            self._notices.hold(note_on_split(model, exact=self._engine.config.exact))
         return not reason
 
     def _warmup(self, batches: int) -> int:

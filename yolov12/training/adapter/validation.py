@@ -186,8 +186,7 @@ class _Validation:
             for _, loss, count in found:
                 total.add(loss, count)
             self._items = total.items()
-            weight = total.normaliser()
-            self._sums.append({**{name: item * weight for name, item in self._items.items()}, "": total.unfloored()})
+            self._sums.append(total.sums())
 
     def _on_device(self, images: Tensor) -> Tensor:
         images = images.to(self._validator.device, non_blocking=True)
