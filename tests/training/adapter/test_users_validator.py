@@ -287,19 +287,30 @@ def test_a_trainer_and_validator_that_normalise_give_stocks_results(trainings, t
     assert not {"preprocess", "postprocess", "init_metrics", "finalize_metrics"} & vars(ours.trainer.validator).keys()
 
 
-class Tagged(DetectionTrainer):
-    """Validates on batches with a value that belongs to neither images nor objects."""
+class ByColumn(DetectionValidator):
+    """Knows batches whose `batch_idx` is a column, which nothing else knows."""
+
+    def _prepare_batch(self, si, batch):
+        return super()._prepare_batch(si, {**batch, "batch_idx": batch["batch_idx"].view(-1)})
+
+
+class OfColumns(DetectionTrainer):
+    """Validates on such batches."""
 
     def get_validator(self):
-        validator = super().get_validator()
-        collate = self.test_loader.collate_fn
-        self.test_loader.collate_fn = lambda samples: {**collate(samples), "tag": {"any": object}}
-        return validator
+        stock, collate = super().get_validator(), self.test_loader.collate_fn
+
+        def in_columns(samples):
+            batch = collate(samples)
+            return {**batch, "batch_idx": batch["batch_idx"].view(-1, 1)}
+
+        self.test_loader.collate_fn = in_columns
+        return ByColumn(self.test_loader, save_dir=self.save_dir, args=stock.args, _callbacks=self.callbacks)
 
 
 def test_batches_of_validation_that_cannot_be_split_run_whole(trainings, tiny_models, data, tmp_path):
     stock, ours = (
-        trainings.train(tmp_path, tiny_models["detect"], data=data("detect"), trainer=Tagged, epochs=1, **settings)
+        trainings.train(tmp_path, tiny_models["detect"], data=data("detect"), trainer=OfColumns, epochs=1, **settings)
         for settings in (STOCK, {"bn_group": 8, "micro_batch": 8})
     )
     assert ours.stock_results() == stock.stock_results()
