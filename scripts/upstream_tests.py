@@ -28,10 +28,9 @@ LOCK = HERE.parents[1] / "requirements" / "lock.txt"
 LOG = "UPSTREAM_TESTS_LOG"
 SECONDS = 240  # for a test
 
-TASKS = {"": "detect", "-seg": "segment", "-pose": "pose", "-obb": "obb", "-cls": "classify", "-sem": "semantic"}
 WEIGHTS = {
-    **{f"yolo26n{suffix}.pt": f"yolo26n{suffix}.yaml" for suffix in (*TASKS, "-depth")},
-    **{f"yolo26s{suffix}.pt": f"yolo26s{suffix}.yaml" for suffix in ("", "-seg", "-pose", "-obb")},
+    **{f"yolo26n{task}.pt": f"yolo26n{task}.yaml" for task in ("", "-seg", "-pose", "-obb", "-cls", "-sem", "-depth")},
+    **{f"yolo26s{task}.pt": f"yolo26s{task}.yaml" for task in ("", "-seg", "-pose", "-obb")},
     "yolo11n.pt": "yolo11n.yaml",
     "yolo11n-grayscale.pt": "yolo11n.yaml",
     "FastSAM-s.pt": "yolov8s-seg.yaml",

@@ -175,6 +175,8 @@ class _Validation:
 
     def _preprocess(self, batch: Any) -> Any:
         """Preprocess a batch. Ultralytics' own method gets no images until somebody uses them."""
+        self._batch, self._source = {}, None  # a batch on the device is freed before the next is
+        self._result = self._whole = object()
         images = batch.get("img") if isinstance(batch, dict) else None
         if not self._has_stock_preprocess or not isinstance(images, Tensor) or images.ndim != 4:
             shown = self._users_batch(batch)
