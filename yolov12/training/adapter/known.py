@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from yolov12.training.adapter.users_code import is_ultralytics
+
 __all__ = ["is_stock", "joins_outputs", "why_not_split"]
 
 _MODULE = "ultralytics.nn.tasks"
@@ -34,10 +36,8 @@ def joins_outputs(model: nn.Module) -> bool:
 
 def is_stock(owner: Any, name: str) -> bool:
     """Return whether a method is Ultralytics' own: in every class that defines it, and not set on the object."""
-    kinds = [kind for kind in type(owner).__mro__ if name in vars(kind)]
-    return name not in vars(owner) and all(
-        getattr(vars(kind)[name], "__module__", "").startswith("ultralytics.") for kind in kinds
-    )
+    methods = [vars(kind)[name] for kind in type(owner).__mro__ if name in vars(kind)]
+    return name not in vars(owner) and all(map(is_ultralytics, methods))
 
 
 def _is_one_of(model: nn.Module, names: tuple[str, ...]) -> bool:

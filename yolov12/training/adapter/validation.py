@@ -259,8 +259,8 @@ class _Validation:
     def _loss_of(self, part: dict[str, Any], images: Tensor, outputs: Any) -> Any:
         assert self._task is not None
         assert self._loss is not None
-        boxes, loss = part.pop(BOXES), self._loss
-        return self._task.measured(self._model, boxes, lambda: loss({**part, "img": images}, outputs))
+        boxes, loss, batch = part[BOXES], self._loss, {**self._task.opened(part), "img": images}
+        return self._task.measured(self._model, boxes, lambda: loss(batch, outputs))
 
     def _gather(self) -> None:
         """Gather statistics as Ultralytics does, and losses; on the host, as gloo cannot reduce a matrix on a GPU."""
