@@ -35,7 +35,7 @@ class Card:
 
 def test_grows_to_what_fits_and_stays_inside_the_budget():
     card = Card(room=40)
-    assert card.run(64) == [8, 28, 28]  # the budget is 36 images, and the margin 5 % of them
+    assert card.run(64) == [1, 8, 28, 27]  # the budget is 36 images, and the margin 5 % of them
     assert card.run(64) == [32, 32]
     assert card.run(20) == [20]
     assert card.slices.failures == 0
@@ -81,3 +81,22 @@ def test_other_errors_pass():
     card.fail = lambda images: 1 / 0
     with pytest.raises(ZeroDivisionError):
         card.run(4)
+
+
+def test_the_first_slice_is_one_image_and_its_peak_is_compared_with_the_limit():
+    card = Card(room=100, limit=50 * IMAGE)
+    assert card.slices.over_limit == ""
+    card.meter = card.slices.meter = ReplayMeter(100 * IMAGE, [0], limit=50 * IMAGE)
+    assert card.run(8)[0] == 1
+    assert card.slices.over_limit == ""
+    card.meter.allocated_bytes = 60 * IMAGE
+    card.meter.peak_bytes = lambda: 60 * IMAGE  # on the host, nothing enforces a limit
+    card.work = lambda start, stop: card.ran.append(stop - start) or list(range(start, stop))
+    assert card.run(4) == [1, 1, 1, 1]
+    assert card.slices.over_limit == "peaked at 600 MiB, over the limit of 500 MiB"
+
+
+def test_slices_grow_where_one_image_needs_no_memory_that_can_be_measured():
+    card = Card(room=100)
+    card.meter.use = lambda count: None
+    assert card.run(64) == [1, 8, 55]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class Calibration:
         self._cache, self._device, self._ranks, self._log = LadderCache(cache), device, ranks, log
         self._settled, self._logged = False, ""
         self._guess_budget_bytes = 0  # budget when a ladder was guessed
+        importlib.import_module("scipy.optimize")  # for the ladder; then there may be no memory to import it
 
     @property
     def levels(self) -> int:

@@ -14,8 +14,7 @@ __all__ = ["Slices"]
 
 Found = TypeVar("Found")
 
-_FIRST = 8  # images in the first slice, while nothing is known about their memory
-_LARGEST_STEP = 4  # largest slice as a multiple of the largest one observed: predictions beyond are guesses
+_LARGEST_STEP = 8  # largest slice as a multiple of the largest one that ran: predictions beyond are guesses
 
 
 class Slices:
@@ -29,8 +28,19 @@ class Slices:
     def __init__(self, config: Config, meter: Meter) -> None:
         self._config, self.meter = config, meter
         self._cost = CostModel()
+        self._largest = 0  # most images in a slice that ran
+        self.peak_bytes = 0
+        """Highest peak so far, also of slices that failed."""
         self.failures = 0
         """Number of allocations that have failed so far."""
+
+    @property
+    def over_limit(self) -> str:
+        """Words for the log about a peak above `mem_limit`; empty if there was none."""
+        limit_bytes = self.meter.read().total_bytes
+        if self._config.limit is None or self.peak_bytes <= limit_bytes:
+            return ""
+        return f"peaked at {self.peak_bytes / 2**20:,.0f} MiB, over the limit of {limit_bytes / 2**20:,.0f} MiB"
 
     def run(self, images: int, height: int, width: int, work: Callable[[int, int], Found]) -> list[Found]:
         """Run work on all images of a batch.
@@ -60,19 +70,25 @@ class Slices:
                 if not is_out_of_memory(error):
                     raise
                 failure = str(error) or type(error).__name__
+            peak_bytes = self.meter.peak_bytes()
+            self.peak_bytes = max(self.peak_bytes, peak_bytes)
             if failure:  # outside of the `except` block, whose traceback kept the tensors allocated
                 self._learn(Features(count, height, width, 0), failure)
                 most = count // 2
                 continue
-            self._cost.observe(Features(count, height, width, 0), self.meter.peak_bytes() - allocated_bytes)
+            self._cost.observe(Features(count, height, width, 0), peak_bytes - allocated_bytes)
+            self._largest = max(self._largest, count)
             start += count
         return found
 
     def _count(self, images: int, height: int, width: int) -> int:
-        """Return the size of the next slice. Slices are equal, as libraries search kernels for every new size."""
+        """Return the size of the next slice: one image while nothing is known about the memory that it needs.
+
+        Slices are equal, as libraries search kernels for every new size.
+        """
         if self._config.micro_batch is not None:
             return min(self._config.micro_batch, images)
-        most = min(_LARGEST_STEP * self._cost.largest, images) or min(_FIRST, images)
+        most = min(_LARGEST_STEP * self._largest, images) or 1
         reading = self.meter.read()
         room_bytes = reading.budget_bytes(self._config.safety_ratio) - reading.allocated_bytes
         for parts in range(-(-images // most), images + 1):

@@ -12,14 +12,17 @@ from yolov12.errors import DoesNotFitError, YOLOv12Error
 
 __all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tried_to_allocate"]
 
-# Messages of libraries that allocate device memory without PyTorch's allocator, and of PyTorch's host allocator.
-_SIGNS = (
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_INTERNAL_ERROR",
-    "unable to find an engine",
-    "can't allocate memory",
+# Messages of libraries that allocate memory without PyTorch's allocator, of PyTorch's host allocator, and of C++. What
+# oneDNN calls a descriptor needs no memory: without one, it does not know the operation.
+_SIGNS = re.compile(
+    "out of memory"
+    "|CUBLAS_STATUS_ALLOC_FAILED"
+    "|CUDNN_STATUS_ALLOC_FAILED"
+    "|CUDNN_STATUS_INTERNAL_ERROR"
+    "|unable to find an engine"
+    "|can't allocate memory"
+    "|could not create a primitive(?! descriptor)"
+    "|std::bad_alloc"
 )
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -52,7 +55,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and _SIGNS.search(str(error)) is not None
 
 
 def tried_to_allocate(message: str) -> int:

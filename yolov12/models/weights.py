@@ -238,8 +238,9 @@ def _raise_without_model(file: str, found: Any) -> None:
     state = found.get("model", found) if isinstance(found, dict) else None
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UnreadableWeightsError(
-            f"{file} holds {len(state)} tensors and no model (a state dict). Build the model and load them: "
-            f"model = YOLO('yolov12s.yaml'); model.model.load_state_dict(torch.load({file!r}, weights_only=True)); "
+            f"{file} holds {len(state)} tensors and no model (a state dict). This is no supported Ultralytics "
+            "checkpoint format. Build the model and load them: model = YOLO('yolov12s.yaml'); "
+            f"model.model.load_state_dict(torch.load({file!r}, weights_only=True)); "
             "model.save() then writes a checkpoint."
         )
     raise UnreadableWeightsError(

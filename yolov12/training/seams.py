@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from yolov12.training.adapter import validation
+from yolov12.training.adapter import prediction, validation
 
 __all__ = ["inference", "validate"]
 
@@ -41,4 +41,4 @@ def inference(stock: Callable[..., Any], predictor: Any, /, im: Any, *args: Any,
     Returns:
         Outputs of the model for the whole batch.
     """
-    return validation.predict(stock, predictor, im, *args, **kwargs)
+    return prediction.predict(stock, predictor, im, *args, **kwargs)

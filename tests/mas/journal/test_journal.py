@@ -128,7 +128,8 @@ def test_summary(tmp_path):
     journal = Journal(tmp_path)
     journal.add(row(1, "out-of-memory at 128", "retried 128", "out-of-memory at 128", "shrunk 128 to 64", peak=6000))
     journal.add(row(2, peak=7000, budget=7200, step_ms=None))
-    journal.add(row(3, "grew 64 to 128", micro_batches=(128,), peak=8000, step_ms=400.0))
+    events = "grew 64 to 128", "over the limit of 7,900 MiB"
+    journal.add(row(3, *events, micro_batches=(128,), peak=8000, step_ms=400.0))
     journal.lost(7)
     for percent in (90.0, None, 100.0):
         journal.busy(percent)
@@ -146,6 +147,7 @@ def test_summary(tmp_path):
         "peak_mean_mib": 7000.0,
         "peak_sd_mib": pytest.approx(816.5, abs=0.1),  # sqrt(2/3) * 1000
         "peak_max_mib": 8000.0,
+        "over_limit": 1,
         "budget_min_mib": 7200.0,
         "budget_max_mib": 7400.0,
         "prediction_error_percent": pytest.approx(1.0),
@@ -163,7 +165,8 @@ def test_summary(tmp_path):
     assert json.loads((tmp_path / "memory.json").read_text()) == {**asdict(summary), "ranks": []}
     assert summary.as_text() == (
         "memory: 2 out-of-memories survived, 7 images lost, 3 of 4 updates\n"
-        "  peak 7,000 ± 816 MiB, at most 8,000, of a budget of 7,200 to 7,400 MiB; predicted to 1.0 %\n"
+        "  peak 7,000 ± 816 MiB, at most 8,000, of a budget of 7,200 to 7,400 MiB, "
+        "over the limit in 1 step; predicted to 1.0 %\n"
         "  micro-batches of 64 to 128 images, median 64, shrunk 1 time, grown 1 time; 288.0 images/s; "
         "GPU busy 95 % of the time"
     )

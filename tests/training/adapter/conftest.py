@@ -8,7 +8,8 @@ import pytest
 import torch
 
 _MODEL = """
-nc: 10
+nc: {nc}
+kpt_shape: [2, 3]
 backbone:
   - [-1, 1, Conv, [8, 3, 2]]
   - [-1, 1, Conv, [8, 3, 2]]
@@ -17,16 +18,35 @@ backbone:
   - [-1, 1, Conv, [16, 3, 2]]
   - [-1, 1, Conv, [16, 3, 2]]
 head:
-  - [[3, 4, 5], 1, Detect, [nc]]
+  - [{head}]
 """
+_HEADS = {
+    "detect": "[3, 4, 5], 1, Detect, [nc]",
+    "segment": "[3, 4, 5], 1, Segment, [nc, 8, 16]",
+    "semantic": "[3, 4], 1, SemanticSegment, [nc]",
+    "depth": "[3, 4, 5], 1, Depth, [16]",
+    "classify": "-1, 1, Classify, [nc]",
+    "pose": "[3, 4, 5], 1, Pose, [nc, [2, 3]]",
+    "obb": "[3, 4, 5], 1, OBB, [nc, 1]",
+}
 
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A detector of 176,000 parameters; its yaml."""
     file: Path = tmp_path_factory.mktemp("model") / "small.yaml"
-    file.write_text(_MODEL)
+    file.write_text(_MODEL.format(nc=10, head=_HEADS["detect"]))
     return str(file)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small model of each task, for two classes; their yamls."""
+    files: dict[str, Path] = {}
+    for task, head in _HEADS.items():
+        files[task] = tmp_path_factory.mktemp("model") / f"{task}.yaml"
+        files[task].write_text(_MODEL.format(nc=2, head=head))
+    return {task: str(file) for task, file in files.items()}
 
 
 @pytest.fixture(scope="session")

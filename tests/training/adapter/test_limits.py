@@ -88,3 +88,45 @@ def test_making_an_engine_sets_nothing(held):
     with engine:
         assert held == [20]
     assert held == [20, None]
+
+
+def test_a_training_and_its_validation_that_go_over_their_limit_say_so(trainings, tmp_path, monkeypatch):
+    """On a CPU, only the budget enforces a limit, and a prediction may be wrong."""
+    peak = HostMeter.peak_bytes
+    is_over = []
+    monkeypatch.setattr(HostMeter, "peak_bytes", lambda meter: 21 * GIB if is_over else peak(meter))
+    batches = []
+
+    def go_over(trainer):
+        batches.append(trainer.epoch)
+        is_over.extend([True] * (len(batches) == trainings.BATCHES))
+
+    run = trainings.train(
+        tmp_path, epochs=1, mem_limit="20GiB", **trainings.SPLIT, callbacks=[("on_train_batch_start", go_over)]
+    )
+    limit = f"{min(20 * GIB, HostMeter().read().total_bytes) / 2**20:,.0f} MiB"
+    assert [row["events"] for row in run.memory[:-1]] == [""] * (trainings.BATCHES - 1)
+    assert run.memory[-1]["events"].startswith(f"over the limit of {limit}")
+    assert run.summary["over_limit"] == 1
+    assert "MiB, over the limit in 1 step; predicted" in run.log
+    assert run.log.rstrip().endswith(f"\n  validation peaked at 21,504 MiB, over the limit of {limit}")
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_validation_and_a_prediction_that_go_over_their_limit_say_so(
+    trainings, small_model, tmp_path, monkeypatch, caplog, batch
+):
+    data = trainings.draw_data(tmp_path / "data")
+    model = YOLO(small_model)
+    options = {"imgsz": 64, "device": "cpu", "batch": batch, "verbose": False}
+    images = str(tmp_path / "data" / "images")
+    for settings in ({"mem_limit": "20GiB"}, {}):
+        model.predict(images, **options, **settings)
+        model.val(data=data, plots=False, project=tmp_path, **options, **settings)
+    assert "over the limit" not in caplog.text
+    monkeypatch.setattr(HostMeter, "peak_bytes", lambda meter: 21 * GIB)
+    model = YOLO(small_model)
+    model.predict(images, **options, mem_limit="20GiB")
+    assert caplog.text.count("memory: prediction peaked at 21,504 MiB, over the limit of ") == 1
+    model.val(data=data, plots=False, project=tmp_path, **options, mem_limit="20GiB")
+    assert caplog.text.count("memory: validation peaked at 21,504 MiB, over the limit of ") == 1

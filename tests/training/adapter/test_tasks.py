@@ -4,6 +4,9 @@ import cv2
 import numpy as np
 import pytest
 from ultralytics import RTDETR, YOLO
+from ultralytics.cfg import TASKS
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
 
 TWICE = "memory: this loss has several normalisers: a batch that is split runs its forward pass twice"
 SMALL = {"epochs": 1, "batch": 4, "nbs": 4}
@@ -46,16 +49,79 @@ def assert_stock(run, reason):
     assert not any(name.startswith("memory/") for name in run.results[0])
 
 
-def test_classification_is_not_split(trainings, tmp_path):
-    draw = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("dark", "bright"):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for index in range(4):
-                image = draw.integers(0, 100, (32, 32, 3), dtype=np.uint8) + (100 if name == "bright" else 0)
-                cv2.imwrite(str(tmp_path / "data" / split / name / f"{index}.png"), image)
-    run = trainings.train(tmp_path, "yolo11n-cls.yaml", **SMALL, data=str(tmp_path / "data"))
-    assert_stock(run, "ClassificationModel is not split up")
+@pytest.fixture
+def data(trainings, tmp_path):
+    """Data set of a task."""
+
+    def get(task):
+        draw, folder = np.random.default_rng(0), tmp_path / "data"
+        if task != "classify":
+            labels = {"semantic": "segment", "depth": "detect"}.get(task, task)
+            file = trainings.draw_data(folder, labels)
+            (folder / "depth").mkdir()
+            for index in range(8):
+                depth = draw.integers(1000, 3000, (64, 64), dtype=np.uint16)
+                cv2.imwrite(str(folder / "depth" / f"{index}.png"), depth)
+            return file
+        for split in ("train", "val"):
+            for name in ("dark", "bright"):
+                (folder / split / name).mkdir(parents=True)
+                for index in range(4):
+                    image = draw.integers(0, 100, (32, 32, 3), dtype=np.uint8) + (100 if name == "bright" else 0)
+                    cv2.imwrite(str(folder / split / name / f"{index}.png"), image)
+        return str(folder)
+
+    return get
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_trains_validates_and_predicts(trainings, data, tiny_models, tmp_path, task):
+    """With nothing split, the results are stock's."""
+    model, file = tiny_models[task], data(task)
+    stock, ours = (
+        trainings.train(tmp_path, model, **settings, **SMALL, data=file)
+        for settings in ({"mas": False}, {"bn_group": 4, "micro_batch": 8})
+    )
+    assert ours.stock_results() == [pytest.approx(row, rel=1e-4, abs=2e-5) for row in stock.stock_results()]
+    if task not in ("detect", "segment", "pose", "obb"):
+        reason = f"{type(ours.trainer.model).__name__} is not split up"
+        assert ours.log.count("as Ultralytics runs") == ours.log.count(f"memory: {reason}: batches run as") == 1
+        assert not list(ours.folder.glob("memory*"))
+    best = ours.folder / "weights" / "best.pt"
+    options = {"imgsz": 64, "device": "cpu", "verbose": False}
+    found = [
+        YOLO(best).val(data=file, batch=4, plots=True, project=tmp_path, workers=0, **options, **settings).results_dict
+        for settings in ({"mas": False}, {})
+    ]
+    assert found[1] == pytest.approx(found[0], abs=1e-4, nan_ok=True)
+    images = [np.full((64, 64, 3), 40 * index, np.uint8) for index in range(5)]
+    predictions = [YOLO(best).predict(images, batch=5, **options, **settings) for settings in ({"mas": False}, {})]
+    assert [each.verbose() for each in predictions[1]] == [each.verbose() for each in predictions[0]]
+    assert len(predictions[1]) == 5
+
+
+class Flat(DetectionModel):
+    """A model of the user's own, which counts its calls."""
+
+    calls = 0
+
+    def predict(self, x, *args, **kwargs):
+        type(self).calls += 1
+        return super().predict(x, *args, **kwargs)
+
+
+class OwnModel(DetectionTrainer):
+    """Trains that model."""
+
+    def get_model(self, cfg=None, weights=None, verbose=True):
+        return Flat(cfg, nc=self.data["nc"], verbose=False)
+
+
+def test_a_model_of_a_users_own_class_is_not_split(trainings, data, tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setenv("YOLOV12_TRUST_WEIGHTS", "1")
+    run = trainings.train(tmp_path, tiny_models["detect"], trainer=OwnModel, data=data("detect"), save=False, **SMALL)
+    assert_stock(run, "Flat is not split up")
+    assert Flat.calls
 
 
 def test_distillation_is_not_split(trainings, tiny_model, tmp_path):

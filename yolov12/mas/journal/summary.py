@@ -49,6 +49,8 @@ class Summary:
     """Standard deviation of the measured peaks, in MiB."""
     peak_max_mib: float | None
     """Highest measured peak, in MiB."""
+    over_limit: int
+    """Steps whose peak was above `mem_limit`."""
     budget_min_mib: float | None
     """Lowest budget of a step, in MiB."""
     budget_max_mib: float | None
@@ -93,6 +95,7 @@ class Summary:
             f"memory: {self._failures()} survived, {lost} lost, {updates}{repeated}\n"
             f"  peak {self.peak_mean_mib:,.0f} ± {self.peak_sd_mib:,.0f} MiB, at most {self.peak_max_mib:,.0f}, "
             f"of a budget of {self._budget()} MiB"
+            + (f", over the limit in {_counted(self.over_limit, 'step', 'steps')}" if self.over_limit else "")
             + (f"; predicted to {error:.1f} %" if error is not None else "")
             + "\n"
             f"  micro-batches of {self._micro_batches()} images{middle}, {changes}"
@@ -212,6 +215,7 @@ def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summ
         peak_mean_mib=mean,
         peak_sd_mib=math.sqrt(fmean((peak - mean) ** 2 for peak in peaks)) if mean is not None else None,
         peak_max_mib=max(peaks, default=None),
+        over_limit=sum(event.startswith("over the limit") for event in events),
         budget_min_mib=min(budgets, default=None),
         budget_max_mib=max(budgets, default=None),
         prediction_error_percent=median(errors) if errors else None,

@@ -136,6 +136,10 @@ class BatchPlanner:
     def complete(self) -> BatchReport:
         """End the current batch, which was run, and return its report."""
         self._completed = self.history
+        if (
+            self._config.limit is not None and self.peak_bytes > self.reading.total_bytes
+        ):  # on a CPU, nothing enforces it
+            self.events.append(f"over the limit of {self.reading.total_bytes / 2**20:,.0f} MiB")
         return BatchReport(
             level=self.level,
             predicted_bytes=self.predicted_bytes,

@@ -15,6 +15,7 @@ from yolov12.mas.distributed.ranks import ALONE, Ranks
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
+from yolov12.training.adapter.known import why_not_split
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
 from yolov12.training.data.loader import random_state, resumable
@@ -31,8 +32,6 @@ STATE = "mas_state"
 _SIZES, _RANDOM = "mas_resolution", "mas_random"  # the same for the resolution control, and for random generators
 _FOUND = "yolov12_state"  # attribute of a trainer: the state to resume from
 _ENGINE = "yolov12_engine"  # attribute of a trainer
-
-_MODELS = ("DetectionModel", "OBBModel", "SegmentationModel", "PoseModel")
 
 
 def attach(trainer: Any) -> None:
@@ -232,9 +231,4 @@ def why_not(trainer: Any, model: nn.Module) -> str | None:
         return "mas=False"
     if trainer.device.type not in ("cuda", "cpu"):
         return f"{trainer.device.type} devices do not tell their memory"
-    for name in ("compile", "distill_model", "quantize"):
-        if getattr(trainer.args, name, None):
-            return f"{name} is set"
-    if type(model).__name__ not in _MODELS:
-        return f"{type(model).__name__} is not split up"
-    return None
+    return "quantize is set" if getattr(trainer.args, "quantize", None) else why_not_split(model, trainer.args)

@@ -29,21 +29,28 @@ class DeferredTensor(Tensor):
     Args:
         facts: Shape, dtype and device, which are known before.
         make: Returns the tensor itself; called once at most.
+        pick: Returns the tensor's entries for an index of its first dimension, without making the others; None if it
+            can only be made as a whole.
     """
 
     _make: Callable[[], Tensor]
+    _pick: Callable[[int | slice], Tensor] | None
     _value: Tensor | None
 
     @staticmethod
-    def __new__(cls, facts: TensorFacts, make: Callable[[], Tensor]) -> DeferredTensor:
+    def __new__(
+        cls, facts: TensorFacts, make: Callable[[], Tensor], pick: Callable[[int | slice], Tensor] | None = None
+    ) -> DeferredTensor:
         """Make a tensor without memory."""
         tensor: DeferredTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,unused-ignore]
             cls, facts.shape, dtype=facts.dtype, device=facts.device
         )
-        tensor._make, tensor._value = make, None
+        tensor._make, tensor._pick, tensor._value = make, pick, None
         return tensor
 
-    def __init__(self, facts: TensorFacts, make: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, facts: TensorFacts, make: Callable[[], Tensor], pick: Callable[[int | slice], Tensor] | None = None
+    ) -> None:
         pass
 
     @classmethod
@@ -51,6 +58,10 @@ class DeferredTensor(Tensor):
         """Answer from the facts if they suffice; otherwise run the function on the tensor itself."""
         if func in _FROM_FACTS:
             return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call,unused-ignore]
+        if func is Tensor.__getitem__ and isinstance(args[0], cls) and isinstance(args[1], (int, slice)):
+            tensor, index = args
+            if tensor._pick is not None and tensor._value is None:
+                return tensor._pick(index)
         args, kwargs = each_tensor((args, dict(kwargs or {})), made)
         return func(*args, **kwargs)
 

@@ -34,6 +34,7 @@ from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.adapter.sharing import share_batches
 from yolov12.training.adapter.users_code import Notices, check_split, is_ultralytics, show_whole
+from yolov12.training.adapter.validation import over_limit
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
@@ -341,4 +342,4 @@ class TrainerAdapter:
 
         summary = self._engine.close(updates_expected=self._updates_asked)
         if summary is not None and not self._ranks.rank:
-            LOGGER.info(summary.as_text())
+            LOGGER.info(summary.as_text() + over_limit(self._trainer.validator))

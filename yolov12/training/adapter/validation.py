@@ -1,8 +1,12 @@
 """Validation and prediction in slices that fit into memory, with the same results as the whole batch.
 
 Ultralytics validates at twice the training batch, and keeps a whole batch on the device from the images to the boxes.
-Here a batch stays on the host. When Ultralytics calls the model, each slice runs completely, up to its loss and boxes,
-and later calls return these results.
+Here its images stay on the host. When Ultralytics calls the model, each slice runs completely, up to its loss and
+boxes, and later calls return these results.
+
+The validator's own code sees what Ultralytics shows it. Images on the host look like images on the device, and are made
+when somebody uses them. A `preprocess` of the user's own gets the whole batch, and its result is what runs in slices; a
+`postprocess` of the user's own gets the outputs for the whole batch.
 
 Several ranks divide the batches of validation among them, or the images if there is only one batch. Ultralytics gathers
 the statistics. This module gathers the losses, which are also those of a validation in one process.
@@ -19,23 +23,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import Profile
 
 from yolov12.mas import Config
 from yolov12.mas.inference import Slices
-from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.modules import overridden
+from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.loss import Total
+from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts
 from yolov12.training.adapter.detection import BOXES, DetectionTask, knows_loss
+from yolov12.training.adapter.known import is_stock, why_not_split
+from yolov12.training.adapter.prediction import SLICES, joined, settings_of, slices_of, tell_once
 from yolov12.training.run import process_group
 
-__all__ = ["predict", "validate"]
+__all__ = ["over_limit", "validate"]
 
-_SLICES = "_yolov12_slices"  # attribute of validators and predictors: the next call uses what was learned
+_UNSPLIT = "validation runs as Ultralytics runs it"
+_TRAINS = "_yolov12_trains"  # attribute of a validator that a trainer has called, True
 
 
 def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' validation; for detection and the tasks derived from it, in slices that fit into memory.
+    """Run Ultralytics' validation in slices that fit into memory, if the model and the validator are known.
 
     Args:
         stock: Ultralytics' own method.
@@ -51,9 +60,9 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
         ConfigError: A setting of the engine is malformed or outside its range.
         DoesNotFitError: Not even one image fits into memory.
     """
-    if not isinstance(validator, DetectionValidator) or not getattr(validator.args, "mas", False):
+    if not getattr(validator.args, "mas", False):
         return stock(validator, trainer, model, **kwargs)
-    Config.check(_settings_of(validator))  # before any data is read
+    Config.check(settings_of(validator))  # before any data is read
     validation = _Validation(validator, trainer is not None)
     group = process_group.current()
     on_cpu = group is not None and trainer is None and group.device.type == "cpu"
@@ -64,42 +73,16 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
         validation.end()
 
 
-def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' inference on a batch of images in slices that fit into memory.
-
-    Args:
-        stock: Ultralytics' own method.
-        predictor: Ultralytics predictor.
-        images: Images on the device, (images, channels, height, width).
-        args: Positional arguments for `stock`.
-        kwargs: Keyword arguments for `stock`.
-
-    Returns:
-        Outputs of the model for the whole batch.
-
-    Raises:
-        DoesNotFitError: Not even one image fits into memory.
-    """
-    settings = predictor.args
-    whole = (
-        not isinstance(images, Tensor) or images.ndim != 4 or len(images) == 1 or settings.embed or settings.visualize
-    )
-    if whole or not getattr(settings, "mas", False) or getattr(predictor.model, "format", None) != "pt":
-        return stock(predictor, images, *args, **kwargs)
-    slices = _slices_of(predictor, images.device)
-    if slices is None:
-        return stock(predictor, images, *args, **kwargs)
-    count, _, height, width = images.shape
-
-    def work(start: int, stop: int) -> Any:
-        return stock(predictor, images[start:stop], *args, **kwargs)
-
-    with slices.meter.limited():
-        return _joined(slices.run(count, height, width, work))
+def over_limit(validator: Any) -> str:
+    """Return a line for the summary of a training if its validations went over `mem_limit`; empty if they did not."""
+    slices = getattr(validator, SLICES, None)
+    return f"\n  validation {slices.over_limit}" if slices is not None and slices.over_limit else ""
 
 
 class _Validation:
-    """One validation: takes over the methods of the validator and the forward pass of its model until `end`.
+    """One validation: takes over methods of the validator and the forward pass of its model until `end`.
+
+    What it returns from one method is recognised by the next. With any other batch, the methods do what they did.
 
     Args:
         validator: Ultralytics validator.
@@ -108,101 +91,176 @@ class _Validation:
 
     def __init__(self, validator: Any, training: bool) -> None:
         self._validator, self._training = validator, training
-        names = "init_metrics", "preprocess", "postprocess", "finalize_metrics", "gather_stats"
-        self._stock = {name: getattr(validator, name) for name in names}
-        self._own = {name: vars(validator)[name] for name in self._stock if name in vars(validator)}
+        if training:
+            setattr(validator, _TRAINS, True)
+        self._stock: dict[str, Any] = {}  # method → what the validator had
+        self._own: dict[str, Any] = {}  # method → what was set on the validator itself
+        self._ours: dict[str, Any] = {}  # method → what takes its place
         self._slices: Slices | None = None
         self._stack = ExitStack()
         self._task: DetectionTask | None = None
-        self._host: dict[str, Any] = {}
-        self._predictions: list[Any] = []
+        self._batch: dict[str, Any] = {}
+        self._source: Tensor | None = None  # images of the batch, as they are before `preprocess` or after it
+        self._convert: Callable[[Tensor], Tensor] = _same  # makes of images of the source what the model gets
+        self._result: Any = object()  # in place of the model's outputs
+        self._whole: Any = object()  # the model's outputs for a batch that cannot be split
         self._items: dict[str, Tensor] = {}
         self._sums: list[dict[str, Tensor]] = []  # for each batch: numerators of the items, and their normaliser
-        validator.init_metrics = self._begin
+        self._replace("init_metrics", self._begin)
 
     def end(self) -> None:
         """Restore the validator and the model, and release memory."""
         self._stack.close()
-        for name in self._stock:
-            vars(self._validator).pop(name, None)
-        vars(self._validator).update(self._own)
-        if self._slices is not None:
-            self._slices.meter.release(collect=False)  # validations are frequent where epochs are short
-            if not self._training:
-                delattr(self._validator, _SLICES)
+        mine = vars(self._validator)
+        for name, method in self._ours.items():
+            if mine.get(name) is method:  # a callback may have replaced it
+                del mine[name]
+                mine.update({name: self._own[name]} if name in self._own else {})
+        if self._slices is None:
+            return
+        self._slices.meter.release(collect=False)  # validations are frequent where epochs are short
+        if not hasattr(self._validator, _TRAINS):
+            if self._slices.over_limit:
+                LOGGER.warning(f"memory: validation {self._slices.over_limit}")
+            delattr(self._validator, SLICES)
+
+    def _replace(self, name: str, method: Callable[..., Any]) -> None:
+        self._stock[name], self._ours[name] = getattr(self._validator, name), method
+        if name in vars(self._validator):
+            self._own[name] = vars(self._validator)[name]
+        setattr(self._validator, name, method)
 
     def _begin(self, model: nn.Module) -> None:
         """Take over, in place of `init_metrics`, which Ultralytics calls right before the first batch."""
-        validator = self._validator
         self._stock["init_metrics"](model)
-        if self._training and not knows_loss(model):
-            return  # nobody knows how the loss of a batch follows from those of its parts
-        self._slices = _slices_of(validator, validator.device)
-        if self._slices is None or not (self._training or getattr(model, "format", None) == "pt"):
-            return
+        if self._is_known(model):
+            self._slices = slices_of(self._validator, self._validator.device)
+        if self._slices is not None:
+            self._take_over(model)
+
+    def _is_known(self, model: Any) -> bool:
+        """Return whether validation runs in slices; if not, say why, unless the training has said it."""
+        validator = self._validator
+        if not self._training and getattr(model, "format", None) != "pt":
+            return False  # an exported model has a batch size of its own
+        reason = why_not_split(model if self._training else model.model, validator.args)
+        if reason is None and self._training and not knows_loss(model):
+            reason = "the loss is not one of Ultralytics' own"
+        is_told = reason is not None and hasattr(validator, _TRAINS)
+        if reason is None and not isinstance(validator, DetectionValidator):
+            reason = f"{type(validator).__name__} is no DetectionValidator"
+        if reason is not None and not is_told:
+            tell_once(validator, f"memory: {reason}: {_UNSPLIT}")
+        return reason is None
+
+    def _take_over(self, model: nn.Module) -> None:
+        validator = self._validator
+        assert self._slices is not None
         self._stack.enter_context(self._slices.meter.limited())
         self._forward, self._loss = model.forward, getattr(model, "loss", None)
         self._model = model
         self._times = {name: Profile(device=validator.device) for name in ("preprocess", "loss", "postprocess")}
         self._stack.enter_context(overridden({model: self._run}))
+        self._has_stock_preprocess = is_stock(validator, "preprocess")
+        self._keeps_outputs = not is_stock(validator, "postprocess") or bool(model._forward_hooks)
         if self._training:
-            self._task = DetectionTask(
-                lambda part: part, multi_scale=False, overlapping_masks=validator.args.overlap_mask
-            )
-            vars(model)["loss"] = lambda batch, predictions: (None, self._items)
+            self._task = DetectionTask(_same, multi_scale=False, overlapping_masks=validator.args.overlap_mask)
+            vars(model)["loss"] = self._loss_items
             self._stack.callback(vars(model).pop, "loss", None)
-        validator.preprocess, validator.postprocess = self._keep, lambda _: self._predictions
-        validator.finalize_metrics = self._finalize
+        self._replace("preprocess", self._preprocess)
+        self._replace("postprocess", self._postprocess)
+        self._replace("finalize_metrics", self._finalize)
         if process_group.current() is not None:
-            validator.gather_stats = self._gather
+            self._replace("gather_stats", self._gather)
 
-    def _keep(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Preprocess a batch, but leave its images on the host."""
-        images = batch["img"]
-        self._host = dict(batch)
-        return {**self._stock["preprocess"]({**batch, "img": images[:0]}), "img": images}
+    def _preprocess(self, batch: Any) -> Any:
+        """Preprocess a batch. Ultralytics' own method gets no images until somebody uses them."""
+        self._batch, self._source = {}, None  # a batch on the device is freed before the next is
+        self._result = self._whole = object()
+        images = batch.get("img") if isinstance(batch, dict) else None
+        if not self._has_stock_preprocess or not isinstance(images, Tensor) or images.ndim != 4:
+            shown = self._users_batch(batch)
+            self._batch = shown if isinstance(shown, dict) else {}
+            self._source, self._convert = self._batch.get("img"), _same
+            return shown
+        shown = self._stock["preprocess"]({**batch, "img": images[:0]})
+        facts = TensorFacts(images.shape, shown["img"].dtype, shown["img"].device)
+        convert = self._on_device
+        shown["img"] = DeferredTensor(facts, lambda: convert(images), lambda index: convert(images[index]))
+        self._batch, self._source, self._convert = shown, images, convert
+        return shown
 
-    def _run(self, images: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Run a batch up to its loss and boxes, in place of the model's forward pass."""
+    def _users_batch(self, batch: Any) -> Any:
+        """Preprocess a whole batch; once more after a failed allocation, which may be a false alarm."""
         assert self._slices is not None
-        if self._task is not None:
-            self._task.workload(self._host)
+        try:
+            return self._stock["preprocess"](dict(batch) if isinstance(batch, dict) else batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        self._slices.meter.release()
+        return self._stock["preprocess"](batch)
+
+    def _on_device(self, images: Tensor) -> Tensor:
+        """Convert images as Ultralytics does."""
+        return DetectionValidator.preprocess(self._validator, {"img": images})["img"]  # type: ignore[no-any-return]
+
+    def _run(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a batch up to its loss and boxes, in place of the model's forward pass."""
+        source, task = self._source, self._task
+        if images is not self._batch.get("img") or not isinstance(source, Tensor) or source.ndim != 4:
+            return self._forward(images, *args, **kwargs)
+        assert self._slices is not None
+        labels = {**self._batch, "img": source}
+        if task is not None and not task.splits(labels):
+            tell_once(self._validator, f"memory: batches have values that are not of images or objects: {_UNSPLIT}")
+            self._whole = self._forward(self._convert(source), *args, **kwargs)
+            return self._whole
+        if task is not None:
+            task.workload(labels)
 
         def work(start: int, stop: int) -> Any:
             with self._times["preprocess"]:
-                part = self._on_device(images[start:stop])
-            predictions = self._forward(part, *args, **kwargs)
+                part = self._convert(source[start:stop])
+            outputs = self._forward(part, *args, **kwargs)
             loss = None
             with self._times["loss"]:
-                if self._task is not None:
-                    loss = self._loss_of(start, stop, part, predictions)
+                if task is not None:
+                    loss = self._loss_of(task.part(labels, start, stop), part, outputs)
             with self._times["postprocess"], torch.autocast(part.device.type, enabled=False):
-                return self._stock["postprocess"](predictions), loss, stop - start
+                found = outputs if self._keeps_outputs else self._stock["postprocess"](outputs)
+                return found, loss, stop - start
 
-        found = self._slices.run(len(images), images.shape[2], images.shape[3], work)
-        self._predictions = [each for predictions, *_ in found for each in predictions]
-        if self._task is not None:
-            total = Total(len(images), self._task.floor)
-            for _, loss, count in found:
+        parts = self._slices.run(len(source), source.shape[2], source.shape[3], work)
+        found = [each for each, *_ in parts]
+        self._result = joined(found) if self._keeps_outputs else [each for part in found for each in part]
+        if task is not None:
+            total = Total(len(source), task.floor)
+            for _, loss, count in parts:
                 total.add(loss, count)
             self._items = total.items()
             self._sums.append(total.sums())
+        return self._result
 
-    def _on_device(self, images: Tensor) -> Tensor:
-        images = images.to(self._validator.device, non_blocking=True)
-        return (images.half() if self._validator.args.quantize == 16 else images.float()) / 255
+    def _postprocess(self, outputs: Any) -> Any:
+        is_done = outputs is self._result and not self._keeps_outputs
+        return outputs if is_done else self._stock["postprocess"](outputs)
 
-    def _loss_of(self, start: int, stop: int, images: Tensor, predictions: Any) -> Any:
+    def _loss_items(self, batch: Any, outputs: Any = None) -> Any:
+        """Return no loss and the items of the batch, in place of the model's loss."""
+        assert self._loss is not None
+        if outputs is self._result:
+            return None, self._items
+        found = self._loss(batch, outputs)
+        if outputs is self._whole:
+            self._sums.append({**found[1], "": torch.ones(())})
+        return found
+
+    def _loss_of(self, part: dict[str, Any], images: Tensor, outputs: Any) -> Any:
         assert self._task is not None
         assert self._loss is not None
-        device = self._validator.device
-        part = self._task.part(self._host, start, stop)
-        part = {
-            key: value.to(device) if isinstance(value, Tensor) and key != "img" else value
-            for key, value in part.items()
-        }
-        boxes, loss = part.pop(BOXES), self._loss
-        return self._task.measured(self._model, boxes, lambda: loss({**part, "img": images}, predictions))
+        boxes, loss, batch = part[BOXES], self._loss, {**self._task.opened(part), "img": images}
+        return self._task.measured(self._model, boxes, lambda: loss(batch, outputs))
 
     def _gather(self) -> None:
         """Gather statistics as Ultralytics does, and losses; on the host, as gloo cannot reduce a matrix on a GPU."""
@@ -249,28 +307,5 @@ def _on_the_cpu() -> Iterator[None]:
         module.get_torch_device_backend, module.AutoBackend = backend, stock
 
 
-def _settings_of(owner: Any) -> dict[str, Any]:
-    return {**vars(owner.args), "bn_group": None}  # nothing is trained
-
-
-def _slices_of(owner: Any, device: torch.device) -> Slices | None:
-    """Return the slices of a validator or predictor; None on a device whose memory cannot be read."""
-    if device.type not in ("cuda", "cpu"):
-        return None
-    if not hasattr(owner, _SLICES):
-        config = Config.parse(_settings_of(owner))
-        setattr(owner, _SLICES, Slices(config, meter_for(device, config.limit)))
-    slices: Slices = getattr(owner, _SLICES)
-    return slices
-
-
-def _joined(parts: list[Any]) -> Any:
-    """Join the outputs of a model on parts of a batch."""
-    first = parts[0]
-    if isinstance(first, Tensor) and first.ndim:
-        return torch.cat(parts)
-    if isinstance(first, dict):
-        return {key: _joined([part[key] for part in parts]) for key in first}
-    if isinstance(first, (list, tuple)):
-        return type(first)(_joined(list(each)) for each in zip(*parts, strict=True))
-    return first
+def _same(value: Any) -> Any:
+    return value

@@ -1,0 +1,50 @@
+"""A recovery from failed allocations needs nothing that has to be imported: there may be no memory for it."""
+
+import json
+
+_SCRIPT = """
+import json, sys
+import torch
+from ultralytics import YOLO
+from ultralytics.nn.tasks import BaseModel
+
+before, after, stock, fails = set(), set(), BaseModel.predict, [0]
+
+def predict(self, x, *args, **kwargs):
+    if len(x) > 2:
+        fails[0] += 1
+        before.update(set() if before else sys.modules)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+    return stock(self, x, *args, **kwargs)
+
+def break_it(trainer):
+    if trainer.epoch:
+        BaseModel.predict = predict
+
+def note(trainer):
+    if trainer.epoch:
+        after.clear()
+        after.update(sys.modules)
+
+yolo = YOLO(sys.argv[1])
+yolo.add_callback("on_train_epoch_start", break_it)
+yolo.add_callback("on_train_batch_end", note)
+yolo.add_callback("on_train_epoch_end", note)
+yolo.add_callback("on_val_batch_end", lambda validator: after.update(sys.modules if validator.training else ()))
+yolo.train(**json.loads(sys.argv[2]))
+print()
+print(json.dumps([fails[0], "scipy.optimize" in before, sorted(after - before)]))
+"""
+
+
+def test_nothing_is_imported_after_a_failed_allocation(trainings, run_python, small_model, tmp_path):
+    arguments = {**trainings.TINY, "project": str(tmp_path), "epochs": 2, "bn_group": 2, "disable_mas_layers": []}
+    done = run_python("-c", _SCRIPT, small_model, json.dumps(arguments))
+    assert done.returncode == 0, done.stderr
+    failures, has_solver, new = json.loads(done.stdout.splitlines()[-1])
+    assert failures > 2  # in training and in validation
+    assert has_solver
+    assert new == []
+    events = (tmp_path / "train" / "memory.csv").read_text()
+    assert "out-of-memory at" in events
+    assert "plan 0 to" in events
