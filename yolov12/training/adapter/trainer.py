@@ -34,7 +34,8 @@ from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.adapter.sharing import share_batches
-from yolov12.training.data.loader import SKIPPED, ResumableLoader, random_state, resumable, set_random_state
+from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
+from yolov12.training.data.random_state import random_state, set_random_state
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
 from yolov12.training.run.interruption import Interruption
@@ -73,6 +74,7 @@ class TrainerAdapter:
         self._trainer, self._model, self._task, self._engine = trainer, model, task, engine
         self._resolution, self._ranks = resolution, ranks
         self.saver: RunSaver | None = None  # None for a loader of the user's own, which cannot be resumed
+        self._loader: ResumableLoader | None = None
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
@@ -94,11 +96,9 @@ class TrainerAdapter:
         """
         trainer, engine, ranks = self._trainer, self._engine, self._ranks
         if not resumable(trainer.train_loader):
-            if ranks.size > 1:
-                raise ConfigError(
-                    "a loader of your own cannot be shared among processes: train in one, or with mas=False"
-                )
-            return
+            if ranks.size == 1:
+                return
+            raise ConfigError("a loader of your own cannot be shared among processes: train in one, or with mas=False")
         if ranks.size > 1:
             self._sharing = share_batches(trainer, ranks, engine, self._resolution)
         arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
@@ -108,7 +108,7 @@ class TrainerAdapter:
             arrange=arrange and self._sharing is None,  # with several ranks, no rank knows the whole batch
             sharing=self._sharing,
         )
-        trainer.train_loader = loader.take_over()
+        trainer.train_loader = self._loader = loader.take_over()
         self._interruption = Interruption()
         self.saver = RunSaver(
             trainer,
@@ -141,9 +141,14 @@ class TrainerAdapter:
         trainer.add_callback("teardown", self._finish)
 
     def _run_callbacks(self, event: str) -> None:
-        """Run the callbacks. Right after `on_train_batch_start`, the loop preprocesses its next batch."""
+        """Run the callbacks. Right after some of them, the loop asks for its batches, or preprocesses the next one."""
+        loader = self._loader
+        if loader is not None:
+            loader.is_loops = False
         self._stock_callbacks(event)
         self._is_due = event == "on_train_batch_start"
+        if loader is not None:
+            loader.is_loops = event == "on_train_epoch_start"
 
     def _logical(self, batch: dict[str, Any]) -> Any:
         """Wrap a batch of the training loop as a `LogicalBatch`, still on the host. Preprocess any other batch."""
