@@ -20,10 +20,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from yolov12.errors import ConfigError
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.distributed.ranks import ALONE, NO_NEWS, Ranks, RankStatus
 from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.modules import Structure
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
 from yolov12.mas.step.loss import Total
@@ -101,6 +103,7 @@ class Step:
         layers: Layers that checkpoint plans may name: name → layer, see `checkpointing`.
         activations: BatchNorm → activation of its output, see `batchnorm.grouped.GroupedBatchNorm`.
         ranks: Processes that share each batch.
+        log: Called with lines for the user.
     """
 
     def __init__(
@@ -112,11 +115,13 @@ class Step:
         layers: Mapping[str, nn.Module] | None = None,
         activations: Mapping[nn.Module, nn.Module] | None = None,
         ranks: Ranks = ALONE,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
+        self._structure = Structure(model)
         self._device = self._all[0].device
-        self._norms = GroupedBatchNorm(model, activations)
+        self._norms = GroupedBatchNorm(model, activations, log=log)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """Checkpoint plans. The level of a planner is an index into them."""
@@ -155,11 +160,10 @@ class Step:
             RankError: Another rank failed or is gone.
         """
         share = share or Share(images)
-        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._begin()
         before, state = gradients.take(self._parameters), _RandomState(self._device)
         total = Total(share.batch_images, self._task.floor, self._per_image)
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
-        self._norms.begin()
         watch = self._meter.stopwatch()
         try:
             try:
@@ -188,6 +192,20 @@ class Step:
             raise
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
+
+    def _begin(self) -> None:
+        """Look at the model as it is now: users may have replaced layers, frozen or switched them."""
+        if self._structure.changed():
+            self._all = list(self.model.parameters())
+            self._norms.find_layers()
+            self.checkpointing.find_activations()
+        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._norms.begin()
+        if self._norms.ungrouped and self._ranks.size > 1:
+            raise ConfigError(
+                f"{type(self._norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "
+                "share a batch: train in one, or with mas=False"
+            )
 
     def _run_share(self, parts: Prefetch, images: int, planner: Planner, total: Total) -> tuple[list[int], list[int]]:
         """Run this rank's share; return the sizes of its micro-batches and of their BatchNorm groups."""
@@ -225,11 +243,10 @@ class Step:
         Returns:
             Allocated bytes before the images and at their peak, or the failed allocation.
         """
-        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._begin()
         before = gradients.take(self._parameters)
         parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last))
         state = _RandomState(self._device)
-        self._norms.begin()
         try:
             allocated_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)

@@ -194,7 +194,7 @@ class RunSaver:
 
     def _kept_buffers(self) -> dict[str, Tensor]:
         buffers = dict(self._model.named_buffers())
-        if not self._buffers:
+        if self._buffers.keys() != buffers.keys():  # at first, and after a user has replaced a layer
             self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         else:
             # A few launches instead of hundreds.
