@@ -94,7 +94,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "BaseTrainer._do_train": around("training.adapter.attach:do_train"),
         "BaseTrainer._setup_train": around("training.run.setup:setup_train"),
         "BaseTrainer._setup_ddp": around("training.run.process_group:setup_group"),
-        "BaseTrainer._build_train_pipeline": around("training.run.process_group:build_loaders"),
+        "BaseTrainer._build_train_pipeline": around("training.run.setup:build_loaders"),
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": around("training.seams:validate")},
     "ultralytics.engine.predictor": {"BasePredictor.inference": around("training.seams:inference")},

@@ -1,5 +1,7 @@
 """Graphs that fit are left alone; others are split until they do, and find the same in a photograph."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -8,7 +10,7 @@ import pytest
 from yolov12 import YOLO
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.export import graph
-from yolov12.export.rewrite import split
+from yolov12.export.rewrite import _Search, split
 from yolov12.export.shapes import Shapes
 
 MIB = 2**20
@@ -102,3 +104,19 @@ def test_a_model_with_two_outputs_and_another_attention(tmp_path, monkeypatch, r
     image = real_image(320, 320)
     for found, whole in zip(run(done.model, image), run(model, image), strict=True):
         np.testing.assert_allclose(found, whole, atol=1e-3)
+
+
+def test_a_split_that_raises_the_peak_elsewhere_is_not_taken():
+    """The first split brings its own place under the goal, and keeps more alive at another."""
+
+    def trial(own_bytes, peak_bytes):
+        plan = SimpleNamespace(peak_bytes=peak_bytes)
+        return SimpleNamespace(split=SimpleNamespace(plan=plan), peak_bytes_at=lambda site: own_bytes)
+
+    trials = {"first": trial(60, 101), "second": trial(65, 100)}
+    search = _Search.__new__(_Search)
+    search._proposals = lambda now, goal: (({site: 2}, site) for site in trials)
+    search._try = lambda sites: trials[next(iter(sites))]
+    assert search._better(trial(100, 100), 70) is trials["second"]
+    del trials["second"]
+    assert search._better(trial(100, 100), 70) == 60

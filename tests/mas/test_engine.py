@@ -11,6 +11,7 @@ from torch import nn
 
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Advice, Config, Engine, Journal, Loss, TensorTask
+from yolov12.mas.distributed.ranks import ALONE
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.scheduling.planner import BatchPlanner
@@ -38,6 +39,7 @@ class World:
         folder=None,
         ways_out=lambda share: ("amp=True",),
         wait_ms=0,
+        ranks=ALONE,
         **config,
     ):
         torch.manual_seed(0)
@@ -58,6 +60,7 @@ class World:
             journal=self.journal,
             layers={},  # no checkpoint plan saves memory on this card
             advice=Advice(ways_out),
+            ranks=ranks,
             log=self.lines.append,
         )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
@@ -515,3 +518,39 @@ def test_a_batch_that_broke_leaves_no_history_in_what_is_saved():
     with pytest.raises(DoesNotFitError):
         world.step()
     assert world.engine.state_dict()["history"] == before
+
+
+class HeardRanks:
+    """One of two ranks, which notes what it tells the other."""
+
+    rank, size, alike = 0, 2, True
+
+    def __init__(self):
+        self.told = []
+
+    def agree(self, status, failure=None):
+        self.told.append(status)
+        return [status, status]
+
+    def reserve(self, tensors):
+        pass
+
+    sum = reserve
+
+    def all(self, flag):
+        return flag
+
+    least = all
+
+
+def test_other_ranks_are_told_each_time_once():
+    """With two batches in an update, no new time is known before the second."""
+    ranks = HeardRanks()
+    world = World(ranks=ranks, bn_group=4, micro_batch=4)
+    for _ in range(4):
+        for seed in range(2):
+            world.engine.step(world.data(seed))
+        world.engine.update(world.optimizer)
+    world.engine.close()
+    news = [status.ms == status.ms for status in ranks.told]
+    assert news == [False, False, False, False, True, False, True, False]

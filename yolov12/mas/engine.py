@@ -105,7 +105,7 @@ class Engine:
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
         )
         found = candidates(model, layers, self.config.disabled_layers)
-        self._step = Step(model, task, self.meter, backward, found, activations, ranks, exact=self.config.exact)
+        self._step = Step(model, task, self.meter, backward, found, activations, ranks, log, exact=self.config.exact)
         self._calibration = Calibration(
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )

@@ -1,5 +1,6 @@
 """BatchNorm and its activation as one operation. The kernels use PyTorch, so the tests run anywhere."""
 
+import copy
 import gc
 
 import pytest
@@ -177,6 +178,25 @@ def test_layers_that_hooks_watch_are_left_alone(layer, hook):
     run()
     assert norms.fused == 1
     assert len(kernels.calls) == 2
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_pair_of_which_one_was_replaced_is_left_alone(place):
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), SHARED), Block(4)).double()
+    norms = GroupedBatchNorm(model, {model[0][1]: SHARED, model[1].bn: SHARED}, Kernels())
+    plain = copy.deepcopy(model)
+    for each in (model, plain):
+        each[0][place] = nn.ReLU() if place == 2 else nn.BatchNorm2d(4, momentum=0.5).double()
+    norms.find_layers()
+    norms.begin()
+    x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
+    with norms.within((4,), 0):
+        out = model(x)
+    norms.commit(norms.averages((4,), 4))
+    assert norms.fused == 1
+    torch.testing.assert_close(out, plain(x))
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
 
 
 def test_images_that_are_no_whole_groups():

@@ -201,11 +201,6 @@ def test_batch_without_numbers_does_not_spoil_the_next():
     assert layer.running_var.isfinite().all()
 
 
-def test_cumulative_average_is_refused():
-    with pytest.raises(ValueError, match="momentum=None"):
-        GroupedBatchNorm(nn.BatchNorm2d(3, momentum=None))
-
-
 def test_model_without_batchnorm():
     model = nn.Linear(3, 3)
     norms = GroupedBatchNorm(model)
@@ -213,18 +208,3 @@ def test_model_without_batchnorm():
     with norms.within((2, 2), 0):
         model(torch.ones(4, 3))
     norms.commit(norms.averages((2, 2), 4))
-
-
-class WithActivation(nn.BatchNorm2d):
-    """A BatchNorm layer that includes its activation, like those of timm."""
-
-    def forward(self, x):
-        return torch.relu(super().forward(x))
-
-
-@pytest.mark.parametrize(
-    "layer", [nn.BatchNorm2d(6, track_running_stats=False), WithActivation(6), nn.SyncBatchNorm(6)]
-)
-def test_layers_that_would_be_computed_wrongly_are_refused(layer):
-    with pytest.raises(ValueError, match=r"cannot be split into groups|more than BatchNorm"):
-        GroupedBatchNorm(nn.Sequential(layer))

@@ -71,8 +71,9 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
     bench.reset((), case["before"])
     images = bench.task.workload(share).images
     bench.faults.reset(faults)
-    if (trouble := case.get("trouble")) and trouble["rank"] == ranks.rank:
-        planner.plan = raising({"fit": DoesNotFitError, "other": ValueError}[trouble["kind"]]("what it says"))
+    if trouble := case.get("troubles", {}).get(str(ranks.rank)):
+        kind, words = trouble
+        planner.plan = raising({"fit": DoesNotFitError, "other": ValueError}[kind](words))
     if case.get("flip") == ranks.rank:
         next(bench.model.parameters()).data.view(-1)[7] += 1e-12
     status = RankStatus(checksum=checksum(bench.model) if "flip" in case else 0)

@@ -127,18 +127,25 @@ def test_a_rank_with_an_empty_share_takes_part(tools, processes, alone):
     assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
 
 
-def test_all_ranks_end_a_batch_that_does_not_fit_on_one_and_can_continue(tools, processes, alone):
+def test_all_ranks_end_a_batch_that_fails_on_one_and_can_continue(tools, processes, alone):
+    """A rank that failed is named rather than one on which the batch does not fit, and with its latest words."""
     boxes, groups = [3, 0, 20, 1], [1] * processes.size
     groups[0] += len(boxes) - sum(groups)
     last = processes.size - 1
-    found = processes.run(shared(boxes, groups, trouble={"rank": last, "kind": "fit"}))
-    assert found[last]["error"] == "DoesNotFitError: what it says"
-    others = {rank["error"] for rank in found[:last]}
-    assert others == {f"DoesNotFitError: rank {last} ({socket.gethostname()}): what it says"}
-    found = processes.run(shared(boxes, groups, trouble={"rank": 0, "kind": "other"}))
-    assert found[0]["error"] == "ValueError: what it says"
-    others = {rank["error"] for rank in found[1:]}
-    assert others == {f"RankError: rank 0 ({socket.gethostname()}): what it says"}
+    kinds = {"fit": "DoesNotFitError", "other": "ValueError"}
+    for troubles in (
+        {last: ("fit", "too large")},
+        {0: ("other", "broken")},
+        {0: ("fit", "still too large"), last: ("other", "no file")},
+        {0: ("other", "broken again"), last: ("fit", "too large as well")},
+        {last: ("fit", "too large once more")},
+    ):
+        found = [rank["error"] for rank in processes.run(shared(boxes, groups, troubles=troubles))]
+        named = next((rank for rank, (kind, _) in troubles.items() if kind == "other"), next(iter(troubles)))
+        kind, words = troubles[named]
+        assert found.pop(named) == f"{kinds[kind]}: {words}"
+        error = "RankError" if kind == "other" else "DoesNotFitError"
+        assert set(found) == {f"{error}: rank {named} ({socket.gethostname()}): {words}"}
     found = processes.run(case := shared(boxes, groups))
     assert_same(tools, found, alone.whole(tools.batch(boxes, 1), 1), case)
 

@@ -28,4 +28,4 @@ def test_the_images_of_a_batch_are_put_in_that_order():
     samples = [{"cls": range(count), "name": str(count)} for count in (1, 9, 2, 7)]
     collate = _Collate(lambda samples: {"names": [sample["name"] for sample in samples]}, True)
     assert collate(samples)["names"] == ["9", "2", "7", "1"]
-    assert _Collate(collate._collate, False)(samples)["names"] == ["1", "9", "2", "7"]
+    assert _Collate(collate.stock, False)(samples)["names"] == ["1", "9", "2", "7"]

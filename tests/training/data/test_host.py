@@ -11,6 +11,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import LOGGER, plotting
 
 from yolov12.mas.memory.host import HostMemory
+from yolov12.training.data import host
 from yolov12.training.data.host import AHEAD, affordable_workers, limit_prefetch, limit_workers
 
 MIB, GIB = 2**20, 2**30
@@ -73,6 +74,26 @@ def test_with_enough_memory_nothing_changes(tmp_path, warnings):
     trainer = a_trainer(imgsz=64)
     limit_workers(trainer, a_host(tmp_path, 256 * GIB), shm=str(tmp_path / "none"))
     assert (trainer.args.workers, warnings) == (8, [])
+
+
+@pytest.mark.parametrize(("batch", "imgsz"), [(-1, 64), (0.7, 64), (16, [64, 64])])
+def test_workers_are_limited_when_batch_and_image_size_are_known(trainings, tmp_path, monkeypatch, batch, imgsz):
+    """Ultralytics chooses 16 images on the CPU. Memory for four batches of one worker would be 768 KiB."""
+    workers = []
+    monkeypatch.setattr(host, "_free_bytes", lambda folder: 700 << 10)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+
+    def have_workers(trainer):
+        trainer.args.workers = 2  # without a GPU, Ultralytics uses no workers
+
+    def look(trainer):
+        workers.append((trainer.train_loader.num_workers, trainer.test_loader.num_workers))
+        raise KeyboardInterrupt
+
+    callbacks = [("on_pretrain_routine_start", have_workers), ("on_train_start", look)]
+    run = trainings.train(tmp_path, batch=batch, imgsz=imgsz, callbacks=callbacks, raises=KeyboardInterrupt)
+    assert workers == [(0, 0)]
+    assert run.log.count("2 workers may have 2 MiB of batches of 16 images in flight, and /dev/shm has 1 MiB free") == 1
 
 
 @pytest.fixture

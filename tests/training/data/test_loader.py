@@ -10,7 +10,8 @@ from ultralytics.data.build import InfiniteDataLoader, build_dataloader, build_y
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import init_seeds
 
-from yolov12.training.data.loader import SKIPPED, ResumableLoader, for_file, random_state, resumable, set_random_state
+from yolov12.training.data.loader import SKIPPED, ResumableLoader, for_file, resumable
+from yolov12.training.data.random_state import random_state, set_random_state
 
 BATCH, EPOCHS, CLOSE = 4, 4, 2
 
@@ -21,13 +22,17 @@ def data(tmp_path_factory, trainings):
     return check_det_dataset(trainings.draw_data(folder, sizes=[(64, 64), (48, 80), (80, 48)]))
 
 
-def loader(data, workers, cache=None):
-    """Return a loader of 24 images in 6 batches."""
+def stock_loader(data, workers, cache=None):
+    """Return Ultralytics' loader of 24 images in 6 batches."""
     init_seeds(1, deterministic=False)
     cfg = get_cfg(overrides={"imgsz": 64, "mosaic": 0.8, "mixup": 0.3, "degrees": 5.0, "cache": cache})
     dataset = build_yolo_dataset(cfg, data["train"], BATCH, data)
     dataset.max_buffer_length = 9  # small enough to overflow
-    return ResumableLoader(build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu"), 64).take_over()
+    return build_dataloader(dataset, BATCH, workers, shuffle=True, device="cpu")
+
+
+def loader(data, workers, cache=None):
+    return ResumableLoader(stock_loader(data, workers, cache), 64).take_over()
 
 
 def epochs(loader, first=0):
@@ -101,9 +106,7 @@ def test_the_first_batches_are_those_of_ultralytics(data):
     ours = loader(data, 2)
     batches = list(ours)
     ours.close()
-    init_seeds(1, deterministic=False)
-    stock = loader(data, 2)._loader
-    stock.collate_fn = stock.collate_fn._collate
+    stock = stock_loader(data, 2)
     for batch, other in zip(batches, stock, strict=True):
         assert batch.keys() == other.keys()
         assert same(facts(batch), facts(other))
@@ -136,10 +139,135 @@ def test_the_state_survives_a_file_that_is_loaded_with_weights_only(data, tmp_pa
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loaders_of_other_kinds_are_left_alone(data, workers):
-    stock = loader(data, workers)._loader
+    stock = stock_loader(data, workers)
     generator = torch.Generator()
     plain = torch.utils.data.DataLoader(stock.dataset, BATCH, shuffle=True, generator=generator)
     weighted = InfiniteDataLoader(
         stock.dataset, batch_size=BATCH, generator=generator, sampler=WeightedRandomSampler([1.0] * 24, 24)
     )
     assert [resumable(each) for each in (stock, plain, weighted)] == [True, False, False]
+
+
+class Looking:
+    """A user's callbacks that take batches from the training's loader, with many iterators."""
+
+    def __init__(self, loader):
+        self.loader, self.seen = loader, []
+
+    def __call__(self, event):
+        loader, seen = self.loader, self.seen
+        if event == "start":
+            seen += [next(iter(loader)), *loader]
+        elif event == "epoch start":
+            self.kept = iter(loader)
+            iter(loader)  # never used
+        elif event == "batch end":
+            seen.append(next(self.kept, None))
+        else:
+            seen += [next(iter(loader)), *itertools.islice(loader, 2)]
+
+
+def train(loader, done=0, state=None, draws=None):
+    """Take batches as Ultralytics' loop does, while a user's callbacks take others.
+
+    Args:
+        loader: Training loader.
+        done: Number of batches that were trained on before an interruption.
+        state: State of the loader at that time, for a run that resumes.
+        draws: State of the random generators at that time.
+
+    Returns:
+        Batches of the loop and of the callbacks, and after each batch the number of the latter, and both states.
+    """
+    user, trained, moments = Looking(loader), [], {}
+    closed, first = False, 0
+    if done:
+        torch.manual_seed(99)  # earlier random numbers must have no effect
+        assert loader.load_state_dict(state, lambda: set_random_state(draws))
+        first = (done - 1) // 6
+    loader.is_loops = False
+    user("start")
+    for epoch in range(first, EPOCHS):
+        user("epoch start")
+        loader.is_loops = True
+        iter(loader)  # never used
+        if epoch >= CLOSE and not closed:
+            closed = True
+            loader.dataset.close_mosaic(get_cfg())
+            loader.reset()
+        for position, batch in enumerate(iter(loader), epoch * 6 + 1):
+            loader.is_loops = False
+            if SKIPPED not in batch:
+                trained.append(facts(batch))
+            elif position == done:
+                loader.repeated()
+            if isinstance(loader, ResumableLoader) and SKIPPED not in batch:
+                moments[position] = len(user.seen), loader.state_dict(), random_state()
+            user("batch end")
+        user("epoch end")
+    loader.close()
+    return trained, [batch and facts(batch) for batch in user.seen], moments
+
+
+@pytest.fixture(scope="module", params=[0, 2])
+def looked_at(data, request):
+    """Number of workers, and outcome of a whole run with users' iterators."""
+    return request.param, *train(loader(data, request.param))
+
+
+def same_batches(these, those):
+    pairs = zip(these, those, strict=True)
+    return all(one is other if one is None or other is None else same(one, other) for one, other in pairs)
+
+
+def test_users_iterators_move_the_training_as_they_do_on_stock(data, looked_at):
+    workers, trained, seen, _ = looked_at
+    assert len(trained) == 6 * EPOCHS
+    stock_trained, stock_seen, _ = train(stock_loader(data, workers))
+    assert same_batches(trained, stock_trained)
+    assert same_batches(seen, stock_seen)
+
+
+# Within an epoch and at its end, before and after mosaic is closed.
+@pytest.mark.parametrize("done", [3, 6, 12, 14])
+def test_a_run_with_users_iterators_resumes_as_if_not_interrupted(data, looked_at, done):
+    workers, trained, seen, moments = looked_at
+    before, *states = moments[done]
+    again, seen_again, _ = train(loader(data, workers), done, *states)
+    assert same_batches(again, trained[done:])
+    repeated = len(seen_again) - len(seen[before:])  # by callbacks of the epoch that was interrupted
+    assert repeated > 0
+    assert None not in seen_again[:7]
+    assert same_batches(seen_again[repeated:], seen[before:])
+
+
+def test_callbacks_of_a_training_can_iterate_over_its_loader(trainings, tmp_path):
+    """Samples, order, results and weights are those of stock, also of a run that was interrupted and resumed."""
+    events = ("on_train_start", "on_train_epoch_start", "on_train_batch_end", "on_train_epoch_end", "on_fit_epoch_end")
+
+    def look(trainer):
+        assert len(next(iter(trainer.train_loader))["img"]) == 8
+
+    def cut_power(trainer):
+        if trainer.epoch == 1 and trainer.train_loader.position == 2:
+            raise PowerCutError
+
+    looks = [(event, look) for event in events]
+    settings = {"epochs": 3, "close_mosaic": 1, "bn_group": 8, "micro_batch": 8}
+    stock = trainings.train(tmp_path / "stock", callbacks=looks, mas=False, **settings)
+    whole = trainings.train(tmp_path, callbacks=looks, **settings)
+    assert whole.sums == stock.sums
+    assert whole.stock_results() == stock.stock_results()
+    parameters = dict(whole.trainer.model.named_parameters())
+    assert all(torch.equal(value, stock.after[name]) for name, value in parameters.items())
+
+    cut = [*looks, ("on_train_batch_end", cut_power)]
+    begun = trainings.train(tmp_path, callbacks=cut, raises=PowerCutError, **settings)
+    last = begun.folder / "weights" / "last.pt"
+    resumed = trainings.train(tmp_path, last, callbacks=looks, resume=True)
+    assert begun.sums + resumed.sums == whole.sums
+    assert all(torch.equal(value, whole.after[name]) for name, value in resumed.after.items())
+
+
+class PowerCutError(Exception):
+    """Power cut in the middle of an epoch."""

@@ -248,6 +248,32 @@ def test_cached_images_get_smaller_and_are_not_cropped(data, cache):
         assert torch.allclose(before["bboxes"], after["bboxes"], atol=0.03)
 
 
+@pytest.mark.parametrize("cache", [None, "ram"])
+def test_after_the_return_to_full_size_images_are_those_of_a_run_that_never_left_it(data, cache):
+    """Also images that were kept in memory at a smaller size, for mosaic."""
+    samples, buffers = {}, {}
+    for way in ([0, 0], [2, 0], [1, 2, 1, 0], None):
+        init_seeds(1, deterministic=False)
+        cfg = get_cfg(overrides={"imgsz": 128, "mosaic": 0.0, "mixup": 0.0, "cache": cache})
+        dataset = build_yolo_dataset(cfg, data["train"], 2, data)
+        dataset.max_buffer_length = 100  # keeps all images
+        control = a_control()
+        if way is not None:
+            control.join(dataset, cfg)
+        for step in way or [0, 0]:
+            control._shared.value = step
+            init_seeds(2, deterministic=False)
+            last = [dataset[index] for index in range(16)] if way is None else dataset.__getitems__(range(16))
+        mosaic = get_cfg(overrides={"imgsz": 128, "mosaic": 1.0, "mixup": 1.0})
+        dataset.transforms = dataset.build_transforms(mosaic)
+        indices = range(16)
+        last += [dataset[index] for index in indices] if way is None else dataset.__getitems__(indices)
+        samples[str(way)], buffers[str(way)] = [sample["img"] for sample in last], list(dataset.buffer)
+    for way, images in samples.items():
+        assert all(map(torch.equal, images, samples["None"])), way
+        assert buffers[way] == buffers["None"]
+
+
 def test_one_fall_through_several_resolution_steps_doubles_the_patience_once():
     control = ResolutionControl("auto", resolution_steps(128, 32, 32), 32)
     batch = {"img": torch.zeros(1, 3, 128, 128)}

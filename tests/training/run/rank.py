@@ -8,6 +8,7 @@ KILL_IN_VAL  rank that dies in validation
 NO_ROOM      [rank, batch]: the rank on which images above 64 pixels do not fit, until this batch
 SLOW         [rank, factor]: the rank whose loss takes longer by this factor
 STOP         [batch, ...]: batches after which all ranks are interrupted
+TAKES        rank on which callbacks take batches from the training's loader
 VALIDATE     path of a model whose weights are validated instead of those that were trained
 WORKERS      [number, ...]: number of data workers of each rank
 """
@@ -82,6 +83,9 @@ def main(name, arguments, folder):
         trainer.ema.ema.load_state_dict(YOLO(os.environ["VALIDATE"]).model.float().state_dict())
 
     model.add_callback("on_train_batch_end", batch_ends)
+    if rank == int(os.environ.get("TAKES", "-1")) >= 0:
+        for event in ("on_train_start", "on_train_batch_end", "on_train_epoch_end"):
+            model.add_callback(event, lambda trainer: next(iter(trainer.train_loader))["img"])
     slow, times = json.loads(os.environ.get("SLOW", "[-2, 1]"))
     if rank == slow:
         loss = DetectionTask.loss

@@ -82,15 +82,27 @@ def rows(folder, rank):
     return list(csv.DictReader((Path(folder) / name).read_text().splitlines()))
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_run_in_several_processes_ends_as_in_one(start, settings, weights, alone, tmp_path, size):
+def assert_moved_alike(found, wanted, weights):
+    """Compare weights and statistics after a training, relative to how far it moved them."""
+    begin = YOLO(weights).model.float().state_dict()
+    # The last layers of the head are made anew for the number of classes.
+    names = [name for name, value in begin.items() if value.is_floating_point() and value.shape == wanted[name].shape]
+    for kind in (["running_mean"], ["running_var"], ["weight", "bias"]):
+        chosen = [name for name in names if name.rpartition(".")[2] in kind]
+        one, other, before = (torch.cat([state[name].flatten() for name in chosen]) for state in (found, wanted, begin))
+        assert (one - other).norm() <= 1e-5 * (other - before).norm(), kind  # measured: 1e-7
+
+
+@pytest.mark.parametrize(("size", "takes"), [(2, -1), (3, 0)])
+def test_a_run_in_several_processes_ends_as_in_one(start, settings, weights, alone, tmp_path, size, takes):
+    """Three ranks have unequal shares, of 8, 4 and 4 images, and on one of them a callback takes batches."""
     arguments = settings(tmp_path)
-    codes, outputs = finish(start(size, RANK, weights, json.dumps(arguments), tmp_path))
+    codes, outputs = finish(start(size, RANK, weights, json.dumps(arguments), tmp_path, TAKES=str(takes)))
     assert codes == [0] * size, "\n".join(outputs)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
-    for name, value in alone["weights"].items():
-        assert all(torch.equal(value_, found[0]["weights"][name]) for value_ in (f["weights"][name] for f in found))
-        torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-3, atol=1e-3)
+    assert_moved_alike(found[0]["weights"], alone["weights"], weights)
+    for name in alone["weights"]:
+        assert all(torch.equal(f["weights"][name], found[0]["weights"][name]) for f in found)
     assert all(torch.equal(f["ema"][name], value) for f in found for name, value in found[0]["ema"].items())
     for row, wanted in zip(results(found[0]["folder"]), results(alone["folder"]), strict=True):
         for name, value in wanted.items():
@@ -132,9 +144,9 @@ def test_torchrun_restarts_the_ranks_and_the_run_ends_as_if_not_interrupted(
     assert "going on with" in done.stderr + done.stdout
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert found[0]["folder"] == str(tmp_path / "run")
-    for name, value in alone["weights"].items():
+    assert_moved_alike(found[0]["weights"], alone["weights"], weights)
+    for name in alone["weights"]:
         assert all(torch.equal(rank["weights"][name], found[0]["weights"][name]) for rank in found)
-        torch.testing.assert_close(found[0]["weights"][name], value, rtol=1e-3, atol=1e-3)
     assert len(results(found[0]["folder"])) == 2
 
 

@@ -9,6 +9,10 @@ images of one GPU are a group. On one GPU the method is known as "ghost batch no
 Running statistics are updated once per batch, with the mean over its groups, and `num_batches_tracked` counts one. Each
 group writes its statistics to its own row. A group that runs again (after a failure, or because it is recomputed)
 therefore overwrites its statistics and adds nothing.
+
+Users may switch layers at any time: mode, momentum, running statistics, parameters, or the layer itself. What holds is
+read when a batch begins, and means what it means in PyTorch. Only a layer whose forward pass is not PyTorch's own
+cannot run in groups (ungrouped.py).
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov12.mas.batchnorm import kernels as batchnorm_kernels
+from yolov12.mas.batchnorm.ungrouped import UngroupedBatchNorm, is_plain
 from yolov12.mas.modules import overridden
 
 __all__ = ["GroupedBatchNorm", "Kernels"]
@@ -53,7 +58,7 @@ class Kernels(Protocol):
 
 
 class GroupedBatchNorm:
-    """Runs the BatchNorm layers of a model in groups, as far as they are in training mode.
+    """Runs the BatchNorm layers of a model in groups, as far as they normalise with the statistics of a batch.
 
     The model is changed only inside `within`. At any other time it can be copied, saved and evaluated.
 
@@ -65,10 +70,7 @@ class GroupedBatchNorm:
         activations: BatchNorm → activation that is applied to its output. Nothing else may use that output. If the
             kernels support it, BatchNorm and SiLU then run as one operation.
         kernels: Implementation for several groups at once; by default the Triton kernels for CUDA.
-
-    Raises:
-        ValueError: A layer has `momentum=None` (a cumulative average) or no running statistics, or its class has its
-            own forward pass.
+        log: Called with a line for the user about layers that do not run in groups.
     """
 
     def __init__(
@@ -76,20 +78,19 @@ class GroupedBatchNorm:
         model: nn.Module,
         activations: Mapping[nn.Module, nn.Module] | None = None,
         kernels: Kernels = batchnorm_kernels,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._kernels = kernels
+        self._model, self._kernels = model, kernels
         self._pairs = {norm: act for norm, act in (activations or {}).items() if type(act) is nn.SiLU}
         # The pairs of this batch: those without a hook that would see the tensor between BatchNorm and activation.
         self._activations: dict[nn.Module, nn.Module] = {}
         self.fused = 0
         """Number of calls in this batch that ran BatchNorm and activation as one operation."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
-        self._all = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-        for layer in self._all:
-            if layer.momentum is None or not layer.track_running_stats:
-                raise ValueError(f"{layer} cannot be split into groups: give it a momentum and running statistics")
-            if type(layer).forward is not _BatchNorm.forward:
-                raise ValueError(f"{type(layer).__name__} computes more than BatchNorm, or across processes")
+        self._siblings: dict[nn.Module, tuple[nn.Module | None, ...]] = {}
+        self._all: list[_BatchNorm] = []
+        self.find_layers()
+        self._ungrouped = UngroupedBatchNorm(model, log)
         self._layers: list[_BatchNorm] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._channels: list[int] = []
@@ -104,17 +105,40 @@ class GroupedBatchNorm:
         self.listener: Callable[[nn.Module, Tensor, Tensor, Again], None] | None = None
         """Is called with each layer, its output, its input, and a function that computes the output again."""
 
+    @property
+    def ungrouped(self) -> Sequence[_BatchNorm]:
+        """Layers that do not run in groups in this batch."""
+        return self._ungrouped.layers
+
+    def find_layers(self) -> None:
+        """Look for the layers again, as modules of the model were replaced."""
+        siblings = {
+            child: tuple(module._modules.values())
+            for module in self._model.modules()
+            for child in module._modules.values()
+            if child is not None
+        }
+        if before := self._siblings:  # beside what was replaced, an activation may follow another layer now
+            self._pairs = {norm: act for norm, act in self._pairs.items() if before.get(norm) == siblings.get(norm)}
+        self._siblings = siblings
+        self._all = [layer for layer in self._model.modules() if isinstance(layer, _BatchNorm)]
+
     def begin(self) -> None:
-        """Start a batch: clear the statistics of the previous batch."""
+        """Start a batch: read how the layers are switched, and clear the statistics of the previous batch."""
         self._activations = {norm: act for norm, act in self._pairs.items() if not _has_hooks(norm, act)}
         self.fused = 0
-        layers = [layer for layer in self._all if layer.training]
+        in_use = [layer for layer in self._all if layer.training or layer.running_mean is None]
+        layers = [layer for layer in in_use if is_plain(layer)]
+        self._ungrouped.begin([layer for layer in in_use if not is_plain(layer)])
         if layers != self._layers:
             self._layers = layers
             self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
             self._channels = [layer.num_features for layer in layers]
-            like = layers[0].running_mean if layers else None
-            self._means = torch.empty(0) if like is None else like.new_zeros(0, sum(self._channels))
+            tensors = [
+                tensor for layer in layers for tensor in (layer.running_mean, layer.weight) if tensor is not None
+            ]
+            like = next(iter([*tensors, *self._model.parameters()]), torch.empty(0))
+            self._means = like.new_zeros(0, sum(self._channels))
             self._variances, self._views = self._means.clone(), []
         # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that, so the rows are cleared
         # here.
@@ -147,7 +171,7 @@ class GroupedBatchNorm:
         for activation in {*self._activations.values()}:
             forwards[activation] = partial(self._activate, activation.forward)
         try:
-            with overridden(forwards):
+            with self._ungrouped.within(), overridden(forwards):
                 yield
                 self._check_activated()
         finally:
@@ -180,18 +204,21 @@ class GroupedBatchNorm:
         Args:
             averages: What `averages` returned, summed over all ranks.
         """
-        if not self._called:
+        self._ungrouped.commit()
+        called = [(index, self._layers[index]) for index in sorted(self._called)]
+        called = [(index, layer) for index, layer in called if layer.training and layer.track_running_stats]
+        counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
+        if counts:
+            torch._foreach_add_(counts, 1)
+        called = [(index, layer) for index, layer in called if layer.running_mean is not None]
+        if not called:
             return
-        called = sorted(self._called)
-        layers = [self._layers[index] for index in called]
-        momenta = [float(layer.momentum or 0.0) for layer in layers]
+        momenta = [_momentum(layer) for _, layer in called]
         for name, average in zip(("running_mean", "running_var"), averages, strict=True):
-            running: list[Tensor] = [getattr(layer, name) for layer in layers]
+            running: list[Tensor] = [getattr(layer, name) for _, layer in called]
             mean = average.split(self._channels)
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
-            torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index in called], momenta)))
-        counts: list[Tensor] = [layer.num_batches_tracked for layer in layers]  # type: ignore[misc]
-        torch._foreach_add_(counts, 1)
+            torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index, _ in called], momenta)))
 
     def _reserve(self, rows: int) -> None:
         if not self._layers or len(self._means) >= rows:
@@ -205,6 +232,7 @@ class GroupedBatchNorm:
 
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._check_activated()
+        layer._check_input_dim(x)
         self._called.add(index)
         sizes = self._sizes(layer, x)
         fused = layer in self._activations
@@ -244,7 +272,8 @@ class GroupedBatchNorm:
     def _suits_kernels(self, layer: _BatchNorm, x: Tensor, sizes: Sequence[int], means: Tensor) -> bool:
         """Return whether the kernels can run this call. Invalid calls go to PyTorch, which raises its usual error."""
         return (
-            layer.affine
+            layer.weight is not None
+            and layer.bias is not None
             and self._kernels.applies(x, layer.weight, means)
             and x.shape[1] == layer.num_features
             and min(sizes) * x.shape[2] * x.shape[3] > 1
@@ -273,6 +302,13 @@ def _has_hooks(norm: nn.Module, activation: nn.Module) -> bool:
             activation._backward_hooks, activation._backward_pre_hooks,
         )
     )  # fmt: skip
+
+
+def _momentum(layer: _BatchNorm) -> float:
+    """Return the weight of a new batch in the running statistics; without a momentum, all batches weigh the same."""
+    if layer.momentum is not None:
+        return float(layer.momentum)
+    return 0.0 if layer.num_batches_tracked is None else 1.0 / float(layer.num_batches_tracked)
 
 
 def _normalize_again(

@@ -64,9 +64,14 @@ class Checkpointing:
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], norms: GroupedBatchNorm) -> None:
         self._layers, self._norms = layers, norms
-        self._device = next(model.parameters()).device
-        self._activations = [part for part in model.modules() if isinstance(part, ACTIVATIONS)]
+        self._model, self._device = model, next(model.parameters()).device
+        self._activations: list[nn.Module] = []
+        self.find_activations()
         self._rebuilding = False
+
+    def find_activations(self) -> None:
+        """Look for the activations again, as modules of the model were replaced."""
+        self._activations = [part for part in self._model.modules() if isinstance(part, ACTIVATIONS)]
 
     @contextmanager
     def within(self, plan: Plan) -> Iterator[None]:

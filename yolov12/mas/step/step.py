@@ -22,10 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from yolov12.errors import ConfigError
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.distributed.ranks import ALONE, NO_NEWS, Ranks, RankStatus
 from yolov12.mas.memory.reading import Meter
+from yolov12.mas.modules import Structure
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
 from yolov12.mas.step.loss import Total, UnknownNormalisersError
@@ -52,6 +54,7 @@ class Step:
         layers: Layers that checkpoint plans may name: name → layer, see `checkpointing`.
         activations: BatchNorm → activation of its output, see `batchnorm.grouped.GroupedBatchNorm`.
         ranks: Processes that share each batch.
+        log: Called with lines for the user.
         exact: False to weight the parts of a loss with several normalisers by their numbers of images.
     """
 
@@ -64,13 +67,15 @@ class Step:
         layers: Mapping[str, nn.Module] | None = None,
         activations: Mapping[nn.Module, nn.Module] | None = None,
         ranks: Ranks = ALONE,
+        log: Callable[[str], None] = lambda line: None,
         *,
         exact: bool = True,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
+        self._structure = Structure(model)
         self._device = self._all[0].device
-        self._norms = GroupedBatchNorm(model, activations)
+        self._norms = GroupedBatchNorm(model, activations, log=log)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """Checkpoint plans. The level of a planner is an index into them."""
@@ -121,10 +126,9 @@ class Step:
     def _run(
         self, batch: Any, images: int, planner: Planner, share: Share, status: RankStatus, *, restarts: bool
     ) -> Result:
-        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._begin()
         before, state = gradients.take(self._parameters), RandomState(self._device)
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
-        self._norms.begin()
         watch = self._meter.stopwatch()
         looks_ahead, ahead = self._exact and self._has_terms, None
         ahead_watch = self._meter.stopwatch() if looks_ahead else None
@@ -163,6 +167,20 @@ class Step:
             raise
         gradients.give(self._parameters, gradients.add(before, finished))
         return result
+
+    def _begin(self) -> None:
+        """Look at the model as it is now: users may have replaced layers, frozen or switched them."""
+        if self._structure.changed():
+            self._all = list(self.model.parameters())
+            self._norms.find_layers()
+            self.checkpointing.find_activations()
+        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._norms.begin()
+        if self._norms.ungrouped and self._ranks.size > 1:
+            raise ConfigError(
+                f"{type(self._norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "
+                "share a batch: train in one, or with mas=False"
+            )
 
     @contextmanager
     def _telling(self, status: RankStatus) -> Iterator[None]:
@@ -263,11 +281,10 @@ class Step:
         Returns:
             Allocated bytes before the images and at their peak, or the failed allocation.
         """
-        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._begin()
         before = gradients.take(self._parameters)
         parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last))
         states = RandomState(self._device), ModuleState(self.model)
-        self._norms.begin()
         try:
             allocated_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)

@@ -18,7 +18,8 @@ from yolov12.training.adapter.detection import DetectionTask, criterion_of, know
 from yolov12.training.adapter.known import why_not_split
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
-from yolov12.training.data.loader import random_state, resumable
+from yolov12.training.data.loader import resumable
+from yolov12.training.data.random_state import random_state
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import process_group
 from yolov12.training.run.completed_epoch import CompletedEpoch

@@ -74,6 +74,7 @@ class TrainerAdapter:
         self._trainer, self._model, self._task, self._engine = trainer, model, task, engine
         self._resolution, self._ranks = resolution, ranks
         self.saver: RunSaver | None = None  # None for a loader of the user's own, which cannot be resumed
+        self._loader: ResumableLoader | None = None
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
@@ -97,11 +98,9 @@ class TrainerAdapter:
         """
         trainer, engine, ranks = self._trainer, self._engine, self._ranks
         if not resumable(trainer.train_loader):
-            if ranks.size > 1:
-                raise ConfigError(
-                    "a loader of your own cannot be shared among processes: train in one, or with mas=False"
-                )
-            return
+            if ranks.size == 1:
+                return
+            raise ConfigError("a loader of your own cannot be shared among processes: train in one, or with mas=False")
         if ranks.size > 1:
             self._sharing = share_batches(trainer, ranks, engine, self._resolution)
         arrange = engine.config.bn_group != 0 and trainer.batch_size > (engine.config.bn_group or GROUPS[0])
@@ -111,7 +110,7 @@ class TrainerAdapter:
             arrange=arrange and self._sharing is None,  # with several ranks, no rank knows the whole batch
             sharing=self._sharing,
         )
-        trainer.train_loader = loader.take_over()
+        trainer.train_loader = self._loader = loader.take_over()
         self._interruption = Interruption()
         self.saver = RunSaver(
             trainer,
@@ -142,13 +141,18 @@ class TrainerAdapter:
         trainer.save_metrics = lambda metrics: self._stock_save(self._display.in_order(metrics))
 
     def _run_callbacks(self, event: str) -> None:
-        """Run the callbacks, which users may replace at any time, and what this adapter does at the same event."""
+        """Run the callbacks, which users may replace. After some, the loop asks for its batches, or takes one."""
         if event == "on_train_end" and self.saver is not None:
             self.saver.complete()  # before the callbacks, which may fail
+        loader = self._loader
+        if loader is not None:
+            loader.is_loops = False
         self._stock_callbacks(event)
-        self._is_due = event == "on_train_batch_start"  # the loop takes a batch right after these callbacks
+        self._is_due = event == "on_train_batch_start"
         if (hook := self._hooks.get(event)) is not None:
             hook()
+        if loader is not None:
+            loader.is_loops = event == "on_train_epoch_start"
 
     def _logical(self, batch: dict[str, Any]) -> Any:
         """Wrap a batch of the training loop as a `LogicalBatch`, still on the host. Preprocess any other batch."""

@@ -4,52 +4,39 @@ The order of the images depends on the generator of the sampler. The augmentatio
 loads an image: on its random generators, and on the images that it loaded recently, from which mosaic chooses. Each
 batch that a worker returns therefore contains the state of this worker. The random draws are the same as in plain
 Ultralytics.
+
+All iterators of the loader take their batches from one endless sequence, as in plain Ultralytics. A user's iterator
+therefore moves the training on by the batches that it took. There are two exceptions, in which the user gets batches
+that are loaded aside and the training does not move on: among several ranks, because all of them must train on the same
+batch; and in a resumed run that repeats the callbacks of an epoch, because their batches were taken before the
+interruption.
 """
 
 from __future__ import annotations
 
 import io
 import itertools
-import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
 from yolov12.training.data.arrangement import arranged
+from yolov12.training.data.random_state import random_state, set_random_state, without_trace
 from yolov12.training.data.sharing import SHARE, Sharing
 
-__all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "random_state", "resumable", "set_random_state"]
+__all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "resumable"]
 
 SKIPPED = "yolov12_skipped"
 """Key of a placeholder batch: it stands for a batch that was trained on before the run was interrupted."""
 
 _STATE = "yolov12_worker"
 _Worker = Mapping[str, Any]  # keys `random` and `buffer`; `seed` for a worker that has returned no batch
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of this process's random generators, in a form for `torch.load(weights_only=True)`."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - Ultralytics draws from it
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore the result of `random_state`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
 
 
 def resumable(loader: Any) -> bool:
@@ -100,10 +87,14 @@ class ResumableLoader:
         self._next_worker = 0
         self._epoch_order: Tensor | None = None
         self._generator: Tensor | None = None  # state of the generator when a resumed run was interrupted
+        self._taken = len(loader)  # batches of the latest order that were returned: at first as if all were
         self._skip = 0
-        self._then: Callable[[], None] = lambda: None
+        self._is_repeating = False  # what happened before an interruption
+        self._then: Callable[[], None] | None = None
+        self.is_loops = True
+        """True if an iterator that is made now is the training loop's, False if it is a user's."""
         self.position = 0
-        """Number of batches returned in this epoch, including placeholders."""
+        """Number of batches returned to the training loop in this epoch, including placeholders."""
 
     def take_over(self) -> ResumableLoader:
         """Replace the loader's sampler, worker initialisation and collate function by those of this object."""
@@ -118,6 +109,9 @@ class ResumableLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
+        return self._epoch() if self.is_loops else self._for_user()
+
+    def _epoch(self) -> Iterator[Any]:
         self.position, skip, self._skip = 0, self._skip, 0
         for _ in range(skip):
             self.position += 1
@@ -126,31 +120,64 @@ class ResumableLoader:
                 "cls": torch.zeros(0, 1),
                 SKIPPED: True,
             }
-        then, self._then = self._then, lambda: None
-        then()
-        for batch in itertools.islice(self._loader, len(self) - skip):
-            if self.position == skip:
-                self._epoch_order = self._order.drawn.popleft()
-                self._first.states = []  # the present workers have used them; workers after a reset need none
-            worker = batch.pop(_STATE)
-            if worker is not None:
-                index, packed = worker
-                self._workers[index] = packed
-                self._next_worker = (index + 1) % self._loader.num_workers
+        self._go_on()
+        for _ in range(len(self) - skip):
+            batch = self._take()
             self.position += 1
             if self._sharing is not None:
                 batch[SHARE] = self._sharing.taken()
             yield batch
+
+    def _for_user(self) -> Iterator[Any]:
+        aside = self._aside()
+        for _ in range(len(self)):
+            yield next(aside) if self._is_repeating or self._sharing is not None else self._take()
+
+    def _take(self) -> Any:
+        self._go_on()
+        batch = next(iter(self._loader))
+        if self._taken == len(self):
+            self._epoch_order, self._taken = self._order.drawn.popleft()
+            self._first.states = []  # used by the present workers; workers after a reset start without
+        self._taken += 1
+        worker = batch.pop(_STATE)
+        if worker is not None:
+            index, packed = worker
+            self._workers[index] = packed
+            self._next_worker = (index + 1) % self._loader.num_workers
+        return batch
+
+    def _aside(self) -> Iterator[Any]:
+        """Yield batches of another order, loaded here, and leave no trace in the training."""
+        loader = self._loader
+        state = loader.generator.get_state()
+        batches = list(self._order.batches)
+        loader.generator.set_state(state)
+        for indices in batches:
+            part = indices if self._sharing is None else self._sharing.equal_part(indices)
+            with without_trace(loader.dataset):
+                batch = self._collate.stock(_load(loader.dataset, part))
+            yield batch
+
+    def repeated(self) -> None:
+        """Note that the last batch before an interruption was repeated: what happens from now on is new."""
+        self._is_repeating = False
+
+    def _go_on(self) -> None:
+        then, self._then, self._is_repeating = self._then, None, False
+        if then is not None:
+            then()
 
     def reset(self) -> None:
         """Drop prefetched batches, because the data set has changed; see `InfiniteDataLoader.reset`."""
         self._loader.reset()
         if self._sharing is not None:
             if self._order.drawn:  # this epoch has not begun, and other ranks may not have drawn it yet
-                self._loader.generator.set_state(self._order.drawn[0])
+                self._loader.generator.set_state(self._order.drawn[0][0])
             self._sharing.drop()
         self._order.drawn.clear()
-        if self._order.begin is not None and not self._skip:  # every batch was a placeholder
+        self._taken = len(self)
+        if self._order.begin is not None and not self._is_repeating:  # nothing was loaded since the interruption
             self._order.begin, self._first.states = None, []
             self._loader.generator.set_state(self._generator)
         self._workers = dict(enumerate(self._first.states))
@@ -172,6 +199,7 @@ class ResumableLoader:
             "position": self.position,
             "arrange": self._collate.arrange if self._sharing is None else self._sharing.arranges,
             "order": self._epoch_order,
+            "taken": self._taken,
             "generator": self._loader.generator.get_state(),
             "workers": [] if by_place else workers,
             "buffer": [] if by_place else list(self._buffer()),
@@ -183,15 +211,15 @@ class ResumableLoader:
 
         Args:
             state: State of a loader with the same data, see `data_of`.
-            then: Called after the last placeholder, before the first batch is loaded.
+            then: Called after the last placeholder, before the first batch is loaded for the training.
 
         Returns:
             True if augmentation continues with the same random draws. With another number of workers it does not.
         """
         state = for_file(state)
-        self._skip, self._then = state["position"], then
-        self._epoch_order = state["order"]
-        self._order.begin, self._generator = (state["order"], state["position"]), state["generator"]
+        self._skip, self._then, self._is_repeating = state["position"], then, True
+        taken = state.get("taken", state["position"])  # older files do not count users' batches
+        self._order.begin, self._generator = (state["order"], taken), state["generator"]
         if self._sharing is not None:
             self._sharing.load_state_dict(state.get("resolution_steps") or state.get("rungs", []))  # files of version 1
             return not state["workers"] and not state["buffer"]  # False for a state of a single process
@@ -216,14 +244,15 @@ class _Order:
     """Batch sampler that stores the generator's state before each epoch. This state determines the epoch's order."""
 
     def __init__(self, batches: Any, generator: torch.Generator, sharing: Sharing | None) -> None:
-        self._batches, self._generator, self._sharing = batches, generator, sharing
-        self.drawn: deque[Tensor] = deque()
-        """Generator states of epochs that were drawn but have not begun. Workers draw batches ahead of the training."""
+        self.batches, self._generator, self._sharing = batches, generator, sharing
+        self.drawn: deque[tuple[Tensor, int]] = deque()
+        """Epochs that were drawn but have not begun, because workers draw batches ahead of the training: state of the
+        generator before each, and number of batches to skip."""
         self.begin: tuple[Tensor, int] | None = None
         """For a resumed run: state of the generator before its epoch, and number of batches to skip; else None."""
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         skip = 0
@@ -232,8 +261,8 @@ class _Order:
             self._generator.set_state(state)
         state = self._generator.get_state()
         if skip < len(self):
-            self.drawn.append(state)
-        batches = itertools.islice(iter(self._batches), skip, None)
+            self.drawn.append((state, skip))
+        batches = itertools.islice(iter(self.batches), skip, None)
         if self._sharing is None:
             yield from batches
             return
@@ -246,7 +275,7 @@ class _Collate:
     """Collate function that adds the state of the worker to a batch, unless each image has a seed of its own."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool = True) -> None:
-        self._collate, self.arrange, self._add_state = collate, arrange, add_state
+        self.stock, self.arrange, self._add_state = collate, arrange, add_state
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()
@@ -256,7 +285,7 @@ class _Collate:
             state = worker.id, _packed({"buffer": buffer, "random": random_state()})
         if self.arrange:
             samples = [samples[index] for index in arranged([len(sample["cls"]) for sample in samples])]
-        return {**self._collate(samples), _STATE: state}
+        return {**self.stock(samples), _STATE: state}
 
 
 class _FirstState:
@@ -305,3 +334,11 @@ def _fill(dataset: Any, buffer: list[int]) -> None:
     dataset.buffer.clear()
     for index in buffer:
         dataset.load_image(index)
+
+
+def _load(dataset: Any, indices: list[int]) -> list[Any]:
+    """Load samples as a `DataLoader` does."""
+    if hasattr(dataset, "__getitems__"):
+        samples: list[Any] = dataset.__getitems__(indices)
+        return samples
+    return [dataset[index] for index in indices]

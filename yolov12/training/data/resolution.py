@@ -88,7 +88,11 @@ class ResolutionControl:
             dataset: Training data set of Ultralytics.
             settings: Arguments with which the data set was made.
         """
-        if len(self._steps) > 1 and hasattr(dataset, "build_transforms") and not dataset.rect:
+        if (
+            len(self._steps) > 1
+            and all(hasattr(dataset, name) for name in ("build_transforms", "ims"))
+            and not dataset.rect
+        ):
             _Loading(dataset, settings, self._steps, self._shared).begin()
 
     def preprocess(self, stock: Callable[[Any], Any], settings: Any) -> Callable[[Any], Any]:
@@ -183,6 +187,7 @@ class _Loading:
         self._transforms: dict[int, Any] = {}
         self._step = 0  # of the current batch
         self._stock_load = dataset.load_image
+        self._loaded_at: dict[int, int] = {}  # index of an image in memory → resolution step at which it was loaded
 
     def begin(self) -> None:
         """Take over the data set's methods."""
@@ -208,9 +213,20 @@ class _Loading:
         finally:
             dataset.imgsz, dataset.transforms = full
 
-    def _load_image(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """Load an image. If it is in memory already, from a larger step or with `cache=ram`, resize it to the step."""
-        image, original, shape = self._stock_load(*args, **kwargs)
+    def _load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Load an image. An image in memory is resized if it is too large, and loaded again if it is too small."""
+        dataset, loaded_at = self._dataset, self._loaded_at
+        in_memory = dataset.ims[i] is not None
+        too_small = in_memory and loaded_at.get(i, 0) > self._step
+        buffer = dataset.buffer
+        if too_small:
+            dataset.ims[i], dataset.buffer = None, []  # the image keeps its place in the buffer
+        try:
+            image, original, shape = self._stock_load(i, *args, **kwargs)
+        finally:
+            dataset.buffer = buffer
+        if (too_small or not in_memory) and (self._step or i in loaded_at):
+            loaded_at[i] = self._step
         factor = self._dataset.imgsz / max(shape)
         if self._step and factor < 1:
             height, width = (max(round(side * factor), 1) for side in shape)

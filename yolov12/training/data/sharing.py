@@ -59,7 +59,8 @@ class Sharing:
         boxes: Sequence[int] | None = None,
         resolution_step: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._rank, self._group, self._boxes, self._resolution_step = rank, group, boxes, resolution_step
+        self._rank, self._ranks, self._group = rank, ranks, group
+        self._boxes, self._resolution_step = boxes, resolution_step
         self._whole = split_groups(batch, group)
         self._ahead = ahead
         self._balance = Balance(ranks, move_ms)
@@ -91,6 +92,10 @@ class Sharing:
         self._drawn += 1
         self._waiting.append(Share(len(indices), is_padding=shares[self._rank] == 0, seed=seed))
         return [_Drawn(indices[place], zlib.crc32(f"{name} {place}".encode()), step) for place in mine]
+
+    def equal_part(self, indices: Sequence[int]) -> list[int]:
+        """Return this rank's images of a batch that is not trained on: as many on each rank."""
+        return list(indices[self._rank :: self._ranks] or indices[:1])
 
     def shares(self, images: int) -> tuple[int, ...]:
         """Return each rank's number of images in the batch that is drawn next."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from yolov12.training.data.loader import set_random_state
+from yolov12.training.data.random_state import set_random_state
 
 __all__ = ["CompletedEpoch"]
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from yolov12 import files
 from yolov12.mas import Engine
 from yolov12.models import weights
-from yolov12.training.data.loader import ResumableLoader, data_of, for_file, random_state, set_random_state
+from yolov12.training.data.loader import ResumableLoader, data_of, for_file
+from yolov12.training.data.random_state import random_state, set_random_state
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -186,7 +187,7 @@ class RunSaver:
 
     def _kept_buffers(self) -> dict[str, Tensor]:
         buffers = dict(self._model.named_buffers())
-        if not self._buffers:
+        if self._buffers.keys() != buffers.keys():  # at first, and after a user has replaced a layer
             self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         else:
             # A few launches instead of hundreds.
@@ -286,6 +287,8 @@ class RunSaver:
         assert self._resumed is not None
         # Only the last placeholder may count as an update of the loop.
         last = self._loader.position == self._resumed["loader"]["position"]
+        if last:
+            self._loader.repeated()
         self._trainer.accumulate = 1 if last else _NEVER
         device = self._trainer.device
         loss = self._resumed["loss"].to(device, copy=True).requires_grad_()

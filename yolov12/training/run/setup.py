@@ -11,7 +11,7 @@ from yolov12.training.adapter import attach as adapter
 from yolov12.training.data import host
 from yolov12.training.run import process_group, run_folder, session
 
-__all__ = ["make", "resume_training", "setup_train", "train"]
+__all__ = ["build_loaders", "make", "resume_training", "setup_train", "train"]
 
 
 def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +58,20 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         host.limit_prefetch(trainer)
     files.make_atomic(trainer)
     adapter.attach(trainer)
+
+
+def build_loaders(stock: Callable[..., None], trainer: Any, /) -> None:
+    """Run Ultralytics' `BaseTrainer._build_train_pipeline` with as many workers as the memory of the host allows.
+
+    Only here, the batch of `batch=-1` or `batch=0.7` and the image size of a list are known.
+
+    Args:
+        stock: Ultralytics' own method.
+        trainer: Ultralytics' trainer.
+    """
+    if trainer.args.mas:
+        host.limit_workers(trainer)
+    process_group.build_loaders(stock, trainer)
 
 
 def resume_training(stock: Callable[..., None], trainer: Any, /, ckpt: Any) -> None:
