@@ -37,7 +37,7 @@ class Language:
 
     float32, int64, constexpr = torch.float32, torch.int64, object()
     program, grid = (0, 0, 0), (1, 1, 1)
-    maximum, where, sigmoid, arange, sqrt = torch.maximum, torch.where, torch.sigmoid, torch.arange, torch.sqrt
+    where, sigmoid, arange, sqrt = torch.where, torch.sigmoid, torch.arange, torch.sqrt
 
     def program_id(self, axis):
         return torch.tensor(self.program[axis])
