@@ -37,9 +37,10 @@ def test_twenty_lines_train_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     assert names["engine"].journal is not None
 
 
-def test_a_loss_with_a_normaliser_of_its_own_is_exact():
-    names = {"F": F, "mas": mas}
-    exec(compile(block_with("mas.Loss("), str(PAGE), "exec"), names)
+@pytest.mark.parametrize("normaliser", ["positives", "counts"])
+def test_a_loss_with_normalisers_of_its_own_is_exact(normaliser):
+    names = {"F": F, "mas": mas, "torch": torch}
+    exec(compile(block_with(f"normaliser={normaliser})"), str(PAGE), "exec"), names)
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 4).double()
     batch = torch.randn(16, 8).double(), (torch.rand(16, 4) < 0.2).double()

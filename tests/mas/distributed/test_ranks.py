@@ -167,7 +167,7 @@ def test_losses_with_several_normalisers(tools, processes, head):
         assert tools.difference(found[0]["gradient"], wanted.gradient) <= 1e-6
         assert_same(tools, found, wanted, case)
         assert found[0]["failures"]
-    found = processes.run(shared(boxes, groups, head=head, trouble={"rank": last, "kind": "fit"}))
+    found = processes.run(shared(boxes, groups, head=head, troubles={last: ("fit", "what it says")}))
     assert found[last]["error"] == "DoesNotFitError: what it says"
     assert all(rank["error"].endswith("what it says") for rank in found)
     found = processes.run(case := shared(boxes, groups, head=head))
