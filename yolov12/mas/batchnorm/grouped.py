@@ -36,6 +36,10 @@ __all__ = ["GroupedBatchNorm", "Kernels"]
 Again = Callable[[Tensor], Tensor]
 """Function that computes the output of a BatchNorm again from its input."""
 
+# Each layer's part of a row starts at a multiple of this many values, so at a multiple of 16 bytes. At other addresses
+# cuDNN's BatchNorm fails ("misaligned address"), after a layer of 51 channels for example.
+_ALIGNED = 4
+
 
 class Kernels(Protocol):
     """Functions that normalise several groups in one call and can apply SiLU, such as `batchnorm.kernels`."""
@@ -94,6 +98,7 @@ class GroupedBatchNorm:
         self._layers: list[_BatchNorm] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
         self._channels: list[int] = []
+        self._widths: list[int] = []  # the channels, padded
         # Statistics of all groups: one row per group, with the channels of all layers side by side. `_views` has the
         # same memory as one view per group and layer.
         self._means = self._variances = torch.empty(0, 0)
@@ -134,11 +139,12 @@ class GroupedBatchNorm:
             self._layers = layers
             self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
             self._channels = [layer.num_features for layer in layers]
+            self._widths = [-(-channels // _ALIGNED) * _ALIGNED for channels in self._channels]
             tensors = [
                 tensor for layer in layers for tensor in (layer.running_mean, layer.weight) if tensor is not None
             ]
             like = next(iter([*tensors, *self._model.parameters()]), torch.empty(0))
-            self._means = like.new_zeros(0, sum(self._channels))
+            self._means = like.new_zeros(0, sum(self._widths))
             self._variances, self._views = self._means.clone(), []
         # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that, so the rows are cleared
         # here.
@@ -163,9 +169,7 @@ class GroupedBatchNorm:
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
         if self._layers:
-            both = (
-                rows[first : first + len(groups)].split(self._channels, 1) for rows in (self._means, self._variances)
-            )
+            both = (self._by_layer(rows[first : first + len(groups)]) for rows in (self._means, self._variances))
             self._blocks = list(zip(*both, strict=True))
         forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
         for activation in {*self._activations.values()}:
@@ -187,7 +191,8 @@ class GroupedBatchNorm:
             images: Images in the whole batch, over all ranks.
 
         Returns:
-            Weighted sums of means and of variances, each of shape (channels of all layers,); empty without layers.
+            Weighted sums of means and of variances, each of shape (channels of all layers, each number
+            padded to a multiple of four,); empty without layers.
         """
         if not self._layers:
             return []
@@ -216,7 +221,7 @@ class GroupedBatchNorm:
         momenta = [_momentum(layer) for _, layer in called]
         for name, average in zip(("running_mean", "running_var"), averages, strict=True):
             running: list[Tensor] = [getattr(layer, name) for _, layer in called]
-            mean = average.split(self._channels)
+            mean = self._by_layer(average)
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
             torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index, _ in called], momenta)))
 
@@ -226,9 +231,14 @@ class GroupedBatchNorm:
         more = self._means.new_zeros(rows - len(self._means), self._means.shape[1])
         self._means, self._variances = torch.cat((self._means, more)), torch.cat((self._variances, more))
         self._views = [
-            (mean.split(self._channels), variance.split(self._channels))
+            (self._by_layer(mean), self._by_layer(variance))
             for mean, variance in zip(self._means, self._variances, strict=True)
         ]
+
+    def _by_layer(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return each layer's part of rows of statistics, along the last dimension."""
+        parts = rows.split(self._widths, -1)
+        return tuple(part[..., :channels] for part, channels in zip(parts, self._channels, strict=True))
 
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._check_activated()
