@@ -71,7 +71,7 @@ def measure(task: str, *, small: bool, device: str) -> dict[str, Any]:
     model = model.to(device, memory_format=torch.channels_last)
     model.train().args = DEFAULT_CFG
     batch = batch_of(task, images, size, device)
-    scaler = torch.cuda.amp.GradScaler(init_scale=128.0, enabled=device == "cuda")
+    scaler = torch.amp.GradScaler(device, init_scale=128.0, enabled=device == "cuda")
     scaler.scale(torch.zeros((), device=device))  # it makes its scale only now
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
 
