@@ -1,0 +1,19 @@
+"""The page on what the engine runs names the tasks and models that the code knows."""
+
+import re
+from pathlib import Path
+
+from ultralytics.cfg import TASKS
+
+from yolov12.training.adapter import known
+
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "engine-or-stock.md"
+
+
+def test_the_table_of_tasks_is_what_the_code_knows():
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\w+).*? \| (\w+) \| (\w+) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+    assert {task for task, *_ in rows} == set(TASKS)
+    assert {model for _, model, *_ in rows} == {*known._MODELS, *known._OTHERS}
+    for _, model, training, validation, prediction in rows:
+        wanted = "split" if model in known._MODELS else "stock"
+        assert (training, validation, prediction) == (wanted, wanted, "split")
