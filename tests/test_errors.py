@@ -119,5 +119,4 @@ def test_an_error_of_ours_is_no_failed_allocation(kind):
     from yolov12.mas.oom import is_out_of_memory
 
     error = kind("rank 1: CUDA out of memory")
-    assert isinstance(error, RuntimeError)
     assert not is_out_of_memory(error)

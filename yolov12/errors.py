@@ -12,7 +12,7 @@ YOLOv12Error
 │   └── UnreadableWeightsError  a weight file is not a checkpoint (also a TypeError)
 │       └── UntrustedWeightsError   a weight file asks for code outside the allow-list
 ├── ExportError                 a builder refuses an exported graph
-├── DoesNotFitError             one image does not fit into memory (also a MemoryError and a RuntimeError)
+├── DoesNotFitError             one image does not fit into memory (also a MemoryError)
 ├── RankError                   another rank of a distributed training failed or is gone (also a RuntimeError)
 └── SeamError                   the installed Ultralytics lacks a name that we patch (also an ImportError)
 """
@@ -67,7 +67,7 @@ class ExportError(YOLOv12Error):
     """A builder refuses an exported graph for a reason other than memory."""
 
 
-class DoesNotFitError(YOLOv12Error, MemoryError, RuntimeError):
+class DoesNotFitError(YOLOv12Error, MemoryError):  # as a RuntimeError, Ultralytics' loop would halve the batch
     """One image does not fit into memory. The message gives the bytes needed, the bytes free, and ways out."""
 
 

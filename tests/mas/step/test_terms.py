@@ -14,7 +14,7 @@ from torch import nn
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config, Engine, Loss, TensorTask
 from yolov12.mas.memory.replay import ReplayMeter
-from yolov12.mas.step.loss import Total
+from yolov12.mas.step.loss import Total, UnknownNormalisersError
 from yolov12.mas.step.step import Step
 
 BOXES = [3, 0, 20, 1, 5, 2, 0, 0]  # the last part of most splits has no object
@@ -299,6 +299,33 @@ def test_a_task_of_ones_own_runs_twice_only_if_its_batch_is_split(tools):
             assert float(positive) == float(loss[0])
     assert tools.difference(gradients[2, True], gradients[8, True]) <= 1e-12
     assert tools.difference(gradients[2, False], gradients[8, True]) > 0.01
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 1.0
+
+
+def test_a_layer_that_runs_on_each_micro_batch_moves_its_statistics_once():
+    """The first pass does not count, neither for this layer nor for one that runs in groups."""
+    model = make_model()
+    model.body[1] = OwnForward(4).double()
+    train(model, 4)
+    alone = make_model().body[:2]
+    alone[1] = OwnForward(4).double()
+    draw = torch.Generator().manual_seed(2)
+    for part in torch.randn(8, 3, 8, 8, generator=draw, dtype=torch.float64).split(4) * 2:
+        alone(part)
+    assert int(model.body[1].num_batches_tracked) == 4
+    torch.testing.assert_close(model.body[1].running_mean, alone[1].running_mean)
+
+
+def test_a_rank_with_all_images_looks_ahead_like_the_others():
+    """The ranks without images do not know that one has them all, and all make the same exchanges."""
+    loss = Loss(torch.ones(2, requires_grad=True), torch.tensor([3, 0]))
+    Total(8, 1.0).scaled(loss, 8)
+    with pytest.raises(UnknownNormalisersError):
+        Total(8, 1.0, is_shared=True).scaled(loss, 8)
 
 
 def test_the_first_pass_leaves_buffers_and_random_numbers_as_they_were():

@@ -1,6 +1,13 @@
-"""A recovery from failed allocations needs nothing that has to be imported: there may be no memory for it."""
+"""Failed allocations: recovery imports nothing, for which memory may lack, and Ultralytics does not interfere."""
 
 import json
+
+import pytest
+import torch
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolov12.errors import DoesNotFitError
+from yolov12.mas import engine, room
 
 _SCRIPT = """
 import json, sys
@@ -48,3 +55,20 @@ def test_nothing_is_imported_after_a_failed_allocation(trainings, run_python, sm
     events = (tmp_path / "train" / "memory.csv").read_text()
     assert "out-of-memory at" in events
     assert "plan 0 to" in events
+
+
+def test_ultralytics_does_not_take_the_error_for_an_out_of_memory_of_its_own(trainings, tmp_path, capsys, monkeypatch):
+    """It would halve the batch, and begin the epoch again with a loader that the engine does not know."""
+
+    for place, name in ((engine, "WAIT_S"), (room, "WAIT_S"), (engine, "_PATIENCE_S")):
+        monkeypatch.setattr(place, name, 0)
+
+    def fail(module, inputs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    def fail_from_now_on(trainer):
+        unwrap_model(trainer.model).model[0].register_forward_pre_hook(fail)
+
+    with pytest.raises(DoesNotFitError, match="out of memory"):
+        trainings.train(tmp_path, callbacks=[("on_train_batch_end", fail_from_now_on)], micro_batch=1, bn_group=1)
+    assert "Reducing to batch" not in "".join(capsys.readouterr())

@@ -45,6 +45,7 @@ class Total:
         per_image: Normaliser per image of the previous batch, for the estimate, as the first part may hold no target.
         ahead: Sums over the same batch from a pass without gradients, for a loss with several normalisers.
         exact: False to weight the parts of a loss with several normalisers by their numbers of images.
+        is_shared: True if several ranks share the batch. They have to do the same, also if one of them has all images.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class Total:
         *,
         ahead: Total | None = None,
         exact: bool = True,
+        is_shared: bool = False,
     ) -> None:
         self._images, self._floor, self._per_image = images, max(floor, 1e-12), per_image
-        self.ahead, self._exact = ahead, exact
+        self.ahead, self._exact, self._is_shared = ahead, exact, is_shared
         self._factors: Callable[[Tensor, Tensor], Tensor] | None = None
         self._estimate: Tensor | None = None
         self._gradients: gradients.Gradients | None = None
@@ -94,7 +96,7 @@ class Total:
         if self.ahead is not None:
             factor = normaliser.clamp(min=self._floor) / self.ahead.normaliser()
             return (value * self.ahead._with_factors(factor)).sum()
-        if images != self._images:
+        if images != self._images or self._is_shared:
             raise UnknownNormalisersError
         return (value if loss.factors is None else value * loss.factors(value.detach(), normaliser)).sum()
 

@@ -136,13 +136,20 @@ class Step:
             with self._telling(NO_NEWS if looks_ahead else status):
                 plan = planner.plan(0, None)
                 if looks_ahead:
-                    plan, ahead = self._look_ahead(parts, images, plan, planner, share)
+                    plan, ahead = self._look_ahead(parts, images, plan, planner, share, restarts=restarts)
             if ahead_watch is not None:
                 ahead_watch.stop()
             if ahead is not None:
                 self._ranks.agree(NO_NEWS)
                 ahead.sum_over(self._ranks, is_padding=share.is_padding)
-            total = Total(share.batch_images, self._task.floor, self._per_image, ahead=ahead, exact=self._exact)
+            total = Total(
+                share.batch_images,
+                self._task.floor,
+                self._per_image,
+                ahead=ahead,
+                exact=self._exact,
+                is_shared=self._ranks.size > 1,
+            )
             with self._telling(status):
                 restarts = restarts and self._ranks.size == 1  # other ranks would not begin again
                 ran, groups_done = self._run_share(parts, images, plan, planner, total, restarts=restarts)
@@ -232,7 +239,7 @@ class Step:
         return ran, groups_done
 
     def _look_ahead(
-        self, parts: Prefetch, images: int, plan: MicroBatches, planner: Planner, share: Share
+        self, parts: Prefetch, images: int, plan: MicroBatches, planner: Planner, share: Share, *, restarts: bool
     ) -> tuple[MicroBatches, Total | None]:
         """Run this rank's share without gradients, to know the normalisers of its loss.
 
@@ -242,11 +249,12 @@ class Step:
             plan: Micro-batches of the share.
             planner: Plans again after a failed allocation.
             share: Description of the whole batch.
+            restarts: False if the batch cannot begin again, should a failure split it later.
 
         Returns:
             The micro-batches to run now, and the sums of the pass; None for a batch that is not split.
         """
-        if len(plan) == 1 and self._ranks.size == 1:
+        if restarts and len(plan) == 1 and self._ranks.size == 1:
             return plan, None
         states = RandomState(self._device), ModuleState(self.model)
         try:
@@ -257,6 +265,7 @@ class Step:
                 if not self._has_terms or ran == [sum(groups) for groups in plan]:
                     break
                 states[0].restore()
+                self._norms.begin()
                 plan = planner.plan(0, None)  # there was a failure
                 if _flat(plan) == groups:
                     break
@@ -265,6 +274,7 @@ class Step:
             parts.drop()
             for state in states:
                 state.restore()
+            self._norms.begin()  # a layer that does not run in groups goes on from its latest statistics
             torch.clear_autocast_cache()  # its copies of weights were made without gradients
 
     def try_out(

@@ -14,6 +14,7 @@ with its own normalisers; their sum no longer tells which is which. So each head
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -126,7 +127,8 @@ def _counting(head: Any, *, is_semantic: bool) -> Iterator[dict[str, Tensor]]:
 
     def likely(module: Any, inputs: Any, output: Tensor) -> None:
         counts["visible"] = torch.full_like(counts["foreground"], len(inputs[0]))
-        output.clamp = lambda min: output  # type: ignore[method-assign,assignment]
+        itself = weakref.ref(output)  # no cycle, which would keep the graph until the garbage collector runs
+        output.clamp = lambda min: itself()  # type: ignore[method-assign,assignment]
 
     handles = [head.assigner.register_forward_hook(assigned)]
     if getattr(head, "rle_loss", None) is not None:

@@ -146,13 +146,13 @@ class TrainerAdapter:
             self.saver.complete()  # before the callbacks, which may fail
         loader = self._loader
         if loader is not None:
-            loader.is_loops = False
+            is_loops, loader.is_loops = loader.is_loops, False
         self._stock_callbacks(event)
         self._is_due = event == "on_train_batch_start"
         if (hook := self._hooks.get(event)) is not None:
             hook()
-        if loader is not None:
-            loader.is_loops = event == "on_train_epoch_start"
+        if loader is not None:  # a user may run callbacks of further events
+            loader.is_loops = event == "on_train_epoch_start" or (is_loops and event != "on_train_batch_start")
 
     def _logical(self, batch: dict[str, Any]) -> Any:
         """Wrap a batch of the training loop as a `LogicalBatch`, still on the host. Preprocess any other batch."""
