@@ -63,6 +63,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(1800))
         elif item.get_closest_marker("deep"):
             item.add_marker(pytest.mark.skip(reason="--deep runs these"))
+    # Here several processes wait for one another. Other tests run beside them, and none would at the end.
+    items.sort(key=lambda item: item.path.name != "test_ranks.py")
 
 
 def pytest_sessionfinish() -> None:

@@ -162,7 +162,9 @@ def boxes_of_its_export(weights, imgsz):
     return found
 
 
-@pytest.mark.parametrize("name", ["yolov12n.yaml", "yolov12n-v1.yaml", "yolo12n.yaml"])
+@pytest.mark.parametrize(
+    "name", ["yolov12n.yaml", "yolov12n-v1.yaml", pytest.param("yolo12n.yaml", marks=pytest.mark.deep)]
+)
 def test_exported_graph_is_the_model_and_its_attention_is_plain(name, tmp_path):
     import onnx
 

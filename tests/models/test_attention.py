@@ -190,7 +190,7 @@ def test_gpu_backends_agree_with_float64(dtype, tolerance, deterministic):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
-@pytest.mark.parametrize("name", ["yolov12n.yaml", "yolo12n.yaml"])
+@pytest.mark.parametrize("name", ["yolov12n.yaml", pytest.param("yolo12n.yaml", marks=pytest.mark.deep)])
 def test_a_compiler_sees_one_graph(name, device):
     """`train(compile=True)` loses speed with each graph break: kernels are not fused across it."""
     from ultralytics.nn.tasks import DetectionModel

@@ -68,7 +68,7 @@ def driver(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("capability", [75, 80, 90])
+@pytest.mark.parametrize("capability", [75, pytest.param(80, marks=pytest.mark.deep), 90])
 def test_kernels_compile(driver, capability, tmp_path):
     environment = {
         **os.environ, "LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver),

@@ -100,7 +100,7 @@ def assert_same(tools, found, wanted, case):
     assert sum(sum(rank["micro_batches"]) for rank in found) == len(case["boxes"])
 
 
-@pytest.mark.parametrize("groups", [None, "forced"])
+@pytest.mark.parametrize("groups", [pytest.param(None, marks=pytest.mark.deep), "forced"])
 def test_gradient_is_that_of_one_process(tools, processes, alone, groups):
     chance = random.Random(processes.size)
     forced = {2: [3, 5], 4: [1, 2, 2, 3]}[processes.size] if groups else None

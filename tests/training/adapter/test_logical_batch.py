@@ -241,7 +241,7 @@ def test_nothing_is_preprocessed_without_need(
     assert sum(counted) == trainings.IMAGES * (1 + (trainer is DetectionTrainer and look is look_at_pixels))
 
 
-@pytest.mark.parametrize("more", [{}, SCALED], ids=["plain", "scaled"])
+@pytest.mark.parametrize("more", [pytest.param({}, marks=pytest.mark.deep), SCALED], ids=["plain", "scaled"])
 @pytest.mark.parametrize("early", [False, True], ids=["after the model", "before it"])
 def test_a_batch_of_a_training_shows_what_stock_shows(
     trainings, small_model, tmp_path, assert_same_weights, more, early

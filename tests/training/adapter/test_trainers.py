@@ -102,7 +102,9 @@ class OwnTrainer(DetectionTrainer):
         super().optimizer_step()
 
 
-@pytest.mark.parametrize("more", [{}, {"multi_scale": 0.5}], ids=["plain", "scaled"])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, marks=pytest.mark.deep), {"multi_scale": 0.5}], ids=["plain", "scaled"]
+)
 def test_a_trainer_of_the_users_own_is_called(trainings, tmp_path, more):
     sums = []
     for settings in ({"mas": False}, trainings.SPLIT, {"micro_batch": 2}):
