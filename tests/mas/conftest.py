@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, Segmentati
 from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE, Plan
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.modules import overridden
 from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.step.result import Result
@@ -163,10 +165,20 @@ class Bench:
         groups = split_groups(len(batch["img"]), group)
         return self.run(batch, Scripted(groups, plans=[[groups]]))
 
-    def plain(self, batch: dict[str, Any]) -> Outcome:
-        """Run a batch as Ultralytics does."""
+    def plain(self, batch: dict[str, Any], groups: Sequence[int] = ()) -> Outcome:
+        """Run a batch as Ultralytics does; with `groups`, BatchNorm layers normalise each of them."""
+
+        def forward(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+            parts = [
+                nn.functional.batch_norm(part, None, None, layer.weight, layer.bias, True, 0.0, layer.eps)
+                for part in x.split(groups)
+            ]
+            return torch.cat(parts)
+
+        norms = [module for module in self.model.modules() if isinstance(module, nn.BatchNorm2d)] if groups else []
         self.reset()
-        loss, items = self.model(self.preprocess(batch))
+        with overridden({norm: partial(forward, norm) for norm in norms}):
+            loss, items = self.model(self.preprocess(batch))
         loss.sum().backward()
         return self.outcome(Result(loss.detach(), items, (len(batch["img"]),), self.meter.stopwatch()))
 

@@ -10,6 +10,11 @@ class PowerCutError(Exception):
     """Power cut at a moment that a test chooses."""
 
 
+def cut(*_):
+    """Cut the power now."""
+    raise PowerCutError
+
+
 def cut_at(batch):
     """Return callbacks that end a run after a number of batches."""
     done = []
@@ -17,15 +22,15 @@ def cut_at(batch):
     def callback(trainer):
         done.append(trainer.epoch)
         if len(done) == batch:
-            raise PowerCutError
+            cut()
 
     return [("on_train_batch_end", callback)]
 
 
 @pytest.fixture(scope="session")
 def power():
-    """Return the error of a power cut, and a function that returns callbacks which raise it after so many batches."""
-    return SimpleNamespace(CutError=PowerCutError, cut_at=cut_at)
+    """Return the error of a power cut, a function that raises it, and one for callbacks that do after some batches."""
+    return SimpleNamespace(CutError=PowerCutError, cut=cut, cut_at=cut_at)
 
 
 @pytest.fixture

@@ -19,24 +19,12 @@ from yolov12.training.run.options import Interval
 from yolov12.training.run.resume import latest_interrupted
 
 
-class PowerCutError(Exception):
-    """Power cut at a moment that a test chooses."""
-
-
-def cut_at(batch):
-    """Return a callback that ends a run after a number of batches."""
-    done = []
-
-    def callback(trainer):
-        done.append(trainer.epoch)
-        if len(done) == batch:
-            raise PowerCutError
-
-    return [("on_train_batch_end", callback)]
-
-
-def cut(trainings, folder, batch=6, **arguments):
-    return trainings.train(folder, bn_group=8, callbacks=cut_at(batch), raises=PowerCutError, **arguments)
+@pytest.fixture
+def cut(trainings, power):
+    """Train until a power cut, by default in the second epoch."""
+    return lambda folder, batch=6, **arguments: trainings.train(
+        folder, bn_group=8, callbacks=power.cut_at(batch), raises=power.CutError, **arguments
+    )
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
@@ -109,10 +97,10 @@ def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, ever
     assert not (run.folder / "weights" / "state.pt").exists()
 
 
-def test_what_is_not_to_be_saved_is_not(trainings, tmp_path):
-    run = cut(trainings, tmp_path, save=False)
+def test_what_is_not_to_be_saved_is_not(trainings, power, cut, tmp_path):
+    run = cut(tmp_path, save=False)
     assert not list((run.folder / "weights").glob("*.pt"))
-    stock = trainings.train(tmp_path, mas=False, callbacks=cut_at(6), raises=PowerCutError)
+    stock = trainings.train(tmp_path, mas=False, callbacks=power.cut_at(6), raises=power.CutError)
     assert {path.name for path in (stock.folder / "weights").iterdir()} == {"last.pt", "best.pt"}
 
 
@@ -158,11 +146,11 @@ def test_signals_wait_for_what_must_not_be_cut():
     assert signal.getsignal(signal.SIGTERM) is stock
 
 
-def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrupted, tmp_path):
+def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrupted, tmp_path, cut):
     name = {"project": tmp_path, "name": "line"}
     assert latest_interrupted(name, "detect") is None
     first = interrupted()
-    second = cut(trainings, tmp_path, name="line").folder
+    second = cut(tmp_path, name="line").folder
     interrupted(name="line2")
     complete = trainings.train(tmp_path, bn_group=8, name="line", epochs=1).folder
     assert {folder.name for folder in (first, second, complete)} == {"line", "line-2", "line-3"}
@@ -190,19 +178,19 @@ def test_auto_finds_a_run_whose_folder_was_moved(trainings, interrupted, tmp_pat
     assert not here.exists()
 
 
-def test_a_run_that_was_killed_after_its_last_epoch_is_complete_with_a_resume(trainings, tmp_path):
+def test_a_run_that_was_killed_after_its_last_epoch_is_complete_with_a_resume(trainings, tmp_path, power):
     """Its checkpoint tells already that the run is complete."""
 
     def cut_in_the_end(trainer):
         strip_optimizer(trainer.last)
-        raise PowerCutError
+        raise power.CutError
 
     run = trainings.train(
         tmp_path,
         bn_group=8,
         save_every=1,
         callbacks=[("on_model_save", lambda t: t.epoch and cut_in_the_end(t))],
-        raises=PowerCutError,
+        raises=power.CutError,
     )
     whole = trainings.train(tmp_path, bn_group=8)
     again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
@@ -231,11 +219,11 @@ def test_a_state_that_would_run_code_is_not_read(trainings, interrupted, tmp_pat
     assert len(again.results) == 2
 
 
-def test_a_state_that_is_older_than_the_checkpoint_is_not_gone_on_from(trainings, tmp_path):
-    run = cut(trainings, tmp_path, batch=2, epochs=3)
+def test_a_state_that_is_older_than_the_checkpoint_is_not_gone_on_from(trainings, tmp_path, cut, power):
+    run = cut(tmp_path, batch=2, epochs=3)
     old = (run.folder / "weights" / "state.pt").read_bytes()
     last = run.folder / "weights" / "last.pt"
-    cut_again = trainings.train(tmp_path, last, resume=True, callbacks=cut_at(10), raises=PowerCutError)
+    cut_again = trainings.train(tmp_path, last, resume=True, callbacks=power.cut_at(10), raises=power.CutError)
     assert cut_again.folder == run.folder
     (run.folder / "weights" / "state.pt").write_bytes(old)
     again = trainings.train(tmp_path, last, resume=True)
@@ -271,39 +259,41 @@ def test_a_program_in_place_of_a_state_is_not_run(trainings, interrupted, tmp_pa
     assert len(again.results) == 2
 
 
-def test_a_new_run_in_the_same_folder_is_not_mistaken_for_the_old(trainings, interrupted, tmp_path):
+def test_a_new_run_in_the_same_folder_is_not_mistaken_for_the_old(trainings, interrupted, tmp_path, power):
     folder = interrupted(name="train")
     assert (folder / "weights" / "state.pt").exists()
-    new = trainings.train(tmp_path, mas=False, exist_ok=True, epochs=3, callbacks=cut_at(10), raises=PowerCutError)
+    new = trainings.train(
+        tmp_path, mas=False, exist_ok=True, epochs=3, callbacks=power.cut_at(10), raises=power.CutError
+    )
     assert new.folder == folder
     assert not (folder / "weights" / "state.pt").exists()
 
 
-def test_a_checkpoint_that_is_named_is_gone_on_from(trainings, tmp_path):
-    run = cut(trainings, tmp_path, batch=10, epochs=4, save_period=1)
+def test_a_checkpoint_that_is_named_is_gone_on_from(trainings, tmp_path, cut):
+    run = cut(tmp_path, batch=10, epochs=4, save_period=1)
     assert (run.folder / "weights" / "state.pt").exists()
     again = trainings.train(tmp_path, run.folder / "weights" / "epoch0.pt", resume=True)
     assert again.trainer.start_epoch == 1
 
 
-def test_a_run_that_was_cut_in_its_first_epoch_begins_it_again_where_its_state_is_lost(trainings, tmp_path):
-    run = cut(trainings, tmp_path, batch=2)
+def test_a_run_that_was_cut_in_its_first_epoch_begins_it_again_where_its_state_is_lost(trainings, tmp_path, cut):
+    run = cut(tmp_path, batch=2)
     assert not (run.folder / "weights" / "best.pt").exists()
     again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True, batch=16)
     assert "resume: no epoch was complete: it begins anew" in again.log
     assert [row["epoch"] for row in again.results] == [1, 2]
 
 
-def test_a_state_of_other_images_is_not_gone_on_from(trainings, tmp_path):
+def test_a_state_of_other_images_is_not_gone_on_from(trainings, tmp_path, cut):
     data = trainings.draw_data(tmp_path / "set", sizes=[(64, 64), (48, 80)])
-    run = cut(trainings, tmp_path, data=data, batch=3)
+    run = cut(tmp_path, data=data, batch=3)
     image = tmp_path / "set" / "images" / "0.png"
     image.rename(image.with_name("new.png"))
     again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
     assert "checksum of their names" in again.log
 
 
-def test_what_has_no_numbers_is_not_saved(trainings, tmp_path):
+def test_what_has_no_numbers_is_not_saved(trainings, tmp_path, power):
     def spoil(trainer):
         if trainer.epoch == 1:
             next(trainer.model.parameters()).data.fill_(float("nan"))
@@ -312,17 +302,17 @@ def test_what_has_no_numbers_is_not_saved(trainings, tmp_path):
         tmp_path,
         bn_group=8,
         save_every=1,
-        callbacks=[("on_train_epoch_start", spoil), *cut_at(6)],
-        raises=PowerCutError,
+        callbacks=[("on_train_epoch_start", spoil), *power.cut_at(6)],
+        raises=power.CutError,
     )
     assert torch.load(run.folder / "weights" / "state.pt", weights_only=True)["epoch"] == 0
 
 
-def test_a_run_that_was_complete_stays_so(trainings, tmp_path):
+def test_a_run_that_was_complete_stays_so(trainings, tmp_path, power):
     def fail(trainer):
-        raise PowerCutError
+        raise power.CutError
 
-    run = trainings.train(tmp_path, bn_group=8, callbacks=[("on_train_end", fail)], raises=PowerCutError)
+    run = trainings.train(tmp_path, bn_group=8, callbacks=[("on_train_end", fail)], raises=power.CutError)
     assert not (run.folder / "weights" / "state.pt").exists()
     assert latest_interrupted({"project": tmp_path, "name": run.folder.name}, "detect") is None
 
@@ -370,10 +360,10 @@ def test_signals_that_are_ignored_stay_so_and_others_reach_their_handlers():
         signal.signal(signal.SIGTERM, stock[1])
 
 
-def whole_and_resumed(trainings, folder, *, cut_by, **arguments):
+def whole_and_resumed(trainings, power, folder, *, cut_by, **arguments):
     """Return an uninterrupted run, and one that a callback interrupts and that is resumed."""
     whole = trainings.train(folder, **arguments)
-    part = trainings.train(folder, callbacks=[cut_by], raises=PowerCutError, **arguments)
+    part = trainings.train(folder, callbacks=[cut_by], raises=power.CutError, **arguments)
     return whole, trainings.train(folder, part.folder / "weights" / "last.pt", resume=True)
 
 
@@ -383,26 +373,26 @@ def is_same(whole, resumed):
     return weights and all(torch.equal(v, average[k]) for k, v in resumed.trainer.ema.ema.state_dict().items())
 
 
-def test_groups_are_arranged_as_they_were(trainings, tmp_path):
+def test_groups_are_arranged_as_they_were(trainings, power, tmp_path):
     """`auto` chooses the group with the first batch, but a resumed run knows it before."""
-    cut_by = ("on_train_batch_end", lambda trainer: trainer.epoch and _cut())
-    whole, resumed = whole_and_resumed(trainings, tmp_path, cut_by=cut_by, micro_batch=2)
+    cut_by = ("on_train_batch_end", lambda trainer: trainer.epoch and power.cut())
+    whole, resumed = whole_and_resumed(trainings, power, tmp_path, cut_by=cut_by, micro_batch=2)
     assert whole.args["bn_group"] == 2
     assert is_same(whole, resumed)
 
 
-def test_weights_of_two_heads_go_on_as_they_were(trainings, tiny_model, tmp_path):
+def test_weights_of_two_heads_go_on_as_they_were(trainings, power, tiny_model, tmp_path):
     """The criterion changes at the end of an epoch, after the last step."""
     model = tmp_path / "two-heads.yaml"
     model.write_text(Path(tiny_model).read_text() + "end2end: True\nreg_max: 1\n")  # as YOLO26 has them
-    cut_by = ("on_train_epoch_end", lambda trainer: trainer.epoch == 1 and _cut())
-    whole, resumed = whole_and_resumed(trainings, tmp_path, model=model, cut_by=cut_by, epochs=3, bn_group=8)
+    cut_by = ("on_train_epoch_end", lambda trainer: trainer.epoch == 1 and power.cut())
+    whole, resumed = whole_and_resumed(trainings, power, tmp_path, model=model, cut_by=cut_by, epochs=3, bn_group=8)
     criteria = [run.trainer.model.criterion for run in (whole, resumed)]
     assert criteria[0].updates == criteria[1].updates == 3
     assert is_same(whole, resumed)
 
 
-def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, tmp_path, monkeypatch):
+def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, power, tmp_path, monkeypatch):
     """The run is interrupted after the forward and backward pass, before the optimizer step."""
     step, batches = Engine.step, []
 
@@ -410,14 +400,12 @@ def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, tmp_path
         result = step(engine, batch, *more, **options)
         batches.append(batch)
         if len(batches) == trainings.BATCHES * 2 + 6:
-            raise PowerCutError
+            raise power.CutError
         return result
 
     monkeypatch.setattr(Engine, "step", cut_after)
-    whole, resumed = whole_and_resumed(trainings, tmp_path, cut_by=("on_train_start", lambda trainer: None), bn_group=8)
+    whole, resumed = whole_and_resumed(
+        trainings, power, tmp_path, cut_by=("on_train_start", lambda trainer: None), bn_group=8
+    )
     assert len(batches) == trainings.BATCHES * 4 + 1
     assert is_same(whole, resumed)
-
-
-def _cut():
-    raise PowerCutError
