@@ -157,20 +157,19 @@ def main() -> None:
     import torch
     import ultralytics
 
-    tasks = {}
-    for task in MODELS:
-        tasks[task] = measure(task, small=options.small, device=options.device)
-        print(json.dumps({task: tasks[task]}), flush=True)
-    result = {
+    result: dict[str, Any] = {
         "command": "python benchmarks/exact_tasks.py --out exact_tasks.json" + " --small" * options.small,
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
         "torch": torch.__version__,
         "ultralytics": ultralytics.__version__,
         "models": MODELS,
-        "tasks": tasks,
+        "tasks": {},
     }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for task in MODELS:
+        result["tasks"][task] = measure(task, small=options.small, device=options.device)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps({task: result["tasks"][task]}), flush=True)
 
 
 if __name__ == "__main__":
