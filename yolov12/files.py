@@ -28,17 +28,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path: The file to replace.
 
     Yields:
-        A temporary path in the same folder. The block writes its file there. When the block ends, that file is renamed
-        to `path`. If the block raises, `path` stays unchanged and the temporary file is deleted.
+        A temporary path in the same folder, of an empty file. The block writes into that file. When the block ends,
+        the file is renamed to `path`. If the block raises, `path` stays unchanged and the temporary file is deleted.
     """
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
     try:
-        yield unfinished
-        with unfinished.open("rb") as file:
+        with unfinished.open("xb") as file:  # what is remembered is this file, whoever else writes in the folder
+            yield unfinished
             os.fsync(file.fileno())
-        unfinished.replace(path)
-        own_files.remember(path)
+            unfinished.replace(path)
+            own_files.remember(file)
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -168,23 +168,23 @@ def strip_optimizer(stock: Callable[..., Any], /, f: Any = "best.pt", *args: Any
         LOGGER.warning(f"Skipping {f}, not a valid Ultralytics model: {error}")
         return {}
     if args or "s" in kwargs:
-        done = stock(f, *args, **kwargs)
-        own_files.remember((args[0] if args else kwargs["s"]) or f)
-        return done
+        with own_files.written((args[0] if args else kwargs["s"]) or f):
+            return stock(f, *args, **kwargs)
     with files.replacing(f) as unfinished, _left_out_of_log(f" saved as {unfinished},"):
         return stock(f, str(unfinished), **kwargs)
 
 
-def save(stock: Callable[..., None], model: Any, /, filename: str | Path = "saved_model.pt") -> None:
+def save(stock: Callable[..., None], model: Any, /, filename: Any = "saved_model.pt") -> None:
     """Run Ultralytics' `Model.save`, and trust the file in this process.
 
     Args:
         stock: Ultralytics' own method.
         model: The `YOLO` object.
-        filename: Path of the file.
+        filename: Path of the file, or a file object, which `torch.save` accepts as well.
     """
-    stock(model, filename)
-    own_files.remember(filename)
+    paths = [Path(filename)] if isinstance(filename, (str, os.PathLike)) else []
+    with own_files.written(*paths):
+        stock(model, filename)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from yolov12 import own_files
 from yolov12.errors import ConfigError, RankError
 from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
 from yolov12.mas.distributed.watchdog import Watchdog, connect
@@ -184,7 +185,8 @@ def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
     in_main_thread = threading.current_thread() is threading.main_thread()
     stock_handler = signal.signal(signal.SIGTERM, hand_on) if in_main_thread else None
     try:
-        stock_train(trainer)
+        with own_files.shared():  # the checkpoints are rank 0's, and this process reads them
+            stock_train(trainer)
     except subprocess.CalledProcessError as error:
         if stopped:
             raise SystemExit(128 + signal.SIGTERM) from None
@@ -226,7 +228,7 @@ def one_folder(get_save_dir: Callable[..., Path], /, args: Any, *more: Any, **ot
 
 
 def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
-    """Run Ultralytics' `_setup_ddp`, unless the process group exists already.
+    """Run Ultralytics' `_setup_ddp`, unless the process group exists already. All ranks then trust rank 0's files.
 
     Args:
         stock_setup: Ultralytics' own method.
@@ -234,12 +236,15 @@ def setup_group(stock_setup: Callable[..., None], trainer: Any, /) -> None:
     """
     if _group is None:
         stock_setup(trainer)
-        return
-    from ultralytics.utils.torch_utils import get_torch_device_backend
+    else:
+        from ultralytics.utils.torch_utils import get_torch_device_backend
 
-    trainer.device = _group.device
-    if _group.device.type != "cpu":
-        trainer.accelerator = get_torch_device_backend(_group.device)
+        trainer.device = _group.device
+        if _group.device.type != "cpu":
+            trainer.accelerator = get_torch_device_backend(_group.device)
+    notes = [own_files.share() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(notes, 0)
+    own_files.join(notes[0])
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from yolov12 import files
+from yolov12 import files, own_files
 from yolov12.training.adapter import attach as adapter
+from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.data import host
 from yolov12.training.run import process_group, run_folder, session
 
@@ -57,6 +58,8 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     if trainer.args.mas:
         host.limit_prefetch(trainer)
     files.make_atomic(trainer)
+    if not is_ultralytics(trainer.save_model):
+        trainer.save_model = functools.partial(_save_model, trainer, trainer.save_model)
     adapter.attach(trainer)
 
 
@@ -83,3 +86,9 @@ def resume_training(stock: Callable[..., None], trainer: Any, /, ckpt: Any) -> N
         ckpt: Checkpoint of an epoch's end, or None.
     """
     adapter.resume(stock, trainer, ckpt)
+
+
+def _save_model(trainer: Any, users: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a `save_model` of the user's own, and trust the checkpoints that it writes."""
+    with own_files.written(trainer.last, trainer.best):
+        return users(*args, **kwargs)
