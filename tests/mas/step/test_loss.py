@@ -52,3 +52,28 @@ def test_a_normaliser_in_half_precision_is_added_up_in_single():
 def test_a_batch_with_nan_does_not_affect_the_next(broken):
     factors, result = scales([3.0, 5.0], per_image=torch.tensor(broken))
     assert (factors, result) == scales([3.0, 5.0])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_parts_of_parts_give_the_items_of_the_batch(several):
+    """As ranks that validate one batch give theirs; a term that is below zero over the batch does not count."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (3,) if several else ()
+    factors = (lambda value, normaliser: (value >= 0).float()) if several else None
+    parts = []
+    for normaliser in (0.2, 7.0, 30.0, 0.0):
+        value = torch.randn(3, generator=draw) - torch.tensor([0.0, 2.0, -2.0])
+        items = {"term": value.clone()} if several else {"term": value[0]}
+        parts.append(Loss(value, torch.full(shape, normaliser), items, factors=factors))
+
+    def total(losses, images):
+        found = Total(images, 1.0)
+        for loss in losses:
+            found.add(loss, 1)
+        return found
+
+    wanted, nested = total(parts, 4), Total(4, 1.0)
+    for each in (parts[:1], parts[1:]):
+        nested.add(total(each, len(each)).as_part(), len(each))
+    torch.testing.assert_close(nested.items(), wanted.items())
+    torch.testing.assert_close(nested.loss(), wanted.loss())

@@ -311,11 +311,20 @@ def test_a_run_resumes_at_a_short_last_batch_without_images_for_some_ranks(start
     assert [sum(shares) for shares in zip(*steps, strict=True)] == [16, 4, 16, 4]
 
 
-def test_a_batch_larger_than_the_data_is_shared_out(start, settings, weights, tmp_path):
-    arguments = settings(tmp_path, batch=64, nbs=64, bn_group=None, epochs=1)
-    codes, outputs = finish(start(2, RANK, weights, json.dumps(arguments), tmp_path))
+def test_a_batch_larger_than_the_data_is_shared_out(start, trainings, tiny_models, tmp_path):
+    """In training and in validation, also where the terms of a loss have normalisers of their own."""
+    arguments = {**trainings.TINY, **PLAIN, "data": trainings.draw_data(tmp_path / "data", "segment", [(64, 64)] * 4)}
+    arguments |= {"batch": 64, "nbs": 64, "epochs": 1, "lr0": 1e-4, "bn_group": 4, "name": "run"}
+    torch.manual_seed(0)
+    YOLO(tiny_models["segment"]).save(begin := tmp_path / "begin.pt")
+    command = RANK, begin, json.dumps({**arguments, "project": str(tmp_path)}), tmp_path
+    codes, outputs = finish(start(2, *command))
     assert codes == [0, 0], "\n".join(outputs)
     assert [int(rows(tmp_path / "run", rank)[0]["images"]) for rank in range(2)] == [16, 16]
+    alone = trainings.train(tmp_path / "alone", begin, **arguments)
+    (found,), (wanted,) = results(tmp_path / "run"), results(alone.folder)
+    for name in ("box_loss", "seg_loss", "cls_loss", "dfl_loss"):
+        assert found[f"val/{name}"] == pytest.approx(wanted[f"val/{name}"], rel=1e-4), name
 
 
 def test_all_ranks_agree_on_the_number_of_epochs(start, settings, weights, tmp_path):

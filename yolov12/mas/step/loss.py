@@ -151,23 +151,18 @@ class Total:
 
     def items(self) -> dict[str, Tensor]:
         """Return the items of the batch, see `Loss.items`."""
-        first = self._parts[0]
-        items = {name: self._combined([part.items[name] for part in self._parts]) for name in first.items}
-        items = self._whole[1] if self._whole else items
-        return (
-            {name: self._with_factors(item).sum() for name, item in items.items()} if first.normaliser.ndim else items
-        )
-
-    def sums(self) -> dict[str, Tensor]:
-        """Return the items as numerators, and by the name "" what they are divided by, before the floor.
-
-        With several normalisers, that is the number of images.
-        """
+        items = self._unfactored_items()
         several = self._parts[0].normaliser.ndim > 0
-        divisor = torch.full((), float(self._images)) if several else self.unfloored()
-        return {name: item * divisor.clamp(min=self._floor).to(item.device) for name, item in self.items().items()} | {
-            "": divisor
-        }
+        return {name: self._with_factors(item).sum() for name, item in items.items()} if several else items
+
+    def as_part(self) -> Loss:
+        """Return the loss of the batch as that of a part of a larger batch."""
+        return Loss(self._unfactored(), self.unfloored(), self._unfactored_items(), factors=self._factors)
+
+    def _unfactored_items(self) -> dict[str, Tensor]:
+        if self._whole:
+            return self._whole[1]
+        return {name: self._combined([part.items[name] for part in self._parts]) for name in self._parts[0].items}
 
     def _unfactored(self) -> Tensor:
         return self._whole[0] if self._whole else self._combined([part.value for part in self._parts])

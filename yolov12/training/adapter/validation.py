@@ -14,8 +14,9 @@ the statistics. This module gathers the losses, which are also those of a valida
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,7 @@ from yolov12.mas.inference import Slices
 from yolov12.mas.modules import overridden
 from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.loss import Total
+from yolov12.mas.task import Loss
 from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts
 from yolov12.training.adapter.detection import BOXES, DetectionTask, knows_loss
 from yolov12.training.adapter.known import is_stock, why_not_split
@@ -105,7 +107,7 @@ class _Validation:
         self._result: Any = object()  # in place of the model's outputs
         self._whole: Any = object()  # the model's outputs for a batch that cannot be split
         self._items: dict[str, Tensor] = {}
-        self._sums: list[dict[str, Tensor]] = []  # for each batch: numerators of the items, and their normaliser
+        self._losses: list[tuple[Loss, int]] = []  # of each batch, with its number of images
         self._replace("init_metrics", self._begin)
 
     def end(self) -> None:
@@ -235,11 +237,9 @@ class _Validation:
         found = [each for each, *_ in parts]
         self._result = joined(found) if self._keeps_outputs else [each for part in found for each in part]
         if task is not None:
-            total = Total(len(source), task.floor)
-            for _, loss, count in parts:
-                total.add(loss, count)
+            total = _total([(loss, count) for _, loss, count in parts], task.floor)
             self._items = total.items()
-            self._sums.append(total.sums())
+            self._losses.append((_on_host(total.as_part()), len(source)))
         return self._result
 
     def _postprocess(self, outputs: Any) -> Any:
@@ -253,7 +253,7 @@ class _Validation:
             return None, self._items
         found = self._loss(batch, outputs)
         if outputs is self._whole:
-            self._sums.append({**found[1], "": torch.ones(())})
+            self._losses.append((_on_host(Loss(torch.zeros(()), 1.0, found[1])), len(batch["img"])))
         return found
 
     def _loss_of(self, part: dict[str, Any], images: Tensor, outputs: Any) -> Any:
@@ -266,23 +266,23 @@ class _Validation:
         """Gather statistics as Ultralytics does, and losses; on the host, as gloo cannot reduce a matrix on a GPU."""
         validator, group = self._validator, process_group.current()
         assert group is not None
-        mine = [{name: float(value) for name, value in each.items()} for each in self._sums]
         gathered: list[Any] | None = [None] * group.ranks.size if group.ranks.rank == 0 else None
         device, validator.device = validator.device, torch.device("cpu")
         try:
             with torch.inference_mode(False):  # gloo writes into tensors from its own thread
                 self._stock["gather_stats"]()
-                dist.gather_object(mine, gathered, dst=0)
+                dist.gather_object(self._losses, gathered, dst=0)
         finally:
             validator.device = device
         if gathered is not None and self._task is not None:
             loader = validator.dataloader
-            batches = [each for of_rank in gathered for each in of_rank]
+            batches = [[each] for of_rank in gathered for each in of_rank]
             if loader.sampler.batch_size != loader.batch_size:  # then all ranks validate parts of one batch
-                batches = [{name: sum(part[name] for part in batches) for name in batches[0]}]
+                batches = [[part for parts in batches for part in parts]]
+            found = [_total(parts, self._task.floor).items() for parts in batches]
             for name, value in validator.loss.items():
-                losses = [each[name] / max(each[""], self._task.floor) for each in batches]
-                value.fill_(sum(losses) / len(losses) * len(loader))  # Ultralytics divides by the batches of this rank
+                loss = sum(float(items[name]) for items in found) / len(found)
+                value.fill_(loss * len(loader))  # Ultralytics divides by the batches of this rank
 
     def _finalize(self) -> None:
         """Correct the times: Ultralytics has counted preprocessing, loss and postprocessing as inference."""
@@ -305,6 +305,19 @@ def _on_the_cpu() -> Iterator[None]:
         yield
     finally:
         module.get_torch_device_backend, module.AutoBackend = backend, stock
+
+
+def _total(parts: Sequence[tuple[Loss, int]], floor: float) -> Total:
+    """Return the total of a batch from the losses of its parts and their numbers of images."""
+    total = Total(sum(images for _, images in parts), floor)
+    for loss, images in parts:
+        total.add(loss, images)
+    return total
+
+
+def _on_host(loss: Loss) -> Loss:
+    items = {name: item.cpu() for name, item in loss.items.items()}
+    return replace(loss, value=loss.value.cpu(), normaliser=torch.as_tensor(loss.normaliser).cpu(), items=items)
 
 
 def _same(value: Any) -> Any:
