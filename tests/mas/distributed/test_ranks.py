@@ -180,6 +180,9 @@ def test_a_replica_that_differs_is_found(processes):
     found = processes.run(shared(boxes, groups, flip=1))
     assert all(rank["error"].startswith("RankError: rank 1 (") for rank in found)
     assert all("other weights" in rank["error"] for rank in found)
+    found = processes.run(shared(boxes, groups, flip=1, troubles={0: ("fit", "too large")}))
+    assert found[0]["error"] == "DoesNotFitError: too large"  # a share that failed is the first thing to tell
+    assert all(rank["error"].endswith("too large") for rank in found)
 
 
 def test_memory_for_sums_is_allocated_before_ranks_agree(tools):
