@@ -409,3 +409,22 @@ def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, power, t
     )
     assert len(batches) == trainings.BATCHES * 4 + 1
     assert is_same(whole, resumed)
+
+
+def test_a_buffer_may_change_its_shape(trainings, power, tmp_path):
+    """As in a layer of the user's own that collects something."""
+
+    def sets(entries):
+        return lambda trainer: trainer.model.model[0].register_buffer("seen", torch.arange(entries(trainer)))
+
+    callbacks = [
+        ("on_pretrain_routine_end", sets(lambda trainer: 0)),
+        ("on_train_epoch_start", sets(lambda trainer: trainer.epoch + 1)),
+    ]
+    run = trainings.train(tmp_path, callbacks=[*callbacks, *power.cut_at(6)], raises=power.CutError)
+    found = []
+    look = ("on_train_start", lambda trainer: found.append(trainer.model.model[0].seen))
+    last = run.folder / "weights" / "last.pt"
+    again = trainings.train(tmp_path, last, resume=True, callbacks=[*callbacks, look])
+    assert found[0].tolist() == [0, 1]
+    assert len(again.results) == 2

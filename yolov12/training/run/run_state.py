@@ -187,7 +187,7 @@ class RunSaver:
 
     def _kept_buffers(self) -> dict[str, Tensor]:
         buffers = dict(self._model.named_buffers())
-        if self._buffers.keys() != buffers.keys():  # at first, and after a user has replaced a layer
+        if _kinds(self._buffers) != _kinds(buffers):  # at first, and after a user has replaced a layer or a buffer
             self._buffers = {name: buffer.clone() for name, buffer in buffers.items()}
         else:
             # A few launches instead of hundreds.
@@ -248,8 +248,8 @@ class RunSaver:
         from ultralytics.utils import LOGGER
 
         trainer = self._trainer
-        self._model.load_state_dict(state["model"])
-        trainer.ema.ema.load_state_dict(state["ema"])
+        _load(self._model, state["model"])
+        _load(trainer.ema.ema, state["ema"])
         trainer.ema.updates = state["updates"]
         for saved, group in zip(state["optimizer"]["param_groups"], trainer.optimizer.param_groups, strict=True):
             saved["fused"] = group.get("fused")  # the current device decides, as when Ultralytics resumes
@@ -306,6 +306,18 @@ class RunSaver:
         set_random_state(state["random"])
         if state["cuda"] and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"][0], trainer.device)
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights and buffers. A buffer may have changed its shape in the training, as in a layer that collects."""
+    for name, buffer in module.named_buffers():
+        if name in state and state[name].shape != buffer.shape:
+            buffer.data = buffer.new_empty(state[name].shape)
+    module.load_state_dict(state)
 
 
 def _numbers(thing: Any, names: Iterable[str]) -> dict[str, Any]:
