@@ -13,6 +13,8 @@ from ultralytics.models.yolo.obb import OBBValidator
 from ultralytics.models.yolo.pose import PoseValidator
 from ultralytics.models.yolo.segment import SegmentationValidator
 
+from yolov12.errors import DoesNotFitError
+
 STOCK, SLICED = {"mas": False}, {"micro_batch": 3}
 VALIDATORS = {
     "detect": DetectionValidator,
@@ -259,6 +261,19 @@ def test_other_inferences_of_a_callback_are_the_models_own(data, weights, tmp_pa
 
     stock, ours = (validate(Runs, "detect", weights, data, tmp_path, **settings) for settings in (STOCK, SLICED))
     assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("method", ["preprocess", "postprocess"])
+def test_a_whole_batch_that_does_not_fit_is_one_clear_error(data, weights, tmp_path, method):
+    """Code of the user's own sees whole batches, so it is for the user to make them smaller."""
+
+    def fail(validator, value):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    kind = type("Large", (Looks,), {method: fail})
+    with pytest.raises(DoesNotFitError, match=rf"{method} of Own.*Tried to allocate.*a smaller batch; or") as raised:
+        validate(kind, "detect", weights, data, tmp_path, **SLICED)
+    assert isinstance(raised.value.__cause__, torch.cuda.OutOfMemoryError)
 
 
 class Normalising(DetectionTrainer):

@@ -27,6 +27,7 @@ from ultralytics.models.yolo.detect import DetectionValidator
 from ultralytics.utils import LOGGER
 from ultralytics.utils.ops import Profile
 
+from yolov12.errors import DoesNotFitError
 from yolov12.mas import Config
 from yolov12.mas.inference import Slices
 from yolov12.mas.modules import overridden
@@ -60,7 +61,7 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
 
     Raises:
         ConfigError: A setting of the engine is malformed or outside its range.
-        DoesNotFitError: Not even one image fits into memory.
+        DoesNotFitError: Not even one image fits into memory, or not a whole batch in a method of the user's own.
     """
     if not getattr(validator.args, "mas", False):
         return stock(validator, trainer, model, **kwargs)
@@ -201,7 +202,22 @@ class _Validation:
             if not is_out_of_memory(error):
                 raise
         self._slices.meter.release()
-        return self._stock["preprocess"](batch)
+        with self._at_once("preprocess"):
+            return self._stock["preprocess"](batch)
+
+    @contextmanager
+    def _at_once(self, method: str) -> Iterator[None]:
+        """Return a context for a whole batch in a method of the user's own. If memory fails, say what to do."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = "a smaller batch" + " (validation takes twice the batch of the training)" * self._training
+            raise DoesNotFitError(
+                f"validation: with code of your own, {method} of {type(self._validator).__name__} gets whole batches, "
+                f"and one does not fit into memory ({error}). Ways out: {smaller}; or smaller images"
+            ) from error
 
     def _on_device(self, images: Tensor) -> Tensor:
         """Convert images as Ultralytics does."""
@@ -235,7 +251,11 @@ class _Validation:
 
         parts = self._slices.run(len(source), source.shape[2], source.shape[3], work)
         found = [each for each, *_ in parts]
-        self._result = joined(found) if self._keeps_outputs else [each for part in found for each in part]
+        if self._keeps_outputs:
+            with self._at_once("postprocess"):
+                self._result = joined(found)
+        else:
+            self._result = [each for part in found for each in part]
         if task is not None:
             total = _total([(loss, count) for _, loss, count in parts], task.floor)
             self._items = total.items()
@@ -243,8 +263,12 @@ class _Validation:
         return self._result
 
     def _postprocess(self, outputs: Any) -> Any:
-        is_done = outputs is self._result and not self._keeps_outputs
-        return outputs if is_done else self._stock["postprocess"](outputs)
+        if outputs is not self._result:
+            return self._stock["postprocess"](outputs)
+        if not self._keeps_outputs:
+            return outputs
+        with self._at_once("postprocess"):
+            return self._stock["postprocess"](outputs)
 
     def _loss_items(self, batch: Any, outputs: Any = None) -> Any:
         """Return no loss and the items of the batch, in place of the model's loss."""
