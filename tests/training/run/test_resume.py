@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -428,3 +429,24 @@ def test_a_buffer_may_change_its_shape(trainings, power, tmp_path):
     again = trainings.train(tmp_path, last, resume=True, callbacks=[*callbacks, look])
     assert found[0].tolist() == [0, 1]
     assert len(again.results) == 2
+
+
+def test_a_run_whose_batch_stock_has_halved_goes_on_from_its_last_step(trainings, power, tmp_path):
+    """After an out-of-memory, Ultralytics' loop begins its first epoch again, with another loader."""
+
+    def fails_once(trainer):
+        def loss(self, batch, preds=None):
+            if len(batch["img"]) == 8:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return type(self).loss(self, batch, preds)
+
+        trainer.model.loss = MethodType(loss, trainer.model)
+
+    fails = ("on_train_start", fails_once)
+    wanted = trainings.train(tmp_path, callbacks=[fails], epochs=1, amp=False)
+    cut = {"callbacks": [fails, *power.cut_at(5)], "raises": power.CutError}
+    run = trainings.train(tmp_path, **cut, epochs=1, amp=False)
+    last = run.folder / "weights" / "last.pt"
+    again = trainings.train(tmp_path, last, callbacks=[fails], resume=True)
+    assert "resume: epoch 1, after batch 4 of 8" in again.log  # the last of two batches that are an update
+    assert all(torch.equal(value, wanted.after[name]) for name, value in again.after.items())

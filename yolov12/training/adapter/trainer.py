@@ -38,6 +38,7 @@ from yolov12.training.adapter.validation import over_limit
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
+from yolov12.training.run import run_folder
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 from yolov12.training.run.run_state import RunSaver
@@ -148,11 +149,25 @@ class TrainerAdapter:
         if loader is not None:
             is_loops, loader.is_loops = loader.is_loops, False
         self._stock_callbacks(event)
+        if event == "on_train_epoch_start":
+            loader = self._followed_loader()
         self._is_due = event == "on_train_batch_start"
         if (hook := self._hooks.get(event)) is not None:
             hook()
         if loader is not None:  # a user may run callbacks of further events
             loader.is_loops = event == "on_train_epoch_start" or (is_loops and event != "on_train_batch_start")
+
+    def _followed_loader(self) -> ResumableLoader | None:
+        """Take over a loader that is new, such as that of the smaller batch with which the loop begins again."""
+        trainer = self._trainer
+        if self.saver is not None and trainer.train_loader is not self._loader and self._ranks.size == 1:
+            self.saver.complete()  # its state is of the old loader
+            self.saver.end()
+            self.saver = self._loader = self._interruption = None
+            if resumable(trainer.train_loader):
+                self._resolution.join(trainer.train_loader.dataset, trainer.args)
+            self.take_over_loader()
+        return self._loader
 
     def _logical(self, batch: dict[str, Any]) -> Any:
         """Wrap a batch of the training loop as a `LogicalBatch`, still on the host. Preprocess any other batch."""
@@ -183,7 +198,7 @@ class TrainerAdapter:
 
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a logical batch with the engine. Its gradient is then on the parameters."""
-        share, model = batch.share, self._model
+        trainer, share, model = self._trainer, batch.share, self._model
         if self.saver is not None and SKIPPED in batch.host:
             # The loop uses the criterion at the end of an epoch, even if all batches of the epoch were skipped.
             criterion_of(model)
@@ -191,7 +206,7 @@ class TrainerAdapter:
         if self._interruption is not None and share is None:
             self._interruption.check()
         if not self._knows_preprocess:
-            show_whole(batch, self._trainer.device, self._engine.meter.release, self._notices)
+            show_whole(batch, trainer.device, self._engine.meter.release, self._notices)
         host = batch.shown() if batch.is_seen else batch.host  # code that read the batch may have changed it
         if not self._can_split(model, host):
             found: tuple[Tensor, dict[str, Tensor]] = model(batch.shown())
@@ -212,8 +227,8 @@ class TrainerAdapter:
         result = self._engine.step(
             host,
             share,
-            smaller=None if self._trainer.args.mas_data == "off" else smaller,
-            stop_requested=self._stop_requested,
+            smaller=None if trainer.args.mas_data == "off" else smaller,
+            stop_requested=lambda: self._interruption is not None and self._interruption.due,
         )
         self._has_run = True
         if len(result.micro_batches) > 1 and (key := self._task.unknown(host)):
@@ -221,7 +236,7 @@ class TrainerAdapter:
         self._share_ends(share, result.statuses)
         self._resolution.after(self._fits)
         self._note_sizes()
-        self._keep_group()
+        run_folder.keep_group(trainer, self._engine.bn_group, is_first=not self._ranks.rank)
         self._display.add(result)
         batch.describe(self._task.facts, partial(self._preprocess_again, self._task.draw), host)
         loss = result.loss.sum(0) if result.loss.ndim > 1 else result.loss  # of two heads, see loss_terms.py
@@ -234,9 +249,6 @@ class TrainerAdapter:
 
     def _fits(self, size: int) -> bool:
         return self._engine.would_fit(size, size, whole_group=self._resolution.is_eager)
-
-    def _stop_requested(self) -> bool:
-        return self._interruption is not None and self._interruption.due
 
     def _share_ends(self, share: Share | None, statuses: Sequence[RankStatus]) -> None:
         """Handle the reports of all ranks. If one rank got a signal, all ranks end after this step."""
@@ -268,18 +280,6 @@ class TrainerAdapter:
         trainer = self._trainer
         trainer.epochs = trainer.args.epochs = self._ranks.least(trainer.epochs)
         return int(self._stock_warmup(batches))
-
-    def _keep_group(self) -> None:
-        """Write the BatchNorm group into args.yaml, so that runs that resume or repeat this one use the same group."""
-        from ultralytics.utils import YAML
-
-        args, group = self._trainer.args, self._engine.bn_group
-        if args.bn_group != group:
-            args.bn_group = group
-            if self._ranks.rank:
-                return
-            file = self._trainer.save_dir / "args.yaml"
-            YAML.save(file, {**YAML.load(file), "bn_group": group})
 
     def _update(self) -> None:
         if self.saver is not None and self.saver.skipping:

@@ -11,7 +11,7 @@ from typing import Any
 from yolov12 import files
 from yolov12.errors import ConfigError
 
-__all__ = ["locked", "locked_while_made", "reserve"]
+__all__ = ["keep_group", "locked", "locked_while_made", "reserve"]
 
 _here = threading.local()  # `locks`: those of each trainer that this thread is making
 
@@ -76,6 +76,24 @@ def locked(trainer: Any) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def keep_group(trainer: Any, group: int | None, *, is_first: bool) -> None:
+    """Write the BatchNorm group into args.yaml, so that runs that resume or repeat this one use the same group.
+
+    Args:
+        trainer: Ultralytics trainer.
+        group: Number of images that BatchNorm normalises together.
+        is_first: True on rank 0, the only one that writes.
+    """
+    from ultralytics.utils import YAML
+
+    if trainer.args.bn_group == group:
+        return
+    trainer.args.bn_group = group
+    if is_first:
+        file = trainer.save_dir / "args.yaml"
+        YAML.save(file, {**YAML.load(file), "bn_group": group})
 
 
 def _lock(folder: Path) -> files.FolderLock:
