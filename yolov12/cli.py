@@ -170,18 +170,26 @@ def _train(options: dict[str, Any]) -> None:
     from ultralytics.utils import RANK
 
     resume = options.get("resume")
-    if resume and resume != "auto":
+    if resume and str(resume).lower() != "auto":
         if resume is True:
             options["resume"] = options.get("model") or _last_trained("last.pt")
         options["model"] = options["resume"]
-    elif not options.get("data"):
-        options = {**DEMO_TRAINING, **options}
     model = _model(options, default="yolov12n.yaml")
+    if not options.get("data") and not _resumes(options, model.task):
+        options = {**DEMO_TRAINING, **options}
     model.train(**options)
     trainer = model.trainer
     if RANK > 0:
         return
     print("\n" + _results(Path(trainer.save_dir), Path(trainer.best), Path(trainer.csv)))
+
+
+def _resumes(options: dict[str, Any], task: str) -> bool:
+    """Return whether a training goes on with a run, which has its own data and arguments."""
+    from yolov12.training.run.resume import latest_interrupted
+
+    resume = options.get("resume")
+    return bool(resume) if str(resume).lower() != "auto" else latest_interrupted(options, task) is not None
 
 
 def _results(folder: Path, best: Path, csv: Path) -> str:

@@ -26,6 +26,9 @@ SPELLINGS = {
     "yolov12, model": lambda folder, _: cli.main(["train", f"model={folder}/weights/last.pt", "resume=True"]),
     "yolov12, path": lambda folder, _: cli.main(["train", f"resume={folder.name}/weights/last.pt"]),
     "Python, auto": lambda folder, yaml: YOLO(yaml).train(resume="auto", project=folder.parent, name=folder.name),
+    "yolov12, auto": lambda folder, yaml: cli.main(
+        ["train", f"model={yaml}", "resume=auto", f"project={folder.parent}", f"name={folder.name}"]
+    ),
 }
 
 
@@ -43,7 +46,8 @@ def test_a_copied_run_goes_on_in_the_copy(interrupted, tiny_model, tmp_path, mon
     assert SPELLINGS[spelling](copy, tiny_model) in (0, None) or spelling.startswith("Python")
     assert [path.name for path in tmp_path.iterdir()] == ["line"]
     assert len((copy / "results.csv").read_text().splitlines()) == 1 + 2
-    assert f"save_dir: {copy}\n" in (copy / "args.yaml").read_text()
+    settings = (copy / "args.yaml").read_text()
+    assert all(f"{line}\n" in settings for line in (f"save_dir: {copy}", "batch: 8", "imgsz: 64"))
     assert snapshot(original) == before
 
 
@@ -60,7 +64,7 @@ BAD = {
     "imgsz": [0, -32, "big", 64.5],
     "device": [99],
     "data": ["missing.yaml"],
-    "batch": ["x"],
+    "batch": ["x", 1.5],
     "workers": ["x"],
     "epochs": ["x"],
     "save_every": ["soon"],

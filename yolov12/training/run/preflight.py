@@ -21,12 +21,15 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
         task: Ultralytics' task name, such as `detect`.
 
     Raises:
-        ConfigError: The device does not exist, or the image size is not valid.
+        ConfigError: The device does not exist, or the image size or the batch is not valid.
         DataError: The data set is missing, malformed, or has no images.
     """
     if (device := arguments.get("device")) is not None:
         _check_device(device)
     _check_image_size(arguments.get("imgsz", 640))
+    batch = arguments.get("batch")
+    if isinstance(batch, float) and batch >= 1:
+        raise ConfigError(f"batch={batch}: give a number of images, as in 16, or a fraction of the memory below 1")
     data = arguments.get("data")
     if isinstance(data, (str, Path)) and task != "classify":
         _check_data(str(data), arguments.get("split") or "val")
