@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from ultralytics.models.yolo.detect.val import DetectionValidator
 from ultralytics.utils.checks import check_requirements
 
@@ -31,23 +33,31 @@ case "$*" in
     mkdir -p "$YOLO_CONFIG_DIR/Ultralytics"
     echo "\"$2/runs\"" >"$YOLO_CONFIG_DIR/Ultralytics/settings.json"
     ;;
-  "-m pip install"*"lock.txt") [ ! -e "$CALLS.offline" ] ;;
+  "-m pip install"*"/lock.txt") [ ! -e "$CALLS.offline" ] ;;
+  "-c import cv2") [ ! -e "$CALLS.no-libGL" ] ;;
+  "-c import sys"*) basename "$0" | cut -d. -f2 ;;
 esac
 """
 
 
 @pytest.fixture
 def clone(tmp_path):
-    """A clone in a folder with a space in its name, and a PATH whose only Python is the stand-in."""
+    """A clone in a folder with a space in its name, and a PATH whose only Python is the stand-in for 3.11."""
     root = tmp_path / "a clone"
     for name in ("scripts", "requirements"):
         shutil.copytree(ROOT / name, root / name)
     shutil.copy(ROOT / "pyproject.toml", root)
-    stand_in = tmp_path / "bin" / "python3.11"
-    stand_in.parent.mkdir()
-    stand_in.write_text(STAND_IN)
-    stand_in.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    offer(root, "3.11")
     return root
+
+
+def offer(clone, *versions):
+    """Let these be the Pythons on PATH. The system's are hidden by ones that fail."""
+    for version in ("3.10", "3.11", "3.12", "3.13", "3.14", "3"):
+        python = clone.parent / "bin" / f"python{version}"
+        python.write_text(STAND_IN if version in versions else "#!/bin/sh\nexit 1\n")
+        python.chmod(0o755)
 
 
 def source_env(clone, cwd="/", **environment):
@@ -127,12 +137,58 @@ def test_an_active_environment_without_the_package_gets_it(clone):
 
 
 def test_no_suitable_python_is_said(clone):
-    (clone.parent / "bin" / "python3.11").write_text("#!/bin/sh\nexit 1\n")
-    for name in ("python3.12", "python3.10", "python3"):
-        shutil.copy(clone.parent / "bin" / "python3.11", clone.parent / "bin" / name)
+    needed = (
+        "yolov12: Python 3.10 to 3.12 is needed for requirements/lock.txt, 3.11 to 3.14 for current.txt, "
+        "and none is on PATH"
+    )
+    offer(clone)
     done, _ = source_env(clone)
-    assert done.returncode != 0
-    assert done.stderr.strip() == "yolov12: Python 3.10, 3.11 or 3.12 is needed to make .venv, and none is on PATH"
+    assert (done.returncode != 0, done.stderr.strip()) == (True, needed)
+    offer(clone, "3.13")
+    done, _ = source_env(clone, YOLOV12_LOCK="lock")
+    assert (done.returncode != 0, done.stderr.strip()) == (True, needed)
+    done, _ = source_env(clone, YOLOV12_LOCK="newest")
+    assert (done.returncode != 0, done.stderr.strip()) == (True, "yolov12: YOLOV12_LOCK=newest: give lock or current")
+
+
+@pytest.mark.parametrize("version", ["3.13", "3.14"])
+def test_a_machine_with_only_newer_pythons_gets_the_current_lock(clone, version):
+    offer(clone, version)
+    done, calls = source_env(clone)
+    assert done.stdout.splitlines()[0] == str(clone / ".venv-current/bin/python"), done.stderr
+    assert [call.split("/")[-1] for call in calls if "--require-hashes" in call] == ["current.txt"]
+    done, calls = source_env(clone)
+    assert done.stdout.splitlines()[0] == str(clone / ".venv-current/bin/python"), done.stderr
+    assert not any("pip" in call for call in calls)
+
+
+def test_each_lock_keeps_its_environment(clone):
+    """Changing from one to the other and back installs nothing again."""
+    for lock, folder in (("", ".venv"), ("current", ".venv-current")):
+        assert f"/{lock or 'lock'}.txt" in "".join(source_env(clone, YOLOV12_LOCK=lock)[1])
+        assert (clone / folder).is_dir()
+    for lock, folder in (("", ".venv"), ("current", ".venv-current"), ("lock", ".venv")):
+        done, calls = source_env(clone, YOLOV12_LOCK=lock)
+        assert done.stdout.splitlines()[0] == str(clone / folder / "bin/python"), done.stderr
+        assert calls == []
+
+
+def test_an_environment_that_was_made_is_used_although_its_python_is_off_the_path(clone):
+    source_env(clone)
+    offer(clone, "3.13")
+    done, calls = source_env(clone)
+    assert (done.stdout.splitlines()[0], calls) == (str(clone / ".venv/bin/python"), []), done.stderr
+
+
+@pytest.mark.parametrize("lock", ["lock", "current"])
+def test_a_machine_without_the_libraries_of_a_desktop_gets_opencv_without_windows(clone, lock):
+    (clone.parent / "calls.no-libGL").touch()
+    done, calls = source_env(clone, YOLOV12_LOCK=lock)
+    assert "opencv-python-headless" in done.stderr
+    assert done.returncode == 0
+    installs = [call.split("requirements/")[-1] for call in calls if "--require-hashes" in call]
+    assert installs == [f"{lock}.txt", f"{lock}-headless.txt"]
+    assert any(call.endswith("uninstall --quiet --yes opencv-python") for call in calls)
 
 
 def requirements(name: str) -> dict[str, tuple[str, int]]:
@@ -147,12 +203,41 @@ def requirements(name: str) -> dict[str, tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["lock.txt", "lint.txt", "docs.txt", "gpu.txt"])
+LOCKS = {"lock": ("3.10", "3.11", "3.12"), "current": ("3.11", "3.12", "3.13", "3.14")}  # and their Pythons
+
+
+@pytest.mark.parametrize("name", [*LOCKS, "lock-headless", "current-headless", "lint", "docs", "gpu"])
 def test_locks_have_hashes_and_no_addresses(name):
-    assert "://" not in (ROOT / "requirements" / name).read_text()
-    locked = requirements(name)
+    assert "://" not in (ROOT / "requirements" / f"{name}.txt").read_text()
+    locked = requirements(f"{name}.txt")
     assert locked
     assert all(hashes for _, hashes in locked.values())
+
+
+def pins(name: str, **environment: str) -> dict[str, str]:
+    """Package → version that a lock installs in an environment, given as values of markers."""
+    text = (ROOT / "requirements" / name).read_text()
+    lines = map(Requirement, re.findall(r"^[\w.-]+==[^\\\n]+", text, re.MULTILINE))
+    found = [(line.name, str(line.specifier)[2:]) for line in lines if applies(line, **environment)]
+    assert len(dict(found)) == len(found)
+    return dict(found)
+
+
+def applies(requirement: Requirement, **environment: str) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": "", **environment})
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(("name", "python"), [(name, python) for name, pythons in LOCKS.items() for python in pythons])
+def test_a_lock_is_that_of_its_requirements(name, python, machine):
+    """One of the files may have been changed by hand, or without the other."""
+    environment = {"python_version": python, "python_full_version": f"{python}.0", "platform_machine": machine}
+    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements" / f"{name}.in").read_text().splitlines())
+    wanted = [*filter(None, lines), *metadata.requires("yolov12")]
+    locked = pins(f"{name}.txt", **environment)
+    for each in filter(lambda each: applies(each, **environment), map(Requirement, wanted)):
+        assert locked[each.name] in each.specifier
+    assert pins(f"{name}-headless.txt", **environment) == {"opencv-python-headless": locked["opencv-python"]}
 
 
 def test_versions_agree_wherever_they_are_written():

@@ -145,7 +145,8 @@ def test_a_training_on_several_machines_is_one_that_torchrun_and_we_understand()
 def test_what_linters_and_tests_write_does_not_go_into_the_image():
     """It is built while they run."""
     ignored = (ROOT / ".dockerignore").read_text().split()
-    written = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ultralytics", ".venv", ".venv.lock"}
+    written = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ultralytics"}
+    written |= {".venv", ".venv-current", ".venv.lock"}
     assert written <= set(ignored)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     assert not {line.split("/")[0] for line in tracked.stdout.splitlines()} & written
