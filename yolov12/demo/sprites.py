@@ -200,4 +200,6 @@ def _engrave(sprite: Image, text: str) -> None:
     font = min(w * 0.5 / wide, h * 0.45 / high)
     at = round(w / 2 - wide * font / 2), round(h / 2 + high * font / 2)
     ink = ink_on(sprite[h // 2, w // 2, :3].tolist())
-    cv2.putText(sprite, text, at, cv2.FONT_HERSHEY_SIMPLEX, font, (*tint(ink, 0.85), 255), 1, cv2.LINE_AA)
+    colours = np.ascontiguousarray(sprite[..., :3])  # in four channels, OpenCV 5 makes the text transparent
+    cv2.putText(colours, text, at, cv2.FONT_HERSHEY_SIMPLEX, font, tint(ink, 0.85), 1, cv2.LINE_AA)
+    sprite[..., :3] = colours

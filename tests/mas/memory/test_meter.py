@@ -198,6 +198,7 @@ def card(monkeypatch):
         ("set_per_process_memory_fraction", lambda fraction, device: card.fractions.append((fraction, device))),
     ):
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction", raising=False)  # as before PyTorch 2.8
     monkeypatch.setattr(nvml, "same_gpu", lambda index, driver: ("handle", "UUID"))
     for name in [name for name in dir(pynvml) if name.startswith(("nvmlDeviceGet", "nvmlInit"))]:
         monkeypatch.setattr(pynvml, name, lambda *arguments, name=name: card.ask(name, *arguments))

@@ -98,7 +98,9 @@ def _saved(batch):
     file = io.BytesIO()
     torch.save(batch, file)
     file.seek(0)
-    return torch.load(file)
+    found = torch.load(file)
+    assert isinstance(found, dict)
+    return dict(found)  # OrderedDict is the only kind beside plain dictionaries that PyTorch 2.6 loads by default
 
 
 def _updated(batch):

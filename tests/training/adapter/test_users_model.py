@@ -28,7 +28,7 @@ def show(event, trainer):
     for kind, found in {
         "itself": model,
         "deepcopy": copy.deepcopy(model),
-        "saved": torch.load(file),
+        "saved": torch.load(file, weights_only=False),
         "pickled": pickle.loads(pickle.dumps(model)),
     }.items():
         same = all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), model.state_dict().values()))

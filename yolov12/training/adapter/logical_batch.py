@@ -12,6 +12,7 @@ made to it. If the user's code reads the batch later, the batch is preprocessed 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -179,6 +180,8 @@ class LogicalBatch(dict[str, Any]):
                 dict.__setitem__(self, key, self._source.value(key))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if protocol == 2:  # that of torch.save. From PyTorch 2.6 on, torch.load refuses the name `dict` in a file.
+            return OrderedDict, (), None, None, iter(self.shown().items())
         return dict, (self.shown(),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
