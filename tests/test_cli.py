@@ -115,5 +115,71 @@ def test_val_without_weights_says_what_to_do(capsys, monkeypatch, tmp_path):
     from ultralytics.utils import SETTINGS
 
     monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path))
-    assert cli.main(["val"]) == 1
+    assert cli.main(["val"]) == 2
     assert f"nothing trained yet in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train model=yolov12n.yaml epochs=abc",  # of another type, as Ultralytics finds
+        "train model=yolov12n.yaml lr0=5",
+        "train model=yolov12n.yaml data=missing.yaml",
+        "train model=missing.yaml",
+        "train model=missing.pt",
+        "train resume=/missing/last.pt",
+        "train cfg=missing.yaml",
+        "train task=wrong",
+        "val model=yolov12n.yaml data=missing.yaml device=cpu",
+        "predict model=yolov12n.yaml source=/missing device=cpu",
+        "export model=yolov12n.yaml format=wrong device=cpu",
+    ],
+)
+def test_what_the_user_has_to_change_has_status_2(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 2
+    assert capsys.readouterr().err.startswith("yolov12: error: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights"])
+def test_weights_that_cannot_be_read_have_status_2(content, capsys, tmp_path):
+    (tmp_path / "broken.pt").write_bytes(content)
+    assert cli.main(["val", f"model={tmp_path / 'broken.pt'}"]) == 2
+    assert "cannot be read as a checkpoint" in capsys.readouterr().err
+
+
+def test_a_download_that_failed_may_succeed_later(capsys, monkeypatch, tmp_path):
+    from ultralytics.utils import SETTINGS, downloads
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("Environment may be offline")
+
+    monkeypatch.setitem(SETTINGS, "weights_dir", str(tmp_path))
+    monkeypatch.setattr(downloads, "safe_download", fail)
+    monkeypatch.setattr("ultralytics.data.utils.check_file", fail)
+    assert cli.main(["val", "model=yolov12n.pt"]) == 1
+    assert cli.main(["train", "model=yolov12n.yaml", "data=missing.yaml"]) == 1
+    assert capsys.readouterr().err.count("offline") == 2
+
+
+@pytest.mark.parametrize(("begun", "status"), [(False, 2), (True, 1)])
+def test_what_fails_while_it_trains_has_status_1(begun, status, monkeypatch):
+    trainer = SimpleNamespace(**({"train_time_start": 0.0} if begun else {}))
+
+    def train(**options):
+        raise ValueError("it was stopped")
+
+    monkeypatch.setattr(cli, "_model", lambda options, default: SimpleNamespace(trainer=trainer, train=train))
+    assert cli.main(["train", "data=demo"]) == status
+
+
+def test_a_folder_in_use_may_be_free_later(monkeypatch, tmp_path):
+    from yolov12 import files
+
+    (tmp_path / "run" / "weights").mkdir(parents=True)
+    lock = files.lock(tmp_path / "run" / "weights")
+    words = ["data=demo:images=40", "model=yolov12n.yaml", "imgsz=64", "device=cpu", f"project={tmp_path}", "name=run"]
+    try:
+        assert cli.main(["train", *words, "exist_ok=True", "epochs=1"]) == 1
+    finally:
+        lock.release()

@@ -100,7 +100,10 @@ def _join_after_exec(spec: "ModuleSpec") -> None:
 
 
 def install() -> None:
-    """Install the import hook, unless `YOLOV12_AUTOPATCH=0`."""
+    """Give a user without a home folders for caches, and install the import hook unless `YOLOV12_AUTOPATCH=0`."""
+    from yolov12 import caches
+
+    caches.use_private_folder()
     if not _is_switched_off():
         _watch()
 

@@ -4,31 +4,41 @@ Missing arguments have defaults. `train` without `data=` trains YOLOv12-N on the
 `export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help` lists the arguments of a
 command; `check` also has `--json`.
 
-Exit status: 0 on success, 1 after a failure, 2 if an argument is not valid. Every error is one line on stderr that says
-what to do. `YOLOV12_TRACEBACK=1` shows the traceback instead.
+Exit status: 0 on success, 1 after a failure, 2 if an argument, the data set or the weights cannot be used. Every error
+is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the traceback instead.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from yolov12 import autopatch
 from yolov12.cfg import reference
-from yolov12.errors import ConfigError, MissingWeightsError, YOLOv12Error, plain
+from yolov12.errors import (
+    ConfigError,
+    DataError,
+    FolderInUseError,
+    MissingWeightsError,
+    WeightsError,
+    YOLOv12Error,
+    plain,
+)
 
 __all__ = ["ENVIRONMENT", "EXIT_STATUSES", "main"]
 
 EXIT_STATUSES: Mapping[int, str] = {
     0: "Success. For `check`: training can work. For `plan`: every model fits.",
-    1: "Failure. The last line on stderr says what happened and what to do. For `check`: training cannot work. For "
-    "`plan`: a model does not fit. In a distributed training, every process that ends because another one failed has "
-    "this status too.",
-    2: "An argument is unknown or not valid. Nothing was started, and no run folder was made.",
+    1: "Failure, after which another attempt may succeed. The last line on stderr says what happened and what to do. "
+    "For `check`: training cannot work. For `plan`: a model does not fit. In a distributed training, every process "
+    "that ends because another one failed has this status too.",
+    2: "An argument is unknown or not valid, or the data set or the weights cannot be used. No step was trained, and "
+    "another attempt ends in the same way.",
     130: "SIGINT, which Ctrl-C sends. A training has saved its state; `resume=auto` continues it.",
     143: "SIGTERM, which `docker stop` and Kubernetes send. A training has saved its state, as after SIGINT.",
 }
@@ -58,6 +68,9 @@ DEMO_TRAINING: dict[str, Any] = {
 
 # Ultralytics mostly uses these types for what the user can fix. An error of any other type shows its traceback.
 _USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
+
+# Ultralytics uses these types for arguments, data sets and files that it refuses.
+_REFUSALS = (FileNotFoundError, ValueError, TypeError, SyntaxError, NotImplementedError)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -105,8 +118,35 @@ def main(args: list[str] | None = None) -> int:
         hint = "" if isinstance(error, YOLOv12Error) else " (YOLOV12_TRACEBACK=1 shows where)"
         message = " ".join(plain(error).split())  # messages of Ultralytics may have several lines
         print(f"yolov12: error: {message}{hint}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return _status(error)
     return 0
+
+
+def _status(error: BaseException) -> int:
+    """Return 2 for an error that another attempt meets again, else 1."""
+    cause = error.__cause__
+    is_transient = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)  # such as a download
+    if is_transient or isinstance(error, FolderInUseError):
+        return 1
+    return 2 if isinstance(error, (ConfigError, DataError, WeightsError)) else 1
+
+
+@contextmanager
+def _refusals(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Return a context that turns Ultralytics' errors about arguments, data sets and files into `ConfigError`.
+
+    Args:
+        begun: Returns True if the work has begun. Errors are failures from then on.
+
+    Raises:
+        ConfigError: Ultralytics refused something that the user has given.
+    """
+    try:
+        yield
+    except _REFUSALS as error:
+        if isinstance(error, YOLOv12Error) or begun():
+            raise
+        raise ConfigError(plain(error)) from error
 
 
 def _use_every_core() -> None:
@@ -162,8 +202,10 @@ def _from_file(file: str) -> dict[str, Any]:
     from ultralytics.utils import YAML
     from ultralytics.utils.checks import check_yaml
 
+    with _refusals():
+        found = YAML.load(check_yaml(file))
     # A copy of Ultralytics' defaults lists every key. An empty value means: not set. The command replaces `mode`.
-    return {k: v for k, v in YAML.load(check_yaml(file)).items() if v is not None and k not in ("cfg", "mode")}
+    return {k: v for k, v in found.items() if v is not None and k not in ("cfg", "mode")}
 
 
 def _train(options: dict[str, Any]) -> None:
@@ -177,7 +219,8 @@ def _train(options: dict[str, Any]) -> None:
     model = _model(options, default="yolov12n.yaml")
     if not options.get("data") and not _resumes(options, model.task):
         options = {**DEMO_TRAINING, **options}
-    model.train(**options)
+    with _refusals(lambda: hasattr(model.trainer, "train_time_start")):  # Ultralytics sets it before the first step
+        model.train(**options)
     trainer = model.trainer
     if RANK > 0:
         return
@@ -217,7 +260,8 @@ def _rank_of_picture(picture: Path) -> tuple[int, str]:
 
 
 def _val(options: dict[str, Any]) -> None:
-    _model(options).val(**options)
+    with _refusals():
+        _model(options).val(**options)
 
 
 def _predict(options: dict[str, Any]) -> None:
@@ -225,13 +269,15 @@ def _predict(options: dict[str, Any]) -> None:
     if "source" not in options:
         options["source"] = _validation_images(model)
     options.setdefault("save", True)
-    for _ in model.predict(stream=True, **options):  # a stream: the results of a long video would fill memory
-        pass
+    with _refusals():
+        for _ in model.predict(stream=True, **options):  # a stream: the results of a long video would fill memory
+            pass
 
 
 def _export(options: dict[str, Any]) -> None:
     options.setdefault("format", "onnx")
-    _model(options).export(**options)
+    with _refusals():
+        _model(options).export(**options)
 
 
 VERBS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -246,7 +292,8 @@ def _model(options: dict[str, Any], default: str | None = None) -> Any:
     from yolov12 import YOLO
 
     name = options.pop("model", None) or default or _last_trained("best.pt")
-    return YOLO(name, task=options.pop("task", None))
+    with _refusals():
+        return YOLO(name, task=options.pop("task", None))
 
 
 def _last_trained(name: str) -> str:

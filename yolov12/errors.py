@@ -4,7 +4,8 @@ Each is also an error of the type that Ultralytics or PyTorch raises in its plac
 
 YOLOv12Error
 ├── ConfigError                 an argument is not valid (also a ValueError)
-│   └── ArgumentTypeError       an argument has a type that it cannot have (also a TypeError)
+│   ├── ArgumentTypeError       an argument has a type that it cannot have (also a TypeError)
+│   └── FolderInUseError        another training runs in the folder of the run
 ├── DataError                   a data set cannot be used (also a RuntimeError and a ValueError)
 │   └── MissingImagesError      a data set has no images (also a FileNotFoundError)
 ├── WeightsError                a weight file cannot be used
@@ -37,6 +38,10 @@ class ConfigError(YOLOv12Error, ValueError):
 
 class ArgumentTypeError(ConfigError, TypeError):
     """An argument has a type that it cannot have."""
+
+
+class FolderInUseError(ConfigError):
+    """Another training runs in the folder of the run. When it ends, another attempt succeeds."""
 
 
 class DataError(YOLOv12Error, RuntimeError, ValueError):

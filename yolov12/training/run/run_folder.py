@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov12 import files
-from yolov12.errors import ConfigError
+from yolov12.errors import FolderInUseError
 
 __all__ = ["keep_group", "locked", "locked_while_made", "reserve"]
 
@@ -23,7 +23,7 @@ def reserve(trainer: Any) -> None:
         trainer: Ultralytics trainer that has its arguments, and nothing else yet. With `mas=False` there is no lock.
 
     Raises:
-        ConfigError: Another training runs in the folder.
+        FolderInUseError: Another training runs in the folder.
     """
     from ultralytics.cfg import get_save_dir
     from ultralytics.utils import RANK
@@ -36,7 +36,7 @@ def reserve(trainer: Any) -> None:
         folder = Path(find(trainer.args))
         try:
             locks[-1].append(_lock(folder))
-        except ConfigError:
+        except FolderInUseError:
             if getattr(trainer.args, "save_dir", None) or trainer.args.exist_ok:
                 raise
             continue  # another training has just taken this name
@@ -64,7 +64,7 @@ def locked(trainer: Any) -> Iterator[None]:
         trainer: Ultralytics trainer. With `mas=False` there is no lock, and if it starts other processes they lock.
 
     Raises:
-        ConfigError: Another training runs in the folder.
+        FolderInUseError: Another training runs in the folder.
     """
     from ultralytics.utils import RANK
 
@@ -101,7 +101,7 @@ def _lock(folder: Path) -> files.FolderLock:
     weights.mkdir(parents=True, exist_ok=True)
     lock = files.lock(weights)
     if lock is None:
-        raise ConfigError(
+        raise FolderInUseError(
             f"another process trains in {folder}, or another thread of this process: stop it, or give another name="
         )
     return lock

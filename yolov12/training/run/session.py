@@ -73,7 +73,7 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
     Raises:
         UntrustedWeightsError: The checkpoint asks for code, such as a class of the user's.
         FileNotFoundError: There is no checkpoint to resume from.
-        ConfigError: Another training runs in the folder.
+        FolderInUseError: Another training runs in the folder.
     """
     _restore_arguments(stock_check_resume, trainer, overrides)
     run_folder.reserve(trainer)
