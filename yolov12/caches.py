@@ -24,8 +24,8 @@ FOLDERS = {
 def use_private_folder() -> None:
     """Set the variables of `FOLDERS` that are not set, if the home cannot be written to.
 
-    The folder is `.yolov12-UID` in TMPDIR, /tmp or the current folder, and only this user can read it. If there is none,
-    no variable is set.
+    They name folders in `.yolov12-UID`, which only this user can read. It is in TMPDIR, /tmp or the current folder. If
+    it can be made nowhere, no variable is set.
     """
     names = [name for name in FOLDERS if not os.environ.get(name)]
     if os.name != "posix" or not names or os.access(os.path.expanduser("~"), os.W_OK):  # noqa: PTH111
