@@ -1,8 +1,8 @@
 """`torchrun` with the exit statuses of `yolov12`: `python -m yolov12.torchrun --nproc-per-node 8 -m yolov12 train ...`.
 
-PyTorch's own `torchrun` has status 1 however a training ends, and starts processes again whose arguments are wrong. Here
-a process that ends with status 2 is not started again, whatever `--max-restarts` says, and the status of the launcher is
-2. After a signal the status is 128 and the number of the signal. All arguments are those of `torchrun`.
+PyTorch's own `torchrun` has status 1 however a training ends, and it restarts processes whose arguments are wrong.
+This one does not restart processes after one of them has ended with status 2, and then its own status is 2. After a
+signal its status is 128 plus the number of the signal. All arguments are those of `torchrun`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1, 2, 130 or 143.
     """
-    stock, api.LocalElasticAgent = api.LocalElasticAgent, _Agent
+    stock = api.LocalElasticAgent
+    api.LocalElasticAgent = _Agent  # type: ignore[misc]
     try:
         run.main(args)
     except ChildFailedError as error:  # PyTorch has logged which processes failed
@@ -51,7 +52,7 @@ def main(args: list[str] | None = None) -> int:
     except SignalException as error:
         return 128 + error.sigval
     finally:
-        api.LocalElasticAgent = stock
+        api.LocalElasticAgent = stock  # type: ignore[misc]
     return 0
 
 

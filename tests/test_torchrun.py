@@ -1,0 +1,59 @@
+"""`python -m yolov12.torchrun` tells a wrong argument, a failure and a signal apart, as PyTorch's own does not."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+import yolov12
+
+LAUNCHER = Path(yolov12.__file__).parent / "torchrun.py"
+STATUS = "import os, sys; print('started', flush=True); sys.exit(int(sys.argv[1 + int(os.environ['RANK'])]))"
+WAITS = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('started', flush=True); "
+    "time.sleep(60)"
+)
+
+
+@pytest.fixture
+def launch(start_script, reserve_port, tmp_path):
+    """Start a launcher; the ranks run a script, or the words that follow `-m`."""
+
+    def start(*words, script=None, restarts=0):
+        options = ["--nproc-per-node=2", f"--max-restarts={restarts}", "--monitor-interval=0.05"]
+        if script:
+            (tmp_path / "rank.py").write_text(script)
+            words = (tmp_path / "rank.py", *words)
+        # A forked process has no executable of its own that torchrun could find.
+        environment = {"PYTHON_EXEC": sys.executable, "PYTHONPATH": str(LAUNCHER.parents[1])}
+        return start_script(LAUNCHER, *options, f"--master-port={reserve_port()}", *words, **environment)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("ranks", "status", "started"), [((2, 1), 2, 2), ((1, 1), 1, 4), ((0, 0), 0, 2)], ids=["refused", "failed", "good"]
+)
+def test_only_a_failure_is_tried_again(launch, ranks, status, started):
+    run = launch(*ranks, script=STATUS, restarts=1)
+    output, _ = run.communicate()
+    assert (run.returncode, output.count("started")) == (status, started), output
+
+
+def test_a_signal_is_handed_on_and_has_its_status(launch):
+    run = launch(script=WAITS)
+    lines = []
+    while lines.count("started\n") < 2:
+        lines.append(run.stdout.readline())
+        assert lines[-1], lines
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(60)
+    assert run.returncode == 128 + signal.SIGTERM, output
+
+
+def test_the_command_of_the_manifests_refuses_its_arguments_once(launch):
+    run = launch("-m", "yolov12", "trian", restarts=100)
+    output, _ = run.communicate()
+    assert run.returncode == 2, output
+    assert 1 <= output.count("unknown command 'trian'") <= 2  # the other rank may be ended before it says so
