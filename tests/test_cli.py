@@ -141,6 +141,16 @@ def test_what_the_user_has_to_change_has_status_2(words, capsys, monkeypatch, tm
     assert capsys.readouterr().err.startswith("yolov12: error: ")
 
 
+def test_a_format_whose_package_is_missing_is_refused_in_one_line(capsys, caplog):
+    """Nothing is installed at run time: Ultralytics names the requirement, and we say what to do."""
+    assert cli.main(["export", "model=yolov12n.yaml", "format=openvino", "imgsz=32", "device=cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "yolov12: error: this needs the package 'openvino', which is not installed. Install what the warning above "
+        "names, or set YOLO_AUTOINSTALL=true to let Ultralytics install it\n"
+    )
+    assert "not found, AutoUpdate disabled by YOLO_AUTOINSTALL=False" in caplog.text
+
+
 @pytest.mark.parametrize("content", [b"", b"no weights"])
 def test_weights_that_cannot_be_read_have_status_2(content, capsys, tmp_path):
     (tmp_path / "broken.pt").write_bytes(content)

@@ -139,10 +139,19 @@ def _refusals(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
         begun: Returns True if the work has begun. Errors are failures from then on.
 
     Raises:
-        ConfigError: Ultralytics refused something that the user has given.
+        ConfigError: Ultralytics refused something that the user has given, or what was asked for needs a package that
+            is not installed.
     """
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package in ("yolov12", "ultralytics"):
+            raise
+        raise ConfigError(
+            f"this needs the package '{package}', which is not installed. Install what the warning above names, or "
+            "set YOLO_AUTOINSTALL=true to let Ultralytics install it"
+        ) from error
     except _REFUSALS as error:
         if isinstance(error, YOLOv12Error) or begun():
             raise
