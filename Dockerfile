@@ -48,6 +48,8 @@ COPY --from=environment /opt/conda /opt/conda
 ENV PATH=/opt/conda/envs/yolov12/bin:/opt/conda/bin:$PATH \
     CONDA_DEFAULT_ENV=yolov12 \
     CONDA_PREFIX=/opt/conda/envs/yolov12 \
+    PYTHONNOUSERSITE=1 \
+    YOLO_AUTOINSTALL=false \
     PYTHONUNBUFFERED=1
 WORKDIR /root/yolov12
 COPY . .

@@ -1,11 +1,29 @@
 #!/usr/bin/env bash
 # docker run IMAGE train|val|predict|export|plan|check key=value...   runs the script of that name
 # docker run IMAGE COMMAND...                                         runs any other command
+# docker run IMAGE --help                                             says what there is
 # docker run -it IMAGE                                                starts a shell
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+show_help() {
+  cat <<'HELP'
+yolov12: YOLOv12 with training that does not run out of GPU memory
+
+  docker run --gpus all --shm-size=8g -v "$PWD:/work" -w /work IMAGE train data=coco.yaml batch=256
+  docker run --gpus all IMAGE val|predict|export key=value...
+  docker run IMAGE train --help                 list the arguments of a command
+  docker run IMAGE plan model=all mem=16GiB     predict the memory of a training; needs no GPU
+  docker run --gpus all IMAGE check             report what this machine has and whether it can train
+  docker run --gpus all -it IMAGE               start a shell
+  docker run IMAGE COMMAND...                   run any other command, such as python, yolo or torchrun
+HELP
+}
+
 case "${1:-}" in
+  -h | --help | help)
+    show_help
+    ;;
   train)
     shift
     "$root/docker/preflight.sh" "$@"
@@ -16,17 +34,8 @@ case "${1:-}" in
     ;;
   "")
     [ ! -t 0 ] || exec bash
-    cat <<'HELP'
-yolov12: YOLOv12 with training that does not run out of GPU memory
-
-  docker run --gpus all --shm-size=8g -v "$PWD:/work" -w /work IMAGE train data=coco.yaml batch=256
-  docker run --gpus all IMAGE val|predict|export key=value...
-  docker run IMAGE plan model=all mem=16GiB     predict the memory of a training; needs no GPU
-  docker run --gpus all IMAGE check             report what this machine has and whether it can train
-  docker run --gpus all -it IMAGE               start a shell
-
-This container:
-HELP
+    show_help
+    printf '\nThis container:\n'
     exec "$root/scripts/check.sh"
     ;;
   *)

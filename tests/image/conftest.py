@@ -3,24 +3,49 @@
 import json
 import os
 import subprocess
+import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 _READ_ONLY = """
-root=$0 work=$1
-shift
+root=$0 work=$1 user=$2 home=$3
+shift 3
 mount --bind "$root" "$root"
 mount --bind "$work" "$root/work"
 mount --bind /dev "$root/dev"
 mount --bind /proc "$root/proc"
 mount -o remount,ro,bind "$root"
-exec chroot "$root" env -i HOME=/root PWD=/work "$@"
+exec chroot --userspec="$user" "$root" env -i HOME="$home" PWD=/work "$@"
 """
 
 IMAGE, TOOL = os.environ.get("YOLOV12_IMAGE", "yolov12"), os.environ.get("YOLOV12_IMAGE_TOOL")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command that runs in a container."""
+
+    process: subprocess.Popen
+    name: str
+
+    def kill(self, number):
+        """Send a signal to the container's first process, as `docker stop` does.
+
+        With docker, the daemon sends it: the processes may belong to root, and this test to another user.
+        """
+        if TOOL == "buildah":
+            os.kill(_first_process(self.process.pid), number)
+        else:
+            subprocess.run([TOOL, "kill", "--signal", str(int(number)), self.name], check=True, capture_output=True)
+
+
+def _first_process(pid):
+    """Find `tini` below buildah, which starts it through processes of its own that hand no signal on."""
+    return next(each.pid for each in psutil.Process(pid).children(recursive=True) if each.name() == "tini")
 
 
 @dataclass(frozen=True)
@@ -29,44 +54,55 @@ class Container:
 
     name: str
 
-    def run(self, *command, entrypoint=None, user=None, mounts=(), folder=None, stdin=subprocess.DEVNULL, check=None):
-        """Run a command by the image's entrypoint, or by another."""
+    def run(
+        self, *command, entrypoint=None, user=None, mounts=(), folder=None, stdin=subprocess.DEVNULL, check=None, env=()
+    ):
+        """Run a command by the image's entrypoint, or by another; `env` has words such as HOME=/."""
         words = [*(self.entrypoint() if entrypoint is None else entrypoint), *command]
         done = subprocess.run(
-            [*self.prefix(user, mounts, folder), *words], stdin=stdin, capture_output=True, text=True, timeout=280
+            [*self.prefix(user, mounts, folder, environment=env), *words],
+            stdin=stdin,
+            capture_output=True,
+            text=True,
+            timeout=280,
         )
         if check is not None:
             assert done.returncode == check, f"{done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         return done
 
-    def run_read_only(self, *command, work):
-        """Run a command by the entrypoint where nothing but a folder at /work can be written to."""
-        words = [*self.entrypoint(), *command]
+    def run_read_only(self, *command, work, user="0:0", home="/root", entrypoint=None):
+        """Run a command where nothing but a folder at /work can be written to, as Apptainer does with a user's home."""
+        words = [*(self.entrypoint() if entrypoint is None else entrypoint), *command]
         if TOOL != "buildah":
             mount = ["--read-only", "--volume", f"{work}:/work", "--workdir", "/work", "--entrypoint", ""]
-            words = [TOOL, "run", "--rm", *mount, self.name, *words]
+            words = [TOOL, "run", "--rm", *mount, "--user", user, "--env", f"HOME={home}", self.name, *words]
         else:  # which has no such option
             root = subprocess.check_output(["buildah", "mount", self.name], text=True).strip()
             Path(root, "work").mkdir(exist_ok=True)
-            words = ["unshare", "--mount", "sh", "-euc", _READ_ONLY, root, str(work), *self.config()["Env"], *words]
+            place = [root, str(work), user, home]
+            words = ["unshare", "--mount", "sh", "-euc", _READ_ONLY, *place, *self.config()["Env"], *words]
         return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=280)
 
     def start(self, *command, mounts=(), folder=None):
-        """Start a command by the image's entrypoint, for a test to send signals to."""
-        return subprocess.Popen(
-            [*self.prefix(None, mounts, folder), *self.entrypoint(), *command],
+        """Start a command by the image's entrypoint, for a test to send signals to with `kill`."""
+        name = f"yolov12-test-{uuid.uuid4().hex[:12]}"
+        process = subprocess.Popen(
+            [*self.prefix(None, mounts, folder, name), *self.entrypoint(), *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        return Running(process, name)
 
-    def prefix(self, user, mounts, folder):
+    def prefix(self, user, mounts, folder, name=None, environment=()):
         options = [option for mount in mounts for option in ("--volume", mount)]
         options += ["--user", user] if user else []
+        options += [option for each in environment for option in ("--env", each)]
         if TOOL == "buildah":
             options += ["--workingdir", folder] if folder else []
             return ["buildah", "run", *options, self.name, "--"]
         options += ["--workdir", folder] if folder else []
+        options += ["--name", name] if name else []
         return [TOOL, "run", "--rm", "--entrypoint", "", *options, self.name]
 
     def entrypoint(self):

@@ -1,5 +1,6 @@
 """The image's scripts without the image: what they say of a container that was started in the wrong way."""
 
+import copy
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ from yolov12.training.run.process_group import check_batch
 ROOT = Path(__file__).parents[2]
 
 
-def preflight(tmp_path, *words, driver=None, shm=None, **kwargs):
+def preflight(tmp_path, *words, driver=None, shm=None, environment=None, **kwargs):
     """Run docker/preflight.sh beside a stand-in for nvidia-smi."""
     tools = tmp_path / "tools"
     tools.mkdir(exist_ok=True)
@@ -22,6 +23,7 @@ def preflight(tmp_path, *words, driver=None, shm=None, **kwargs):
     tool.write_text(f"#!/bin/sh\necho {driver}\n" if driver else "#!/bin/sh\necho 'no devices' >&2; exit 9\n")
     tool.chmod(0o755)
     env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", **({"SHM": shm} if shm else {})}
+    env |= {"CONDA_PREFIX": str(tmp_path), "CUDA_HOME": str(tmp_path), **(environment or {})}
     return subprocess.run(
         [ROOT / "docker" / "preflight.sh", f"project={tmp_path}", *words],
         env=env,
@@ -47,6 +49,31 @@ def test_an_old_driver_is_an_error(tmp_path, driver, status):
     assert done.returncode == status
     assert (f"driver {driver} of this machine is older than 525.60.13" in done.stderr) is bool(status)
     assert preflight(tmp_path, "device=cpu", driver=driver).returncode == 0
+
+
+def test_an_old_driver_is_a_warning_where_the_base_image_brings_a_newer_one(tmp_path):
+    """NVIDIA's runtime refuses to start the image where this cannot work, so the entrypoint does not."""
+    (tmp_path / "compat").mkdir()
+    (tmp_path / "compat" / "libcuda.so.1").touch()
+    done = preflight(tmp_path, driver="470.82.01")
+    assert done.returncode == 0
+    assert "driver 470.82.01 of this machine is older than 525.60.13" in done.stderr
+    assert "data-center GPUs only" in done.stderr
+
+
+def test_the_oldest_driver_is_that_of_the_installed_pytorch(tmp_path):
+    folder = tmp_path / "lib" / "python3.12" / "site-packages" / "torch"
+    folder.mkdir(parents=True)
+    for cuda, status in (("12.1", 0), ("13.2", 1)):
+        (folder / "version.py").write_text(f"__version__ = '2'\ncuda: Optional[str] = '{cuda}'\nhip = None\n")
+        done = preflight(tmp_path, driver="570.1")
+        assert done.returncode == status
+        assert ("older than 580.65.06, which CUDA 13 needs" in done.stderr) is bool(status)
+
+
+def test_help_is_not_held_up_by_a_machine_that_cannot_train(tmp_path):
+    done = preflight(tmp_path, "--help", driver="470.82.01")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_small_shm_is_a_warning(tmp_path):
@@ -83,6 +110,9 @@ def test_no_command_without_a_terminal_says_what_there_is(tmp_path):
     assert run().endswith("This container:\ncheck.sh\n")
     assert run("val", "a b", "c") == "val.sh a b c\n"
     assert run("printf", "%s|", "a b", "c") == "a b|c|"
+    for word in ("--help", "-h", "help"):
+        assert "docker run --gpus all --shm-size=8g" in run(word)
+        assert "check.sh" not in run(word)
 
 
 def test_the_image_agrees_with_the_rest_of_the_project():
@@ -113,7 +143,7 @@ def test_restarts_resume_by_themselves():
     container = job["containers"][0]
     assert compose["command"] == container["args"]
     assert {"resume=auto", "name=line", "project=/work/runs"} < set(container["args"])
-    assert (compose["restart"], job["restartPolicy"]) == ("on-failure", "OnFailure")
+    assert re.fullmatch(r"on-failure:[1-9]", compose["restart"])  # status 2 would come again and again
     assert compose["shm_size"] == "8gb"
     assert job["volumes"][1]["emptyDir"]["medium"] == "Memory"
     words = parse(container["args"][1:])
@@ -121,13 +151,60 @@ def test_restarts_resume_by_themselves():
     assert words["resume"] == "auto"
 
 
+def jobs():
+    """Name of each Kubernetes job → its spec, also of the job inside the job set."""
+    single = yaml.safe_load((ROOT / "docker" / "job.yaml").read_text())
+    _, nodes = yaml.safe_load_all((ROOT / "docker" / "nodes.yaml").read_text())
+    job_set = yaml.safe_load((ROOT / "docker" / "jobset.yaml").read_text())
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    return {"job": single["spec"], "nodes": nodes["spec"], "jobset": replicated["template"]["spec"]}
+
+
+def action(spec, status):
+    """What Kubernetes does after a container has ended with a status: the first rule that matches decides."""
+    for rule in spec["podFailurePolicy"]["rules"]:
+        codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+        assert codes["operator"] == "In"
+        assert codes.get("containerName") in (None, spec["template"]["spec"]["containers"][0]["name"])
+        if status in codes["values"]:
+            return rule["action"]
+    return "Count"
+
+
+@pytest.mark.parametrize("name", ["job", "nodes", "jobset"])
+def test_kubernetes_starts_a_training_again_by_its_exit_status(name):
+    spec = jobs()[name]
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"  # else Kubernetes refuses a podFailurePolicy
+    wanted = {1: "Count", 2: "FailJob", 137: "Count", 143: "Ignore"}
+    assert {status: action(spec, status) for status in wanted} == wanted
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]  # JobSet's schema wants the status
+    assert {"action": "Ignore", "onPodConditions": disrupted} in spec["podFailurePolicy"]["rules"]
+    assert spec["backoffLimit"] <= 10
+
+
+def test_a_job_set_ends_where_a_job_does():
+    spec = yaml.safe_load((ROOT / "docker" / "jobset.yaml").read_text())["spec"]
+    (rule,) = spec["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert spec["network"]["publishNotReadyAddresses"] is True
+    nodes, job_set = (copy.deepcopy(jobs()[name]) for name in ("nodes", "jobset"))
+    endpoint = "--rdzv-endpoint=yolov12-node-0-0.yolov12:29400"  # SET-JOB-JOB'S INDEX-POD'S INDEX.SUBDOMAIN
+    assert job_set["template"]["spec"]["containers"][0]["args"].count(endpoint) == 1
+    for each in (nodes, job_set):
+        each.pop("backoffLimit")  # 0 for a set, which starts all pods anew
+        each["template"]["spec"].pop("subdomain", None)
+        args = each["template"]["spec"]["containers"][0]["args"]
+        args[:] = [word for word in args if not word.startswith("--rdzv-endpoint=")]
+    assert nodes == job_set
+
+
 def test_a_training_on_several_machines_is_one_that_torchrun_and_we_understand():
     from torch.distributed.run import parse_args
 
     service, job = yaml.safe_load_all((ROOT / "docker" / "nodes.yaml").read_text())
     pod = job["spec"]["template"]["spec"]
-    launcher, *words = pod["containers"][0]["args"]
-    assert launcher == "torchrun"
+    launcher, words = pod["containers"][0]["args"][:3], pod["containers"][0]["args"][3:]
+    assert launcher == ["python", "-m", "yolov12.torchrun"]  # whose exit statuses the podFailurePolicy knows
     asked = parse_args(words)
     gpus = pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
     assert (int(asked.nnodes), int(asked.nproc_per_node)) == (job["spec"]["completions"], gpus)
