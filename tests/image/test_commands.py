@@ -156,25 +156,19 @@ def test_trains_validates_and_predicts(image, tmp_path):
 def test_trains_in_several_processes(image, tmp_path):
     """A container without a network has a name that cannot be resolved, on which torchrun would wait."""
     tmp_path.chmod(0o777)
-    launch = (
-        "python",
-        "-m",
-        "yolov12.torchrun",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        "--nproc-per-node=2",
-        "-m",
-        "yolov12",
-        "train",
-    )
+    launch = ("torchrun", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m", "yolov12", "train")
     words = (*TINY, "project=/work/runs", "name=line", "bn_group=2")
     image.run(*launch, *words, mounts=[f"{tmp_path}:/work"], folder="/work", check=0)
     assert (tmp_path / "runs" / "line" / "memory.rank1.csv").exists()
 
 
-def test_another_user_trains_in_a_mounted_folder(image, tmp_path):
+@pytest.mark.parametrize("command", [None, "yolo"])
+def test_another_user_trains_in_a_mounted_folder(image, tmp_path, command):
+    """By the entrypoint, and by a plain command that nothing prepares."""
     tmp_path.chmod(0o777)
-    done = image.run("train", *TINY, user="1000:1000", mounts=[f"{tmp_path}:/work"], folder="/work", check=0)
+    where = {"user": "1000:1000", "mounts": [f"{tmp_path}:/work"], "folder": "/work"}
+    words, entrypoint = (["train"], None) if command is None else ([command, "train"], [])
+    done = image.run(*words, *TINY, "project=/work/runs", entrypoint=entrypoint, **where, check=0)
     assert list(tmp_path.glob("runs/**/best.pt")), done.stdout[-500:]
 
 
