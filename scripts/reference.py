@@ -80,6 +80,10 @@ def _exit_status() -> str:
 |---|---|
 {statuses}
 
+`yolov12`, `python -m yolov12`, the scripts, the commands of the image and `python -m yolov12.torchrun` have these
+statuses. PyTorch's own `torchrun` has status 1 whatever its processes ended with, after a signal too. `yolo` and Python
+scripts have status 1 after any error, and the same statuses as `yolov12` after a signal.
+
 A status of 137 does not come from this package: the process was killed from outside (SIGKILL). On Linux the usual
 reason is that the memory of the host or of the container ran out.
 

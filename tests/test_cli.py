@@ -133,6 +133,7 @@ def test_val_without_weights_says_what_to_do(capsys, monkeypatch, tmp_path):
         "val model=yolov12n.yaml data=missing.yaml device=cpu",
         "predict model=yolov12n.yaml source=/missing device=cpu",
         "export model=yolov12n.yaml format=wrong device=cpu",
+        "plan model=missing.yaml mem=8GiB",
     ],
 )
 def test_what_the_user_has_to_change_has_status_2(words, capsys, monkeypatch, tmp_path):

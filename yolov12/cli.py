@@ -103,7 +103,8 @@ def main(args: list[str] | None = None) -> int:
             autopatch.apply()
             from yolov12 import plan
 
-            return plan.main(words)
+            with _refusals():
+                return plan.main(words)
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, 'check', 'plan'])}")
         _use_every_core()
