@@ -1,58 +1,52 @@
-"""Checks the packages of the image: the locked versions, torch 2.3 for CUDA 12.1, and imports of GPU packages.
+"""Checks the packages of the image and writes down what it was built from, for `yolov12 check`.
 
-python docker/verify.py [requirements/gpu.txt]
+python docker/verify.py
+
+Reads the build arguments of the Dockerfile from the environment.
 """
 
-import importlib
-import re
-import sys
+import json
+import os
 from importlib import metadata
 from pathlib import Path
 
-LOCK = Path(__file__).parents[1] / "requirements" / "lock.txt"
-MODULES = {"flash-attn": "flash_attn", "tensorrt-cu12": "tensorrt"}
+from yolov12.check.installation import IMAGE_FILE, pinned, read_gpu_packages, read_lock
+
+ROOT = Path(__file__).parents[1]
 
 
-def pinned(file: Path) -> dict[str, str]:
-    """Read the pinned distributions of a requirements file.
-
-    Args:
-        file: A requirements file with lines such as `numpy==1.26.4`.
-
-    Returns:
-        Distribution → version, for those that apply to this Python and platform.
-    """
-    from packaging.requirements import Requirement
-
-    lines = re.findall(r"^[\w.-]+==[^\\\n]+", file.read_text(), re.MULTILINE)
-    found = [Requirement(line.strip()) for line in lines]
-    return {each.name: str(each.specifier)[2:] for each in found if each.marker is None or each.marker.evaluate()}
-
-
-def main(files: list[str]) -> None:
-    """Check the installed distributions.
-
-    Args:
-        files: Requirements files to check in addition to the lock. The modules that they install are also imported.
+def main() -> None:
+    """Check the installed distributions, and write the description of the image.
 
     Raises:
-        AssertionError: A version differs.
+        AssertionError: A version differs, or a package cannot be imported.
     """
     import torch
 
-    for file in [LOCK, *map(Path, files)]:
-        wrong = {name: metadata.version(name) for name, wanted in pinned(file).items() if _base(name) != wanted}
-        assert not wrong, f"not as {file.name} says: {wrong}"
-    assert torch.__version__.startswith("2.3."), torch.__version__
-    assert torch.version.cuda == "12.1", torch.version.cuda
-    for name in (name for file in files for name in pinned(Path(file))):
-        importlib.import_module(MODULES.get(name, name))
-    print(f"verified: {len(pinned(LOCK))} locked distributions, torch {torch.__version__}, {files or 'no GPU extras'}")
-
-
-def _base(name: str) -> str:
-    return metadata.version(name).partition("+")[0]
+    argument = os.environ.get
+    lock = read_lock()
+    assert lock, "requirements/ has no lock"
+    assert lock.name == argument("LOCK"), f"the packages are those of {lock.name}.txt, not of {argument('LOCK')}.txt"
+    assert not lock.differing, f"not as {lock.name}.txt says: {lock.differing}"
+    if lock.name == "lock":
+        assert torch.__version__.startswith("2.3."), torch.__version__
+        assert torch.version.cuda == "12.1", torch.version.cuda
+    if gpu := argument("GPU_REQUIREMENTS"):
+        wanted = pinned(ROOT / gpu)
+        wrong = {name: metadata.version(name) for name in wanted if metadata.version(name) != wanted[name]}
+        assert not wrong, f"not as {gpu} says: {wrong}"
+        broken = [package for package in read_gpu_packages() if not package.works]
+        assert not broken, broken
+    image = {
+        "version": argument("VERSION", ""),
+        "revision": argument("REVISION", ""),
+        "source": argument("SOURCE", ""),
+        "bases": {name: argument(name, "") for name in ("CUDA_DEVEL", "CUDA_RUNTIME", "CONDA")},
+        "flash_attn": argument("FLASH_ATTN", "") if gpu else "none",
+    }
+    IMAGE_FILE.write_text(json.dumps(image, indent=2) + "\n", "utf-8")
+    print(f"verified: {lock.locked} distributions of {lock.name}.txt, torch {torch.__version__}, {gpu or 'no GPU packages'}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -2,6 +2,8 @@
 # Builds and tests the image with docker, podman or buildah, the first that works.
 #   scripts/image.sh build [arguments of `docker build`]
 #   scripts/image.sh test [arguments of pytest]
+#   scripts/image.sh pin          writes the digests of the base images into the Dockerfile, as the registry tells them
+# YOLOV12_IMAGE is the tag, YOLOV12_LOCK=current takes the newest versions, without flash-attn and TensorRT.
 # If the base images cannot be pulled, stand-ins replace them: a Debian for the CUDA images and a small script for conda,
 # without flash-attn and TensorRT. This needs buildah and mmdebstrap. Everything else is the same.
 # Exit status 75 means: this machine cannot build the image, and nothing was tried.
@@ -28,6 +30,14 @@ default_of() { # name: prints the default of a Dockerfile argument
 
 can_pull() { "$tool" pull --quiet "$(default_of CUDA_RUNTIME)" >/dev/null 2>&1; }
 
+revision() { # prints the commit of the working tree, or nothing without git
+  git -C "$root" describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || true
+}
+
+source_of() { # prints the address of the repository, without a password in it
+  git -C "$root" remote get-url origin 2>/dev/null | sed 's|//[^/@]*@|//|' || true
+}
+
 check_space() { # buildah stores five copies of the 7 GB image while it commits
   local free
   free=$(df --output=avail -BG "$(buildah info --format '{{.store.GraphRoot}}')" | tail -n 1 | tr -dc 0-9)
@@ -44,6 +54,33 @@ bud() { # tag, arguments of `buildah bud`: builds the image and deletes the one 
   [ -z "$old" ] || buildah rmi "$old" >/dev/null 2>&1 || true # fails if a container uses it
 }
 
+print_size() {
+  local bytes
+  if [ "$tool" = buildah ]; then
+    bytes=$(buildah inspect --type image --format '{{.Manifest}}' "$image" |
+      python3 -c 'import json, sys; print(sum(layer["size"] for layer in json.load(sys.stdin)["layers"]))')
+  else
+    bytes=$("$tool" image inspect --format '{{.Size}}' "$image")
+  fi
+  echo "scripts/image.sh: $image has $((bytes / 1000000)) MB"
+}
+
+pin() {
+  local name reference digest
+  for name in CUDA_DEVEL CUDA_RUNTIME CONDA; do
+    reference=$(default_of "$name")
+    reference=${reference%@*}
+    "$tool" pull --quiet "$reference" >/dev/null
+    if [ "$tool" = buildah ]; then
+      digest=$(buildah images --format '{{.Digest}}' "$reference")
+    else
+      digest=$("$tool" image inspect --format '{{index .RepoDigests 0}}' "$reference")
+    fi
+    sed -i "s|^ARG $name=.*|ARG $name=$reference@${digest#*@}|" "$root/Dockerfile"
+    echo "$name=$reference@${digest#*@}"
+  done
+}
+
 make_stand_in() { # builds a base image with what the Dockerfile needs of the CUDA and conda images
   local folder=$cache/stand-in
   mkdir -p "$folder"
@@ -58,7 +95,15 @@ make_stand_in() { # builds a base image with what the Dockerfile needs of the CU
 }
 
 build() {
-  local arguments=()
+  local arguments=(--build-arg "REVISION=$(revision)" --build-arg "SOURCE=$(source_of)")
+  case ${YOLOV12_LOCK:-lock} in
+    lock) ;;
+    current) arguments+=(--build-arg LOCK=current --build-arg GPU_REQUIREMENTS=) ;;
+    *)
+      echo "scripts/image.sh: YOLOV12_LOCK=$YOLOV12_LOCK is not known: lock or current" >&2
+      return 2
+      ;;
+  esac
   if ! can_pull; then
     if [ "$tool" != buildah ] || ! command -v mmdebstrap >/dev/null; then
       echo "scripts/image.sh: the base images cannot be pulled; stand-ins need buildah and mmdebstrap" >&2
@@ -76,6 +121,7 @@ build() {
   else
     DOCKER_BUILDKIT=1 "$tool" build --tag "$image" "${arguments[@]}" "$@" "$root"
   fi
+  print_size
 }
 
 tool=$(tool)
@@ -93,8 +139,9 @@ case "${1:-}" in
     cd "$root"
     YOLOV12_IMAGE=$image YOLOV12_IMAGE_TOOL=$tool exec python -m pytest -m image tests/image "$@"
     ;;
+  pin) pin ;;
   *)
-    sed -n '2,4s/^# *//p' "$0" >&2
+    sed -n '2,6s/^# *//p' "$0" >&2
     exit 2
     ;;
 esac

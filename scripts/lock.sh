@@ -17,7 +17,7 @@ compile() { # source, file to write, lowest Python, options of `uv pip compile`.
 
 compile lock.in lock.txt 3.10 "$@"
 compile current.in current.txt 3.11 "$@"
-for name in lint docs; do compile "$name.in" "$name.txt" 3.10 "$@"; done
+for name in lint docs gpu_build; do compile "$name.in" "$name.txt" 3.10 "$@"; done
 compile gpu.in gpu.txt 3.10 --no-deps "$@"
 for name in lock current; do # the same OpenCV without windows, for scripts/env.sh
   sed -n 's/^opencv-python\(==[^ ]*\).*/opencv-python-headless\1/p' "$name.txt" |

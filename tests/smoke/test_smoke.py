@@ -1,6 +1,5 @@
 """One training from end to end, as a user has it: scripts/smoke.sh runs these, on a GPU or without."""
 
-import importlib.util
 import json
 import random
 import subprocess
@@ -22,11 +21,9 @@ pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
 GPU = torch.cuda.is_available()
 # On a CPU the same, in small.
 SIZE, BATCH, SECONDS = (640, 64, 120) if GPU else (96, 8, 20)
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
 
 
-@needs_gpu
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="needs flash-attn")
+@pytest.mark.needs("gpu", "flash-attn")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_flash_kernel_computes_attention(dtype):
     assert select_backend(torch.device("cuda"), dtype).name == "flash"
@@ -110,8 +107,7 @@ def test_onnx_finds_the_same(trained):
     assert_alike(boxes(exported), boxes(best), pixels=1.0 if GPU else 0.1, confidence=0.01)
 
 
-@needs_gpu
-@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="needs TensorRT")
+@pytest.mark.needs("gpu", "tensorrt")
 def test_tensorrt_finds_the_same(trained):
     best = trained / "weights" / "best.pt"
     exported = YOLO(best).export(format="engine", half=True, dynamic=True, imgsz=SIZE)

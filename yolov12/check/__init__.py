@@ -13,13 +13,14 @@ from yolov12.check.devices import parse_device, resolve_device
 from yolov12.check.findings import problems, warnings
 from yolov12.check.gpu_info import read_cuda
 from yolov12.check.host_info import read_host, read_versions
+from yolov12.check.installation import read_gpu_packages, read_image, read_lock
 from yolov12.check.probe import probe_attention, probe_training
 from yolov12.check.render import as_json, as_text, verdict
 from yolov12.check.report import Report
 from yolov12.errors import ConfigError
 from yolov12.seams import PINNED
 
-__all__ = ["Report", "main", "problems", "read_report", "warnings"]
+__all__ = ["Report", "main", "problems", "read_gpu_packages", "read_report", "warnings"]
 
 
 def main(args: list[str]) -> int:
@@ -75,6 +76,9 @@ def read_report(device: str = "") -> Report:
         host=host,
         versions=read_versions(),
         pinned_ultralytics=PINNED,
+        image=read_image(),
+        lock=read_lock(),
+        gpu_packages=read_gpu_packages(),
     )
 
 

@@ -14,7 +14,7 @@ from yolov12 import __version__
 from yolov12.check.report import Host
 from yolov12.mas.memory.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, read_cgroup_memory, read_text
 
-__all__ = ["read_cgroup_memory", "read_host", "read_versions"]
+__all__ = ["installed_version", "read_cgroup_memory", "read_host", "read_versions"]
 
 # Reported name → distributions that provide it. The first installed one counts.
 _DISTRIBUTIONS = {
@@ -68,11 +68,19 @@ def read_versions() -> dict[str, str | None]:
         "CUDA of torch": torch.version.cuda,
         "cuDNN": _cudnn(),
     }
-    return versions | {name: _installed(candidates) for name, candidates in _DISTRIBUTIONS.items()}
+    return versions | {name: installed_version(name) for name in _DISTRIBUTIONS}
 
 
-def _installed(candidates: tuple[str, ...]) -> str | None:
-    for name in candidates:
+def installed_version(library: str) -> str | None:
+    """Read the version of a library without importing it.
+
+    Args:
+        library: A name that `read_versions` reports, such as `flash-attn` or `tensorrt`.
+
+    Returns:
+        The version of the first distribution that provides the library, or None if none is installed.
+    """
+    for name in _DISTRIBUTIONS[library]:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 from yolov12.check.findings import format_bytes, problems, warnings
-from yolov12.check.report import AttentionProbe, Cuda, Gpu, Host, Report, TrainingProbe
+from yolov12.check.report import AttentionProbe, Cuda, Gpu, GpuPackage, Host, Image, Lock, Report, TrainingProbe
 
 __all__ = ["as_json", "as_text", "verdict"]
 
@@ -34,6 +34,7 @@ def as_text(report: Report) -> str:
         lines += ["Training step", *_indent(map(_training, report.training))]
     lines += ["Host", *_indent(_host(report.host))]
     lines += ["Versions", *_indent(f"{name:14}{_found(value)}" for name, value in report.versions.items())]
+    lines += ["Installation", *_indent(_installation(report))]
     if found := warnings(report):
         lines += ["Warnings", *_indent(found)]
     return "\n".join([*lines, "", verdict(report)])
@@ -98,6 +99,34 @@ def _host(host: Host) -> Iterator[str]:
     yield f"{'RAM':14}{available} available of {total}{limited}"
     if host.shm_total_bytes is not None:
         yield f"{'/dev/shm':14}{format_bytes(host.shm_free_bytes)} free of {format_bytes(host.shm_total_bytes)}"
+
+
+def _installation(report: Report) -> Iterator[str]:
+    yield f"{'image':14}{_image(report.image) if report.image else 'this is no image of this project'}"
+    if report.lock:
+        yield f"{'lock':14}{_lock(report.lock)}"
+    for package in report.gpu_packages:
+        yield f"{package.name:14}{_gpu_package(package)}"
+
+
+def _image(image: Image) -> str:
+    bases = ", ".join(dict.fromkeys(image.bases.values()))
+    digest = image.digest or "digest unknown (docker run -e YOLOV12_IMAGE_DIGEST=... tells it)"
+    return f"version {image.version}, revision {image.revision or 'unknown'}, built on {bases}, {digest}"
+
+
+def _lock(lock: Lock) -> str:
+    which = f"requirements/{lock.name}.txt, sha256 {lock.sha256[:12]}"
+    if not lock.differing:
+        return f"{which}: all {lock.locked} distributions have its versions"
+    some = ", ".join(f"{name} {version or 'missing'}" for name, version in [*lock.differing.items()][:5])
+    return f"{which}: {len(lock.differing)} of {lock.locked} distributions differ, such as {some}"
+
+
+def _gpu_package(package: GpuPackage) -> str:
+    if package.version is None:
+        return "not installed"
+    return f"{package.version}, {f'BROKEN: {package.failure}' if package.failure else 'can be imported'}"
 
 
 def _found(version: str | None) -> str:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["AttentionProbe", "Cuda", "Gpu", "Host", "OtherProcess", "Report", "TrainingProbe"]
+__all__ = [
+    "AttentionProbe",
+    "Cuda",
+    "Gpu",
+    "GpuPackage",
+    "Host",
+    "Image",
+    "Lock",
+    "OtherProcess",
+    "Report",
+    "TrainingProbe",
+]
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,52 @@ class Host:
 
 
 @dataclass(frozen=True)
+class Image:
+    """The container image that this process runs in, as its build described it."""
+
+    digest: str | None
+    """Value of `YOLOV12_IMAGE_DIGEST`. None if it is not set: an image cannot contain its own digest."""
+    version: str
+    revision: str
+    """Commit that the image was built from. Empty if the build did not say it."""
+    source: str
+    """Address of the repository. Empty if the build did not say it."""
+    bases: dict[str, str]
+    """Dockerfile argument → base image."""
+    flash_attn: str
+    """How the build got flash-attn: `source`, `wheel` or `none`."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The requirements file with exact versions that the installed distributions match best."""
+
+    name: str
+    sha256: str
+    """Digest of the file."""
+    locked: int
+    """Number of distributions that the file names for this Python and platform."""
+    differing: dict[str, str | None]
+    """Distribution → installed version, for those that differ from the file. None means: not installed."""
+
+
+@dataclass(frozen=True)
+class GpuPackage:
+    """A package that only the image can install, and whether it can be imported."""
+
+    name: str
+    version: str | None
+    """Installed version. None means: not installed."""
+    failure: str | None
+    """Reason if the import of an installed package fails, else None."""
+
+    @property
+    def works(self) -> bool:
+        """True if the package is installed and can be imported."""
+        return self.version is not None and self.failure is None
+
+
+@dataclass(frozen=True)
 class Report:
     """All readings of `yolov12 check`."""
 
@@ -131,3 +188,8 @@ class Report:
     """Name → installed version. None means: not installed."""
     pinned_ultralytics: str
     """Ultralytics version that this package is made for."""
+    image: Image | None = None
+    """The image of this container. None outside of an image of this project."""
+    lock: Lock | None = None
+    """None if the requirements files are not there, as without a clone."""
+    gpu_packages: tuple[GpuPackage, ...] = ()
