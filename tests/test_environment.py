@@ -206,7 +206,7 @@ def requirements(name: str) -> dict[str, tuple[str, int]]:
 LOCKS = {"lock": ("3.10", "3.11", "3.12"), "current": ("3.11", "3.12", "3.13", "3.14")}  # and their Pythons
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "lock-headless", "current-headless", "lint", "docs", "gpu"])
+@pytest.mark.parametrize("name", [*LOCKS, "lock-headless", "current-headless", "lint", "docs", "gpu", "gpu_build"])
 def test_locks_have_hashes_and_no_addresses(name):
     assert "://" not in (ROOT / "requirements" / f"{name}.txt").read_text()
     locked = requirements(f"{name}.txt")
@@ -245,7 +245,10 @@ def test_versions_agree_wherever_they_are_written():
     assert lock["ultralytics"][0] == PINNED
     assert (lock["torch"][0], lock["torchvision"][0]) == ("2.3.1", "0.18.1")
     assert f'"ultralytics=={PINNED}"' in (ROOT / "pyproject.toml").read_text()
-    assert requirements("gpu.txt").keys() == {"flash-attn", "tensorrt-cu12"}
+    tensorrt = {f"tensorrt-cu12{part}" for part in ("", "-bindings", "-libs")}
+    assert requirements("gpu.txt").keys() == {"flash-attn", *tensorrt}
+    assert len({requirements("gpu.txt")[name][0] for name in tensorrt}) == 1
+    assert requirements("gpu_build.txt").keys() == {"ninja", "wheel-stub"}
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert environment["name"] == "yolov12"
     assert "python=3.11" in environment["dependencies"]

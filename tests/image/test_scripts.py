@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from yolov12 import __version__
 from yolov12.cli import parse
 from yolov12.training.run.process_group import check_batch
 
@@ -127,11 +128,11 @@ def test_the_image_agrees_with_the_rest_of_the_project():
     assert "-r requirements/lock.txt" in environment
     assert re.search(r"^torch==2\.3\.", lock, re.MULTILINE)
     assert re.search(r"^nvidia-cuda-runtime-cu12==12\.1\.", lock, re.MULTILINE)
-    assert set(re.findall(r"^ARG CUDA_\w+=\S+:12\.1\.\d+-", dockerfile, re.MULTILINE)) == {
-        "ARG CUDA_DEVEL=nvidia/cuda:12.1.1-",
-        "ARG CUDA_RUNTIME=nvidia/cuda:12.1.1-",
-    }
-    assert {line.partition("==")[0] for line in gpu.splitlines() if "==" in line} == {"flash-attn", "tensorrt-cu12"}
+    gpu_packages = {line.split(" ")[0] for line in gpu.splitlines() if "==" in line}
+    parts = [f"tensorrt-cu12{part}==10.9.0.34" for part in ("", "-bindings", "-libs")]
+    assert gpu_packages == {"flash-attn==2.7.4.post1", *parts}
+    assert f"ARG VERSION={__version__}\n" in dockerfile
+    assert {"setuptools", "wheel"} <= {line.strip(" -").partition("=")[0] for line in environment.splitlines()}
     for path in re.findall(r"/root/yolov12/(docker/\S+?\.sh)", dockerfile):
         assert (ROOT / path).exists()
     assert "exec" in (ROOT / "docker" / "entrypoint.sh").read_text().split("train)")[1].split(";;")[0]
@@ -225,5 +226,7 @@ def test_what_linters_and_tests_write_does_not_go_into_the_image():
     written = {".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".ultralytics"}
     written |= {".venv", ".venv-current", ".venv.lock"}
     assert written <= set(ignored)
+    mounts = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["train"]["volumes"]
+    assert {mount.partition(":")[0].removeprefix("./") for mount in mounts} <= set(ignored)
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     assert not {line.split("/")[0] for line in tracked.stdout.splitlines()} & written
