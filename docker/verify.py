@@ -45,9 +45,8 @@ def main() -> None:
         "flash_attn": argument("FLASH_ATTN", "") if gpu else "none",
     }
     IMAGE_FILE.write_text(json.dumps(image, indent=2) + "\n", "utf-8")
-    print(
-        f"verified: {lock.locked} distributions of {lock.name}.txt, torch {torch.__version__}, {gpu or 'no GPU packages'}"
-    )
+    packages = gpu or "no GPU packages"
+    print(f"verified: {lock.locked} distributions of {lock.name}.txt, torch {torch.__version__}, {packages}")
 
 
 if __name__ == "__main__":

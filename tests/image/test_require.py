@@ -33,5 +33,5 @@ def test_a_machine_with_all_parts_is_tested(check_required):
 
 @pytest.mark.parametrize("words", ["GPU", "gpu,flash_attn", "cuda", "gpu tensorrt"])
 def test_an_unknown_word_is_one_clear_error(check_required, words):
-    with pytest.raises(pytest.UsageError, match="YOLOV12_REQUIRE does not know .* It knows gpu, flash-attn, tensorrt"):
+    with pytest.raises(pytest.UsageError, match=r"YOLOV12_REQUIRE does not know .* It knows gpu, flash-attn, tensorrt"):
         check_required(words, {})

@@ -1,7 +1,7 @@
 """These take minutes, and are run by scripts/smoke.sh only.
 
-`YOLOV12_REQUIRE=gpu,flash-attn,tensorrt` names what this machine ought to have. If a part is missing, nothing is run, and
-the exit status is not 0. A test that needs a part that is not there and not required is skipped.
+`YOLOV12_REQUIRE=gpu,flash-attn,tensorrt` names what this machine ought to have. If a part is missing, no test runs, and
+the exit status is not 0. A test is skipped if it needs a part that is neither there nor required.
 """
 
 import datetime
