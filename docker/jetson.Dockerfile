@@ -21,6 +21,8 @@ RUN python3 -m venv --system-site-packages /opt/yolov12
 ENV PATH=/opt/yolov12/bin:$PATH \
     VIRTUAL_ENV=/opt/yolov12 \
     CONDA_DEFAULT_ENV=yolov12 \
+    PYTHONNOUSERSITE=1 \
+    YOLO_AUTOINSTALL=false \
     PYTHONUNBUFFERED=1
 WORKDIR /root/yolov12
 COPY requirements requirements
