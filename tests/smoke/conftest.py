@@ -17,7 +17,7 @@ from yolov12.check.render import as_json
 
 HERE = Path(__file__).parent
 REQUIRE = "YOLOV12_REQUIRE"
-PARTS = ("gpu", *(package.name for package in read_gpu_packages()))
+PARTS = ("gpu", "flash-attn", "tensorrt")
 _record = {}
 
 
