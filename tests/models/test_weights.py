@@ -78,7 +78,7 @@ def _other_data() -> None:
         (_cut_off_legacy, "empty, incomplete"),
         (_picture, "empty, incomplete"),
         (_archive_of_something, "empty, incomplete"),
-        (_tar, "empty, incomplete"),
+        (_tar, "tar format that PyTorch wrote before 2017"),
         (_two_records_of_one_name, "same name"),
         (_script, "TorchScript"),
         (_state_dict, "load_state_dict"),

@@ -7,24 +7,22 @@ the stock loader instead, which runs all code in the file.
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from logging import LogRecord
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import nn
 
 from yolov12 import files, own_files
 from yolov12.errors import MissingWeightsError, UnreadableWeightsError, UntrustedWeightsError, WeightsError
+from yolov12.models import torch_file
 from yolov12.models.layouts import mark_layout
-from yolov12.models.unpickle import RestrictedPickle
+from yolov12.models.limits import LimitError
 from yolov12.models.weight_names import OFFICIAL, resolve
 from yolov12.models.yaml_check import check_yaml
 
@@ -82,33 +80,32 @@ def _read(path: Path) -> tuple[Any, bool]:
     """Return the object in a file, and whether this process wrote the file."""
     if _trusted():
         return torch.load(path, map_location="cpu", weights_only=False), False
-    pickle_module = RestrictedPickle()
+    refused: list[str] = []
     try:
-        with path.open("rb") as stream:
-            if own_files.is_own(stream):
-                return torch.load(stream, map_location="cpu", weights_only=False), True
-            start = stream.read(4)
-        if zipped := start == b"PK\x03\x04":
-            pickle_module = RestrictedPickle(_records(path))
-        elif start[:1] != pickle.PROTO:  # the older format of torch.save starts with a pickle
-            raise pickle.UnpicklingError("no torch.save file")
-        # From a buffer, torch does not try its tar format from before 2017, which writes files while it reads.
-        source = path if zipped else io.BytesIO(path.read_bytes())
-        found = torch.load(source, map_location="cpu", pickle_module=pickle_module, weights_only=False)
+        with path.open("rb") as file:
+            if own_files.is_own(file):
+                return torch.load(file, map_location="cpu", weights_only=False), True
+            found = torch_file.load(file, refused)
     except WeightsError:
         raise
     except FileNotFoundError as e:
         raise MissingWeightsError(f"{path} does not exist (folder: {Path.cwd()}). Check the path.") from e
+    except LimitError as e:
+        if not refused:
+            raise UnreadableWeightsError(
+                f"{path} has {e}, which no checkpoint of Ultralytics has. Reading stopped. If you trust the author of "
+                f"the file, set {TRUST}=1 to load it without limits."
+            ) from e
     except Exception as e:
-        if not pickle_module.refused:
+        if not refused:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             raise UnreadableWeightsError(
                 f"{path} cannot be read as a checkpoint: it is empty, incomplete, or another format ({reason:.200}). "
                 "Delete it and download or copy it again."
             ) from e
-    if pickle_module.refused:
+    if refused:
         raise UntrustedWeightsError(
-            f"{path} asks for {', '.join(pickle_module.refused)}, which no checkpoint of Ultralytics needs. None of it "
+            f"{path} asks for {', '.join(refused)}, which no checkpoint of Ultralytics needs. None of it "
             f"was run. If you trust the author of the file, set {TRUST}=1 to load it without this check."
         )
     return found, False
@@ -213,25 +210,11 @@ def _stock_loader() -> Callable[..., Any]:
     return getattr(tasks.torch_safe_load, "__wrapped__", tasks.torch_safe_load)  # type: ignore[no-any-return]
 
 
-def _records(path: Path) -> dict[str, int]:
-    # Use torch's own reader: a crafted file can show different records to different readers.
-    reader: Any = torch._C.PyTorchFileReader(str(path))
-    if "constants.pkl" in reader.get_all_records():
-        raise UnreadableWeightsError(
-            f"{path} is a TorchScript archive, which is a program. Load the .pt file that it was exported from, or "
-            "rename it to .torchscript to run it as an exported model."
-        )
-    with ZipFile(path) as archive:
-        entries = archive.infolist()
-    sizes = {entry.filename.partition("/")[2].lower(): entry.file_size for entry in entries}
-    if len(sizes) != len(entries):  # torch may read another record than the one with this size
-        raise BadZipFile("two records have the same name")
-    return sizes
-
-
 def _has_model(checkpoint: Mapping[str, Any]) -> bool:
     parts = [checkpoint.get("ema"), checkpoint.get("model")]
-    return any(parts) and all(part is None or isinstance(part, nn.Module) for part in parts)
+    return any(part is not None for part in parts) and all(
+        part is None or isinstance(part, nn.Module) for part in parts
+    )
 
 
 def _raise_without_model(file: str, found: Any) -> None:
