@@ -168,7 +168,7 @@ files.write(sys.argv[2], lambda file: file.write(b"best"))
 
 
 def test_a_process_that_starts_the_ranks_and_they_trust_each_others_files(tmp_path):
-    """As with `device=0,1`, where the process that calls `train` reads the checkpoints that rank 0 writes."""
+    """Like a training with `device=0,1`, where the process that calls `train` reads the checkpoints that rank 0 writes."""
     before, best, forged = (tmp_path / name for name in ("last.pt", "best.pt", "forged.pt"))
     files.write(before, lambda file: file.write(b"last"))  # which ranks resume from
     own_files_there = dict(os.environ)
@@ -195,7 +195,7 @@ with open(sys.argv[2], "rb") as file:
 
 
 def test_ranks_trust_what_rank_0_writes(tmp_path, monkeypatch):
-    """As under torchrun, where every rank reads `best.pt` in the end."""
+    """Like a training under torchrun, where every rank reads `best.pt` in the end."""
     sent, best, alone = [], tmp_path / "best.pt", dict(os.environ)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "broadcast_object_list", lambda notes, source: sent.extend(notes))

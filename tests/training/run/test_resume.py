@@ -413,7 +413,7 @@ def test_statistics_move_once_for_a_batch_whose_step_was_cut(trainings, power, t
 
 
 def test_a_buffer_may_change_its_shape(trainings, power, tmp_path):
-    """As in a layer of the user's own that collects something."""
+    """It is like a layer of the user's own that collects something."""
 
     def sets(entries):
         return lambda trainer: trainer.model.model[0].register_buffer("seen", torch.arange(entries(trainer)))
