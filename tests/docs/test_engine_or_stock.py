@@ -7,7 +7,17 @@ from ultralytics.cfg import TASKS
 
 from yolov12.training.adapter import known
 
-PAGE = Path(__file__).parents[2] / "docs" / "reference" / "engine-or-stock.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "reference" / "engine-or-stock.md"
+
+
+def test_pages_agree_on_what_plain_ultralytics_can_do_with_our_files():
+    for page in ("guides/resume.md", "reference/weights.md"):
+        text = (DOCS / page).read_text("utf-8").replace("*", "")
+        said = (
+            r"loads, validates and fine-tunes .*v1\.0.*\. It cannot resume [^.]*does not know this package's arguments"
+        )
+        assert re.search(said, text), page
 
 
 def test_the_table_of_tasks_is_what_the_code_knows():

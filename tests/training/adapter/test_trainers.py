@@ -63,6 +63,11 @@ def test_a_loss_that_is_not_a_number_is_recovered_from(trainings, tmp_path, nbs,
 _LOAD = """
 import sys, torch
 from ultralytics import YOLO
+try:
+    YOLO("yolo12n.yaml").train(resume=sys.argv[1])
+except SyntaxError as error:
+    assert "mem_safety_ratio" in str(error)
+    print("it does not resume")
 for file in sys.argv[1:]:
     model = YOLO(file)
     assert "yolov12.seams" not in sys.modules
@@ -71,10 +76,11 @@ for file in sys.argv[1:]:
 """
 
 
-def test_weights_load_in_plain_ultralytics(trainings, v1_run, run_python):
+def test_weights_load_in_plain_ultralytics_and_runs_do_not_resume_there(trainings, v1_run, run_python):
     files = [v1_run.folder / "weights" / name for name in ("best.pt", "last.pt")]
     done = run_python("-c", _LOAD, *map(str, files), YOLOV12_AUTOPATCH="0")
     assert done.returncode == 0, done.stderr
+    assert "it does not resume" in done.stdout
     lines = done.stdout.splitlines()[-4:]
     for file, modules, total in zip(files, lines[::2], lines[1::2], strict=True):
         assert modules == "['torch', 'ultralytics']"
