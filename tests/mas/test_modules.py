@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from yolov12.mas.modules import each_tensor
+from yolov12.mas.modules import Structure, each_tensor
 
 
 class Pair(NamedTuple):
@@ -44,3 +44,29 @@ def test_tensors_are_changed_wherever_they_are(nest, changed):
 def test_other_leaves_can_be_asked_for():
     assert each_tensor(["a", (1, "b")], str.upper, str) == ["A", (1, "B")]
     assert isinstance(each_tensor([torch.tensor(1)], str.upper, str)[0], Tensor)
+
+
+def _replace_parameter(model):
+    model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+
+
+def _replace_layer(model):
+    model[1][0] = nn.Conv2d(4, 4, 1)
+
+
+def _add_layer(model):
+    model.append(nn.ReLU())
+
+
+def _remove_layer(model):
+    del model[-1]
+
+
+@pytest.mark.parametrize("change", [_replace_parameter, _replace_layer, _add_layer, _remove_layer])
+def test_a_changed_structure_is_noticed_once(change):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.ReLU())
+    structure = Structure(model)
+    assert not structure.changed()
+    change(model)
+    assert structure.changed()
+    assert not structure.changed()
