@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -97,13 +98,11 @@ class GroupedBatchNorm:
         self._ungrouped = UngroupedBatchNorm(model, log)
         self._layers: list[_BatchNorm] = []
         self._forwards: list[Callable[[Tensor], Tensor]] = []
-        self._channels: list[int] = []
-        self._widths: list[int] = []  # the channels, padded
+        self._columns: list[slice] = []  # one per layer: its channels in the statistics
         # Statistics of all groups: one row per group, with the channels of all layers side by side. `_views` has the
         # same memory as one view per group and layer.
         self._means = self._variances = torch.empty(0, 0)
         self._views: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
-        self._blocks: list[tuple[Tensor, Tensor]] = []  # one pair per layer: the rows of this micro-batch
         self._groups: Sequence[int] = ()
         self._first = 0
         self._called: set[int] = set()
@@ -138,13 +137,14 @@ class GroupedBatchNorm:
         if layers != self._layers:
             self._layers = layers
             self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
-            self._channels = [layer.num_features for layer in layers]
-            self._widths = [-(-channels // _ALIGNED) * _ALIGNED for channels in self._channels]
+            widths = [-(-layer.num_features // _ALIGNED) * _ALIGNED for layer in layers]
+            starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
+            self._columns = [slice(at, at + layer.num_features) for at, layer in zip(starts, layers, strict=True)]
             tensors = [
                 tensor for layer in layers for tensor in (layer.running_mean, layer.weight) if tensor is not None
             ]
             like = next(iter([*tensors, *self._model.parameters()]), torch.empty(0))
-            self._means = like.new_zeros(0, sum(self._widths))
+            self._means = like.new_zeros(0, sum(widths))
             self._variances, self._views = self._means.clone(), []
         # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that, so the rows are cleared
         # here.
@@ -168,9 +168,6 @@ class GroupedBatchNorm:
         """
         self._groups, self._first = groups, first
         self._reserve(first + len(groups))
-        if self._layers:
-            both = (self._by_layer(rows[first : first + len(groups)]) for rows in (self._means, self._variances))
-            self._blocks = list(zip(*both, strict=True))
         forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
         for activation in {*self._activations.values()}:
             forwards[activation] = partial(self._activate, activation.forward)
@@ -237,8 +234,7 @@ class GroupedBatchNorm:
 
     def _by_layer(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Return each layer's part of rows of statistics, along the last dimension."""
-        parts = rows.split(self._widths, -1)
-        return tuple(part[..., :channels] for part, channels in zip(parts, self._channels, strict=True))
+        return tuple(rows[..., columns] for columns in self._columns)
 
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._check_activated()
@@ -246,10 +242,11 @@ class GroupedBatchNorm:
         self._called.add(index)
         sizes = self._sizes(layer, x)
         fused = layer in self._activations
-        means, variances = self._blocks[index]
         again: Again
-        if (fused or len(sizes) > 1) and self._suits_kernels(layer, x, sizes, means):
+        if (fused or len(sizes) > 1) and self._suits_kernels(layer, x, sizes):
             weight, bias = layer.weight, layer.bias
+            rows = slice(self._first, self._first + len(self._groups))
+            means, variances = (each[rows, self._columns[index]] for each in (self._means, self._variances))
             out, again = self._kernels.batch_norm(x, weight, bias, means, variances, sizes, layer.eps, fused)
             if fused:
                 self._activated, self.fused = out, self.fused + 1
@@ -279,12 +276,12 @@ class GroupedBatchNorm:
             )
         return [size * fold for size in self._groups]
 
-    def _suits_kernels(self, layer: _BatchNorm, x: Tensor, sizes: Sequence[int], means: Tensor) -> bool:
+    def _suits_kernels(self, layer: _BatchNorm, x: Tensor, sizes: Sequence[int]) -> bool:
         """Return whether the kernels can run this call. Invalid calls go to PyTorch, which raises its usual error."""
         return (
             layer.weight is not None
             and layer.bias is not None
-            and self._kernels.applies(x, layer.weight, means)
+            and self._kernels.applies(x, layer.weight, self._means)
             and x.shape[1] == layer.num_features
             and min(sizes) * x.shape[2] * x.shape[3] > 1
         )
