@@ -155,7 +155,7 @@ class Device(ReplayMeter):
         free = max(0, card.total_bytes - others - card.allocated_bytes)
         return Reading(card.allocated_bytes, card.allocated_bytes, free, card.total_bytes, others)
 
-    def release(self, *, collect: bool = True) -> None:
+    def release(self, *, thorough: bool = True) -> None:
         """Note that memory was released, see `Meter`."""
         self.released = True
 

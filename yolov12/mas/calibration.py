@@ -137,7 +137,7 @@ class Calibration:
         if self._config.micro_batch is None or self.bn_group is None:
             while (failure := self._warm_up(batch, work)) and planner.wait(failure):
                 pass
-            self._meter.release()
+            self._meter.release(thorough=False)
         if self.bn_group is None:
             if self.ladder is None and not self.fits(min(GROUPS[0], work.images), work):
                 self._make_ladder(batch, work)

@@ -156,6 +156,46 @@ def test_host_whose_peak_cannot_be_reset_and_heap_not_be_given_back(invented, mo
     assert meter.mark() == 900 * MIB
 
 
+@pytest.fixture
+def trims(monkeypatch):
+    """Return a list that gets an entry whenever the heap is returned to the system."""
+    found = []
+    monkeypatch.setattr(host_memory, "trim_heap", lambda: found.append(None) or True)
+    return found
+
+
+def test_equal_steps_on_the_host_keep_their_pages(invented, trims):
+    memory, hold = invented
+    meter, at = HostMeter(memory=memory), []
+    for mark in range(1, 201):
+        before = len(trims)
+        hold(1024 + mark % 3, 3000)
+        meter.mark()
+        hold(1030, 3000)
+        meter.peak_bytes()
+        meter.release(thorough=False)  # as after each validation
+        at += [mark] * (len(trims) - before)
+        meter.read()
+    assert at == [1, 2, 4, 8, 16, 32, 64, 128, 192]
+
+
+@pytest.mark.parametrize(("limit", "trimmed"), [(None, 0), (3 * GIB, 1)])
+def test_what_a_validation_leaves_in_the_heap_does_not_count_as_a_step_where_memory_is_short(
+    limit, trimmed, invented, trims
+):
+    memory, hold = invented
+    meter = HostMeter(limit, memory)
+    for _ in range(2):
+        meter.mark()
+        hold(1200, 1200)
+        meter.peak_bytes()
+    hold(2000, 2000)  # the validation
+    meter.read()
+    before = len(trims)
+    meter.mark()
+    assert len(trims) - before == trimmed
+
+
 def test_a_host_without_proc_is_one_clear_error(tmp_path):
     for read in (HostMemory.resident_bytes, HostMemory.room_bytes):
         with pytest.raises(ConfigError, match=r"memory cannot be read, as .* is missing: use Linux"):

@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,17 @@ def test_warm_up_and_profile_leave_no_trace(most):
     assert {name: value for name, value in now.items() if not name.startswith("_")} == attributes
     assert all(now[name] is value for name, value in kept.items())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "passes"), [("host", [(0, 1), (12, 4)]), ("cuda", [(0, 8), (0, 8), (8, 8)])])
+def test_the_warm_up_runs_few_images_and_measures_the_fullest(kind, passes):
+    model, ran = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten()), []
+    model.register_forward_pre_hook(lambda module, inputs: ran.append((int(inputs[0][0]), len(inputs[0]))))
+    task = mas.TensorTask(lambda model, x: model(x).square().mean())
+    engine, batch = mas.Engine(model, task, mas.Config()), (torch.arange(16.0).reshape(16, 1, 1, 1),)
+    work = replace(task.workload(batch), boxes=(1,) * 12 + (9,) + (1,) * 3)
+    assert warm_up(engine._step, kind, batch, work, CostModel(), SpeedModel(new_size_ms=0.0)) is None
+    assert ran == passes
 
 
 def test_a_failed_attempt_draws_again_what_it_drew():

@@ -33,8 +33,8 @@ def read_cgroup_memory(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> t
     found = []
     for folder in cgroup_folders("memory", root, membership):
         for limit_file, use_file, cache_name in _FILES:
-            limit, used = read_text(folder / limit_file).strip(), read_text(folder / use_file).strip()
-            if limit.isdigit() and used:  # "max" means no limit
+            limit = read_text(folder / limit_file).strip()
+            if limit.isdigit() and (used := read_text(folder / use_file).strip()):  # "max" means no limit
                 cache = read_fields(folder / "memory.stat").get(cache_name, 0)
                 found.append((int(limit), max(0, int(limit) - int(used) + cache)))
     if not found:

@@ -67,9 +67,9 @@ class CudaMeter:
         """Return the highest allocated bytes since the mark. They are exact, as the allocator counts every request."""
         return int(self._counters()["allocated_bytes"]["all"]["peak"])
 
-    def release(self, *, collect: bool = True) -> None:
+    def release(self, *, thorough: bool = True) -> None:
         """See `Meter.release`; this waits for the device."""
-        if collect:
+        if thorough:
             gc.collect()
         torch.cuda.empty_cache()
 

@@ -64,8 +64,8 @@ class HostMemory:
             (self.proc / "self/clear_refs").write_text("5")
 
 
-_TRIMMED_MARKS = 16
-_TRIM_EVERY_S = 10.0
+_TRIM_EVERY = 64
+"""Most marks from one trim of the heap to the next."""
 
 
 class HostMeter:
@@ -77,9 +77,11 @@ class HostMeter:
     ran before.
 
     This costs 6 to 19 ms per mark, and a step takes 20 to 30 % longer to get its pages again (2 cores). It is therefore
-    done for the first marks, from which a cost model learns most, and then every ten seconds. At other marks, and where
-    the C library cannot return memory (no glibc), the allocated bytes are taken as the smallest resident size at any
-    mark. After a larger step the measured increments are then too high, never too low.
+    done at marks 1, 2, 4, 8 and so on, as a cost model learns most from the first ones, and at least at every 64th
+    mark. It is also done where memory is short and something else, such as a validation, has made the heap larger than
+    the last step did. At other marks, and where the C library cannot return memory (no glibc), the allocated bytes are
+    taken as the smallest resident size at any mark. After a larger step the measured increments are then too high,
+    never too low.
 
     If the peak cannot be reset (not Linux, or not permitted), a peak below an earlier one is not visible. The larger of
     the resident sizes at `mark` and at `peak_bytes` is used in its place.
@@ -97,13 +99,16 @@ class HostMeter:
         self._memory = memory or HostMemory()
         self._limit = limit
         self._allocated_bytes: int | None = None
-        self._marks, self._trim_at_s = 0, 0.0
+        self._marks = 0
+        self._free_bytes = 0  # within the limit, at the last reading
+        self._peak_bytes = 0  # of the last step
         self._at_mark_bytes, self._peak_at_mark_bytes = self._memory.resident_bytes()
 
     def read(self) -> Reading:
         """Read the memory now. Allocated bytes are those of the last mark, or the resident size if it is smaller."""
         reserved, _ = self._memory.resident_bytes()
         total, free = self._memory.room_bytes()
+        self._free_bytes = min(free, limited_bytes(total, self._limit) - reserved)
         return Reading(
             reserved_bytes=reserved,
             allocated_bytes=reserved if self._allocated_bytes is None else min(reserved, self._allocated_bytes),
@@ -115,9 +120,8 @@ class HostMeter:
     def mark(self) -> int:
         """Return the heap to the system if it is due, reset the peak, and return the bytes allocated now."""
         self._marks += 1
-        trimmed = (self._marks <= _TRIMMED_MARKS or time.monotonic() >= self._trim_at_s) and trim_heap()
-        if trimmed:
-            self._trim_at_s = time.monotonic() + _TRIM_EVERY_S
+        is_due = self._marks & (self._marks - 1) == 0 or self._marks % _TRIM_EVERY == 0
+        trimmed = (is_due or self._is_misleading()) and trim_heap()
         self._memory.forget_peak()
         self._at_mark_bytes, self._peak_at_mark_bytes = self._memory.resident_bytes()
         if trimmed or self._allocated_bytes is None:
@@ -129,13 +133,19 @@ class HostMeter:
     def peak_bytes(self) -> int:
         """Return the highest resident size since the last mark."""
         now, peak = self._memory.resident_bytes()
-        return peak if peak > self._peak_at_mark_bytes else max(now, self._at_mark_bytes)
+        self._peak_bytes = peak if peak > self._peak_at_mark_bytes else max(now, self._at_mark_bytes)
+        return self._peak_bytes
 
-    def release(self, *, collect: bool = True) -> None:
-        """Return the heap to the system, see `Meter.release`."""
-        if collect:
+    def _is_misleading(self) -> bool:
+        """Return whether memory is short, and the heap has grown since the last step, whose size would count."""
+        resident_bytes, _ = self._memory.resident_bytes()
+        return resident_bytes > max(self._peak_bytes, self._free_bytes)
+
+    def release(self, *, thorough: bool = True) -> None:
+        """Collect garbage and return the heap to the system, see `Meter.release`."""
+        if thorough:
             gc.collect()
-        trim_heap()
+            trim_heap()
 
     def limited(self) -> contextlib.AbstractContextManager[None]:
         """Return a context that does nothing: only the budget enforces a limit on the host."""

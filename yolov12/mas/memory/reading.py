@@ -80,11 +80,12 @@ class Meter(Protocol):
     def peak_bytes(self) -> int:
         """Return the highest allocated bytes since the last mark."""
 
-    def release(self, *, collect: bool = True) -> None:
+    def release(self, *, thorough: bool = True) -> None:
         """Return cached memory of the allocator to the device.
 
         Args:
-            collect: Collect Python's garbage first, which takes tenths of a second.
+            thorough: Collect Python's garbage first, which takes tenths of a second. On the host, nothing is returned
+                without this, as the next step would have to get the pages of the heap again.
         """
 
     def stopwatch(self) -> Stopwatch:

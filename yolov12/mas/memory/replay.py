@@ -75,7 +75,7 @@ class ReplayMeter:
         """Return the highest allocated bytes since the last mark."""
         return max(self._peak_bytes, self.allocated_bytes)
 
-    def release(self, *, collect: bool = True) -> None:
+    def release(self, *, thorough: bool = True) -> None:
         """Do nothing: there is no cache."""
 
     def limited(self) -> AbstractContextManager[None]:

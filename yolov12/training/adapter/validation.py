@@ -121,7 +121,7 @@ class _Validation:
                 mine.update({name: self._own[name]} if name in self._own else {})
         if self._slices is None:
             return
-        self._slices.meter.release(collect=False)  # validations are frequent where epochs are short
+        self._slices.meter.release(thorough=False)  # validations are frequent where epochs are short
         if not hasattr(self._validator, _TRAINS):
             if self._slices.over_limit:
                 LOGGER.warning(f"memory: validation {self._slices.over_limit}")
