@@ -27,7 +27,10 @@ import pytest
 from hypothesis import settings
 
 # Ultralytics reads these once, when it is imported, which happens while tests are collected.
-HOME = Path(tempfile.mkdtemp(prefix="yolov12-tests-"))
+# The folders of pytest-xdist's workers lie in that of the process that starts them: runs that several workers look at
+# name a data set in the folder of one of them, which may end first.
+HOME = Path(tempfile.mkdtemp(prefix="yolov12-tests-", dir=os.environ.get("YOLOV12_TESTS_HOME")))
+os.environ.setdefault("YOLOV12_TESTS_HOME", str(HOME))
 os.environ["YOLO_CONFIG_DIR"] = str(HOME)
 os.environ["YOLO_OFFLINE"] = "1"
 os.environ["YOLO_AUTOINSTALL"] = "0"
@@ -67,8 +70,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.name != "test_ranks.py")
 
 
-def pytest_sessionfinish() -> None:
-    shutil.rmtree(HOME, ignore_errors=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        shutil.rmtree(HOME, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
