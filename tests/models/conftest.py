@@ -1,6 +1,8 @@
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +28,20 @@ def write_zip() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="module")
+def reader(start_script: Callable[..., Any]) -> Any:
+    """A process that reads files, each in a process of its own with little memory and time."""
+    return start_script(Path(__file__).parent / "limited.py", "paths")
+
+
+@pytest.fixture
+def read_limited(reader: Any) -> Callable[[Path], str]:
+    """Read a file with little memory and time; return the error, or the type of the object and the size of its repr."""
+
+    def read(path: Path) -> str:
+        print(path.resolve(), file=reader.stdin, flush=True)
+        return str(json.loads(reader.stdout.readline()))
+
+    return read

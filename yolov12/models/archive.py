@@ -122,9 +122,7 @@ class Archive:
             _require(_LOCATOR.unpack(self._read_at(locator, _LOCATOR.size))[2] == end, "ZIP64 ends elsewhere")
             magic, *_, count, length, start = _END64.unpack(self._read_at(end, _END64.size))
             pairs = zip((count, length, start), narrows, (0xFFFF, _IN_ZIP64, _IN_ZIP64), strict=True)
-            _require(
-                magic == b"PK\6\6" and all(s in (large, unknown) for large, s, unknown in pairs), "ZIP64 disagrees"
-            )
+            _require(magic == b"PK\6\6" and all(n in (wide, unknown) for wide, n, unknown in pairs), "ZIP64 disagrees")
         _require(start + length == end, "something is between the directory and the end of the archive")
         return start, length, count
 
