@@ -29,6 +29,7 @@ from yolov12.errors import (
     YOLOv12Error,
     plain,
 )
+from yolov12.printable import printable
 
 __all__ = ["ENVIRONMENT", "EXIT_STATUSES", "main"]
 
@@ -49,6 +50,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "command `yolov12` use this package anyway.",
     "YOLOV12_TRUST_WEIGHTS": "`1` loads weight files without the check of what they contain. Loading such a file can "
     "run any code.",
+    "YOLOV12_TRUST_DATA": "`1` runs the code in the `download:` of a data set yaml, and reads `*.cache` files of data "
+    "sets as Ultralytics does. Both can run any code.",
     "YOLOV12_TRACEBACK": "`1` shows the traceback of an error instead of one line.",
 }
 """Environment variable → its effect."""
@@ -324,7 +327,7 @@ def _validation_images(model: Any) -> str:
     if not data:
         raise ConfigError("source= is missing: a file, a folder, a video or a camera number")
     images: str = check_det_dataset(data)["val"]
-    print(f"source={images} (the validation images this model was trained with)")
+    print(f"source={printable(str(images))} (the validation images this model was trained with)")
     return images
 
 

@@ -7,7 +7,8 @@ YOLOv12Error
 │   ├── ArgumentTypeError       an argument has a type that it cannot have (also a TypeError)
 │   └── FolderInUseError        another training runs in the folder of the run
 ├── DataError                   a data set cannot be used (also a RuntimeError and a ValueError)
-│   └── MissingImagesError      a data set has no images (also a FileNotFoundError)
+│   ├── MissingImagesError      a data set has no images (also a FileNotFoundError)
+│   └── UntrustedDataError      a data set would run code to download itself
 ├── WeightsError                a weight file cannot be used
 │   ├── MissingWeightsError     a weight file does not exist (also a FileNotFoundError)
 │   └── UnreadableWeightsError  a weight file is not a checkpoint (also a TypeError)
@@ -20,12 +21,17 @@ YOLOv12Error
 
 import re
 
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+from yolov12.printable import printable_lines
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def plain(message: object) -> str:
-    """Return the text of a message or error without ANSI colour codes, which messages of Ultralytics may contain."""
-    return _ANSI.sub("", str(message))
+    """Return the text of a message or error without ANSI colour codes, which messages of Ultralytics may contain.
+
+    Other control characters are written as escapes.
+    """
+    return printable_lines(_ANSI.sub("", str(message)))
 
 
 class YOLOv12Error(Exception):
@@ -50,6 +56,10 @@ class DataError(YOLOv12Error, RuntimeError, ValueError):
 
 class MissingImagesError(DataError, FileNotFoundError):
     """A data set names images that do not exist."""
+
+
+class UntrustedDataError(DataError):
+    """A data set yaml has code that downloads the data set. The message shows it."""
 
 
 class WeightsError(YOLOv12Error):

@@ -10,64 +10,43 @@ autopatch.py). Joined modules and new functions carry a mark, so that no place i
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
-from yolov12.errors import SeamError
+from yolov12.joining import PINNED, Seam, around, changed, find, replace
 
 __all__ = ["PINNED", "SEAMS", "Seam", "find", "join", "join_loaded", "running"]
 
-PINNED = "8.4.190"
-"""Ultralytics release that these seams are made for and tested with."""
-
 _MODULE_MARK = "__yolov12_joined__"  # attribute of a module: False while its code runs, True when it is joined
-_MARK = "__yolov12_seam__"  # attribute of a function that replaces a function of Ultralytics
-
-
-@dataclass(frozen=True)
-class Seam:
-    """One row of the table."""
-
-    reference: str
-    """Function of this package, as `module:name` below `yolov12`."""
-    once: bool = False  # True if the function is called when the module is joined, not when the place is called
-
-    def target(self) -> Callable[..., Any]:
-        """Import and return the function."""
-        module, _, name = self.reference.partition(":")
-        return getattr(importlib.import_module(f"yolov12.{module}"), name)  # type: ignore[no-any-return]
-
-    def replace(self, stock: Any) -> Any:
-        """Return the replacement of Ultralytics' function or value."""
-        if self.once:
-            return self.target()(stock)
-
-        @functools.wraps(stock)  # sets module and name as well: pickle stores a function by these
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return self.target()(stock, *args, **kwargs)
-
-        return wrapper
-
-
-around, changed = Seam, functools.partial(Seam, once=True)
 
 SEAMS: Mapping[str, Mapping[str, Seam]] = {
-    "ultralytics.utils": dict.fromkeys(("DEFAULT_CFG_DICT", "DEFAULT_CFG"), changed("cfg.arguments:add_arguments")),
+    "ultralytics.utils": {
+        **dict.fromkeys(("DEFAULT_CFG_DICT", "DEFAULT_CFG"), changed("cfg.arguments:add_arguments")),
+        "LOGGER": changed("untrusted.names:clean_log"),
+    },
+    "ultralytics.utils.tqdm": {"TQDM._display": around("untrusted.names:display")},
+    "ultralytics.utils.patches": {"torch_load": around("untrusted.torch_load:torch_load")},
+    "ultralytics.utils.dist": {"generate_ddp_file": around("untrusted.torch_load:generate_ddp_file")},
     "ultralytics.utils.torch_utils": {"strip_optimizer": around("models.weights:strip_optimizer")},
     "ultralytics.utils.plotting": {"plot_images": around("training.data.host:plot_fewer_images")},
-    "ultralytics.utils.downloads": {"GITHUB_ASSETS_STEMS": changed("models.weight_names:add_official")},
+    "ultralytics.utils.downloads": {
+        "GITHUB_ASSETS_STEMS": changed("models.weight_names:add_official"),
+        "get_google_drive_file_info": around("untrusted.names:get_google_drive_file_info"),
+    },
     "ultralytics.utils.export.engine": {"get_tensorrt_logger": around("export.seams:get_tensorrt_logger")},
     "ultralytics.cfg": {
         "CFG_BOOL_KEYS": changed("cfg.arguments:add_switches"),
         "get_cfg": around("demo.on_demand:get_cfg"),
         "get_save_dir": around("training.run.process_group:one_folder"),
+    },
+    "ultralytics.data.utils": {
+        "check_det_dataset": around("untrusted.download:check_det_dataset"),
+        "check_cls_dataset": around("untrusted.names:check_cls_dataset"),
+        "load_dataset_cache_file": around("untrusted.label_cache:load_dataset_cache_file"),
     },
     "ultralytics.data.base": {"BaseDataset.check_cache_ram": around("training.data.host:cache_fits")},
     "ultralytics.nn.modules.block": {
@@ -80,7 +59,9 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "yaml_model_load": around("models.layouts:yaml_model_load"),
         "torch_safe_load": around("models.weights:torch_safe_load"),
         "BaseModel.__call__": changed("training.model_call:model_call"),
+        "YOLOEModel.get_text_pe": around("untrusted.torch_load:get_text_pe"),
     },
+    "ultralytics.nn.autobackend": {"check_class_names": around("untrusted.names:check_class_names")},
     "ultralytics.nn.backends.tensorrt": {"TensorRTBackend.load_model": around("export.seams:load_model")},
     "ultralytics.engine.model": {
         "Model.train": around("training.run.session:train"),
@@ -98,6 +79,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
     },
     "ultralytics.engine.validator": {"BaseValidator.__call__": around("training.seams:validate")},
     "ultralytics.engine.predictor": {"BasePredictor.inference": around("training.seams:inference")},
+    "ultralytics.engine.results": {"Results.save_crop": around("untrusted.names:save_crop")},
     "ultralytics.engine.exporter": {
         "Exporter.__call__": around("export.seams:export"),
         "Exporter.export_onnx": around("export.session:export_onnx"),
@@ -125,7 +107,7 @@ def join(module: ModuleType) -> None:
                 f"install ultralytics=={PINNED}, or set YOLOV12_AUTOPATCH=0 to use Ultralytics unpatched"
             )
         for path, row in SEAMS.get(name, {}).items():
-            _replace(module, path, row)
+            replace(module, path, row)
         setattr(module, _MODULE_MARK, True)
 
 
@@ -156,45 +138,5 @@ def running(module: ModuleType) -> Iterator[None]:
     join_loaded()
 
 
-def find(module: ModuleType, path: str) -> tuple[Any, str]:
-    """Return the module or class that a place is in, and the name of the attribute.
-
-    Raises:
-        SeamError: There is no such place.
-    """
-    *parents, attribute = path.split(".")
-    owner: Any = module
-    for parent in parents:
-        owner = getattr(owner, parent, None)
-    if not hasattr(owner, attribute):
-        raise SeamError(
-            f"ultralytics has no {module.__name__}.{path}, which yolov12 patches: install ultralytics=={PINNED}, "
-            "or set YOLOV12_AUTOPATCH=0 to use Ultralytics unpatched"
-        )
-    return owner, attribute
-
-
 def _is_running(module: ModuleType) -> bool:
     return vars(module).get(_MODULE_MARK) is False or getattr(module.__spec__, "_initializing", False)
-
-
-def _replace(module: ModuleType, path: str, row: Seam) -> None:
-    owner, attribute = find(module, path)
-    old = getattr(owner, attribute)
-    if getattr(old, _MARK, False):
-        return
-    new = row.replace(old)
-    if callable(new):
-        setattr(new, _MARK, True)
-    setattr(owner, attribute, new)
-    if owner is module and new is not old:
-        _rebind(old, new)
-
-
-def _rebind(old: Any, new: Any) -> None:
-    # If `apply()` is called after `import ultralytics`, other modules have imported the old value by its name.
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "ultralytics":
-            for key, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, key, new)

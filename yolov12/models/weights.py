@@ -25,10 +25,10 @@ from yolov12.models.layouts import mark_layout
 from yolov12.models.limits import LimitError
 from yolov12.models.weight_names import OFFICIAL, resolve
 from yolov12.models.yaml_check import check_yaml
+from yolov12.untrusted import TRUST_WEIGHTS as TRUST
+from yolov12.untrusted import is_set
 
 __all__ = ["OFFICIAL", "check_yaml", "load", "read", "resolve", "save", "strip_optimizer", "torch_safe_load"]
-
-TRUST = "YOLOV12_TRUST_WEIGHTS"
 
 
 def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -> tuple[dict[str, Any], str]:
@@ -47,7 +47,7 @@ def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -
         MissingWeightsError: The file does not exist.
     """
     file = resolve(weight)
-    if _trusted():
+    if is_set(TRUST):
         return (trusted_loader or _stock_loader())(file)  # type: ignore[no-any-return]
     found, is_own = _read(Path(file))
     checkpoint = {"model": found} if isinstance(found, nn.Module) else found
@@ -57,7 +57,7 @@ def load(weight: str | Path, trusted_loader: Callable[..., Any] | None = None) -
     return checkpoint, file
 
 
-def read(file: str | Path) -> Any:
+def read(file: str | os.PathLike[str]) -> Any:
     """Read a file like `torch.load(file, map_location="cpu")`, without running its code.
 
     A file that this process wrote is read by `torch.load` itself.
@@ -78,7 +78,7 @@ def read(file: str | Path) -> Any:
 
 def _read(path: Path) -> tuple[Any, bool]:
     """Return the object in a file, and whether this process wrote the file."""
-    if _trusted():
+    if is_set(TRUST):
         return torch.load(path, map_location="cpu", weights_only=False), False
     refused: list[str] = []
     try:
@@ -198,10 +198,6 @@ def _left_out_of_log(words: str) -> Iterator[None]:
         yield
     finally:
         LOGGER.removeFilter(leave_out)
-
-
-def _trusted() -> bool:
-    return os.environ.get(TRUST) == "1"
 
 
 def _stock_loader() -> Callable[..., Any]:

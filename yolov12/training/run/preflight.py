@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov12 import demo
-from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, plain
+from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, UntrustedDataError, plain
 
 __all__ = ["check_training_arguments"]
 
@@ -73,6 +73,8 @@ def _check_data(data: str, val_split: str) -> None:
         return  # Ultralytics downloads the data set, and then checks it
     try:
         found = check_det_dataset(data, split=val_split)
+    except UntrustedDataError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"data={data}: {_first_line(error)}. Give the path of a data set yaml, or data=demo") from error
     except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set

@@ -91,8 +91,11 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
     if not trainer.resume:
         return
     weights_folder = Path(trainer.args.resume).absolute().parent
-    if not overrides.get("save_dir") and weights_folder.name == "weights":
-        trainer.args.save_dir = str(weights_folder.parent)
+    if not overrides.get("save_dir"):
+        if weights_folder.name == "weights":
+            trainer.args.save_dir = str(weights_folder.parent)
+        else:
+            _stay_among_the_runs(trainer.args)
     for key, default in defaults.items():
         if not hasattr(trainer.args, key):  # the run began with plain Ultralytics
             setattr(trainer.args, key, default)
@@ -104,6 +107,23 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"{key}={value}: a run goes on with the {key}={getattr(trainer.args, key)} it began with")
+
+
+def _stay_among_the_runs(args: Any) -> None:
+    """Let a run write to a new folder, if the file that it resumes from names one outside of Ultralytics' runs folder.
+
+    Args:
+        args: Arguments of the run, from a checkpoint that is not in the folder of a run.
+    """
+    from ultralytics.utils import LOGGER, SETTINGS
+    from ultralytics.utils.files import increment_path
+
+    runs = Path(SETTINGS["runs_dir"]).resolve()
+    saved = getattr(args, "save_dir", None)
+    named = Path(saved or runs / str(args.task) / str(args.project or "") / str(args.name or ""))
+    if not named.resolve().is_relative_to(runs):
+        args.save_dir = str(increment_path(runs / "resumed"))
+        LOGGER.warning(f"The checkpoint names the folder {named}, which is outside of {runs}: using {args.save_dir}")
 
 
 @contextmanager
