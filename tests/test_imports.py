@@ -9,14 +9,18 @@ LOADED = {
     "yolov12.cfg",
     "yolov12.cfg.arguments",
     "yolov12.errors",
+    "yolov12.joining",
     "yolov12.models",
     "yolov12.models.attention",
     "yolov12.models.layouts",
     "yolov12.models.weight_names",
     "yolov12.models.yaml_check",
+    "yolov12.printable",
     "yolov12.seams",
     "yolov12.training",
     "yolov12.training.model_call",
+    "yolov12.untrusted",
+    "yolov12.untrusted.names",
 }
 
 _LOADED = """

@@ -9,10 +9,12 @@ import sys
 
 import cloudpickle
 import pytest
+import torch
 from ultralytics import cfg
+from ultralytics.data import utils
 from ultralytics.engine import trainer as upstream
 from ultralytics.nn import tasks
-from ultralytics.utils import torch_utils
+from ultralytics.utils import patches, torch_utils
 
 from yolov12 import seams
 
@@ -25,6 +27,9 @@ MODULE_FUNCTIONS = [
     tasks.torch_safe_load,
     tasks.yaml_model_load,
     torch_utils.strip_optimizer,
+    patches.torch_load,
+    utils.load_dataset_cache_file,
+    utils.check_det_dataset,
 ]
 
 
@@ -36,9 +41,11 @@ def stands_at(module: str, path: str):
 def calls(stock) -> list[tuple[list, dict]]:
     """Arguments with which a function or method may be called: by position, and by name where it has names."""
     parameters = list(inspect.signature(stock).parameters.values())
-    if [each.name for each in parameters] == ["args", "kwargs"]:  # a decorator's, as `try_export` and `threaded` make
-        (decorated,) = filter(inspect.isfunction, inspect.getclosurevars(stock).nonlocals.values())
-        return calls(decorated)
+    if [each.name for each in parameters] == ["args", "kwargs"]:
+        decorated = [*filter(inspect.isfunction, inspect.getclosurevars(stock).nonlocals.values())]
+        if decorated:  # by `try_export` or `threaded`
+            return calls(decorated[0])
+        parameters = [*inspect.signature(torch.load).parameters.values()]  # `torch_load` passes on what it is given
     plain = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     kinds = {each.kind for each in parameters}
     more = ["more"] if inspect.Parameter.VAR_POSITIONAL in kinds else []

@@ -113,12 +113,13 @@ def text(value: str) -> bytes:
 
 
 ARRAY, DTYPE = name("numpy.core.multiarray", "_reconstruct"), name("numpy", "dtype")
-OBJECTS = name("numpy", "dtype") + text("O8") + b"\x85R"
-FLOATS = name("numpy", "dtype") + text("f4") + b"\x85R"
+EMPTY = ARRAY + name("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+OBJECTS = DTYPE + text("O8") + b"\x89\x88\x87R"
+FLOATS = DTYPE + text("f4") + b"\x89\x88\x87R"
 
 
 def array(shape: bytes, dtype: bytes, data: bytes) -> bytes:
-    return ARRAY + b")R(K\x01" + shape + dtype + b"\x89" + data + b"tb"
+    return EMPTY + b"(K\x01" + shape + dtype + b"\x89" + data + b"tb"
 
 
 HOSTILE = {
@@ -133,7 +134,7 @@ HOSTILE = {
     "too few bytes": array(b"K\x05\x85", FLOATS, b"C\x04" + b"\0" * 4),
     "enormous": array(b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85", FLOATS, b"C\x04" + b"\0" * 4),
     "attribute of a reader's class": ARRAY + b"N}" + text("__setstate__") + DTYPE + b"s\x86b",
-    "array without a state": ARRAY + b")R",
+    "array without a state": EMPTY,
     "array in a tuple": array(b")", FLOATS, b"C\x04" + b"\0" * 4) + b"\x85",
     "array as a key": b"}" + array(b")", FLOATS, b"C\x04" + b"\0" * 4) + b"Ns",
     "class as a value": ARRAY,
