@@ -15,8 +15,10 @@ HERE = Path(__file__).parent
 STAND_IN = {
     "__init__.py": "",
     "utils/__init__.py": """
+        import logging
         from types import SimpleNamespace
         __version__ = "8.4.190"
+        LOGGER = logging.getLogger(__name__)
         DEFAULT_CFG_DICT, DEFAULT_CFG = {}, SimpleNamespace()
     """,
     "cfg/__init__.py": """

@@ -85,5 +85,5 @@ def _is_address(download: str) -> bool:
 def _is_from_ultralytics(file: Path) -> bool:
     from ultralytics.utils import ROOT
 
-    original = ROOT / "cfg" / "datasets" / file.name
+    original = Path(ROOT) / "cfg" / "datasets" / file.name
     return original.is_file() and original.read_bytes() == file.read_bytes()
