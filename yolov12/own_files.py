@@ -106,7 +106,9 @@ def _note(identity: _Identity) -> None:
 
 def _noted() -> set[_Identity]:
     with suppress(OSError), open(os.environ.get(_SHARED, os.devnull), encoding="ascii") as notes:  # noqa: PTH123
-        if os.fstat(notes.fileno()).st_uid == os.geteuid():  # in /tmp, another user could make a file of a name that is free
+        if (
+            os.fstat(notes.fileno()).st_uid == os.geteuid()
+        ):  # in /tmp, another user could make a file of a name that is free
             return {tuple(map(int, line.split())) for line in notes}
     return set()
 

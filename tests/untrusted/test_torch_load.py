@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -120,24 +121,19 @@ def test_processes_of_a_training_read_the_state_that_it_wrote_and_no_other(
 ) -> None:
     """Ultralytics hands its trainer to one process per GPU with cloudpickle, in a file."""
     monkeypatch.setattr(dist, "USER_CONFIG_DIR", tmp_path)
-    monkeypatch.setenv("YOLOV12_WRITTEN_BY_PARENT", "")
-
-    def state() -> Path:
-        trainer = type("Trainer", (), {"own": io.StringIO(), "args": SimpleNamespace(), "model": None, "callbacks": {}})
-        return Path(dist.generate_ddp_file(trainer())).with_suffix(".pt")
-
-    older, latest = state(), state()
-    (tmp_path / "copy.pt").write_bytes(latest.read_bytes())
-    files = [latest, older, tmp_path / "copy.pt"]
+    trainer = type("Trainer", (), {"own": io.StringIO(), "args": SimpleNamespace(), "model": None, "callbacks": {}})()
     (tmp_path / "read.py").write_text(READ)
-    if in_another_process:
-        output, _ = start_script(tmp_path / "read.py", *files).communicate()
-    else:
-        monkeypatch.setattr(own_files, "_written", {})
-        monkeypatch.setattr("sys.argv", ["read.py", *map(str, files)])
-        exec(READ, {})
-        output = capsys.readouterr().out
-    assert output.split()[-3:] == ["StringIO", "refused", "refused"], output
+    with own_files.shared():
+        state = Path(dist.generate_ddp_file(trainer)).with_suffix(".pt")
+        copy = shutil.copy(state, tmp_path / "copy.pt")
+        if in_another_process:
+            output, _ = start_script(tmp_path / "read.py", state, copy).communicate()
+        else:
+            monkeypatch.setattr(own_files, "_written", set())
+            monkeypatch.setattr("sys.argv", ["read.py", str(state), str(copy)])
+            exec(READ, {})
+            output = capsys.readouterr().out
+    assert output.split()[-2:] == ["StringIO", "refused"], output
 
 
 @pytest.mark.parametrize("encoder", ["mobileclip:blt", "mobileclip2:b", "clip:evil.pt", "clip:/tmp/ViT-B/32", "x:y"])

@@ -56,7 +56,7 @@ def test_a_batch_with_nan_does_not_affect_the_next(broken):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_parts_of_parts_give_the_items_of_the_batch(several):
-    """As ranks that validate one batch give theirs; a term that is below zero over the batch does not count."""
+    """Ranks that validate one batch give theirs like this; a term that is below zero over the batch does not count."""
     draw = torch.Generator().manual_seed(0)
     shape = (3,) if several else ()
     factors = (lambda value, normaliser: (value >= 0).float()) if several else None

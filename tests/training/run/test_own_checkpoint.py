@@ -168,7 +168,7 @@ files.write(sys.argv[2], lambda file: file.write(b"best"))
 
 
 def test_a_process_that_starts_the_ranks_and_they_trust_each_others_files(tmp_path):
-    """Like a training with `device=0,1`, where the process that calls `train` reads the checkpoints that rank 0 writes."""
+    """With `device=0,1`, the process that calls `train` reads the checkpoints that rank 0 writes."""
     before, best, forged = (tmp_path / name for name in ("last.pt", "best.pt", "forged.pt"))
     files.write(before, lambda file: file.write(b"last"))  # which ranks resume from
     own_files_there = dict(os.environ)
