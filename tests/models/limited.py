@@ -72,8 +72,8 @@ def outcome(path: str) -> str:
         return str(error)
     content = Path(path).read_bytes()
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # its records may be compressed
-            content += b"".join(map(archive.read, archive.namelist()))
+        with zipfile.ZipFile(path) as archive:
+            content += b"".join(archive.read(entry) for entry in archive.infolist() if entry.compress_type)
     check(found, content)
     return f"{type(found).__name__}, {len(repr(found)) if not isinstance(found, torch.nn.Module) else 'layer'}"
 
