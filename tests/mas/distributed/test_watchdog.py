@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from yolov12.mas.distributed.watchdog import Gone, Watchdog, connect
+from yolov12.mas.distributed.watchdog import Gone, Watchdog, connect, meet
 
 HEARTBEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
 NOISE_S = 5.0
@@ -324,3 +324,19 @@ def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
     # number must not separate them.
     client(0, False).add("key", 1)
     assert client(1, False).check(["key"])
+
+
+@pytest.mark.parametrize("outlives", [True, False])
+def test_processes_do_not_find_addresses_of_processes_before_a_restart(monkeypatch, outlives):
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "RANK": "1", "WORLD_SIZE": "2"}
+    for name, value in {**environment, "TORCHELASTIC_USE_AGENT_STORE": str(outlives)}.items():
+        monkeypatch.setenv(name, value)
+    found = []
+    for restart in range(2):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
+        store, *place = meet(timedelta(seconds=5))
+        assert place == [1, 2]
+        found.append(store.check(["address"]))
+        store.set("address", "127.0.0.1:1")
+    assert found == [False, not outlives]

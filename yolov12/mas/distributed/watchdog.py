@@ -30,11 +30,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore, rendezvous
 
 from yolov12.errors import plain
 
-__all__ = ["Gone", "Watchdog", "connect"]
+__all__ = ["Gone", "Watchdog", "connect", "meet"]
 
 _READ_HEARTBEATS = 3
 """Heartbeat intervals within which every rank has read the message about a rank that is gone."""
@@ -70,11 +70,33 @@ def connect(prefix: str = "") -> Store:
     """
     address, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=_PATIENCE_S)
     store = TCPStore(*address, is_master=False, timeout=patience, wait_for_workers=False)
-    # A launcher's store outlives a restart, so the restart is part of the prefix. Any other store is new after a
-    # restart. The restart must not be part of the prefix there, because machines may have counted different numbers of
-    # restarts.
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if _launcher_hosts() else ""
-    return PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{restart}/{prefix}", store)
+    return PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{_restart()}/{prefix}", store)
+
+
+def meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """Meet the other processes, for `torch.distributed.init_process_group`.
+
+    PyTorch does the same, but newer versions (2.15) use the same keys after a restart. With `torchrun --master-port`,
+    these keys still hold the addresses of processes that have ended, and new processes may wait for them without end.
+
+    Args:
+        timeout: Timeout of the store.
+
+    Returns:
+        The store of the process group, the rank of this process, and the number of processes.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return PrefixStore(f"group/{_restart()}", store), rank, size
+
+
+def _restart() -> str:
+    """Return the number of restarts if the store outlives them.
+
+    A launcher's store does. Any other store is new after a restart, and must not depend on the number there, because
+    machines may have counted different numbers of restarts.
+    """
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if _launcher_hosts() else ""
 
 
 class Watchdog:
