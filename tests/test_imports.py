@@ -6,6 +6,7 @@ import json
 LOADED = {
     "yolov12",
     "yolov12.autopatch",
+    "yolov12.caches",
     "yolov12.cfg",
     "yolov12.cfg.arguments",
     "yolov12.errors",

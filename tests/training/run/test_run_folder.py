@@ -7,7 +7,7 @@ import pytest
 from ultralytics import YOLO, cfg
 
 from yolov12 import files
-from yolov12.errors import ConfigError
+from yolov12.errors import ConfigError, FolderInUseError
 from yolov12.training.run import run_folder
 
 
@@ -43,7 +43,7 @@ def test_a_second_thread_is_refused_and_the_first_one_does_not_notice(trainings,
         assert contents(trainer.save_dir) == before
 
     run = trainings.train(tmp_path, name="line", exist_ok=True, callbacks=[(event, second)])
-    assert {type(error) for error in refused} == {ConfigError}
+    assert {type(error) for error in refused} == {FolderInUseError}
     assert f"another process trains in {run.folder}, or another thread" in str(refused[0])
     assert len(run.results) == 2
     assert run.summary["updates"] == 2 * trainings.BATCHES
