@@ -40,7 +40,7 @@ class Card(ByteTrace):
         live = self.allocated_bytes
         return Reading(live, live, max(self.total_bytes - live, 0), self.total_bytes, 0)
 
-    def release(self):
+    def release(self, *, thorough=True):
         pass
 
     def limited(self):
