@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -450,3 +450,35 @@ def test_a_run_whose_batch_stock_has_halved_goes_on_from_its_last_step(trainings
     again = trainings.train(tmp_path, last, callbacks=[fails], resume=True)
     assert "resume: epoch 1, after batch 4 of 8" in again.log  # the last of two batches that are an update
     assert all(torch.equal(value, wanted.after[name]) for name, value in again.after.items())
+
+
+def test_a_run_with_a_loader_of_the_users_own_around_ours_is_saved(trainings, power, tmp_path):
+    class Around:
+        def __init__(self, loader):
+            self._loader = loader
+
+        def __len__(self):
+            return len(self._loader)
+
+        def __iter__(self):
+            return iter(self._loader)
+
+        def __getattr__(self, name):
+            return getattr(self._loader, name)
+
+    wraps = ("on_train_start", lambda trainer: setattr(trainer, "train_loader", Around(trainer.train_loader)))
+    cut = {"callbacks": [wraps, *power.cut_at(2)], "raises": power.CutError}
+    run = trainings.train(tmp_path, **cut, epochs=1)
+    assert (run.folder / "weights" / run_state.FILE).exists()
+
+
+def test_buffers_that_are_registered_again_in_another_order_are_saved_by_name(tmp_path):
+    model = torch.nn.Module()
+    for name, value in {"zeros": 0.0, "ones": 1.0}.items():
+        model.register_buffer(name, torch.full((2,), value))
+    trainer = SimpleNamespace(args=SimpleNamespace(save=True), wdir=tmp_path)
+    saver = run_state.RunSaver(trainer, model, None, None, Interval(), None, {}, Interruption())
+    saver._kept_buffers()
+    del model.zeros
+    model.register_buffer("zeros", torch.zeros(2))
+    assert {name: float(value[0]) for name, value in saver._kept_buffers().items()} == {"zeros": 0.0, "ones": 1.0}

@@ -142,7 +142,7 @@ class HostMeter:
         return resident_bytes > max(self._peak_bytes, self._free_bytes)
 
     def release(self, *, thorough: bool = True) -> None:
-        """Collect garbage and return the heap to the system, see `Meter.release`."""
+        """Collect garbage and return the heap to the system; do nothing unless `thorough`, see `Meter.release`."""
         if thorough:
             gc.collect()
             trim_heap()

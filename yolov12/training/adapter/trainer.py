@@ -158,14 +158,15 @@ class TrainerAdapter:
             loader.is_loops = event == "on_train_epoch_start" or (is_loops and event != "on_train_batch_start")
 
     def _followed_loader(self) -> ResumableLoader | None:
-        """Take over a loader that is new, such as that of the smaller batch with which the loop begins again."""
+        """Take over a new loader of Ultralytics, as that of the smaller batch with which its loop begins again.
+
+        A loader of the user's own may stand around the one that was taken over, which goes on then.
+        """
         trainer = self._trainer
-        if self.saver is not None and trainer.train_loader is not self._loader and self._ranks.size == 1:
+        if self.saver is not None and resumable(trainer.train_loader) and self._ranks.size == 1:
             self.saver.complete()  # its state is of the old loader
             self.saver.end()
-            self.saver = self._loader = self._interruption = None
-            if resumable(trainer.train_loader):
-                self._resolution.join(trainer.train_loader.dataset, trainer.args)
+            self._resolution.join(trainer.train_loader.dataset, trainer.args)
             self.take_over_loader()
         return self._loader
 

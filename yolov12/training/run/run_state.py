@@ -308,8 +308,8 @@ class RunSaver:
             torch.cuda.set_rng_state(state["cuda"][0], trainer.device)
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+def _kinds(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
