@@ -185,12 +185,17 @@ class Calibration:
 
     def _warm_up(self, batch: Any, work: Workload) -> Failure | None:
         """Run a few images and keep everything or, if not even one fits like this, keep as little as possible."""
-        cost, speed = self._planner.cost, self._planner.speed
-        failure = warm_up(self._step, self._meter.kind, batch, work, cost, speed)
+        planner = self._planner
+
+        def run(level: int) -> Failure | None:
+            kind, budget_bytes = self._meter.kind, planner.budget_bytes
+            return warm_up(self._step, kind, batch, work, planner.cost, planner.speed, level, budget_bytes=budget_bytes)
+
+        failure = run(0)
         if failure is None or not self.layers:
             return failure
         self._make_ladder(batch, work)
-        return warm_up(self._step, self._meter.kind, batch, work, cost, speed, len(self._step.plans) - 1)
+        return run(len(self._step.plans) - 1)
 
     def _wants_ladder(self) -> bool:
         """Return whether there is no ladder, or one that was guessed when there was much less memory than now."""

@@ -1,6 +1,7 @@
 """Warm-up, profile and failed attempts leave random generators and a user's own layers as they found them."""
 
 import copy
+import math
 import random
 from collections import deque
 from dataclasses import replace
@@ -66,14 +67,22 @@ def test_warm_up_and_profile_leave_no_trace(most):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("host", [(0, 1), (12, 4)]), ("cuda", [(0, 8), (0, 8), (8, 8)])])
-def test_the_warm_up_runs_few_images_and_measures_the_fullest(kind, passes):
+@pytest.mark.parametrize(
+    ("kind", "budget_bytes", "passes"),
+    [
+        ("host", math.inf, [(0, 1), (12, 4)]),
+        ("host", 0, [(0, 1), (0, 1), (0, 1), (12, 1)]),  # several images would go over a limit
+        ("cuda", 0, [(0, 8), (0, 8), (8, 8)]),
+    ],
+)
+def test_the_warm_up_runs_few_images_and_measures_the_fullest(kind, budget_bytes, passes):
     model, ran = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten()), []
     model.register_forward_pre_hook(lambda module, inputs: ran.append((int(inputs[0][0]), len(inputs[0]))))
     task = mas.TensorTask(lambda model, x: model(x).square().mean())
     engine, batch = mas.Engine(model, task, mas.Config()), (torch.arange(16.0).reshape(16, 1, 1, 1),)
     work = replace(task.workload(batch), boxes=(1,) * 12 + (9,) + (1,) * 3)
-    assert warm_up(engine._step, kind, batch, work, CostModel(), SpeedModel(new_size_ms=0.0)) is None
+    models = CostModel(), SpeedModel(new_size_ms=0.0)
+    assert warm_up(engine._step, kind, batch, work, *models, budget_bytes=budget_bytes) is None
     assert ran == passes
 
 

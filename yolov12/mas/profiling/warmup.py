@@ -28,16 +28,25 @@ __all__ = ["PROFILE_IMAGES", "profile", "warm_up"]
 PROFILE_IMAGES = 8
 """Most images that are run to profile layers."""
 _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
-"""Numbers of images to try, by kind of memory, until one fits. Only one is run: libraries take seconds for each new
-size."""
+"""Numbers of images to try, by kind of memory, until one fits. Only one is measured: on a GPU, libraries take seconds
+for each new size."""
 
 
 def warm_up(
-    step: Step, kind: str, batch: Any, work: Workload, cost: CostModel, speed: SpeedModel, level: int = 0
+    step: Step,
+    kind: str,
+    batch: Any,
+    work: Workload,
+    cost: CostModel,
+    speed: SpeedModel,
+    level: int = 0,
+    *,
+    budget_bytes: float = math.inf,
 ) -> Failure | None:
     """Run a few images: once to load libraries, then to measure memory, also around the image with most boxes.
 
-    On the host, one image loads the libraries, and memory is measured only around the image with most boxes.
+    On the host, one image loads the libraries, and memory is measured only around the image with most boxes. Nothing
+    enforces a limit there, so several images run only if that one has shown that they fit.
 
     Args:
         step: Runs the images and undoes all effects.
@@ -47,6 +56,7 @@ def warm_up(
         cost: Model of peak bytes; it learns from the measurements.
         speed: Model of times; it notes the size that libraries know now.
         level: Index of the checkpoint plan to use.
+        budget_bytes: Memory that this process may use, for the host.
 
     Returns:
         None, or the failed allocation if not even one image fits.
@@ -62,6 +72,8 @@ def warm_up(
         first, starts = (1, {around}) if kind == "host" else (images, {0, around})
         outcome = step.try_out(batch, 0, first, layers())
         if isinstance(outcome, Failure):
+            continue
+        if kind == "host" and images > 1 and outcome[0] + images * (outcome[1] - outcome[0]) > budget_bytes:
             continue
         for start in sorted(starts):
             outcome = step.try_out(batch, start, start + images, layers())
