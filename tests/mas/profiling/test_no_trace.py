@@ -68,19 +68,20 @@ def test_warm_up_and_profile_leave_no_trace(most):
 
 
 @pytest.mark.parametrize(
-    ("kind", "budget_bytes", "passes"),
+    ("kind", "side_px", "budget_bytes", "passes"),
     [
-        ("host", math.inf, [(0, 1), (12, 4)]),
-        ("host", 0, [(0, 1), (0, 1), (0, 1), (12, 1)]),  # several images would go over a limit
-        ("cuda", 0, [(0, 8), (0, 8), (8, 8)]),
+        ("host", 1, math.inf, [(0, 2), (12, 4)]),  # two, as BatchNorm refuses one image of one pixel
+        ("host", 640, math.inf, [(0, 1), (12, 4)]),
+        ("host", 640, 0, [(0, 1), (0, 1), (0, 1), (12, 1)]),  # several images would go over a limit
+        ("cuda", 640, 0, [(0, 8), (0, 8), (8, 8)]),
     ],
 )
-def test_the_warm_up_runs_few_images_and_measures_the_fullest(kind, budget_bytes, passes):
+def test_the_warm_up_runs_few_images_and_measures_the_fullest(kind, side_px, budget_bytes, passes):
     model, ran = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten()), []
     model.register_forward_pre_hook(lambda module, inputs: ran.append((int(inputs[0][0]), len(inputs[0]))))
     task = mas.TensorTask(lambda model, x: model(x).square().mean())
     engine, batch = mas.Engine(model, task, mas.Config()), (torch.arange(16.0).reshape(16, 1, 1, 1),)
-    work = replace(task.workload(batch), boxes=(1,) * 12 + (9,) + (1,) * 3)
+    work = replace(task.workload(batch), boxes=(1,) * 12 + (9,) + (1,) * 3, height=side_px, width=side_px)
     models = CostModel(), SpeedModel(new_size_ms=0.0)
     assert warm_up(engine._step, kind, batch, work, *models, budget_bytes=budget_bytes) is None
     assert ran == passes

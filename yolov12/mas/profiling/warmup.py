@@ -30,6 +30,8 @@ PROFILE_IMAGES = 8
 _SIZES = {"cuda": (8, 4, 2, 1), "integrated": (4, 2, 1), "host": (4, 2, 1)}
 """Numbers of images to try, by kind of memory, until one fits. Only one is measured: on a GPU, libraries take seconds
 for each new size."""
+_SMALL_PX = 128
+"""Side of an image up to which the deepest layers of a detector, which see one pixel in 64, may see only one or two."""
 
 
 def warm_up(
@@ -45,8 +47,8 @@ def warm_up(
 ) -> Failure | None:
     """Run a few images: once to load libraries, then to measure memory, also around the image with most boxes.
 
-    On the host, one image loads the libraries, and memory is measured only around the image with most boxes. Nothing
-    enforces a limit there, so several images run only if that one has shown that they fit.
+    On the host, one image or two small ones load the libraries, and memory is measured only around the image with most
+    boxes. Nothing enforces a limit there, so several large images run only if the first one has shown that they fit.
 
     Args:
         step: Runs the images and undoes all effects.
@@ -68,12 +70,15 @@ def warm_up(
         images = min(size, work.images)
         around = min(fullest, work.images - images)
         layers = partial(step.checkpointing.within, step.plans[level])
-        # On the host a pass takes long, and one image is enough to load the libraries.
-        first, starts = (1, {around}) if kind == "host" else (images, {0, around})
+        first, starts = images, {0, around}
+        if kind == "host":
+            # A pass takes long, and one image is enough to load the libraries. BatchNorm needs two if they are so small
+            # that a layer sees one pixel of each.
+            first, starts = min(images, 1 if min(work.height, work.width) > _SMALL_PX else 2), {around}
         outcome = step.try_out(batch, 0, first, layers())
         if isinstance(outcome, Failure):
             continue
-        if kind == "host" and images > 1 and outcome[0] + images * (outcome[1] - outcome[0]) > budget_bytes:
+        if first == 1 < images and outcome[0] + images * (outcome[1] - outcome[0]) > budget_bytes:
             continue
         for start in sorted(starts):
             outcome = step.try_out(batch, start, start + images, layers())
