@@ -12,7 +12,7 @@ case $cuda in
 esac
 # NVIDIA's base images bring a newer user-mode driver, which runs on older kernel drivers of data-center GPUs:
 # https://docs.nvidia.com/deploy/cuda-compatibility/forward-compatibility.html
-newer_driver=${CUDA_HOME:-/usr/local/cuda}/compat/libcuda.so.1
+newer_driver=$(readlink -m "${CUDA_HOME:-/usr/local/cuda}/compat/libcuda.so.1") # its name ends with its version
 
 say() { echo "yolov12: $*" >&2; }
 
@@ -31,11 +31,11 @@ at_least() { # a b: succeeds if version a is b or newer
 check_gpu() {
   local driver
   [ "$(argument device)" != cpu ] || return 0
-  if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1) || [ -z "$driver" ]; then
+  if ! driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | sed -n 1p) || [ -z "$driver" ]; then
     say "no GPU was passed to this container: docker run --gpus all ... (training runs on the CPU, slowly)"
   elif at_least "$driver" "$oldest_driver"; then
     return 0
-  elif [ -e "$newer_driver" ]; then
+  elif [ -e "$newer_driver" ] && at_least "${newer_driver##*.so.}" "$oldest_driver"; then
     say "driver $driver of this machine is older than $oldest_driver: CUDA $cuda runs on it on data-center GPUs only (forward compatibility). If no GPU is found, update the driver"
   else
     say "driver $driver of this machine is older than $oldest_driver, which CUDA $cuda needs: update it, or train with device=cpu"

@@ -40,7 +40,7 @@ choose_lock() {
       ;;
     *)
       echo "yolov12: YOLOV12_LOCK=$YOLOV12_LOCK: give lock or current" >&2
-      return 1
+      return 2
       ;;
   esac
 }
@@ -81,7 +81,7 @@ if [ "${CONDA_DEFAULT_ENV:-}" = yolov12 ]; then
   python -I -c 'import yolov12.autopatch' 2>/dev/null || install_package python # -I ignores the current folder
 else
   choose_lock
-  if command -v flock >/dev/null; then # only one script makes an environment, others wait
+  if [ ! -e "$stamp" ] && command -v flock >/dev/null; then # only one script makes an environment, others wait
     exec 9>"$root/.venv.lock"
     flock 9
   fi
@@ -95,7 +95,7 @@ work=$root
 [ -w "$root" ] || work=$PWD
 if [ ! -w "$work" ]; then
   echo "yolov12: neither $root nor $PWD can be written to: docker run -v \"\$PWD:/work\" -w /work ..." >&2
-  exit 1
+  exit 2
 fi
 [ -w "${HOME:-/}" ] || export HOME=$work
 if [ ! -w "${TMPDIR:-/tmp}" ]; then

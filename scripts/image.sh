@@ -28,7 +28,15 @@ default_of() { # name: prints the default of a Dockerfile argument
   sed -n "s/^ARG $1=//p" "$root/Dockerfile" | head -n 1
 }
 
-can_pull() { "$tool" pull --quiet "$(default_of CUDA_RUNTIME)" >/dev/null 2>&1; }
+can_pull() { # arguments of the build, which may have another base, such as that of a mirror
+  local word base
+  base=$(default_of CUDA_RUNTIME)
+  for word in "$@"; do
+    word=${word#--build-arg=}
+    [[ $word != CUDA_RUNTIME=* ]] || base=${word#*=}
+  done
+  "$tool" inspect --type image "$base" >/dev/null 2>&1 || "$tool" pull --quiet "$base" >/dev/null 2>&1
+}
 
 revision() { # prints the commit of the working tree, or nothing without git
   git -C "$root" describe --always --abbrev=40 --dirty --exclude '*' 2>/dev/null || true
@@ -104,7 +112,7 @@ build() {
       return 2
       ;;
   esac
-  if ! can_pull; then
+  if ! can_pull "$@"; then
     if [ "$tool" != buildah ] || ! command -v mmdebstrap >/dev/null; then
       echo "scripts/image.sh: the base images cannot be pulled; stand-ins need buildah and mmdebstrap" >&2
       return 75

@@ -130,6 +130,7 @@ def test_val_without_weights_says_what_to_do(capsys, monkeypatch, tmp_path):
         "train resume=/missing/last.pt",
         "train cfg=missing.yaml",
         "train task=wrong",
+        "train model=yolov8n-pose.yaml data=demo",  # which has no keypoints
         "val model=yolov12n.yaml data=missing.yaml device=cpu",
         "predict model=yolov12n.yaml source=/missing device=cpu",
         "export model=yolov12n.yaml format=wrong device=cpu",

@@ -60,13 +60,13 @@ def offer(clone, *versions):
         python.chmod(0o755)
 
 
-def source_env(clone, cwd="/", **environment):
-    """Source scripts/env.sh; return the finished process and the calls of the stand-in."""
+def source_env(clone, cwd="/", before=":", **environment):
+    """Run a command and source scripts/env.sh; return the finished process and the calls of the stand-in."""
     calls = clone.parent / "calls"
     calls.write_text("")
     env = {k: v for k, v in os.environ.items() if k not in ("CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "YOLO_CONFIG_DIR")}
     env |= {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), **environment}
-    script = f'set -euo pipefail; . "{clone}/scripts/env.sh"; command -v python; echo "$YOLO_CONFIG_DIR"'
+    script = f'set -euo pipefail; {before}; . "{clone}/scripts/env.sh"; command -v python; echo "$YOLO_CONFIG_DIR"'
     done = subprocess.run(["bash", "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
     return done, calls.read_text().splitlines()
 
@@ -81,6 +81,24 @@ def test_first_use_makes_a_venv_and_the_second_finds_it(clone):
     done, calls = source_env(clone)
     assert done.returncode == 0
     assert calls == []
+
+
+def test_a_clone_that_cannot_be_written_to_is_used_if_its_environment_is_made(clone):
+    source_env(clone)
+    (clone / ".venv.lock").unlink()
+    (clone / ".venv.lock").mkdir()  # root could write to any file
+    done, calls = source_env(clone)
+    assert (done.returncode, calls) == (0, []), done.stderr
+
+
+def test_no_folder_that_can_be_written_to_has_the_status_of_a_wrong_argument(clone):
+    """Which `docker run` has to change."""
+    no_folder = 'function [ { case "$1 $2" in -w*) return 1 ;; "! -w") return 0 ;; *) builtin [ "$@" ;; esac; }'
+    done, _ = source_env(clone, before=no_folder)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f'yolov12: neither {clone} nor / can be written to: docker run -v "$PWD:/work" -w /work ...',
+    )
 
 
 def test_an_interrupted_install_is_done_again(clone):
@@ -148,7 +166,7 @@ def test_no_suitable_python_is_said(clone):
     done, _ = source_env(clone, YOLOV12_LOCK="lock")
     assert (done.returncode != 0, done.stderr.strip()) == (True, needed)
     done, _ = source_env(clone, YOLOV12_LOCK="newest")
-    assert (done.returncode != 0, done.stderr.strip()) == (True, "yolov12: YOLOV12_LOCK=newest: give lock or current")
+    assert (done.returncode, done.stderr.strip()) == (2, "yolov12: YOLOV12_LOCK=newest: give lock or current")
 
 
 @pytest.mark.parametrize("version", ["3.13", "3.14"])

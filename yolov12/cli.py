@@ -53,6 +53,12 @@ ENVIRONMENT: Mapping[str, str] = {
     "YOLOV12_TRUST_DATA": "`1` runs the code in the `download:` of a data set yaml, and reads `*.cache` files of data "
     "sets as Ultralytics does. Both can run any code.",
     "YOLOV12_TRACEBACK": "`1` shows the traceback of an error instead of one line.",
+    "YOLOV12_LOCK": "`lock` or `current`: the lock that the scripts make an environment of, and `scripts/image.sh` "
+    "an image. Without it, the scripts take `current` only if every Python is too new for `lock`.",
+    "YOLOV12_REQUIRE": "Parts that a machine must have for `scripts/smoke.sh`, of `gpu`, `flash-attn` and `tensorrt`, "
+    "with commas between them. If one is missing, no test runs, and the status is not 0.",
+    "YOLOV12_IMAGE": "Tag of the image that `scripts/image.sh` builds and tests. The default is `yolov12`.",
+    "YOLOV12_IMAGE_DIGEST": "Digest of the image, for the report of `yolov12 check`: an image does not know its own.",
 }
 """Environment variable → its effect."""
 

@@ -1,5 +1,7 @@
 """Pages of docs/reference and the text of --help are made from the same tables as the software."""
 
+import re
+
 import pytest
 from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -52,3 +54,10 @@ def test_exit_statuses_are_those_of_the_command_line(capsys):
     assert cli.main([]) in cli.EXIT_STATUSES
     assert cli.main(["trian"]) == 2
     assert {0, 1, 2, 130, 143} == cli.EXIT_STATUSES.keys()
+
+
+def test_every_variable_that_the_documentation_names_is_in_the_table():
+    root = FOLDER.parents[1]
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), root / ".github" / "workflows" / "image.yml"]
+    named = {name for page in pages for name in re.findall(r"YOLOV12_[A-Z_]*[A-Z]", page.read_text("utf-8"))}
+    assert named <= cli.ENVIRONMENT.keys()

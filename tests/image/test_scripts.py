@@ -52,10 +52,16 @@ def test_an_old_driver_is_an_error(tmp_path, driver, status):
     assert preflight(tmp_path, "device=cpu", driver=driver).returncode == 0
 
 
+def bring_driver(folder, version):
+    """Make the folder of CUDA's base images that has a user-mode driver."""
+    (folder / "compat").mkdir()
+    (folder / "compat" / f"libcuda.so.{version}").touch()
+    (folder / "compat" / "libcuda.so.1").symlink_to(f"libcuda.so.{version}")
+
+
 def test_an_old_driver_is_a_warning_where_the_base_image_brings_a_newer_one(tmp_path):
     """NVIDIA's runtime refuses to start the image where this cannot work, so the entrypoint does not."""
-    (tmp_path / "compat").mkdir()
-    (tmp_path / "compat" / "libcuda.so.1").touch()
+    bring_driver(tmp_path, "530.30.02")
     done = preflight(tmp_path, driver="470.82.01")
     assert done.returncode == 0
     assert "driver 470.82.01 of this machine is older than 525.60.13" in done.stderr
@@ -70,6 +76,13 @@ def test_the_oldest_driver_is_that_of_the_installed_pytorch(tmp_path):
         done = preflight(tmp_path, driver="570.1")
         assert done.returncode == status
         assert ("older than 580.65.06, which CUDA 13 needs" in done.stderr) is bool(status)
+
+
+def test_a_driver_of_the_base_image_that_is_too_old_itself_does_not_help(tmp_path):
+    """As with LOCK=current on a base of CUDA 12."""
+    test_the_oldest_driver_is_that_of_the_installed_pytorch(tmp_path)
+    bring_driver(tmp_path, "530.30.02")
+    assert preflight(tmp_path, driver="570.1").returncode == 1
 
 
 def test_help_is_not_held_up_by_a_machine_that_cannot_train(tmp_path):

@@ -22,7 +22,7 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
 
     Raises:
         ConfigError: The device does not exist, or the image size or the batch is not valid.
-        DataError: The data set is missing, malformed, or has no images.
+        DataError: The data set is missing, malformed, of another task, or has no images.
     """
     if (device := arguments.get("device")) is not None:
         _check_device(device)
@@ -32,7 +32,7 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
         raise ConfigError(f"batch={batch}: give a number of images, as in 16, or a fraction of the memory below 1")
     data = arguments.get("data")
     if isinstance(data, (str, Path)) and task != "classify":
-        _check_data(str(data), arguments.get("split") or "val")
+        _check_data(str(data), arguments.get("split") or "val", task)
 
 
 def _check_device(device: Any) -> None:
@@ -63,11 +63,12 @@ def _check_image_size(imgsz: Any) -> None:
         raise ConfigError(f"imgsz={imgsz} is not an image size. Give pixels, as in imgsz=640")
 
 
-def _check_data(data: str, val_split: str) -> None:
+def _check_data(data: str, val_split: str, task: str) -> None:
     from ultralytics.data.utils import check_det_dataset
 
     if demo.is_demo(data):
         demo.parse(data)
+        _check_task(data, {}, task)
         return
     if "://" in data or data.endswith(".ndjson"):
         return  # Ultralytics downloads the data set, and then checks it
@@ -79,12 +80,19 @@ def _check_data(data: str, val_split: str) -> None:
         raise DataError(f"data={data}: {_first_line(error)}. Give the path of a data set yaml, or data=demo") from error
     except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set
         raise DataError(f"data={data}: {_first_line(error)}") from error
+    _check_task(data, found, task)
     for split in ("train", val_split):
         sources = found[split] if isinstance(found[split], list) else [found[split]]
         if not all(sources):
             raise DataError(f"data={data}: '{split}:' names no images")
         if not _has_images(sources):
             raise MissingImagesError(f"data={data}: no images for '{split}' in {', '.join(sources)}")
+
+
+def _check_task(data: str, found: Mapping[str, Any], task: str) -> None:
+    # Ultralytics finds labels without polygons by itself when it reads them. Here it would raise a KeyError.
+    if task == "pose" and "kpt_shape" not in found:
+        raise DataError(f"data={data}: task=pose needs keypoints, and this data set has no 'kpt_shape:', as in [17, 3]")
 
 
 def _first_line(error: Exception) -> str:
