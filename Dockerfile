@@ -9,12 +9,12 @@
 # To mirror them: NVIDIA deletes the tags of a CUDA release six months after its end of life, so keep copies while they
 # can be pulled: `skopeo copy --all docker://NAME@DIGEST docker://MIRROR/NAME`. A copy keeps the digest, so that
 # `--build-arg CUDA_RUNTIME=MIRROR/NAME@DIGEST` builds the same image.
-# The names begin with their registry, without which podman and buildah do not find them.
-ARG CUDA_DEVEL=docker.io/nvidia/cuda:12.1.1-cudnn8-devel-ubuntu22.04@sha256:21196d81f56b48dbee70494d5f10322e1a77cc47ffe202a3bf68eab81533c20f
+# podman and buildah find these names if their registries.conf has a registry for names without one.
+ARG CUDA_DEVEL=nvidia/cuda:12.1.1-cudnn8-devel-ubuntu22.04@sha256:21196d81f56b48dbee70494d5f10322e1a77cc47ffe202a3bf68eab81533c20f
 # torch's wheels bring cuBLAS, cuDNN, NCCL and the CUDA runtime. This base adds the variables that give a container its
 # GPU, the check of the driver, and cuda-compat for older drivers of data centers.
-ARG CUDA_RUNTIME=docker.io/nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22
-ARG CONDA=docker.io/condaforge/miniforge3:24.11.3-2@sha256:1148ac0d3edaa4f25ca77d35e440766883a1be275fd5552f106c4756ac53f532
+ARG CUDA_RUNTIME=nvidia/cuda:12.1.1-base-ubuntu22.04@sha256:457a4076c56025f51217bff647ca631c7880ad3dbf546b03728ba98297ebbc22
+ARG CONDA=condaforge/miniforge3:24.11.3-2@sha256:1148ac0d3edaa4f25ca77d35e440766883a1be275fd5552f106c4756ac53f532
 
 # hadolint ignore=DL3006 # the default above has a tag
 FROM ${CONDA} AS conda
