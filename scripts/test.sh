@@ -7,5 +7,6 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 cd "$root"
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc prints the value of this variable, if there is one
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec python -m pytest -n "$(($(nproc) * 3 / 2))" --dist worksteal "$@"
+exec python -m pytest -n "$((cores * 3 / 2))" --dist worksteal "$@"

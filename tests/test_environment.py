@@ -154,6 +154,15 @@ def test_an_active_environment_without_the_package_gets_it(clone):
     assert any(call.endswith(f"-e {clone}") for call in calls)
 
 
+@pytest.mark.parametrize("threads", ["", "1"])
+def test_the_suite_runs_in_three_processes_for_two_cores(clone, threads):
+    """`nproc` prints OMP_NUM_THREADS where it is set, which says nothing about processes."""
+    (clone.parent / "bin" / "nproc").write_text('#!/bin/sh\necho "${OMP_NUM_THREADS:-4}"\n')
+    (clone.parent / "bin" / "nproc").chmod(0o755)
+    _, calls = source_env(clone, before=f'bash "{clone}/scripts/test.sh" --deep', OMP_NUM_THREADS=threads)
+    assert "python -m pytest -n 6 --dist worksteal --deep" in calls
+
+
 def test_no_suitable_python_is_said(clone):
     needed = (
         "yolov12: Python 3.10 to 3.12 is needed for requirements/lock.txt, 3.11 to 3.14 for current.txt, "
