@@ -12,10 +12,13 @@ import pytest
 import torch
 from torch import nn
 from ultralytics import RTDETR, YOLO, YOLOE, YOLOWorld
+from ultralytics.data import augment
+from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn import modules, tasks
 from ultralytics.utils import DEFAULT_CFG_DICT, IterableSimpleNamespace
 from ultralytics.utils.loss import v8DetectionLoss
 
+from yolov12.errors import UnreadableWeightsError, UntrustedWeightsError
 from yolov12.models import weights
 
 
@@ -139,6 +142,33 @@ def test_the_loss_in_a_checkpoint_still_computes(mid_training: dict[str, Any]) -
     assert torch.isfinite(loss).all()
 
 
+def test_the_loss_of_an_rtdetr_is_loaded() -> None:
+    # Ultralytics before 8.4 leaves the loss in the checkpoints of a run that goes on
+    loss = RTDETRDetectionLoss(nc=2, use_vfl=True)
+    torch.save({"ema": nn.ModuleList([loss])}, "last.pt")
+    loaded = weights.load("last.pt")[0]["ema"][0]
+    assert type(loaded) is RTDETRDetectionLoss
+    assert loaded.matcher.cost_gain == loss.matcher.cost_gain
+
+
+@pytest.mark.parametrize("settings", [torch.zeros(2), 0])
+def test_settings_of_another_type_are_one_clear_error(settings: Any) -> None:
+    torch.save({"model": nn.Identity(), "train_args": settings}, "a.pt")
+    with pytest.raises(UnreadableWeightsError, match="train_args of type"):
+        weights.load("a.pt")
+
+
+def test_a_modelopt_state_of_any_type_is_refused() -> None:
+    torch.save({"model": nn.Identity(), "modelopt": torch.zeros(2)}, "a.pt")
+    with pytest.raises(UntrustedWeightsError, match="ModelOpt"):
+        weights.load("a.pt")
+
+
+def test_a_data_set_with_a_name_too_long_for_a_path_is_left_out() -> None:
+    torch.save({"model": nn.Identity(), "train_args": {"data": "%" + "x" * 5000}}, "a.pt")
+    assert weights.load("a.pt")[0]["train_args"] == {}
+
+
 @pytest.mark.parametrize(
     ("body", "cls"),
     [
@@ -147,6 +177,8 @@ def test_the_loss_in_a_checkpoint_still_computes(mid_training: dict[str, Any]) -
         (b"cultralytics.nn.tasks\nYOLOv10DetectionModel\n)\x81}(ub", tasks.DetectionModel),
         (b"cultralytics.yolo.utils.loss\nv8DetectionLoss\n)\x81}(X\x01\0\0\0xNub", v8DetectionLoss),
         (b"cultralytics.yolo.utils\nIterableSimpleNamespace\n)R}b", IterableSimpleNamespace),
+        (b"cultralytics.yolo.data.augment\nToTensor\n)\x81}X\x04\0\0\0half\x89sb", augment.ToTensor),
+        (b"cultralytics.yolo.data.augment\nCenterCrop\n)\x81}X\x01\0\0\0hK\x20sb", augment.CenterCrop),
         (b"cpathlib\nWindowsPath\nX\x04\0\0\0runsX\x01\0\0\0a\x86R", type(Path())),
         (b"cpathlib._local\nPosixPath\nX\x01\0\0\0/X\x01\0\0\0a\x86R", type(Path())),
         (b"ctorch\nSize\n(K\x01K\x02l\x85R", torch.Size),

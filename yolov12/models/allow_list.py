@@ -30,11 +30,18 @@ _LAYER_PACKAGES = (
 )
 """Packages whose `nn.Module` classes may be instantiated."""
 
-_LOSS_MODULES = ("ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.nn.distill_model")
+_LOSS_MODULES = (
+    *("ultralytics.utils.loss", "ultralytics.utils.tal", "ultralytics.nn.distill_model"),
+    *("ultralytics.models.utils.loss", "ultralytics.models.utils.ops"),  # of RT-DETR
+)
 """Modules whose own classes may all be instantiated: a checkpoint from the middle of a training holds its loss."""
 
 _TRANSFORMS = "torchvision.transforms.transforms"
-_PLAIN_CLASSES = (f"{_TRANSFORMS}.Compose", f"{_TRANSFORMS}.ToTensor", "ultralytics.utils.IterableSimpleNamespace")
+_PLAIN_CLASSES = (
+    *(f"{_TRANSFORMS}.Compose", f"{_TRANSFORMS}.ToTensor", "ultralytics.utils.IterableSimpleNamespace"),
+    # Classifiers of Ultralytics 8.0 hold these.
+    *(f"ultralytics.data.augment.{name}" for name in ("ClassifyLetterBox", "CenterCrop", "ToTensor")),
+)
 
 STORAGES = {
     "torch.DoubleStorage": torch.float64,

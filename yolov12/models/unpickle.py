@@ -97,7 +97,7 @@ class _Unpickler(pickle._Unpickler):  # the Python implementation, whose opcodes
         module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
         full = f"{_compat_pickle.IMPORT_MAPPING.get(module, module)}.{name}"
         full = RENAMED.get(full, full)
-        if full.startswith("ultralytics.yolo.utils."):  # their place in early releases
+        if full.startswith(("ultralytics.yolo.utils.", "ultralytics.yolo.data.")):  # their place in early releases
             full = full.replace(".yolo", "", 1)
         if full.startswith("torch.") and isinstance(dtype := vars(torch).get(full[6:]), torch.dtype):
             return dtype

@@ -229,12 +229,14 @@ def _raise_without_model(file: str, found: Any) -> None:
 
 def _check_settings(file: str, checkpoint: dict[str, Any], is_own: bool) -> None:
     """Refuse or remove settings that would make Ultralytics run or download something later."""
-    if checkpoint.get("modelopt") and not is_own:
+    if checkpoint.get("modelopt") is not None and not is_own:
         raise UntrustedWeightsError(
             f"{file} holds a state for NVIDIA ModelOpt. To restore it, Ultralytics would install and run that package. "
             f"If you trust the author of the file, set {TRUST}=1."
         )
-    settings = checkpoint.get("train_args") or {}
+    settings = checkpoint.get("train_args")
+    if settings is None:
+        return
     if not isinstance(settings, dict):
         raise UnreadableWeightsError(
             f"{file} has train_args of type {type(settings).__name__}. Give a checkpoint that YOLO saved."
@@ -254,4 +256,4 @@ def _is_remote(data: Any) -> bool:
     if re.search(r"[a-z]{2,}:[/\\]|^[/\\]{2}", text, re.IGNORECASE):
         return True
     # Ultralytics appends the name of a missing classification data set to the address of its assets.
-    return re.search(r"%|\.\.", text) is not None and not Path(text).exists()
+    return re.search(r"%|\.\.", text) is not None and not os.path.exists(text)  # noqa: PTH110 - raises no error
