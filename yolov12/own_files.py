@@ -95,22 +95,28 @@ def join(path: str) -> None:
 
 def _note(identity: _Identity) -> None:
     _written.add(identity)
-    if path := os.environ.get(_SHARED):
-        with suppress(OSError):  # such as on another machine, which has no such file
-            notes = os.open(path, os.O_WRONLY | os.O_APPEND)
-            try:
-                os.write(notes, (" ".join(map(str, identity)) + "\n").encode())
-            finally:
-                os.close(notes)
+    with suppress(OSError), _open_notes("a") as notes:  # on another machine, there is no such file
+        notes.write(" ".join(map(str, identity)) + "\n")
 
 
 def _noted() -> set[_Identity]:
-    with suppress(OSError), open(os.environ.get(_SHARED, os.devnull), encoding="ascii") as notes:  # noqa: PTH123
-        if (
-            os.fstat(notes.fileno()).st_uid == os.geteuid()
-        ):  # in /tmp, another user could make a file of a name that is free
-            return {tuple(map(int, line.split())) for line in notes}
+    with suppress(OSError, ValueError), _open_notes("r") as notes:
+        return {tuple(map(int, line.split())) for line in notes}
     return set()
+
+
+def _open_notes(mode: str) -> IO[str]:
+    """Open the shared file, if it is this user's own. In /tmp, others can make one, or a link, when the name is free."""
+    path = os.environ.get(_SHARED, os.devnull)
+    notes = open(path, mode, encoding="ascii", opener=_existing)  # noqa: SIM115
+    if os.fstat(notes.fileno()).st_uid != os.geteuid():
+        notes.close()
+        raise PermissionError(f"{path} belongs to another user")
+    return notes
+
+
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
 
 
 def _at(path: str | Path) -> _Identity | None:

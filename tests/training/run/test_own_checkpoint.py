@@ -185,6 +185,29 @@ def test_a_process_that_starts_the_ranks_and_they_trust_each_others_files(tmp_pa
     assert "AssertionError" in later.stderr
 
 
+@pytest.mark.parametrize("others", ["link", "owner", "nonsense"])
+def test_notes_of_others_are_neither_read_nor_written(tmp_path, monkeypatch, others):
+    """In /tmp, another user can make a file or a link of a name that is free again."""
+    best, notes, there = (tmp_path / name for name in ("best.pt", "notes", "there"))
+    best.write_bytes(b"best")
+    with best.open("rb") as file:
+        there.write_text(
+            " ".join(map(str, own_files._identity(os.fstat(file.fileno())))) + "\n" + "?" * (others == "nonsense")
+        )
+    if others == "link":
+        notes.symlink_to(there)
+    else:
+        there.rename(notes)
+    before = notes.read_text()
+    monkeypatch.setenv(own_files._SHARED, str(notes))
+    if others == "owner":
+        monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert not is_own(best)
+    if others != "nonsense":
+        files.write(tmp_path / "other.pt", lambda file: file.write(b"other"))
+        assert notes.read_text() == before
+
+
 _RANK_1 = """
 import sys
 from yolov12 import own_files
