@@ -106,7 +106,7 @@ def _noted() -> set[_Identity]:
 
 
 def _open_notes(mode: str) -> IO[str]:
-    """Open the shared file, if it is this user's own. In /tmp, others can make one, or a link, when the name is free."""
+    """Open the shared file, if it is this user's. In /tmp, others can make one, or a link, when the name is free."""
     path = os.environ.get(_SHARED, os.devnull)
     notes = open(path, mode, encoding="ascii", opener=_existing)  # noqa: SIM115
     if os.fstat(notes.fileno()).st_uid != os.geteuid():
