@@ -12,13 +12,14 @@ from ultralytics import YOLO
 
 BATCHES = 4
 LIFE = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 import torch
 from ultralytics import YOLO
 
 log, model_yaml = sys.argv[1:]
 os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
 ARGUMENTS = dict(
     data="demo:images=40,val=0.2", imgsz=64, batch=8, nbs=16, epochs={epochs}, close_mosaic=3, warmup_epochs=2.0,
     mixup=0.3, multi_scale=0.5, optimizer="AdamW", lr0=1e-3, bn_group=8, recipe=False, plots=False, device="cpu",
