@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from yolov12 import files, own_files
 from yolov12.training.adapter import attach as adapter
 from yolov12.training.adapter.users_code import is_ultralytics
+from yolov12.training.classes import head
 from yolov12.training.data import host
 from yolov12.training.run import process_group, run_folder, session
 
-__all__ = ["build_loaders", "make", "resume_training", "setup_train", "train"]
+__all__ = ["build_loaders", "make", "resume_training", "setup_model", "setup_train", "train"]
 
 
 def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -40,6 +42,26 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
     """
     with run_folder.locked(trainer), session.no_false_start(trainer):
         process_group.launch(stock, trainer)
+
+
+def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
+    """Run Ultralytics' `BaseTrainer.setup_model`, and let the classes of the model keep their weights by name.
+
+    Args:
+        stock: Ultralytics' own method.
+        trainer: Ultralytics' trainer.
+
+    Returns:
+        What `stock` returns: the checkpoint to resume from, or None.
+    """
+    from ultralytics.utils import LOGGER
+
+    checkpoint = stock(trainer)
+    if trainer.args.mas and trainer.args.cls_remap and not trainer.resume:
+        change = head.keep_by_name(trainer.model, trainer.data.get("names"))
+        if change is not None and not change.is_none:
+            LOGGER.log(logging.WARNING if change.knows_none else logging.INFO, f"classes: {change}")
+    return checkpoint
 
 
 def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
