@@ -21,7 +21,7 @@ from yolov12.training.run.run_state import FILE
 __all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
 
 # Files that are written before the first epoch. A journal without a picture has no rows.
-_BEFORE_THE_FIRST_EPOCH = {".lock", "args.yaml", "labels.jpg", "memory.csv", "memory.json"}
+_BEFORE_THE_FIRST_EPOCH = {".lock", "args.yaml", "classes.csv", "labels.jpg", "memory.csv", "memory.json"}
 
 
 def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, **arguments: Any) -> Any:

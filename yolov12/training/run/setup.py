@@ -10,11 +10,13 @@ from typing import Any
 from yolov12 import files, own_files
 from yolov12.training.adapter import attach as adapter
 from yolov12.training.adapter.users_code import is_ultralytics
-from yolov12.training.classes import head
+from yolov12.training.classes import head, table
 from yolov12.training.data import host
 from yolov12.training.run import process_group, run_folder, session
 
 __all__ = ["build_loaders", "make", "resume_training", "setup_model", "setup_train", "train"]
+
+_CHANGE = "yolov12_classes"  # attribute of a trainer: how its classes differ from those of its model
 
 
 def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any) -> None:
@@ -59,6 +61,7 @@ def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
     checkpoint = stock(trainer)
     if trainer.args.mas and trainer.args.cls_remap and not trainer.resume:
         change = head.keep_by_name(trainer.model, trainer.data.get("names"))
+        setattr(trainer, _CHANGE, change)
         if change is not None and not change.is_none:
             LOGGER.log(logging.WARNING if change.knows_none else logging.INFO, f"classes: {change}")
     return checkpoint
@@ -79,6 +82,7 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         stock(trainer, *args, **kwargs)
     if trainer.args.mas:
         host.limit_prefetch(trainer)
+        table.begin(trainer, getattr(trainer, _CHANGE, None))
     files.make_atomic(trainer)
     if not is_ultralytics(trainer.save_model):
         trainer.save_model = functools.partial(_save_model, trainer, trainer.save_model)

@@ -1,0 +1,75 @@
+"""A training for other classes than before: what it says, and its table of classes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from ultralytics import YOLO
+
+from yolov12.training.classes import table
+
+NAMES = {0: "new", 1: "odd"}
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory, tiny_model, trainings):
+    """Folder with a model for the classes `even` and `odd`, their data, and data in which the first class is new."""
+    folder = tmp_path_factory.mktemp("old")
+    trainings.draw_data(folder / "old")
+    data = Path(trainings.draw_data(folder / "new"))
+    data.write_text(yaml.safe_dump({**yaml.safe_load(data.read_text()), "names": NAMES}))
+    model = YOLO(tiny_model)
+    model.model.names = {0: "even", 1: "odd", **{index: f"other {index}" for index in range(2, 10)}}
+    model.save(folder / "old.pt")
+    return folder
+
+
+class PowerCutError(Exception):
+    """Power cut in mid-epoch."""
+
+
+def cut_power(trainer):
+    if trainer.epoch == 1:
+        raise PowerCutError
+
+
+def test_a_training_with_new_classes_makes_a_table_which_a_resumed_run_completes(old, trainings, tmp_path):
+    validated = []
+    settings = {"data": str(old / "new" / "data.yaml"), "batch": 4, "nbs": 4}
+    cut = trainings.train(
+        tmp_path,
+        str(old / "old.pt"),
+        **settings,
+        callbacks=[("on_train_batch_end", cut_power), ("on_val_end", validated.append)],
+        raises=PowerCutError,
+    )
+    assert (
+        "classes: 1 of 2 classes keep their weights, found by name; new: new; no longer there: even, other 2" in cut.log
+    )
+    assert len(validated) == 1  # the callbacks of a user see the validations of the training alone
+    assert len(cut.memory) == 3
+    rows = table.read(cut.folder / "classes.csv")
+    assert [(row.name, row.known, row.after) for row in rows] == [("new", False, None), ("odd", True, None)]
+    assert rows[0].before is None
+    assert rows[1].before is not None
+    assert all(row.objects > 0 for row in rows)
+
+    marked = [rows[0], table.replace(rows[1], before=(0.25, 0.125))]
+    table.write(cut.folder / "classes.csv", marked)
+    run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True)
+    assert "validating the model that the training begins with" not in run.log
+    done = table.read(run.folder / "classes.csv")
+    assert [row.before for row in done] == [None, (0.25, 0.125)]
+    assert all(row.after is not None for row in done)
+    assert (run.folder / "classes.png").exists()
+    assert table.as_text(done) in run.log
+    assert len(run.memory) == 4
+
+
+def test_the_same_classes_make_no_table(old, trainings, tmp_path):
+    same = YOLO(str(old / "old.pt"))
+    data = yaml.safe_load((old / "old" / "data.yaml").read_text())
+    (old / "old" / "same.yaml").write_text(yaml.safe_dump({**data, "names": same.names}))
+    run = trainings.train(tmp_path, same, data=str(old / "old" / "same.yaml"), epochs=1)
+    assert "classes" not in [path.stem for path in run.folder.iterdir()]
+    assert "classes:" not in run.log
