@@ -112,9 +112,10 @@ def test_what_is_no_checkpoint_says_so_in_one_line(write: Callable[[], None], me
     ],
 )
 def test_a_data_set_elsewhere_is_not_taken_from_a_checkpoint(data: str | None, kept: bool) -> None:
-    torch.save({"model": nn.Identity(), "train_args": {"data": data, "imgsz": 320}}, "w.pt")
+    named = {"data": data, "replay": data}
+    torch.save({"model": nn.Identity(), "train_args": {**named, "imgsz": 320}}, "w.pt")
     settings = weights.load("w.pt")[0]["train_args"]
-    assert settings == ({"data": data, "imgsz": 320} if kept else {"imgsz": 320})
+    assert settings == {**(named if kept else {}), "imgsz": 320}
 
 
 def test_a_state_that_another_package_would_run_is_refused() -> None:

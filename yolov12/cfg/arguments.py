@@ -123,6 +123,21 @@ ARGUMENTS: tuple[Argument, ...] = (
         DATA,
     ),
     Argument(
+        "replay",
+        None,
+        "path of a data set yaml, or demo:...; None: no other data",
+        "Mix images of this older data set into the training, so that the model does not forget its classes; their "
+        "labels get the class ids of data= by name.",
+        DATA,
+    ),
+    Argument(
+        "replay_fraction",
+        0.3,
+        "fraction, between 0 and 1",
+        "Let this fraction of the images of each epoch come from replay.",
+        DATA,
+    ),
+    Argument(
         "engine_builder",
         "auto",
         "auto, tensorrt or tensorrt_rtx",

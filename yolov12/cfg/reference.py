@@ -28,7 +28,7 @@ COMMANDS: Mapping[str, str] = {
 
 _GROUPS: Mapping[str, str] = {
     ENGINE: "Memory-aware engine",
-    DATA: "Image size and augmentation",
+    DATA: "Images and replay",
     RUN: "Runs",
     EXPORT: "Exported models",
 }

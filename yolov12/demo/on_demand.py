@@ -12,7 +12,7 @@ __all__ = ["get_cfg"]
 
 
 def get_cfg(stock: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """Run Ultralytics' `get_cfg`; in place of `data=demo...`, its result names the yaml of the data set.
+    """Run Ultralytics' `get_cfg`; `data=demo...` and `replay=demo...` become yaml files there.
 
     Args:
         stock: Ultralytics' own function.
@@ -27,8 +27,9 @@ def get_cfg(stock: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         DataError: Something else has the name of its folder.
     """
     cfg = stock(*args, **kwargs)
-    if is_demo(getattr(cfg, "data", None)):
-        from ultralytics.utils import SETTINGS
+    for name in ("data", "replay"):
+        if is_demo(data := getattr(cfg, name, None)):
+            from ultralytics.utils import SETTINGS
 
-        cfg.data = str(ensure(cfg.data, Path(SETTINGS["datasets_dir"])))
+            setattr(cfg, name, str(ensure(str(data), Path(SETTINGS["datasets_dir"]))))
     return cfg

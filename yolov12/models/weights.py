@@ -241,13 +241,14 @@ def _check_settings(file: str, checkpoint: dict[str, Any], is_own: bool) -> None
         raise UnreadableWeightsError(
             f"{file} has train_args of type {type(settings).__name__}. Give a checkpoint that YOLO saved."
         )
-    if _is_remote(settings.get("data")):
-        from ultralytics.utils import LOGGER
+    for name, way_out in (("data", "Give data="), ("replay", "A resumed run goes on without it")):
+        if _is_remote(settings.get(name)):
+            from ultralytics.utils import LOGGER
 
-        LOGGER.warning(
-            f"{file} was trained on {settings.pop('data')!r:.120}. This data set is not downloaded automatically. "
-            "Give data=."
-        )
+            LOGGER.warning(
+                f"{file} was trained on {settings.pop(name)!r:.120}. This data set is not downloaded automatically. "
+                f"{way_out}."
+            )
 
 
 def _is_remote(data: Any) -> bool:

@@ -9,6 +9,7 @@ from ultralytics import YOLO
 from yolov12.training.classes import table
 
 NAMES = {0: "new", 1: "odd"}
+REPLAY = {"replay_fraction": 0.5, "batch": 4, "nbs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def cut_power(trainer):
 
 def test_a_training_with_new_classes_makes_a_table_which_a_resumed_run_completes(old, trainings, tmp_path):
     validated = []
-    settings = {"data": str(old / "new" / "data.yaml"), "batch": 4, "nbs": 4}
+    settings = {"data": str(old / "new" / "data.yaml"), "replay": str(old / "old" / "data.yaml"), **REPLAY}
     cut = trainings.train(
         tmp_path,
         str(old / "old.pt"),
@@ -46,24 +47,27 @@ def test_a_training_with_new_classes_makes_a_table_which_a_resumed_run_completes
     assert (
         "classes: 1 of 2 classes keep their weights, found by name; new: new; no longer there: even, other 2" in cut.log
     )
+    assert "replay: 8 new images and 8 of 8 old ones (50%) in each epoch" in cut.log
+    assert "replay: labels of classes that the data does not have are left out: even (" in cut.log
     assert len(validated) == 1  # the callbacks of a user see the validations of the training alone
-    assert len(cut.memory) == 3
+    assert len(cut.memory) == 5
     rows = table.read(cut.folder / "classes.csv")
     assert [(row.name, row.known, row.after) for row in rows] == [("new", False, None), ("odd", True, None)]
     assert rows[0].before is None
     assert rows[1].before is not None
-    assert all(row.objects > 0 for row in rows)
+    assert rows[1].objects > rows[0].objects > 0  # the validation images of both
 
     marked = [rows[0], table.replace(rows[1], before=(0.25, 0.125))]
     table.write(cut.folder / "classes.csv", marked)
-    run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True)
+    run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True, replay_fraction=0.1)
+    assert "replay_fraction=0.1: a run goes on with the replay_fraction=0.5 it began with" in run.log
     assert "validating the model that the training begins with" not in run.log
     done = table.read(run.folder / "classes.csv")
     assert [row.before for row in done] == [None, (0.25, 0.125)]
     assert all(row.after is not None for row in done)
     assert (run.folder / "classes.png").exists()
     assert table.as_text(done) in run.log
-    assert len(run.memory) == 4
+    assert len(run.memory) == 8
 
 
 def test_the_same_classes_make_no_table(old, trainings, tmp_path):

@@ -44,7 +44,7 @@ class ClassRow:
     """The same after the training; None before its end too."""
 
 
-def begin(trainer: Any, change: head.ClassChange | None) -> None:
+def begin(trainer: Any, change: head.ClassChange | None, *, wanted: bool) -> None:
     """Validate the model that a training begins with, and let the training complete the table at its end.
 
     A resumed training completes the table that it finds in its folder.
@@ -52,6 +52,7 @@ def begin(trainer: Any, change: head.ClassChange | None) -> None:
     Args:
         trainer: Ultralytics trainer that has been set up.
         change: Classes of the training and of its model; None if they are not known.
+        wanted: True to make a table also if the classes are the same.
     """
     from ultralytics.utils import RANK
 
@@ -62,7 +63,7 @@ def begin(trainer: Any, change: head.ClassChange | None) -> None:
     else:
         if RANK in (-1, 0):
             file.unlink(missing_ok=True)  # it belongs to an earlier run in this folder
-        if change is None or change.knows_none or change.is_none:
+        if change is None or change.knows_none or (change.is_none and not wanted):
             return
         rows = _before(trainer, change)
         if RANK in (-1, 0):

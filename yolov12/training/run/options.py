@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from yolov12.cfg.arguments import DATA, RUN, defaults
@@ -22,19 +23,28 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
 
 
 def check_data_arguments(arguments: Mapping[str, Any]) -> None:
-    """Check the values of `mas_data` and `mas_min_imgsz`.
+    """Check the values of the data layer's arguments.
 
     Args:
-        arguments: Argument name → value, with both names.
+        arguments: Argument name → value, with all names of the data layer, `mas` and, if it is set, `rect`.
 
     Raises:
-        ConfigError: `mas_data` is not a mode, or `mas_min_imgsz` is not a size.
+        ConfigError: `mas_data` is not a mode, `mas_min_imgsz` is not a size, `replay_fraction` is not a fraction, or
+            `replay` does not go with another argument.
     """
     mode, smallest = arguments["mas_data"], arguments["mas_min_imgsz"]
     if mode not in _MODES:
         raise ConfigError(f"mas_data={mode}: give one of {', '.join(_MODES)}")
     if smallest is not None and not (isinstance(smallest, int) and smallest >= 1):
         raise ConfigError(f"mas_min_imgsz={smallest}: give pixels, as in 320, or leave it out for half of imgsz")
+    replay, fraction = arguments["replay"], arguments["replay_fraction"]
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+        raise ConfigError(f"replay_fraction={fraction}: give a fraction between 0 and 1, as in 0.3")
+    if replay is not None and not (isinstance(replay, (str, Path)) and str(replay)):
+        raise ConfigError(f"replay={replay}: give the path of a data set yaml, as in replay=old.yaml")
+    for name, value in (("mas", False), ("rect", True)):
+        if replay is not None and arguments.get(name) is value:
+            raise ConfigError(f"replay={replay} does not go with {name}={value}: leave one of them out")
 
 
 @dataclass(frozen=True)

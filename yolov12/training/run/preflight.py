@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from yolov12 import demo
 from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, UntrustedDataError, plain
+from yolov12.training.classes.names import listed, match
 
 __all__ = ["check_training_arguments"]
+
+_REPLAYED = ("detect", "segment", "pose", "obb")
 
 
 def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
@@ -21,8 +24,8 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
         task: Ultralytics' task name, such as `detect`.
 
     Raises:
-        ConfigError: The device does not exist, or the image size or the batch is not valid.
-        DataError: The data set is missing, malformed, of another task, or has no images.
+        ConfigError: The device does not exist, the image size or the batch is not valid, or the task cannot replay.
+        DataError: A data set is missing, malformed, of another task, or has no images.
     """
     if (device := arguments.get("device")) is not None:
         _check_device(device)
@@ -31,8 +34,13 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
     if isinstance(batch, float) and batch >= 1:
         raise ConfigError(f"batch={batch}: give a number of images, as in 16, or a fraction of the memory below 1")
     data = arguments.get("data")
+    replay, val_split = arguments.get("replay"), arguments.get("split") or "val"
+    if replay is not None and task not in _REPLAYED:
+        raise ConfigError(f"replay={replay}: a {task} training cannot replay, only {', '.join(_REPLAYED)}")
     if isinstance(data, (str, Path)) and task != "classify":
-        _check_data(str(data), arguments.get("split") or "val", task)
+        names = _check_data("data", str(data), ("train", val_split), task)
+        if replay is not None:
+            _check_names(names, _check_data("replay", str(replay), ("train",), task), replay)
 
 
 def _check_device(device: Any) -> None:
@@ -63,36 +71,52 @@ def _check_image_size(imgsz: Any) -> None:
         raise ConfigError(f"imgsz={imgsz} is not an image size. Give pixels, as in imgsz=640")
 
 
-def _check_data(data: str, val_split: str, task: str) -> None:
+def _check_data(key: str, data: str, splits: Sequence[str], task: str) -> Mapping[int, str] | None:
+    """Check the data set of an argument, and return its class names; None if they are not known yet."""
     from ultralytics.data.utils import check_det_dataset
 
     if demo.is_demo(data):
-        demo.parse(data)
-        _check_task(data, {}, task)
-        return
+        names = demo.parse(data).names
+        _check_task(key, data, {}, task)
+        return dict(enumerate(names))
     if "://" in data or data.endswith(".ndjson"):
-        return  # Ultralytics downloads the data set, and then checks it
+        return None  # Ultralytics downloads the data set, and then checks it
     try:
-        found = check_det_dataset(data, split=val_split)
+        found = check_det_dataset(data, split=splits[-1])
     except UntrustedDataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(f"data={data}: {_first_line(error)}. Give the path of a data set yaml, or data=demo") from error
+        raise DataError(
+            f"{key}={data}: {_first_line(error)}. Give the path of a data set yaml, or {key}=demo"
+        ) from error
     except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set
-        raise DataError(f"data={data}: {_first_line(error)}") from error
-    _check_task(data, found, task)
-    for split in ("train", val_split):
+        raise DataError(f"{key}={data}: {_first_line(error)}") from error
+    _check_task(key, data, found, task)
+    for split in splits:
         sources = found[split] if isinstance(found[split], list) else [found[split]]
         if not all(sources):
-            raise DataError(f"data={data}: '{split}:' names no images")
+            raise DataError(f"{key}={data}: '{split}:' names no images")
         if not _has_images(sources):
-            raise MissingImagesError(f"data={data}: no images for '{split}' in {', '.join(sources)}")
+            raise MissingImagesError(f"{key}={data}: no images for '{split}' in {', '.join(sources)}")
+    return found["names"]  # type: ignore[no-any-return]
 
 
-def _check_task(data: str, found: Mapping[str, Any], task: str) -> None:
+def _check_names(names: Mapping[int, str] | None, old: Mapping[int, str] | None, replay: Any) -> None:
+    if names is not None and old is not None and match(old, names).count(None) == len(names):
+        from ultralytics.utils import LOGGER
+
+        LOGGER.warning(
+            f"replay={replay}: it has no class of data= by name, so its images are background: "
+            f"{listed(old.values())} against {listed(names.values())}"
+        )
+
+
+def _check_task(key: str, data: str, found: Mapping[str, Any], task: str) -> None:
     # Ultralytics finds labels without polygons by itself when it reads them. Here it would raise a KeyError.
     if task == "pose" and "kpt_shape" not in found:
-        raise DataError(f"data={data}: task=pose needs keypoints, and this data set has no 'kpt_shape:', as in [17, 3]")
+        raise DataError(
+            f"{key}={data}: task=pose needs keypoints, and this data set has no 'kpt_shape:', as in [17, 3]"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -99,7 +99,7 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
     for key, default in defaults.items():
         if not hasattr(trainer.args, key):  # the run began with plain Ultralytics
             setattr(trainer.args, key, default)
-    kept = {"bn_group", "recipe"} | ({"mas"} if trainer.args.mas else set())
+    kept = {"bn_group", "recipe", "replay", "replay_fraction"} | ({"mas"} if trainer.args.mas else set())
     for key, value in ours.items():
         if key not in kept:
             setattr(trainer.args, key, value)

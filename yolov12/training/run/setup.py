@@ -11,7 +11,7 @@ from yolov12 import files, own_files
 from yolov12.training.adapter import attach as adapter
 from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.classes import head, table
-from yolov12.training.data import host
+from yolov12.training.data import host, replay
 from yolov12.training.run import process_group, run_folder, session
 
 __all__ = ["build_loaders", "make", "resume_training", "setup_model", "setup_train", "train"]
@@ -82,7 +82,7 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         stock(trainer, *args, **kwargs)
     if trainer.args.mas:
         host.limit_prefetch(trainer)
-        table.begin(trainer, getattr(trainer, _CHANGE, None))
+        table.begin(trainer, getattr(trainer, _CHANGE, None), wanted=trainer.args.replay is not None)
     files.make_atomic(trainer)
     if not is_ultralytics(trainer.save_model):
         trainer.save_model = functools.partial(_save_model, trainer, trainer.save_model)
@@ -100,7 +100,8 @@ def build_loaders(stock: Callable[..., None], trainer: Any, /) -> None:
     """
     if trainer.args.mas:
         host.limit_workers(trainer)
-    process_group.build_loaders(stock, trainer)
+    with replay.mixed(trainer):
+        process_group.build_loaders(stock, trainer)
 
 
 def resume_training(stock: Callable[..., None], trainer: Any, /, ckpt: Any) -> None:
