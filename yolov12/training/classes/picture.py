@@ -60,11 +60,11 @@ def draw(rows: Sequence[ClassRow]) -> Figure:
             axes.plot([ap50 for ap50, _ in pairs], places, "|", color="black", markersize=9)
     axes.plot([], [], "|", color="black", markersize=9, label="AP50")
     axes.set_yticks(range(len(rows)), [row.name if row.known else f"{row.name} (new)" for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xlabel("average precision on the validation data")
     axes.grid(axis="x", color="0.92")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
