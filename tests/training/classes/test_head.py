@@ -151,6 +151,29 @@ def test_the_line_says_what_happens_to_the_classes(names, text):
     assert str(head.keep_by_name(model, new)) == text
 
 
+@pytest.mark.parametrize("kind", ["detect", "end to end"])
+def test_new_classes_start_from_the_mean_of_the_known_ones(kind):
+    new = dict(enumerate(["bridge", "crack", "part", "missing"]))
+    model = made(kind, new)
+    model.load(marked(kind, OLD), verbose=False)
+    before = rows_of(model)
+    head.start_new(model, head.keep_by_name(model, new))
+    for layer, (weight, bias) in rows_of(model).items():
+        assert torch.equal(weight[[1, 2]], before[layer][0][[1, 2]])
+        assert torch.equal(bias[[1, 2]], before[layer][1][[1, 2]])
+        for index in (0, 3):
+            torch.testing.assert_close(weight[index], weight[[1, 2]].mean(0))
+            torch.testing.assert_close(bias[index], bias[[1, 2]].mean())
+
+
+def test_classes_that_are_the_same_are_left_as_they_are():
+    model = made("detect", OLD)
+    model.load(marked("detect", OLD), verbose=False)
+    before = rows_of(model)
+    head.start_new(model, head.keep_by_name(model, OLD))
+    assert all(torch.equal(weight, before[layer][0]) for layer, (weight, _) in rows_of(model).items())
+
+
 def test_a_silent_class_is_never_predicted():
     model = marked("end to end", OLD).eval()
     head.silence(model, [1])

@@ -3,7 +3,8 @@
 The last convolution of each classification branch has a row of weights and a bias for each class. Ultralytics copies
 the rows of classes that have the same name in the new data, in all branches (`BaseModel.load`), and a new class starts
 with random weights. It takes names that differ only in upper and lower case for one class, also where the data has
-both, such as `a` and `A`. This module corrects such rows, and finds out which classes the model knew before.
+both, such as `a` and `A`. This module corrects such rows, finds out which classes the model knew before, and lets new
+classes start from the mean of these: what tells objects from background is common to them (benchmarks/classes.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from yolov12.training.classes.names import counted, listed, match, tells_names
 
-__all__ = ["ClassChange", "keep_by_name", "load", "silence"]
+__all__ = ["ClassChange", "keep_by_name", "load", "silence", "start_new"]
 
 _SILENT = -1e4  # bias of a class that is never predicted; a number that half precision has
 
@@ -117,6 +118,20 @@ def keep_by_name(model: nn.Module, names: Mapping[int, str] | None) -> ClassChan
                 weight[index], bias[index] = old_weight[counterpart].to(weight), old_bias[counterpart].to(bias)
     gone = (name for index, name in source.names.items() if index not in counterparts)
     return ClassChange(dict(names), tuple(counterparts), tuple(gone))
+
+
+def start_new(model: nn.Module, change: ClassChange) -> None:
+    """Let new classes start from the mean of the known ones, weights and biases.
+
+    Args:
+        model: Model for which `keep_by_name` returned the change.
+        change: Its classes, of which at least one is known.
+    """
+    known = [index for index in change.names if index not in change.new]
+    for name, weight, bias in _rows(model):
+        old = _sources[model].rows.get(name)
+        if change.new and old is not None and old[0].shape[1:] == weight.shape[1:]:  # else no row was copied
+            weight[change.new], bias[change.new] = weight[known].mean(0), bias[known].mean()
 
 
 def silence(model: nn.Module, classes: list[int]) -> None:

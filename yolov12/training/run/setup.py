@@ -49,6 +49,8 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
 def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
     """Run Ultralytics' `BaseTrainer.setup_model`, and let the classes of the model keep their weights by name.
 
+    New classes start from the mean of the others, unless the user's own `get_model` has made the model.
+
     Args:
         stock: Ultralytics' own method.
         trainer: Ultralytics' trainer.
@@ -62,6 +64,8 @@ def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
     if trainer.args.mas and trainer.args.cls_remap and not trainer.resume:
         change = head.keep_by_name(trainer.model, trainer.data.get("names"))
         setattr(trainer, _CHANGE, change)
+        if change is not None and not change.knows_none and is_ultralytics(trainer.get_model):
+            head.start_new(trainer.model, change)
         if change is not None and not change.is_none:
             LOGGER.log(logging.WARNING if change.knows_none else logging.INFO, f"classes: {change}")
     return checkpoint
