@@ -92,7 +92,7 @@ def test_a_clone_that_cannot_be_written_to_is_used_if_its_environment_is_made(cl
 
 
 def test_no_folder_that_can_be_written_to_has_the_status_of_a_wrong_argument(clone):
-    """Which `docker run` has to change."""
+    """The arguments of `docker run` have to change."""
     no_folder = 'function [ { case "$1 $2" in -w*) return 1 ;; "! -w") return 0 ;; *) builtin [ "$@" ;; esac; }'
     done, _ = source_env(clone, before=no_folder)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (

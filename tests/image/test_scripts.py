@@ -79,7 +79,7 @@ def test_the_oldest_driver_is_that_of_the_installed_pytorch(tmp_path):
 
 
 def test_a_driver_of_the_base_image_that_is_too_old_itself_does_not_help(tmp_path):
-    """As with LOCK=current on a base of CUDA 12."""
+    """It is as with LOCK=current on a base of CUDA 12."""
     test_the_oldest_driver_is_that_of_the_installed_pytorch(tmp_path)
     bring_driver(tmp_path, "530.30.02")
     assert preflight(tmp_path, driver="570.1").returncode == 1
