@@ -8,6 +8,7 @@ from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, Segmentati
 
 from yolov12.training.classes import head
 from yolov12.training.classes.names import match
+from yolov12.training.run import setup
 
 OLD = dict(enumerate(["part", "scratch", "crack"]))
 CHANGES = {
@@ -187,3 +188,9 @@ def test_a_silent_class_is_never_predicted():
 def test_names_match_exactly_or_else_in_any_case_and_no_class_twice():
     new = SimpleNamespace(names=dict(enumerate(["A", " b", "B", "c", "C", "d"])))
     assert match({0: "a", 1: "b", 2: "c", 3: "e"}, new.names) == [0, 1, None, 2, None, None]
+
+
+def test_a_model_can_be_set_up_with_arguments_of_somebody_else():
+    """Ultralytics' own tests call it with a few names only."""
+    trainer = SimpleNamespace(args=SimpleNamespace(pretrained=False), model=None)
+    assert setup.setup_model(lambda trainer: "checkpoint", trainer) == "checkpoint"

@@ -61,7 +61,8 @@ def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
     from ultralytics.utils import LOGGER
 
     checkpoint = stock(trainer)
-    if trainer.args.mas and trainer.args.cls_remap and not trainer.resume:
+    # A user's own code may call this with arguments that Ultralytics' configuration has not made.
+    if getattr(trainer.args, "mas", False) and trainer.args.cls_remap and not trainer.resume:
         change = head.keep_by_name(trainer.model, trainer.data.get("names"))
         setattr(trainer, _CHANGE, change)
         if change is not None and not change.knows_none and is_ultralytics(trainer.get_model):
