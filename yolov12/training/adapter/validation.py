@@ -259,7 +259,7 @@ class _Validation:
         if task is not None:
             total = _total([(loss, count) for _, loss, count in parts], task.floor)
             self._items = total.items()
-            self._losses.append((_on_host(total.as_part()), len(source)))
+            self._note(total.as_part(), len(source))
         return self._result
 
     def _postprocess(self, outputs: Any) -> Any:
@@ -277,8 +277,15 @@ class _Validation:
             return None, self._items
         found = self._loss(batch, outputs)
         if outputs is self._whole:
-            self._losses.append((_on_host(Loss(torch.zeros(()), 1.0, found[1])), len(batch["img"])))
+            self._note(Loss(torch.zeros(()), 1.0, found[1]), len(batch["img"]))
         return found
+
+    def _note(self, loss: Loss, images: int) -> None:
+        if process_group.current() is None:
+            return  # a copy to the host waits for the device
+        items = {name: item.cpu() for name, item in loss.items.items()}
+        normaliser = torch.as_tensor(loss.normaliser).cpu()
+        self._losses.append((replace(loss, value=loss.value.cpu(), normaliser=normaliser, items=items), images))
 
     def _loss_of(self, part: dict[str, Any], images: Tensor, outputs: Any) -> Any:
         assert self._task is not None
@@ -337,11 +344,6 @@ def _total(parts: Sequence[tuple[Loss, int]], floor: float) -> Total:
     for loss, images in parts:
         total.add(loss, images)
     return total
-
-
-def _on_host(loss: Loss) -> Loss:
-    items = {name: item.cpu() for name, item in loss.items.items()}
-    return replace(loss, value=loss.value.cpu(), normaliser=torch.as_tensor(loss.normaliser).cpu(), items=items)
 
 
 def _same(value: Any) -> Any:
