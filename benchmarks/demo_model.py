@@ -1,0 +1,105 @@
+"""How the model that comes with the demonstration was trained: YOLOv12-N on the base classes of `data=demo`.
+
+    python benchmarks/demo_model.py --out FOLDER                          (ten minutes on one GPU)
+    python benchmarks/demo_model.py --out FOLDER --small --device cpu     (a minute, to try it)
+
+The boards are those of seed 1. `scripts/train.sh` trains and validates on boards of seed 0, which this model has never
+seen, and the last two defect classes are on no board of it. FOLDER gets `yolov12n-demo.pt`, weights in half precision,
+and `demo_model.json`: how the model was made, and what it finds on the validation boards of seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+IMGSZ = 320
+TRAINING = {"model": "yolov12n.yaml", "imgsz": IMGSZ, "batch": 64, "close_mosaic": 10, "cache": "ram", "seed": 0}
+
+
+def main() -> None:
+    """Train the model, validate it on other boards, and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--small", action="store_true", help="40 images and one epoch, to try the script")
+    parser.add_argument("--device", default="0")
+    options = parser.parse_args()
+    if options.small:
+        options.images, options.epochs = 40, 1
+    os.environ.setdefault("YOLO_OFFLINE", "1")
+    from yolov12 import autopatch
+
+    autopatch.apply()
+    import torch
+    import ultralytics
+    from ultralytics import YOLO
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = f"demo:images={options.images},seed=1,val=0.05,hold_back=True"
+    started = time.perf_counter()
+    settings = {key: value for key, value in TRAINING.items() if key != "model"}
+    model = YOLO(TRAINING["model"])
+    model.train(
+        **settings,
+        data=data,
+        epochs=options.epochs,
+        device=options.device,
+        workers=8,
+        plots=False,
+        project=str(Path(tempfile.gettempdir(), "demo_model")),
+        name="train",
+        exist_ok=True,
+    )
+    seconds = time.perf_counter() - started
+    file = options.out / "yolov12n-demo.pt"
+    _save(model, file, {**settings, "task": "detect", "model": TRAINING["model"], "epochs": options.epochs})
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/demo_model.py --out FOLDER --images {options.images} --epochs {options.epochs}",
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if options.device != "cpu" else "CPU",
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "data": data,
+        "training": TRAINING,
+        "seconds": round(seconds),
+        "file": {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+    }
+    found = YOLO(str(file)).val(
+        data="demo:images=400,val=0.5,hold_back=True", imgsz=IMGSZ, batch=64, device=options.device, plots=False
+    )
+    result["validation"] = {
+        "data": "demo:images=400,val=0.5,hold_back=True",
+        "map50": round(float(found.box.map50), 4),
+        "map50_95": round(float(found.box.map), 4),
+        "map50_of_class": {
+            found.names[c]: round(float(found.box.ap50[i]), 4) for i, c in enumerate(found.box.ap_class_index)
+        },
+    }
+    (options.out / "demo_model.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+def _save(model: Any, file: Path, train_args: dict[str, Any]) -> None:
+    """Write a checkpoint without the paths and the settings of the machine that trained it."""
+    import torch
+
+    network = model.model.cpu().float()
+    for each in network.parameters():
+        each.requires_grad = False
+    vars(network).pop("pt_path", None)
+    network.args = {"imgsz": IMGSZ, "task": "detect"}
+    network.yaml = {key: value for key, value in network.yaml.items() if key != "yaml_file"}
+    torch.save({"model": network.half(), "train_args": train_args, "license": "AGPL-3.0"}, file)
+
+
+if __name__ == "__main__":
+    main()
