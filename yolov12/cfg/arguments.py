@@ -138,6 +138,13 @@ ARGUMENTS: tuple[Argument, ...] = (
         DATA,
     ),
     Argument(
+        "rename",
+        None,
+        "dictionary of old and new class names, as in {'scratch': 'groove'}; None: no class was renamed",
+        "Let a class of the model keep its weights, and a class of replay its labels, under a new name in data=.",
+        DATA,
+    ),
+    Argument(
         "engine_builder",
         "auto",
         "auto, tensorrt or tensorrt_rtx",

@@ -6,8 +6,9 @@ import pytest
 import torch
 from ultralytics.nn.tasks import DetectionModel, OBBModel, PoseModel, SegmentationModel
 
+from yolov12.errors import ConfigError
 from yolov12.training.classes import head
-from yolov12.training.classes.names import match
+from yolov12.training.classes.names import check_rename, hint, match, renamed
 from yolov12.training.run import setup
 
 OLD = dict(enumerate(["part", "scratch", "crack"]))
@@ -67,7 +68,8 @@ def test_classes_keep_their_weights_by_name_in_every_branch(kind, change):
     model.load(before, verbose=False)
     found = head.keep_by_name(model, new)
     old, now = rows_of(before), rows_of(model)
-    assert len(now) == (4 if kind in ("two branches", "end to end", "segment26") else 2)
+    # The segmentation of YOLO26 has a semantic branch, too.
+    assert len(now) == {"two branches": 4, "end to end": 4, "segment26": 5}.get(kind, 2)
     ids = {name: index for index, name in OLD.items()}
     for layer, (weight, bias) in now.items():
         for index, name in new.items():
@@ -115,6 +117,85 @@ def test_rows_that_ultralytics_gave_to_the_right_class_are_left_alone():
         torch.nn.init.zeros_(weight)  # by a user's `get_model`
     assert head.keep_by_name(model, OLD).is_none
     assert all(not weight.any() for weight, _ in rows_of(model).values())
+
+
+@pytest.mark.parametrize("kind", ["detect", "segment26"])
+@pytest.mark.parametrize("names", ["groove,part,crack", "groove,part", "part,groove,Scratch", "a,groove,b"])
+def test_a_renamed_class_keeps_its_weights(kind, names):
+    """Also if Ultralytics finds no class by name, and copies each row to the class of its number."""
+    new = dict(enumerate(names.split(",")))
+    before, model = marked(kind, OLD), made(kind, new)
+    model.load(before, verbose=False)
+    found = head.keep_by_name(model, new, {"Scratch ": "groove", "of another model": "x"})
+    old, now = rows_of(before), rows_of(model)
+    for layer, (weight, bias) in now.items():
+        for index, name in new.items():
+            if (counterpart := found.counterparts[index]) is not None:
+                assert counterpart == {"groove": 1, "part": 0, "crack": 2}[name]
+                assert torch.equal(weight[index], old[layer][0][counterpart])
+                assert torch.equal(bias[index], old[layer][1][counterpart])
+    assert found.counterparts[names.split(",").index("groove")] == 1
+    assert "; renamed: scratch to groove" in str(found)
+    assert "scratch" not in found.gone
+    assert not found.is_none
+
+
+def test_two_classes_may_become_one_and_two_may_swap_their_names():
+    assert list(renamed(OLD, {"scratch": "crack"}).values()) == ["part", "crack", "crack"]
+    assert match(renamed(OLD, {"part": "crack"}), {0: "crack", 1: "scratch"}) == [2, 1]  # crack was there before
+    assert match(renamed(OLD, {"part": "crack", "crack": "part"}), OLD) == [2, 1, 0]
+    assert renamed(OLD, None) == OLD
+
+
+@pytest.mark.parametrize(
+    ("rename", "words"),
+    [
+        ({"scrach": "groove"}, r"no old class is called scrach \(did you mean scratch\?\)"),
+        ({"Scratch ": "grove"}, r"no class of data= is called grove \(did you mean groove\?\)"),
+        ({"xyz": "groove"}, r"no old class is called xyz \(there are part, scratch, crack\)"),
+    ],
+)
+def test_rename_needs_names_of_classes(rename, words):
+    check_rename({"Scratch ": "groove"}, OLD.values(), ["groove"])
+    with pytest.raises(ConfigError, match=words):
+        check_rename(rename, OLD.values(), ["groove"])
+
+
+def test_names_that_are_almost_the_same_are_pointed_out():
+    old = ["scratch", "missing part", "Assembly", "cat", "box"]
+    new = ["scratches", "Missing_Parts", "assemblies", "car", "fox", "scratch-es"]
+    words = "{'scratch': 'scratches', 'missing part': 'Missing_Parts', 'Assembly': 'assemblies'}"
+    assert hint(old, new) == f'rename="{words}"'
+    assert hint(["cat"], ["car", "cats and dogs"]) is None
+    model = made("detect", {0: "scratches"})
+    model.load(marked("detect", OLD), verbose=False)
+    assert head.keep_by_name(model, {0: "scratches"}).hint == "rename=\"{'scratch': 'scratches'}\""
+
+
+def test_weights_that_came_through_a_model_from_a_yaml_are_kept_too():
+    """As with `YOLO("yolov12n.yaml").load("best.pt")`: the model has 80 classes without names in between."""
+    before, between = marked("end to end", OLD), made("end to end", {index: str(index) for index in range(80)})
+    between.load(before, verbose=False)
+    assert head.known_names(between) == OLD
+    model = made("end to end", new := {0: "crack", 1: "bridge"})
+    model.load(between, verbose=False)
+    head.start_new(model, head.keep_by_name(model, new))
+    for layer, (weight, bias) in rows_of(model).items():
+        theirs, bias_of_theirs = rows_of(before)[layer]
+        assert torch.equal(weight[0], theirs[2])
+        assert torch.equal(bias[0], bias_of_theirs[2])
+        assert torch.equal(weight[1], weight[0])  # a new class starts from the mean of the others
+
+
+def test_a_head_of_another_width_or_place_keeps_no_class():
+    """Ultralytics then copies the biases alone, or nothing."""
+    wider = made("detect", OLD)
+    wider.load(marked("detect", OLD, channels=16), verbose=False)
+    assert wider.model[-1].cv3[0][-1].in_channels != 16
+    assert head.keep_by_name(wider, OLD) is None
+    both = made("end to end", OLD)
+    both.load(marked("detect", OLD), verbose=False)  # has one branch only
+    assert head.keep_by_name(both, OLD) is None
 
 
 @pytest.mark.parametrize(

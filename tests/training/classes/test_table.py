@@ -47,3 +47,9 @@ def test_the_picture_has_a_bar_for_each_number(rows):
     ]
     widths = sorted(bar.get_width() for bar in axes.patches)
     assert widths == sorted(pair[1] for row in rows for pair in (row.before, row.after) if pair)
+
+
+@pytest.mark.picture
+def test_a_name_may_have_dollar_signs(tmp_path):
+    picture.save([ClassRow("$_{ and $x", True, 1, None, (0.5, 0.25))], tmp_path / "classes.png")
+    assert (tmp_path / "classes.png").stat().st_size > 1000

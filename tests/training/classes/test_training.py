@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from ultralytics import YOLO
 
@@ -59,7 +60,13 @@ def test_a_training_with_new_classes_makes_a_table_which_a_resumed_run_completes
 
     marked = [rows[0], table.replace(rows[1], before=(0.25, 0.125))]
     table.write(cut.folder / "classes.csv", marked)
-    run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True, replay_fraction=0.1)
+    moved = (old / "old").rename(old / "moved")
+    text = (moved / "data.yaml").read_text()
+    (moved / "data.yaml").write_text(text.replace(str(old / "old"), str(moved)))
+    where = {"replay": str(moved / "data.yaml")}
+    run = trainings.train(tmp_path, cut.folder / "weights" / "last.pt", resume=True, replay_fraction=0.1, **where)
+    moved.rename(old / "old")
+    (old / "old" / "data.yaml").write_text(text)
     assert "replay_fraction=0.1: a run goes on with the replay_fraction=0.5 it began with" in run.log
     assert "validating the model that the training begins with" not in run.log
     done = table.read(run.folder / "classes.csv")
@@ -77,3 +84,26 @@ def test_the_same_classes_make_no_table(old, trainings, tmp_path):
     run = trainings.train(tmp_path, same, data=str(old / "old" / "same.yaml"), epochs=1)
     assert "classes" not in [path.stem for path in run.folder.iterdir()]
     assert "classes:" not in run.log
+
+
+def test_a_class_that_was_renamed_keeps_its_weights_if_the_user_says_so(old, trainings, tmp_path):
+    began = {}
+
+    def note(trainer):
+        began.update({name: value.clone() for name, value in trainer.model.state_dict().items()})
+
+    data = yaml.safe_load((old / "old" / "data.yaml").read_text())
+    (old / "old" / "renamed.yaml").write_text(yaml.safe_dump({**data, "names": ["odds", "even"]}))
+    settings = {"data": str(old / "old" / "renamed.yaml"), "epochs": 1, "val": False}
+    events = [("on_train_start", note)]
+    plain = trainings.train(tmp_path, str(old / "old.pt"), **settings, callbacks=events)
+    assert "a class that was only renamed keeps its weights with rename=\"{'odd': 'odds'}\"" in plain.log
+    weights = YOLO(str(old / "old.pt")).model.state_dict()
+    row = next(name for name in weights if name.endswith(".cv3.0.2.weight"))
+    assert not torch.equal(began[row][0], weights[row][1])
+    run = trainings.train(tmp_path, str(old / "old.pt"), **settings, callbacks=events, rename={"odd": "odds"})
+    assert "classes: 2 of 2 classes keep their weights, found by name; renamed: odd to odds; no longer there" in run.log
+    assert "only renamed" not in run.log
+    assert torch.equal(began[row], weights[row][[1, 0]])
+    assert [row.known for row in table.read(run.folder / "classes.csv")] == [True, True]
+    assert run.args["rename"] == {"odd": "odds"}

@@ -165,6 +165,83 @@ def test_labels_of_all_tasks_are_mapped_and_left_out_together():
     assert label["keypoints"][:, 0, 0].tolist() == [0, 12]
 
 
+def test_old_classes_get_the_ids_of_their_new_names():
+    old, new = {0: "scratch", 1: "Crack", 2: "dent"}, {0: "groove", 1: "crack"}
+    assert replay.class_ids(old, new, None) == {0: None, 1: 1, 2: None}
+    assert replay.class_ids(old, new, {"scratch": "groove"}) == {0: 0, 1: 1, 2: None}
+    assert replay.class_ids(old, new, {"scratch": "crack", "dent": "crack"}) == {0: 1, 1: 1, 2: 1}  # two become one
+
+
+def test_labels_of_a_renamed_class_are_kept(yamls, caplog, monkeypatch):
+    monkeypatch.setattr("ultralytics.utils.LOGGER.propagate", True)
+    dataset = Trainer(*yamls, rename={"even": "third"}).loaders()[0].dataset
+    assert {index for label in dataset.labels[NEW:] for index in label["cls"][:, 0].tolist()} == {0, 2}
+    assert "left out" not in caplog.text
+
+
+@pytest.mark.parametrize("with_polygons", [0, 1])
+def test_polygons_of_one_data_set_alone_are_not_used(trainings, tmp_path, with_polygons):
+    """Else an image of a mosaic would have polygons for some of its boxes, and lose the others."""
+    tasks = ["detect", "detect"]
+    tasks[with_polygons] = "segment"
+    both = [trainings.draw_data(tmp_path / str(place), task) for place, task in enumerate(tasks)]
+    dataset = Trainer(*both, mosaic=1.0, replay_fraction=0.5).loaders()[0].dataset
+    assert not any(label["segments"] for label in dataset.labels)
+    for sample in map(dataset.__getitem__, range(len(dataset))):
+        assert len(sample["cls"]) == len(sample["bboxes"])
+    segment = Trainer(both[with_polygons], both[with_polygons], task="segment")
+    with pytest.raises(DataError, match="all its images"):
+        segment.loaders()
+
+
+def test_no_image_is_trained_on_and_validated(yamls, tmp_path):
+    """The new data trains on some images that the old one validates on, and the other way round."""
+    new, old = (yaml.safe_load(Path(file).read_text()) for file in yamls)
+    images = sorted(Path(old["path"], "images").iterdir())
+    for name, files in (("train", images[:4]), ("val", images[4:6])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(map(str, files)))
+    for key in ("train", "val"):
+        new[key] = [str(Path(new["path"], "images")), str(tmp_path / f"{key}.txt")]
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump({**new, "names": ["third", "even", "odd"]}))
+    train, val = Trainer(str(tmp_path / "new.yaml"), yamls[1]).loaders()
+    for loader in (train, val):
+        files = [file for file in loader.dataset.im_files if file.startswith(old["path"])]
+        assert len(files) == len(set(files))
+    assert {str(file) for file in images[:4]}.isdisjoint(val.dataset.im_files)
+    assert {str(file) for file in images[4:6]}.isdisjoint(train.dataset.im_files)
+    assert {str(file) for file in images[6:]} <= set(train.dataset.im_files)
+
+
+@pytest.mark.parametrize(("cache", "copy_paste"), [("ram", 0.5), (False, 0.0)])
+def test_partners_of_mosaic_and_mixup_are_old_as_often_as_asked_for(yamls, cache, copy_paste):
+    mixing = {"copy_paste": copy_paste, "copy_paste_mode": "mixup", "cutmix": 0.3, "cache": cache}
+    dataset = Trainer(yamls[1], yamls[0], replay_fraction=0.2, **mixing).loaders()[0].dataset  # 8 new, 16 old
+    closed = vars(dataset.transforms)["transforms"]
+    for transforms in (closed, dataset.build_transforms(get_cfg(overrides={"mosaic": 1.0, "mixup": 1.0})).transforms):
+        drawing = [each for each in transforms if type(each).__name__ in ("MixUp", "CutMix")]
+        if cache == "ram":
+            drawing.append(transforms[0].transforms[0])  # mosaic
+        assert len(drawing) >= 2
+        for transform in drawing:
+            drawn = np.array([transform.get_indexes() for _ in range(2000)]).flatten()
+            assert np.mean(drawn >= 8) == pytest.approx(0.2, abs=0.04)  # of all images, two thirds are old
+            assert set(drawn) == set(range(24))
+
+
+def test_the_old_data_set_may_be_ndjson(yamls, monkeypatch):
+    monkeypatch.setattr(
+        "ultralytics.data.utils.convert_ndjson_to_yolo_if_needed", lambda data: yamls[1] if data == "o.ndjson" else data
+    )
+    trainer = Trainer(yamls[0], "o.ndjson")
+    assert len(trainer.loaders()[0].dataset) == NEW + OLD
+    assert trainer.args.replay == yamls[1]
+
+
+def test_an_old_data_set_that_is_gone_is_named(yamls):
+    with pytest.raises(DataError, match=r"replay=gone.yaml: .*Give replay= with its place, also to resume"):
+        Trainer(yamls[0], "gone.yaml").loaders()
+
+
 def test_images_that_are_in_both_are_new_ones(yamls):
     with pytest.raises(DataError, match="all its images are in data="):
         Trainer(yamls[0], yamls[0]).loaders()
@@ -180,7 +257,12 @@ def test_a_data_set_or_loader_of_ones_own_is_refused(yamls):
         def build_dataset(self, *args, **kwargs):
             return [1, 2, 3]
 
-    for kind in (OwnLoader, OwnData):
+    class OwnDataInTheLoader(Trainer):
+        def get_dataloader(self, path, batch_size=4, rank=0, mode="train"):
+            dataset = build_yolo_dataset(self.args, path, batch_size, self.data, mode=mode)
+            return build_dataloader(dataset, batch_size, 0, shuffle=mode == "train", rank=-1, device="cpu")
+
+    for kind in (OwnLoader, OwnData, OwnDataInTheLoader):
         with pytest.raises(ConfigError, match="replay needs"):
             kind(*yamls).loaders()
 
@@ -192,10 +274,12 @@ def test_a_data_set_or_loader_of_ones_own_is_refused(yamls):
         *({"replay": value} for value in (True, "", 3)),
         {"replay": "old.yaml", "mas": False},
         {"replay": "old.yaml", "rect": True},
+        *({"rename": value} for value in ("scratch", ["a", "b"], {"a": 1}, {1: "a"})),
+        *({"rename": {"a": "b"}, name: False} for name in ("mas", "cls_remap")),
     ],
 )
 def test_values_that_make_no_sense_are_refused(wrong):
-    check_data_arguments({**OPTIONS, "mas": True, "replay": "old.yaml"})
+    check_data_arguments({**OPTIONS, "mas": True, "replay": "old.yaml", "rename": {"a": "b"}})
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         check_data_arguments({**OPTIONS, "mas": True, **wrong})
 
@@ -205,7 +289,9 @@ def test_an_old_data_set_that_cannot_be_used_is_refused_before_any_work(yamls, t
     (tmp_path / "empty.yaml").write_text(yaml.safe_dump({**yaml.safe_load(Path(old).read_text()), "train": "labels"}))
     (tmp_path / "only-train.yaml").write_text(yaml.safe_dump({**yaml.safe_load(Path(old).read_text()), "val": None}))
     check_training_arguments({"data": new, "replay": str(tmp_path / "only-train.yaml")}, "detect")
+    (tmp_path / "no-val.yaml").write_text(yaml.safe_dump({**yaml.safe_load(Path(old).read_text()), "val": "gone"}))
     for replayed, task, words in (
+        (str(tmp_path / "no-val.yaml"), "detect", "no images for 'val' in .*gone. Leave 'val:' empty to do without"),
         ("missing.yaml", "detect", "replay=missing.yaml: .*missing.yaml"),
         (str(tmp_path / "empty.yaml"), "detect", "no images for 'train'"),
         ("demo:iamges=5", "detect", "did you mean images"),
@@ -221,6 +307,19 @@ def test_data_sets_without_a_common_class_get_a_warning(yamls, caplog, monkeypat
     assert "no class of data=" not in caplog.text
     check_training_arguments({"data": yamls[0], "replay": "demo"}, "detect")
     assert "replay=demo: it has no class of data= by name, so its images are background" in caplog.text
+    caplog.clear()
+    check_training_arguments({"data": yamls[0], "replay": "demo", "single_cls": True}, "detect")
+    check_training_arguments({"data": yamls[0], "replay": "demo", "rename": {"crack": "odd"}}, "detect")
+    assert not caplog.text
+
+
+def test_a_rename_is_checked_before_any_work(yamls):
+    known = {0: "scratch"}
+    given = {"data": yamls[0], "replay": yamls[1]}
+    check_training_arguments({**given, "rename": {"even": "third", "scratch": "x"}}, "detect", known)
+    for rename in ({"evn": "third"}, {"even": "thrid"}):
+        with pytest.raises(ConfigError, match="did you mean"):
+            check_training_arguments({**given, "rename": rename}, "detect", known)
 
 
 def test_the_old_data_set_may_be_the_embedded_one(monkeypatch):

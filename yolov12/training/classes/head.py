@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from yolov12.training.classes.names import counted, listed, match, tells_names
+from yolov12.training.classes.names import counted, hint, listed, match, renamed, tells_names
 
-__all__ = ["ClassChange", "keep_by_name", "load", "silence", "start_new"]
+__all__ = ["ClassChange", "keep_by_name", "known_names", "load", "silence", "start_new"]
 
+_SEMANTIC = "proto.semseg"  # semantic branch of YOLO26's segmentation, which only a training uses
 _SILENT = -1e4  # bias of a class that is never predicted; a number that half precision has
 
 
@@ -33,6 +34,8 @@ class ClassChange:
     """For each class id of the training, that of the model it began with; None for a new class."""
     gone: tuple[str, ...]
     """Names that the model knew and the data does not have."""
+    renamed: tuple[str, ...] = ()
+    """Classes that keep their weights under a new name, each as `old to new`."""
 
     @property
     def new(self) -> list[int]:
@@ -42,12 +45,17 @@ class ClassChange:
     @property
     def is_none(self) -> bool:
         """True if the classes are the same, in the same order."""
-        return not self.gone and self.counterparts == tuple(range(len(self.names)))
+        return not self.gone and not self.renamed and self.counterparts == tuple(range(len(self.names)))
 
     @property
     def knows_none(self) -> bool:
         """True if the model knew none of the classes."""
         return len(self.new) == len(self.names)
+
+    @property
+    def hint(self) -> str | None:
+        """Value of `rename` for new classes whose names are like those of old ones; None if there are none."""
+        return hint(self.gone, (self.names[index] for index in self.new))
 
     def __str__(self) -> str:
         """Return what happens to the classes, as one line for the log."""
@@ -56,7 +64,7 @@ class ClassChange:
             text = f"no class of the data has the name of one of the model's {counted(len(self.gone))}"
             return text + (": each keeps the weights of its number" if len(self.gone) == len(new) else "")
         text = f"{len(self.names) - len(new)} of {counted(len(self.names))} keep their weights, found by name"
-        for word, names in (("new", new), ("no longer there", self.gone)):
+        for word, names in (("renamed", self.renamed), ("new", new), ("no longer there", self.gone)):
             text += f"; {word}: {listed(names)}" if names else ""
         return text
 
@@ -67,6 +75,7 @@ class _Source:
 
     names: Mapping[int, str]
     rows: Mapping[str, tuple[Tensor, Tensor]]  # name of a classification layer → weight and bias
+    copied: bool = True  # whether Ultralytics knew the names when it copied rows
 
 
 _sources: weakref.WeakKeyDictionary[nn.Module, _Source] = weakref.WeakKeyDictionary()
@@ -89,35 +98,59 @@ def load(stock: Callable[..., Any], model: nn.Module, /, weights: Any, *args: An
     if tells_names(names):
         rows = {name: (weight.clone(), bias.clone()) for name, weight, bias in _rows(source)}
         _sources[model] = _Source(dict(names), rows)
+    elif isinstance(source, nn.Module) and source in _sources:
+        # A model from a yaml, with weights of other classes. It has no names, and its own rows are random.
+        _sources[model] = replace(_sources[source], copied=False)
     return done
 
 
-def keep_by_name(model: nn.Module, names: Mapping[int, str] | None) -> ClassChange | None:
-    """Correct the rows of classes to which Ultralytics gave the row of another class.
+def known_names(model: Any) -> Mapping[int, str] | None:
+    """Return the classes of the weights that a model has, or of those that it was loaded from; None without names.
+
+    Args:
+        model: Model that a training begins with.
+    """
+    names = getattr(model, "names", None)
+    if tells_names(names):
+        return names
+    return _sources[model].names if isinstance(model, nn.Module) and model in _sources else None
+
+
+def keep_by_name(
+    model: nn.Module, names: Mapping[int, str] | None, rename: Mapping[str, str] | None = None
+) -> ClassChange | None:
+    """Correct the rows of classes to which Ultralytics gave no row, or the row of another class.
 
     Args:
         model: Model with loaded weights.
         names: Class id → name in the training; None if they are not known.
+        rename: Old name → new name of classes that were renamed; None if none were.
 
     Returns:
-        The classes before and now; None if the model has no classes by name, or was not loaded from weights.
+        The classes before and now; None if the model has no classes by name, or was not loaded from weights with such
+        a head.
     """
     source, rows = _sources.get(model), list(_rows(model))
     if source is None or not rows or not tells_names(names):
         return None
-    counterparts = match(source.names, names)
+    if not all(_fits(source, name, weight) for name, weight, _ in rows if _SEMANTIC not in name):
+        return None  # another head, of which nothing or only biases were copied
+    now = renamed(source.names, rename)
+    counterparts = match(now, names)
+    copied = _copied(source.names, names) if source.copied else [None] * len(names)
     wrong = [
         (index, counterpart)
-        for index, (counterpart, copied) in enumerate(zip(counterparts, _copied(source.names, names), strict=True))
-        if counterpart is not None and counterpart != copied
+        for index, (counterpart, theirs) in enumerate(zip(counterparts, copied, strict=True))
+        if counterpart is not None and counterpart != theirs
     ]
     for name, weight, bias in rows:
-        old_weight, old_bias = source.rows.get(name, (weight[:0, :0], bias[:0]))
-        if old_weight.shape[1:] == weight.shape[1:]:
+        if _fits(source, name, weight):
+            old_weight, old_bias = source.rows[name]
             for index, counterpart in wrong:
                 weight[index], bias[index] = old_weight[counterpart].to(weight), old_bias[counterpart].to(bias)
     gone = (name for index, name in source.names.items() if index not in counterparts)
-    return ClassChange(dict(names), tuple(counterparts), tuple(gone))
+    others = (f"{name} to {now[index]}" for index, name in source.names.items() if now[index] != name)
+    return ClassChange(dict(names), tuple(counterparts), tuple(gone), tuple(others))
 
 
 def start_new(model: nn.Module, change: ClassChange) -> None:
@@ -129,8 +162,7 @@ def start_new(model: nn.Module, change: ClassChange) -> None:
     """
     known = [index for index in change.names if index not in change.new]
     for name, weight, bias in _rows(model):
-        old = _sources[model].rows.get(name)
-        if change.new and old is not None and old[0].shape[1:] == weight.shape[1:]:  # else no row was copied
+        if change.new and _fits(_sources[model], name, weight):
             weight[change.new], bias[change.new] = weight[known].mean(0), bias[known].mean()
 
 
@@ -143,6 +175,10 @@ def silence(model: nn.Module, classes: list[int]) -> None:
     """
     for _, _, bias in _rows(model):
         bias[classes] = _SILENT
+
+
+def _fits(source: _Source, name: str, weight: Tensor) -> bool:
+    return name in source.rows and source.rows[name][0].shape[1:] == weight.shape[1:]
 
 
 def _copied(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | None]:
@@ -158,8 +194,13 @@ def _rows(model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     for name, head in model.named_modules() if isinstance(model, nn.Module) else ():
         if not isinstance(head, Detect) or isinstance(head, (WorldDetect, YOLOEDetect)):
             continue
-        for branch in ("cv3", "one2one_cv3"):
-            for level, layers in enumerate(getattr(head, branch, None) or ()):
-                row = layers[-1]
-                if isinstance(row, nn.Conv2d) and row.bias is not None and row.out_channels == head.nc:
-                    yield f"{name}.{branch}.{level}", row.weight.detach(), row.bias.detach()
+        branches = {
+            f"{branch}.{level}": layers
+            for branch in ("cv3", "one2one_cv3")
+            for level, layers in enumerate(getattr(head, branch, None) or ())
+        }
+        branches[_SEMANTIC] = getattr(getattr(head, "proto", None), "semseg", None) or [None]
+        for branch, layers in branches.items():
+            row = layers[-1]
+            if isinstance(row, nn.Conv2d) and row.bias is not None and row.out_channels == head.nc:
+                yield f"{name}.{branch}", row.weight.detach(), row.bias.detach()

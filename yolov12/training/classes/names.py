@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import TypeGuard
 
-__all__ = ["counted", "listed", "match", "tells_names"]
+from yolov12.errors import ConfigError
+
+__all__ = ["check_rename", "counted", "hint", "listed", "match", "renamed", "tells_names"]
 
 _LISTED = 8  # most names in one line of the log
 
@@ -33,6 +37,64 @@ def match(old: Mapping[int, str], new: Mapping[int, str]) -> list[int | None]:
             if index not in found and (counterpart := free.pop(form(str(name)), None)) is not None:
                 found[index] = counterpart
     return [found.get(index) for index in range(len(new))]
+
+
+def renamed(names: Mapping[int, str], rename: Mapping[str, str] | None) -> dict[int, str]:
+    """Return class names after a renaming.
+
+    The renamed classes are last. So if another class has the new name already, `match` finds that class.
+
+    Args:
+        names: Class id → name.
+        rename: Old name → new name; None for no renaming. Names that no class has are ignored.
+    """
+    rename = rename or {}
+    found = zip(match(names, dict(enumerate(rename))), rename.values(), strict=True)
+    new = {index: name for index, name in found if index is not None}
+    return {**{index: name for index, name in names.items() if index not in new}, **new}
+
+
+def check_rename(rename: Mapping[str, str], old: Iterable[str], new: Iterable[str]) -> None:
+    """Check that `rename` has names of classes.
+
+    Args:
+        rename: Old name → new name.
+        old: Class names of the model and of the replayed data.
+        new: Class names of the data.
+
+    Raises:
+        ConfigError: A class of this name does not exist. The message has the name that is most like it.
+    """
+    for words, known, what in ((rename, [*old], "no old class is"), (rename.values(), [*new], "no class of data= is")):
+        forms = {str(name).strip().lower(): str(name) for name in known}
+        for word in words:
+            if word.strip().lower() not in forms:
+                near = get_close_matches(word.strip().lower(), forms, 1)
+                meant = f"did you mean {forms[near[0]]}?" if near else f"there are {listed(known)}"
+                raise ConfigError(f"rename={dict(rename)}: {what} called {word} ({meant})")
+
+
+def hint(old: Iterable[str], new: Iterable[str]) -> str | None:
+    """Return a `rename` for classes whose names differ only in case, spaces, `_`, `-` or number; None if none do.
+
+    Args:
+        old: Names of classes without a counterpart.
+        new: Names of new classes.
+    """
+    forms = {name: re.sub(r"[\s_-]+", "", name).casefold() for name in map(str, new)}
+    pairs: dict[str, str] = {}
+    for one in map(str, old):
+        like = [name for name, form in forms.items() if _alike(re.sub(r"[\s_-]+", "", one).casefold(), form)]
+        if like and like[0] not in pairs.values():
+            pairs[one] = like[0]
+    return f'rename="{pairs}"' if pairs else None
+
+
+def _alike(one: str, other: str) -> bool:
+    return one == other or any(
+        many in (single + "s", single + "es", re.sub("y$", "ies", single))
+        for single, many in ((one, other), (other, one))
+    )
 
 
 def tells_names(names: object) -> TypeGuard[Mapping[int, str]]:

@@ -59,7 +59,8 @@ def draw(rows: Sequence[ClassRow]) -> Figure:
             axes.barh(places, [ap for _, ap in pairs], _HEIGHT, color=colour, label=f"AP50-95 {label}")
             axes.plot([ap50 for ap50, _ in pairs], places, "|", color="black", markersize=9)
     axes.plot([], [], "|", color="black", markersize=9, label="AP50")
-    axes.set_yticks(range(len(rows)), [row.name if row.known else f"{row.name} (new)" for row in rows])
+    names = [row.name if row.known else f"{row.name} (new)" for row in rows]
+    axes.set_yticks(range(len(rows)), names, parse_math=False)  # a name may have dollar signs
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xlabel("average precision on the validation data")

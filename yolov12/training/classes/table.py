@@ -55,20 +55,25 @@ def begin(trainer: Any, change: head.ClassChange | None, *, wanted: bool) -> Non
         wanted: True to make a table also if the classes are the same.
     """
     from ultralytics.utils import RANK
+    from ultralytics.utils.metrics import DetMetrics
 
     file = Path(trainer.save_dir, FILE)
     if trainer.resume:
         if not file.exists():
             return
+        rows = read(file)
     else:
         if RANK in (-1, 0):
             file.unlink(missing_ok=True)  # it belongs to an earlier run in this folder
         if change is None or change.knows_none or (change.is_none and not wanted):
             return
-        rows = _before(trainer, change)
+        validator = trainer.get_validator()
+        if not isinstance(getattr(validator, "metrics", None), DetMetrics):
+            return  # a validator of the user's own
+        rows = _before(trainer, change, validator)
         if RANK in (-1, 0):
             write(file, rows)
-    trainer.final_eval = functools.partial(_finish, trainer.final_eval, trainer)
+    trainer.final_eval = functools.partial(_finish, trainer.final_eval, trainer, rows)
 
 
 def read(file: Path) -> list[ClassRow]:
@@ -143,14 +148,14 @@ def as_text(rows: Sequence[ClassRow]) -> str:
     return "\n".join(lines)
 
 
-def _before(trainer: Any, change: head.ClassChange) -> list[ClassRow]:
+def _before(trainer: Any, change: head.ClassChange, validator: Any) -> list[ClassRow]:
     from ultralytics.utils import LOGGER
     from ultralytics.utils.torch_utils import unwrap_model
 
     LOGGER.info("classes: validating the model that the training begins with")
-    model = deepcopy(unwrap_model(trainer.ema.ema))
+    model = unwrap_model(trainer.ema.ema)
+    model = deepcopy(getattr(model, "student_model", model))  # a distillation has a teacher as well
     head.silence(model, change.new)
-    validator = trainer.get_validator()
     validator.args = copy(validator.args)
     for name in ("plots", "save_json", "save_txt", "verbose", "compile"):
         setattr(validator.args, name, False)
@@ -174,7 +179,7 @@ def _before(trainer: Any, change: head.ClassChange) -> list[ClassRow]:
     ]
 
 
-def _finish(stock: Any, trainer: Any) -> None:
+def _finish(stock: Any, trainer: Any, rows: Sequence[ClassRow]) -> None:
     """Run Ultralytics' `final_eval`, which validates best.pt, and complete the table with its result."""
     from ultralytics.utils import LOGGER, RANK
 
@@ -182,7 +187,7 @@ def _finish(stock: Any, trainer: Any) -> None:
     if RANK not in (-1, 0):
         return
     file, found = Path(trainer.save_dir, FILE), _aps(trainer.validator)
-    rows = [replace(row, after=found.get(index)) for index, row in enumerate(read(file))]
+    rows = [replace(row, after=found.get(index)) for index, row in enumerate(rows)]
     write(file, rows)
     picture.save(shown(rows), file.with_suffix(".png"))
     LOGGER.info(f"classes: {file}, drawn in {file.with_suffix('.png').name}\n{as_text(rows)}")

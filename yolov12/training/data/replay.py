@@ -10,6 +10,7 @@ mid-epoch and all ranks draw the same images.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -21,10 +22,11 @@ import numpy as np
 import torch
 from torch.utils.data import RandomSampler
 
-from yolov12.errors import ConfigError, DataError
-from yolov12.training.classes.names import listed, match
+from yolov12.errors import ConfigError, DataError, plain
+from yolov12.training.classes.names import hint, listed, match, renamed
+from yolov12.training.data import partners
 
-__all__ = ["ReplaySampler", "mixed", "replayed_images", "with_class_ids"]
+__all__ = ["ReplaySampler", "class_ids", "mixed", "replayed_images", "with_class_ids"]
 
 
 def replayed_images(images: int, fraction: float) -> int:
@@ -92,6 +94,27 @@ def with_class_ids(labels: list[dict[str, Any]], ids: Mapping[int, int | None]) 
     return left_out
 
 
+def class_ids(
+    old: Mapping[int, str], new: Mapping[int, str], rename: Mapping[str, str] | None
+) -> dict[int, int | None]:
+    """Return the class id in the new data for each class id of the old data; None for a class that is not there.
+
+    Args:
+        old: Class id → name in the old data.
+        new: Class id → name in the new data.
+        rename: Old name → new name of classes that were renamed. Several may become one.
+    """
+    now = renamed(old, rename)
+    order = list(now)
+    found = match(new, {place: now[index] for place, index in enumerate(order)})
+    ids = dict(zip(order, found, strict=True))
+    joined = {name.strip().lower() for name in (rename or {}).values()}
+    for index, name in now.items():
+        if ids[index] is None and name.strip().lower() in joined:
+            ids[index] = match(new, {0: name})[0]
+    return ids
+
+
 @contextmanager
 def mixed(trainer: Any) -> Iterator[None]:
     """Return a context in which a trainer builds its loaders with the images of `replay`, if there are any.
@@ -127,19 +150,32 @@ class _Replay:
     """Stands around three methods of a trainer while it builds its loaders."""
 
     def __init__(self, trainer: Any) -> None:
-        from ultralytics.data.utils import check_det_dataset
+        from ultralytics.data.utils import check_det_dataset, convert_ndjson_to_yolo_if_needed
+        from ultralytics.utils import LOCAL_RANK, LOGGER
+        from ultralytics.utils.torch_utils import torch_distributed_zero_first
 
+        args = trainer.args
         self._trainer = trainer
-        self._data = check_det_dataset(trainer.args.replay, split="train")
-        trainer.args.replay = str(Path(self._data["yaml_file"]).absolute())  # the run may be resumed in another folder
-        for key in ("channels", "kpt_shape") if trainer.args.task == "pose" else ("channels",):
+        try:
+            with torch_distributed_zero_first(LOCAL_RANK):  # it may have to be downloaded or unpacked
+                self._data = check_det_dataset(convert_ndjson_to_yolo_if_needed(args.replay), split="train")
+        except FileNotFoundError as error:
+            reason = plain(error).strip().splitlines()[0]
+            raise DataError(f"replay={args.replay}: {reason}. Give replay= with its place, also to resume") from error
+        args.replay = str(Path(self._data["yaml_file"]).absolute())  # the run may be resumed in another folder
+        for key in ("channels", "kpt_shape") if args.task == "pose" else ("channels",):
             if self._data.get(key) != trainer.data.get(key):
                 raise DataError(
-                    f"replay={trainer.args.replay}: {key} is {self._data.get(key)}, but {trainer.data.get(key)} in "
-                    f"data={trainer.args.data}: both need the same"
+                    f"replay={args.replay}: {key} is {self._data.get(key)}, but {trainer.data.get(key)} in "
+                    f"data={args.data}: both need the same"
                 )
-        found = match(trainer.data["names"], self._data["names"])
-        self._ids = dict(enumerate([0] * len(found) if trainer.args.single_cls else found))
+        self._ids = class_ids(self._data["names"], trainer.data["names"], args.rename)
+        if args.single_cls:
+            self._ids = dict.fromkeys(self._ids, 0)
+        lost = [self._data["names"][old] for old, new in self._ids.items() if new is None]
+        without = [name for new, name in trainer.data["names"].items() if new not in self._ids.values()]
+        if (words := hint(lost, without)) is not None:
+            LOGGER.info(f"replay: a class that was only renamed keeps its labels with {words}")
         self._counts = (0, 0)  # new and old images for training
         self._images = 0  # images in an epoch
 
@@ -155,10 +191,12 @@ class _Replay:
 
         def of_both(dataset: Any) -> list[dict[str, Any]]:
             labels, files = get_labels(dataset), dataset.im_files
-            old = self._old_labels(get_labels, dataset, old_path, set(map(_place, files)))
+            old = self._old_labels(get_labels, dataset, old_path, files)
             dataset.im_files = [*files, *(label["im_file"] for label in old)]
             counts.append((len(labels), len(old)))
-            return [*labels, *old]
+            both = [*labels, *old]
+            dataset.verify_labels(both, Path(str(old_path)))  # drops polygons that only one of them has
+            return both
 
         YOLODataset.get_labels = of_both  # the data set's own constructor then caches and sorts images of both
         try:
@@ -169,6 +207,7 @@ class _Replay:
             raise ConfigError("replay needs a data set of Ultralytics' own: leave replay out, or build_dataset")
         if mode == "train":
             self._counts = counts[0]
+            partners.balance(dataset, *self._counts, self._trainer.args.replay_fraction)
         return dataset
 
     def get_dataloader(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,9 +217,11 @@ class _Replay:
 
         self._counts = (0, 0)
         loader, (new, old) = stock(*args, **kwargs), self._counts
-        if not new:
+        if (args[3] if len(args) > 3 else kwargs.get("mode", "train")) != "train":
             return loader
         trainer = self._trainer
+        if not new:
+            raise ConfigError("replay needs Ultralytics' own data set: leave replay out, or get_dataloader")
         if not old:
             raise DataError(f"replay={trainer.args.replay}: all its images are in data={trainer.args.data}, too")
         if not (isinstance(loader, InfiniteDataLoader) and type(loader.sampler) is RandomSampler):
@@ -203,13 +244,20 @@ class _Replay:
             kwargs["iterations"] = updates * trainer.epochs
         return stock(*args, **kwargs)
 
-    def _old_labels(self, get_labels: Any, dataset: Any, path: Any, present: set[Path]) -> list[dict[str, Any]]:
-        """Return the labels of the old images with the class ids of the new data."""
+    def _old_labels(self, get_labels: Any, dataset: Any, path: Any, files: list[str]) -> list[dict[str, Any]]:
+        """Return the labels of the old images with the class ids of the new data.
+
+        Images of the new data are left out: no image is trained on twice, or trained on and validated.
+        """
         from ultralytics.utils import LOGGER
 
         state = {name: getattr(dataset, name) for name in ("data", "fraction", "im_files", "label_files")}
         try:
-            dataset.data, dataset.fraction = self._data, 1.0
+            dataset.fraction = 1.0
+            data, splits = self._trainer.data, ("train", self._trainer.args.split)
+            new = (file for split in splits if data.get(split) for file in dataset.get_img_files(data[split]))
+            present = set(map(_place, itertools.chain(files, new)))
+            dataset.data = self._data
             dataset.im_files = [file for file in dataset.get_img_files(path) if _place(file) not in present]
             labels: list[dict[str, Any]] = get_labels(dataset) if dataset.im_files else []
         finally:

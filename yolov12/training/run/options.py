@@ -26,11 +26,12 @@ def check_data_arguments(arguments: Mapping[str, Any]) -> None:
     """Check the values of the data layer's arguments.
 
     Args:
-        arguments: Argument name → value, with all names of the data layer, `mas` and, if it is set, `rect`.
+        arguments: Argument name → value, with all names of the data layer, `mas` and, if they are set, `rect` and
+            `cls_remap`.
 
     Raises:
-        ConfigError: `mas_data` is not a mode, `mas_min_imgsz` is not a size, `replay_fraction` is not a fraction, or
-            `replay` does not go with another argument.
+        ConfigError: `mas_data` is not a mode, `mas_min_imgsz` is not a size, `replay_fraction` is not a fraction,
+            `rename` is not a dictionary of names, or `replay` or `rename` does not go with another argument.
     """
     mode, smallest = arguments["mas_data"], arguments["mas_min_imgsz"]
     if mode not in _MODES:
@@ -45,6 +46,16 @@ def check_data_arguments(arguments: Mapping[str, Any]) -> None:
     for name, value in (("mas", False), ("rect", True)):
         if replay is not None and arguments.get(name) is value:
             raise ConfigError(f"replay={replay} does not go with {name}={value}: leave one of them out")
+    rename = arguments["rename"]
+    if rename is None:
+        return
+    if not isinstance(rename, dict) or not all(isinstance(name, str) for pair in rename.items() for name in pair):
+        raise ConfigError(
+            f"rename={rename}: give a dictionary of old and new class names, as in rename=\"{{'scratch': 'groove'}}\""
+        )
+    for name in ("mas", "cls_remap"):
+        if arguments.get(name) is False:
+            raise ConfigError(f"rename={rename} does not go with {name}=False: leave one of them out")
 
 
 @dataclass(frozen=True)

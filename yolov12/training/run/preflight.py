@@ -9,22 +9,24 @@ from typing import Any
 
 from yolov12 import demo
 from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, UntrustedDataError, plain
-from yolov12.training.classes.names import listed, match
+from yolov12.training.classes.names import check_rename, listed, match, renamed
 
 __all__ = ["check_training_arguments"]
 
 _REPLAYED = ("detect", "segment", "pose", "obb")
 
 
-def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
+def check_training_arguments(arguments: Mapping[str, Any], task: str, known: Mapping[int, str] | None = None) -> None:
     """Check training arguments before anything is written.
 
     Args:
         arguments: Argument name → value that the user has set. Missing names have Ultralytics' defaults.
         task: Ultralytics' task name, such as `detect`.
+        known: Class id → name of the model; None if they are not known.
 
     Raises:
-        ConfigError: The device does not exist, the image size or the batch is not valid, or the task cannot replay.
+        ConfigError: The device does not exist, the image size or the batch is not valid, the task cannot replay, or
+            `rename` names a class that does not exist.
         DataError: A data set is missing, malformed, of another task, or has no images.
     """
     if (device := arguments.get("device")) is not None:
@@ -39,8 +41,13 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str) -> None:
         raise ConfigError(f"replay={replay}: a {task} training cannot replay, only {', '.join(_REPLAYED)}")
     if isinstance(data, (str, Path)) and task != "classify":
         names = _check_data("data", str(data), ("train", val_split), task)
+        rename, old = arguments.get("rename"), known
         if replay is not None:
-            _check_names(names, _check_data("replay", str(replay), ("train",), task), replay)
+            old = _check_data("replay", str(replay), ("train",), task, optional=val_split)
+            if not arguments.get("single_cls"):
+                _check_names(names, old and renamed(old, rename), replay)
+        if rename and names and old and known:
+            check_rename(rename, [*known.values(), *old.values()], names.values())
 
 
 def _check_device(device: Any) -> None:
@@ -71,8 +78,18 @@ def _check_image_size(imgsz: Any) -> None:
         raise ConfigError(f"imgsz={imgsz} is not an image size. Give pixels, as in imgsz=640")
 
 
-def _check_data(key: str, data: str, splits: Sequence[str], task: str) -> Mapping[int, str] | None:
-    """Check the data set of an argument, and return its class names; None if they are not known yet."""
+def _check_data(
+    key: str, data: str, splits: Sequence[str], task: str, optional: str | None = None
+) -> Mapping[int, str] | None:
+    """Check the data set of an argument, and return its class names; None if they are not known yet.
+
+    Args:
+        key: Name of the argument.
+        data: Its value.
+        splits: Parts of the data set that need images.
+        task: Ultralytics' task name.
+        optional: Part of the data set that needs images if the yaml names any.
+    """
     from ultralytics.data.utils import check_det_dataset
 
     if demo.is_demo(data):
@@ -92,12 +109,13 @@ def _check_data(key: str, data: str, splits: Sequence[str], task: str) -> Mappin
     except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set
         raise DataError(f"{key}={data}: {_first_line(error)}") from error
     _check_task(key, data, found, task)
-    for split in splits:
+    for split in (*splits, *([optional] if optional and found.get(optional) else ())):
         sources = found[split] if isinstance(found[split], list) else [found[split]]
         if not all(sources):
             raise DataError(f"{key}={data}: '{split}:' names no images")
         if not _has_images(sources):
-            raise MissingImagesError(f"{key}={data}: no images for '{split}' in {', '.join(sources)}")
+            way_out = f". Leave '{split}:' empty to do without them" if split == optional else ""
+            raise MissingImagesError(f"{key}={data}: no images for '{split}' in {', '.join(sources)}{way_out}")
     return found["names"]  # type: ignore[no-any-return]
 
 

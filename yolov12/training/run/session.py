@@ -11,6 +11,7 @@ from typing import Any
 
 from yolov12.errors import UntrustedWeightsError
 from yolov12.mas.config import DEFAULTS, Config
+from yolov12.training.classes import head
 from yolov12.training.run import run_folder
 from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
 from yolov12.training.run.preflight import check_training_arguments
@@ -54,7 +55,8 @@ def train(stock_train: Callable[..., Any], model: Any, /, trainer: Any = None, *
         check_training_arguments({**from_file, **arguments}, model.task)
     else:
         given = {**(from_file or model.overrides), **arguments}
-        check_training_arguments(given, model.task)
+        is_theirs = isinstance(given.get("pretrained"), (str, Path))  # the weights are another file's
+        check_training_arguments(given, model.task, None if is_theirs else head.known_names(model.model))
         arguments = {**_recipe(model, given), **arguments}
     return stock_train(model, trainer, **arguments)
 
@@ -99,9 +101,10 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
     for key, default in defaults.items():
         if not hasattr(trainer.args, key):  # the run began with plain Ultralytics
             setattr(trainer.args, key, default)
-    kept = {"bn_group", "recipe", "replay", "replay_fraction"} | ({"mas"} if trainer.args.mas else set())
+    kept = {"bn_group", "recipe", "replay", "replay_fraction", "rename"} | ({"mas"} if trainer.args.mas else set())
     for key, value in ours.items():
-        if key not in kept:
+        moved = key == "replay" and value is not None and trainer.args.replay is not None  # as data= may be elsewhere
+        if key not in kept or moved:
             setattr(trainer.args, key, value)
         elif value != getattr(trainer.args, key):
             from ultralytics.utils import LOGGER

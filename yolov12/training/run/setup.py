@@ -12,7 +12,7 @@ from yolov12.training.adapter import attach as adapter
 from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.classes import head, table
 from yolov12.training.data import host, replay
-from yolov12.training.run import process_group, run_folder, session
+from yolov12.training.run import options, process_group, run_folder, session
 
 __all__ = ["build_loaders", "make", "resume_training", "setup_model", "setup_train", "train"]
 
@@ -63,12 +63,14 @@ def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
     checkpoint = stock(trainer)
     # A user's own code may call this with arguments that Ultralytics' configuration has not made.
     if getattr(trainer.args, "mas", False) and trainer.args.cls_remap and not trainer.resume:
-        change = head.keep_by_name(trainer.model, trainer.data.get("names"))
+        change = head.keep_by_name(trainer.model, trainer.data.get("names"), trainer.args.rename)
         setattr(trainer, _CHANGE, change)
         if change is not None and not change.knows_none and is_ultralytics(trainer.get_model):
             head.start_new(trainer.model, change)
         if change is not None and not change.is_none:
             LOGGER.log(logging.WARNING if change.knows_none else logging.INFO, f"classes: {change}")
+            if change.hint is not None:
+                LOGGER.info(f"classes: a class that was only renamed keeps its weights with {change.hint}")
     return checkpoint
 
 
@@ -82,6 +84,7 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
         kwargs: Keyword arguments for `stock`.
     """
     if trainer.args.mas:
+        options.check_data_arguments(vars(trainer.args))  # a trainer may have been made without `Model.train`
         host.limit_workers(trainer)
     with process_group.setting_up(functools.partial(adapter.why_not, trainer)):
         stock(trainer, *args, **kwargs)
