@@ -29,6 +29,7 @@ from yolov12.errors import DoesNotFitError
 from yolov12.mas import Engine
 from yolov12.mas.scheduling.planner import BatchPlanner
 from yolov12.training.adapter.detection import DetectionTask
+from yolov12.training.data.loader import ResumableLoader
 
 
 def leave_no_room(while_):
@@ -65,8 +66,16 @@ def dies_in(validator):
 def main(name, arguments, folder):
     rank = int(os.environ.get("RANK", "-1"))
     model = YOLO(name)
-    losses, rates = [], []
+    losses, rates, images = [], [], []
     done = 0
+    take = ResumableLoader._take
+
+    def taken(loader):
+        batch = take(loader)
+        images.append([Path(file).relative_to(Path(file).parents[2]).as_posix() for file in batch["im_file"]])
+        return batch
+
+    ResumableLoader._take = taken
 
     def batch_ends(trainer):
         nonlocal done
@@ -114,6 +123,7 @@ def main(name, arguments, folder):
             "ema": trainer.ema.ema.state_dict(),
             "losses": losses,
             "rates": rates,
+            "images": images,
             "metrics": {name: float(value) for name, value in (trainer.metrics or {}).items()},
             "folder": str(trainer.save_dir),
         },

@@ -17,6 +17,7 @@ import torch
 from ultralytics import YOLO
 
 from yolov12.errors import ConfigError
+from yolov12.training.classes import table
 from yolov12.training.run import process_group
 
 RANK = Path(__file__).with_name("rank.py")
@@ -108,6 +109,42 @@ def test_a_run_in_several_processes_ends_as_in_one(start, settings, weights, alo
         for name, value in wanted.items():
             if name != "time" and not name.startswith("memory/"):
                 assert row[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+
+
+@pytest.mark.parametrize("stop", ["[]", pytest.param("[4]", marks=pytest.mark.deep)])
+def test_ranks_replay_what_one_process_replays(start, start_script, trainings, tiny_model, settings, tmp_path, stop):
+    """Each image is on one of two ranks, also after an interruption in mid-epoch, and the table of classes is made."""
+    torch.manual_seed(0)
+    yolo = YOLO(tiny_model)
+    yolo.model.names = {index: "odd" if index == 3 else f"other {index}" for index in range(10)}
+    yolo.save(begin := tmp_path / "begin.pt")
+    old = trainings.draw_data(tmp_path / "old", sizes=((64, 64),) * 3)
+    found = []
+    for size in (1, 2):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        command = RANK, begin, json.dumps(settings(folder, replay=old, replay_fraction=0.2, resume="auto")), folder
+        if size == 1:
+            codes, outputs = finish([start_script(*command)])
+        else:
+            codes, outputs = finish(start(size, *command, STOP=stop))
+            if stop != "[]":
+                assert all(codes), "\n".join(outputs)
+                codes, outputs = finish(start(size, *command))
+        assert codes == [0] * size, "\n".join(outputs)
+        found.append([torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)])
+    (alone,), ranks = found
+    together = [sorted(one + other) for one, other in zip(*(rank["images"] for rank in ranks), strict=True)]
+    wanted = [sorted(batch) for batch in alone["images"]]
+    assert together == wanted[len(wanted) - len(together) :]
+    assert [len(batch) for batch in wanted] == [16, 16, 8] * 2  # 32 new images and 8 of 24 old ones in each epoch
+    for epoch in ([name for batch in part for name in batch] for part in (wanted[:3], wanted[3:])):
+        assert len(set(epoch)) == 40
+        assert sum(name.startswith("old") for name in epoch) == 8
+    assert_moved_alike(ranks[0]["weights"], alone["weights"], begin)
+    one, other = (table.read(tmp_path / size / "run" / "classes.csv") for size in "12")
+    assert [(row.name, row.known, row.objects) for row in one] == [(row.name, row.known, row.objects) for row in other]
+    assert [(row.name, row.known) for row in one] == [("even", False), ("odd", True)]
 
 
 def test_the_other_ranks_end_soon_and_name_the_rank_that_died(start, settings, weights, tmp_path):
