@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import os
 import zipfile
@@ -132,3 +133,19 @@ def test_a_strangers_run_folder_cannot_smuggle_code_past_the_end_of_training(tmp
     torch.save({"model": os.system}, file)
     with pytest.raises(UntrustedWeightsError, match="system"):
         strip_optimizer(file)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_the_system_does_not_give_is_not_called_damaged(tmp_path, monkeypatch, number):
+    """To delete it would be bad advice: the file itself may be whole."""
+    torch.save({"model": nn.Identity()}, file := tmp_path / "w.pt")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(weights.torch_file, "load", fail)
+    with pytest.raises(WeightsError, match=f"cannot be read: {os.strerror(number)}. .*check its permissions") as caught:
+        weights.read(file)
+    assert "Delete" not in str(caught.value)
+    with pytest.raises(WeightsError, match="cannot be read: Is a directory"):
+        weights.read(tmp_path)

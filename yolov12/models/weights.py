@@ -7,6 +7,7 @@ the stock loader instead, which runs all code in the file.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -97,6 +98,10 @@ def _read(path: Path) -> tuple[Any, bool]:
                 f"the file, set {TRUST}=1 to load it without limits."
             ) from e
     except Exception as e:
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # a damaged file can lead to a wrong seek
+            raise UnreadableWeightsError(
+                f"{path} cannot be read: {e.strerror}. The file may be whole: check its permissions and its disk."
+            ) from e
         if not refused:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             raise UnreadableWeightsError(
