@@ -1,8 +1,10 @@
 """The table of classes, as a file, a text and a picture."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from yolov12.training.classes import picture, table
+from yolov12.training.classes import head, picture, table
 from yolov12.training.classes.table import ClassRow
 
 ROWS = [
@@ -47,6 +49,13 @@ def test_the_picture_has_a_bar_for_each_number(rows):
     ]
     widths = sorted(bar.get_width() for bar in axes.patches)
     assert widths == sorted(pair[1] for row in rows for pair in (row.before, row.after) if pair)
+
+
+def test_a_validator_with_metrics_of_its_own_makes_no_table(tmp_path):
+    trainer = SimpleNamespace(save_dir=tmp_path, resume=False, final_eval=None, get_validator=lambda: object())
+    table.begin(trainer, head.ClassChange({0: "a", 1: "b"}, (None, 0), ()), wanted=False)
+    assert trainer.final_eval is None
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.picture

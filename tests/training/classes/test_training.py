@@ -101,6 +101,7 @@ def test_a_class_that_was_renamed_keeps_its_weights_if_the_user_says_so(old, tra
     weights = YOLO(str(old / "old.pt")).model.state_dict()
     row = next(name for name in weights if name.endswith(".cv3.0.2.weight"))
     assert not torch.equal(began[row][0], weights[row][1])
+    events.append(("on_train_epoch_end", lambda trainer: (trainer.save_dir / "classes.csv").unlink()))  # tidies up
     run = trainings.train(tmp_path, str(old / "old.pt"), **settings, callbacks=events, rename={"odd": "odds"})
     assert "classes: 2 of 2 classes keep their weights, found by name; renamed: odd to odds; no longer there" in run.log
     assert "only renamed" not in run.log

@@ -279,7 +279,7 @@ def test_a_data_set_or_loader_of_ones_own_is_refused(yamls):
     ],
 )
 def test_values_that_make_no_sense_are_refused(wrong):
-    check_data_arguments({**OPTIONS, "mas": True, "replay": "old.yaml", "rename": {"a": "b"}})
+    check_data_arguments({**OPTIONS, "mas": True, "cls_remap": False, "replay": "old.yaml", "rename": {"a": "b"}})
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         check_data_arguments({**OPTIONS, "mas": True, **wrong})
 

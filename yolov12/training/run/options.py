@@ -53,7 +53,7 @@ def check_data_arguments(arguments: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"rename={rename}: give a dictionary of old and new class names, as in rename=\"{{'scratch': 'groove'}}\""
         )
-    for name in ("mas", "cls_remap"):
+    for name in ("mas", *(["cls_remap"] if replay is None else [])):  # labels of replay are renamed in any case
         if arguments.get(name) is False:
             raise ConfigError(f"rename={rename} does not go with {name}=False: leave one of them out")
 
