@@ -20,7 +20,7 @@ from yolov12 import files
 from yolov12.training.classes import head, picture
 from yolov12.training.data.random_state import random_state, set_random_state
 
-__all__ = ["FILE", "ClassRow", "as_text", "begin", "read", "shown", "write"]
+__all__ = ["FILE", "ClassRow", "aps", "as_text", "begin", "read", "shown", "write"]
 
 FILE = "classes.csv"
 _COLUMNS = ("class", "known", "objects", "before_AP50", "before_AP50-95", "after_AP50", "after_AP50-95")
@@ -148,6 +148,19 @@ def as_text(rows: Sequence[ClassRow]) -> str:
     return "\n".join(lines)
 
 
+def aps(metrics: Any) -> dict[int, _AP]:
+    """Return AP50 and AP50-95 of the boxes of each class that has objects, by class id.
+
+    Args:
+        metrics: Metrics of an Ultralytics validation.
+    """
+    box = metrics.box
+    return {
+        int(index): (float(ap50), float(ap))
+        for index, ap50, ap in zip(box.ap_class_index, box.ap50, box.ap, strict=True)
+    }
+
+
 def _before(trainer: Any, change: head.ClassChange, validator: Any) -> list[ClassRow]:
     from ultralytics.utils import LOGGER
     from ultralytics.utils.torch_utils import unwrap_model
@@ -165,7 +178,7 @@ def _before(trainer: Any, change: head.ClassChange, validator: Any) -> list[Clas
         validator(model=model)
     finally:
         set_random_state(state)
-    found = _aps(validator)
+    found = aps(validator.metrics)
     objects = validator.metrics.nt_per_class
     return [
         ClassRow(
@@ -186,17 +199,8 @@ def _finish(stock: Any, trainer: Any, rows: Sequence[ClassRow]) -> None:
     stock()
     if RANK not in (-1, 0):
         return
-    file, found = Path(trainer.save_dir, FILE), _aps(trainer.validator)
+    file, found = Path(trainer.save_dir, FILE), aps(trainer.validator.metrics)
     rows = [replace(row, after=found.get(index)) for index, row in enumerate(rows)]
     write(file, rows)
     picture.save(shown(rows), file.with_suffix(".png"))
     LOGGER.info(f"classes: {file}, drawn in {file.with_suffix('.png').name}\n{as_text(rows)}")
-
-
-def _aps(validator: Any) -> dict[int, _AP]:
-    """Return AP50 and AP50-95 of the boxes of each class that has objects, by class id."""
-    box = validator.metrics.box
-    return {
-        int(index): (float(ap50), float(ap))
-        for index, ap50, ap in zip(box.ap_class_index, box.ap50, box.ap, strict=True)
-    }
