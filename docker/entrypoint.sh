@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# docker run IMAGE train|val|predict|export|plan|check key=value...   runs the script of that name
+# docker run IMAGE train|val|predict|export|plan|watch|check key=value...   runs the script of that name
 # docker run IMAGE COMMAND...                                         runs any other command
 # docker run IMAGE --help                                             says what there is
 # docker run -it IMAGE                                                starts a shell
@@ -12,6 +12,7 @@ yolov12: YOLOv12 with training that does not run out of GPU memory
 
   docker run --gpus all --shm-size=8g -v "$PWD:/work" -w /work IMAGE train data=coco.yaml batch=256
   docker run --gpus all IMAGE val|predict|export key=value...
+  docker run --gpus all IMAGE watch data=line.yaml inbox=new model=best.pt
   docker run IMAGE train --help                 list the arguments of a command
   docker run IMAGE plan model=all mem=16GiB     predict the memory of a training; needs no GPU
   docker run --gpus all IMAGE check             report what this machine has and whether it can train
@@ -24,10 +25,9 @@ case "${1:-}" in
   -h | --help | help)
     show_help
     ;;
-  train)
-    shift
-    "$root/docker/preflight.sh" "$@"
-    exec "$root/scripts/train.sh" "$@"
+  watch | train)
+    "$root/docker/preflight.sh" "${@:2}"
+    exec "$root/scripts/$1.sh" "${@:2}"
     ;;
   val | predict | export | plan | check)
     exec "$root/scripts/$1.sh" "${@:2}"

@@ -52,6 +52,7 @@ check_shm() {
 check_folder() { # checks the folder of the runs, or its nearest existing parent
   local folder
   folder=$(argument project)
+  [ -n "$folder" ] || folder=$(argument work) # of a watch
   if [ -z "$folder" ]; then
     folder=$root/runs
     [ -w "$root" ] || folder=$PWD/runs

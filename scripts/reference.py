@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
-from yolov12 import check, cli, plan
+from yolov12 import check, cli, plan, watch
 from yolov12.cfg import reference
 from yolov12.mas.journal.columns import COLUMNS, EVENTS
 from yolov12.mas.journal.summary import Summary
@@ -26,8 +26,8 @@ def pages() -> dict[str, str]:
 
 
 def _arguments() -> str:
-    parts = [reference.arguments_page(), "## `yolov12 plan` and `yolov12 check`\n"]
-    for command, module in (("plan", plan), ("plan format=onnx", exported), ("check", check)):
+    parts = [reference.arguments_page(), "## `yolov12 plan`, `yolov12 watch` and `yolov12 check`\n"]
+    for command, module in (("plan", plan), ("plan format=onnx", exported), ("watch", watch), ("check", check)):
         parts.append(f"`yolov12 {command} --help`\n\n```text\n{inspect.cleandoc(module.__doc__ or '')}\n```\n")
     return "\n".join(parts)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from yolov12 import cli, mas
 from yolov12.plan.arguments import parse as parse_plan
+from yolov12.watch.arguments import split as split_words
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "guides" / "python.md"
@@ -91,5 +92,7 @@ def test_commands_have_arguments_that_exist(page, words):
         parse_plan(arguments)
     elif command in cli.VERBS:
         cli.parse(arguments)
+    elif command == "watch":
+        split_words(arguments)
     else:
         assert command in ("plan", "check", "."), f"{page.name}: {command}"

@@ -1,4 +1,4 @@
-"""`yolov12 train|val|predict|export|check|plan key=value ...`: the grammar of Ultralytics' `yolo`.
+"""`yolov12 train|val|predict|export|check|plan|watch key=value ...`: the grammar of Ultralytics' `yolo`.
 
 Missing arguments have defaults. `train` without `data=` trains YOLOv12-N on the embedded data set. `val`, `predict` and
 `export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help` lists the arguments of a
@@ -10,6 +10,7 @@ is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the trac
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +32,7 @@ from yolov12.errors import (
 )
 from yolov12.printable import printable
 
-__all__ = ["ENVIRONMENT", "EXIT_STATUSES", "main"]
+__all__ = ["ENVIRONMENT", "EXIT_STATUSES", "OWN_ARGUMENTS", "USER_ERRORS", "failed", "main"]
 
 EXIT_STATUSES: Mapping[int, str] = {
     0: "Success. For `check`: training can work. For `plan`: every model fits.",
@@ -75,8 +76,11 @@ DEMO_TRAINING: dict[str, Any] = {
     "close_mosaic": 4,
 }
 
+OWN_ARGUMENTS = ("check", "plan", "watch")
+"""Commands whose arguments are not those of Ultralytics. Each is a package with `main`."""
+
 # Ultralytics mostly uses these types for what the user can fix. An error of any other type shows its traceback.
-_USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
+USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
 
 # Ultralytics uses these types for arguments, data sets and files that it refuses.
 _REFUSALS = (FileNotFoundError, ValueError, TypeError, SyntaxError, NotImplementedError)
@@ -97,17 +101,16 @@ def main(args: list[str] | None = None) -> int:
     if wants_help and verb in reference.COMMANDS:
         print(reference.help_text(verb))
         return 0
-    if verb in ("help", "h") or (verb not in ("check", "plan") and wants_help):
+    if verb in ("help", "h") or (verb not in OWN_ARGUMENTS and wants_help):
         print(__doc__)
         return 0
     try:
-        if verb == "check":
-            from yolov12 import check
-
+        if verb in ("check", "watch"):
+            command = importlib.import_module(f"yolov12.{verb}")
             if wants_help:
-                print(check.__doc__)
+                print(command.__doc__)
                 return 0
-            return check.main(words)
+            return int(command.main(words))
         if verb == "plan":
             autopatch.apply()
             from yolov12 import plan
@@ -115,21 +118,26 @@ def main(args: list[str] | None = None) -> int:
             with _refusals():
                 return plan.main(words)
         if verb not in VERBS:
-            raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, 'check', 'plan'])}")
+            raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, *OWN_ARGUMENTS])}")
         _use_every_core()
         autopatch.apply()
         options = parse(words)
         if options.pop("mode", verb) != verb:
             raise ConfigError(f"mode= contradicts the command, which is {verb}")
         VERBS[verb](options)
-    except _USER_ERRORS as error:
-        if os.environ.get("YOLOV12_TRACEBACK") == "1":
-            raise
-        hint = "" if isinstance(error, YOLOv12Error) else " (YOLOV12_TRACEBACK=1 shows where)"
-        message = " ".join(plain(error).split())  # messages of Ultralytics may have several lines
-        print(f"yolov12: error: {message}{hint}", file=sys.stderr)
-        return _status(error)
+    except USER_ERRORS as error:
+        return failed(error)
     return 0
+
+
+def failed(error: Exception) -> int:
+    """Print an error as one line on stderr, or raise it again if the user wants a traceback. Returns the status."""
+    if os.environ.get("YOLOV12_TRACEBACK") == "1":
+        raise error
+    hint = "" if isinstance(error, YOLOv12Error) else " (YOLOV12_TRACEBACK=1 shows where)"
+    message = " ".join(plain(error).split())  # messages of Ultralytics may have several lines
+    print(f"yolov12: error: {message}{hint}", file=sys.stderr)
+    return _status(error)
 
 
 def _status(error: BaseException) -> int:

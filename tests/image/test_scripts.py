@@ -116,13 +116,14 @@ def test_no_command_without_a_terminal_says_what_there_is(tmp_path):
     entrypoint = tmp_path / "docker" / "entrypoint.sh"
     entrypoint.write_text((ROOT / "docker" / "entrypoint.sh").read_text())
     entrypoint.chmod(0o755)
-    for name in ("check", "val"):
-        script = tmp_path / "scripts" / f"{name}.sh"
+    for name in ("scripts/check", "scripts/val", "scripts/watch", "docker/preflight"):
+        script = tmp_path / f"{name}.sh"
         script.write_text('#!/bin/sh\necho "$(basename $0)" "$@"\n')
         script.chmod(0o755)
     run = lambda *words: subprocess.check_output([entrypoint, *words], stdin=subprocess.DEVNULL, text=True)  # noqa: E731
     assert run().endswith("This container:\ncheck.sh\n")
     assert run("val", "a b", "c") == "val.sh a b c\n"
+    assert run("watch", "inbox=a b") == "preflight.sh inbox=a b\nwatch.sh inbox=a b\n"
     assert run("printf", "%s|", "a b", "c") == "a b|c|"
     for word in ("--help", "-h", "help"):
         assert "docker run --gpus all --shm-size=8g" in run(word)

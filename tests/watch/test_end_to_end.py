@@ -1,0 +1,84 @@
+"""`yolov12 watch` with a tiny model: images of a new class arrive, and a candidate that knows it is trained."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from ultralytics import YOLO
+
+from yolov12 import cli
+from yolov12.watch import child, command
+
+TRAINING = ["epochs=1", "imgsz=64", "batch=8", "nbs=8", "workers=0", "device=cpu", "recipe=False", "plots=False"]
+
+
+def deliver(inbox, name, class_id, seed):
+    draw = np.random.default_rng(seed)
+    cv2.imwrite(str(inbox / f"{name}.png"), draw.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    (inbox / f"{name}.txt").write_text(f"{class_id} 0.5 0.5 0.3 0.3\n")
+
+
+class InThisProcess:
+    """Runs the work of an attempt here, as a process of its own would load PyTorch each time."""
+
+    def start(self, task, attempt, log):
+        self.status = child.run(task, attempt)
+        return self
+
+    def poll(self):
+        return self.status
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def factory(tmp_path, line, monkeypatch, capsys):
+    """Folder with a data set, a serving model and an inbox whose images show a new class."""
+    shutil.copytree(line, tmp_path / "line")
+    data = yaml.safe_load((tmp_path / "line" / "data.yaml").read_text())
+    (tmp_path / "line" / "data.yaml").write_text(yaml.safe_dump({**data, "path": str(tmp_path / "line")}))
+    inbox = tmp_path / "in box"
+    inbox.mkdir()
+    (inbox / "classes.txt").write_text("odd\ncrack\n")
+    for index in range(4):
+        deliver(inbox, f"new{index}", index % 2, index)
+    monkeypatch.setattr(command, "Processes", InThisProcess)
+
+    def check(request):
+        text = {"model": str(request.model), "data": request.data, "training": list(request.training)}
+        capsys.readouterr()
+        status = child.guarded(lambda: child.check(text))
+        return status, json.loads(capsys.readouterr().out.splitlines()[-1]) if status == 0 else None
+
+    monkeypatch.setattr(command, "_check", check)
+    words = [f"data={tmp_path / 'line' / 'data.yaml'}", f"inbox={inbox}", f"model={tmp_path / 'line' / 'serving.pt'}"]
+    return tmp_path, [*words, "min_images=2", "settle=0", "poll=0", "once", *TRAINING]
+
+
+def test_a_new_class_is_trained_judged_and_reported(factory, capsys):
+    folder, words = factory
+    work = folder / "line" / "serving-watch"
+    serving = folder / "line" / "serving.pt"
+    before = serving.read_bytes()
+    assert cli.main(["watch", *words, "margin=0.99"]) == 0
+    printed = capsys.readouterr().out
+    (attempt,) = (work / "history").iterdir()
+    files = {file.name for file in attempt.iterdir()}
+    assert {"before.pt", "candidate.pt", "verdict.json", "report.md", "report.json", "classes.csv"} <= files
+    assert (attempt / "before.pt").read_bytes() == before
+    verdict = json.loads((attempt / "verdict.json").read_text())
+    assert [row["name"] for row in verdict["classes"]] == ["even", "odd", "crack"]
+    assert YOLO(str(attempt / "candidate.pt")).names == {0: "even", 1: "odd", 2: "crack"}
+    expected = (attempt / "candidate.pt").read_bytes() if verdict["promote"] else before
+    assert serving.read_bytes() == expected
+    assert ("is promoted" in printed) is verdict["promote"]
+    assert yaml.safe_load((work / "dataset" / "data.yaml").read_text())["names"] == {0: "even", 1: "odd", 2: "crack"}
+    labels = [file.read_text().split()[0] for file in (work / "dataset" / "labels").rglob("*.txt")]
+    assert sorted(labels) == ["1", "1", "2", "2"]
+    # Nothing has arrived since, so nothing is trained, whatever the outcome was.
+    assert cli.main(["watch", *words]) == 0
+    assert len([*(work / "history").iterdir()]) == 1

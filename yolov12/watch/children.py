@@ -1,0 +1,104 @@
+"""Work of an attempt in processes of their own: they may be killed or fail, and free their memory at their end.
+
+A process of an attempt ends with the watch that started it: after SIGTERM the watch passes the signal on, and if the
+watch is killed, Linux sends it. A training saves its state then, and the next watch continues it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Protocol
+
+__all__ = ["Child", "Children", "Processes", "command", "last_error"]
+
+_PATIENCE_S = 60.0  # for a training to save its state
+
+
+class Child(Protocol):
+    """Running work."""
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while it runs."""
+
+    def stop(self) -> None:
+        """Ask it to end, and wait until it has."""
+
+
+class Children(Protocol):
+    """Starts the work of an attempt."""
+
+    def start(self, task: str, attempt: Path, log: Path) -> Child:
+        """Start work.
+
+        Args:
+            task: `training`, `judging`, `exporting` or `reporting`.
+            attempt: Folder of the attempt.
+            log: File to which its output is appended.
+        """
+
+
+def command(*words: str) -> list[str]:
+    """Return the command of a process of this package.
+
+    Args:
+        words: A task of `yolov12.watch.child`, and its arguments.
+    """
+    return [sys.executable, "-m", "yolov12.watch.child", str(os.getpid()), *words]
+
+
+class Processes:
+    """Starts processes, each the leader of a session of its own: Ctrl-C in a terminal reaches only the watch."""
+
+    def start(self, task: str, attempt: Path, log: Path) -> Child:
+        """Start work: see `Children`."""
+        with log.open("ab") as output:
+            return Process(command(task, str(attempt)), output)
+
+
+class Process:
+    """A process, stopped with all that it has started.
+
+    Args:
+        words: Command line.
+        output: File for its output.
+    """
+
+    def __init__(self, words: Sequence[str], output: IO[bytes]) -> None:
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def poll(self) -> int | None:
+        """Return the exit status, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """Ask it to end. If it does not within a minute, or after another signal to this process, kill it."""
+        self._process.terminate()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_PATIENCE_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # also what it has started
+            self._process.wait()
+
+
+def last_error(log: Path) -> str:
+    """Return the last error in a log, or its last line if there is none; empty if there is no log.
+
+    Args:
+        log: Output of a process.
+    """
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(log.stat().st_size - 20_000, 0))
+        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("yolov12: error: ")]
+        return (errors or lines or [""])[-1].removeprefix("yolov12: error: ")[:500]
+    return ""

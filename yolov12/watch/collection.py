@@ -1,0 +1,295 @@
+"""The collection: a YOLO data set of all accepted images, and a folder for those that were set aside.
+
+Names of files begin with the digest of the image, so the folders themselves say what was taken. A label is moved before
+its image: an image that is still in the inbox without its label was interrupted, and `recover` completes the move.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from yolov12.errors import DataError
+from yolov12.printable import printable
+from yolov12.training.classes.names import match
+from yolov12.watch import moves
+from yolov12.watch.inbox import Inbox, Pair
+from yolov12.watch.samples import IMAGES, Box
+
+__all__ = ["Collection", "Entry", "digest_of"]
+
+_SPLITS = ("train", "val")
+_REASON = ".reason.txt"
+_DIGITS = 32  # of the digest, in names of files
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image of the collection."""
+
+    image: Path
+    split: str
+    """`train` or `val`."""
+    objects: Mapping[int, int]
+    """Class id → number of objects in its label."""
+
+
+class Collection:
+    """The accepted images in `dataset/` of a work folder, and those set aside in `rejected/`.
+
+    Args:
+        work: The work folder.
+        names: Class names of the data set that the line began with. The names in the collection come first.
+        val_fraction: Fraction of the images that is for validation.
+
+    Raises:
+        DataError: The collection's data.yaml cannot be read.
+    """
+
+    def __init__(self, work: Path, names: Sequence[str], val_fraction: float) -> None:
+        self.folder, self.rejected = work / "dataset", work / "rejected"
+        self._val_fraction = val_fraction
+        for name in (*(f"{kind}/{split}" for kind in ("images", "labels") for split in _SPLITS), "received"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        self.rejected.mkdir(exist_ok=True)
+        self.names = self._read_names()
+        self.entries: dict[str, Entry] = {}
+        self._splits: dict[int, set[str]] = {}  # class id → splits with an image of it
+        for split in _SPLITS:
+            for image in sorted((self.folder / "images" / split).iterdir()):
+                if image.suffix in IMAGES:
+                    self._add(image, self._label(split, image.stem))
+        labels = (label for split in _SPLITS for label in (self.folder / "labels" / split).glob("*-*.txt"))
+        # Labels whose images did not arrive.
+        self._unfinished = {digest_of(label): label for label in labels if digest_of(label) not in self.entries}
+        self.class_ids(names)
+
+    @property
+    def data(self) -> Path:
+        """Path of the collection's data.yaml."""
+        return self.folder / "data.yaml"
+
+    def class_ids(self, names: Iterable[str]) -> list[int]:
+        """Return the ids of classes. Names that are new get the next ids.
+
+        Args:
+            names: Names, in the order in which new ones are added.
+        """
+        wanted = list(names)
+        found = match(dict(enumerate(self.names)), dict(enumerate(wanted)))
+        if None in found or not self.data.exists():
+            self.names += [name for name, index in zip(wanted, found, strict=True) if index is None]
+            self._write_names()
+            found = match(dict(enumerate(self.names)), dict(enumerate(wanted)))
+        return [index for index in found if index is not None]
+
+    def find(self, digest: str) -> Entry | None:
+        """Return the image of the collection with a content, or None.
+
+        Args:
+            digest: SHA-256 of the image.
+        """
+        return self.entries.get(digest[:_DIGITS])
+
+    def accept(self, pair: Pair, digest: str, boxes: Sequence[Box]) -> str:
+        """Move a pair into the collection, its class ids changed to those of the collection.
+
+        Args:
+            pair: Image and label file.
+            digest: SHA-256 of the image.
+            boxes: Content of the label file.
+
+        Returns:
+            `train` or `val`.
+        """
+        digest = digest[:_DIGITS]
+        names = list(dict.fromkeys(box.name for box in boxes))
+        ids = dict(zip(names, self.class_ids(names), strict=True))
+        label = self._unfinished.get(digest) or self._label(
+            self._split(digest, ids.values()), f"{digest}-{_plain(pair.image.stem)}"
+        )
+        self._unfinished[digest] = label
+        lines = [" ".join([str(ids[box.name]), *(f"{value:.8g}" for value in box.values)]) for box in boxes]
+        moves.save_text(label, "".join(f"{line}\n" for line in lines))
+        moves.move(pair.label, self.folder / "received" / label.name)
+        self._finish(pair.image, label)
+        return label.parent.name
+
+    def set_aside(self, pair: Pair, digest: str, reason: str) -> Path:
+        """Move a pair into the folder of rejected images, beside a text file with the reason.
+
+        Args:
+            pair: Image and label file.
+            digest: SHA-256 of the image.
+            reason: Why it cannot be used.
+
+        Returns:
+            The text file.
+        """
+        stem = base = f"{digest[:_DIGITS]}-{_plain(pair.image.stem)}"
+        suffix, number = pair.image.suffix.lower(), 1
+        while (self.rejected / f"{stem}{suffix}").exists():
+            number += 1
+            stem = f"{base}-{number}"
+        note = self.rejected / f"{stem}{_REASON}"
+        moves.save_text(note, f"{printable(pair.image.name)}: {printable(reason)}\n")
+        moves.move(pair.label, self.rejected / f"{stem}.txt")
+        moves.move(pair.image, self.rejected / f"{stem}{suffix}")
+        return note
+
+    def recover(self, inbox: Inbox) -> int:
+        """Complete the moves that a kill has interrupted.
+
+        Args:
+            inbox: The inbox, whose images without a label file are looked at.
+
+        Returns:
+            Number of images that were moved.
+        """
+        notes = {digest_of(note): note for note in self.rejected.glob(f"*{_REASON}") if not _image_beside(note)}
+        count = 0
+        for image in list(inbox.alone()):
+            digest = moves.digest(image)[:_DIGITS]
+            if label := self._unfinished.get(digest):
+                self._finish(image, label)
+            elif note := notes.get(digest):
+                moves.move(image, note.with_name(note.name.removesuffix(_REASON) + image.suffix.lower()))
+            elif self._has_copy(image, digest):
+                image.unlink()  # the last step of a move between file systems
+            else:
+                continue
+            count += 1
+        return count
+
+    def new_since(self, used: set[str]) -> list[Entry]:
+        """Return the images that are not in a set of digests, in the order of their paths.
+
+        Args:
+            used: Digests, as in names of files.
+        """
+        return sorted((each for key, each in self.entries.items() if key not in used), key=lambda each: each.image)
+
+    def images_by_class(self, entries: Iterable[Entry]) -> dict[str, int]:
+        """Return for each class the number of images that show it.
+
+        Args:
+            entries: Images of the collection.
+        """
+        counts = Counter(index for entry in entries for index in entry.objects)
+        return {self.names[index]: count for index, count in counts.items()}
+
+    def objects_by_class(self, entries: Iterable[Entry]) -> dict[str, int]:
+        """Return for each class its number of objects.
+
+        Args:
+            entries: Images of the collection.
+        """
+        counts = sum((Counter(entry.objects) for entry in entries), Counter[int]())
+        return {self.names[index]: count for index, count in sorted(counts.items())}
+
+    def set_aside_since(self, start: float) -> list[dict[str, str]]:
+        """Return `file` and `reason` of what was set aside.
+
+        Args:
+            start: Seconds since 1970.
+        """
+        notes = sorted(note for note in self.rejected.glob(f"*{_REASON}") if note.stat().st_mtime >= start)
+        texts = [note.read_text("utf-8").strip().partition(": ") for note in notes]
+        return [{"file": name, "reason": reason} for name, _, reason in texts]
+
+    @property
+    def is_trainable(self) -> bool:
+        """True if there are images for training and for validation."""
+        return {entry.split for entry in self.entries.values()} == set(_SPLITS)
+
+    def snapshot(self, folder: Path) -> Path:
+        """Write a data set yaml that names the images that are in the collection now.
+
+        Args:
+            folder: Folder for the yaml and two lists of images.
+
+        Returns:
+            The yaml.
+        """
+        for split in _SPLITS:
+            images = sorted(str(entry.image.absolute()) for entry in self.entries.values() if entry.split == split)
+            moves.save_text(folder / f"{split}.txt", "".join(f"{image}\n" for image in images))
+        names = dict(enumerate(self.names))
+        lists = {split: str((folder / f"{split}.txt").absolute()) for split in _SPLITS}
+        moves.save_text(folder / "data.yaml", yaml.safe_dump({**lists, "names": names}, sort_keys=False))
+        return folder / "data.yaml"
+
+    def _finish(self, image: Path, label: Path) -> None:
+        """Move an image to its label, the last step of accepting it."""
+        target = self.folder / "images" / label.parent.name / f"{label.stem}{image.suffix.lower()}"
+        moves.move(image, target)
+        self._add(target, label)
+        self._unfinished.pop(digest_of(label), None)
+
+    def _add(self, image: Path, label: Path) -> None:
+        entry = Entry(image, label.parent.name, _objects(label))
+        self.entries[digest_of(image)] = entry
+        for index in entry.objects:
+            self._splits.setdefault(index, set()).add(entry.split)
+
+    def _split(self, digest: str, classes: Iterable[int]) -> str:
+        """Choose by the digest, but so that a class with two images has one in each split."""
+        for index in sorted(classes):
+            there = self._splits.get(index, set())
+            if len(there) < len(_SPLITS):
+                return "val" if "train" in there else "train"
+        return "val" if int(digest[:8], 16) < self._val_fraction * 16**8 else "train"
+
+    def _label(self, split: str, stem: str) -> Path:
+        return self.folder / "labels" / split / f"{stem}.txt"
+
+    def _has_copy(self, image: Path, digest: str) -> bool:
+        places = [self.rejected, *(self.folder / "images" / split for split in _SPLITS)]
+        copies = [path for place in places for path in place.glob(f"{digest}-*") if path.suffix == image.suffix.lower()]
+        other_disk = not moves.same_file_system(image, self.folder)
+        return other_disk and any(copy.read_bytes() == image.read_bytes() for copy in copies)
+
+    def _read_names(self) -> list[str]:
+        try:
+            names = yaml.safe_load(self.data.read_text("utf-8"))["names"]
+            return [str(names[index]) for index in range(len(names))]
+        except FileNotFoundError:
+            return []
+        except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{self.data} cannot be read: {error!r}. Restore it: its names belong to the labels"
+            ) from error
+
+    def _write_names(self) -> None:
+        content = {"train": "images/train", "val": "images/val", "names": dict(enumerate(self.names))}
+        moves.save_text(self.data, yaml.safe_dump(content, sort_keys=False))
+
+
+def digest_of(path: Path) -> str:
+    """Return the digest in the name of a file of the collection.
+
+    Args:
+        path: Image, label, or reason.
+    """
+    return path.name.partition("-")[0].partition(".")[0]
+
+
+def _plain(stem: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:80]
+
+
+def _objects(label: Path) -> Counter[int]:
+    try:
+        return Counter(int(line.split()[0]) for line in label.read_text("utf-8").splitlines() if line)
+    except FileNotFoundError:
+        return Counter()
+
+
+def _image_beside(note: Path) -> bool:
+    stem = note.name.removesuffix(_REASON)
+    return any(note.with_name(f"{stem}{suffix}").exists() for suffix in IMAGES)

@@ -1,0 +1,77 @@
+"""`yolov12 watch`: checks first, then the watch, until a signal ends it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from yolov12 import files
+from yolov12.errors import FolderInUseError
+from yolov12.printable import printable
+from yolov12.training.classes.names import listed, match
+from yolov12.watch.arguments import Request, check_inbox, parse
+from yolov12.watch.children import Processes, command
+from yolov12.watch.loop import Line, Watch
+
+__all__ = ["main"]
+
+
+def main(words: list[str]) -> int:
+    """Run `yolov12 watch`: see `yolov12.watch.main`."""
+    with _signals():
+        request = parse(words)
+        status, found = _check(request)
+        if found is None:
+            return status
+        check_inbox(request.inbox, found["folders"])
+        request.work.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            for folder in (request.work, request.inbox):
+                stack.callback(_lock(folder).release)
+            watch = Watch(request, Line(found["data"], found["names"], found["task"]), Processes())
+            _warn_of_lost_classes(found["known"], watch.collection.names)
+            print(f"watching {request.inbox} for {request.model}; everything is in {request.work}", flush=True)
+            return watch.run()
+
+
+def _check(request: Request) -> tuple[int, dict[str, Any] | None]:
+    """Check what needs PyTorch in a process of its own, so that this one stays small."""
+    text = json.dumps({"model": str(request.model), "data": request.data, "training": request.training})
+    done = subprocess.run(command("check", text), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.splitlines()
+    return done.returncode, json.loads(lines[-1]) if done.returncode == 0 else None
+
+
+def _lock(folder: Path) -> files.FolderLock:
+    lock = files.lock(folder)
+    if lock is None:
+        raise FolderInUseError(f"another watch uses {folder}: stop it, or give another work= and inbox=")
+    return lock
+
+
+def _warn_of_lost_classes(known: list[str], names: list[str]) -> None:
+    old = dict(enumerate(known))
+    lost = [old[index] for index in set(old) - set(match(old, dict(enumerate(names))))]
+    if lost:
+        print(f"warning: the model knows classes that the data does not have: {printable(listed(lost))}", flush=True)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Return a context in which SIGTERM and SIGINT raise SystemExit. A watch may end at any moment."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,153 @@
+"""The inbox: which labelled images in it are complete, and what their class ids mean."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from yolov12.errors import DataError
+from yolov12.watch.samples import IMAGES
+
+__all__ = ["Folder", "Inbox", "Pair"]
+
+_Version = tuple[int, int, int]
+_UNREADABLE: Mapping[int, str] = {}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its label file, both complete."""
+
+    image: Path
+    label: Path
+    names: Mapping[int, str]
+    """Class id → name, for the ids in the label file."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Two folders of the inbox: one with images, one with label files. They may be the same."""
+
+    images: Path
+    labels: Path
+
+
+class Inbox:
+    """Reader of an inbox. It changes nothing there.
+
+    Args:
+        folder: The inbox, with pairs `name.jpg` and `name.txt`, or with such files in `images/` and `labels/`.
+        names: Class names for inboxes without a list of their own.
+        settle_s: Seconds for which a file must not have changed.
+    """
+
+    def __init__(self, folder: Path, names: Mapping[int, str], settle_s: float) -> None:
+        self.folder, self._names, self._settle_s = folder, names, settle_s
+        self._seen: dict[Path, tuple[_Version, float]] = {}
+        self.waiting = 0
+        """Number of pairs in the last `complete` that had changed shortly before."""
+        self.problems: list[str] = []
+        """Reasons in the last `complete` for which files stay where they are."""
+
+    def complete(self, now: float) -> list[Pair]:
+        """Return the pairs that are complete, in the order of their names.
+
+        Args:
+            now: Seconds since 1970.
+
+        Raises:
+            OSError: The inbox cannot be read.
+        """
+        before, self._seen = self._seen, {}
+        self.waiting, self.problems, found = 0, [], list[Pair]()
+        for each in self._folders():
+            images, labels = _images(each.images), _regular(each.labels)
+            pairs = [(image, each.labels / f"{image.stem}.txt") for image in images if f"{image.stem}.txt" in labels]
+            shared = {label for label, count in Counter(label for _, label in pairs).items() if count > 1}
+            if shared:
+                self.problems.append(f"{len(shared)} label files belong to two images each: rename the images")
+            pairs = [pair for pair in pairs if pair[1] not in shared]
+            names = self._names_for(each, now, before) if pairs else None
+            for image, label in pairs if names is not _UNREADABLE else []:
+                settled = [self._is_settled(file, now, before) for file in (image, label)]
+                if names is not None and all(settled):
+                    found.append(Pair(image, label, names))
+                else:
+                    self.waiting += 1
+        return found
+
+    def alone(self) -> Iterator[Path]:
+        """Return the images that have no label file."""
+        for each in self._folders():
+            labels = _regular(each.labels)
+            yield from (image for image in _images(each.images) if f"{image.stem}.txt" not in labels)
+
+    def _folders(self) -> list[Folder]:
+        inner = Folder(self.folder / "images", self.folder / "labels")
+        folders = [Folder(self.folder, self.folder)]
+        if all(path.is_dir() and not path.is_symlink() for path in (inner.images, inner.labels)):
+            folders.append(inner)
+        return folders
+
+    def _names_for(self, folder: Folder, now: float, before: Mapping[Path, Any]) -> Mapping[int, str] | None:
+        """Return the names of the class ids; None while their list changes, `_UNREADABLE` if it cannot be read."""
+        for file in (folder.labels / "classes.txt", self.folder / "classes.txt", self.folder / "data.yaml"):
+            if not _is_regular(file):
+                continue
+            if not self._is_settled(file, now, before):
+                return None
+            try:
+                return _read_names(file)
+            except (DataError, UnicodeDecodeError, yaml.YAMLError) as error:
+                self.problems.append(f"{file} cannot be read, so its images stay there: {error}")
+                return _UNREADABLE
+        return self._names
+
+    def _is_settled(self, path: Path, now: float, before: Mapping[Path, tuple[_Version, float]]) -> bool:
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return False
+        version = status.st_ino, status.st_size, status.st_mtime_ns
+        seen, since = before.get(path, (version, now))
+        since = since if seen == version else now
+        self._seen[path] = version, since
+        # The writer's clock may differ from ours, so watching the file counts, too.
+        return now - min(since, status.st_mtime) >= self._settle_s
+
+
+def _read_names(file: Path) -> Mapping[int, str]:
+    if file.suffix == ".txt":  # labelImg's list: a name per line, the first has the id 0
+        lines = file.read_text("utf-8-sig").splitlines()
+        return {index: line.strip() for index, line in enumerate(lines) if line.strip()}
+    found = yaml.safe_load(file.read_text("utf-8-sig"))
+    names = found.get("names") if isinstance(found, dict) else None
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or not all(isinstance(index, int) for index in names):
+        raise DataError("it has no names: of classes")
+    return {index: str(name).strip() for index, name in names.items()}
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(folder / name for name in _regular(folder) if Path(name).suffix.lower() in IMAGES)
+
+
+def _regular(folder: Path) -> set[str]:
+    """Return the names of the ordinary files in a folder, without links and hidden files."""
+    with os.scandir(folder) as entries:
+        return {each.name for each in entries if each.is_file(follow_symlinks=False) and each.name[0] != "."}
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False

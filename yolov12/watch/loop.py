@@ -1,0 +1,303 @@
+"""The watch itself: takes images from the inbox, and carries out what the state machine decides.
+
+Nothing is remembered outside of the work folder, and every action may be repeated, so it can be killed anywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from yolov12.printable import printable
+from yolov12.watch import moves, states
+from yolov12.watch.arguments import Request
+from yolov12.watch.children import Child, Children, last_error
+from yolov12.watch.collection import Collection, digest_of
+from yolov12.watch.inbox import Inbox, Pair
+from yolov12.watch.promotion import promote
+from yolov12.watch.samples import UnusableError, check_image, read_label
+from yolov12.watch.states import Action, Facts, Kind, Outcome, Phase, State
+
+__all__ = ["Line", "Watch"]
+
+_PAIRS_AT_ONCE = 100  # between two looks at the process of an attempt
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LEAST_FREE_BYTES = 128 << 20
+_FREE_MODELS = 8  # a training writes several checkpoints, with the state of the optimizer
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the data set and the model say, which the checks at the start have found."""
+
+    data: str
+    """Path of the data set yaml."""
+    names: Sequence[str]
+    """Its class names."""
+    task: str
+
+
+class Watch:
+    """A watch that has locked its folders.
+
+    Args:
+        request: Arguments of the user.
+        line: Data set and task.
+        children: Starts the processes of attempts.
+        clock: Returns the seconds since 1970.
+        sleep: Waits for a number of seconds.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        line: Line,
+        children: Children,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._request, self._line, self._children = request, line, children
+        self._clock, self._sleep = clock, sleep
+        request.work.mkdir(parents=True, exist_ok=True)
+        self.collection = Collection(request.work, line.names, request.val_fraction)
+        self.inbox = Inbox(request.inbox, dict(enumerate(line.names)), request.settle_s)
+        self._state_file = request.work / "state.json"
+        self.state = states.load(self._state_file) or State(started=clock())
+        states.save(self._state_file, self.state)
+        self._used = _digests(request.work / "used.txt")
+        self._child: Child | None = None
+        self._is_interrupted = True  # a previous watch may have been killed between two moves
+        self._is_complete = True  # False if the inbox has more complete pairs than were taken
+        self._said: set[str] = set()
+        self.failed = 0
+        """Number of attempts that failed."""
+
+    def run(self) -> int:
+        """Watch until a signal, or with `once` until nothing is left to do.
+
+        Returns:
+            The exit status.
+        """
+        try:
+            while True:
+                kind = self.step()
+                if self._request.once and kind is Kind.WAIT_FOR_ROOM:
+                    return 1
+                if self._request.once and kind is Kind.WAIT and not self.inbox.waiting:
+                    return int(self.failed > 0 or bool(self._said))
+                if kind in (Kind.WAIT, Kind.WAIT_FOR_WORK, Kind.WAIT_FOR_ROOM):
+                    self._sleep(self._request.poll_s)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the process of the current attempt. A training saves its state."""
+        if self._child is not None:
+            self._child.stop()
+            self._child = None
+
+    def step(self) -> Kind:
+        """Take images, and carry out the next action.
+
+        Returns:
+            Kind of the action. WAIT_FOR_ROOM also stands for any other reason why files cannot be written.
+        """
+        problems: set[str] = set()
+        try:
+            problems.update(self._collect())
+            self._look_at_child()
+            action = states.decide(self.state, self._facts(), self._request.rules)
+            if action.kind is Kind.WAIT_FOR_ROOM:
+                needed = f"a training needs {self._needed_bytes() >> 20} MiB"
+                raise OSError(errno.ENOSPC, needed, str(self._request.work))
+            if action.kind is Kind.BEGIN and not self._is_complete:
+                return Kind.BEGIN
+            self._perform(action)
+            return action.kind
+        except OSError as error:
+            self._is_interrupted = True
+            problems.add(self._explain(error))
+            return Kind.WAIT_FOR_ROOM
+        finally:
+            for problem in sorted(problems - self._said):
+                _say(problem)
+            self._said = problems
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def _collect(self) -> list[str]:
+        """Take complete pairs out of the inbox, and return what stands in the way of others."""
+        if self._is_interrupted:
+            self.collection.recover(self.inbox)
+            self._is_interrupted = False
+        pairs = self.inbox.complete(self._clock())
+        self._is_complete = len(pairs) <= _PAIRS_AT_ONCE
+        problems, accepted = list(self.inbox.problems), Counter[str]()
+        for pair in pairs[:_PAIRS_AT_ONCE]:
+            try:
+                accepted.update(self._take(pair))
+            except FileNotFoundError:
+                self._is_interrupted = True  # somebody took it away
+            except OSError as error:
+                self._is_interrupted = True
+                if error.errno in _FULL:
+                    raise
+                problems.append(f"{pair.image.name} stays in the inbox: {error}")
+        if count := accepted.pop("", 0):
+            objects = ", ".join(f"{name} in {number}" for name, number in sorted(accepted.items()))
+            _say(f"{count} new images: {objects or 'without objects'}")
+        return problems
+
+    def _take(self, pair: Pair) -> list[str]:
+        """Accept a pair or set it aside. Return the names of its classes, and an empty one for the image."""
+        data = _read(pair.image)
+        digest = hashlib.sha256(data).hexdigest()
+        try:
+            if same := self.collection.find(digest):
+                raise UnusableError(f"the collection has the same image: {same.image}. To correct it, edit its label")
+            check_image(data)
+            boxes = read_label(_read(pair.label), pair.names, self._line.task)
+        except UnusableError as error:
+            note = self.collection.set_aside(pair, digest, str(error))
+            _say(f"{pair.image.name} was set aside, see {note}: {error}")
+            return []
+        self.collection.accept(pair, digest, boxes)
+        return ["", *{box.name for box in boxes}]
+
+    # -- attempts -----------------------------------------------------------------------------------------------------
+
+    @property
+    def attempt(self) -> Path:
+        """Folder of the current attempt."""
+        return self._request.work / "history" / self.state.attempt
+
+    def _facts(self) -> Facts:
+        new = self.collection.new_since(self._used)
+        return Facts(
+            now=self._clock(),
+            new=self.collection.images_by_class(new),
+            new_images=len(new),
+            trainable=self.collection.is_trainable,
+            is_running=self._child is not None,
+            has_room=shutil.disk_usage(self._request.work).free >= self._needed_bytes(),
+        )
+
+    def _needed_bytes(self) -> int:
+        return max(_LEAST_FREE_BYTES, _FREE_MODELS * self._request.model.stat().st_size)
+
+    def _perform(self, action: Action) -> None:
+        if action.kind is Kind.BEGIN:
+            now = self._clock()
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+            self._go_to(states.begin(self.state, action.reason, now, stamp))
+            _say(f"attempt {self.state.number} begins: {action.reason}")
+        elif action.kind is Kind.PREPARE:
+            self._prepare()
+            self._go_to(states.prepared(self.state))
+        elif action.kind is Kind.START:
+            if self.state.phase is Phase.REPORTING:
+                state = self.state
+                outcome = {"outcome": state.outcome.value, "detail": state.detail, "ended": self._clock()}
+                moves.save_text(self.attempt / "outcome.json", json.dumps(outcome))
+            self._child = self._children.start(self.state.phase.value, self.attempt, self.attempt / "log.txt")
+        elif action.kind is Kind.PROMOTE:
+            obstacle = promote(self.attempt / "candidate.pt", self._spec()["model"], self.attempt / "before.pt")
+            _say(obstacle or f"attempt {self.state.number} is promoted: {self._spec()['model']}")
+            self._go_to(states.promoted(self.state, self._request.rules, obstacle=obstacle))
+
+    def _prepare(self) -> None:
+        """Fix the images of the attempt and the model that it starts from."""
+        spec = self.attempt / "attempt.json"
+        if not spec.exists():
+            self.attempt.mkdir(parents=True, exist_ok=True)
+            self.collection.snapshot(self.attempt)
+            moves.copy(self._request.model, self.attempt / "before.pt")
+            new = self.collection.new_since(self._used)
+            content = {
+                "number": self.state.number,
+                "started": self.state.started,
+                "reason": self.state.reason,
+                "model": str(self._request.model),
+                "data": self._line.data,
+                "images": len(new),
+                "objects": self.collection.objects_by_class(new),
+                "set_aside": self.collection.set_aside_since(self.state.previous),
+                "new_images": [str(entry.image) for entry in new],
+                "margin": self._request.margin,
+                "export": self._request.export,
+                "training": list(self._request.training),
+            }
+            moves.save_text(spec, json.dumps(content, indent=1) + "\n")
+        used = self._used | _digests(self.attempt / "train.txt") | _digests(self.attempt / "val.txt")
+        moves.save_text(self._request.work / "used.txt", "".join(f"{digest}\n" for digest in sorted(used)))
+        self._used = used
+
+    def _look_at_child(self) -> None:
+        if self._child is None or (status := self._child.poll()) is None:
+            return
+        self._child = None
+        number, message = self.state.number, last_error(self.attempt / "log.txt") if status else ""
+        verdict = self._verdict() if self.state.phase is Phase.JUDGING and not status else None
+        if verdict is not None:
+            self._go_to(states.judged(self.state, promote=verdict["promote"]))
+            _say(f"attempt {number}: {'; '.join(verdict['reasons'])}")
+            return
+        status = 1 if self.state.phase is Phase.JUDGING and not status else status
+        if status:
+            _say(f"attempt {number}: {self.state.phase.value} ended with status {status}: {message}")
+        self._go_to(states.ended(self.state, status, self._facts(), self._request.rules, message))
+        if self.state.phase is Phase.IDLE:
+            self.failed += self.state.outcome is Outcome.FAILED
+            _say(f"attempt {number}: {self.state.outcome.value}. {self.state.detail}")
+            _say(f"report: {self.attempt / 'report.md'}")
+
+    def _verdict(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads((self.attempt / "verdict.json").read_text("utf-8"))
+            return found
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _spec(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.attempt / "attempt.json").read_text("utf-8"))
+        return {**found, "model": Path(found["model"])}
+
+    def _go_to(self, state: State) -> None:
+        states.save(self._state_file, state)
+        self.state = state
+
+    def _explain(self, error: OSError) -> str:
+        if error.errno not in _FULL:
+            return f"{error}. Trying again every {self._request.poll_s:g} s"
+        history = self._request.work / "history"
+        return (
+            f"the disk is full: {error}. Nothing was lost. Free some space, for example by removing old folders of "
+            f"{history} and of {self.collection.rejected}; the watch then goes on"
+        )
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(line).strip()}", flush=True)
+
+
+def _read(path: Path) -> bytes:
+    """Read a file, but not through a link that has taken its name."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        return file.read()
+
+
+def _digests(file: Path) -> set[str]:
+    """Return the digests of images in a list of paths or of digests; none if there is no such list."""
+    if not file.exists():
+        return set()
+    return {digest_of(Path(line)) for line in file.read_text("utf-8").splitlines() if line}

@@ -1,0 +1,94 @@
+"""Moves and copies files. After a kill or a power loss, a file is whole under the old name or the new one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from yolov12 import files
+
+__all__ = ["copy", "digest", "move", "same_file_system", "save_text", "sync_folder"]
+
+
+def move(source: Path, target: Path) -> None:
+    """Move a file. Between file systems it is copied first, so a kill may leave the whole file in both places.
+
+    Args:
+        source: The file to move.
+        target: Its new path. A file with this name is replaced.
+    """
+    with source.open("rb") as file:
+        os.fsync(file.fileno())  # whoever wrote the file may not have done it
+    try:
+        os.rename(source, target)  # noqa: PTH104 - plain os.rename: this step must be atomic
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy(source, target)
+        source.unlink()
+    sync_folder(target.parent)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the content of a file. The target is replaced in one step.
+
+    Args:
+        source: The file to copy.
+        target: Path of the copy.
+    """
+    with files.replacing(target) as unfinished:
+        shutil.copyfile(source, unfinished)
+    sync_folder(target.parent)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file in one step.
+
+    Args:
+        path: The file to write.
+        text: Its content.
+    """
+    files.write(path, lambda file: file.write(text.encode()))
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power loss.
+
+    Args:
+        folder: The folder, in which a file was renamed.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def same_file_system(one: Path, other: Path) -> bool:
+    """Return whether a file can be moved from one path to the other without a copy.
+
+    Args:
+        one: An existing file or folder.
+        other: Another.
+    """
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits.
+
+    Args:
+        path: The file to read.
+    """
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
