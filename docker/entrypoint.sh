@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# docker run IMAGE train|val|predict|export|plan|watch|check key=value...   runs the script of that name
-# docker run IMAGE COMMAND...                                         runs any other command
-# docker run IMAGE --help                                             says what there is
-# docker run -it IMAGE                                                starts a shell
+# docker run IMAGE COMMAND key=value...  runs the script of a command: train, val, predict, export, plan, watch, monitor, check
+# docker run IMAGE PROGRAM...            runs any other program
+# docker run IMAGE --help                says what there is
+# docker run -it IMAGE                   starts a shell
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -29,7 +29,7 @@ case "${1:-}" in
     "$root/docker/preflight.sh" "${@:2}"
     exec "$root/scripts/$1.sh" "${@:2}"
     ;;
-  val | predict | export | plan | check)
+  val | predict | export | plan | check | monitor)
     exec "$root/scripts/$1.sh" "${@:2}"
     ;;
   "")

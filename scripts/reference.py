@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from pathlib import Path
 
-from yolov12 import check, cli, plan, watch
+from yolov12 import check, cli, monitor, plan, watch
 from yolov12.cfg import reference
 from yolov12.mas.journal.columns import COLUMNS, EVENTS
 from yolov12.mas.journal.summary import Summary
@@ -26,8 +26,9 @@ def pages() -> dict[str, str]:
 
 
 def _arguments() -> str:
-    parts = [reference.arguments_page(), "## `yolov12 plan`, `yolov12 watch` and `yolov12 check`\n"]
-    for command, module in (("plan", plan), ("plan format=onnx", exported), ("watch", watch), ("check", check)):
+    parts = [reference.arguments_page(), "## `yolov12 plan`, `yolov12 watch`, `yolov12 monitor` and `yolov12 check`\n"]
+    own = {"plan": plan, "plan format=onnx": exported, "watch": watch, "monitor": monitor, "check": check}
+    for command, module in own.items():
         parts.append(f"`yolov12 {command} --help`\n\n```text\n{inspect.cleandoc(module.__doc__ or '')}\n```\n")
     return "\n".join(parts)
 
@@ -43,11 +44,19 @@ The engine writes three files into the run folder. They show what it decided and
 | file | content |
 |---|---|
 | `memory.csv` | a row for each optimizer step |
-| `memory.png` | these rows as a picture |
+| `memory.png` | these rows as a picture, with the conclusion as its title |
 | `memory.json` | the figures of the whole run, as the last lines of the log say them |
 
 With several ranks, `memory.csv` is the journal of rank 0, and `memory.rank1.csv` and so on are those of the others.
 `memory.json` and `memory.png` cover all of them.
+
+Rows reach the file about once a second. `yolov12 monitor` draws them while the run goes on, see
+[Watch a training](../guides/reduce-memory.md#watch-a-training).
+
+memory.png shows the budget, the peak of each step, the micro-batches and the speed. Labels say what happened. Where
+the budget changed by a tenth or more, they say that other processes took or released memory: data workers are such
+processes, too. If no peak was above half of the budget and nothing happened, a bar shows the highest peak in per cent
+of the budget, instead of a line far above the peaks.
 
 ## Columns of memory.csv
 

@@ -95,4 +95,4 @@ def test_commands_have_arguments_that_exist(page, words):
     elif command == "watch":
         split_words(arguments)
     else:
-        assert command in ("plan", "check", "."), f"{page.name}: {command}"
+        assert command in ("plan", "check", "monitor", "."), f"{page.name}: {command}"

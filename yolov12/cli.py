@@ -1,4 +1,4 @@
-"""`yolov12 train|val|predict|export|check|plan|watch key=value ...`: the grammar of Ultralytics' `yolo`.
+"""`yolov12 train|val|predict|export|plan|watch|monitor|check key=value ...`: the grammar of Ultralytics' `yolo`.
 
 Missing arguments have defaults. `train` without `data=` trains YOLOv12-N on the embedded data set. `val`, `predict` and
 `export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help` lists the arguments of a
@@ -10,12 +10,12 @@ is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the trac
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ DEMO_TRAINING: dict[str, Any] = {
     "close_mosaic": 4,
 }
 
-OWN_ARGUMENTS = ("check", "plan", "watch")
+OWN_ARGUMENTS = ("check", "monitor", "plan", "watch")
 """Commands whose arguments are not those of Ultralytics. Each is a package with `main`."""
 
 # Ultralytics mostly uses these types for what the user can fix. An error of any other type shows its traceback.
@@ -105,8 +105,8 @@ def main(args: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
-        if verb in ("check", "watch"):
-            command = importlib.import_module(f"yolov12.{verb}")
+        if verb in ("check", "monitor", "watch"):
+            command = import_module(f"yolov12.{verb}")
             if wants_help:
                 print(command.__doc__)
                 return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ from yolov12 import own_files
 __all__ = ["AtomicPath", "FolderLock", "is_locked", "lock", "make_atomic", "replacing", "write"]
 
 _LOCK = ".lock"
+_FLOCK = "hhqqi"  # struct flock of 64-bit Linux: type, whence, start, length, process
 _guard = threading.Lock()
 _locked: set[tuple[int, int, int]] = set()  # folders that this process has locked
 
@@ -108,15 +110,14 @@ def lock(folder: Path) -> FolderLock | None:
 
 
 def is_locked(folder: Path) -> bool:
-    """Return True if a thread or process has locked a folder."""
+    """Return True if a thread or process has locked a folder. This takes no lock that another process could meet."""
     with _guard, suppress(FileNotFoundError):
         if _key(folder) in _locked:
             return True
-        with (folder / _LOCK).open("rb") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # any number of processes may look at once
-            except OSError as error:
-                return error.errno in (errno.EACCES, errno.EAGAIN)
+        with (folder / _LOCK).open("rb") as file, suppress(OSError):  # a file system without locks
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            found = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            return bool(found[0] != fcntl.F_UNLCK)
     return False
 
 

@@ -25,10 +25,22 @@ from yolov12.mas.journal import picture
 from yolov12.mas.journal.columns import COLUMNS
 from yolov12.mas.journal.summary import RESUMED, Summary, summarise
 
-__all__ = ["COLUMNS", "RESUMED", "Journal", "Row", "Summary", "read_ranks", "read_rows"]
+__all__ = [
+    "COLUMNS",
+    "OLD_COLUMNS",
+    "RESUMED",
+    "Journal",
+    "Row",
+    "Summary",
+    "journal_files",
+    "read_ranks",
+    "read_rows",
+]
 
 _FIRST = "memory.csv"
-_OLD_COLUMNS = {"held_mib": "reserved_mib"}  # names in files of earlier versions, which a resumed run goes on with
+OLD_COLUMNS = {"held_mib": "reserved_mib"}
+"""Name of a column in files of earlier versions, which a resumed run continues → its name now."""
+
 _FLUSH_S = 1.0
 
 
@@ -269,7 +281,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """
     text = path.read_text("utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [{_OLD_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
+    return [{OLD_COLUMNS.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def journal_files(folder: Path) -> dict[int, Path]:
+    """Return the files of all ranks in a run folder. That of rank 0 is the first, and may be missing.
+
+    Args:
+        folder: Run folder.
+
+    Returns:
+        Rank → path.
+    """
+    return {0: folder / _FIRST, **_rank_files(folder)}
 
 
 def read_ranks(folder: Path) -> dict[int, list[dict[str, str]]]:
@@ -281,7 +305,7 @@ def read_ranks(folder: Path) -> dict[int, list[dict[str, str]]]:
     Returns:
         Rank → rows, rank 0 first.
     """
-    return {0: read_rows(folder / _FIRST), **{rank: read_rows(path) for rank, path in _rank_files(folder).items()}}
+    return {rank: read_rows(path) for rank, path in journal_files(folder).items()}
 
 
 def _rank_files(folder: Path) -> dict[int, Path]:

@@ -1,0 +1,349 @@
+"""`yolov12 monitor`: what it shows, that it follows a growing journal, and that the run does not notice it."""
+
+import functools
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import rich.console
+
+from yolov12 import cli, files, monitor
+from yolov12.errors import ConfigError
+from yolov12.mas.journal.columns import COLUMNS
+from yolov12.monitor import runs
+from yolov12.monitor.chart import bar, columns, rows_of_bars
+from yolov12.monitor.follow import Follower, Tail
+from yolov12.monitor.runs import State, find, state_of
+from yolov12.monitor.view import render
+
+NAMES = [column.name for column in COLUMNS]
+HEADER = ",".join(NAMES) + "\n"
+
+
+def line(step, events="", *, size=64, peak=900, budget=1000, images=64):
+    """Return a line of memory.csv; `size` is the largest micro-batch."""
+    parts = " ".join(str(min(size, images - start)) for start in range(0, images, size))
+    values = [
+        step,
+        1 + step // 50,
+        images,
+        parts,
+        "",
+        "640x640",
+        9,
+        peak,
+        peak,
+        peak,
+        100,
+        budget,
+        500.0,
+        128.0,
+        events,
+    ]
+    return ",".join(map(str, values)) + "\n"
+
+
+def rows(*lines):
+    return [dict(zip(NAMES, each.rstrip("\n").split(","), strict=True)) for each in lines]
+
+
+def write(folder, *lines, name="memory.csv"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(HEADER + "".join(lines))
+    return folder
+
+
+def end(folder, made=3, expected=3):
+    (folder / "memory.json").write_text(json.dumps({"updates": made, "updates_expected": expected}))
+
+
+def steps(tail):
+    return [int(row["step"]) for row in tail.rows]
+
+
+PICTURE = """\
+train-3 · running · epoch 2, step 79
+so far: The run survived 1 out-of-memory: batches of 64 ran in micro-batches of…
+batch of 64, mostly one micro-batch · peak at most 90 % of the budget · 128 ima…
+now: 300 MiB of 400 MiB ████████████████████░░░░░░░ 75 % as 4 × 16, 128 images/s
+peak of each step, and budget (line), X: out of memory, survived
+                          X
+1000 MiB ▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃──────────────────▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃▃
+         █████████████████                  ██████████████████
+         █████████████████                  ██████████████████
+         █████████████████████████████████████████████████████──────────────────
+         █████████████████████████████████████████████████████▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆
+       0 ███████████████████████████████████████████████████████████████████████
+    step 1                                                                    79
+images in a micro-batch
+      64 █████████████████                  ██████████████████
+         █████████████████▄▄▄▄▄▄▄▄▄▄▄▄▄▄▄▄▄▄██████████████████
+       0 █████████████████████████████████████████████████████▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆▆
+what happened
+     20  out of memory at 64 images, survived
+     20  batch split into 2 × 32
+     40  batch ran as one micro-batch
+     60  other processes took 600 MiB: batch split into 4 × 16"""
+
+
+@pytest.fixture
+def tight():
+    """The rows of a run that survives an out-of-memory, and that another process takes memory from."""
+    special = {
+        20: line(20, "out-of-memory at 64; shrunk 64 to 32", size=32, peak=500),
+        **{step: line(step, size=32, peak=500) for step in range(21, 40)},
+        40: line(40, "grew 32 to 64"),
+        60: line(60, "shrunk 64 to 16", size=16, budget=400, peak=300),
+        **{step: line(step, size=16, budget=400, peak=300) for step in range(61, 80)},
+    }
+    return rows(*(special.get(step) or line(step) for step in range(1, 80)))
+
+
+def test_the_picture_of_a_run_at_80_columns(tight):
+    text = render("train-3", {0: tight}, State("running"), 80, 23, unicode=True).plain
+    assert [each.rstrip() for each in text.splitlines()] == PICTURE.splitlines()
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 23), (40, 10), (20, 5), (200, 60)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pictures_fit_the_terminal(tight, width, height, count):
+    lines = render("train-3", dict.fromkeys(range(count), tight), State("running"), width, height, unicode=True).plain
+    assert len(lines.splitlines()) <= height
+    assert max(map(len, lines.splitlines())) <= width
+
+
+def test_several_ranks_have_a_line_each_and_the_chart_of_the_tightest(tight):
+    calm = rows(*(line(step, peak=300) for step in range(1, 80)))
+    text = render("train", {0: calm, 1: tight}, State("running"), 80, 23, unicode=True).plain
+    assert "rank 0: 300 MiB of 1000 MiB" in text
+    assert "rank 1: 300 MiB of 400 MiB" in text
+    assert "budget (line), rank 1" in text
+    assert "rank 1: out of memory at 64 images, survived" in text
+
+
+def test_a_terminal_without_unicode_gets_ascii(tight):
+    assert render("train", {0: tight}, State("running"), 80, 23, unicode=False).plain.isascii()
+
+
+def test_bars_and_lines():
+    assert bar(0.5, 8, unicode=True) == "████░░░░"
+    assert bar(0.001, 4, unicode=False) == "#..."
+    assert bar(1.7, 4, unicode=True) == "████"
+    assert rows_of_bars([0, 1, 2, 4], 4, 2, [4, 4, 1, 3], unicode=True) == ["── █", " ▄██"]
+    assert columns([1, 2, 4], 10) == [[0], [1], [1], [2]]
+    assert columns(range(1, 101), 4) == [list(range(start, start + 25)) for start in range(0, 100, 25)]
+
+
+def test_a_growing_file_is_read_once(tmp_path):
+    file = tmp_path / "memory.csv"
+    tail = Tail(file)
+    tail.read()
+    assert tail.rows == []
+    file.write_text(HEADER + line(1) + line(2)[:20])  # half a line
+    tail.read()
+    assert steps(tail) == [1]
+    with file.open("r+") as changed:
+        changed.write("x" * 20)  # nobody reads the beginning again
+    with file.open("a") as appended:
+        appended.write(line(2)[20:] + line(3))
+    tail.read()
+    assert steps(tail) == [1, 2, 3]
+
+
+def test_a_file_that_a_resume_cut_or_a_new_run_replaced_is_read_from_its_begin(tmp_path):
+    file = tmp_path / "memory.csv"
+    tail = Tail(file)
+    file.write_text(HEADER + line(1) + line(2) + line(3))
+    tail.read()
+    file.write_text(HEADER + line(1) + line(2, "resumed") + line(3, peak=5) + line(4))  # longer than before
+    tail.read()
+    assert steps(tail) == [1, 2, 3, 4]
+    assert tail.rows[1]["events"] == "resumed"
+    file.write_text(HEADER)
+    tail.read()
+    assert tail.rows == []
+    file.unlink()
+    tail.read()
+    file.write_text(HEADER + line(1))
+    tail.read()
+    assert steps(tail) == [1]
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    file = tmp_path / "memory.csv"
+    file.write_bytes((HEADER + line(1)).encode() + b"\0\0\0\n1,2\n\xff\n" + line(2).encode())
+    tail = Tail(file)
+    tail.read()
+    assert steps(tail) == [1, 2]
+
+
+def test_of_a_long_run_the_latest_steps_and_the_tightest_are_kept(tmp_path):
+    file = tmp_path / "memory.csv"
+    file.write_text(HEADER + "".join(line(step, peak=990 if step == 777 else 900) for step in range(1, 9000)))
+    tail = Tail(file)
+    tail.read()
+    assert len(tail.rows) <= 5120
+    assert steps(tail)[-1000:] == list(range(8000, 9000))
+    assert 777 in steps(tail)
+
+
+@pytest.mark.parametrize(
+    ("made", "said", "ended"),
+    [
+        (lambda folder: None, "no memory.csv yet", False),
+        (lambda folder: write(folder), "starting: no step was made yet", False),
+        (lambda folder: write(folder, line(1)), "running", False),
+        (lambda folder: end(write(folder, line(1))), "ended after 3 updates", True),
+        (lambda folder: end(write(folder, line(1)), 3, 9), "ended after 3 of 9 updates", True),
+        (lambda folder: os.utime(write(folder, line(1)) / "memory.csv", (0, 0)), "interrupted: resume=auto", True),
+    ],
+)
+def test_how_a_run_stands(tmp_path, made, said, ended):
+    made(tmp_path)
+    follower = Follower(tmp_path)
+    follower.read()
+    assert follower.state().text.startswith(said)
+    assert follower.state().ended is ended
+
+
+def test_a_run_that_holds_its_lock_runs_however_long_a_step_takes(tmp_path):
+    write(tmp_path, line(1))
+    end(tmp_path)
+    (tmp_path / "weights").mkdir()
+    lock = files.lock(tmp_path / "weights")
+    assert state_of(tmp_path, steps=1).text == "running"
+    lock.release()
+    assert state_of(tmp_path, steps=1).ended
+
+
+def test_looking_for_the_lock_of_another_process_takes_none(tmp_path, monkeypatch):
+    lock = files.lock(tmp_path)
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(files.fcntl, "lockf", None)
+        os._exit(17 if files.is_locked(tmp_path) else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+    lock.release()
+    assert not files.is_locked(tmp_path)
+
+
+def test_without_a_terminal_one_picture_is_printed_and_nothing_changes(tmp_path, capsys):
+    write(tmp_path, *(line(step) for step in range(1, 30)))
+    write(tmp_path, *(line(step) for step in range(1, 30)), name="memory.rank1.csv")
+    before = {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in tmp_path.iterdir()}
+    assert cli.main(["monitor", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "rank 1: 900 MiB of 1000 MiB" in out
+    assert "\x1b" not in out
+    assert before == {file.name: (file.stat().st_mtime_ns, file.stat().st_size) for file in tmp_path.iterdir()}
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """The text that a terminal of 80 × 24 characters would get."""
+    shown = io.StringIO()
+    shape = {"width": 80, "height": 24, "force_terminal": True, "file": shown, "color_system": "standard"}
+    monkeypatch.setattr(rich.console, "Console", functools.partial(rich.console.Console, **shape))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return shown
+
+
+def test_a_live_run_is_followed_to_its_end(tmp_path, terminal):
+    write(tmp_path)
+
+    def train():
+        for step in range(1, 4):
+            with (tmp_path / "memory.csv").open("a") as file:
+                file.write(line(step)[:9])
+                file.flush()
+                time.sleep(0.02)
+                file.write(line(step)[9:])
+            time.sleep(0.1)
+        end(tmp_path)
+
+    training = threading.Thread(target=train)
+    training.start()
+    assert monitor.main([str(tmp_path), "every=0.1"]) == 0
+    training.join()
+    shown = terminal.getvalue()
+    assert "starting: no step was made yet" in shown
+    assert "running" in shown
+    last = shown[shown.rindex("\x1b[?1049l") :]  # after the terminal's second screen
+    assert "ended after 3 updates · epoch 1, step 3" in last
+    assert "\x1b[34m" in last  # blue
+
+
+def test_once_and_no_color(tmp_path, terminal, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert monitor.main([f"run={write(tmp_path, line(1))}", "once=True"]) == 0
+    assert "\x1b[?1049h" not in terminal.getvalue()
+    assert "\x1b[34m" not in terminal.getvalue()
+
+
+def test_ctrl_c_ends_the_view_without_a_word(tmp_path, terminal, monkeypatch, capsys):
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(monitor.time, "sleep", interrupt)
+    assert cli.main(["monitor", str(write(tmp_path, line(1)))]) == 130
+    assert capsys.readouterr().err == ""
+    assert terminal.getvalue().count("\x1b[?1049h") == terminal.getvalue().count("\x1b[?1049l") == 1
+
+
+def test_the_newest_run_is_the_default(tmp_path, monkeypatch):
+    settings = tmp_path / "home" / "Ultralytics" / "settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps({"runs_dir": str(tmp_path / "runs")}))
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path / "home"))
+    with pytest.raises(ConfigError, match="nothing was trained yet"):
+        find("")
+    for age, name in enumerate(("new", "old")):
+        folder = tmp_path / "runs" / "detect" / name
+        folder.mkdir(parents=True)
+        write(folder)
+        os.utime(folder / "memory.csv", (1000 - age, 1000 - age))
+    assert find("").name == "new"
+    (tmp_path / "runs" / "detect" / "starting" / "weights").mkdir(parents=True)
+    (tmp_path / "runs" / "detect" / "starting" / "weights" / ".lock").touch()
+    assert find("").name == "starting"
+    assert find(str(tmp_path / "runs" / "detect" / "old" / "memory.csv")).name == "old"
+
+
+def test_without_settings_ultralytics_is_asked(tmp_path, monkeypatch):
+    from ultralytics.utils import SETTINGS
+
+    monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setitem(SETTINGS, "runs_dir", str(tmp_path / "runs"))
+    assert runs._runs_dir() == tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["missing"], "there is no run folder missing"),
+        ([".", "other"], "'other' is one run too many"),
+        (["evry=2"], "unknown argument 'evry'"),
+        (["every=fast"], "every=fast is not a number of seconds"),
+        (["once=perhaps"], "once=perhaps is neither True nor False"),
+    ],
+)
+def test_wrong_words_are_refused(words, message, capsys):
+    assert cli.main(["monitor", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_and_start_need_neither_torch_nor_ultralytics(tmp_path):
+    code = (
+        "import sys\nfrom yolov12 import cli\n"
+        f"assert cli.main(['monitor', '--help']) == cli.main(['monitor', {str(write(tmp_path, line(1)))!r}]) == 0\n"
+        "assert not {'torch', 'ultralytics', 'numpy', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "folder of the run" in done.stdout
