@@ -130,6 +130,10 @@ def test_a_terminal_without_unicode_gets_ascii(tight):
     assert render("train", {0: tight}, State("running"), 80, 23, unicode=False).plain.isascii()
 
 
+def test_a_name_of_somebody_else_does_not_write_to_the_terminal():
+    assert "\x1b" not in render("a\x1b[2Jb", {}, State("running"), 80, 23, unicode=True).plain
+
+
 def test_bars_and_lines():
     assert bar(0.5, 8, unicode=True) == "████░░░░"
     assert bar(0.001, 4, unicode=False) == "#..."

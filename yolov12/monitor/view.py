@@ -11,6 +11,7 @@ from yolov12.mas.journal.conclusion import Facts, facts_of, fraction, in_percent
 from yolov12.mas.journal.highlights import as_split, highlights_of_ranks, size
 from yolov12.monitor.chart import bar, columns, rows_of_bars
 from yolov12.monitor.runs import State
+from yolov12.printable import printable
 
 __all__ = ["render"]
 
@@ -35,13 +36,14 @@ def render(
         height: Lines. The chart of the peaks gets those that nothing else needs.
         unicode: The terminal can show block characters.
     """
+    name = printable(name)
     if not journals:
         return Text(f"{name} · {state.text}")
     facts = facts_of(journals)
     last = [rows[-1] for rows in journals.values()]
     newest = max(last, key=lambda row: int(row["step"]))
     lines = [
-        Text(f"{name} · {state.text} · epoch {newest['epoch']}, step {int(newest['step']):,}", "bold"),
+        Text(f"{name} · {state.text} · epoch {int(newest['epoch'])}, step {int(newest['step']):,}", "bold"),
         Text(facts.headline() if state.ended else f"so far: {facts.headline()}"),
         Text(_figures(facts), "dim"),
         *_gauges(journals, width, unicode=unicode),
