@@ -26,6 +26,9 @@ def raised_from(error, cause):
         RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to"),
         RuntimeError("could not create a primitive"),
         RuntimeError("std::bad_alloc"),
+        RuntimeError(
+            'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":838'
+        ),  # Jetson
         MemoryError(),
         raised_from(TypeError("OBB dataset incorrectly formatted"), torch.cuda.OutOfMemoryError("CUDA out of memory.")),
     ],

@@ -92,7 +92,7 @@ class Engine:
     ) -> None:
         device = next(model.parameters()).device
         self.config = config or Config()
-        self.meter = meter or meter_for(device, self.config.limit)
+        self.meter = meter or meter_for(device, self.config.limit, self.config.safety_ratio)
         self.latest: Result | None = None
         """The latest batch that was run."""
         self._task, self._ranks, self._log = task, ranks, log

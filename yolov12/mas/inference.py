@@ -37,10 +37,12 @@ class Slices:
     @property
     def over_limit(self) -> str:
         """Words for the log about a peak above `mem_limit`; empty if there was none."""
-        limit_bytes = self.meter.read().total_bytes
-        if self._config.limit is None or self.peak_bytes <= limit_bytes:
+        reading = self.meter.read()
+        limit_bytes = reading.total_bytes
+        if self._config.limit is None or self.peak_bytes <= limit_bytes - reading.outside_bytes:
             return ""
-        return f"peaked at {self.peak_bytes / 2**20:,.0f} MiB, over the limit of {limit_bytes / 2**20:,.0f} MiB"
+        beside = f" beside {reading.outside_bytes / 2**20:,.0f} MiB of this run's own" if reading.outside_bytes else ""
+        return f"peaked at {self.peak_bytes / 2**20:,.0f} MiB{beside}, over the limit of {limit_bytes / 2**20:,.0f} MiB"
 
     def run(self, images: int, height: int, width: int, work: Callable[[int, int], Found]) -> list[Found]:
         """Run work on all images of a batch.

@@ -13,13 +13,15 @@ from yolov12.errors import DoesNotFitError, YOLOv12Error
 __all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tried_to_allocate"]
 
 # Messages of libraries that allocate memory without PyTorch's allocator, of PyTorch's host allocator, and of C++. What
-# oneDNN calls a descriptor needs no memory: without one, it does not know the operation.
+# oneDNN calls a descriptor needs no memory: without one, it does not know the operation. Where NVML does not work, as
+# on a Jetson, PyTorch's allocator fails while it composes its message (github.com/pytorch/pytorch/issues/122068).
 _SIGNS = re.compile(
     "out of memory"
     "|CUBLAS_STATUS_ALLOC_FAILED"
     "|CUDNN_STATUS_ALLOC_FAILED"
     "|CUDNN_STATUS_INTERNAL_ERROR"
     "|unable to find an engine"
+    "|NVML_SUCCESS == .*CUDACachingAllocator"
     "|can't allocate memory"
     "|could not create a primitive(?! descriptor)"
     "|std::bad_alloc"

@@ -163,7 +163,11 @@ class Records:
             if self.journal is not None:
                 self.journal.busy(self._meter.busy_percent())
                 try:
-                    self.journal.add(replace(row, step_ms=sum(known) if len(known) == len(times) else None))
+                    sensors = self._meter.sensors()
+                    step_ms = sum(known) if len(known) == len(times) else None
+                    self.journal.add(
+                        replace(row, step_ms=step_ms, power_w=sensors.power_w, temperature_c=sensors.temperature_c)
+                    )
                 except OSError as error:  # a full disk does not end a training
                     self._log(
                         f"memory: the journal ends here, as it cannot be written: {error}. The training continues"

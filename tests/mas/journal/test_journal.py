@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -12,7 +12,7 @@ from yolov12.mas.journal.picture import draw, thin
 MIB = 2**20
 HEADER = (
     "step,epoch,images,micro_batches,plan,image_size,max_boxes,"
-    "predicted_mib,peak_mib,reserved_mib,free_mib,budget_mib,step_ms,images_per_s,events"
+    "predicted_mib,peak_mib,reserved_mib,free_mib,budget_mib,step_ms,images_per_s,power_w,temperature_c,events"
 )
 
 
@@ -57,8 +57,9 @@ def test_a_step_is_a_line(tmp_path):
     )
     assert lines(tmp_path) == [
         HEADER,
-        "1,1,96,64 32,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,500.0,192.0,out-of-memory at 128; shrunk 128 to 64",
-        "2,1,128,64 64,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,,,",
+        "1,1,96,64 32,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,500.0,192.0,,,"
+        "out-of-memory at 128; shrunk 128 to 64",
+        "2,1,128,64 64,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,,,,,",
     ]
 
 
@@ -115,6 +116,32 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path, cut):
     assert [each["step"] for each in read_rows(path)] == ["1", "2"]
 
 
+def test_power_and_temperature_are_summarised_where_they_are_known(tmp_path):
+    rows = [
+        replace(row(1), power_w=20.0, temperature_c=50.0),
+        row(2),
+        replace(row(3), power_w=30.0, temperature_c=61.5),
+    ]
+    summary = write(tmp_path, rows)
+    assert [(each["power_w"], each["temperature_c"]) for each in read_rows(tmp_path / "memory.csv")] == [
+        ("20.0", "50.0"),
+        ("", ""),
+        ("30.0", "61.5"),
+    ]
+    assert (summary.power_mean_w, summary.temperature_max_c) == (25.0, 61.5)
+    assert summary.as_text().endswith("images/s; 25 W; at most 62 °C")
+
+
+def test_a_file_of_an_earlier_version_keeps_its_columns(tmp_path):
+    old = HEADER.replace("reserved_mib", "held_mib").replace("power_w,temperature_c,", "")
+    (tmp_path / "memory.csv").write_text(f"{old}\n1,1,64,64,,640x640,31,1.0,2.0,3.0,4.0,5.0,6.0,7.0,grew 1 to 2\n")
+    summary = write(tmp_path, [replace(row(2, epoch=2), power_w=20.0)], resume=True)
+    assert lines(tmp_path)[0] == old
+    first, second = read_rows(tmp_path / "memory.csv")
+    assert (first["events"], second["events"], second["reserved_mib"]) == ("grew 1 to 2", "resumed", "7100.0")
+    assert (summary.updates, summary.power_mean_w) == (2, None)
+
+
 @pytest.mark.parametrize("left", [None, "", HEADER[:30]])
 def test_resume_with_nothing_to_go_on_from(tmp_path, left):
     if left is not None:
@@ -156,6 +183,8 @@ def test_summary(tmp_path):
         "micro_batch_max": 128,
         "images_per_s": 288.0,  # median of 256 and 320
         "gpu_utilisation_percent": 95.0,
+        "power_mean_w": None,
+        "temperature_max_c": None,
         "rank": None,
         "share_min": None,
         "share_max": None,

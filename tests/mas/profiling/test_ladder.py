@@ -11,7 +11,7 @@ from torch import nn
 from yolov12 import mas
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.journal.journal import read_rows
-from yolov12.mas.memory.reading import ClockStopwatch, Reading
+from yolov12.mas.memory.reading import ClockStopwatch, Reading, Sensors
 from yolov12.mas.profiling.ladder import Ladder
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.scheduling.peak_model import Level
@@ -51,6 +51,9 @@ class Card(ByteTrace):
 
     def busy_percent(self):
         return None
+
+    def sensors(self):
+        return Sensors()
 
 
 def loss(model, images, labels):

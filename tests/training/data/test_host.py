@@ -48,8 +48,8 @@ def a_host(tmp_path, available_bytes):
 
 
 def a_trainer(**args):
-    args = SimpleNamespace(**{"workers": 8, "imgsz": 640, **args})
-    return SimpleNamespace(args=args, batch_size=256, world_size=1)
+    args = SimpleNamespace(**{"workers": 8, "imgsz": 640, "cache": False, **args})
+    return SimpleNamespace(args=args, batch_size=256, world_size=1, device=torch.device("meta"))
 
 
 def test_a_small_shm_reduces_the_workers_with_a_warning(tmp_path, warnings, monkeypatch):
@@ -96,6 +96,25 @@ def test_workers_are_limited_when_batch_and_image_size_are_known(trainings, tmp_
     assert run.log.count("2 workers may have 2 MiB of batches of 16 images in flight, and /dev/shm has 1 MiB free") == 1
 
 
+def test_workers_get_a_quarter_where_the_model_needs_the_same_memory(tmp_path, warnings, monkeypatch):
+    """A worker has ten batches of 300 MiB in flight and keeps the images of 3.3: 1,000. Within 0.9 × 64 GiB, a quarter
+    has room for 3 workers, and half of 64 GiB for 8."""
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    trainer, memory = a_trainer(), a_host(tmp_path, 64 * GIB)
+    (memory.proc / "self").mkdir()
+    (memory.proc / "self/status").write_text(f"VmRSS: {MIB} kB\n")
+    limit_workers(trainer, memory, shm=str(tmp_path / "none"))
+    assert (trainer.args.workers, warnings) == (8, [])
+    trainer.device = torch.device("cpu")
+    trainer.args.mem_limit = 64 * GIB
+    limit_workers(trainer, memory, shm=str(tmp_path / "none"))
+    assert trainer.args.workers == 3
+    assert (
+        "9,375 MiB of images for mosaics, more than a quarter of the 57,958 MiB that are left for this run"
+        in warnings[0]
+    )
+
+
 @pytest.fixture
 def data(tmp_path, trainings):
     return check_det_dataset(trainings.draw_data(tmp_path / "set"))
@@ -109,6 +128,32 @@ def test_images_are_cached_only_within_the_limit_of_the_container(data, warnings
     assert (dataset.cache == "ram") is cached
     assert any(image is not None for image in dataset.ims) is cached
     assert any("cache=ram would take 0 MiB" in warning for warning in warnings) is not cached
+
+
+def test_cached_images_get_a_quarter_where_the_model_needs_the_same_memory(data, tmp_path, warnings, monkeypatch):
+    """8 images of 64 × 64 take 96 KiB. The second data set has less room beside the first."""
+    lines = []
+    monkeypatch.setattr(LOGGER, "info", lines.append)
+    memory, trainer = a_host(tmp_path, 2 * GIB), a_trainer(cache="ram", mem_safety_ratio=0.0)
+    trainer.device = torch.device("cpu")
+    (memory.proc / "self").mkdir()
+    (memory.proc / "self/status").write_text(f"VmRSS: {MIB} kB\n")
+    cached = []
+    for room in (200 << 10, 500 << 10):
+        trainer.args.mem_limit = GIB + room
+        with host.data_room(trainer, memory):
+            for _ in range(2):
+                dataset = build_yolo_dataset(get_cfg(overrides={"imgsz": 64, "cache": "ram"}), data["train"], 4, data)
+                cached.append(dataset.cache == "ram")
+    assert cached == [False, False, True, False]
+    assert (
+        "beside 0 MiB of other cached images more than a quarter of the 0 MiB that are left for this run" in warnings[0]
+    )
+    assert [
+        line
+        for line in lines
+        if "share one pool, with 0 MiB left for this run: at most 0 MiB for cached images" in line
+    ]
 
 
 def test_only_images_that_are_drawn_are_turned_into_floats(tmp_path, monkeypatch):

@@ -55,7 +55,8 @@ COLUMNS: tuple[Column, ...] = (
         "budget_mib",
         "MiB",
         "Memory that this process could use: reserved + free, or the limit if that is less, minus `mem_safety_ratio` × "
-        "total.",
+        "total. On a CPU and on an integrated GPU, what loader workers hold is taken off the limit, and on an "
+        "integrated GPU also the host memory of this process.",
     ),
     Column(
         "step_ms",
@@ -64,6 +65,13 @@ COLUMNS: tuple[Column, ...] = (
         "Empty if it is not known.",
     ),
     Column("images_per_s", "images/s", "`images` divided by the time. Empty if the time is not known."),
+    Column(
+        "power_w",
+        "W",
+        "Power of the GPU, or on a Jetson of the whole module. This and the next column are at most a second old, and "
+        "empty where nothing measures them.",
+    ),
+    Column("temperature_c", "°C", "Temperature of the GPU."),
     Column("events", "", "What happened in this step, separated by `; `. See below."),
 )
 """In the order of the file."""
@@ -79,7 +87,7 @@ EVENTS: Mapping[str, str] = {
     "waited N s for room": "The same, before images were made smaller.",
     "image size A to B": "The data layer changed the image size from A to B pixels.",
     "out-of-memory in the optimizer": "The first update ran out of memory. It was undone and ran again.",
-    "over the limit of N MiB": "The peak was above `mem_limit`, which nothing enforces on a CPU.",
+    "over the limit of N MiB": "The peak and what workers held were above `mem_limit`, which nothing enforces on a CPU.",
     "resumed": "The run was resumed before this step, from the end of an epoch.",
     "resumed after step N": "The run was resumed in the middle of an epoch. Step N is the last one before it.",
 }

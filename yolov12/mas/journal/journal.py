@@ -79,6 +79,10 @@ class Row:
     """Milliseconds of the step; None if they were not measured."""
     events: tuple[str, ...]
     """Events such as `out-of-memory at 64`, `retried 64`, `shrunk 64 to 32`, `grew 32 to 64`, `groups of 16`."""
+    power_w: float | None = None
+    """Power in watts; None if nothing measures it. See `Sensors`."""
+    temperature_c: float | None = None
+    """Temperature of the GPU in degrees Celsius; None if nothing measures it."""
 
     def as_csv(self) -> tuple[str | int, ...]:
         """Return the values of `COLUMNS` in MiB, milliseconds and images/s, with one decimal; empty if unknown."""
@@ -89,6 +93,7 @@ class Row:
             *(f"{size_bytes / 2**20:.1f}" for size_bytes in sizes_bytes),
             "" if self.step_ms is None else f"{self.step_ms:.1f}",
             f"{self.images / self.step_ms * 1000:.1f}" if self.step_ms else "",
+            *("" if value is None else f"{value:.1f}" for value in (self.power_w, self.temperature_c)),
             "; ".join(self.events),
         )
 
@@ -132,6 +137,7 @@ class Journal:
         self._resumed_rows, self._first_step = len(rows), self._next_step
         self._mark = (RESUMED if steps is None else f"{RESUMED} after step {steps}") if last_step else ""
         self._flushed_s = time.monotonic()
+        self._names: list[str] = []  # columns of the file; one of an earlier version keeps its own
         self._file: TextIO | None = None
         # The other ranks open their files with their first row, after rank 0 has removed the files of an earlier run.
         if not rank:
@@ -167,10 +173,12 @@ class Journal:
         return rows, last_step
 
     def _open(self) -> TextIO:
-        file = self._csv.open("a", encoding="utf-8", newline="")
+        file = self._csv.open("a+", encoding="utf-8", newline="")
         if file.tell() == 0:
             csv.writer(file, lineterminator="\n").writerow(column.name for column in COLUMNS)
         file.flush()
+        file.seek(0)
+        self._names = next(csv.reader([file.readline()]))
         return file
 
     @property
@@ -184,7 +192,9 @@ class Journal:
             row = dataclasses.replace(row, events=(self._mark, *row.events))
             self._mark = ""
         self._file = self._file or self._open()
-        csv.writer(self._file, lineterminator="\n").writerow(row.as_csv())
+        values = dict(zip((column.name for column in COLUMNS), row.as_csv(), strict=True))
+        names = (_OLD_COLUMNS.get(name, name) for name in self._names)
+        csv.writer(self._file, lineterminator="\n").writerow(values[name] for name in names)
         self._next_step = row.step + 1
         if time.monotonic() - self._flushed_s >= _FLUSH_S:
             self.flush()

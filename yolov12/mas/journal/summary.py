@@ -67,6 +67,10 @@ class Summary:
     """Median over the steps. With several ranks, a step's images are divided by the slowest rank's own time."""
     gpu_utilisation_percent: float | None
     """Mean of the utilisation samples of rank 0's device, in percent; None in `ranks`."""
+    power_mean_w: float | None = None
+    """Mean power in watts: of one GPU, or of a whole Jetson module; None if nothing measured it."""
+    temperature_max_c: float | None = None
+    """Highest temperature of a GPU in degrees Celsius; None if nothing measured it."""
     rank: int | None = None
     """Index of the rank, in the entries of `ranks`; None elsewhere."""
     share_min: int | None = None
@@ -101,6 +105,8 @@ class Summary:
             f"  micro-batches of {self._micro_batches()} images{middle}, {changes}"
             + (f"; {self.images_per_s:,.1f} images/s" if self.images_per_s is not None else "")
             + (f"; {gpu} busy {busy:.0f} % of the time" if busy is not None else "")
+            + (f"; {self.power_mean_w:,.0f} W" if self.power_mean_w is not None else "")
+            + (f"; at most {self.temperature_max_c:.0f} °C" if self.temperature_max_c is not None else "")
         )
         return "\n  ".join((text, *self._rank_lines()))
 
@@ -224,7 +230,14 @@ def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summ
         micro_batch_max=max(largest, default=None),
         images_per_s=median(speeds) if speeds else None,
         gpu_utilisation_percent=None,
+        power_mean_w=fmean(watts) if (watts := _known(rows, "power_w")) else None,
+        temperature_max_c=max(_known(rows, "temperature_c"), default=None),
     )
+
+
+def _known(rows: Iterable[_Row], name: str) -> list[float]:
+    """Return the values of a column that may be empty, or missing in a file of an earlier version."""
+    return [float(value) for row in rows if (value := row.get(name))]
 
 
 def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:

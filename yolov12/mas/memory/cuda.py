@@ -1,17 +1,21 @@
-"""Memory of a CUDA device: how to read it, and how to limit PyTorch's allocator."""
+"""Meter of a CUDA device, with its own memory or with the host's."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from yolov12.mas.memory.allocator_limit import AllocatorLimit, allocator_limited
 from yolov12.mas.memory.host import HostMemory
 from yolov12.mas.memory.nvml import NvmlGpu, OnceASecond
-from yolov12.mas.memory.reading import Reading, Stopwatch, limited_bytes
+from yolov12.mas.memory.process_tree import ChildProcesses
+from yolov12.mas.memory.reading import Reading, Sensors, Stopwatch, limited_bytes
+from yolov12.mas.memory.tegra import TegraSensors
 
 __all__ = ["CudaMeter"]
 
@@ -19,8 +23,16 @@ __all__ = ["CudaMeter"]
 class CudaMeter:
     """Meter of a CUDA device, through PyTorch's allocator. Only `release` waits for the device.
 
-    An integrated GPU shares the host's memory, of which CUDA counts the page cache as used. For such a GPU,
-    MemAvailable counts as free, and the host memory of this process counts as used by other processes.
+    An integrated GPU shares one pool of memory with the CPU. Of such a GPU, CUDA counts the page cache as used, so the
+    numbers come from the host: MemAvailable, or the room in the control group if that is less. The limit, the budget
+    and its margin hold for all that this run takes from the pool: the allocator's memory, the host memory of this
+    process (with cached images), and its child processes (loader workers).
+
+    If the pool is over-committed, the kernel kills a process instead of failing an allocation. Inside `limited`, the
+    allocator of an integrated GPU is therefore held to what was within reach at the last `read`, less half of the
+    margin. The planner uses the memory up to the margin. If an allocation needs more, PyTorch refuses it, and the
+    engine goes on in smaller micro-batches. The other half of the margin is for other processes and for loader
+    workers, until the next reading.
 
     `others_bytes` is memory that is neither free nor used by this process. NVML knows how much this process uses
     outside of the allocator (the CUDA context, a few hundred MiB). Where NVML does not tell (a container without
@@ -31,32 +43,54 @@ class CudaMeter:
         device: CUDA device; without an index, the current one.
         limit: Memory that this process may use, see `meter_for`. `limited` makes PyTorch's allocator keep to it.
         host: Reader of the host's memory, for an integrated GPU.
+        safety_ratio: Fraction of the total that the budget leaves free, 0 to 1.
+        sys: Folder where `/sys` is mounted, for the sensors of an integrated GPU.
     """
 
-    def __init__(self, device: torch.device, limit: int | float | None = None, host: HostMemory | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        limit: int | float | None = None,
+        host: HostMemory | None = None,
+        *,
+        safety_ratio: float = 0.0,
+        sys: Path = Path("/sys"),
+    ) -> None:
         self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._limit, self._safety_ratio = limit, safety_ratio
         self._host = host or HostMemory()
+        self._children = ChildProcesses(self._host.proc)
         properties: Any = torch.cuda.get_device_properties(self._device)
         self.kind = "integrated" if properties.is_integrated else "cuda"
-        _, self._total_bytes = self._room_bytes()
-        self._limited_bytes = limited_bytes(self._total_bytes, limit)
-        self._has_limit = limit is not None
+        self._allocator_limit: AllocatorLimit | None = None  # of an integrated GPU, inside `limited`
         self._nvml = NvmlGpu(self._device)
+        self._tegra = TegraSensors(sys) if self.kind == "integrated" else None
         self._context_bytes = OnceASecond(self._ask_context_bytes)
-        self._busy_percent = OnceASecond(self._nvml.busy_percent)
+        self._busy_percent = OnceASecond(self._ask_busy_percent)
+        self._sensors = OnceASecond(self._ask_sensors)
 
     def read(self) -> Reading:
-        """Read the memory now."""
+        """Read the memory now. Inside `limited`, this also renews the allocator's limit for an integrated GPU."""
         counters = self._counters()
         reserved = int(counters["reserved_bytes"]["all"]["current"])
-        free, total = self._room_bytes()
-        return Reading(
+        outside = 0
+        if self.kind == "integrated":
+            total, free = self._host.room_bytes()
+            total = min(total, torch.cuda.mem_get_info(self._device)[1])
+            outside = self._host.resident_bytes()[0] + self._children.held_bytes()
+        else:
+            free, total = torch.cuda.mem_get_info(self._device)
+        reading = Reading(
             reserved_bytes=reserved,
             allocated_bytes=int(counters["allocated_bytes"]["all"]["current"]),
             free_bytes=free,
-            total_bytes=self._limited_bytes,
-            others_bytes=max(0, total - free - reserved - self._context_bytes(reserved)),
+            total_bytes=limited_bytes(total, self._limit),
+            others_bytes=max(0, total - free - reserved - outside - self._context_bytes(reserved)),
+            outside_bytes=outside,
         )
+        if self._allocator_limit is not None:
+            self._allocator_limit.change(self._fraction(reading))
+        return reading
 
     def mark(self) -> int:
         """Reset the peak; return the bytes allocated now."""
@@ -74,65 +108,59 @@ class CudaMeter:
         torch.cuda.empty_cache()
 
     def limited(self) -> AbstractContextManager[None]:
-        """Return a context in which PyTorch's allocator keeps to the limit; without a limit, one that does nothing."""
-        if not self._has_limit:
+        """Return a context in which PyTorch's allocator is held to the limit.
+
+        Without a limit, the context does nothing, unless the GPU is integrated.
+        """
+        if self._limit is None and self.kind != "integrated":
             return nullcontext()
-        return _allocator_limited(self._device, self._limited_bytes / torch.cuda.mem_get_info(self._device)[1])
+        return self._allocator_limited()
+
+    @contextmanager
+    def _allocator_limited(self) -> Iterator[None]:
+        with allocator_limited(self._device, self._fraction(self.read())) as limit:
+            before = self._allocator_limit
+            if self.kind == "integrated":
+                self._allocator_limit = limit
+            try:
+                yield
+            finally:
+                self._allocator_limit = before
 
     def stopwatch(self) -> Stopwatch:
         """Start a stopwatch on the device's current stream."""
         return _CudaStopwatch(self._device)
 
     def busy_percent(self) -> float | None:
-        """Return NVML's GPU utilisation in percent, at most a second old; None if NVML does not tell."""
+        """Return the GPU utilisation in percent, at most a second old, from NVML or Tegra's files; None if unknown."""
         return self._busy_percent()
+
+    def sensors(self) -> Sensors:
+        """Return power and temperature, at most a second old, from NVML or Tegra's files."""
+        return self._sensors()
 
     def _counters(self) -> dict[str, Any]:
         # Functions such as `memory_allocated` flatten and sort a hundred counters to return one of them.
         counters: dict[str, Any] = torch.cuda.memory_stats_as_nested_dict(self._device)
         return counters
 
-    def _room_bytes(self) -> tuple[int, int]:
-        free, total = torch.cuda.mem_get_info(self._device)
+    def _fraction(self, reading: Reading) -> float:
+        """Return the limit of the allocator, as a fraction of what CUDA says the device has."""
+        most_bytes = float(reading.total_bytes)
         if self.kind == "integrated":
-            host_total, free = self._host.machine_bytes()
-            total = min(total, host_total)
-        return free, total
+            most_bytes = reading.reachable_bytes - self._safety_ratio / 2 * reading.total_bytes
+        return min(max(most_bytes / torch.cuda.mem_get_info(self._device)[1], 0.0), 1.0)
 
     def _ask_context_bytes(self, reserved_bytes: int) -> int:
         return max(0, (self._nvml.own_bytes() or 0) - reserved_bytes)
 
+    def _ask_busy_percent(self) -> float | None:
+        percent = self._tegra.busy_percent() if self._tegra is not None else None
+        return self._nvml.busy_percent() if percent is None else percent
 
-class _Fraction:
-    """Limit of PyTorch's allocator on one device, as a fraction of the device's memory."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-
-
-_fractions: dict[int, list[_Fraction]] = {}  # device index → the fraction found there, and those of open contexts
-
-
-@contextmanager
-def _allocator_limited(device: int, value: float) -> Iterator[None]:
-    """Limit the allocator. On exit, restore the limit of the open context that opened last, or the original limit.
-
-    Contexts may close in any order: a prediction in a callback ends before its training, a streamed one may end after.
-    """
-    fractions = _fractions.setdefault(device, [])
-    if not fractions:
-        read = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # PyTorch 2.3 cannot be asked
-        fractions.append(_Fraction(read(device) if read is not None else 1.0))
-    mine = _Fraction(value)
-    fractions.append(mine)
-    torch.cuda.set_per_process_memory_fraction(value, device)
-    try:
-        yield
-    finally:
-        fractions.remove(mine)
-        torch.cuda.set_per_process_memory_fraction(fractions[-1].value, device)
-        if len(fractions) == 1:
-            del _fractions[device]
+    def _ask_sensors(self) -> Sensors:
+        found = self._tegra.read() if self._tegra is not None else Sensors()
+        return self._nvml.sensors() if found == Sensors() else found
 
 
 class _CudaStopwatch:

@@ -13,7 +13,8 @@ from typing import Any
 
 from yolov12.errors import ConfigError
 from yolov12.mas.memory.cgroups import CGROUPS, read_cgroup_memory, read_fields
-from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
+from yolov12.mas.memory.process_tree import ChildProcesses
+from yolov12.mas.memory.reading import ClockStopwatch, Reading, Sensors, Stopwatch, limited_bytes
 
 __all__ = ["HostMemory", "HostMeter", "trim_heap"]
 
@@ -88,6 +89,10 @@ class HostMeter:
 
     Pages of program files count as reserved, although the kernel can drop them (about 230 MiB with PyTorch).
 
+    The memory is one pool: the limit holds for this process and its child processes together. Images that are cached in
+    memory are part of this process. Loader workers are child processes, and what they hold is no longer there for the
+    model. The memory that is free, on the machine or in the control group, is less by all of them anyway.
+
     Args:
         limit: Bytes (int), a fraction of the memory (float, 0 to 1), or None. Only the budget enforces it.
         memory: Source of the numbers.
@@ -98,6 +103,7 @@ class HostMeter:
     def __init__(self, limit: int | float | None = None, memory: HostMemory | None = None) -> None:
         self._memory = memory or HostMemory()
         self._limit = limit
+        self._children = ChildProcesses(self._memory.proc)
         self._allocated_bytes: int | None = None
         self._marks = 0
         self._free_bytes = 0  # within the limit, at the last reading
@@ -108,13 +114,15 @@ class HostMeter:
         """Read the memory now. Allocated bytes are those of the last mark, or the resident size if it is smaller."""
         reserved, _ = self._memory.resident_bytes()
         total, free = self._memory.room_bytes()
-        self._free_bytes = min(free, limited_bytes(total, self._limit) - reserved)
+        children = self._children.held_bytes()
+        self._free_bytes = min(free, limited_bytes(total, self._limit) - children - reserved)
         return Reading(
             reserved_bytes=reserved,
             allocated_bytes=reserved if self._allocated_bytes is None else min(reserved, self._allocated_bytes),
             free_bytes=free,
             total_bytes=limited_bytes(total, self._limit),
-            others_bytes=max(0, total - free - reserved),
+            others_bytes=max(0, total - free - children - reserved),
+            outside_bytes=children,
         )
 
     def mark(self) -> int:
@@ -158,6 +166,10 @@ class HostMeter:
     def busy_percent(self) -> float | None:
         """Return None, because there is no GPU."""
         return None
+
+    def sensors(self) -> Sensors:
+        """Return no values, because there is no GPU."""
+        return Sensors()
 
 
 def trim_heap() -> bool:

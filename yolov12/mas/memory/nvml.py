@@ -13,6 +13,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+from yolov12.mas.memory.reading import Sensors
+
 try:
     import pynvml
 except ImportError:
@@ -145,3 +147,12 @@ class NvmlGpu:
         """Read the percentage of the last sample period (1/6 to 1 second) in which a kernel ran."""
         rates = self.handle and ask("nvmlDeviceGetUtilizationRates", self.handle)
         return float(rates.gpu) if rates else None
+
+    def sensors(self) -> Sensors:
+        """Read the power of the card and the temperature of its GPU."""
+        milliwatts = self.handle and ask("nvmlDeviceGetPowerUsage", self.handle)
+        degrees = self.handle and ask("nvmlDeviceGetTemperature", self.handle, 0)  # 0: the GPU itself
+        return Sensors(
+            power_w=None if milliwatts is None else milliwatts / 1000,
+            temperature_c=None if degrees is None else float(degrees),
+        )

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-__all__ = ["ClockStopwatch", "Meter", "Reading", "Stopwatch", "limited_bytes"]
+__all__ = ["ClockStopwatch", "Meter", "Reading", "Sensors", "Stopwatch", "limited_bytes"]
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,40 @@ class Reading:
     """Memory of the device, or the limit if it is smaller."""
     others_bytes: int | None
     """Used by other processes; None if unknown."""
+    outside_bytes: int = 0
+    """Held by this run in the same memory, but not part of `reserved_bytes`. On the host: by child processes, such as
+    loader workers. On an integrated GPU: by child processes and by this process on the host."""
+
+    @property
+    def reachable_bytes(self) -> int:
+        """Bytes that this process could reserve: what it has and what is free, within the total for the whole run."""
+        return min(self.reserved_bytes + self.free_bytes, self.total_bytes - self.outside_bytes)
 
     def budget_bytes(self, safety_ratio: float) -> int:
         """Return the bytes that this process may use, at least 0.
 
         The budget is the memory that this process has reserved or that is free, minus the safety fraction of the total.
-        A limit has the effect of a card of that size: the budget is at most `(1 - safety_ratio) * total_bytes`.
+        A limit has the effect of a card of that size: this process and `outside_bytes` together get at most
+        `(1 - safety_ratio) * total_bytes`.
 
         Args:
             safety_ratio: Fraction of the total that stays free, 0 to 1.
         """
-        reachable_bytes = min(self.reserved_bytes + self.free_bytes, self.total_bytes)
-        return max(0, int(reachable_bytes - safety_ratio * self.total_bytes))
+        return max(0, int(self.reachable_bytes - safety_ratio * self.total_bytes))
 
     def without_others(self) -> Reading:
         """Return the reading as it would be if no other process used the device."""
         return replace(self, free_bytes=self.free_bytes + (self.others_bytes or 0), others_bytes=0)
+
+
+@dataclass(frozen=True)
+class Sensors:
+    """State of a device at one moment. A value is None if it is unknown."""
+
+    power_w: float | None = None
+    """Power in watts: of the GPU, or of the whole module that an integrated GPU is part of."""
+    temperature_c: float | None = None
+    """Temperature of the GPU in degrees Celsius."""
 
 
 def limited_bytes(device_bytes: int, limit: int | float | None) -> int:
@@ -96,6 +114,9 @@ class Meter(Protocol):
 
     def busy_percent(self) -> float | None:
         """Return the percentage of the last sample period in which the GPU was busy; None if unknown."""
+
+    def sensors(self) -> Sensors:
+        """Return power and temperature, at most a second old."""
 
 
 class ClockStopwatch:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from yolov12.mas.memory.reading import ClockStopwatch, Reading, Stopwatch, limited_bytes
+from yolov12.mas.memory.reading import ClockStopwatch, Reading, Sensors, Stopwatch, limited_bytes
 
 __all__ = ["ReplayMeter"]
 
@@ -89,3 +89,7 @@ class ReplayMeter:
     def busy_percent(self) -> float | None:
         """Return None, because nothing runs."""
         return None
+
+    def sensors(self) -> Sensors:
+        """Return no values, because there is no device."""
+        return Sensors()

@@ -136,9 +136,8 @@ class BatchPlanner:
     def complete(self) -> BatchReport:
         """End the current batch, which was run, and return its report."""
         self._completed = self.history
-        if (
-            self._config.limit is not None and self.peak_bytes > self.reading.total_bytes
-        ):  # on a CPU, nothing enforces it
+        limit_bytes = self.reading.total_bytes - self.reading.outside_bytes
+        if self._config.limit is not None and self.peak_bytes > limit_bytes:  # on a CPU, nothing enforces it
             self.events.append(f"over the limit of {self.reading.total_bytes / 2**20:,.0f} MiB")
         return BatchReport(
             level=self.level,
@@ -289,12 +288,12 @@ class BatchPlanner:
         ways = []
         if self._config.limit is not None:
             # Later batches may have images with more boxes.
-            roomy = (needed + SPREAD_UNSEEN * (needed - beside)) / (1 - ratio)
+            roomy = (needed + SPREAD_UNSEEN * (needed - beside) + reading.outside_bytes) / (1 - ratio)
             if self._failed_bytes(failure) > self._image_bytes(failure) or fits:
                 ways.append(f"give a mem_limit above {max(roomy, reading.total_bytes) // 2**20 + 1:,.0f} MiB")
             else:
                 ways.append(f"give a mem_limit of {roomy // 2**20 + 1:,.0f} MiB")
-        if needed <= min(reading.reserved_bytes + reading.free_bytes, reading.total_bytes):
+        if needed <= reading.reachable_bytes:
             ways.append(f"give a mem_safety_ratio below {ratio:g}")
         if self._may_come_back(failure):
             ways.append(f"stop the other processes, which hold {(reading.others_bytes or 0) / 2**20:,.0f} MiB of it")

@@ -69,7 +69,7 @@ def slices_of(owner: Any, device: torch.device) -> Slices | None:
         return None
     if not hasattr(owner, SLICES):
         config = Config.parse(settings_of(owner))
-        setattr(owner, SLICES, Slices(config, meter_for(device, config.limit)))
+        setattr(owner, SLICES, Slices(config, meter_for(device, config.limit, config.safety_ratio)))
     slices: Slices = getattr(owner, SLICES)
     return slices
 

@@ -3,44 +3,119 @@
 Ultralytics' training loader has up to four batches in flight per worker, and ours has two. Validation uses twice as
 many workers, each with two batches of twice the size. Workers pass batches through /dev/shm, which has 64 MiB in a
 container by default; a write beyond its end raises a bus error. Batches for a GPU leave /dev/shm soon, for pinned
-memory.
+memory. For mosaics, each worker also keeps decoded images: those of eight batches, and at most a thousand.
+
+On the CPU and on an integrated GPU, the model needs the same memory. There, the data of a training gets at most half of
+what `mem_limit` and the margin leave: a quarter for cached images, and a quarter for loader workers.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from yolov12.mas.config import Config
 from yolov12.mas.memory.host import HostMemory
+from yolov12.mas.memory.meter import meter_for, shares_memory
 
-__all__ = ["AHEAD", "affordable_workers", "cache_fits", "limit_prefetch", "limit_workers", "plot_fewer_images"]
+__all__ = ["AHEAD", "affordable_workers", "cache_fits", "data_room", "limit_prefetch", "limit_workers"]
+__all__ += ["plot_fewer_images"]
 
 AHEAD = 2
 """Number of batches that each worker of a training prefetches (benchmarks/loading.py)."""
 _IN_SHM, _IN_FLIGHT = 4, AHEAD + 8
 """Most batches in /dev/shm, and in flight, for each training worker, in batches of the training's size; validation is
 included."""
-_FRACTION = 0.5
-"""Largest fraction of the available host memory for batches in flight, and for cached images."""
+_FRACTION, _SHARED_FRACTION = 0.5, 0.25
+"""Largest fraction of the available host memory for loader workers, and for cached images; without and with a model
+that needs the same memory."""
+_KEPT_BATCHES, _KEPT_IMAGES = 8, 1000
+"""Most images that a worker keeps for mosaics, in batches and in images. Ultralytics' data sets define them."""
 
 
-def affordable_workers(workers: int, batch_bytes: int, shm_bytes: int | None, host_bytes: int) -> int:
-    """Return the number of workers whose batches in flight fit into memory.
+@dataclass
+class _DataRoom:
+    """Host memory for the data of a training."""
+
+    free_bytes: int
+    """Memory that is available, within `mem_limit` and its margin if the model needs the same memory."""
+    is_shared: bool
+    """True if the model needs the same memory."""
+    cached_bytes: int = 0
+    """Memory that was granted to cached images."""
+
+    @property
+    def fraction(self) -> float:
+        """Largest fraction for loader workers, and for cached images."""
+        return _SHARED_FRACTION if self.is_shared else _FRACTION
+
+
+_room: _DataRoom | None = None  # of the training whose loaders are being built
+
+
+def _room_of(trainer: Any, memory: HostMemory) -> _DataRoom:
+    if not shares_memory(trainer.device):
+        return _DataRoom(memory.room_bytes()[1], is_shared=False)
+    config = Config.parse(vars(trainer.args))
+    reading = meter_for(trainer.device, config.limit, config.safety_ratio, memory).read()
+    return _DataRoom(max(0, reading.budget_bytes(config.safety_ratio) - reading.reserved_bytes), is_shared=True)
+
+
+@contextmanager
+def data_room(trainer: Any, memory: HostMemory | None = None) -> Iterator[None]:
+    """Limit the images that are cached while a training builds its loaders, if the model needs the same memory.
+
+    Args:
+        trainer: Ultralytics trainer whose loaders are not made yet.
+        memory: Reader of the host's memory.
+    """
+    from ultralytics.utils import LOGGER
+
+    global _room
+    _room = room = _room_of(trainer, memory or HostMemory())
+    if room.is_shared and (trainer.device.type == "cuda" or _caches(trainer.args) or trainer.args.workers):
+        part = _mib(room.fraction * room.free_bytes)
+        LOGGER.info(
+            f"memory: model, cached images and loader workers share one pool, with {_mib(room.free_bytes)} left for "
+            f"this run: at most {part} for cached images, {part} for workers, and the rest for the model"
+        )
+    try:
+        yield
+    finally:
+        _room = None
+
+
+def affordable_workers(
+    workers: int,
+    batch_bytes: int,
+    shm_bytes: int | None,
+    host_bytes: int,
+    *,
+    fraction: float = _FRACTION,
+    kept_bytes: int = 0,
+) -> int:
+    """Return the number of workers that fit into memory.
 
     Args:
         workers: Requested number of workers.
         batch_bytes: Bytes of one batch.
         shm_bytes: Free bytes of /dev/shm; None on a system without it.
         host_bytes: Available bytes of host memory.
+        fraction: Fraction of them that the workers may take.
+        kept_bytes: Bytes of the images that each worker keeps.
     """
-    by_host = int(_FRACTION * host_bytes) // (_IN_FLIGHT * batch_bytes)
+    by_host = int(fraction * host_bytes) // (_IN_FLIGHT * batch_bytes + kept_bytes)
     by_shm = workers if shm_bytes is None else shm_bytes // (_IN_SHM * batch_bytes)
     return min(workers, by_host, by_shm)
 
 
 def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/dev/shm") -> None:
     """Limit the workers of a training to what fits into host memory, and log a warning with the numbers.
+
+    If the model needs the same memory, they get a quarter of what is left, and the images that they keep count too.
 
     Args:
         trainer: Ultralytics trainer whose loaders are not made yet.
@@ -54,16 +129,27 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
         return
     workers = min(args.workers, (os.cpu_count() or 1) // max(trainer.world_size, 1))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
-    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * here * 3 * args.imgsz**2
-    shm_bytes, host_bytes = _free_bytes(shm), (memory or HostMemory()).room_bytes()[1]
-    fewer = affordable_workers(workers, batch_bytes, shm_bytes, host_bytes)
+    image_bytes = 3 * args.imgsz**2
+    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * here * image_bytes
+    shm_bytes, room = _free_bytes(shm), _room_of(trainer, memory or HostMemory())
+    kept_bytes = 0
+    if room.is_shared and not _caches(args):
+        kept_bytes = min(_KEPT_BATCHES * batch_bytes, _KEPT_IMAGES * here * image_bytes)
+    fewer = affordable_workers(
+        workers, batch_bytes, shm_bytes, room.free_bytes, fraction=room.fraction, kept_bytes=kept_bytes
+    )
     if fewer >= workers:
         return
     needed = workers * _IN_SHM * batch_bytes
     if shm_bytes is not None and shm_bytes < needed:
         why = f"{shm} has {_mib(shm_bytes)} free. `docker run --shm-size={max(needed >> 30, 1) * 2}g` gives more"
     else:
-        needed, why = workers * _IN_FLIGHT * batch_bytes, f"the host has {_mib(host_bytes)} available"
+        needed, why = workers * _IN_FLIGHT * batch_bytes, f"the host has {_mib(room.free_bytes)} available"
+        if room.is_shared:
+            why = (
+                f"{_mib(workers * kept_bytes)} of images for mosaics, more than a quarter of the "
+                f"{_mib(room.free_bytes)} that are left for this run, model and cached images"
+            )
     LOGGER.warning(
         f"memory: {workers} workers may have {_mib(needed)} of batches of {trainer.batch_size} images in flight, and "
         f"{why}: going on with workers={fewer}"
@@ -90,7 +176,10 @@ def limit_prefetch(trainer: Any) -> None:
 def cache_fits(
     stock: Callable[..., bool], dataset: Any, /, *args: Any, memory: HostMemory | None = None, **kwargs: Any
 ) -> bool:
-    """Run Ultralytics' `check_cache_ram`, and check the memory limit of the container, which it does not know.
+    """Run Ultralytics' `check_cache_ram`, and check the limits that it does not know: of the container and of the run.
+
+    Cached images may take half of the available memory; inside `data_room` with a model that needs the same memory, a
+    quarter of what is left for the run.
 
     Args:
         stock: Ultralytics' own method.
@@ -108,12 +197,21 @@ def cache_fits(
 
     some = range(0, dataset.ni, max(dataset.ni // 30, 1))
     needed = sum(dataset.load_image(index)[0].nbytes for index in some) * dataset.ni // len(some)
-    room = (memory or HostMemory()).room_bytes()[1]
-    if needed <= _FRACTION * room:
+    room = _room or _DataRoom((memory or HostMemory()).room_bytes()[1], is_shared=False)
+    if room.is_shared:
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process on this machine has a cache
+    if needed + room.cached_bytes <= room.fraction * room.free_bytes:
+        room.cached_bytes += needed if room.is_shared else 0
         return True
+    part = f"more than half of the {_mib(room.free_bytes)} that this process may have"
+    if room.is_shared:
+        part = (
+            f"beside {_mib(room.cached_bytes)} of other cached images more than a quarter of the "
+            f"{_mib(room.free_bytes)} that are left for this run, model and workers"
+        )
     LOGGER.warning(
-        f"memory: cache=ram would take {_mib(needed)}, more than half of the {_mib(room)} that this process may have: "
-        "images are not cached. cache=disk keeps them decoded on disk"
+        f"memory: cache=ram would take {_mib(needed)}, {part}: images are not cached. cache=disk keeps them decoded on "
+        "disk"
     )
     dataset.cache = None
     return False
@@ -141,6 +239,10 @@ def _free_bytes(folder: str) -> int | None:
     except (OSError, AttributeError):
         return None
     return stat.f_bavail * stat.f_frsize
+
+
+def _caches(args: Any) -> bool:
+    return str(args.cache).lower() in ("ram", "true")
 
 
 def _mib(count: float) -> str:

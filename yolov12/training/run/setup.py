@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from yolov12 import files, own_files
@@ -108,7 +109,7 @@ def build_loaders(stock: Callable[..., None], trainer: Any, /) -> None:
     """
     if trainer.args.mas:
         host.limit_workers(trainer)
-    with replay.mixed(trainer):
+    with replay.mixed(trainer), host.data_room(trainer) if trainer.args.mas else nullcontext():
         process_group.build_loaders(stock, trainer)
 
 
