@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,6 +41,8 @@ from yolov12 import autopatch  # noqa: E402
 autopatch.apply()
 
 from ultralytics.utils import SETTINGS  # noqa: E402
+
+from yolov12.mas.memory.process_tree import ChildProcesses  # noqa: E402
 
 SETTINGS.update({f"{name}_dir": str(HOME / name) for name in ("datasets", "weights", "runs")})
 
@@ -99,6 +102,18 @@ def _pictures_are_blank(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     """Save figures as empty files, as rendering takes half a second; tests marked `picture` have real ones."""
     if not request.node.get_closest_marker("picture"):
         monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **_: Path(file).touch())
+
+
+@pytest.fixture(autouse=True)
+def _servers_of_tests_are_no_part_of_a_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the processes that serve all tests, where the child processes of a training are counted."""
+    stock = ChildProcesses._children
+
+    def children(counted: ChildProcesses) -> dict[int, list[int]]:
+        servers = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+        return {parent: [pid for pid in pids if pid not in servers] for parent, pids in stock(counted).items()}
+
+    monkeypatch.setattr(ChildProcesses, "_children", children)
 
 
 @pytest.fixture(scope="session")

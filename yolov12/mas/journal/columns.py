@@ -87,7 +87,7 @@ EVENTS: Mapping[str, str] = {
     "waited N s for room": "The same, before images were made smaller.",
     "image size A to B": "The data layer changed the image size from A to B pixels.",
     "out-of-memory in the optimizer": "The first update ran out of memory. It was undone and ran again.",
-    "over the limit of N MiB": "The peak and what workers held were above `mem_limit`, which nothing enforces on a CPU.",
+    "over the limit of N MiB": "The peak, with what workers held, was above `mem_limit`: nothing enforces it on a CPU.",
     "resumed": "The run was resumed before this step, from the end of an epoch.",
     "resumed after step N": "The run was resumed in the middle of an epoch. Step N is the last one before it.",
 }

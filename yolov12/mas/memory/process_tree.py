@@ -60,17 +60,20 @@ class ChildProcesses:
 
     def _descendants(self) -> Iterable[int]:
         own = read_text(self._proc / "self/stat").partition(" ")[0]
-        if not own:
-            return []
+        children = self._children() if own else {}
+        found = children.get(int(own or 0), [])
+        for pid in found:  # the list grows
+            found.extend(children.get(pid, []))
+        return found
+
+    def _children(self) -> dict[int, list[int]]:
+        """Return the children of each process of the system: process id → process ids."""
         children: dict[int, list[int]] = {}
         for folder in self._proc.iterdir():
             # The name of the program, in parentheses, may contain anything. State and parent follow it.
             if folder.name.isdigit() and (fields := read_text(folder / "stat").rpartition(")")[2].split()):
                 children.setdefault(int(fields[1]), []).append(int(folder.name))
-        found = children.get(int(own), [])
-        for pid in found:  # the list grows
-            found.extend(children.get(pid, []))
-        return found
+        return children
 
     def _resident_bytes(self, pid: int) -> int:
         fields = read_text(self._proc / str(pid) / "statm").split()
