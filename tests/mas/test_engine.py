@@ -2,6 +2,7 @@
 
 import functools
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,13 +29,17 @@ def nobody_sleeps(monkeypatch):
 
 
 class World:
-    """Training on a card with memory for `room` images; other processes hold `others[step]` images in each step."""
+    """Training on a card with memory for `room` images; other processes hold `others[step]` images in each step.
+
+    Loader workers of the training, which share the memory, hold `workers[step]` images.
+    """
 
     def __init__(
         self,
         batch=16,
         room=40,
         others=(0,),
+        workers=(0,),
         live=0,
         folder=None,
         ways_out=lambda share: ("amp=True",),
@@ -46,7 +51,8 @@ class World:
         self.model = nn.Sequential(
             nn.Conv2d(3, 4, 3, 4, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(1024, 2)
         ).double()
-        self.meter = ReplayMeter(room * IMAGE, [int(images * IMAGE) for images in others], live)
+        traces = ([int(images * IMAGE) for images in trace] for trace in (others, workers))
+        self.meter = ReplayMeter(room * IMAGE, next(traces), live, config.get("limit"), next(traces))
         self.journal = Journal(folder) if folder else None
         self.fail = lambda images: False
         self.wait_ms = wait_ms  # time of every micro-batch, besides a millisecond per image
@@ -95,6 +101,23 @@ def assert_same_weights(one, other):
     for name, value in one.model.state_dict().items():
         # A batch's gradient is scaled once, by a factor in single precision: 6e-8.
         torch.testing.assert_close(value, other.model.state_dict()[name], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("pressure", [{"room": 60, "limit": 20 * IMAGE}, {"room": 30, "others": [10]}, {"room": 20}])
+def test_what_workers_take_of_a_pool_is_missing_for_the_model(pressure, monkeypatch):
+    """The pool has 20 images: a limit, what another process leaves, or the memory of the machine."""
+    workers = [0, 0, 4, 9, 14, 14, 2, 0, 0]
+
+    def failures(world):
+        return [event for events in world.run(12) for event in events if event.startswith("out-of-memory")]
+
+    world = World(batch=16, workers=workers, bn_group=1, **pressure)
+    assert not failures(world)
+    assert all(size + held <= 20 for size, held in zip(world.sizes, workers, strict=False))
+    assert max(world.sizes[4:6]) < world.sizes[1]
+    read = ReplayMeter.read
+    monkeypatch.setattr(ReplayMeter, "read", lambda meter: replace(read(meter), outside_bytes=0, free_bytes=20 * IMAGE))
+    assert failures(World(batch=16, workers=workers, bn_group=1, **pressure))  # it can fail
 
 
 def test_weights_after_a_training_under_pressure_are_those_of_one_without():

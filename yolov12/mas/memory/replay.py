@@ -22,23 +22,29 @@ class ReplayMeter:
         others_bytes: Memory of other processes at each step. After the last step, its value stays.
         allocated_bytes: Memory allocated by this process. May be changed at any time.
         limit: Memory limit; see `meter_for`.
+        outside_bytes: Memory of loader workers of this run at each step, if the card shares its memory with the host.
     """
 
     kind = "cuda"
 
     def __init__(
-        self, total_bytes: int, others_bytes: Sequence[int], allocated_bytes: int = 0, limit: int | float | None = None
+        self,
+        total_bytes: int,
+        others_bytes: Sequence[int],
+        allocated_bytes: int = 0,
+        limit: int | float | None = None,
+        outside_bytes: Sequence[int] = (0,),
     ) -> None:
         self.allocated_bytes = allocated_bytes
         self._card_bytes, self._limited_bytes = total_bytes, limited_bytes(total_bytes, limit)
-        self._others_bytes = list(others_bytes)
+        self._others_bytes, self._outside_bytes = list(others_bytes), list(outside_bytes)
         self._step = 0
         self._peak_bytes = allocated_bytes
         self._now_ms = 0.0
 
     def advance(self) -> None:
         """Go to the next step of the trace, or stay at the last."""
-        self._step = min(self._step + 1, len(self._others_bytes) - 1)
+        self._step += 1
 
     def tick(self, ms: float) -> None:
         """Advance the clock."""
@@ -52,7 +58,8 @@ class ReplayMeter:
                 exceeds the limit.
         """
         peak_bytes = self.allocated_bytes + peak_bytes_above_allocated
-        room_bytes = min(self._card_bytes - self._others_bytes[self._step], self._limited_bytes)
+        others_bytes, outside_bytes = self._held()
+        room_bytes = min(self._card_bytes - others_bytes, self._limited_bytes) - outside_bytes
         if peak_bytes > room_bytes:
             raise torch.cuda.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {peak_bytes_above_allocated / 2**20:.2f} MiB. "
@@ -62,9 +69,18 @@ class ReplayMeter:
 
     def read(self) -> Reading:
         """Read the memory at this step of the trace."""
-        others_bytes = self._others_bytes[self._step]
-        free = max(0, self._card_bytes - others_bytes - self.allocated_bytes)
-        return Reading(self.allocated_bytes, self.allocated_bytes, free, self._limited_bytes, others_bytes)
+        others_bytes, outside_bytes = self._held()
+        free = max(0, self._card_bytes - others_bytes - outside_bytes - self.allocated_bytes)
+        return Reading(
+            self.allocated_bytes, self.allocated_bytes, free, self._limited_bytes, others_bytes, outside_bytes
+        )
+
+    def _held(self) -> tuple[int, int]:
+        """Return the memory of other processes, and of this run's workers, at this step."""
+        others_bytes, outside_bytes = (
+            trace[min(self._step, len(trace) - 1)] for trace in (self._others_bytes, self._outside_bytes)
+        )
+        return others_bytes, outside_bytes
 
     def mark(self) -> int:
         """Reset the peak; return the bytes allocated now."""
