@@ -139,7 +139,7 @@ def test_bars_and_lines():
     assert bar(0.001, 4, unicode=False) == "#..."
     assert bar(1.7, 4, unicode=True) == "████"
     assert rows_of_bars([0, 1, 2, 4], 4, 2, [4, 4, 1, 3], unicode=True) == ["── █", " ▄██"]
-    assert columns([1, 2, 4], 10) == [[0], [1], [1], [2]]
+    assert columns([1, 2, 4], 10) == [[0], [0], [1], [1], [1], [1], [2], [2]]  # step 3 is missing
     assert columns(range(1, 101), 4) == [list(range(start, start + 25)) for start in range(0, 100, 25)]
 
 

@@ -21,7 +21,7 @@ def columns(steps: Sequence[int], width: int) -> list[list[int]]:
 
     Args:
         steps: Step numbers, in ascending order.
-        width: Most columns. A run with fewer steps gets a column for each.
+        width: Most columns. In a run with fewer steps, each gets the same number of columns.
 
     Returns:
         Indices into `steps` for each column. A column without a step has those of the column before it.
@@ -32,7 +32,7 @@ def columns(steps: Sequence[int], width: int) -> list[list[int]]:
         found[min(max((step - first) * len(found) // span, 0), len(found) - 1)].append(index)
     for column in range(1, len(found)):
         found[column] = found[column] or found[column - 1]
-    return found
+    return [each for each in found for _ in range(max(width // span, 1))]
 
 
 def rows_of_bars(
