@@ -58,8 +58,12 @@ def main(words: list[str]) -> int:
     if task == "check":
         return guarded(lambda: check(json.loads(argument)))
     folder = Path(argument)
-    while (lock := files.lock(folder)) is None:  # a process of a watch that was killed saves its state
+    lock = files.lock(folder)
+    if lock is None:
+        print("waiting for the process of an earlier watch, which saves its state", flush=True)
+    while lock is None:
         time.sleep(0.2)
+        lock = files.lock(folder)
     try:
         return run(task, folder)
     finally:

@@ -51,6 +51,8 @@ def check_image(data: bytes) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
+                image.verify()  # checksums, and the end of the file
+            with Image.open(io.BytesIO(data)) as image:
                 kind, size = image.format, image.size
                 image.load()
     except Exception as error:  # a damaged file may raise any error

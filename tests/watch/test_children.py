@@ -1,0 +1,78 @@
+"""Processes of an attempt: they end with the watch, however it ends."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from yolov12 import files
+from yolov12.watch.children import Process, last_error
+
+START = """
+import sys, time
+from pathlib import Path
+from yolov12.watch.children import Processes
+
+attempt = Path(sys.argv[1])
+child = Processes().start("training", attempt, attempt / "log.txt")
+print(child._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("moment", ["at its start", "at work"])
+def test_a_process_of_a_killed_watch_ends(moment, tmp_path):
+    attempt, script = tmp_path / "attempt", tmp_path / "start.py"
+    attempt.mkdir()
+    (attempt / "attempt.json").write_text("{}")
+    script.write_text(START)
+    lock = files.lock(attempt)  # the process waits for it, as for one of an earlier watch that saves its state
+    try:
+        watch = subprocess.Popen([sys.executable, script, attempt], stdout=subprocess.PIPE)
+        pid = int(watch.stdout.readline())
+        if moment == "at work":
+            wait_until(lambda: "waiting" in (attempt / "log.txt").read_text() or not is_running(pid))
+            assert is_running(pid)
+        watch.kill()
+        watch.communicate()
+        wait_until(lambda: not is_running(pid))
+    finally:
+        lock.release()
+
+
+def test_a_process_is_stopped_with_what_it_has_started(tmp_path):
+    code = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+    log = tmp_path / "log.txt"
+    with log.open("wb") as output:
+        process = Process([sys.executable, "-c", code], output)
+    wait_until(lambda: log.read_text().endswith("\n"))
+    assert process.poll() is None
+    process.stop()
+    assert process.poll() == -signal.SIGTERM
+    wait_until(lambda: not is_running(int(log.read_text())))
+
+
+def test_the_last_error_of_a_log_is_found(tmp_path):
+    log = tmp_path / "log.txt"
+    assert last_error(log) == ""
+    log.write_text("first\nyolov12: error: no images\nGoodbye\n\n")
+    assert last_error(log) == "no images"
+    log.write_bytes(b"Killed \xff\n")
+    assert last_error(log) == "Killed \ufffd"
