@@ -79,6 +79,14 @@ def test_a_new_class_is_trained_judged_and_reported(factory, capsys):
     assert yaml.safe_load((work / "dataset" / "data.yaml").read_text())["names"] == {0: "even", 1: "odd", 2: "crack"}
     labels = [file.read_text().split()[0] for file in (work / "dataset" / "labels").rglob("*.txt")]
     assert sorted(labels) == ["1", "1", "2", "2"]
+    for word, message in (
+        ("lr0=abc", "lr0"),
+        ("device=7", "device=7"),
+        ("mem_limit=lots", "mem_limit"),
+        ("mas=False", "mas=False"),
+    ):
+        assert cli.main(["watch", *words, word]) == 2
+        assert message in capsys.readouterr().err
     # Nothing has arrived since, so nothing is trained, whatever the outcome was.
     assert cli.main(["watch", *words]) == 0
     assert len([*(work / "history").iterdir()]) == 1

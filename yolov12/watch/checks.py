@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yolov12.errors import ConfigError
+from yolov12.errors import ConfigError, plain
 from yolov12.watch.samples import TASKS
 
 __all__ = ["check"]
@@ -40,6 +40,7 @@ def check(request: Mapping[str, Any]) -> int:
 
 def _check(model: str, data: str, words: list[str]) -> dict[str, Any]:
     from ultralytics import YOLO
+    from ultralytics.cfg import check_cfg
     from ultralytics.data.utils import check_det_dataset
     from ultralytics.utils import DEFAULT_CFG_DICT, SETTINGS
 
@@ -49,6 +50,10 @@ def _check(model: str, data: str, words: list[str]) -> dict[str, Any]:
     from yolov12.training.run.preflight import check_training_arguments
 
     options = cli.parse(words)
+    try:
+        check_cfg(options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(plain(error)) from error
     everything = {**DEFAULT_CFG_DICT, **options, "data": data, "replay": data}
     Config.check(everything)
     Interval.parse(everything["save_every"])

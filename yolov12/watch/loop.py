@@ -249,7 +249,7 @@ class Watch:
         verdict = self._verdict() if self.state.phase is Phase.JUDGING and not status else None
         if verdict is not None:
             self._go_to(states.judged(self.state, promote=verdict["promote"]))
-            _say(f"attempt {number}: {'; '.join(verdict['reasons'])}")
+            _say(f"attempt {number}: {' '.join(verdict['reasons'])}")
             return
         status = 1 if self.state.phase is Phase.JUDGING and not status else status
         if status:
