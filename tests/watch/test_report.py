@@ -15,10 +15,10 @@ BETTER = [FELL[0], ClassChange("crack", True, 9, None, 0.55)]
 ATTEMPT = {
     "number": 3,
     "reason": "24 new images of 'crack'",
-    "started": "2026-11-29 04:12:00",
-    "new_images": [f"{number}.jpg" for number in range(24)],
-    "new": {"crack": 20, "ic": 1},
-    "set_aside": ["a|b.jpg: the image is damaged"],
+    "started": 1.8e9,
+    "images": 24,
+    "objects": {"crack": 31, "ic": 1},
+    "set_aside": [{"file": "a|b.jpg", "reason": "the image is damaged"}],
 }
 RUN = {
     "epochs": 40,
@@ -26,6 +26,8 @@ RUN = {
     "seconds": 192.4,
     "batch": 128,
     "micro_batch_median": 32,
+    "images": 120 * 40,
+    "updates": 40,
     "peak_max_mib": 1740.8,
     "out_of_memories": 1,
 }
@@ -36,18 +38,18 @@ def test_a_report_says_what_arrived_what_was_trained_and_why_it_was_promoted():
     for line in (
         "# Attempt 3: promoted",
         "24 new labelled images. The attempt began because of 24 new images of 'crack'.",
-        "- crack: in 20 images",
-        "- ic: in 1 image",
+        "- crack: 31 objects",
+        "- ic: 1 object",
         "1 file could not be used and was set aside:",
         "- a\\|b.jpg: the image is damaged",
-        "40 of 40 epochs in 3 min 12 s, begun on 2026-11-29 04:12:00.",
-        "Batches of 128 images ran in pieces of mostly 32, with the same result. The highest memory use was 1.70 GiB, "
-        "and it ran out 1 time without any loss.",
+        "Batches of up to 128 images ran in pieces of mostly 32, with the same result. "
+        "The highest memory use was 1.70 GiB, and it ran out 1 time without any loss.",
         "- crack is new and has 0.550.",
         "| ic |  | 40 | 0.700 | 0.710 | +0.010 |",
         "| crack | new | 9 | - | 0.550 |  |",
     ):
         assert line in text.splitlines()
+    assert "40 of 40 epochs in 3 min 12 s, begun on " in text
     assert "What to do next" not in text
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def write(
     """Write the report of an attempt. After a kill it may be written again: every file is whole, and is replaced.
 
     Args:
-        folder: Folder of the attempt, which gets `report.md`, `report.json` and pictures `found-*.png`. Its folder `run`
-            is that of the training.
+        folder: Folder of the attempt, with `run`, that of its training. It gets `report.md`, `report.json` and pictures
+            `found-*.png`.
         attempt: What is known of the attempt; every entry may be missing. `number`; `outcome` ("promoted", "not
             promoted" or "failed"); `reason`, why it began; `detail`, why it failed or what went wrong after it;
-            `started`, date and time as text; `new_images`, paths of the new images; `new`, class → number of new images
-            with it; `set_aside`, reasons for which files were set aside; `predict`, arguments of Ultralytics' `predict`
+            `started`, seconds since 1970; `images`, number of new images; `objects`, class → number of objects in them;
+            `set_aside`, `file` and `reason` of what could not be used; `predict`, arguments of Ultralytics' `predict`
             for the pictures.
         verdict: Decision about the candidate; None if it was not compared.
         serving: Weights that served when the attempt began.
@@ -109,13 +110,13 @@ def _headline(outcome: str) -> str:
 
 def _arrived(attempt: Mapping[str, Any]) -> Iterable[str]:
     began = f" The attempt began because of {_text(attempt['reason'])}." if attempt.get("reason") else ""
-    yield f"{_counted(len(attempt.get('new_images') or ()), 'new labelled image')}.{began}"
-    if new := attempt.get("new"):
-        yield "\n".join(f"- {_text(name)}: in {_counted(count, 'image')}" for name, count in new.items())
+    yield f"{_counted(attempt.get('images') or 0, 'new labelled image')}.{began}"
+    if objects := attempt.get("objects"):
+        yield "\n".join(f"- {_text(name)}: {_counted(count, 'object')}" for name, count in objects.items())
     aside = list(attempt.get("set_aside") or ())
     if aside:
         more = [f"- and {len(aside) - _LISTED} more"] if len(aside) > _LISTED else []
-        lines = [f"- {_text(each)}" for each in aside[:_LISTED]]
+        lines = [f"- {_text(each['file'])}: {_text(each['reason'])}" for each in aside[:_LISTED]]
         yield f"{_counted(len(aside), 'file')} could not be used and {_is(len(aside))} set aside:"
         yield "\n".join([*lines, *more])
 
@@ -125,16 +126,16 @@ def _trained(attempt: Mapping[str, Any], run: Mapping[str, Any]) -> Iterable[str
         yield "No epoch of a training was completed."
         return
     of = f" of {run['epochs_wanted']}" if run.get("epochs_wanted") else ""
-    began = f", begun on {_text(attempt['started'])}" if attempt.get("started") else ""
+    began = f", begun on {_moment(attempt['started'])}" if attempt.get("started") else ""
     time = f" in {_duration(run['seconds'])}" if run.get("seconds") else ""
     yield f"{run['epochs']}{of} epochs{time}{began}."
-    if run.get("batch") and run.get("micro_batch_median"):
-        # The median, because the last batch of an epoch may be small.
-        pieces = run["micro_batch_median"]
-        split = "in one piece" if pieces >= run["batch"] else f"in pieces of mostly {pieces}, with the same result"
+    if run.get("batch") and run.get("micro_batch_median") and run.get("updates"):
+        # Last batches of epochs are smaller, and all are if there are fewer images than `batch`.
+        pieces, mean = run["micro_batch_median"], run["images"] / run["updates"]
+        split = "in one piece" if pieces >= mean else f"in pieces of mostly {pieces}, with the same result"
         failures = run.get("out_of_memories") or 0
         yield (
-            f"Batches of {_counted(run['batch'], 'image')} ran {split}. The highest memory use was "
+            f"Batches of up to {_counted(run['batch'], 'image')} ran {split}. The highest memory use was "
             f"{run['peak_max_mib'] / 1024:.2f} GiB, and "
             + ("it never ran out." if not failures else f"it ran out {_counted(failures, 'time')} without any loss.")
         )
@@ -249,6 +250,10 @@ def _counted(count: int, noun: str) -> str:
 
 def _is(count: int) -> str:
     return "was" if count == 1 else "were"
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d at %H:%M")
 
 
 def _duration(seconds: float) -> str:
