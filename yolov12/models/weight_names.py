@@ -1,4 +1,4 @@
-"""Finds the file of a weight name: the given path, a file in Ultralytics' weights folder, or an official download."""
+"""Finds the file of a weight name: a path, a file in Ultralytics' weights folder or this package, or a download."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ OFFICIAL = {f"yolov12{scale}.pt": f"{_RELEASES}/turbo/yolov12{scale}.pt" for sca
 """Weight name → address of the official file. Both releases use the same file names, so v1.0 has a suffix here."""
 
 
+DEMO = "yolov12n-demo.pt"
+"""Name of the weights that come with this package, see benchmarks/demo_model.py."""
+
+_PACKAGED = Path(__file__).parents[1] / "demo"
+
+
 def add_official(stems: frozenset[str]) -> frozenset[str]:
-    """Add the official weight files to the names that Ultralytics completes with `.pt`."""
-    return stems | {name.removesuffix(".pt") for name in OFFICIAL}
+    """Add the official weight files and those of this package to the names that Ultralytics completes with `.pt`."""
+    return stems | {name.removesuffix(".pt") for name in (*OFFICIAL, DEMO)}
 
 
 def resolve(name: str | Path) -> str:
     """Find a weight file. Official files and those of Ultralytics are downloaded if needed.
 
     Args:
-        name: A path, or the name of official weights such as `yolov12s.pt`.
+        name: A path, `DEMO`, or the name of official weights such as `yolov12s.pt`.
 
     Returns:
         The path of the file.
@@ -40,6 +46,8 @@ def resolve(name: str | Path) -> str:
     for file in (Path(given), weights_dir / given):
         if file.is_file():
             return str(file)
+    if given == DEMO:
+        return str(_PACKAGED / DEMO)
     if given in OFFICIAL:
         return _download(OFFICIAL[given], weights_dir / given)
     return _upstream(given)
