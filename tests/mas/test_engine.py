@@ -352,7 +352,7 @@ def test_journal(tmp_path):
             world.engine.step(world.data(seed))
         world.engine.update(world.optimizer, epoch=3)
         world.meter.advance()
-    summary = world.engine.close(updates_expected=3)
+    summary = world.engine.close(updates_expected=3, is_exact=True)
     rows = read_rows(tmp_path / "memory.csv")
     assert [row["step"] for row in rows] == ["1", "2", "3"]
     assert {(row["epoch"], row["images"], row["image_size"], row["max_boxes"]) for row in rows} == {
@@ -363,7 +363,9 @@ def test_journal(tmp_path):
     assert all(float(row["predicted_mib"]) == pytest.approx(float(row["peak_mib"]), rel=0.03) for row in rows)
     assert [row["budget_mib"] for row in rows] == ["3600.0", "3600.0", "700.0"]
     assert [row["step_ms"] for row in rows] == ["32.0", "32.0", "32.0"]
-    assert rows[2]["events"] == "shrunk 16 to 4"
+    assert rows[2]["events"] == "batch of 16 did not fit; shrunk 16 to 4"
+    how = "ran as 4 × 4, the same gradient (BatchNorm in groups of 4)"
+    assert summary.explanation == f"batch=16 did not fit into the budget of 0.7 GiB in 2 of 6 batches: {how}"
     assert (summary.updates, summary.images, summary.images_lost, summary.shrinks) == (3, 96, 0, 1)
 
 

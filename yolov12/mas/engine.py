@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -131,9 +130,7 @@ class Engine:
         self.hold_limit()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def step(
@@ -197,6 +194,7 @@ class Engine:
         self._calibration.begin(batch, work, share, patience_s)
         status = replace(self._records.take_status(), stop=stop_requested(), checksum=self._checksum)
         self._checksum = 0
+        fits = not self._planner.cost.largest or self._calibration.fits(work.images, work)
         ran = self._step.run(batch, work.images, self._planner, share, status)
         report = self._planner.complete()
         self._records.add(
@@ -207,6 +205,7 @@ class Engine:
                 ran.watch,
                 ran.ahead,
                 share.is_padding,
+                fits,
                 str(self._step.plans[report.level]),
             )
         )
@@ -292,17 +291,18 @@ class Engine:
         """Write all rows to the journal; this waits for the device until their times are known."""
         self._records.flush()
 
-    def close(self, updates_expected: int | None = None) -> Summary | None:
+    def close(self, updates_expected: int | None = None, *, is_exact: bool = False) -> Summary | None:
         """Restore the limit of PyTorch's allocator, and finish the journal, if there is one.
 
         Args:
             updates_expected: Number of updates that the run should have made, for the summary.
+            is_exact: True if the summary may say that a split batch had the gradient of the whole batch.
 
         Returns:
             The summary of the run; None without a journal.
         """
         self.lift_limit()
-        return self._records.close(updates_expected)
+        return self._records.close(updates_expected, is_exact=is_exact, bn_group=self.bn_group)
 
     def lift_limit(self) -> None:
         """Restore the limit of PyTorch's allocator that was there before the first step."""

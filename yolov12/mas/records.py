@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from yolov12.mas.calibration import Calibration
 from yolov12.mas.distributed.ranks import RankStatus
+from yolov12.mas.journal.explanation import DID_NOT_FIT
 from yolov12.mas.journal.journal import Journal, Row, Summary
 from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.scheduling.planner import BatchReport
@@ -32,6 +33,8 @@ class DoneBatch:
     """Measures the pass without gradients, which is part of that time; None if there was none."""
     is_padding: bool
     """True for a padding image, see `task.Share.is_padding`."""
+    fits: bool
+    """False if the batch was not expected to fit at once with everything kept."""
     plan: str
     """Checkpoint plan of the last micro-batch, as the journal names it."""
 
@@ -64,6 +67,7 @@ class Records:
         self._notes: list[str] = []  # events since the last update
         self._rows: list[tuple[Row, list[DoneBatch]]] = []  # rows whose times are not known yet
         self._rows_made = 0
+        self._unfit = 0  # images of the largest batch that did not fit
         self._status = RankStatus()
 
     @property
@@ -78,6 +82,13 @@ class Records:
     def add(self, done: DoneBatch) -> None:
         """Add a batch that was run; its gradient waits for the next update."""
         self._done.append(done)
+        work, events = done.work, done.report.events
+        is_whole = len(done.micro_batches) == 1 and not done.report.level
+        failed = any(event.startswith("out-of-memory") for event in events)
+        # A batch may also be split because the user wants it, or because its size has not been tried yet.
+        if not is_whole and work.images > self._unfit and (failed or not done.fits):
+            self._unfit = work.images
+            self.note(DID_NOT_FIT.format(work.images))
 
     def drop(self) -> None:
         """Forget the batches since the last update, because their gradients were dropped."""
@@ -130,11 +141,13 @@ class Records:
         if self.journal is not None:
             self.journal.flush()
 
-    def close(self, updates_expected: int | None) -> Summary | None:
+    def close(self, updates_expected: int | None, *, is_exact: bool, bn_group: int | None) -> Summary | None:
         """Write all rows and finish the journal, if there is one.
 
         Args:
             updates_expected: Number of updates that the run should have made, for the summary.
+            is_exact: True if the gradient of a batch does not depend on how it is split into BatchNorm groups.
+            bn_group: Number of images that BatchNorm normalises together.
 
         Returns:
             The summary of the run; None without a journal, or if the journal could not be written.
@@ -143,7 +156,9 @@ class Records:
             return None
         self._write(final=True)
         try:
-            return self.journal.close(updates_expected=updates_expected) if self.journal is not None else None
+            if self.journal is None:  # it could not be written
+                return None
+            return self.journal.close(updates_expected=updates_expected, is_exact=is_exact, bn_group=bn_group)
         except OSError as error:
             self._log(f"memory: the journal is not complete, as it could not be written: {error}")
             return None

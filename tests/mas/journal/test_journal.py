@@ -190,6 +190,7 @@ def test_summary(tmp_path):
         "share_max": None,
         "ranks_missing": 0,
         "ranks": (),
+        "explanation": "",
     }
     assert json.loads((tmp_path / "memory.json").read_text()) == {**asdict(summary), "ranks": []}
     assert summary.as_text() == (

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils import SETTINGS
 
 from yolov12 import demo
+from yolov12.training.adapter.detection import is_exact
 
 _TRAIN = """
 import json, sys
@@ -149,3 +153,15 @@ def test_detection_does_not_depend_on_exact(trainings, tiny_model, tmp_path):
     ]
     assert all(torch.equal(value, runs[1].after[name]) for name, value in runs[0].after.items())
     assert all(run.ahead == [] and len(run.seen) == 4 * trainings.BATCHES for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("task", "exact", "is_known"),
+    [("detect", False, True), ("obb", False, True), ("segment", True, True), ("segment", False, False)],
+)
+def test_the_summary_says_the_same_gradient_only_where_a_split_has_it(tiny_models, task, exact, is_known):
+    model = YOLO(tiny_models[task]).model
+    model.args = get_cfg(overrides=model.args)  # as a trainer sets it
+    assert is_exact(model, exact) is is_known
+    model.model[0].bn = nn.SyncBatchNorm(8)  # normalises each part
+    assert not is_exact(model, exact)

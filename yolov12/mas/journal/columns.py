@@ -77,6 +77,8 @@ COLUMNS: tuple[Column, ...] = (
 """In the order of the file."""
 
 EVENTS: Mapping[str, str] = {
+    "batch of N did not fit": "A batch of N images did not fit at once with everything kept. It ran in parts, or with "
+    "layers recomputed. Noted again only for a larger batch.",
     "out-of-memory at N": "An allocation failed in a micro-batch of N images. The micro-batch ran again.",
     "retried N": "The failed micro-batch of N images ran again unchanged, and succeeded.",
     "shrunk A to B": "Micro-batches became smaller: from A to B images.",

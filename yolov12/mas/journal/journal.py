@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from yolov12.mas.journal import picture
 from yolov12.mas.journal.columns import COLUMNS
@@ -225,7 +225,7 @@ class Journal:
         """
         return self._summary(self._read(), updates_expected)
 
-    def close(self, *, updates_expected: int | None) -> Summary:
+    def close(self, *, updates_expected: int | None, is_exact: bool = False, bn_group: int | None = None) -> Summary:
         """Write memory.json, and memory.png if there was a step, then return the summary. Must be the last call.
 
         Rank 0 does this for all ranks. Every other rank must have closed or flushed its journal before, so that its
@@ -233,10 +233,12 @@ class Journal:
 
         Args:
             updates_expected: Updates that the run should make since the last resume; None if unknown.
+            is_exact: True if the gradient of a batch does not depend on how it is split into BatchNorm groups.
+            bn_group: Number of images that BatchNorm normalises together; None if unknown.
         """
         with self._file or contextlib.nullcontext():
             journals = self._read()
-        summary = self._summary(journals, updates_expected)
+        summary = self._summary(journals, updates_expected, is_exact=is_exact, bn_group=bn_group)
         if self._rank:
             return summary
         # The file is replaced in one operation: a resume reads it, and a kill may come while it is being written.
@@ -248,11 +250,13 @@ class Journal:
                 picture.save(journals.pop(0), self._picture, journals)
         return summary
 
-    def _summary(self, journals: Mapping[int, Sequence[Mapping[str, str]]], updates_expected: int | None) -> Summary:
+    def _summary(
+        self, journals: Mapping[int, Sequence[Mapping[str, str]]], updates_expected: int | None, **exactness: Any
+    ) -> Summary:
         lost = int(self._before.get("images_lost") or 0) + self._lost
         busy_percent = self._utilisation_percent(len(journals[self._rank]))
         missing = 0 if self._rank else len(set(range(self._ranks)) - set(journals))
-        return summarise(journals, updates_expected, self._first_step, lost, busy_percent, missing)
+        return summarise(journals, updates_expected, self._first_step, lost, busy_percent, missing, **exactness)
 
     def _read(self) -> dict[int, list[dict[str, str]]]:
         self.flush()

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, median, median_low, multimode
 
+from yolov12.mas.journal.explanation import explain
+
 __all__ = ["RESUMED", "Summary", "summarise"]
 
 RESUMED = "resumed"
@@ -81,6 +83,8 @@ class Summary:
     """Number of ranks whose journals are not in rank 0's folder. They are not part of any figure."""
     ranks: tuple[Summary, ...] = ()
     """Summary of each rank, rank 0 first; empty if there is only one rank."""
+    explanation: str = ""
+    """What happened to a batch that did not fit, in one line; empty if every batch fitted, and in `ranks`."""
 
     def as_text(self) -> str:
         """Return the lines to log at the end of a run."""
@@ -108,7 +112,7 @@ class Summary:
             + (f"; {self.power_mean_w:,.0f} W" if self.power_mean_w is not None else "")
             + (f"; at most {self.temperature_max_c:.0f} °C" if self.temperature_max_c is not None else "")
         )
-        return "\n  ".join((text, *self._rank_lines()))
+        return "\n  ".join((text, *self._rank_lines())) + (f"\n{self.explanation}" if self.explanation else "")
 
     def _rank_lines(self) -> list[str]:
         told = list(self.ranks)
@@ -151,6 +155,9 @@ def summarise(
     images_lost: int,
     busy_percent: float | None,
     ranks_missing: int = 0,
+    *,
+    is_exact: bool = False,
+    bn_group: int | None = None,
 ) -> Summary:
     """Summarise the rows of memory.csv, and of the files of the other ranks.
 
@@ -161,6 +168,8 @@ def summarise(
         images_lost: Images that entered a step but did not reach an update.
         busy_percent: Mean GPU utilisation; None if unknown.
         ranks_missing: Number of ranks whose journals are missing.
+        is_exact: True if the gradient of a batch does not depend on how it is split into BatchNorm groups.
+        bn_group: Number of images that BatchNorm normalises together.
     """
     first = next(iter(journals.values()))
     kept = [_step(row) for row in _valid_rows(first)]
@@ -178,6 +187,7 @@ def summarise(
         gpu_utilisation_percent=busy_percent,
         ranks_missing=ranks_missing,
         ranks=ranks,
+        explanation=explain(journals, is_exact=is_exact, bn_group=bn_group),
     )
 
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov12.errors import ConfigError
+from yolov12.mas.batchnorm.ungrouped import is_plain
 from yolov12.mas.task import Loss, Workload
 from yolov12.models.assigner import in_slices
 from yolov12.training.adapter.batch_values import Belongs, Nest, Values, entries, is_nest
@@ -20,7 +22,8 @@ from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
 from yolov12.training.adapter.users_code import module_of
 
-__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "knows_call", "knows_loss", "note_on_split"]
+__all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "is_exact", "knows_call", "knows_loss"]
+__all__ += ["note_on_split"]
 
 BOXES = "yolov12_boxes"
 """Key of a part: list of the number of boxes in each image, on the host."""
@@ -92,6 +95,19 @@ def note_on_split(model: nn.Module, *, exact: bool) -> str:
             "exact=False once, and its parts are weighted by images"
         )
     return "memory: parts of a batch are weighted by images, as this loss is not divided by one sum"
+
+
+def is_exact(model: nn.Module, exact: bool) -> bool:
+    """Return whether the gradient of a batch does not depend on how it is split into BatchNorm groups.
+
+    Args:
+        model: Model that was trained.
+        exact: Argument of the training.
+    """
+    if not (knows_call(model) and knows_loss(model)):
+        return False
+    criterion, norms = criterion_of(model), [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    return (has_one_normaliser(criterion) or (exact and has_terms(criterion))) and all(map(is_plain, norms))
 
 
 class DetectionTask:

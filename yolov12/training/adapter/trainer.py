@@ -25,6 +25,7 @@ from yolov12.training.adapter.detection import (
     DetectionTask,
     criterion_of,
     drawing_from,
+    is_exact,
     knows_call,
     knows_loss,
     note_on_split,
@@ -210,8 +211,7 @@ class TrainerAdapter:
             show_whole(batch, trainer.device, self._engine.meter.release, self._notices)
         host = batch.shown() if batch.is_seen else batch.host  # code that read the batch may have changed it
         if not self._can_split(model, host):
-            found: tuple[Tensor, dict[str, Tensor]] = model(batch.shown())
-            return found
+            return model(batch.shown())  # type: ignore[no-any-return]
         self._task.is_preprocessed = batch.is_seen
         if not batch.is_seen:
             self._seed(share)
@@ -270,10 +270,8 @@ class TrainerAdapter:
             reason = "the batch does not tell which image its objects belong to"
         if reason and self._ranks.size > 1:
             raise ConfigError(f"{reason}, so several processes cannot share it: train in one, or with mas=False")
-        if reason:
-            self._notices.hold(f"memory: {reason}: batches run as Ultralytics runs them")
-        else:
-            self._notices.hold(note_on_split(model, exact=self._engine.config.exact))
+        line = f"memory: {reason}: batches run as Ultralytics runs them" if reason else ""
+        self._notices.hold(line or note_on_split(model, exact=self._engine.config.exact))
         return not reason
 
     def _warmup(self, batches: int) -> int:
@@ -345,6 +343,7 @@ class TrainerAdapter:
     def _finish(self) -> None:
         from ultralytics.utils import LOGGER
 
-        summary = self._engine.close(updates_expected=self._updates_asked)
+        exact = self._knows_preprocess and is_exact(self._model, self._engine.config.exact)
+        summary = self._engine.close(self._updates_asked, is_exact=exact)
         if summary is not None and not self._ranks.rank:
             LOGGER.info(summary.as_text() + over_limit(self._trainer.validator))
