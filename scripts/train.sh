@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a model. Without arguments, trains YOLOv12-N on the embedded data set, about a minute on two CPU cores.
+# Trains a model. Without arguments, teaches the weights of this package two new classes, two to three minutes on two CPU
+# cores, with a batch that does not fit into the memory that it may use.
 # Arguments are key=value, as in scripts/train.sh device=0.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -78,7 +78,7 @@ def test_errors_of_ultralytics_are_shown_without_colour_codes(capsys, monkeypatc
     [
         ["weights/best.pt", "results.csv", "results.png", "val_batch0_pred.jpg", "confusion_matrix.png", "labels.jpg"],
         ["weights/best.pt", "results.csv"],
-        ["weights/best.pt", "results.csv", "memory.png"],
+        ["weights/best.pt", "results.csv", "memory.png", "classes.csv", "classes.png"],
         [],
     ],
 )
@@ -95,9 +95,39 @@ def test_the_end_of_a_training_names_only_files_that_exist(capsys, monkeypatch, 
     out = capsys.readouterr().out
     named = set(re.findall(r"[\w/.]+\.(?:pt|csv|png|jpg)", out.replace(str(tmp_path) + "/", "")))
     assert named <= set(files)
-    assert named >= {"weights/best.pt", "results.csv"} & set(files)
+    assert named >= {"weights/best.pt", "results.csv", "classes.csv"} & set(files)
     assert str(tmp_path) in out
     assert ("and others" in out) is (len(files) > 5)
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "expected"),
+    [
+        ({"device": "cpu"}, "yolov12n-demo.pt", {"data": "demo", "batch": 64, "mem_limit": "2GiB"}),
+        ({"batch": 8, "mem_limit": "3GiB", "device": "cpu"}, "yolov12n-demo.pt", {"batch": 8, "mem_limit": "3GiB"}),
+        ({"data": "mine.yaml"}, "yolov12n.yaml", {"data": "mine.yaml"}),
+        ({"resume": "auto"}, "yolov12n-demo.pt", {"resume": "auto"}),
+    ],
+)
+def test_a_training_without_data_is_the_first_run_unless_it_goes_on_with_a_run(
+    given, model, expected, monkeypatch, tmp_path
+):
+    """What the user gives comes first, and a run that is resumed keeps its own batch."""
+    seen = {}
+    trainer = SimpleNamespace(save_dir=tmp_path, best=tmp_path / "best.pt", csv=tmp_path / "results.csv")
+
+    def make(options, default):
+        seen["model"] = default
+        return SimpleNamespace(
+            trainer=trainer, ckpt={"model": 1}, task="detect", train=lambda **options: seen.update(options)
+        )
+
+    monkeypatch.setattr(cli, "_model", make)
+    monkeypatch.setattr("yolov12.training.run.resume.latest_interrupted", lambda arguments, task: tmp_path / "last.pt")
+    cli._train(dict(given))
+    assert seen["model"] == model
+    assert {key: seen[key] for key in expected} == expected
+    assert ("epochs" in seen) == ("data" not in given and "resume" not in given)
 
 
 def test_help_for_a_command(capsys):

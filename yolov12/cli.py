@@ -1,8 +1,8 @@
 """`yolov12 train|val|predict|export|plan|watch|monitor|check key=value ...`: the grammar of Ultralytics' `yolo`.
 
-Missing arguments have defaults. `train` without `data=` trains YOLOv12-N on the embedded data set. `val`, `predict` and
-`export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help` lists the arguments of a
-command; `check` also has `--json`.
+Missing arguments have defaults. `train` without arguments teaches the weights that come with this package two new
+classes. `val`, `predict` and `export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help`
+lists the arguments of a command; `check` also has `--json`.
 
 Exit status: 0 on success, 1 after a failure, 2 if an argument, the data set or the weights cannot be used. Every error
 is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the traceback instead.
@@ -62,19 +62,6 @@ ENVIRONMENT: Mapping[str, str] = {
     "YOLOV12_IMAGE_DIGEST": "Digest of the image, for the report of `yolov12 check`: an image does not know its own.",
 }
 """Environment variable → its effect."""
-
-# Takes less than a minute on two CPU cores, and the model learns: many small steps, mosaic in the first epoch only.
-DEMO_TRAINING: dict[str, Any] = {
-    "data": "demo",
-    "epochs": 5,
-    "imgsz": 256,
-    "batch": 4,
-    "nbs": 4,
-    "optimizer": "AdamW",
-    "lr0": 0.003,
-    "warmup_epochs": 0.5,
-    "close_mosaic": 4,
-}
 
 OWN_ARGUMENTS = ("check", "monitor", "plan", "watch")
 """Commands whose arguments are not those of Ultralytics. Each is a package with `main`."""
@@ -238,20 +225,27 @@ def _from_file(file: str) -> dict[str, Any]:
 def _train(options: dict[str, Any]) -> None:
     from ultralytics.utils import RANK
 
+    from yolov12.demo import first_run
+    from yolov12.training.run import outcome
+
     resume = options.get("resume")
     if resume and str(resume).lower() != "auto":
         if resume is True:
             options["resume"] = options.get("model") or _last_trained("last.pt")
         options["model"] = options["resume"]
-    model = _model(options, default="yolov12n.yaml")
-    if not options.get("data") and not _resumes(options, model.task):
-        options = {**DEMO_TRAINING, **options}
+    has_data = bool(options.get("data"))
+    model = _model(options, default="yolov12n.yaml" if has_data else first_run.MODEL)
+    is_first_run = not has_data and not _resumes(options, model.task)
+    if is_first_run:
+        options = {**first_run.arguments(model, options.get("device")), **options}
     with _refusals(lambda: hasattr(model.trainer, "train_time_start")):  # Ultralytics sets it before the first step
         model.train(**options)
     trainer = model.trainer
     if RANK > 0:
         return
-    print("\n" + _results(Path(trainer.save_dir), Path(trainer.best), Path(trainer.csv)))
+    best = Path(trainer.best)
+    steps = first_run.next_steps(best) if is_first_run else ()
+    print("\n" + outcome.describe(Path(trainer.save_dir), best, Path(trainer.csv), steps))
 
 
 def _resumes(options: dict[str, Any], task: str) -> bool:
@@ -260,30 +254,6 @@ def _resumes(options: dict[str, Any], task: str) -> bool:
 
     resume = options.get("resume")
     return bool(resume) if str(resume).lower() != "auto" else latest_interrupted(options, task) is not None
-
-
-def _results(folder: Path, best: Path, csv: Path) -> str:
-    """Return the text at the end of a training. It names only files that exist: `plots` and `save` may be off."""
-    lines = [f"Trained. Everything is in {folder}"]
-    if best.exists():
-        lines.append(f"  weights   {best}")
-    curves = folder / "results.png"
-    if curves.exists():
-        lines.append(f"  curves    {curves} (numbers: {csv})")
-    elif csv.exists():
-        lines.append(f"  numbers   {csv}")
-    pictures = sorted({*folder.glob("*.png"), *folder.glob("*.jpg")} - {curves}, key=_rank_of_picture)
-    if pictures:
-        names = ", ".join([str(pictures[0]), *(picture.name for picture in pictures[1:2])])
-        lines.append(f"  pictures  {names}{' and others' if len(pictures) > 2 else ''}")
-    if best.exists():
-        lines.append(f"Next: yolov12 val model={best}")
-    return "\n".join(lines)
-
-
-def _rank_of_picture(picture: Path) -> tuple[int, str]:
-    first = ("val_batch0_pred.jpg", "confusion_matrix.png")
-    return (first.index(picture.name) if picture.name in first else len(first)), picture.name
 
 
 def _val(options: dict[str, Any]) -> None:
