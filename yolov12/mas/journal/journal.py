@@ -193,7 +193,7 @@ class Journal:
             self._mark = ""
         self._file = self._file or self._open()
         values = dict(zip((column.name for column in COLUMNS), row.as_csv(), strict=True))
-        names = (_OLD_COLUMNS.get(name, name) for name in self._names)
+        names = (OLD_COLUMNS.get(name, name) for name in self._names)
         csv.writer(self._file, lineterminator="\n").writerow(values[name] for name in names)
         self._next_step = row.step + 1
         if time.monotonic() - self._flushed_s >= _FLUSH_S:
