@@ -103,7 +103,7 @@ def test_the_end_of_a_training_names_only_files_that_exist(capsys, monkeypatch, 
 @pytest.mark.parametrize(
     ("given", "model", "expected"),
     [
-        ({"device": "cpu"}, "yolov12n-demo.pt", {"data": "demo", "batch": 64, "mem_limit": "2GiB"}),
+        ({"device": "cpu"}, "yolov12n-demo.pt", {"data": "demo", "batch": 64, "mem_limit": "1.8GiB"}),
         ({"batch": 8, "mem_limit": "3GiB", "device": "cpu"}, "yolov12n-demo.pt", {"batch": 8, "mem_limit": "3GiB"}),
         ({"data": "mine.yaml"}, "yolov12n.yaml", {"data": "mine.yaml"}),
         ({"resume": "auto"}, "yolov12n-demo.pt", {"resume": "auto"}),

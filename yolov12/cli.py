@@ -234,7 +234,8 @@ def _train(options: dict[str, Any]) -> None:
             options["resume"] = options.get("model") or _last_trained("last.pt")
         options["model"] = options["resume"]
     has_data = bool(options.get("data"))
-    model = _model(options, default="yolov12n.yaml" if has_data else first_run.MODEL)
+    is_detection = options.get("task") in (None, "detect")  # a weight file would hide another task
+    model = _model(options, default=first_run.MODEL if is_detection and not has_data else "yolov12n.yaml")
     is_first_run = not has_data and not _resumes(options, model.task)
     if is_first_run:
         options = {**first_run.arguments(model, options.get("device")), **options}

@@ -1,7 +1,8 @@
 """A watch that is killed again and again: `python lives.py FOLDER SEED KILLS`. It forks, so libraries load once.
 
 Each life is the real watch with a fake training and a fake comparison. It is killed (SIGKILL) before a random line of
-the package's code, so that any two steps are torn apart. Images arrive between the lives, and at random lines in them.
+the package's code, so that any two steps are torn apart; in each fourth life, that is a line of a certain phase. Images
+arrive between the lives, and at random lines in them.
 `python lives.py FOLDER SEED KILLS copy` lets no file be renamed from the inbox, as between two file systems. After each
 kill, a line of JSON on stdout says what is in the folder.
 """
@@ -26,6 +27,7 @@ from yolov12 import files, watch
 from yolov12.watch import arguments, moves
 from yolov12.watch.loop import Line, Watch
 
+PHASES = ("idle", "preparing", "training", "judging", "promoting", "reporting")
 OURS = (str(Path(watch.__file__).parent), files.__file__)
 NAMES = ["missing", "bridge", "crack"]
 
@@ -80,8 +82,8 @@ class Work:
         pass
 
 
-def live(folder: Path, draw: random.Random, kill_at: float, numbers) -> int:
-    """Watch, until the line `kill_at` or the end of all work."""
+def live(folder: Path, draw: random.Random, kill_at: float, numbers, phase: str) -> int:
+    """Watch, until the line `kill_at`, counted in one phase or in all, or until the end of all work."""
     left, at_start = kill_at, draw.random() < 0.15
     arrive_at = sorted(draw.uniform(0, min(kill_at, 4000)) for _ in range(draw.choice([0, 0, 1, 2])))
 
@@ -89,6 +91,8 @@ def live(folder: Path, draw: random.Random, kill_at: float, numbers) -> int:
         nonlocal left
         if not frame.f_code.co_filename.startswith(OURS):
             return None
+        if phase and (loop is None or loop.state.phase.value != phase):
+            return trace
         if event == "line":
             left -= 1
             if left <= 0:
@@ -103,7 +107,7 @@ def live(folder: Path, draw: random.Random, kill_at: float, numbers) -> int:
     words = [f"data={folder / 'line.yaml'}", f"inbox={folder / 'inbox'}", f"model={folder / 'best.pt'}", "once"]
     request = arguments.parse([*words, f"work={folder / 'work'}", "min_images=2", "settle=0", "poll=0"])
     request.work.mkdir(exist_ok=True)
-    is_killed = kill_at < float("inf")
+    is_killed, loop = kill_at < float("inf"), None
     with redirect_stdout(io.StringIO()):
         assert files.lock(request.work)
         if is_killed and at_start:
@@ -154,12 +158,13 @@ def main(folder: Path, seed: int, kills: int, mode: str = "") -> None:
         for _ in range(draw.choice([0, 0, 1]) if life < kills else 0):
             deliver(folder / "inbox", delivered)
             delivered += 1
-        kill_at = 10 ** draw.uniform(0.5, 3.9) if life < kills else float("inf")
+        phase = PHASES[life // 4 % len(PHASES)] if life % 4 == 3 else ""
+        kill_at = 10 ** draw.uniform(0.5, 1.8 if phase else 3.9) if life < kills else float("inf")
         pid = os.fork()
         if not pid:
             status = 99
             try:
-                status = live(folder, random.Random(f"{seed} {life}"), kill_at, itertools.count(delivered))
+                status = live(folder, random.Random(f"{seed} {life}"), kill_at, itertools.count(delivered), phase)
             finally:
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

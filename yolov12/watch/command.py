@@ -15,6 +15,7 @@ from yolov12 import files
 from yolov12.errors import FolderInUseError
 from yolov12.printable import printable
 from yolov12.training.classes.names import listed, match
+from yolov12.watch import moves, states
 from yolov12.watch.arguments import Request, check_inbox, parse
 from yolov12.watch.children import Processes, command
 from yolov12.watch.loop import Line, Watch
@@ -41,11 +42,34 @@ def main(words: list[str]) -> int:
 
 
 def _check(request: Request) -> tuple[int, dict[str, Any] | None]:
-    """Check what needs PyTorch in a process of its own, so that this one stays small."""
+    """Check what needs PyTorch in a process of its own, so that this one stays small.
+
+    In the middle of an attempt, the result of the last check with the same arguments counts. A watch that was killed
+    then goes on at once.
+    """
     text = json.dumps({"model": str(request.model), "data": request.data, "training": request.training})
+    file = request.work / "checked.json"
+    if found := _checked_before(request.work, file, text):
+        return 0, found
     done = subprocess.run(command("check", text), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-    lines = done.stdout.splitlines()
-    return done.returncode, json.loads(lines[-1]) if done.returncode == 0 else None
+    if done.returncode:
+        return done.returncode, None
+    found = json.loads(done.stdout.splitlines()[-1])
+    request.work.mkdir(parents=True, exist_ok=True)
+    moves.save_text(file, json.dumps({"request": text, "found": found}) + "\n")
+    return 0, found
+
+
+def _checked_before(work: Path, file: Path, text: str) -> dict[str, Any] | None:
+    state = states.load(work / "state.json")
+    if state is None or state.phase is states.Phase.IDLE:
+        return None
+    try:
+        last = json.loads(file.read_text("utf-8"))
+        found: dict[str, Any] | None = last["found"] if last["request"] == text else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return found
 
 
 def _lock(folder: Path) -> files.FolderLock:

@@ -1,8 +1,9 @@
 """Comparison of a candidate with the serving model: the decision whether it is promoted.
 
 Classes that the serving model knows are measured on the validation images of the old data, which both models are judged
-by. Only the candidate knows the new classes, so they are measured on the validation images of the new data. Measuring
-and deciding are separate: the decision is a function of the table of classes alone.
+by. New classes, and classes that the old data does not show because they were new in an earlier attempt, are measured
+on the validation images of the new data. Measuring and deciding are separate: the decision is a function of the table
+of classes alone.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def compare(
         serving: Weights of the serving model.
         candidate: Weights of the candidate.
         old_data: Data set yaml whose validation images measure the classes that the serving model knows.
-        new_data: Data set yaml whose validation images measure the new classes. It may be the same.
+        new_data: Data set yaml whose validation images measure the classes that those of `old_data` do not show. It may
+            be the same.
         margin: Largest fall of AP50-95 of a known class that is allowed, such as 0.02.
         val_args: Arguments of Ultralytics' `val`, such as `imgsz`, `batch`, `device` and `mem_limit`.
 
@@ -94,17 +96,22 @@ def compare(
     models = {path: YOLO(str(path)) for path in (serving, candidate)}
     names = models[candidate].names
     counterparts = match(models[serving].names, names)
-    before = _measure(models[serving], old_data, val_args)
-    after = _measure(models[candidate], old_data, val_args)
+    before, after = (_measure(models[path], old_data, val_args) for path in (serving, candidate))
     new = [index for index, counterpart in enumerate(counterparts) if counterpart is None]
-    on_new = after if new_data == old_data or not new else _measure(models[candidate], new_data, val_args)
+    unseen = [index for index in models[serving].names if not before.objects.get(index)]
+    new_before, new_after = before, after
+    if new_data != old_data and (new or unseen):
+        new_after = _measure(models[candidate], new_data, val_args)
+        if unseen:
+            new_before = _measure(models[serving], new_data, val_args)
     rows = []
     for index, name in models[serving].names.items():
-        ap = before.aps.get(index)
-        now = after.aps.get(counterparts.index(index)) if index in counterparts else None
+        then, now = (new_before, new_after) if index in unseen else (before, after)
+        ap = then.aps.get(index)
+        found = now.aps.get(counterparts.index(index)) if index in counterparts else None
         # A class that the candidate does not know is one that it never finds.
-        rows.append(ClassChange(name, False, before.objects.get(index, 0), ap, now if ap is None else now or 0.0))
-    rows += [ClassChange(names[i], True, on_new.objects.get(i, 0), None, on_new.aps.get(i)) for i in new]
+        rows.append(ClassChange(name, False, then.objects.get(index, 0), ap, found if ap is None else found or 0.0))
+    rows += [ClassChange(names[i], True, new_after.objects.get(i, 0), None, new_after.aps.get(i)) for i in new]
     return decide(rows, margin)
 
 
