@@ -6,7 +6,7 @@ into equal micro-batches of whole groups, together with a checkpoint plan. Rewar
 
 - Safe exploration (SafeOpt: Sui, Gotovos, Burdick, Krause, Safe exploration for optimization with Gaussian processes,
   2015): only arms whose predicted peak plus margin stays inside the budget are considered. The set of these arms grows
-  with the observations, at most fourfold at once.
+  with the observations, at most fourfold at once, or further if there is at least twice the memory that is predicted.
 - Upper confidence bound (Auer, Cesa-Bianchi, Fischer, 2002): among the safe arms, the one with the least optimistic
   time is best.
 - Ski rental (Karlin, Manasse, Rudolph, Sleator, Competitive snoopy caching, 1988): a move has a price. For a new size,
@@ -46,7 +46,10 @@ ROOM_TO_GROW = 0.01
 MOVE_BATCHES = 0.1
 """Price of a move in batches: memory is released and allocated again. In simulation, prices from 0.05 to 0.25, and a
 `ROOM_TO_GROW` from 0 to 0.03, make a difference of 0.5 % (benchmarks/controller)."""
-_LARGEST_STEP = 4  # largest size as a multiple of the largest one observed: predictions beyond are guesses
+_LARGEST_STEP = 4  # largest size as a multiple of the largest one observed: predictions beyond are less certain
+_BEYOND = 2.0
+"""A size beyond the largest step is safe if this multiple of its prediction fits. With plenty of memory, a run then needs
+no size between the warm-up and the whole batch. Each size costs a search for kernels, which takes seconds on a GPU."""
 _EQUAL = 1.02  # times within this factor count as equal, as they scatter by more; the fewest micro-batches win
 
 
@@ -82,10 +85,11 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
     most = max(_LARGEST_STEP * cost.largest, one_group)
     arms: list[Arm] = []
     usual = None
-    for split in even_splits(state.groups, most=most):
+    for split in even_splits(state.groups):
         if usual is None and split.largest <= max(history.images, one_group):
             usual = split
-        arms += safe_arms(state, cost, speed, [split], state.budget_bytes)
+        is_far = split.largest > most
+        arms += safe_arms(state, cost, speed, [split], state.budget_bytes / (_BEYOND if is_far else 1.0))
         plain = [arm for arm in arms if arm.level == 0]
         if usual is not None and plain and (len(plain) > 1 or not plain[0].new_sizes):
             break  # smaller micro-batches take longer and recompute no less
