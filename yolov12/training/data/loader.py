@@ -30,6 +30,8 @@ from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
 from yolov12.training.data.arrangement import arranged
 from yolov12.training.data.random_state import random_state, set_random_state, without_trace
+from yolov12.training.data.recipes import Later
+from yolov12.training.data.rendering import Rendering, give_recipes
 from yolov12.training.data.sharing import SHARE, Sharing
 
 __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "resumable"]
@@ -105,6 +107,7 @@ class ResumableLoader:
         """Replace the loader's sampler, worker initialisation and collate function by those of this object."""
         self._loader.batch_sampler.sampler, self._loader.collate_fn = self._order, self._collate
         self._loader.worker_init_fn = self._first
+        give_recipes(self._loader.dataset)
         return self
 
     def __len__(self) -> int:
@@ -269,18 +272,18 @@ class _Order:
             self.drawn.append((state, skip))
         batches = itertools.islice(iter(self.batches), skip, None)
         if self._sharing is None:
-            yield from batches
+            yield from map(Later, batches)
             return
         epoch = zlib.crc32(state.numpy().tobytes())
         for position, indices in enumerate(batches, skip):
-            yield self._sharing.split(indices, f"{epoch} {position}")
+            yield Later(self._sharing.split(indices, f"{epoch} {position}"))
 
 
 class _Collate:
     """Collate function that adds the state of the worker to a batch, unless each image has a seed of its own."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool = True) -> None:
-        self.stock, self.arrange, self._add_state = collate, arrange, add_state
+        self.stock, self.arrange, self._add_state = Rendering(collate), arrange, add_state
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()

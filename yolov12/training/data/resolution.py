@@ -19,6 +19,7 @@ import cv2
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from yolov12.training.data.recipes import samples
 from yolov12.training.data.sharing import resolution_step_of
 
 __all__ = ["ResolutionControl", "ResolutionStep", "resolution_steps"]
@@ -204,12 +205,12 @@ class _Loading:
     def _load(self, indices: Sequence[int]) -> list[Any]:
         self._step, dataset = resolution_step_of(indices, self._shared.value), self._dataset
         if not self._step:
-            return [dataset[index] for index in indices]
+            return samples(dataset, indices)
         full = dataset.imgsz, dataset.transforms
         try:
             dataset.imgsz = self._steps[self._step].image_size
             dataset.transforms = self._transforms_of(self._step)
-            return [dataset[index] for index in indices]
+            return samples(dataset, indices)
         finally:
             dataset.imgsz, dataset.transforms = full
 

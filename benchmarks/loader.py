@@ -1,0 +1,237 @@
+"""Loading of training images on the CPU: Ultralytics' loader, and this package's, which returns the same bytes.
+
+    python benchmarks/loader.py --out benchmarks/results/loader.json          (about 4 minutes on two cores)
+    python benchmarks/loader.py --out part.json --small
+
+160 images of the sizes that photographs have in COCO, drawn as noise and saved as JPEG of 150 kB, are loaded at 640
+pixels with Ultralytics' default augmentation. Both loaders load one batch each in turn. `cpu_ms` is the CPU time of all
+processes for one image, `ratio` the median over the pairs of batches. With workers, whole rounds take turns.
+
+`stages` has the CPU time for one image that is spent in each function, without the functions that it calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from drawings import photographs
+
+BATCH = 16
+CASES: dict[str, dict[str, Any]] = {
+    "files": {},
+    "ram": {"cache": "ram"},
+    "files, mixup": {"mixup": 0.15},
+    "files, no mosaic": {"mosaic": 0.0},
+}
+_OURS = "yolov12.training.data.pixels.Renderer"
+STAGES = {
+    "read": ("numpy.fromfile",),
+    "decode": ("cv2.imdecode",),
+    "resize": ("cv2.resize",),
+    "canvas": ("numpy.full", "ultralytics.data.augment.Mosaic.apply_image", f"{_OURS}._canvas"),
+    "warp": ("cv2.warpAffine",),
+    "colours": ("cv2.cvtColor", "cv2.LUT", "cv2.convertScaleAbs", "cv2.merge", f"{_OURS}._change_colors"),
+    "channels, flips": ("numpy.ascontiguousarray", "cv2.split", "cv2.flip"),
+    "batch": ("torch.stack", "yolov12.training.data.rendering._empty"),
+}
+
+
+def loader(data: dict[str, Any], ours: bool, workers: int, **arguments: Any) -> Any:
+    """Return a training loader.
+
+    Args:
+        data: Data set as Ultralytics has read it.
+        ours: True for this package's loader.
+        workers: Number of worker processes.
+        arguments: Arguments of the training.
+    """
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.build import build_dataloader, build_yolo_dataset
+    from ultralytics.utils.torch_utils import init_seeds
+
+    from yolov12.training.data.loader import ResumableLoader
+
+    init_seeds(0)
+    cfg = get_cfg(overrides={"mode": "train", **arguments})
+    stock = build_dataloader(build_yolo_dataset(cfg, data["train"], BATCH, data), BATCH, workers, device="cpu")
+    return ResumableLoader(stock, cfg.imgsz).take_over() if ours else stock
+
+
+def endless(loader: Any) -> Iterator[Any]:
+    """Yield the batches of all epochs."""
+    while True:
+        yield from loader
+
+
+def in_turn(data: dict[str, Any], batches: int, **arguments: Any) -> dict[str, Any]:
+    """Load batches in this process, one of each loader in turn.
+
+    Args:
+        data: Data set as Ultralytics has read it.
+        batches: Number of batches that are measured.
+        arguments: Arguments of the training.
+    """
+    loaders = [endless(loader(data, ours, 0, **arguments)) for ours in (False, True)]
+    cpu_ms: list[list[float]] = [[], []]
+    for number in range(batches + 1):
+        for side, each in enumerate(loaders):
+            begin = time.process_time()
+            images = len(next(each)["img"])
+            if number:  # the first batch fills buffers
+                cpu_ms[side].append(1000 * (time.process_time() - begin) / images)
+    ratios = [stock / ours for stock, ours in zip(*cpu_ms, strict=True)]
+    stock_ms, ours_ms = map(statistics.median, cpu_ms)
+    return {"stock_cpu_ms": stock_ms, "ours_cpu_ms": ours_ms, "ratio": statistics.median(ratios)}
+
+
+def with_workers(data: dict[str, Any], workers: int, rounds: int, batches: int, **arguments: Any) -> dict[str, Any]:
+    """Load batches in worker processes, in rounds of both loaders in turn.
+
+    Args:
+        data: Data set as Ultralytics has read it.
+        workers: Number of worker processes.
+        rounds: Number of rounds of each loader.
+        batches: Number of batches that are measured in a round.
+        arguments: Arguments of the training.
+    """
+    import psutil
+
+    cpu_ms: list[list[float]] = [[], []]
+    images_per_s: list[list[float]] = [[], []]
+    for _, ours in itertools.product(range(rounds), (False, True)):
+        made = loader(data, ours, workers, **arguments)
+        each = endless(made)
+        for _ in range(2 * workers):
+            next(each)
+        processes = [psutil.Process(), *(psutil.Process(worker.pid) for worker in made.iterator._workers)]
+
+        def cpu_s(processes: list[Any] = processes) -> float:
+            return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+        images, cpu, begin = 0, cpu_s(), time.perf_counter()
+        for batch in itertools.islice(each, batches):
+            images += len(batch["img"])
+        images_per_s[ours].append(images / (time.perf_counter() - begin))
+        cpu_ms[ours].append(1000 * (cpu_s() - cpu) / images)
+        made.close()
+    (stock_ms, ours_ms), (stock, ours_speed) = map(statistics.median, cpu_ms), map(statistics.median, images_per_s)
+    return {
+        "workers": workers,
+        "stock_cpu_ms": stock_ms,
+        "ours_cpu_ms": ours_ms,
+        "ratio": stock_ms / ours_ms,
+        "stock_images_per_s": stock,
+        "ours_images_per_s": ours_speed,
+    }
+
+
+@contextlib.contextmanager
+def timed(ours: bool) -> Iterator[Counter[str]]:
+    """Add up the CPU time in each stage, in seconds, while the context lasts.
+
+    Args:
+        ours: True to leave Ultralytics' functions alone, as changed ones would not be known to this package.
+    """
+    spent: Counter[str] = Counter()
+    inner = [0.0]
+
+    def around(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inner.append(0.0)
+            begin = time.process_time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.process_time() - begin
+                spent[stage] += took - inner.pop()
+                inner[-1] += took
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for stage, places in STAGES.items():
+            for place in places:
+                if ours and place.startswith("ultralytics."):
+                    continue
+                patch = mock.patch(place)
+                original, _ = patch.get_original()
+                stack.enter_context(mock.patch(place, around(stage, original)))
+        yield spent
+
+
+def stages(data: dict[str, Any], batches: int, **arguments: Any) -> dict[str, dict[str, float]]:
+    """Return the CPU milliseconds for one image of each stage, of Ultralytics' loader and of ours.
+
+    Args:
+        data: Data set as Ultralytics has read it.
+        batches: Number of batches that are measured.
+        arguments: Arguments of the training.
+    """
+    found = {}
+    for name, ours in (("stock", False), ("ours", True)):
+        made = endless(loader(data, ours, 0, **arguments))
+        next(made)
+        with timed(ours) as spent:
+            begin = time.process_time()
+            images = sum(len(batch["img"]) for batch in itertools.islice(made, batches))
+            whole = time.process_time() - begin
+        spent["labels and the rest"] = whole - spent.total()
+        found[name] = {stage: 1000 * took / images for stage, took in spent.items()}
+    return found
+
+
+def main() -> None:
+    """Measure all cases and write them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--small", action="store_true")
+    options = parser.parse_args()
+    import cv2
+    import torch
+    import ultralytics
+    from ultralytics.data.utils import check_det_dataset
+
+    from yolov12 import autopatch
+
+    autopatch.apply()
+    torch.set_num_threads(1)  # as in a worker
+    images, imgsz, batches, rounds = (32, 64, 2, 1) if options.small else (160, 640, 40, 3)
+    data = check_det_dataset(photographs(images, imgsz))
+    result: dict[str, Any] = {
+        "command": "python benchmarks/loader.py --out loader.json",
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": os.cpu_count(),
+        "opencv": cv2.__version__,
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "imgsz": imgsz,
+        "batch": BATCH,
+    }
+    for name, arguments in CASES.items():
+        result[name] = in_turn(data, batches, imgsz=imgsz, **arguments)
+        print(name, json.dumps(result[name]), flush=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name in ("files", "ram"):
+        case = with_workers(data, 2, rounds, batches, imgsz=imgsz, **CASES[name])
+        result[f"{name}, 2 workers"] = case
+        print(name, json.dumps(case), flush=True)
+        result[f"{name}, stages"] = stages(data, batches, imgsz=imgsz, **CASES[name])
+        print(name, json.dumps(result[f"{name}, stages"]), flush=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

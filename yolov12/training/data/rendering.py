@@ -1,0 +1,90 @@
+"""Batches of rendered images.
+
+Samples of a known data set have recipes instead of images (see `recipes`). When a batch is collated, each image is
+rendered into its place. In a worker, this place is in shared memory, so that the batch goes to the training without
+another copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from yolov12.training.adapter.users_code import is_ultralytics
+from yolov12.training.data.pixels import Recipe, Renderer
+from yolov12.training.data.recipes import samples
+
+__all__ = ["Rendering", "give_recipes"]
+
+
+def give_recipes(dataset: Any) -> None:
+    """Let a data set give recipes for the batches that ask for them, if it is Ultralytics' and loads one by one.
+
+    Args:
+        dataset: Data set of a training loader.
+    """
+    from ultralytics.data.dataset import YOLODataset
+
+    if isinstance(dataset, YOLODataset) and not hasattr(dataset, "__getitems__"):
+        dataset.__getitems__ = _Samples(dataset)
+
+
+class _Samples:
+    """Method with which PyTorch loads the samples of a batch."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __call__(self, indices: Sequence[int]) -> list[Any]:
+        return samples(self._dataset, indices)
+
+
+class Rendering:
+    """Collate function that renders images before, or instead of, stacking them.
+
+    Args:
+        collate: Collate function of the loader, which gets whole samples if it is the user's own.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self._collate, self._is_known = collate, is_ultralytics(collate)
+        self._renderer = Renderer()
+
+    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+        """Collate samples, whose images may be recipes."""
+        if not any(isinstance(sample, dict) and isinstance(sample.get("img"), Recipe) for sample in samples):
+            return self._collate(samples)
+        if not self._is_known or len({tuple(sample["img"].shape) for sample in samples}) > 1:
+            return self._collate([self._whole(sample) for sample in samples])
+        images = _empty((len(samples), *samples[0]["img"].shape))
+        for sample, image in zip(samples, images, strict=True):
+            self._fill(image, sample["img"])
+        # An empty image keeps the place of the key among the keys of the batch.
+        batch = self._collate([{**sample, "img": images[0, :0, :0, :0]} for sample in samples])
+        batch["img"] = images
+        return batch
+
+    def _whole(self, sample: Any) -> Any:
+        if not isinstance(sample["img"], Recipe):
+            return sample
+        image = torch.empty(sample["img"].shape, dtype=torch.uint8)
+        self._fill(image, sample["img"])
+        return {**sample, "img": image}
+
+    def _fill(self, place: Tensor, image: Tensor | Recipe) -> None:
+        if isinstance(image, Recipe):
+            self._renderer.render(image, place.numpy())
+        else:
+            place.copy_(image)
+
+
+def _empty(shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor for the images of a batch, in a worker in shared memory."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(torch.Size(shape).numel(), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
