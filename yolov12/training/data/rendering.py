@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
@@ -85,6 +86,6 @@ class Rendering:
 def _empty(shape: tuple[int, ...]) -> Tensor:
     """Return a tensor for the images of a batch, in a worker in shared memory."""
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.from_numpy(np.empty(shape, np.uint8))  # NumPy asks for huge pages, so that there are few faults
     storage = torch.UntypedStorage._new_shared(torch.Size(shape).numel(), device="cpu")
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
