@@ -1,9 +1,9 @@
 """Loading of training images on the CPU: Ultralytics' loader, and this package's, which returns the same bytes.
 
-    python benchmarks/loader.py --out benchmarks/results/loader.json          (about 4 minutes on two cores)
+    python benchmarks/loader.py --out benchmarks/results/loader.json          (about 3 minutes on two cores)
     python benchmarks/loader.py --out part.json --small
 
-160 images of the sizes that photographs have in COCO, drawn as noise and saved as JPEG of 150 kB, are loaded at 640
+640 images of the sizes that photographs have in COCO, drawn as noise and saved as JPEG of 150 kB, are loaded at 640
 pixels with Ultralytics' default augmentation. Both loaders load one batch each in turn. `cpu_ms` is the CPU time of all
 processes for one image, `ratio` the median over the pairs of batches. With workers, whole rounds take turns.
 
@@ -208,7 +208,7 @@ def main() -> None:
 
     autopatch.apply()
     torch.set_num_threads(1)  # as in a worker
-    images, imgsz, batches, rounds = (32, 64, 2, 1) if options.small else (160, 640, 40, 3)
+    images, imgsz, batches, rounds = (32, 64, 2, 1) if options.small else (640, 640, 20, 2)
     data = check_det_dataset(photographs(images, imgsz))
     result: dict[str, Any] = {
         "command": "python benchmarks/loader.py --out loader.json",
