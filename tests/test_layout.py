@@ -13,7 +13,7 @@ PACKAGE = Path(yolov12.__file__).parent
 FILES = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
 
 # Room of the engine → rooms it may import. `files` are the modules beside the rooms that everything stands on.
-GROUND = {"config", "task", "oom", "modules", "memory"}
+GROUND = {"config", "task", "oom", "modules", "memory", "triton_launch"}
 ROOMS = {
     "memory": {"config"},
     "batchnorm": GROUND,
@@ -28,6 +28,7 @@ ROOMS = {
     "task": set(),
     "oom": set(),
     "modules": set(),
+    "triton_launch": set(),
 }
 PURE = (
     "scheduling/scheduler",
@@ -93,8 +94,7 @@ def test_decisions_import_no_torch(name):
 
 def test_no_file_is_longer_than_a_concept():
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in FILES}
-    most = {path: 450 if path.name == "kernels.py" else 350 for path in FILES}
-    assert not {str(path.relative_to(PACKAGE)): lengths[path] for path in FILES if lengths[path] > most[path]}
+    assert not {str(path.relative_to(PACKAGE)): lengths[path] for path in FILES if lengths[path] > 350}
     assert lengths[PACKAGE / "seams.py"] <= 200
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.profiling.trace import rounded
 
 __all__ = ["HALF", "CudaRules", "FusedBatchNorm", "cuda_rules"]
@@ -80,6 +81,8 @@ class CudaRules(TorchFunctionMode):
         if name.startswith("__"):  # an operator such as `__matmul__`; the in-place `pow_` keeps its name
             name = name.strip("_")
         dtype = self._rules.get(name)
+        if name == "interpolate" and kwargs.get("mode", "nearest") == "nearest":
+            dtype = None  # see `mas.step.upsampling`
         if name in self._to_widest and _has_float(args):
             dtype = torch.float32
         if dtype is not None:
@@ -199,7 +202,8 @@ class _FusedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, bias, statistics = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
+        if row_stride(grad) is None:
+            grad = grad.contiguous(memory_format=torch.channels_last)
         sums = torch.empty_like(statistics)
         gradients = tuple(torch.empty_like(each) for each in (x, weight, bias))
         del sums

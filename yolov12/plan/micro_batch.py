@@ -24,7 +24,7 @@ from yolov12.mas.profiling.recorder import Recorder
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
-from yolov12.plan.cuda_rules import FusedBatchNorm, cuda_rules
+from yolov12.plan.cuda_rules import HALF, FusedBatchNorm, cuda_rules
 from yolov12.plan.fake_model import FakeModel
 from yolov12.plan.loss_bytes import LinearBytes, line_through, loss_bytes
 from yolov12.plan.roofline import LayerTimes, Roofline
@@ -157,7 +157,7 @@ class MicroBatchTracer:
         self._norms.begin()
         with cuda_rules(self._amp) as rules, self._norms.within((images,), 0):
             ahead = _pixels(images, self._imgsz)  # the engine prefetches the next micro-batch
-            image = _pixels(images, self._imgsz).float() / 255  # replaces the uint8 pixels in the batch
+            image = _image(images, self._imgsz, amp=self._amp)
             with around:
                 loss = _forward(model, image, self._loss_bytes(images))
             measured = measure()
@@ -184,6 +184,12 @@ class _HighestPeak(ByteTrace):
 
 def _pixels(images: int, imgsz: int) -> Tensor:
     return torch.empty(images, 3, imgsz, imgsz, dtype=torch.uint8)
+
+
+def _image(images: int, imgsz: int, *, amp: bool) -> Tensor:
+    """Make the input of the model as `training.adapter.images` does, which replaces the pixels in the batch."""
+    pixels = _pixels(images, imgsz)
+    return pixels.to(HALF, memory_format=torch.channels_last) if amp else pixels.float() / 255
 
 
 def _forward(model: nn.Module, image: Tensor, loss_peak_bytes: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from yolov12.mas.batchnorm import kernels as batchnorm_kernels
+from yolov12.mas.batchnorm import fused as batchnorm_kernels
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.scheduling.groups import split_groups
 

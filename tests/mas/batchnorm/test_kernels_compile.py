@@ -1,4 +1,4 @@
-"""The BatchNorm kernels compile for older and newer cards that are not in this machine, with the installed Triton."""
+"""The kernels compile for older and newer cards that are not in this machine, with the installed Triton."""
 
 import json
 import os
@@ -21,15 +21,19 @@ import json, sys
 import triton
 from triton.compiler import ASTSource
 from yolov12.mas.batchnorm import kernels
+from yolov12.mas.step import upsampling_kernels
+from yolov12.training.adapter import image_kernel
 
-TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", **dict.fromkeys(("x", "grad", "out"), "*fp16")}
-NUMBERS = ("pixels", "channels", "groups", "splits", "stride")
-CONSTANTS = {"silu": True, "row_block": 64, "channel_block": 64}
+TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", "images": "*u8"}
+TYPES |= dict.fromkeys(("x", "grad", "out"), "*fp16")
+NUMBERS = "pixels", "units", "grad_units", "row_units", "width", "groups", "splits", "stride"
+CONSTANTS = {"silu": True, "unit": 16, "row_block": 16, "channel_block": 64, "unroll": 4, "factor": 2}
+CONSTANTS |= {"channels": 3, "block": 4096}
 
 def ptx(kernel, capability):
     names = list(kernel.arg_names)
     types = {name: TYPES.get(name, "i32" if name in NUMBERS else "*fp32") for name in names if name not in CONSTANTS}
-    aligned = [i for i, name in enumerate(names) if name == "channels" or types.get(name, "").startswith("*")]
+    aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
     constants = {names.index(name): value for name, value in CONSTANTS.items() if name in names}
     if triton.__version__ < "3":
         from triton.compiler import AttrsDescriptor
@@ -44,12 +48,13 @@ def ptx(kernel, capability):
                            {(i,): value for i, value in constants.items()},
                            {(i,): [["tt.divisibility", 16]] for i in aligned})
         target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": 8})
+    compiled = triton.compile(source, target=target, options={"num_warps": 4})
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
-names = "_statistics", "_normalize", "_gradient_sums", "_gradient"
-json.dump({name: ptx(getattr(kernels, name), int(sys.argv[1])) for name in names}, sys.stdout)
+modules = kernels, upsampling_kernels, image_kernel
+found = {name: ptx(getattr(module, name), int(sys.argv[1])) for module in modules for name in module.__all__}
+json.dump(found, sys.stdout)
 """
 
 
@@ -80,9 +85,10 @@ def test_kernels_compile(driver, capability, tmp_path):
     ptx = json.loads(run.stdout)
     for name, code in ptx.items():
         lines = code.splitlines()
-        assert any("ld.global.v4" in line for line in lines), name  # 16 bytes per load
+        # 16 bytes at a time
+        assert any(("st.global.v4" if name == "scale" else "ld.global.v4") in line for line in lines), name
         atomics = [index for index, line in enumerate(lines) if "atom.global.gpu.acq_rel" in line]
-        if name not in ("_statistics", "_gradient_sums"):
+        if name not in ("statistics", "gradient_sums"):
             assert not atomics
             continue
         # Order: store the sums, synchronise the threads, count the chunk, then load other chunks' sums without the

@@ -1,11 +1,6 @@
-"""The BatchNorm kernels on the CPU, compared with PyTorch's BatchNorm group by group.
+"""The BatchNorm kernels on the CPU, compared with PyTorch's BatchNorm group by group."""
 
-Triton 2.3's own interpreter lacks `minimum`, barriers and constants. Here PyTorch stands in for Triton's language, and
-runs the programs of a launch one after the other.
-"""
-
-import itertools
-import types
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -14,108 +9,23 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from tests.interpreter import run_on_cpu
+from yolov12.mas.batchnorm import fused, launch_grid
 from yolov12.mas.batchnorm import kernels as batchnorm_kernels
-
-
-class Pointer:
-    """Address, or a block of addresses, in the memory of a tensor."""
-
-    def __init__(self, tensor, at=0):
-        self.tensor, self.at = tensor, at
-        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
-
-    def __add__(self, offset):
-        return Pointer(self.tensor, self.at + offset)
-
-    def memory(self):
-        size = self.tensor.untyped_storage().nbytes() // self.tensor.element_size()
-        return torch.as_strided(self.tensor, (size,), (1,), 0), self.tensor.storage_offset() + torch.as_tensor(self.at)
-
-
-class Language:
-    """What the kernels use of `triton.language`."""
-
-    float32, int64, constexpr = torch.float32, torch.int64, object()
-    program, grid = (0, 0, 0), (1, 1, 1)
-    where, sigmoid, arange, sqrt = torch.where, torch.sigmoid, torch.arange, torch.sqrt
-
-    def program_id(self, axis):
-        return torch.tensor(self.program[axis])
-
-    def num_programs(self, axis):
-        return self.grid[axis]
-
-    def load(self, pointer, mask=None, other=0.0, cache_modifier=""):
-        memory, at = pointer.memory()
-        if mask is None:
-            return memory[at]
-        mask = mask.expand(torch.broadcast_shapes(mask.shape, at.shape))
-        return torch.where(mask, memory[torch.where(mask, at, 0)], torch.tensor(other, dtype=memory.dtype))
-
-    def store(self, pointer, value, mask=None):
-        memory, at = pointer.memory()
-        mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
-        memory[at[mask]] = torch.as_tensor(value).to(memory.dtype).expand(at.shape)[mask]
-
-    def atomic_add(self, pointer, value, sem):
-        memory, at = pointer.memory()
-        before = memory[at].clone()
-        memory[at] += value
-        return before
-
-    def minimum(self, a, b):
-        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
-
-    def maximum(self, a, b):
-        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b, dtype=torch.as_tensor(a).dtype))
-
-    def zeros(self, shape, dtype):
-        return torch.zeros(shape, dtype=dtype)
-
-    def sum(self, block, axis):
-        return block.sum(axis)
-
-    def cdiv(self, a, b):
-        return (a + b - 1) // b
-
-    def debug_barrier(self):
-        pass
-
-
-class Interpreted:
-    """Kernel whose programs run one after the other: `kernel[grid](...)`, as with Triton."""
-
-    def __init__(self, function, language):
-        self._function, self._language = function, language
-
-    def __getitem__(self, grid):
-        def launch(*arguments, num_warps):
-            arguments = [Pointer(each) if isinstance(each, torch.Tensor) else each for each in arguments]
-            self._language.grid = grid
-            for self._language.program in itertools.product(*map(range, grid)):
-                self._function(*arguments)
-
-        return launch
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Return the module of the kernels, which run on the CPU."""
-    language = Language()
-    names = {**vars(batchnorm_kernels), "tl": language}
-    for name in ("_rows", "_is_last", "_total", "_slope"):
-        names[name] = types.FunctionType(getattr(batchnorm_kernels, name).fn.__code__, names)
-    for name in ("_statistics", "_normalize", "_gradient_sums", "_gradient"):
-        function = types.FunctionType(getattr(batchnorm_kernels, name).fn.__code__, names)
-        monkeypatch.setattr(batchnorm_kernels, name, Interpreted(function, language))
-    monkeypatch.setattr(batchnorm_kernels, "_BLOCK", 256)  # several chunks, also of small tensors
-    monkeypatch.setattr(batchnorm_kernels, "_plan", batchnorm_kernels._Plan)
-    monkeypatch.setattr(batchnorm_kernels, "_stream", lambda device: 0)
-    monkeypatch.setattr(batchnorm_kernels, "_HANDS_OUT_KERNELS", False)
-    monkeypatch.setattr(batchnorm_kernels, "_scratches", {})
-    monkeypatch.setattr("torch.cuda.current_device", lambda: None)
+    """Return the module that runs the kernels, which are on the CPU here."""
+    run_on_cpu(monkeypatch, batchnorm_kernels, _PTX=False)
+    # Several blocks, also of small tensors, and several programs.
+    monkeypatch.setattr(fused, "_SUMS", dataclasses.replace(fused._SUMS, values=128, unroll=2, programs=4))
+    monkeypatch.setattr(fused, "_EACH", dataclasses.replace(fused._EACH, values=256))
+    monkeypatch.setattr(fused, "_grids", fused._grids.__wrapped__)
+    monkeypatch.setattr(launch_grid, "stream", lambda device: 0)
+    monkeypatch.setattr(launch_grid, "_scratches", {})
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(multi_processor_count=2))
-    return batchnorm_kernels
+    return fused
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -131,6 +41,12 @@ def test_statistics_outputs_and_gradients_are_those_of_each_group(kernels, sizes
     out, again = kernels.batch_norm(x, weight, bias, means, variances, sizes, 1e-3, silu)
     assert torch.equal(again(x.detach()), out)
     found = (out, *torch.autograd.grad(out, (x, weight, bias), slope))
+    wide = torch.randn(len(x), side, side, channels + 5).permute(0, 3, 1, 2)
+    part = wide[:, 2 : 2 + channels].copy_(slope)
+    assert kernels.row_stride(part) == channels + 5  # a slice of a concatenation is read where it is
+    out, _ = kernels.batch_norm(x, weight, bias, means, variances, sizes, 1e-3, silu)
+    found_again = torch.autograd.grad(out, (x, weight, bias), part)
+    assert all(torch.equal(one, other) for one, other in zip(found[1:], found_again, strict=True))
 
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
     parts, statistics = [], torch.zeros(2, len(sizes), channels, dtype=torch.float64)
@@ -143,3 +59,19 @@ def test_statistics_outputs_and_gradients_are_those_of_each_group(kernels, sizes
     torch.testing.assert_close(torch.stack((means, variances)).double(), statistics, rtol=1e-5, atol=1e-5)
     assert rows[..., :3].isnan().all()
     assert rows[..., 3 + channels :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "stride"),
+    [
+        (torch.empty(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), 3),
+        (torch.empty(2, 4, 5, 8).permute(0, 3, 1, 2)[:, 2:5], 8),
+        (torch.empty(1, 1, 1, 8).permute(0, 3, 1, 2)[:, 2:5], 3),
+        (torch.empty(2, 3, 4, 5), None),
+        (torch.empty(2, 4, 6, 8).permute(0, 3, 1, 2)[:, 2:5, :, :5], None),
+        (torch.empty(4, 4, 5, 8).permute(0, 3, 1, 2)[::2], None),
+        (torch.empty(1, 1, 1, 1).expand(2, 3, 4, 5), None),
+    ],
+)
+def test_layouts_that_are_read_where_they_are(x, stride):
+    assert fused.row_stride(x) == stride

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov12.mas.batchnorm import kernels as batchnorm_kernels
+from yolov12.mas.batchnorm import fused as fused_kernels
 from yolov12.mas.batchnorm.ungrouped import UngroupedBatchNorm, is_plain
 from yolov12.mas.modules import overridden
 
@@ -43,10 +43,10 @@ _ALIGNED = 4
 
 
 class Kernels(Protocol):
-    """Functions that normalise several groups in one call and can apply SiLU, such as `batchnorm.kernels`."""
+    """Functions that normalise several groups in one call and can apply SiLU, such as `batchnorm.fused`."""
 
     def applies(self, x: Tensor, weight: Tensor, means: Tensor) -> bool:
-        """Return whether the kernels support these tensors; see `batchnorm.kernels.applies`."""
+        """Return whether the kernels support these tensors; see `batchnorm.fused.applies`."""
 
     def batch_norm(
         self,
@@ -59,7 +59,7 @@ class Kernels(Protocol):
         eps: float,
         silu: bool = False,
     ) -> tuple[Tensor, Again]:
-        """Normalise the groups; see `batchnorm.kernels.batch_norm`."""
+        """Normalise the groups; see `batchnorm.fused.batch_norm`."""
 
 
 class GroupedBatchNorm:
@@ -82,7 +82,7 @@ class GroupedBatchNorm:
         self,
         model: nn.Module,
         activations: Mapping[nn.Module, nn.Module] | None = None,
-        kernels: Kernels = batchnorm_kernels,
+        kernels: Kernels = fused_kernels,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._model, self._kernels = model, kernels

@@ -35,6 +35,7 @@ from yolov12.mas.step.planner import MicroBatches, Planner
 from yolov12.mas.step.prefetch import Prefetch
 from yolov12.mas.step.result import Result
 from yolov12.mas.step.snapshots import ModuleState, RandomState
+from yolov12.mas.step.upsampling import Upsampling
 from yolov12.mas.task import Share, Task
 
 __all__ = ["Step"]
@@ -76,6 +77,7 @@ class Step:
         self._structure = Structure(model)
         self._device = self._all[0].device
         self._norms = GroupedBatchNorm(model, activations, log=log)
+        self._upsampling = Upsampling(model)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """Checkpoint plans. The level of a planner is an index into them."""
@@ -180,6 +182,7 @@ class Step:
         if self._structure.changed():
             self._all = list(self.model.parameters())
             self._norms.find_layers()
+            self._upsampling.find_layers()
             self.checkpointing.find_activations()
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         self._norms.begin()
@@ -201,14 +204,7 @@ class Step:
             raise
 
     def _run_share(
-        self,
-        parts: Prefetch,
-        images: int,
-        plan: MicroBatches,
-        planner: Planner,
-        total: Total,
-        *,
-        restarts: bool = False,
+        self, parts: Prefetch, images: int, plan: MicroBatches, planner: Planner, total: Total, *, restarts: bool
     ) -> tuple[list[int], list[int]]:
         """Run this rank's share; return the sizes of its micro-batches and of their BatchNorm groups."""
         ran: list[int] = []
@@ -261,7 +257,7 @@ class Step:
             for _ in range(_LOOKS):
                 ahead = Total(share.batch_images, self._task.floor)
                 with torch.no_grad():
-                    ran, groups = self._run_share(parts, images, plan, planner, ahead)
+                    ran, groups = self._run_share(parts, images, plan, planner, ahead, restarts=False)
                 if not self._has_terms or ran == [sum(groups) for groups in plan]:
                     break
                 states[0].restore()
@@ -321,7 +317,7 @@ class Step:
             part = parts.get(start, stop)
             if following > stop:
                 parts.prefetch(stop, following)
-            with self._norms.within(groups, first_group):
+            with self._norms.within(groups, first_group), self._upsampling.within():
                 with layers:
                     loss = self._task.loss(self.model, part)
                 self._has_terms = loss.has_terms

@@ -18,6 +18,7 @@ from yolov12.training.adapter.detection import DetectionTask, criterion_of, know
 from yolov12.training.adapter.known import why_not_split
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
+from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.data.loader import resumable
 from yolov12.training.data.random_state import random_state
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
@@ -60,6 +61,7 @@ def attach(trainer: Any) -> None:
         resolution.preprocess(trainer.preprocess_batch, trainer.args),
         multi_scale=trainer.args.multi_scale > 0,
         overlapping_masks=trainer.args.overlap_mask,
+        only_scales=is_ultralytics(trainer.preprocess_batch),
     )
     group = process_group.current()
     ranks = group.ranks if group is not None else ALONE

@@ -18,6 +18,7 @@ from yolov12.mas.task import Loss, Workload
 from yolov12.models.assigner import in_slices
 from yolov12.training.adapter.batch_values import Belongs, Nest, Values, entries, is_nest
 from yolov12.training.adapter.deferred_tensor import TensorFacts
+from yolov12.training.adapter.images import half_type, scaled
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
 from yolov12.training.adapter.users_code import module_of
@@ -122,13 +123,22 @@ class DetectionTask:
             size.
         multi_scale: True if `preprocess` draws a size.
         overlapping_masks: True if masks have one entry per image rather than one per object.
+        only_scales: True if `preprocess` is Ultralytics' own, so that without `multi_scale` it only scales pixels.
     """
 
     floor = 1.0
     """Smallest normaliser, as Ultralytics' losses clamp theirs at 1."""
 
-    def __init__(self, preprocess: Callable[[Any], Any], *, multi_scale: bool, overlapping_masks: bool) -> None:
+    def __init__(
+        self,
+        preprocess: Callable[[Any], Any],
+        *,
+        multi_scale: bool,
+        overlapping_masks: bool,
+        only_scales: bool = False,
+    ) -> None:
         self.preprocess, self._multi_scale = preprocess, multi_scale
+        self._only_scales = only_scales and not multi_scale
         self._values = Values(_OBJECTS if overlapping_masks else (*_OBJECTS, "masks"))
         self._belongs: dict[str, Belongs] = {}  # what each value of the current batch belongs to
         self._images = 0  # number of images in the current batch
@@ -204,7 +214,7 @@ class DetectionTask:
             given = dict(part)
             rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
             with drawing_from(self.draw):
-                part = self.preprocess(part)
+                part = self._preprocessed(model, part)
             self._learn_facts(part, given, rows)
             if len(part["img"]) != len(boxes):
                 raise ConfigError(
@@ -212,6 +222,15 @@ class DetectionTask:
                     "call it with a whole batch: train with a smaller batch"
                 )
         return self.measured(model, boxes, lambda: model(part))
+
+    def _preprocessed(self, model: nn.Module, part: dict[str, Any]) -> dict[str, Any]:
+        images = part["img"]
+        is_known = self._only_scales and knows_call(model) and knows_loss(model)
+        dtype = half_type(model, images) if is_known else None
+        if dtype is None:
+            found: dict[str, Any] = self.preprocess(part)
+            return found
+        return {**self.preprocess({**part, "img": images[:0]}), "img": scaled(images, dtype)}
 
     def measured(self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any]) -> Loss:
         """Run the model's loss on a part, and read its normaliser.
@@ -239,7 +258,9 @@ class DetectionTask:
             if isinstance(value, Tensor):
                 if value.ndim and rows.get(key) == len(value) and key in self._rows:
                     shape = torch.Size((self._rows[key], *value.shape[1:]))
-                    self.facts[key] = TensorFacts(shape, value.dtype, value.device)
+                    # Ultralytics' images are fp32, also where the model is given half precision.
+                    dtype = torch.float32 if self._only_scales and key == "img" else value.dtype
+                    self.facts[key] = TensorFacts(shape, dtype, value.device)
             elif value is given.get(key):
                 self.facts[key] = SAME
 

@@ -1,0 +1,82 @@
+"""Nearest upsampling in the type of its input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from yolov12.mas.step import upsampling
+from yolov12.mas.step.upsampling import Upsampling
+
+
+class Neck(nn.Module):
+    """A layer that joins an upsampled tensor with another, as necks of detectors do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(7, 2, 1)
+        self.up = nn.Upsample(scale_factor=2)
+
+    def forward(self, x):
+        return self.last(torch.cat((self.up(self.first(x)), x.to(torch.bfloat16)), 1))
+
+
+def test_half_precision_stays_and_values_are_those_of_fp32():
+    torch.manual_seed(0)
+    model, x, seen = Neck(), torch.randn(2, 3, 8, 8), []
+    model.up.register_forward_pre_hook(lambda module, values: None)
+    model.last.register_forward_pre_hook(lambda module, values: seen.append(values[0].dtype))
+    found = []
+    for within in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            if within:
+                with Upsampling(model).within():
+                    out = model(x)
+            else:
+                out = model(x.float())
+        found.append((out, *torch.autograd.grad(out.float().square().sum(), model.parameters())))
+    assert seen[-1] == torch.bfloat16
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("change", ["mode", "hook", "precision"])
+def test_other_layers_are_left_alone(change):
+    model = Neck()
+    if change == "mode":
+        model.up = nn.Upsample(scale_factor=2, mode="bilinear")
+    if change == "hook":
+        model.up.register_forward_hook(lambda module, values, out: None)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float32 if change == "precision" else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model.up(x)
+        with Upsampling(model).within():
+            found = model.up(x)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Let the kernels run on the CPU."""
+    pytest.importorskip("triton")
+    from tests.interpreter import run_on_cpu
+
+    run_on_cpu(monkeypatch, upsampling.kernels)
+    monkeypatch.setattr(upsampling, "_VALUES", 128)
+
+
+@pytest.mark.parametrize(("factor", "channels", "side"), [(2, 5, 7), (2, 16, 4), (3, 70, 2)])
+def test_kernels_copy_and_sum_up_squares(on_cpu, factor, channels, side):
+    torch.manual_seed(0)
+    x = torch.randn(3, channels, side, side + 1).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = upsampling._Nearest.apply(x, factor)
+    wanted = F.interpolate(x, scale_factor=float(factor), mode="nearest")
+    assert torch.equal(found, wanted)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    wide = torch.randn(*found.shape[:1], *found.shape[2:], channels + 3).permute(0, 3, 1, 2)
+    for grad in (wide[:, 2 : 2 + channels], torch.randn(found.shape)):
+        torch.testing.assert_close(
+            *(torch.autograd.grad(out, x, grad, retain_graph=True)[0] for out in (found, wanted))
+        )

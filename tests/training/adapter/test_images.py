@@ -1,0 +1,101 @@
+"""Images that one kernel makes for the first convolution, in place of Ultralytics' `preprocess_batch`."""
+
+import pytest
+import torch
+from torch import nn
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import DEFAULT_CFG
+
+from yolov12.training.adapter import images as module
+from yolov12.training.adapter.detection import DetectionTask
+
+pytest.importorskip("triton")
+
+from tests.interpreter import run_on_cpu
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Let the kernel run on the CPU, as if autocast were on there."""
+    run_on_cpu(monkeypatch, module.image_kernel)
+    monkeypatch.setattr(module, "_applies", lambda images: images.dtype == torch.uint8)
+    monkeypatch.setattr(module, "_autocast_type", lambda: torch.bfloat16)
+
+
+@pytest.fixture
+def model(small_model):
+    model = DetectionModel(small_model, nc=2, verbose=False).train()
+    model.args = DEFAULT_CFG
+    return model
+
+
+def batch(images=2, side=32):
+    pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8)
+    boxes = {"cls": torch.zeros(images, 1), "bboxes": torch.full((images, 4), 0.5), "batch_idx": torch.arange(images)}
+    return {"img": pixels, **boxes}
+
+
+def preprocess(part):
+    return {**part, "img": part["img"].float() / 255}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_value_is_that_of_stock_in_half_precision(on_cpu, dtype):
+    pixels = torch.arange(2 * 3 * 16 * 24).remainder(256).to(torch.uint8).view(2, 3, 16, 24)
+    found = module.scaled(pixels, dtype)
+    assert torch.equal(found, (pixels.float() / 255).to(dtype))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_model_gets_half_precision_and_users_see_fp32(on_cpu, model, monkeypatch):
+    task, seen = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True, only_scales=True), []
+    whole = batch()
+    task.workload(whole)
+    predict = type(model).predict.__get__(model)
+    monkeypatch.setattr(type(model), "predict", lambda self, x, **kwargs: (seen.append(x), predict(x.float()))[1])
+    monkeypatch.setattr(module, "is_stock", lambda owner, name: True)
+    task.loss(model, task.part(whole, 0, 2))
+    assert seen[0].dtype == torch.bfloat16
+    assert task.facts["img"].dtype == torch.float32
+    assert task.facts["img"].shape == whole["img"].shape
+
+
+def hooked(model):
+    model.model[0].register_forward_pre_hook(lambda layer, values: None)
+
+
+def own_forward(model):
+    model.model[0].conv.forward = nn.Conv2d.forward.__get__(model.model[0].conv)
+
+
+def own_predict(model):
+    model.predict = type(model).predict.__get__(model)
+
+
+def another_layer(model):
+    model.model[0] = nn.Sequential(model.model[0])
+
+
+def own_loss(model):
+    model.loss = type(model).loss.__get__(model)
+
+
+def test_it_is_used_only_where_the_users_code_sees_nothing_of_it(on_cpu, model, monkeypatch):
+    pixels = batch()["img"]
+    assert module.half_type(model, pixels) == torch.bfloat16
+    assert module.half_type(model, pixels.float()) is None
+    with torch.no_grad():
+        for change in (hooked, own_forward, own_predict, another_layer):
+            other = DetectionModel(model.yaml, nc=2, verbose=False)
+            change(other)
+            assert module.half_type(other, pixels) is None, change
+
+
+@pytest.mark.parametrize("own", ["preprocess_batch", "loss", "multi_scale"])
+def test_the_users_own_code_gets_what_stock_gives_it(on_cpu, model, own):
+    task = DetectionTask(
+        preprocess, multi_scale=own == "multi_scale", overlapping_masks=True, only_scales=own != "preprocess_batch"
+    )
+    if own == "loss":
+        own_loss(model)
+    assert task._preprocessed(model, batch())["img"].dtype == torch.float32

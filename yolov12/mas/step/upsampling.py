@@ -1,0 +1,149 @@
+"""Nearest upsampling in the type of its input.
+
+Autocast runs `nn.Upsample` in fp32, although nearest upsampling only copies values. The result then has twice the
+bytes, and so has its concatenation with others. The gradient is the sum of a few gradients, which PyTorch's kernel adds
+in fp32 in any case. On CUDA and in channels_last, Triton kernels take an eighth of the time of PyTorch's, and read the
+gradient from where it is in that of a concatenation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolov12.mas.batchnorm.fused import row_stride
+from yolov12.mas.modules import overridden
+from yolov12.mas.oom import is_out_of_memory
+from yolov12.mas.triton_launch import launch, unit_of
+
+try:
+    from yolov12.mas.step import upsampling_kernels as kernels
+except ImportError:  # PyTorch supports platforms that Triton does not
+    kernels = None  # type: ignore[assignment]
+
+__all__ = ["Upsampling"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_VALUES, _CHANNELS, _WARPS = 2048, 128, 4  # of a program
+
+
+class Upsampling:
+    """Runs the nearest upsampling layers of a model in the type of their inputs.
+
+    The model is changed only inside `within`. Layers with hooks, which would see that type, are left alone.
+
+    Args:
+        model: Model with the layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.find_layers()
+
+    def find_layers(self) -> None:
+        """Look for the layers again, as modules of the model were replaced."""
+        modules = [module for module in self._model.modules() if type(module) is nn.Upsample]
+        self._layers = [module for module in modules if module.mode == "nearest"]
+
+    @contextmanager
+    def within(self) -> Iterator[None]:
+        """Give the layers their other forward pass while one micro-batch runs forward and backward."""
+        layers = [layer for layer in self._layers if not _has_hooks(layer)]
+        with overridden({layer: partial(_upsample, layer, layer.forward) for layer in layers}):
+            yield
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+
+
+def _upsample(layer: nn.Upsample, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if x.dtype not in _HALF:
+        return forward(x)
+    factor = layer.scale_factor
+    if layer.size is None and isinstance(factor, float) and factor in (2.0, 3.0, 4.0) and _applies(x):
+        out: Tensor = _Nearest.apply(x, int(factor))  # type: ignore[no-untyped-call]
+        return out
+    with torch.autocast(x.device.type, enabled=False):
+        return forward(x)
+
+
+def _applies(x: Tensor) -> bool:
+    return (
+        x.is_cuda
+        and x.ndim == 4
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _compiles(x.device, x.dtype)
+    )
+
+
+@functools.cache
+def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
+    if kernels is None:
+        return False
+    x = torch.zeros(1, 16, 1, 1, device=device, dtype=dtype)
+    try:
+        _shrunk(_enlarged(x, 2), 2)
+    except Exception as error:  # BatchNorm's kernels, which come first, have logged the reason
+        if is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+class _Nearest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return _enlarged(x, factor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("upsampling in half precision cannot be differentiated twice")
+        return _shrunk(grad, ctx.factor), None
+
+
+def _enlarged(x: Tensor, factor: int) -> Tensor:
+    images, channels, height, width = x.shape
+    out = torch.empty(
+        (images, channels, height * factor, width * factor),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    _run(kernels.enlarge, (x, out), x.shape, factor, ())
+    return out
+
+
+def _shrunk(grad: Tensor, factor: int) -> Tensor:
+    if (stride := row_stride(grad)) is None:
+        grad, stride = grad.contiguous(memory_format=torch.channels_last), grad.shape[1]
+    images, channels, height, width = grad.shape
+    shape = torch.Size((images, channels, height // factor, width // factor))
+    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last)
+    _run(kernels.gather, (grad, out), shape, factor, (stride,))
+    return out
+
+
+def _run(kernel: Any, tensors: tuple[Tensor, ...], small: torch.Size, factor: int, strides: tuple[int, ...]) -> None:
+    images, channels, height, width = small
+    channel_block = min(1 << (channels - 1).bit_length(), _CHANNELS)
+    row_block = _VALUES // channel_block
+    pixels, unit = images * height * width, unit_of(channels, *strides)
+    programs = -(-pixels // row_block) * -(-channels // channel_block)
+    launch(
+        kernel,
+        (programs, 1, 1),
+        tensors,
+        (pixels, width, *[stride // unit for stride in strides], channels // unit),
+        (unit, factor, row_block, channel_block),
+        _WARPS,
+    )
