@@ -69,7 +69,7 @@ def prepare(
         }
         return {**part, "img": part["img"].float() / 255}
 
-    task = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True)
+    task = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True, only_scales=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=128.0)
     scaler.scale(torch.zeros((), device="cuda"))
     return model, task, scaler, batch

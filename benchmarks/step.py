@@ -1,0 +1,263 @@
+"""The engine's step: images/s and GPU time by kind of kernel, against an earlier commit and stock.
+
+    git worktree add /tmp/before COMMIT
+    python benchmarks/step.py --before /tmp/before --out benchmarks/results/step.json      (about 3 minutes on one GPU)
+
+Every variant runs in a process of its own. All of them stay alive and take turns on the card: A B C A B C. A step is
+the forward pass, the loss and the backward pass of 256 images in micro-batches of one size, YOLO12 at 640 in fp16,
+without data loading and without the optimizer. Stock runs the same micro-batches one after the other. A profile of one
+step then shows which kernels take the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+KINDS = {
+    "BatchNorm": r"^_?(statistics|normalize|gradient_sums|gradient)$|batch_?norm|bn_(fw|bw)",
+    "upsampling": r"upsample|^(enlarge|gather)$",
+    "image": r"^scale$",
+    "attention": r"flash|fmha|attention",
+    "concatenation": r"CatArray",
+    "convolution": r"conv|cudnn|xmma|cutlass|gemm|wgrad|dgrad|fprop|nhwc|nchw|nvjet|gemv",
+    "copy": r"copy|Memcpy|Memset|fill",
+    "reduction": r"reduce|Reduce|scan|sort|topk|index|gather|scatter",
+    "elementwise": r"elementwise|multi_tensor|silu",
+}
+
+
+class Child:
+    """Trains in this process as it is asked to on standard input."""
+
+    def __init__(self, variant: str, cfg: str, images: int, size: int) -> None:
+        import torch
+        from memory import prepare
+
+        self.variant, self.images = variant, images
+        self.model, self.task, self.scaler, self.batch = prepare(images, size, cfg=cfg)
+        self.engines: dict[int, Any] = {}
+        self.resident_bytes = torch.cuda.memory_allocated()
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run steps and return their times, or the profile of one step.
+
+        Args:
+            request: `micro_batch` and `steps`; `profile` instead of steps.
+        """
+        import torch
+
+        micro_batch = request["micro_batch"]
+        if request.get("profile"):
+            return self._profile(micro_batch)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = []
+        for _ in range(request["steps"]):
+            begin = time.perf_counter()
+            self._step(micro_batch)
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        peak_bytes = torch.cuda.max_memory_allocated() - self.resident_bytes
+        return {"ms": [round(1e3 * each, 2) for each in seconds], "mb_per_image": peak_bytes / micro_batch / 1e6}
+
+    def _step(self, micro_batch: int) -> None:
+        import torch
+
+        if self.variant == "stock":
+            from checkpointing import _part
+
+            for start in range(0, self.images, micro_batch):
+                with torch.autocast("cuda", torch.float16):
+                    part = self.task.preprocess(_part(self.batch, start, start + micro_batch))
+                    loss, _ = self.model(part)
+                self.scaler.scale(loss.sum()).backward()
+        else:
+            with torch.autocast("cuda", torch.float16):
+                self._engine(micro_batch).step(self.batch)
+        self.model.zero_grad()
+
+    def _engine(self, micro_batch: int) -> Any:
+        if micro_batch not in self.engines:
+            from yolov12 import mas
+            from yolov12.models.activations import activations
+
+            self.engines[micro_batch] = mas.Engine(
+                self.model,
+                self.task,
+                mas.Config(micro_batch=micro_batch, bn_group=min(micro_batch, 32)),
+                backward=lambda loss: self.scaler.scale(loss).backward(),
+                activations=activations(self.model),
+                log=lambda line: print(line, file=sys.stderr, flush=True),
+            )
+        return self.engines[micro_batch]
+
+    def _profile(self, micro_batch: int) -> dict[str, Any]:
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            self._step(micro_batch)
+        times: dict[str, float] = {}
+        count = 0
+        for event in found.events():
+            if event.device_type == DeviceType.CUDA:
+                times[event.name] = times.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3
+                count += 1
+        kinds: dict[str, float] = {}
+        for name, ms in times.items():
+            kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+            kinds[kind] = kinds.get(kind, 0.0) + ms
+        longest = sorted(times.items(), key=lambda pair: -pair[1])[:40]
+        return {
+            "busy_ms": round(sum(times.values()), 2),
+            "launches": count,
+            "kinds_ms": {kind: round(ms, 2) for kind, ms in sorted(kinds.items(), key=lambda pair: -pair[1])},
+            "longest_ms": {name[:110]: round(ms, 2) for name, ms in longest},
+        }
+
+
+class Variant:
+    """A child process."""
+
+    def __init__(self, name: str, folder: Path, options: argparse.Namespace) -> None:
+        self.name = name
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [str(folder), str(folder / "benchmarks"), str(HERE), os.environ.get("PYTHONPATH", "")]
+            ),
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            **({"YOLOV12_AUTOPATCH": "0"} if name == "stock" else {}),
+        }
+        command = [sys.executable, __file__, "--child", name, "--cfg", options.cfg]
+        command += ["--images", str(options.images), "--size", str(options.size)]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Let the process work, and wait for its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with status {self._process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def end(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Answer requests, one line of JSON each."""
+    if sys.path[0] == str(HERE):  # `memory.py` is that of the variant's commit
+        del sys.path[0]
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        child = Child(options.child, options.cfg, options.images, options.size)
+        for line in sys.stdin:
+            answers.write(json.dumps(child.answer(json.loads(line))) + "\n")
+            answers.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--before", type=Path, help="checkout of an earlier commit")
+    parser.add_argument("--cfg", default="yolo12s.yaml")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--size", type=int, default=640)
+    parser.add_argument("--micro-batches", nargs="+", type=int, default=[128, 32, 8])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        serve(options)
+        return 0
+
+    import torch
+    import ultralytics
+
+    now = HERE.parent
+    folders = {"before": options.before, "now": now, "stock": None if options.no_stock else now}
+    variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/step.py {' '.join(sys.argv[1:])}",
+        "date": time.strftime("%Y-%m-%d"),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "rows": [],
+        "profiles": {},
+    }
+
+    def write() -> None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    for micro_batch in options.micro_batches:
+        for variant in variants:
+            variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them
+        for round_ in range(options.rounds):
+            for variant in variants:
+                found = variant.ask(micro_batch=micro_batch, steps=options.steps)
+                rate = 1e3 * options.images / statistics.median(found["ms"])
+                row = {
+                    "round": round_,
+                    "micro_batch": micro_batch,
+                    "variant": variant.name,
+                    "images_per_s": rate,
+                    **found,
+                }
+                result["rows"].append(row)
+                print(micro_batch, round_, variant.name, f"{rate:.0f} images/s", found, flush=True)
+                write()
+        for variant in variants:
+            found = variant.ask(micro_batch=micro_batch, profile=True)
+            result["profiles"][f"{variant.name} {micro_batch}"] = found
+            told = {key: value for key, value in found.items() if key != "longest_ms"}
+            print(micro_batch, variant.name, told, flush=True)
+            write()
+    result["ratios"] = _ratios(result["rows"])
+    print(json.dumps(result["ratios"], indent=1))
+    write()
+    for variant in variants:
+        variant.end()
+    return 0
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many times as many images a second the engine runs as the others, in each round."""
+    return [
+        {
+            "micro_batch": now["micro_batch"],
+            "round": now["round"],
+            "over": other["variant"],
+            "ratio": round(now["images_per_s"] / other["images_per_s"], 3),
+        }
+        for now in rows
+        for other in rows
+        if now["variant"] == "now" != other["variant"]
+        and all(now[key] == other[key] for key in ("micro_batch", "round"))
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
