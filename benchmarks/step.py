@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MOST_SECONDS = 3.0
+"""Seconds after which a variant's turn ends, from the second step on."""
 KINDS = {
     "BatchNorm": r"^_?(statistics|normalize|gradient_sums|gradient)$|batch_?norm|bn_(fw|bw)",
     "upsampling": r"upsample|^(enlarge|gather)$",
@@ -61,8 +63,8 @@ class Child:
         if request.get("profile"):
             return self._profile(micro_batch)
         torch.cuda.reset_peak_memory_stats()
-        seconds = []
-        for _ in range(request["steps"]):
+        seconds: list[float] = []
+        while len(seconds) < request["steps"] and (len(seconds) < 2 or sum(seconds) < MOST_SECONDS):
             begin = time.perf_counter()
             self._step(micro_batch)
             torch.cuda.synchronize()
@@ -184,6 +186,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--micro-batches", nargs="+", type=int, default=[128, 32, 8])
+    parser.add_argument("--profiles", nargs="*", type=int, default=[128, 32], help="micro-batches to profile")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no-stock", action="store_true")
@@ -229,7 +232,7 @@ def main() -> int:
                 result["rows"].append(row)
                 print(micro_batch, round_, variant.name, f"{rate:.0f} images/s", found, flush=True)
                 write()
-        for variant in variants:
+        for variant in variants if micro_batch in options.profiles else ():
             found = variant.ask(micro_batch=micro_batch, profile=True)
             result["profiles"][f"{variant.name} {micro_batch}"] = found
             told = {key: value for key, value in found.items() if key != "longest_ms"}

@@ -72,6 +72,22 @@ def test_same_as_group_by_group_in_float64(sizes, channels, side, dtype, toleran
         assert off(rows[1], variances) < 1e-4
 
 
+@pytest.mark.parametrize("more", [64, 3])
+def test_a_gradient_that_is_a_slice(more):
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 20, 20, device="cuda", dtype=torch.half).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 64, device="cuda")
+    grad = torch.randn(8, 20, 20, 64 + more, device="cuda", dtype=torch.half).permute(0, 3, 1, 2)[:, more:]
+    assert batchnorm_kernels.row_stride(grad) == 64 + more
+    found = []
+    for each in (grad, grad.contiguous(memory_format=torch.channels_last)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        rows = torch.empty(2, 2, 64, device="cuda")
+        out, _ = batchnorm_kernels.batch_norm(*leaves, rows[0], rows[1], (4, 4), 1e-3, True)
+        found.append(torch.autograd.grad(out, leaves, each))
+    assert all(off(a, b) < 1e-3 for a, b in zip(*found, strict=True))
+
+
 def test_repeats_bit_for_bit():
     x = torch.randn(64, 96, 40, 40, device="cuda", dtype=torch.half).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(2, 96, device="cuda")

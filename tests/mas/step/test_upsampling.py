@@ -57,6 +57,25 @@ def test_other_layers_are_left_alone(change):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+@pytest.mark.parametrize("channels", [64, 20])
+def test_on_a_gpu_outputs_and_gradients_are_those_of_fp32(channels):
+    layer = nn.Upsample(scale_factor=2)
+    x = torch.randn(4, channels, 9, 10, device="cuda", dtype=torch.half).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    with torch.autocast("cuda", torch.half):
+        with Upsampling(layer).within():
+            found = layer(x)
+        wanted = layer(x)
+    assert "Nearest" in type(found.grad_fn).__name__
+    assert found.dtype == torch.half
+    assert torch.equal(found, wanted.half())
+    wide = torch.randn(4, 18, 20, channels + 12, device="cuda", dtype=torch.half).permute(0, 3, 1, 2)
+    grad = wide[:, 8 : 8 + channels]  # a slice of the gradient of a concatenation
+    assert torch.equal(*(torch.autograd.grad(out, x, grad.to(out.dtype))[0] for out in (found, wanted)))
+
+
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Let the kernels run on the CPU."""

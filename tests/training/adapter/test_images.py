@@ -39,6 +39,18 @@ def preprocess(part):
     return {**part, "img": part["img"].float() / 255}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (7, 9)])
+def test_on_a_gpu_every_value_is_that_of_stock(model, height, width, dtype):
+    pixels = torch.arange(2 * 3 * height * width).remainder(256).to("cuda", torch.uint8).view(2, 3, height, width)
+    assert torch.equal(module.scaled(pixels, dtype), (pixels.float() / 255).to(dtype))
+    assert module.half_type(model.cuda(), pixels) is None
+    with torch.autocast("cuda", dtype):
+        assert module.half_type(model, pixels) == dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_value_is_that_of_stock_in_half_precision(on_cpu, dtype):
     pixels = torch.arange(2 * 3 * 16 * 24).remainder(256).to(torch.uint8).view(2, 3, 16, 24)

@@ -105,6 +105,8 @@ def row_stride(x: Tensor) -> int | None:
 
     All pixels of all images have this distance, as in a slice of a channels_last tensor along its channels.
     """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x.shape[1]
     images, channels, height, width = x.shape
     steps = ((width, 1), (height, width), (images, height * width))
     strides = (x.stride(3), x.stride(2), x.stride(0))

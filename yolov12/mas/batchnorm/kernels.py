@@ -70,15 +70,20 @@ def _is_last(partial, counters, a, b, c, ok, channels, groups, splits):
 
 
 @triton.jit
-def _total(partial, c, ok, channels, splits, row_block: tl.constexpr, channel_block: tl.constexpr):
-    """Sum over the programs of this group. They ran on other processors, so this one's cache is bypassed."""
-    total = tl.zeros((row_block, channel_block), tl.float32)
+def _totals(partial, c, ok, channels, groups, splits, row_block: tl.constexpr, channel_block: tl.constexpr):
+    """Sum over the programs of this group. They ran on other processors, so this one's cache is bypassed.
+
+    The last program does this alone, and waits for each iteration's loads: a large block saves more time than it costs.
+    """
+    first = tl.zeros((row_block, channel_block), tl.float32)
+    second = tl.zeros((row_block, channel_block), tl.float32)
     for split in range(0, splits, row_block):
         s = split + tl.arange(0, row_block)
-        place = (tl.program_id(2) * splits + s)[:, None] * channels + c[None, :]
+        place = partial + (tl.program_id(2) * splits + s)[:, None] * channels + c[None, :]
         inside = (s < splits)[:, None] & ok[None, :]
-        total += tl.load(partial + place, mask=inside, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
+        first += tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
+        second += tl.load(place + groups * splits * channels, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.sum(first, 0), tl.sum(second, 0)
 
 
 @_jit
@@ -128,8 +133,8 @@ def statistics(
             total += value
             square += value * value
     if _is_last(partial, counters, tl.sum(total, 0), tl.sum(square, 0), c, ok, channels, groups, splits):
-        off = _total(partial, c, ok, channels, splits, row_block, channel_block) / count
-        squares = _total(partial + groups * splits * channels, c, ok, channels, splits, row_block, channel_block)
+        off, squares = _totals(partial, c, ok, channels, groups, splits, row_block * unroll, channel_block)
+        off = off / count
         variance = tl.maximum(squares / count - off * off, 0.0)
         tl.store(statistics + group * channels + c, off + shift, mask=ok)
         tl.store(statistics + (groups + group) * channels + c, 1.0 / tl.sqrt(variance + eps), mask=ok)
@@ -234,9 +239,8 @@ def gradient_sums(
             plain += slope
             times += slope * off
     if _is_last(partial, counters, tl.sum(plain, 0), tl.sum(times, 0) * deviation, c, ok, channels, groups, splits):
-        second = partial + groups * splits * channels
-        tl.store(sums + of, _total(partial, c, ok, channels, splits, row_block, channel_block), mask=ok)
-        of_weight = _total(second, c, ok, channels, splits, row_block, channel_block)
+        of_bias, of_weight = _totals(partial, c, ok, channels, groups, splits, row_block * unroll, channel_block)
+        tl.store(sums + of, of_bias, mask=ok)
         tl.store(sums + groups * channels + of, of_weight, mask=ok)
 
 

@@ -61,6 +61,7 @@ class LaunchGrid:
         self._has_sums = tuning.programs is not None
         self._ends = _ends(sizes, device)
         self._scratch: dict[int, tuple[Tensor, ...]] = {}
+        self._arguments: dict[tuple[int, ...], tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
     def launch(
         self,
@@ -81,16 +82,16 @@ class LaunchGrid:
         """
         current = stream(self._device)
         scratch = self._scratch.get(current) or self._take_scratch(current)
+        sizes, constants = self._arguments.get(strides) or self._make_arguments(strides)
+        launch(kernel, self._grid, (*tensors, *scratch), (*numbers, *sizes), (*switches, *constants), self._warps)
+
+    def _make_arguments(self, strides: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return numbers and constants that every launch with these strides has."""
         unit = unit_of(self._channels, *strides)
         _, splits, groups = self._grid
-        launch(
-            kernel,
-            self._grid,
-            (*tensors, *scratch),
-            (*numbers, *[each // unit for each in strides], self._pixels, self._channels // unit, groups, splits),
-            (*switches, unit, *self._constants),
-            self._warps,
-        )
+        sizes = (*[each // unit for each in strides], self._pixels, self._channels // unit, groups, splits)
+        self._arguments[strides] = sizes, (unit, *self._constants)
+        return self._arguments[strides]
 
     def _take_scratch(self, current: int) -> tuple[Tensor, ...]:
         """Return the ends of groups and, for sums, memory for those of programs and for counters of finished programs.
