@@ -117,7 +117,7 @@ class Child:
                 count += 1
         kinds: dict[str, float] = {}
         for name, ms in times.items():
-            kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+            kind = kind_of(name)
             kinds[kind] = kinds.get(kind, 0.0) + ms
         longest = sorted(times.items(), key=lambda pair: -pair[1])[:40]
         return {
@@ -238,7 +238,7 @@ def main() -> int:
             told = {key: value for key, value in found.items() if key != "longest_ms"}
             print(micro_batch, variant.name, told, flush=True)
             write()
-    result["ratios"] = _ratios(result["rows"])
+    result["ratios"] = ratios(result["rows"])
     print(json.dumps(result["ratios"], indent=1))
     write()
     for variant in variants:
@@ -246,8 +246,17 @@ def main() -> int:
     return 0
 
 
-def _ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return how many times as many images a second the engine runs as the others, in each round."""
+def kind_of(kernel: str) -> str:
+    """Return the kind of a kernel by its name."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "other")
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return how many times as many images a second the engine runs as the others, in each round.
+
+    Args:
+        rows: Rows of the result.
+    """
     return [
         {
             "micro_batch": now["micro_batch"],

@@ -1,0 +1,37 @@
+"""What benchmarks/step.py makes of times and kernels; the rest of it needs a GPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.step import HERE, kind_of, ratios
+
+RESULT = json.loads((Path(HERE) / "results" / "step.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("gradient_sums", "BatchNorm"),
+        ("_gradient", "BatchNorm"),
+        ("gather", "upsampling"),
+        ("scale", "image"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::", "concatenation"),
+        ("sm90_xmma_dgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolution"),
+        ("Memcpy HtoD (Pinned -> Device)", "copy"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::Half>", "elementwise"),
+        ("something", "other"),
+    ],
+)
+def test_kinds_of_kernels(name, kind):
+    assert kind_of(name) == kind
+
+
+def test_ratios_compare_variants_of_one_round():
+    assert ratios(RESULT["rows"]) == RESULT["ratios"]
+    rows = [
+        {"micro_batch": 8, "round": round_, "variant": variant, "images_per_s": rate}
+        for round_, variant, rate in ((0, "now", 30.0), (0, "stock", 20.0), (1, "now", 10.0))
+    ]
+    assert ratios(rows) == [{"micro_batch": 8, "round": 0, "over": "stock", "ratio": 1.5}]
