@@ -43,6 +43,8 @@ def line(step, events="", *, size=64, peak=900, budget=1000, images=64):
         budget,
         500.0,
         128.0,
+        "",
+        "",
         events,
     ]
     return ",".join(map(str, values)) + "\n"

@@ -56,8 +56,8 @@ ARGUMENTS: tuple[Argument, ...] = (
         None,
         "bytes with a unit, as in 16GiB, or a fraction of the device, as in 0.5; None: what is free",
         "Use at most this much memory: PyTorch's allocator stops there too, so a GPU can be shared with other "
-        "processes, and an exported model is split to fit. On the CPU and an integrated GPU, what loader workers and "
-        "other child processes hold counts.",
+        "processes, and an exported model is split to fit; on the CPU and an integrated GPU, child processes count, "
+        "such as loader workers.",
         ENGINE,
         ("train", "val", "predict", "export"),
     ),

@@ -1,5 +1,7 @@
 """A training warns about a shortage of host memory before it fails, with numbers and a way out."""
 
+import gc
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -195,3 +197,31 @@ def test_a_loader_that_prefetches_less_is_left_alone(given, kept):
     loader = InfiniteDataLoader([0] * 4, num_workers=1, prefetch_factor=given)
     limit_prefetch(SimpleNamespace(train_loader=loader))
     assert loader.prefetch_factor == kept
+
+
+class CollectsGarbage(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        gc.collect()
+        return index
+
+
+def test_a_worker_does_not_collect_garbage_of_its_parent_which_may_hold_tensors_of_a_gpu(tmp_path):
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            (tmp_path / str(os.getpid())).touch()
+
+    gc.disable()
+    try:
+        Garbage()
+        list(torch.utils.data.DataLoader(CollectsGarbage(), num_workers=1, multiprocessing_context="fork"))
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]

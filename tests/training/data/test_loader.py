@@ -1,8 +1,6 @@
 """A resumed loader returns the batches of an uninterrupted one: same images, same augmentation, same order."""
 
-import gc
 import itertools
-import os
 
 import pytest
 import torch
@@ -273,31 +271,3 @@ def test_callbacks_of_a_training_can_iterate_over_its_loader(trainings, tmp_path
 
 class PowerCutError(Exception):
     """Power cut in the middle of an epoch."""
-
-
-class CollectsGarbage(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        gc.collect()
-        return index
-
-
-def test_a_worker_does_not_collect_garbage_of_its_parent_which_may_hold_tensors_of_a_gpu(tmp_path):
-    class Garbage:
-        def __init__(self):
-            self.itself = self
-
-        def __del__(self):
-            (tmp_path / str(os.getpid())).touch()
-
-    gc.disable()
-    try:
-        Garbage()
-        list(torch.utils.data.DataLoader(CollectsGarbage(), num_workers=1, multiprocessing_context="fork"))
-        assert not list(tmp_path.iterdir())
-    finally:
-        gc.enable()
-    gc.collect()
-    assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]

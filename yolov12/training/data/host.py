@@ -11,6 +11,7 @@ what `mem_limit` and the margin leave: a quarter for cached images, and a quarte
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from yolov12.mas.memory.meter import meter_for, shares_memory
 
 __all__ = ["AHEAD", "affordable_workers", "cache_fits", "data_room", "limit_prefetch", "limit_workers"]
 __all__ += ["plot_fewer_images"]
+
+# A worker must not collect the garbage that it has from its parent: the tensors of a GPU in it would end the worker.
+os.register_at_fork(after_in_child=gc.freeze)
 
 AHEAD = 2
 """Number of batches that each worker of a training prefetches (benchmarks/loading.py)."""

@@ -14,10 +14,8 @@ interruption.
 
 from __future__ import annotations
 
-import gc
 import io
 import itertools
-import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -38,9 +36,6 @@ __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "resumable"]
 
 SKIPPED = "yolov12_skipped"
 """Key of a placeholder batch: it stands for a batch that was trained on before the run was interrupted."""
-
-# A worker must not collect the garbage that it has from its parent: the tensors of a GPU in it would end the worker.
-os.register_at_fork(after_in_child=gc.freeze)
 
 _STATE = "yolov12_worker"
 _Worker = Mapping[str, Any]  # keys `random` and `buffer`; `seed` for a worker that has returned no batch
