@@ -1,4 +1,4 @@
-"""Which run is meant, and how it stands: it has not begun, runs, has ended or was interrupted."""
+"""Choice of the run, and its state: not begun, running, ended or interrupted."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_names_that_are_almost_the_same_are_pointed_out():
 
 
 def test_weights_that_came_through_a_model_from_a_yaml_are_kept_too():
-    """As with `YOLO("yolov12n.yaml").load("best.pt")`: the model has 80 classes without names in between."""
+    """This is `YOLO("yolov12n.yaml").load("best.pt")`: the model has 80 classes without names in between."""
     before, between = marked("end to end", OLD), made("end to end", {index: str(index) for index in range(80)})
     between.load(before, verbose=False)
     assert head.known_names(between) == OLD

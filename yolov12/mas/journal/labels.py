@@ -1,4 +1,4 @@
-"""Where the labels of memory.png stand: in lanes above the curves, so that no two overlap."""
+"""Places of the labels of memory.png: lanes above the curves, so that no two overlap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which steps of a long run are drawn."""
+"""Choice of the steps of a long run that are drawn."""
 
 from __future__ import annotations
 
