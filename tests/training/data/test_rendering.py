@@ -22,6 +22,7 @@ from yolov12.training.data.pixels import Recipe
 from yolov12.training.data.random_state import random_state
 from yolov12.training.data.recipes import Later, samples
 from yolov12.training.data.rendering import Rendering
+from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 
 SIZES = [(64, 64), (47, 81), (90, 33), (130, 200), (30, 30), (64, 48)]
 
@@ -167,9 +168,49 @@ def own_data_set(dataset):
     dataset.__class__ = Mine
 
 
+def own_loading_that_is_wrapped(dataset):
+    class Mine(YOLODataset):
+        def load_image(self, i, *args, **kwargs):
+            return super().load_image(i, *args, **kwargs)
+
+    dataset.__class__ = Mine
+    settings = get_cfg(overrides={"imgsz": 64})
+    ResolutionControl("auto", resolution_steps(64, 32, 32), 32).join(dataset, settings)
+
+
+def own_labels_of_a_mosaic(dataset):
+    mosaic = dataset.transforms[0][0]
+    mosaic._cat_labels = lambda labels: augment.Mosaic._cat_labels(mosaic, labels)
+
+
+def own_matrix(dataset):
+    affine = dataset.transforms[0][2]
+    affine._compute_affine_matrix = lambda image, size: augment.RandomPerspective._compute_affine_matrix(
+        affine, image, size
+    )
+
+
+def own_format(dataset):
+    form = dataset.transforms[-1]
+    form._format_img = lambda image: augment.Format._format_img(form, image)
+
+
+def other_partners(dataset):
+    dataset.transforms[1].pre_transform = augment.Compose([dataset.transforms[0][2]])
+
+
+def another_order(dataset):
+    mixup = dataset.transforms.transforms.pop(1)
+    dataset.transforms[0].append(mixup)
+
+
 @pytest.mark.parametrize(
-    "change", [appended, own_transform, own_method, own_function, albumentations, own_loading, own_data_set]
-)
+    "change",
+    [
+        appended, own_transform, own_method, own_function, albumentations, own_loading, own_data_set,
+        own_loading_that_is_wrapped, own_labels_of_a_mosaic, own_matrix, own_format, other_partners, another_order,
+    ],
+)  # fmt: skip
 def test_with_code_of_the_users_own_ultralytics_makes_the_images(yamls, change):
     dataset = dataset_of(yamls["detect"])
     assert isinstance(samples(dataset, Later([0]))[0]["img"], Recipe)
@@ -187,16 +228,18 @@ def test_images_that_are_no_bytes_are_left_to_ultralytics(yamls):
     dataset = dataset_of(yamls["detect"], mosaic=0.5, mixup=0.5, cache="ram", **no_colors)
     images = list(dataset.ims)
     dataset.ims = [image if index % 2 else image.astype(np.float32) for index, image in enumerate(images)]
-    for index in range(8):
-        stock, ours = both_of_any_kind(dataset, index)
-        assert torch.equal(stock, ours)
+    for batch in ([index] for index in range(8)), [range(8)]:
+        for indices in batch:
+            stock, ours = both_of_any_kind(dataset, indices)
+            assert stock.dtype == ours.dtype
+            assert torch.equal(stock, ours)
 
 
-def both_of_any_kind(dataset, index):
+def both_of_any_kind(dataset, batch):
     found = []
-    for indices in ([index], Later([index])):
-        random.seed(index)
-        np.random.seed(index)  # noqa: NPY002
+    for indices in (list(batch), Later(batch)):
+        random.seed(batch[0])
+        np.random.seed(batch[0])  # noqa: NPY002
         found.append(Rendering(dataset.collate_fn)(samples(dataset, indices))["img"])
     return found
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from yolov12.joining import PINNED
-from yolov12.training.adapter.users_code import is_ultralytics, module_of
+from yolov12.training.adapter.users_code import module_of
 from yolov12.training.data.boxes import formatted, joined
 from yolov12.training.data.pixels import Array, Blend, Canvas, Image, Recipe, Renderer, Tile, Warp
 
@@ -28,7 +28,10 @@ __all__ = ["Later", "samples"]
 _IMAGE = "yolov12_image"  # key of labels: the image that their empty image stands for
 _OTHERS = ("semantic_mask", "depth", "rect_shape", "texts")  # keys of labels that other tasks have
 _OF_DATASET = ("__getitem__", "get_image_and_label", "load_image", "update_labels_info", "collate_fn")
-_OF_TRANSFORM = ("__call__", "get_params", "apply_image", "apply_instances", "apply_semantic", "apply_depth")
+_OF_TRANSFORM = (
+    "__call__", "get_params", "apply_image", "apply_instances", "apply_semantic", "apply_depth",
+    "_cat_labels", "_compute_affine_matrix", "_format_img", "_update_labels",
+)  # fmt: skip
 
 
 class Later(list[int]):
@@ -65,8 +68,9 @@ def _is_known(dataset: Any) -> bool:
         kinds[2:5] in ([augment.Mosaic, paste, affine], [augment.Mosaic, affine, paste])
         and kinds[:2] == [augment.Compose] * 2
         and kinds[5:] == [getattr(augment, name) for name in rest]
+        and [len(found[0].transforms), len(found[1].transforms)] == [8, 3]
         and all(_is_untouched(transform, _OF_TRANSFORM) for transform in found)
-        and is_ultralytics(augment.Format._format_img)
+        and found[5].pre_transform is found[1]
         and found[2].n == 4
         and found[7].transform is None  # Albumentations are not installed, so that nothing is drawn for them
     )
@@ -80,9 +84,10 @@ def _flat(transform: Any) -> Iterator[Any]:
 
 
 def _is_untouched(value: Any, names: Sequence[str]) -> bool:
-    """Return whether methods are those of Ultralytics or of this package, in the class and in the object."""
-    found = [getattr(value, name) for name in names if hasattr(value, name)]
-    return all(module_of(method).startswith(("ultralytics.", "yolov12.")) for method in found)
+    """Return whether methods are those of Ultralytics or of this package, in all its classes and in the object."""
+    places = [vars(value), *map(vars, type(value).__mro__)]  # a method of this package may call one of its class
+    found = [place[name] for place in places for name in names if name in place]
+    return all(module_of(method).startswith(("ultralytics.", "yolov12.", "torch.")) for method in found)
 
 
 class _Recipes:
@@ -182,6 +187,7 @@ class _Recipes:
         if _is_plain(other["img"]) and other["img"].shape[2] == channels:
             _stand_for(labels, Blend(_image_of(labels), _image_of(other), params["r"]), width, height)
         else:
+            self._with_pixels(other)
             mixup.apply_image(self._with_pixels(labels), params)
         return False
 

@@ -59,14 +59,16 @@ class Rendering:
         """Collate samples, whose images may be recipes."""
         if not any(isinstance(sample, dict) and isinstance(sample.get("img"), Recipe) for sample in samples):
             return self._collate(samples)
-        if not self._is_known or len({tuple(sample["img"].shape) for sample in samples}) > 1:
+        images = [sample["img"] for sample in samples]
+        are_bytes = all(isinstance(image, Recipe) or image.dtype == torch.uint8 for image in images)
+        if not (self._is_known and are_bytes and len({tuple(image.shape) for image in images}) == 1):
             return self._collate([self._whole(sample) for sample in samples])
-        images = _empty((len(samples), *samples[0]["img"].shape))
-        for sample, image in zip(samples, images, strict=True):
-            self._fill(image, sample["img"])
+        stacked = _empty((len(images), *images[0].shape))
+        for place, image in zip(stacked, images, strict=True):
+            self._fill(place, image)
         # An empty image keeps the place of the key among the keys of the batch.
-        batch = self._collate([{**sample, "img": images[0, :0, :0, :0]} for sample in samples])
-        batch["img"] = images
+        batch = self._collate([{**sample, "img": stacked[0, :0, :0, :0]} for sample in samples])
+        batch["img"] = stacked
         return batch
 
     def _whole(self, sample: Any) -> Any:
