@@ -24,8 +24,8 @@ class Neck(nn.Module):
 def test_half_precision_stays_and_values_are_those_of_fp32():
     torch.manual_seed(0)
     model, x, seen = Neck(), torch.randn(2, 3, 8, 8), []
-    model.up.register_forward_pre_hook(lambda module, values: None)
-    model.last.register_forward_pre_hook(lambda module, values: seen.append(values[0].dtype))
+    last = model.last.forward
+    model.last.forward = lambda x: (seen.append(x.dtype), last(x))[1]
     found = []
     for within in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
@@ -41,18 +41,26 @@ def test_half_precision_stays_and_values_are_those_of_fp32():
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("change", ["mode", "hook", "precision"])
+@pytest.mark.parametrize("change", ["mode", "hook", "hook behind", "global hook", "forward", "precision"])
 def test_other_layers_are_left_alone(change):
     model = Neck()
     if change == "mode":
         model.up = nn.Upsample(scale_factor=2, mode="bilinear")
     if change == "hook":
         model.up.register_forward_hook(lambda module, values, out: None)
+    if change == "hook behind":
+        model.last.register_forward_pre_hook(lambda module, values: None)
+    if change == "forward":
+        model.up.forward = lambda x: F.interpolate(x, scale_factor=2.0)
+    always = nn.modules.module.register_module_forward_hook(lambda *args: None) if change == "global hook" else None
     x = torch.randn(2, 4, 3, 3, dtype=torch.float32 if change == "precision" else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = model.up(x)
+        wanted, own = model.up(x), vars(model.up).get("forward")
         with Upsampling(model).within():
+            assert change == "precision" or vars(model.up).get("forward") is own
             found = model.up(x)
+    if always is not None:
+        always.remove()
     assert found.dtype == wanted.dtype
     assert torch.equal(found, wanted)
 

@@ -1,11 +1,15 @@
 """Images that one kernel makes for the first convolution, in place of Ultralytics' `preprocess_batch`."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
 
+from yolov12.mas.checkpointing.checkpointing import Checkpointing
+from yolov12.mas.modules import overridden
 from yolov12.training.adapter import images as module
 from yolov12.training.adapter.detection import DetectionTask
 
@@ -24,7 +28,7 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture
 def model(small_model):
-    model = DetectionModel(small_model, nc=2, verbose=False).train()
+    model = DetectionModel(small_model, nc=2, verbose=False).train().to(memory_format=torch.channels_last)
     model.args = DEFAULT_CFG
     return model
 
@@ -80,6 +84,15 @@ def own_forward(model):
     model.model[0].conv.forward = nn.Conv2d.forward.__get__(model.model[0].conv)
 
 
+def own_layer(model):
+    first = model.model[0]
+    first.forward = lambda x: type(first).forward(first, x)
+
+
+def another_layout(model):
+    model.to(memory_format=torch.contiguous_format)
+
+
 def own_predict(model):
     model.predict = type(model).predict.__get__(model)
 
@@ -96,9 +109,12 @@ def test_it_is_used_only_where_the_users_code_sees_nothing_of_it(on_cpu, model, 
     pixels = batch()["img"]
     assert module.half_type(model, pixels) == torch.bfloat16
     assert module.half_type(model, pixels.float()) is None
+    first = model.model[0]
+    with overridden({first: functools.partial(Checkpointing._rebuild, None, first.forward)}):  # the engine's own
+        assert module.half_type(model, pixels) == torch.bfloat16
     with torch.no_grad():
-        for change in (hooked, own_forward, own_predict, another_layer):
-            other = DetectionModel(model.yaml, nc=2, verbose=False)
+        for change in (hooked, own_forward, own_layer, another_layout, own_predict, another_layer):
+            other = DetectionModel(model.yaml, nc=2, verbose=False).to(memory_format=torch.channels_last)
             change(other)
             assert module.half_type(other, pixels) is None, change
 

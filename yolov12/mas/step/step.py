@@ -186,6 +186,7 @@ class Step:
             self.checkpointing.find_activations()
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         self._norms.begin()
+        self._upsampling.begin()
         if self._norms.ungrouped and self._ranks.size > 1:
             raise ConfigError(
                 f"{type(self._norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.modules import overridden
@@ -36,7 +37,8 @@ _VALUES, _CHANNELS, _WARPS = 2048, 128, 4  # of a program
 class Upsampling:
     """Runs the nearest upsampling layers of a model in the type of their inputs.
 
-    The model is changed only inside `within`. Layers with hooks, which would see that type, are left alone.
+    The model is changed only inside `within`. If a module of the model has a hook, which may see that type, all layers
+    are left alone.
 
     Args:
         model: Model with the layers.
@@ -45,22 +47,40 @@ class Upsampling:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self.find_layers()
+        self.begin()
 
     def find_layers(self) -> None:
         """Look for the layers again, as modules of the model were replaced."""
-        modules = [module for module in self._model.modules() if type(module) is nn.Upsample]
-        self._layers = [module for module in modules if module.mode == "nearest"]
+        self._modules = list(self._model.modules())
+        self._upsamplings = [module for module in self._modules if type(module) is nn.Upsample]
+
+    def begin(self) -> None:
+        """Start a batch: read how the layers are switched, and whether there are hooks."""
+        self._layers: list[nn.Upsample] = []
+        if self._upsamplings and not _global_hooks() and not any(map(_has_hooks, self._modules)):
+            layers = [layer for layer in self._upsamplings if layer.mode == "nearest"]
+            self._layers = [layer for layer in layers if "forward" not in vars(layer)]  # or it is the user's own
 
     @contextmanager
     def within(self) -> Iterator[None]:
         """Give the layers their other forward pass while one micro-batch runs forward and backward."""
-        layers = [layer for layer in self._layers if not _has_hooks(layer)]
-        with overridden({layer: partial(_upsample, layer, layer.forward) for layer in layers}):
+        with overridden({layer: partial(_upsample, layer, layer.forward) for layer in self._layers}):
             yield
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _global_hooks() -> bool:
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def _upsample(layer: nn.Upsample, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
