@@ -7,11 +7,13 @@ from ultralytics.nn.tasks import DetectionModel
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, RECOMPUTE, Checkpointing, Plan
 from yolov12.mas.checkpointing.layers import candidates
+from yolov12.mas.step.upsampling import Upsampling
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
 from yolov12.plan.fake_model import load
 from yolov12.plan.loss_bytes import _boxes
 from yolov12.plan.micro_batch import MicroBatchTracer
+from yolov12.training.adapter.images import scaled
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,9 +42,10 @@ def test_peak_of_a_micro_batch(recompute):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         allocated_bytes = torch.cuda.memory_allocated()
-        with torch.autocast("cuda", torch.float16), norms.within((IMAGES,), 0):
+        upsampling = Upsampling(model)
+        with torch.autocast("cuda", torch.float16), norms.within((IMAGES,), 0), upsampling.within():
             ahead = torch.zeros(IMAGES, 3, 640, 640, dtype=torch.uint8, device="cuda")
-            batch = {**boxes, "img": ahead.float() / 255}
+            batch = {**boxes, "img": scaled(ahead, torch.float16)}
             with checkpointing.within(plan):
                 predictions = model(batch["img"])
                 kept_bytes = torch.cuda.memory_allocated() - allocated_bytes
