@@ -54,6 +54,21 @@ def test_children_of_children_count_and_other_processes_do_not(family):
     assert ChildProcesses(family.proc).held_bytes() == 150 * MIB
 
 
+def test_a_name_that_the_kernel_cut_within_a_letter_is_a_name(family):
+    family.process(11, 10, rss=100, pss=100, private=100)
+    (family.proc / "12").mkdir()
+    (family.proc / "12/stat").write_bytes(b"12 (" + "обучение".encode()[:15] + b") S 10 10")
+    assert ChildProcesses(family.proc).held_bytes() == 100 * MIB
+
+
+def test_a_sandbox_may_hide_all_processes(family, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(folder)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert ChildProcesses(family.proc).held_bytes() == 0
+
+
 def test_pages_that_outsiders_have_too_do_not_hide_what_workers_hold(family):
     """A fork server has most of the pages of this process, whose proportional set size is therefore small."""
     family.memory("self", rss=1000, pss=100, private=50)

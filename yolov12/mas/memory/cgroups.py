@@ -67,9 +67,10 @@ def cgroup_folders(controller: str, root: Path, membership: Path) -> Iterator[Pa
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file; empty if it cannot be read."""
+    """Return the text of a file; empty if it cannot be read. Bytes that are not UTF-8 are replaced."""
     try:
-        return file.read_text()
+        # The kernel cuts the name of a process after 15 bytes, in the middle of a letter if need be.
+        return file.read_text("utf-8", "replace")
     except OSError:
         return ""
 

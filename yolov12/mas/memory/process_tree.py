@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from yolov12.mas.memory.cgroups import read_fields, read_text
@@ -69,10 +70,11 @@ class ChildProcesses:
     def _children(self) -> dict[int, list[int]]:
         """Return the children of each process of the system: process id → process ids."""
         children: dict[int, list[int]] = {}
-        for folder in self._proc.iterdir():
-            # The name of the program, in parentheses, may contain anything. State and parent follow it.
-            if folder.name.isdigit() and (fields := read_text(folder / "stat").rpartition(")")[2].split()):
-                children.setdefault(int(fields[1]), []).append(int(folder.name))
+        with suppress(OSError):  # a sandbox may forbid to list the processes
+            for folder in self._proc.iterdir():
+                # The name of the program, in parentheses, may contain anything. State and parent follow it.
+                if folder.name.isdigit() and (fields := read_text(folder / "stat").rpartition(")")[2].split()):
+                    children.setdefault(int(fields[1]), []).append(int(folder.name))
         return children
 
     def _resident_bytes(self, pid: int) -> int:
