@@ -47,6 +47,8 @@ FOURS = "16 16 16 16"
             ": ran as 4 to 8 parts of 8 to 16 images, the same gradient but for smaller BatchNorm groups in 1 step",
         ),
         ([row(FOURS, EVENT, "image size 640 to 320")], ": ran as 4 × 16"),
+        # The images got smaller with a last batch of an epoch, and stayed so.
+        ([row(FOURS, EVENT), row("8", "image size 640 to 320"), row(FOURS)], ": ran as 4 × 16"),
     ],
 )
 def test_a_batch_that_did_not_fit(rows, line):

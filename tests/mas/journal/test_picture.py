@@ -1,14 +1,16 @@
 """What memory.png says about a run: its title, its labels, and what it draws where memory was never tight."""
 
+import time
 from itertools import combinations
 
 import pytest
 
 from yolov12.mas.journal.columns import COLUMNS
 from yolov12.mas.journal.conclusion import facts_of
+from yolov12.mas.journal.explanation import explain
 from yolov12.mas.journal.highlights import Highlight, choose, highlights, highlights_of_ranks
 from yolov12.mas.journal.labels import place
-from yolov12.mas.journal.picture import draw
+from yolov12.mas.journal.picture import draw, thin
 
 FIELDS = [column.name for column in COLUMNS]
 
@@ -54,11 +56,18 @@ def test_with_several_ranks_each_has_a_bar_of_its_own():
     ("rows", "headline"),
     [
         (run(), "Every batch fitted as a whole: the peak was at most 90 % of the budget"),
-        (run(every={"size": 16}), "A batch of 64 did not fit into 1000 MiB: it ran as 4 × 16"),
         (
-            run(every={"size": 16, "plan": "recompute 2"}),
-            "A batch of 64 did not fit into 1000 MiB: it ran as 4 × 16 with checkpointing",
+            run(every={"size": 16}, step_1={"size": 16, "events": "batch of 64 did not fit"}),
+            "batch=64 did not fit into the budget of 1.0 GiB: ran as 4 × 16",
         ),
+        (
+            run(
+                every={"size": 16, "plan": "recompute 2"},
+                step_1={"size": 16, "plan": "recompute 2", "events": "batch of 64 did not fit"},
+            ),
+            "batch=64 did not fit into the budget of 1.0 GiB: ran as 4 × 16 with layers recomputed",
+        ),
+        (run(every={"size": 16}), "Batches of 64 ran as 4 × 16: the peak was at most 90 % of the budget"),  # as asked
         (
             run(step_9={"events": "out-of-memory at 64; out-of-memory at 64; shrunk 64 to 32", "size": 32}),
             "The run survived 2 out-of-memories: batches of 64 ran in micro-batches of 32 to 64",
@@ -77,6 +86,14 @@ def test_with_several_ranks_each_has_a_bar_of_its_own():
 )
 def test_the_title_is_the_conclusion(rows, headline):
     assert draw(rows).texts[0].get_text().startswith(headline)
+
+
+def test_the_title_and_the_last_line_of_the_log_say_the_same():
+    rows = run(every={"size": 32}, step_1={"size": 16, "events": "batch of 64 did not fit"}, step_7={})
+    line = explain({0: rows}, is_exact=True, bn_group=16)
+    title, _, more = line.replace(" in 29 of 30 batches", "").partition(", the same gradient")
+    assert more
+    assert facts_of({0: rows}).headline() == title
 
 
 def test_the_second_line_has_the_figures():
@@ -154,6 +171,18 @@ def test_the_most_important_are_chosen_and_say_how_many_there_are():
     failures = [Highlight(step, "out-of-memory", "out of memory", 9) for step in range(20, 30)]
     chosen = choose([Highlight(1, "grew", "grew", 3), *failures, Highlight(40, "took", "took", 6)], most=4)
     assert [each.text for each in chosen] == ["out of memory (in 10 steps)", "out of memory", "out of memory", "took"]
+
+
+def test_a_long_run_beside_a_restless_neighbour_is_told_in_little_time():
+    """A hundred thousand steps, in every fifth of which a neighbour takes memory, and the batch is split."""
+    usual, tight = row(1), row(1, "shrunk 64 to 32", size=32, budget=500)
+    rows = [{**(usual if step % 5 else tight), "step": str(step)} for step in range(1, 100_001)]
+    begin_s = time.process_time()
+    told = highlights(rows)
+    assert time.process_time() - begin_s < 20  # 1 s; it took many minutes
+    assert told[0].text == "other processes took 500 MiB: batch split into 2 × 32"
+    assert len(told) == 40_000 - 1
+    assert len(thin(rows)) <= 600 * 6
 
 
 def test_labels_do_not_overlap_and_stay_in_the_panel():

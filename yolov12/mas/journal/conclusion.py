@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from yolov12.mas.journal.explanation import Unfit, find_unfit
 from yolov12.mas.journal.highlights import TOOK, as_split, highlights, size
 from yolov12.mas.journal.summary import RESUMED, summarise
 
@@ -52,6 +53,8 @@ class Facts:
     planned: bool
     """True if layers were recomputed or rebuilt in any step."""
     shrinks: int
+    unfit: Unfit | None
+    """Batches that did not fit; None if every batch fitted."""
     images_per_s: float | None
 
     @property
@@ -79,9 +82,10 @@ class Facts:
             return f"Memory was never tight: the peak was at most {in_percent(self.percent)} of the budget"
         if self.took_mib and self.shrinks:
             return f"Other processes took up to {size(self.took_mib)}: {batches} {self._ran()}"
-        if "×" in self.split or self.planned:
-            return f"A batch of {self.batch:,} did not fit into {self._budget()}: it {self._ran()}"
-        return f"Every batch fitted as a whole: the peak was at most {in_percent(self.percent)} of the budget"
+        if self.unfit is not None:
+            return f"{self.unfit.what}: {self.unfit.ran}"
+        how = f"{batches.capitalize()} {self._ran()}" if "×" in self.split else "Every batch fitted as a whole"
+        return f"{how}: the peak was at most {in_percent(self.percent)} of the budget"
 
     def _ran(self) -> str:
         low, high = self.sizes
@@ -148,6 +152,7 @@ def facts_of(journals: Mapping[int, Sequence[_Row]]) -> Facts:
         resumes=sum(RESUMED in row["events"] for row in first),
         planned=any(row["plan"] for row in rows),
         shrinks=summary.shrinks,
+        unfit=find_unfit(journals),
         images_per_s=summary.images_per_s,
     )
 

@@ -65,15 +65,20 @@ def highlights(rows: Sequence[_Row]) -> list[Highlight]:
     Args:
         rows: Rows, as `read_rows` returns them.
     """
-    found = [*_events(rows), *_swings(rows)]
-    # A smaller micro-batch right after other processes took memory is the second half of one story.
-    for fall in [each for each in found if each.kind == TOOK]:
-        near = [each for each in found if each.kind == SHRUNK and 0 <= each.step - fall.step <= _TOGETHER]
-        if near:
-            found.remove(fall)
-            found.append(replace(fall, text=f"{fall.text}: {near[0].text}", importance=fall.importance + 1))
-            found = [each for each in found if each not in near]
-    return sorted(found, key=lambda each: (each.step, -each.importance))
+    events = list(_events(rows))
+    shrinks: dict[int, list[Highlight]] = {}
+    for each in events:
+        if each.kind == SHRUNK:
+            shrinks.setdefault(each.step, []).append(each)
+    swings = []
+    for each in _swings(rows):
+        # A smaller micro-batch right after other processes took memory is the second half of one story.
+        near = range(each.step, each.step + _TOGETHER + 1) if each.kind == TOOK else ()
+        if then := [shrunk for step in near for shrunk in shrinks.pop(step, ())]:
+            each = replace(each, text=f"{each.text}: {then[0].text}", importance=each.importance + 1)
+        swings.append(each)
+    found = [each for each in events if each.kind != SHRUNK or each.step in shrinks]
+    return sorted([*found, *swings], key=lambda each: (each.step, -each.importance))
 
 
 def highlights_of_ranks(journals: Mapping[int, Sequence[_Row]]) -> list[Highlight]:
@@ -166,7 +171,8 @@ def _in_words(event: str, row: _Row) -> tuple[str, str, float] | None:
 def _swings(rows: Sequence[_Row]) -> list[Highlight]:
     """Return where the budget fell or rose by much: other processes took or released memory."""
     budgets = [float(row["budget_mib"]) for row in rows]
-    least, before = _SWING * max(budgets, default=0.0), 0.0
+    most = max(budgets, default=0.0)
+    least, before = _SWING * most, 0.0
     swings: list[tuple[int, int, float]] = []  # first and last step, change in MiB
     for row, budget in zip(rows, budgets, strict=True):
         step, change = int(row["step"]), budget - before
@@ -179,8 +185,8 @@ def _swings(rows: Sequence[_Row]) -> list[Highlight]:
             swings.append((step, step, change))
             before = budget
     return [
-        Highlight(first, TOOK, f"other processes took {size(-change)}", 6 - change / max(budgets))
+        Highlight(first, TOOK, f"other processes took {size(-change)}", 6 - change / most)
         if change < 0
-        else Highlight(first, "released", f"other processes released {size(change)}", 2 + change / max(budgets))
+        else Highlight(first, "released", f"other processes released {size(change)}", 2 + change / most)
         for first, _, change in swings
     ]
