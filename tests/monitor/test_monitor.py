@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import rich.console
@@ -111,7 +112,7 @@ def test_the_picture_of_a_run_at_80_columns(tight):
     assert [each.rstrip() for each in text.splitlines()] == PICTURE.splitlines()
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 23), (40, 10), (20, 5), (200, 60)])
+@pytest.mark.parametrize(("width", "height"), [(80, 23), (40, 10), (20, 5), (200, 60), (7, 40)])
 @pytest.mark.parametrize("count", [1, 3])
 def test_pictures_fit_the_terminal(tight, width, height, count):
     lines = render("train-3", dict.fromkeys(range(count), tight), State("running"), width, height, unicode=True).plain
@@ -129,11 +130,14 @@ def test_several_ranks_have_a_line_each_and_the_chart_of_the_tightest(tight):
 
 
 def test_a_terminal_without_unicode_gets_ascii(tight):
-    assert render("train", {0: tight}, State("running"), 80, 23, unicode=False).plain.isascii()
+    for journals in ({0: tight}, {}):
+        assert render("Prüfung", journals, State("running"), 80, 23, unicode=False).plain.isascii()
 
 
 def test_a_name_of_somebody_else_does_not_write_to_the_terminal():
     assert "\x1b" not in render("a\x1b[2Jb", {}, State("running"), 80, 23, unicode=True).plain
+    name = os.fsdecode(b"caf\xe9")  # not UTF-8
+    assert render(name, {}, State("running"), 80, 23, unicode=True).plain.encode() == b"caf\\udce9 \xc2\xb7 running"
 
 
 def test_bars_and_lines():
@@ -182,7 +186,7 @@ def test_a_file_that_a_resume_cut_or_a_new_run_replaced_is_read_from_its_begin(t
 
 def test_lines_that_are_no_rows_are_left_out(tmp_path):
     file = tmp_path / "memory.csv"
-    file.write_bytes((HEADER + line(1)).encode() + b"\0\0\0\n1,2\n\xff\n" + line(2).encode())
+    file.write_bytes((HEADER + line(1)).encode() + b"\0\0\0\n1,2\n\xff\n" + (HEADER + line(2)).encode())
     tail = Tail(file)
     tail.read()
     assert steps(tail) == [1, 2]
@@ -190,12 +194,22 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path):
 
 def test_of_a_long_run_the_latest_steps_and_the_tightest_are_kept(tmp_path):
     file = tmp_path / "memory.csv"
-    file.write_text(HEADER + "".join(line(step, peak=990 if step == 777 else 900) for step in range(1, 9000)))
+    special = {777: line(777, peak=990), 1301: line(1301, "batch of 64 did not fit"), 2302: line(2302, "grew 1 to 2")}
+    file.write_text(HEADER + "".join(special.get(step) or line(step) for step in range(1, 9000)))
     tail = Tail(file)
     tail.read()
     assert len(tail.rows) <= 5120
     assert steps(tail)[-1000:] == list(range(8000, 9000))
-    assert 777 in steps(tail)
+    assert special.keys() <= set(steps(tail))
+
+
+def test_a_run_that_began_with_an_earlier_version_is_followed(tmp_path):
+    """A resumed run continues its file, which has no columns for power and temperature."""
+    old = line(1).replace("128.0,,,", "128.0,")
+    (tmp_path / "memory.csv").write_text(HEADER.replace("power_w,temperature_c,", "") + old)
+    follower = Follower(tmp_path)
+    follower.read()
+    assert "peak at most 90 %" in render("train", follower.journals(), follower.state(), 80, 23, unicode=True).plain
 
 
 @pytest.mark.parametrize(
@@ -215,6 +229,19 @@ def test_how_a_run_stands(tmp_path, made, said, ended):
     follower.read()
     assert follower.state().text.startswith(said)
     assert follower.state().ended is ended
+
+
+def test_a_new_run_may_remove_the_files_of_the_old_one_at_any_time(tmp_path, monkeypatch):
+    end(write(tmp_path, line(1)))
+    stock = Path.stat
+
+    def remove(path, **options):
+        found = stock(path, **options)
+        path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", remove)
+    assert state_of(tmp_path, steps=1).text == "ended"
 
 
 def test_a_run_that_holds_its_lock_runs_however_long_a_step_takes(tmp_path):

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from yolov12.mas.journal.columns import COLUMNS
+from yolov12.mas.journal.columns import COLUMNS, NEW_COLUMNS
 from yolov12.mas.journal.conclusion import fraction
 from yolov12.mas.journal.journal import OLD_COLUMNS, journal_files
 from yolov12.monitor.runs import State, state_of
@@ -14,9 +14,10 @@ from yolov12.monitor.runs import State, state_of
 __all__ = ["Follower", "Tail"]
 
 _CHUNK_BYTES = 2**24
-# Rows that are kept of a run of any length: all of the latest, and of the earlier ones those with the tightest memory.
+# Rows that are kept of a run of any length: all of the latest, and of the earlier ones those in which something
+# happened, and those with the tightest memory.
 _ROWS, _LATEST = 4096, 1024
-_NAMES = {column.name for column in COLUMNS}
+_NAMES = {column.name for column in COLUMNS} - NEW_COLUMNS
 
 
 class Tail:
@@ -62,7 +63,7 @@ class Tail:
         for values in csv.reader(line.decode("utf-8", "replace") for line in lines if b"\0" not in line):
             if not self._names:
                 self._names = [OLD_COLUMNS.get(name, name) for name in values]
-            elif len(values) == len(self._names) and set(self._names) >= _NAMES:
+            elif len(values) == len(self._names) and set(self._names) >= _NAMES and values[0].isdecimal():
                 self.rows.append(dict(zip(self._names, values, strict=True)))
         if len(self.rows) > _ROWS:
             early = self.rows[:-_LATEST]
@@ -70,8 +71,9 @@ class Tail:
             self.rows = [*(max(pair, key=_weight) for pair in pairs), *self.rows[-_LATEST:]]
 
 
-def _weight(row: Mapping[str, str]) -> tuple[bool, float]:
-    return "out-of-memory" in row["events"], fraction(row)
+def _weight(row: Mapping[str, str]) -> tuple[bool, bool, bool, float]:
+    events = row["events"]
+    return "did not fit" in events, "out-of-memory" in events, bool(events), fraction(row)
 
 
 class Follower:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -59,18 +60,29 @@ def state_of(folder: Path, *, steps: int) -> State:
     """
     if is_locked(folder / "weights"):
         return State("running" if steps else "starting: no step was made yet")
-    journal, summary = folder / "memory.csv", folder / "memory.json"
-    if not journal.exists():
+    written_s, summary = _modified_s(folder / "memory.csv"), folder / "memory.json"
+    if written_s == -math.inf:
         return State("no memory.csv yet (with mas=False there is none)")
-    if summary.exists() and summary.stat().st_mtime >= journal.stat().st_mtime:
+    if _modified_s(summary) >= written_s:
         return State(_ended(summary), ended=True)
-    if time.time() - journal.stat().st_mtime < _QUIET_S:
+    if time.time() - written_s < _QUIET_S:
         return State("running" if steps else "starting: no step was made yet")
     return State("interrupted: resume=auto continues it" if steps else "interrupted before its first step", ended=True)
 
 
+def _modified_s(file: Path) -> float:
+    """Return when a file was written; minus infinity if there is none, as a new run may remove it at any time."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return -math.inf
+
+
 def _ended(summary: Path) -> str:
-    figures = json.loads(summary.read_text("utf-8"))
+    try:
+        figures = json.loads(summary.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):  # removed just now, or not whole
+        return "ended"
     made, expected = figures.get("updates", 0), figures.get("updates_expected")
     if expected is None or made == expected:
         return f"ended after {made:,} updates"

@@ -38,7 +38,7 @@ def render(
     """
     name = printable(name)
     if not journals:
-        return Text(f"{name} · {state.text}")
+        return _shown(Text(f"{name} · {state.text}"), unicode=unicode)
     facts = facts_of(journals)
     last = [rows[-1] for rows in journals.values()]
     newest = max(last, key=lambda row: int(row["step"]))
@@ -60,7 +60,14 @@ def render(
     if below:
         lines += [Text("what happened", "bold"), *below]
     text = Text("\n").join(_cut(line, width, unicode) for line in lines[:height])
-    return text if unicode else Text(text.plain.replace("×", "x").replace("·", "|"))
+    return _shown(text, unicode=unicode)
+
+
+def _shown(text: Text, *, unicode: bool) -> Text:
+    """Return the text as the terminal can show it."""
+    if unicode:
+        return text
+    return Text(text.plain.replace("×", "x").replace("·", "|").encode("ascii", "replace").decode())
 
 
 def _figures(facts: Facts) -> str:
@@ -89,7 +96,7 @@ def _gauges(journals: Mapping[int, Sequence[_Row]], width: int, *, unicode: bool
 
 
 def _peaks(rows: Sequence[_Row], width: int, height: int, whose: str, *, roomy: bool, unicode: bool) -> list[Text]:
-    places = columns([int(row["step"]) for row in rows], width - _LABEL)
+    places = columns([int(row["step"]) for row in rows], max(width - _LABEL, 1))
     peaks = [max(float(rows[index]["peak_mib"]) for index in place) for place in places]
     budgets = [min(float(rows[index]["budget_mib"]) for index in place) for place in places]
     top = max(*peaks, *(() if roomy else budgets), 1.0)
@@ -110,7 +117,7 @@ def _peaks(rows: Sequence[_Row], width: int, height: int, whose: str, *, roomy: 
 def _splits(rows: Sequence[_Row], width: int, whose: str, *, unicode: bool) -> list[Text]:
     batch = max(int(row["images"]) for row in rows) or 1
     rows = [row for row in rows if int(row["images"]) == batch] or rows  # without the last batches of epochs
-    places = columns([int(row["step"]) for row in rows], width - _LABEL)
+    places = columns([int(row["step"]) for row in rows], max(width - _LABEL, 1))
     sizes = [max(map(int, row["micro_batches"].split()), default=0) for row in rows]
     smallest = [float(min(sizes[index] for index in place)) for place in places]
     bars = rows_of_bars(smallest, batch, _SPLIT_ROWS, unicode=unicode)

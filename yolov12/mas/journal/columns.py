@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["COLUMNS", "EVENTS", "Column"]
+__all__ = ["COLUMNS", "EVENTS", "NEW_COLUMNS", "Column"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("events", "", "What happened in this step, separated by `; `. See below."),
 )
 """In the order of the file."""
+
+NEW_COLUMNS = frozenset({"power_w", "temperature_c"})
+"""Columns that a file of an earlier version does not have, even if a resumed run continues it."""
 
 EVENTS: Mapping[str, str] = {
     "batch of N did not fit": "A batch of N images did not fit at once with everything kept. It ran in parts, or with "
