@@ -105,6 +105,9 @@ def test_the_end_of_a_training_names_only_files_that_exist(capsys, monkeypatch, 
     [
         ({"device": "cpu"}, "yolov12n-demo.pt", {"data": "demo", "batch": 64, "mem_limit": "1.8GiB"}),
         ({"batch": 8, "mem_limit": "3GiB", "device": "cpu"}, "yolov12n-demo.pt", {"batch": 8, "mem_limit": "3GiB"}),
+        ({"model": "yolov12x.pt", "device": "cpu"}, "yolov12x.pt", {"batch": 64, "mem_limit": None}),
+        ({"imgsz": 1280, "device": "cpu"}, "yolov12n-demo.pt", {"imgsz": 1280, "mem_limit": None}),
+        ({"device": 0}, "yolov12n-demo.pt", {"mem_limit": None}),  # an integrated GPU: the limit is for the host, too
         ({"data": "mine.yaml"}, "yolov12n.yaml", {"data": "mine.yaml"}),
         ({"resume": "auto"}, "yolov12n-demo.pt", {"resume": "auto"}),
     ],
@@ -123,10 +126,12 @@ def test_a_training_without_data_is_the_first_run_unless_it_goes_on_with_a_run(
         )
 
     monkeypatch.setattr(cli, "_model", make)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("yolov12.mas.memory.meter.shares_memory", lambda device: True)
     monkeypatch.setattr("yolov12.training.run.resume.latest_interrupted", lambda arguments, task: tmp_path / "last.pt")
     cli._train(dict(given))
     assert seen["model"] == model
-    assert {key: seen[key] for key in expected} == expected
+    assert {key: seen.get(key) for key in expected} == expected
     assert ("epochs" in seen) == ("data" not in given and "resume" not in given)
 
 

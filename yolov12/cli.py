@@ -233,12 +233,12 @@ def _train(options: dict[str, Any]) -> None:
         if resume is True:
             options["resume"] = options.get("model") or _last_trained("last.pt")
         options["model"] = options["resume"]
-    has_data = bool(options.get("data"))
+    has_data, given = bool(options.get("data")), dict(options)
     is_detection = options.get("task") in (None, "detect")  # a weight file would hide another task
     model = _model(options, default=first_run.MODEL if is_detection and not has_data else "yolov12n.yaml")
     is_first_run = not has_data and not _resumes(options, model.task)
     if is_first_run:
-        options = {**first_run.arguments(model, options.get("device")), **options}
+        options = {**first_run.arguments(model, given), **options}
     with _refusals(lambda: hasattr(model.trainer, "train_time_start")):  # Ultralytics sets it before the first step
         model.train(**options)
     trainer = model.trainer

@@ -32,7 +32,8 @@ _NEW_CLASSES: Mapping[str, Any] = {
     "warmup_epochs": 0,
     "close_mosaic": 4,
 }
-# A process on the CPU has about 0.8 GiB without any image. On a GPU, only what PyTorch allocates counts.
+# A process on the CPU has about 0.8 GiB without any image. On a GPU, only what PyTorch allocates counts. On an
+# integrated GPU, the host memory of the process counts too, and how much that is depends on the module.
 _LIMITS: Mapping[str, str] = {"cpu": "1.8GiB", "cuda": "0.7GiB"}
 
 # Another model learns all classes anew: many small steps, mosaic in the first epoch only.
@@ -49,18 +50,25 @@ _ALL_CLASSES: Mapping[str, Any] = {
 }
 
 
-def arguments(model: Any, device: object = None) -> dict[str, Any]:
+def arguments(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a training without `data=`. Those that the user gives replace them.
+
+    The memory limit is that of the demo model and its image size: nothing else has to fit into it.
 
     Args:
         model: The `YOLO` object.
-        device: Device that the user has given; None for Ultralytics' choice.
+        given: Argument name → value that the user has given.
     """
     if not model.ckpt:
         return dict(_ALL_CLASSES)
     import torch
 
-    is_cpu = str(device) == "cpu" or not torch.cuda.is_available()
+    from yolov12.mas.memory.meter import shares_memory
+
+    is_cpu = str(given.get("device")) == "cpu" or not torch.cuda.is_available()
+    is_other = given.get("model") not in (None, MODEL) or "imgsz" in given or given.get("mas") is False
+    if is_other or (not is_cpu and shares_memory(torch.device("cuda"))):
+        return dict(_NEW_CLASSES)
     return {**_NEW_CLASSES, "mem_limit": _LIMITS["cpu" if is_cpu else "cuda"]}
 
 
