@@ -116,6 +116,12 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path, cut):
     assert [each["step"] for each in read_rows(path)] == ["1", "2"]
 
 
+def test_equal_texts_of_a_long_run_are_in_memory_once(tmp_path):
+    write(tmp_path, [row(step) for step in range(1, 20)])
+    first, *others = read_rows(tmp_path / "memory.csv")
+    assert all(each["micro_batches"] is first["micro_batches"] for each in others)
+
+
 def test_power_and_temperature_are_summarised_where_they_are_known(tmp_path):
     rows = [
         replace(row(1), power_w=20.0, temperature_c=50.0),
