@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from yolov12.mas.calibration import Calibration
 from yolov12.mas.distributed.ranks import RankStatus
-from yolov12.mas.journal.explanation import DID_NOT_FIT
+from yolov12.mas.journal.explanation import DID_NOT_FIT, SHARE_DID_NOT_FIT
 from yolov12.mas.journal.journal import Journal, Row, Summary
 from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.scheduling.planner import BatchReport
@@ -88,7 +88,7 @@ class Records:
         # A batch may also be split because the user wants it, or because its size has not been tried yet.
         if not is_whole and work.images > self._unfit and (failed or not done.fits):
             self._unfit = work.images
-            self.note(DID_NOT_FIT.format(work.images))
+            self.note((SHARE_DID_NOT_FIT if self._shares else DID_NOT_FIT).format(work.images))
 
     def drop(self) -> None:
         """Forget the batches since the last update, because their gradients were dropped."""

@@ -82,6 +82,7 @@ NEW_COLUMNS = frozenset({"power_w", "temperature_c"})
 EVENTS: Mapping[str, str] = {
     "batch of N did not fit": "A batch of N images did not fit at once with everything kept. It ran in parts, or with "
     "layers recomputed. Noted again only for a larger batch.",
+    "share of N did not fit": "The same, with several ranks: N images are the share of this rank.",
     "out-of-memory at N": "An allocation failed in a micro-batch of N images. The micro-batch ran again.",
     "retried N": "The failed micro-batch of N images ran again unchanged, and succeeded.",
     "shrunk A to B": "Micro-batches became smaller: from A to B images.",

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["DID_NOT_FIT", "Unfit", "explain", "find_unfit"]
+__all__ = ["DID_NOT_FIT", "SHARE_DID_NOT_FIT", "Unfit", "explain", "find_unfit"]
 
-DID_NOT_FIT = "batch of {} did not fit"
-"""Event of the first batch with so many images that did not fit at once with everything kept."""
+DID_NOT_FIT, SHARE_DID_NOT_FIT = "batch of {} did not fit", "share of {} did not fit"
+"""Event of the first batch, or of the first share of a rank, with so many images that did not fit at once with
+everything kept."""
 
 _Row = Mapping[str, str]
-_EVENT = re.compile(DID_NOT_FIT.format(r"(\d+)"))
+_EVENT = re.compile(r"(batch|share) of (\d+) did not fit")
 
 
 def explain(journals: Mapping[int, Sequence[_Row]], *, is_exact: bool, bn_group: int | None) -> str:
@@ -55,10 +56,11 @@ def find_unfit(journals: Mapping[int, Sequence[_Row]]) -> Unfit | None:
         journals: Rank → rows of memory.csv as column → text.
     """
     rows = [row for journal in journals.values() for row in journal]
-    unfit = [int(found[1]) for row in rows for event in _events(row) if (found := _EVENT.fullmatch(event))]
+    unfit = [found for row in rows for event in _events(row) if (found := _EVENT.fullmatch(event))]
     if not unfit:
         return None
-    images, is_shared = max(unfit), len(journals) > 1
+    # The journals of ranks on other machines may be elsewhere.
+    images, is_shared = max(int(each[2]) for each in unfit), any(each[1] == "share" for each in unfit)
     # A rank's share changes from step to step, so its rows do not tell where a batch ends: each counts as one.
     batches = [(sizes, row) for row in rows for sizes in ([_sizes(row)] if is_shared else _batches(row, images))]
     tight = [(sizes, row) for sizes, row in batches if len(sizes) > 1 or row["plan"]]
