@@ -76,6 +76,13 @@ def test_not_even_one_image_fits():
         card.run(16)
 
 
+def test_the_limit_to_give_has_room_for_the_margin_and_for_loader_workers():
+    meter = ReplayMeter(1000 * MIB, [0], limit=200 * MIB, outside_bytes=[100 * MIB])
+    slices = Slices(Config(limit=200 * MIB, safety_ratio=0.1), meter)
+    with pytest.raises(DoesNotFitError, match=f"a mem_limit above {(150 + 100) / 0.9:.0f} MiB"):
+        slices.run(1, 64, 64, lambda start, stop: meter.use(150 * MIB))
+
+
 def test_other_errors_pass():
     card = Card()
     card.fail = lambda images: 1 / 0

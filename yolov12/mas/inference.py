@@ -108,7 +108,8 @@ class Slices:
         if features.images == 1:
             ways = ["smaller images", "a smaller model", "a larger device"]
             if self._config.limit is not None:
-                ways.insert(0, f"a mem_limit above {needed_bytes / 2**20:,.0f} MiB")
+                roomy_bytes = (needed_bytes + reading.outside_bytes) / (1 - self._config.safety_ratio)
+                ways.insert(0, f"a mem_limit above {roomy_bytes / 2**20:,.0f} MiB")
             raise does_not_fit(needed_bytes, budget_bytes, reading.free_bytes, ways)
         if self._cost.largest:
             self._cost.observe_failure(features, budget_bytes - reading.allocated_bytes)
