@@ -216,6 +216,15 @@ def test_labels_are_inside_the_drawn_panel():
     assert title.x1 <= 1200
 
 
+def test_a_long_title_is_inside_the_picture():
+    plan, events = "recompute head", "batch of 64 did not fit"
+    tight = {"plan": plan, "budget": 127_900, "peak": 99_999}
+    rows = run(every={**tight, "size": 16}, step_1={**tight, "size": 8, "events": events, "budget": 112_000})
+    title = draw(rows).texts[0]
+    assert len(title.get_text()) > 110
+    assert title.get_window_extent().x1 <= 1200
+
+
 def test_curves_differ_in_more_than_their_colour():
     for axes in draw(run(60)).axes[:2]:
         curves = [line for line in axes.get_lines() if not line.get_label().startswith("_")]

@@ -29,6 +29,8 @@ _Row = Mapping[str, str]
 # Most epochs that are marked with a vertical line. More lines would hide everything else.
 _EPOCHS = 60
 _LABELS = 8
+# Characters of a title that fills the width. A longer one gets smaller letters.
+_TITLE = 95
 # Most ranks that get a bar each. Of more ranks, only the one with the least room does.
 _BARS = 4
 _NONE: Mapping[int, Sequence[_Row]] = {}
@@ -97,7 +99,8 @@ def draw(rows: Sequence[_Row], others: Mapping[int, Sequence[_Row]] = _NONE) -> 
 
 def _title(figure: Figure, headline: str, details: str) -> None:
     figure.get_layout_engine().set(rect=(0, 0, 1, 0.915))  # type: ignore[union-attr,call-arg]
-    figure.text(0.012, 0.968, headline, fontsize=15, fontweight="bold", va="center")
+    points = min(15.0, 15 * _TITLE / len(headline))
+    figure.text(0.012, 0.968, headline, fontsize=points, fontweight="bold", va="center")
     figure.text(0.012, 0.934, details, fontsize=10.5, color="0.25", va="center")
 
 
