@@ -1,6 +1,6 @@
 """The story of an inspection line: two defect classes arrive, and `yolov12 watch` retrains with nobody at the terminal.
 
-    python benchmarks/line.py --out benchmarks/results/line.json                  (seven minutes on one GPU)
+    python benchmarks/line.py --out benchmarks/results/line.json                  (fifteen minutes on one GPU)
     python benchmarks/line.py --out line.json --small --device cpu                (minutes on two CPU cores)
     python benchmarks/line.py --out line.json --only base watch                   (some parts; others stay in the file)
     python benchmarks/line.py --out line.json --base scratch --base-epochs 60     (without the demo model)
@@ -13,7 +13,7 @@ Part `base`: the base model is the one that comes with the package. benchmarks/d
 other boards of the line. With `--base-epochs`, its training goes on with the boards of this line.
 
 Part `watch`: the watch serves the base model. Images of the new product arrive in its inbox, and some that are damaged.
-It trains with a batch of 128 images, mosaic and mixup in every image, under a limit of 32 GiB (on the CPU: 2 GiB),
+It trains with a batch of 128 images, mosaic in every image and mixup, under a limit of 32 GiB (on the CPU: 2 GiB),
 while another process takes and releases memory (benchmarks/neighbour.py). On a GPU, the two share what would be a card
 of 32 GiB. Mosaic and mixup end some epochs before the training does (`close_mosaic`). In the middle, the watch, the
 training and its workers are killed with SIGKILL. The watch is started again after a second, as by systemd. Nobody does

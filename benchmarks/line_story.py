@@ -25,12 +25,13 @@ class Story:
     """Epochs for which the base model is trained on the line's boards; 0 to serve it as it is."""
     old: str = "demo:images=1000,val=0.2,hold_back=True"
     """Boards of the line."""
-    drawn: tuple[str, ...] = tuple(f"demo:images=250,seed={seed},val=0.2" for seed in range(2, 34))
+    drawn: tuple[str, ...] = tuple(f"demo:images=250,seed={seed},val=0.2" for seed in range(2, 98))
     """Boards from which those of the new product are chosen. Those in `val` are for the table alone."""
-    epochs: int = 40
-    close_mosaic: int = 20
+    epochs: int = 50
+    close_mosaic: int = 22
     mosaic: float = 1.0
-    mixup: float = 1.0
+    mixup: float = 0.2
+    """That of the official recipe for the largest model."""
     warmup_epochs: float = 3.0
     lr0: float = 0.001
     replay_fraction: float = 0.5
@@ -52,7 +53,7 @@ class Story:
     damaged: int = 2
     """Number of damaged images that arrive."""
     settle: str = "1s"
-    patience_s: float = 480.0
+    patience_s: float = 560.0
 
     def training(self, epochs: int) -> dict[str, Any]:
         """Return the arguments that all trainings have."""

@@ -10,8 +10,8 @@ import re
 
 __all__ = ["printable", "printable_lines"]
 
-# Control characters of ASCII and Latin-1, line separators, what changes the direction of the text after it, and what
-# Python makes of bytes in a file name that are not UTF-8, which cannot be printed.
+# Control characters of ASCII and Latin-1, line separators, what changes the direction of the text after it, and the
+# surrogates that stand for bytes of a file name that are not UTF-8: they can be neither printed nor written.
 _CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 _IN_A_NAME = re.compile(_CONTROL)
 _IN_A_MESSAGE = re.compile(rf"(\x1b\[[0-9;]*m|[\n\t])|{_CONTROL}")

@@ -78,6 +78,24 @@ def test_files_that_change_are_waited_for_also_if_their_clock_is_wrong(inbox):
     assert "ahead" in names_of(reader.complete(NOW + 21))
 
 
+def test_files_are_taken_after_the_clock_was_set_back(inbox):
+    put_pair(inbox, "a", age=2)
+    reader = Inbox(inbox, NAMES, 10)
+    assert reader.complete(NOW) == []
+    assert reader.complete(NOW - 86400) == []
+    assert names_of(reader.complete(NOW - 86400 + 11)) == ["a"]
+
+
+def test_only_some_of_many_pairs_are_looked_at(inbox):
+    for name in "abcd":
+        put_pair(inbox, name)
+    put_pair(inbox, "d", age=-5000)
+    reader = Inbox(inbox, NAMES, 10)
+    assert reader.complete(NOW) != []
+    assert names_of(reader.complete(NOW + 11, 2)) == ["a", "b"]
+    assert names_of(reader.complete(NOW + 11)) == ["a", "b", "c", "d"]  # `d` was seen at first
+
+
 def test_links_are_not_followed(inbox, tmp_path):
     put(tmp_path / "secret.png", png())
     (inbox / "link.png").symlink_to(tmp_path / "secret.png")
@@ -112,9 +130,10 @@ def test_a_list_of_names_that_changes_or_is_damaged_keeps_images_where_they_are(
     reader = Inbox(inbox, NAMES, 10)
     assert (reader.complete(NOW), reader.waiting, reader.problems) == ([], 1, [])
     (inbox / "classes.txt").unlink()
-    put(inbox / "data.yaml", "names: 7")
-    assert (reader.complete(NOW), reader.waiting) == ([], 0)
-    assert "cannot be read" in reader.problems[0]
+    for text in ("names: 7", "names: 2029-99-99", "[" * 1500):
+        put(inbox / "data.yaml", text)
+        assert (reader.complete(NOW), reader.waiting) == ([], 0)
+        assert "cannot be read" in reader.problems[0]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,33 @@ def test_an_attempt_begins_with_enough_images_or_on_schedule(new, seconds, begin
     assert (never.kind is Kind.BEGIN) is ("of" in begins)
 
 
+@pytest.mark.parametrize(
+    ("new", "used", "begins"),
+    [
+        (3, 17, "20 images of the new class 'crack'"),
+        (3, 16, ""),
+        (20, 0, "20 new images of 'crack'"),
+        (19, 20, ""),  # it has had its attempt
+        (0, 19, ""),
+    ],
+)
+def test_images_of_a_new_class_count_until_an_attempt_had_enough_of_them(new, used, begins):
+    counts = {name: count for name, count in (("crack", new), ("bridge", 1)) if count}
+    action = states.decide(IDLE, facts(new=counts, used={"crack": used}), RULES)
+    assert (action.kind, action.reason) == (Kind.BEGIN if begins else Kind.WAIT, begins)
+
+
+def test_an_attempt_whose_folder_is_gone_begins_again_or_is_over():
+    phases = {phase: states.lost(State(phase, 3, failures=1)).phase for phase in [*Phase][2:]}
+    assert phases == {
+        Phase.TRAINING: Phase.PREPARING,
+        Phase.JUDGING: Phase.PREPARING,
+        Phase.PROMOTING: Phase.PREPARING,
+        Phase.EXPORTING: Phase.IDLE,
+        Phase.REPORTING: Phase.IDLE,
+    }
+
+
 def test_an_attempt_that_succeeds_passes_through_every_phase():
     for exports in (True, False):
         rules, state, passed = replace(RULES, exports=exports), states.begin(IDLE, "why", NOW, "20261129"), []

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from yolov12 import autopatch, cli, files
+from yolov12.errors import ConfigError
 from yolov12.watch import moves
 from yolov12.watch.checks import check
+from yolov12.watch.promotion import serves
 
 __all__ = ["guarded", "main", "run"]
 
@@ -152,7 +154,10 @@ def _export(folder: Path, attempt: Mapping[str, Any]) -> int:
     exported = Path(
         YOLO(str(folder / "candidate.pt")).export(format=attempt["export"], **_given(attempt, _EXPORT_ARGUMENTS))
     )
-    moves.copy(exported, Path(attempt["model"]).with_suffix(exported.suffix))
+    model = Path(attempt["model"])
+    if not serves(folder / "candidate.pt", model):
+        raise ConfigError(f"{model} was replaced by somebody else since the promotion, so its export stays")
+    moves.copy(exported, model.with_suffix(exported.suffix))
     return 0
 
 

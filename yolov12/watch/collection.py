@@ -26,6 +26,7 @@ __all__ = ["Collection", "Entry", "digest_of"]
 _SPLITS = ("train", "val")
 _REASON = ".reason.txt"
 _DIGITS = 32  # of the digest, in names of files
+_NUMBER = re.compile(r"-\d+$")  # distinguishes files of one name in rejected/
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,28 @@ class Collection:
         work: The work folder.
         names: Class names of the data set that the line began with. The names in the collection come first.
         val_fraction: Fraction of the images that is for validation.
+        used: Digests of the images that attempts have used, as in names of files.
 
     Raises:
         DataError: The collection's data.yaml cannot be read.
     """
 
-    def __init__(self, work: Path, names: Sequence[str], val_fraction: float) -> None:
+    def __init__(self, work: Path, names: Sequence[str], val_fraction: float, used: Iterable[str] = ()) -> None:
         self.folder, self.rejected = work / "dataset", work / "rejected"
+        self._received = self.folder / "received"
         self._val_fraction = val_fraction
         for name in (*(f"{kind}/{split}" for kind in ("images", "labels") for split in _SPLITS), "received"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.rejected.mkdir(exist_ok=True)
         self.names = self._read_names()
+        self.used = set(used)
         self.entries: dict[str, Entry] = {}
+        self.new: dict[str, Entry] = {}
+        """Digest → image that no attempt has used yet."""
+        # Counted as images come and are used: the collection may be large, and is asked several times a minute.
+        self._counts, self._new_counts = Counter[int](), Counter[int]()  # class id → number of images with it
         self._splits: dict[int, set[str]] = {}  # class id → splits with an image of it
+        self._filled: set[str] = set()  # splits with an image
         for split in _SPLITS:
             for image in sorted((self.folder / "images" / split).iterdir()):
                 if image.suffix in IMAGES:
@@ -67,7 +76,7 @@ class Collection:
         labels = (label for split in _SPLITS for label in (self.folder / "labels" / split).glob("*-*.txt"))
         # Labels whose images did not arrive.
         self._unfinished = {digest_of(label): label for label in labels if digest_of(label) not in self.entries}
-        self.class_ids(names)
+        self._old_ids = set(self.class_ids(names))
 
     @property
     def data(self) -> Path:
@@ -83,8 +92,9 @@ class Collection:
         wanted = list(names)
         found = match(dict(enumerate(self.names)), dict(enumerate(wanted)))
         if None in found or not self.data.exists():
-            self.names += [name for name, index in zip(wanted, found, strict=True) if index is None]
-            self._write_names()
+            names_then = [*self.names, *(name for name, index in zip(wanted, found, strict=True) if index is None)]
+            self._write_names(names_then)  # first: an id must not be used before its name is on the disk
+            self.names = names_then
             found = match(dict(enumerate(self.names)), dict(enumerate(wanted)))
         return [index for index in found if index is not None]
 
@@ -116,7 +126,7 @@ class Collection:
         self._unfinished[digest] = label
         lines = [" ".join([str(ids[box.name]), *(f"{value:.8g}" for value in box.values)]) for box in boxes]
         moves.save_text(label, "".join(f"{line}\n" for line in lines))
-        moves.move(pair.label, self.folder / "received" / label.name)
+        moves.move(pair.label, self._received / label.name)
         self._finish(pair.image, label)
         return label.parent.name
 
@@ -151,37 +161,55 @@ class Collection:
         Returns:
             Number of images that were moved.
         """
-        notes = {digest_of(note): note for note in self.rejected.glob(f"*{_REASON}") if not _image_beside(note)}
+        there = {path.stem for path in self.rejected.iterdir() if path.suffix in IMAGES}
+        stems = (note.name.removesuffix(_REASON) for note in self.rejected.glob(f"*{_REASON}"))
+        notes = {digest_of(Path(stem)): stem for stem in stems if stem not in there}
+        # A label that has not left the inbox may have been taken back: its image is not accepted without it.
+        labels = {key: label for key, label in self._unfinished.items() if (self._received / label.name).exists()}
+        places = [*(label.stem for label in labels.values()), *notes.values()]
+        copies: dict[str, list[Path]] = {}
+        if not moves.same_file_system(inbox.folder, self.folder):
+            for path in (*(entry.image for entry in self.entries.values()), *self.rejected.iterdir()):
+                if path.suffix in IMAGES:
+                    copies.setdefault(digest_of(path), []).append(path)
+                    places.append(path.stem)
+        names = {place.partition("-")[2] for place in places}
+        names |= {_NUMBER.sub("", name) for name in names}
         count = 0
-        for image in list(inbox.alone()):
+        for image in inbox.alone() if names else ():
+            if _plain(image.stem) not in names:
+                continue  # to read all images that wait for a label could take hours
             digest = moves.digest(image)[:_DIGITS]
-            if label := self._unfinished.get(digest):
+            if label := labels.get(digest):
                 self._finish(image, label)
-            elif note := notes.get(digest):
-                moves.move(image, note.with_name(note.name.removesuffix(_REASON) + image.suffix.lower()))
-            elif self._has_copy(image, digest):
+            elif stem := notes.get(digest):
+                moves.move(image, self.rejected / f"{stem}{image.suffix.lower()}")
+            elif any(copy.read_bytes() == image.read_bytes() for copy in copies.get(digest, ())):
                 image.unlink()  # the last step of a move between file systems
             else:
                 continue
             count += 1
         return count
 
-    def new_since(self, used: set[str]) -> list[Entry]:
-        """Return the images that are not in a set of digests, in the order of their paths.
+    def mark_used(self, digests: Iterable[str]) -> None:
+        """Note that an attempt uses images.
 
         Args:
-            used: Digests, as in names of files.
+            digests: Digests, as in names of files.
         """
-        return sorted((each for key, each in self.entries.items() if key not in used), key=lambda each: each.image)
+        for digest in digests:
+            self.used.add(digest)
+            if (entry := self.new.pop(digest, None)) is not None:
+                self._new_counts.subtract(entry.objects.keys())
 
-    def images_by_class(self, entries: Iterable[Entry]) -> dict[str, int]:
-        """Return for each class the number of images that show it.
+    def new_by_class(self) -> dict[str, int]:
+        """Return for each class the number of images with it that no attempt has used."""
+        return {self.names[index]: count for index, count in self._new_counts.items() if count}
 
-        Args:
-            entries: Images of the collection.
-        """
-        counts = Counter(index for entry in entries for index in entry.objects)
-        return {self.names[index]: count for index, count in counts.items()}
+    def used_by_new_class(self) -> dict[str, int]:
+        """Return for each class that the line's data set does not have the number of its images that were used."""
+        new_ids = self._counts.keys() - self._old_ids
+        return {self.names[index]: self._counts[index] - self._new_counts[index] for index in new_ids}
 
     def objects_by_class(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Return for each class its number of objects.
@@ -205,7 +233,7 @@ class Collection:
     @property
     def is_trainable(self) -> bool:
         """True if there are images for training and for validation."""
-        return {entry.split for entry in self.entries.values()} == set(_SPLITS)
+        return self._filled == set(_SPLITS)
 
     def snapshot(self, folder: Path) -> Path:
         """Write a data set yaml that names the images that are in the collection now.
@@ -216,6 +244,8 @@ class Collection:
         Returns:
             The yaml.
         """
+        for cache in (self.folder / "labels").glob("*.cache"):
+            cache.unlink()  # Ultralytics compares sizes: it would miss a class id that was corrected by hand
         for split in _SPLITS:
             images = sorted(str(entry.image.absolute()) for entry in self.entries.values() if entry.split == split)
             moves.save_text(folder / f"{split}.txt", "".join(f"{image}\n" for image in images))
@@ -232,10 +262,16 @@ class Collection:
         self._unfinished.pop(digest_of(label), None)
 
     def _add(self, image: Path, label: Path) -> None:
-        entry = Entry(image, label.parent.name, _objects(label))
-        self.entries[digest_of(image)] = entry
+        entry, digest = Entry(image, label.parent.name, _objects(label, len(self.names))), digest_of(image)
+        self._filled.add(entry.split)
         for index in entry.objects:
             self._splits.setdefault(index, set()).add(entry.split)
+        if digest not in self.entries:
+            self._counts.update(entry.objects.keys())
+            if digest not in self.used:
+                self.new[digest] = entry
+                self._new_counts.update(entry.objects.keys())
+        self.entries[digest] = entry
 
     def _split(self, digest: str, classes: Iterable[int]) -> str:
         """Choose by the digest, but so that a class with two images has one in each split."""
@@ -248,12 +284,6 @@ class Collection:
     def _label(self, split: str, stem: str) -> Path:
         return self.folder / "labels" / split / f"{stem}.txt"
 
-    def _has_copy(self, image: Path, digest: str) -> bool:
-        places = [self.rejected, *(self.folder / "images" / split for split in _SPLITS)]
-        copies = [path for place in places for path in place.glob(f"{digest}-*") if path.suffix == image.suffix.lower()]
-        other_disk = not moves.same_file_system(image, self.folder)
-        return other_disk and any(copy.read_bytes() == image.read_bytes() for copy in copies)
-
     def _read_names(self) -> list[str]:
         try:
             names = yaml.safe_load(self.data.read_text("utf-8"))["names"]
@@ -265,8 +295,8 @@ class Collection:
                 f"{self.data} cannot be read: {error!r}. Restore it: its names belong to the labels"
             ) from error
 
-    def _write_names(self) -> None:
-        content = {"train": "images/train", "val": "images/val", "names": dict(enumerate(self.names))}
+    def _write_names(self, names: Sequence[str]) -> None:
+        content = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
         moves.save_text(self.data, yaml.safe_dump(content, sort_keys=False))
 
 
@@ -283,13 +313,10 @@ def _plain(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:80]
 
 
-def _objects(label: Path) -> Counter[int]:
+def _objects(label: Path, classes: int) -> Counter[int]:
+    """Count objects by class id. A line that somebody has damaged is none, as in the training."""
     try:
-        return Counter(int(line.split()[0]) for line in label.read_text("utf-8").splitlines() if line)
+        words = [line.split(maxsplit=1)[0] for line in label.read_text("utf-8", "replace").splitlines() if line.strip()]
     except FileNotFoundError:
         return Counter()
-
-
-def _image_beside(note: Path) -> bool:
-    stem = note.name.removesuffix(_REASON)
-    return any(note.with_name(f"{stem}{suffix}").exists() for suffix in IMAGES)
+    return Counter(int(word) for word in words if word.isdecimal() and int(word) < classes)

@@ -35,7 +35,8 @@ def main(words: list[str]) -> int:
         with ExitStack() as stack:
             for folder in (request.work, request.inbox):
                 stack.callback(_lock(folder).release)
-            watch = Watch(request, Line(found["data"], found["names"], found["task"]), Processes())
+            line = Line(found["data"], found["names"], found["task"], [found["data"], *found["folders"]])
+            watch = Watch(request, line, Processes())
             _warn_of_lost_classes(found["known"], watch.collection.names)
             print(f"watching {request.inbox} for {request.model}; everything is in {request.work}", flush=True)
             return watch.run()
@@ -48,25 +49,27 @@ def _check(request: Request) -> tuple[int, dict[str, Any] | None]:
     then goes on at once.
     """
     text = json.dumps({"model": str(request.model), "data": request.data, "training": request.training})
-    file = request.work / "checked.json"
-    if found := _checked_before(request.work, file, text):
+    file, yaml = request.work / "checked.json", Path(request.data)
+    # Class ids in the inbox may mean what the data set says, so it must be the same.
+    key = [text, moves.digest(yaml) if yaml.is_file() else ""]
+    if found := _checked_before(request.work, file, key):
         return 0, found
     done = subprocess.run(command("check", text), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return done.returncode, None
     found = json.loads(done.stdout.splitlines()[-1])
     request.work.mkdir(parents=True, exist_ok=True)
-    moves.save_text(file, json.dumps({"request": text, "found": found}) + "\n")
+    moves.save_text(file, json.dumps({"request": key, "found": found}) + "\n")
     return 0, found
 
 
-def _checked_before(work: Path, file: Path, text: str) -> dict[str, Any] | None:
+def _checked_before(work: Path, file: Path, key: list[str]) -> dict[str, Any] | None:
     state = states.load(work / "state.json")
     if state is None or state.phase is states.Phase.IDLE:
         return None
     try:
         last = json.loads(file.read_text("utf-8"))
-        found: dict[str, Any] | None = last["found"] if last["request"] == text else None
+        found: dict[str, Any] | None = last["found"] if last["request"] == key else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     return found

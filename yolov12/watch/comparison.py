@@ -111,7 +111,9 @@ def compare(
         found = now.aps.get(counterparts.index(index)) if index in counterparts else None
         # A class that the candidate does not know is one that it never finds.
         rows.append(ClassChange(name, False, then.objects.get(index, 0), ap, found if ap is None else found or 0.0))
-    rows += [ClassChange(names[i], True, new_after.objects.get(i, 0), None, new_after.aps.get(i)) for i in new]
+    for index in new:  # the old data has it if somebody has added it there
+        now = new_after if new_after.objects.get(index) else after
+        rows.append(ClassChange(names[index], True, now.objects.get(index, 0), None, now.aps.get(index)))
     return decide(rows, margin)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -56,11 +57,12 @@ class Inbox:
         self.problems: list[str] = []
         """Reasons in the last `complete` for which files stay where they are."""
 
-    def complete(self, now: float) -> list[Pair]:
+    def complete(self, now: float, most: int = sys.maxsize) -> list[Pair]:
         """Return the pairs that are complete, in the order of their names.
 
         Args:
             now: Seconds since 1970.
+            most: Number of pairs after which no others are looked for.
 
         Raises:
             OSError: The inbox cannot be read.
@@ -68,17 +70,22 @@ class Inbox:
         before, self._seen = self._seen, {}
         self.waiting, self.problems, found = 0, [], list[Pair]()
         for each in self._folders():
-            images, labels = _images(each.images), _regular(each.labels)
-            pairs = [(image, each.labels / f"{image.stem}.txt") for image in images if f"{image.stem}.txt" in labels]
-            shared = {label for label, count in Counter(label for _, label in pairs).items() if count > 1}
-            if shared:
-                self.problems.append(f"{len(shared)} label files belong to two images each: rename the images")
-            pairs = [pair for pair in pairs if pair[1] not in shared]
-            names = self._names_for(each, now, before) if pairs else None
-            for image, label in pairs if names is not _UNREADABLE else []:
-                settled = [self._is_settled(file, now, before) for file in (image, label)]
+            labels = _regular(each.labels)
+            pairs = [(name, label) for name in _images(each.images) if (label := f"{_stem(name)}.txt") in labels]
+            counts = Counter(label for _, label in pairs)
+            if shared := sum(count > 1 for count in counts.values()):
+                self.problems.append(f"{shared} label files belong to two images each: rename the images")
+            names = self._names_for(each, now, before) if len(counts) > shared else None
+            for image_name, label_name in pairs if names is not _UNREADABLE else []:
+                if counts[label_name] > 1:
+                    continue
+                if len(found) >= most:
+                    self._seen = {**before, **self._seen}
+                    return found
+                pair = each.images / image_name, each.labels / label_name
+                settled = [self._is_settled(file, now, before) for file in pair]
                 if names is not None and all(settled):
-                    found.append(Pair(image, label, names))
+                    found.append(Pair(*pair, names))
                 else:
                     self.waiting += 1
         return found
@@ -87,7 +94,7 @@ class Inbox:
         """Return the images that have no label file."""
         for each in self._folders():
             labels = _regular(each.labels)
-            yield from (image for image in _images(each.images) if f"{image.stem}.txt" not in labels)
+            yield from (each.images / name for name in _images(each.images) if f"{_stem(name)}.txt" not in labels)
 
     def _folders(self) -> list[Folder]:
         inner = Folder(self.folder / "images", self.folder / "labels")
@@ -105,7 +112,7 @@ class Inbox:
                 return None
             try:
                 return _read_names(file)
-            except (DataError, UnicodeDecodeError, yaml.YAMLError) as error:
+            except (ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date is a ValueError
                 self.problems.append(f"{file} cannot be read, so its images stay there: {error}")
                 return _UNREADABLE
         return self._names
@@ -117,7 +124,7 @@ class Inbox:
             return False
         version = status.st_ino, status.st_size, status.st_mtime_ns
         seen, since = before.get(path, (version, now))
-        since = since if seen == version else now
+        since = since if seen == version and since <= now else now  # later only if the clock was set back
         self._seen[path] = version, since
         # The writer's clock may differ from ours, so watching the file counts, too.
         return now - min(since, status.st_mtime) >= self._settle_s
@@ -136,8 +143,12 @@ def _read_names(file: Path) -> Mapping[int, str]:
     return {index: str(name).strip() for index, name in names.items()}
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(folder / name for name in _regular(folder) if Path(name).suffix.lower() in IMAGES)
+def _images(folder: Path) -> list[str]:
+    return sorted(name for name in _regular(folder) if os.path.splitext(name)[1].lower() in IMAGES)  # noqa: PTH122
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122 - paths of 100,000 names take a second
 
 
 def _regular(folder: Path) -> set[str]:

@@ -44,6 +44,8 @@ class Line:
     names: Sequence[str]
     """Its class names."""
     task: str
+    places: Sequence[str] = ()
+    """Files and folders of the data set, without which no training can run."""
 
 
 class Watch:
@@ -68,15 +70,18 @@ class Watch:
         self._request, self._line, self._children = request, line, children
         self._clock, self._sleep = clock, sleep
         request.work.mkdir(parents=True, exist_ok=True)
-        self.collection = Collection(request.work, line.names, request.val_fraction)
         self.inbox = Inbox(request.inbox, dict(enumerate(line.names)), request.settle_s)
-        self._state_file = request.work / "state.json"
-        self.state = states.load(self._state_file) or State(started=clock())
+        self._state_file, self._used_file = request.work / "state.json", request.work / "used.txt"
+        state = states.load(self._state_file)
+        if state is None:  # somebody moved it away, to start anew with all images
+            self._used_file.unlink(missing_ok=True)
+        self.state = state or State(started=clock())
         states.save(self._state_file, self.state)
-        self._used = _digests(request.work / "used.txt")
+        self.collection = Collection(request.work, line.names, request.val_fraction, _digests(self._used_file))
         self._child: Child | None = None
         self._is_interrupted = True  # a previous watch may have been killed between two moves
         self._is_complete = True  # False if the inbox has more complete pairs than were taken
+        self._failing: dict[Path, str] = {}  # image in the inbox that could not be moved → why
         self._said: set[str] = set()
         self.failed = 0
         """Number of attempts that failed."""
@@ -90,6 +95,8 @@ class Watch:
         try:
             while True:
                 kind = self.step()
+                if kind is Kind.WAIT and not self._is_complete:
+                    continue  # more images are there
                 if self._request.once and kind is Kind.WAIT_FOR_ROOM:
                     return 1
                 if self._request.once and kind is Kind.WAIT and not self.inbox.waiting:
@@ -113,14 +120,24 @@ class Watch:
         """
         problems: set[str] = set()
         try:
-            problems.update(self._collect())
+            is_collected = False
+            try:
+                problems.update(self._collect())
+                is_collected = True
+            except OSError as error:  # an attempt goes on without its inbox
+                self._is_interrupted = True
+                problems.add(self._explain(error))
             self._look_at_child()
+            self._mend()
             action = states.decide(self.state, self._facts(), self._request.rules)
-            if action.kind is Kind.WAIT_FOR_ROOM:
-                needed = f"a training needs {self._needed_bytes() >> 20} MiB"
-                raise OSError(errno.ENOSPC, needed, str(self._request.work))
+            if action.kind is Kind.WAIT_FOR_ROOM and (obstacle := self._obstacle()):
+                raise obstacle
+            if action.kind in (Kind.WAIT, Kind.BEGIN) and not is_collected:
+                return Kind.WAIT_FOR_ROOM
             if action.kind is Kind.BEGIN and not self._is_complete:
                 return Kind.BEGIN
+            if action.kind is Kind.PREPARE and self._is_model_changing():
+                return Kind.WAIT_FOR_WORK
             self._perform(action)
             return action.kind
         except OSError as error:
@@ -139,23 +156,27 @@ class Watch:
         if self._is_interrupted:
             self.collection.recover(self.inbox)
             self._is_interrupted = False
-        pairs = self.inbox.complete(self._clock())
-        self._is_complete = len(pairs) <= _PAIRS_AT_ONCE
-        problems, accepted = list(self.inbox.problems), Counter[str]()
+        pairs = self.inbox.complete(self._clock(), _PAIRS_AT_ONCE + len(self._failing) + 1)
+        there = {pair.image for pair in pairs}
+        self._failing = {image: why for image, why in self._failing.items() if image in there}
+        pairs.sort(key=lambda pair: pair.image in self._failing)  # they must not keep others from being taken
+        self._is_complete = all(pair.image in self._failing for pair in pairs[_PAIRS_AT_ONCE:])
+        accepted = Counter[str]()
         for pair in pairs[:_PAIRS_AT_ONCE]:
+            self._failing.pop(pair.image, None)
             try:
                 accepted.update(self._take(pair))
-            except FileNotFoundError:
-                self._is_interrupted = True  # somebody took it away
             except OSError as error:
                 self._is_interrupted = True
                 if error.errno in _FULL:
                     raise
-                problems.append(f"{pair.image.name} stays in the inbox: {error}")
+                if not (pair.image.exists() and pair.label.exists()):
+                    continue  # somebody took it away
+                self._failing[pair.image] = f"{pair.image.name} stays in the inbox: {error}"
         if count := accepted.pop("", 0):
             objects = ", ".join(f"{name} in {number}" for name, number in sorted(accepted.items()))
             _say(f"{count} new images: {objects or 'without objects'}")
-        return problems
+        return [*self.inbox.problems, *self._failing.values()]
 
     def _take(self, pair: Pair) -> list[str]:
         """Accept a pair or set it aside. Return the names of its classes, and an empty one for the image."""
@@ -181,18 +202,37 @@ class Watch:
         return self._request.work / "history" / self.state.attempt
 
     def _facts(self) -> Facts:
-        new = self.collection.new_since(self._used)
         return Facts(
             now=self._clock(),
-            new=self.collection.images_by_class(new),
-            new_images=len(new),
+            new=self.collection.new_by_class(),
+            used=self.collection.used_by_new_class(),
+            new_images=len(self.collection.new),
             trainable=self.collection.is_trainable,
             is_running=self._child is not None,
-            has_room=shutil.disk_usage(self._request.work).free >= self._needed_bytes(),
+            has_room=self._obstacle() is None,
         )
 
-    def _needed_bytes(self) -> int:
-        return max(_LEAST_FREE_BYTES, _FREE_MODELS * self._request.model.stat().st_size)
+    def _obstacle(self) -> OSError | None:
+        """Return why no training can run at the moment, or None."""
+        for place in self._line.places:
+            if not Path(place).exists():
+                return FileNotFoundError(errno.ENOENT, "the data set is not there", place)
+        needed = max(_LEAST_FREE_BYTES, _FREE_MODELS * self._request.model.stat().st_size)
+        if shutil.disk_usage(self._request.work).free < needed:
+            return OSError(errno.ENOSPC, f"a training needs {needed >> 20} MiB", str(self._request.work))
+        return None
+
+    def _is_model_changing(self) -> bool:
+        """Return whether somebody may be writing the serving model."""
+        return 0 <= self._clock() - self._request.model.stat().st_mtime < self._request.settle_s
+
+    def _mend(self) -> None:
+        """Start the attempt again if somebody has removed its folder."""
+        if self.state.phase in (Phase.IDLE, Phase.PREPARING) or (self.attempt / "attempt.json").exists():
+            return
+        self.stop()
+        _say(f"the folder of attempt {self.state.number} is gone: {self.attempt}")
+        self._go_to(states.lost(self.state))
 
     def _perform(self, action: Action) -> None:
         if action.kind is Kind.BEGIN:
@@ -204,14 +244,18 @@ class Watch:
             self._prepare()
             self._go_to(states.prepared(self.state))
         elif action.kind is Kind.START:
+            spec = self._spec()
+            if spec["data"] != self._line.data:  # the data set was moved, and this watch was started with its new place
+                moves.save_text(self.attempt / "attempt.json", json.dumps({**spec, "data": self._line.data}, indent=1))
             if self.state.phase is Phase.REPORTING:
                 state = self.state
                 outcome = {"outcome": state.outcome.value, "detail": state.detail, "ended": self._clock()}
                 moves.save_text(self.attempt / "outcome.json", json.dumps(outcome))
             self._child = self._children.start(self.state.phase.value, self.attempt, self.attempt / "log.txt")
         elif action.kind is Kind.PROMOTE:
-            obstacle = promote(self.attempt / "candidate.pt", self._spec()["model"], self.attempt / "before.pt")
-            _say(obstacle or f"attempt {self.state.number} is promoted: {self._spec()['model']}")
+            model = Path(self._spec()["model"])
+            obstacle = promote(self.attempt / "candidate.pt", model, self.attempt / "before.pt")
+            _say(obstacle or f"attempt {self.state.number} is promoted: {model}")
             self._go_to(states.promoted(self.state, self._request.rules, obstacle=obstacle))
 
     def _prepare(self) -> None:
@@ -221,7 +265,7 @@ class Watch:
             self.attempt.mkdir(parents=True, exist_ok=True)
             self.collection.snapshot(self.attempt)
             moves.copy(self._request.model, self.attempt / "before.pt")
-            new = self.collection.new_since(self._used)
+            new = sorted(self.collection.new.values(), key=lambda entry: entry.image)
             content = {
                 "number": self.state.number,
                 "started": self.state.started,
@@ -237,9 +281,10 @@ class Watch:
                 "training": list(self._request.training),
             }
             moves.save_text(spec, json.dumps(content, indent=1) + "\n")
-        used = self._used | _digests(self.attempt / "train.txt") | _digests(self.attempt / "val.txt")
-        moves.save_text(self._request.work / "used.txt", "".join(f"{digest}\n" for digest in sorted(used)))
-        self._used = used
+        used = _digests(self.attempt / "train.txt") | _digests(self.attempt / "val.txt")
+        everything = sorted(self.collection.used | used)
+        moves.save_text(self._used_file, "".join(f"{digest}\n" for digest in everything))
+        self.collection.mark_used(used)
 
     def _look_at_child(self) -> None:
         if self._child is None or (status := self._child.poll()) is None:
@@ -269,7 +314,7 @@ class Watch:
 
     def _spec(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.attempt / "attempt.json").read_text("utf-8"))
-        return {**found, "model": Path(found["model"])}
+        return found
 
     def _go_to(self, state: State) -> None:
         states.save(self._state_file, state)

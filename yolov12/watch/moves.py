@@ -6,6 +6,8 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from yolov12 import files
@@ -32,15 +34,19 @@ def move(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy the content of a file. The target is replaced in one step.
+def copy(source: Path, target: Path, last_check: Callable[[], None] = lambda: None) -> None:
+    """Copy the content of a file. The target is replaced in one step, and keeps its permissions.
 
     Args:
         source: The file to copy.
         target: Path of the copy.
+        last_check: Called when the copy is complete. If it raises an error, the target is not replaced.
     """
     with files.replacing(target) as unfinished:
         shutil.copyfile(source, unfinished)
+        with suppress(FileNotFoundError):
+            shutil.copymode(target, unfinished)
+        last_check()
     sync_folder(target.parent)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from yolov12.watch import moves
 
-__all__ = ["promote"]
+__all__ = ["promote", "serves"]
 
 
 def promote(candidate: Path, serving: Path, before: Path) -> str:
@@ -20,11 +20,29 @@ def promote(candidate: Path, serving: Path, before: Path) -> str:
     Returns:
         An empty text if the candidate serves now, else why it does not.
     """
-    new = moves.digest(candidate)
-    now = moves.digest(serving) if serving.exists() else ""
-    if now == new:
+    if serves(candidate, serving):
         return ""
-    if now != moves.digest(before):
+
+    def check() -> None:
+        if not serves(before, serving):
+            raise _ReplacedError
+
+    try:
+        moves.copy(candidate, serving, check)
+    except _ReplacedError:
         return f"{serving} was replaced by somebody else since the attempt began, so it stays"
-    moves.copy(candidate, serving)
     return ""
+
+
+def serves(weights: Path, serving: Path) -> bool:
+    """Return whether weights are those of the serving model.
+
+    Args:
+        weights: Weights of an attempt.
+        serving: The serving model, which somebody may have removed.
+    """
+    return serving.exists() and moves.digest(serving) == moves.digest(weights)
+
+
+class _ReplacedError(Exception):
+    """Somebody else replaced the serving model."""

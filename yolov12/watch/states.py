@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -32,6 +32,7 @@ __all__ = [
     "ended",
     "judged",
     "load",
+    "lost",
     "prepared",
     "promoted",
     "save",
@@ -112,12 +113,14 @@ class Facts:
     """Class → number of images with it that no attempt has used yet."""
     new_images: int = 0
     """Number of images that no attempt has used yet."""
+    used: Mapping[str, int] = field(default_factory=dict)
+    """Class that the line's data set does not have → number of images with it that attempts have used."""
     trainable: bool = True
     """True if there are images for training and for validation."""
     is_running: bool = False
     """True if the process of this phase runs."""
     has_room: bool = True
-    """True if the disk has room for an attempt."""
+    """True if the disk has room for an attempt, and the data set is there."""
 
 
 class Kind(str, Enum):
@@ -128,7 +131,7 @@ class Kind(str, Enum):
     WAIT_FOR_WORK = "wait for work"
     """A process runs, or starts again later."""
     WAIT_FOR_ROOM = "wait for room"
-    """The disk is full."""
+    """The disk is full, or the data set is not there."""
     BEGIN = "begin"
     PREPARE = "prepare"
     START = "start"
@@ -174,9 +177,14 @@ def _due(state: State, facts: Facts, rules: Rules) -> str:
     """Return why an attempt is due now; an empty text if none is."""
     if not facts.new_images or not facts.trainable:
         return ""
-    name = max(facts.new, key=lambda each: (facts.new[each], each), default=None)
-    if name is not None and facts.new[name] >= rules.min_images:
-        return f"{facts.new[name]} new images of '{name}'"
+    # Attempts that common classes begin must not use up the images of a rare new class before it has enough of them.
+    too_few = {name: count for name, count in facts.used.items() if count < rules.min_images}
+    counts = {name: count + too_few.get(name, 0) for name, count in facts.new.items()}
+    name = max(counts, key=lambda each: (counts[each], each), default=None)
+    if name is not None and counts[name] >= rules.min_images:
+        if counts[name] > facts.new[name]:
+            return f"{counts[name]} images of the new class '{name}'"
+        return f"{counts[name]} new images of '{name}'"
     elapsed = facts.now - state.started
     if rules.every_s is not None and not 0 <= elapsed < rules.every_s:  # also after a clock was set back
         return f"{facts.new_images} new images on schedule"
@@ -213,7 +221,7 @@ def ended(state: State, status: int, facts: Facts, rules: Rules, message: str = 
     """
     if status == 0:
         return _next(state, rules)
-    if not facts.has_room:  # a full disk is no failure of the attempt: it goes on when there is room
+    if not facts.has_room:  # a full or missing disk is no failure of the attempt: it goes on afterwards
         return replace(state, retry_at=facts.now + _FIRST_RETRY_S)
     if status == _REFUSED or state.failures >= rules.restarts:
         what = {Phase.TRAINING: "training", Phase.JUDGING: "comparison", Phase.EXPORTING: "export"}
@@ -225,6 +233,16 @@ def ended(state: State, status: int, facts: Facts, rules: Rules, message: str = 
         return _phase(replace(state, outcome=outcome, detail=detail), Phase.REPORTING)
     pause = min(_FIRST_RETRY_S * 2**state.failures, _LONGEST_RETRY_S)
     return replace(state, failures=state.failures + 1, retry_at=facts.now + pause)
+
+
+def lost(state: State) -> State:
+    """Return the state after somebody has removed the folder of an attempt.
+
+    Args:
+        state: A state in a phase after PREPARING.
+    """
+    is_over = state.phase in (Phase.EXPORTING, Phase.REPORTING)
+    return _phase(state, Phase.IDLE if is_over else Phase.PREPARING)
 
 
 def judged(state: State, *, promote: bool) -> State:
