@@ -90,3 +90,37 @@ def test_a_new_class_is_trained_judged_and_reported(factory, capsys):
     # Nothing has arrived since, so nothing is trained, whatever the outcome was.
     assert cli.main(["watch", *words]) == 0
     assert len([*(work / "history").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("lr0", [0.01, 1e-9], ids=["learned", "not learned"])
+def test_a_candidate_that_learned_wrong_labels_is_not_promoted_and_the_report_says_what_fell(lr0, factory, monkeypatch):
+    folder, words = factory
+    data, serving, inbox = folder / "line", folder / "line" / "serving.pt", folder / "in box"
+    before = serving.read_bytes()
+    # Ultralytics' val adds a border to images of this size, with which this model finds nothing.
+    monkeypatch.setattr(child, "_VAL_ARGUMENTS", (*child._VAL_ARGUMENTS, "rect"))
+    for file in inbox.iterdir():
+        file.unlink()
+    for label in (data / "labels").glob("*.txt"):  # each object of one class gets the name of the other
+        shutil.copy(data / "images" / f"{label.stem}.png", inbox)
+        wrong = [f"{1 - int(line[0])}{line[1:]}" for line in label.read_text().splitlines()]
+        (inbox / label.name).write_text("\n".join(wrong))
+    plain = ["rect=False", "mosaic=0", "scale=0", "translate=0", "fliplr=0", "hsv_h=0", "hsv_s=0", "hsv_v=0"]
+    slow = [f"lr0={lr0}", "optimizer=SGD", "warmup_epochs=0", "warmup_bias_lr=0", "freeze=9", "replay_fraction=0.05"]
+    words = [word for word in words if not word.startswith(("epochs=", "batch=", "nbs="))]
+    assert cli.main(["watch", *words, *plain, *slow, "epochs=4", "batch=4", "nbs=4"]) == 0
+    (attempt,) = (data / "serving-watch" / "history").iterdir()
+    report, text = json.loads((attempt / "report.json").read_text()), (attempt / "report.md").read_text()
+    rows = {row["name"]: row for row in report["verdict"]["classes"]}
+    assert all(row["serving"] > 0.5 for row in rows.values())
+    if lr0 < 0.01:
+        assert report["outcome"] == "promoted"
+        return
+    assert serving.read_bytes() == before
+    assert report["outcome"] == "not promoted"
+    fell = {name: (row["serving"], row["candidate"]) for name, row in rows.items()}
+    assert all(then - now > 0.2 for then, now in fell.values())
+    for name, (then, now) in fell.items():
+        assert f"- {name} fell from {then:.3f} to {now:.3f}, more than the margin of 0.02." in text.splitlines()
+        assert f"| {name} |  | 12 | {then:.3f} | {now:.3f} | {now - then:+.3f} |" in text.splitlines()
+    assert "Look at the labels of the new images, above all at even, odd." in text
