@@ -236,6 +236,21 @@ def test_labels_and_caches_that_somebody_has_edited_do_not_stop_the_watch(factor
     assert watch.collection.objects_by_class(watch.collection.entries.values()) == {"missing": 4, "crack": 1}
 
 
+def test_a_label_that_is_replaced_while_its_image_is_checked_counts(factory, monkeypatch):
+    factory.deliver()
+    stock, labels = loop.check_image, iter(["1 0.5 0.5 0.2 0.2"])
+
+    def check(data):
+        stock(data)
+        for label in labels:
+            (factory.inbox / "0.txt").write_text(label)
+
+    monkeypatch.setattr(loop, "check_image", check)
+    assert factory.watch(Work()).run() == 0
+    (label,) = (factory.work / "dataset" / "labels").rglob("*.txt")
+    assert label.read_text() == "1 0.5 0.5 0.2 0.2\n"
+
+
 def test_images_that_wait_for_a_label_are_not_read_again_and_again(factory, monkeypatch):
     factory.deliver(4)
     for index in range(3):

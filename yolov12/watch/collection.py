@@ -21,7 +21,7 @@ from yolov12.watch import moves
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.samples import IMAGES, Box
 
-__all__ = ["Collection", "Entry", "digest_of"]
+__all__ = ["Collection", "Entry", "digest_of", "digests_in"]
 
 _SPLITS = ("train", "val")
 _REASON = ".reason.txt"
@@ -307,6 +307,17 @@ def digest_of(path: Path) -> str:
         path: Image, label, or reason.
     """
     return path.name.partition("-")[0].partition(".")[0]
+
+
+def digests_in(file: Path) -> set[str]:
+    """Return the digests of images in a list of paths or of digests; none if there is no such list.
+
+    Args:
+        file: The list, with one in each line.
+    """
+    if not file.exists():
+        return set()
+    return {digest_of(Path(line)) for line in file.read_text("utf-8").splitlines() if line}
 
 
 def _plain(stem: str) -> str:

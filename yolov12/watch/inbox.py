@@ -90,6 +90,17 @@ class Inbox:
                     self.waiting += 1
         return found
 
+    def has_changed(self, pair: Pair) -> bool:
+        """Return whether a file of a pair has changed since the last `complete`.
+
+        Args:
+            pair: A pair that it returned.
+
+        Raises:
+            FileNotFoundError: Somebody has removed a file.
+        """
+        return any(_version(path.lstat()) != self._seen[path][0] for path in (pair.image, pair.label))
+
     def alone(self) -> Iterator[Path]:
         """Return the images that have no label file."""
         for each in self._folders():
@@ -122,12 +133,16 @@ class Inbox:
             status = path.lstat()
         except FileNotFoundError:
             return False
-        version = status.st_ino, status.st_size, status.st_mtime_ns
+        version = _version(status)
         seen, since = before.get(path, (version, now))
         since = since if seen == version and since <= now else now  # later only if the clock was set back
         self._seen[path] = version, since
         # The writer's clock may differ from ours, so watching the file counts, too.
         return now - min(since, status.st_mtime) >= self._settle_s
+
+
+def _version(status: os.stat_result) -> _Version:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_names(file: Path) -> Mapping[int, str]:

@@ -21,7 +21,7 @@ from yolov12.printable import printable
 from yolov12.watch import moves, states
 from yolov12.watch.arguments import Request
 from yolov12.watch.children import Child, Children, last_error
-from yolov12.watch.collection import Collection, digest_of
+from yolov12.watch.collection import Collection, digests_in
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.promotion import promote
 from yolov12.watch.samples import UnusableError, check_image, read_label
@@ -77,7 +77,7 @@ class Watch:
             self._used_file.unlink(missing_ok=True)
         self.state = state or State(started=clock())
         states.save(self._state_file, self.state)
-        self.collection = Collection(request.work, line.names, request.val_fraction, _digests(self._used_file))
+        self.collection = Collection(request.work, line.names, request.val_fraction, digests_in(self._used_file))
         self._child: Child | None = None
         self._is_interrupted = True  # a previous watch may have been killed between two moves
         self._is_complete = True  # False if the inbox has more complete pairs than were taken
@@ -182,14 +182,20 @@ class Watch:
         """Accept a pair or set it aside. Return the names of its classes, and an empty one for the image."""
         data = _read(pair.image)
         digest = hashlib.sha256(data).hexdigest()
+        aside = ""
         try:
             if same := self.collection.find(digest):
                 raise UnusableError(f"the collection has the same image: {same.image}. To correct it, edit its label")
             check_image(data)
             boxes = read_label(_read(pair.label), pair.names, self._line.task)
         except UnusableError as error:
-            note = self.collection.set_aside(pair, digest, str(error))
-            _say(f"{pair.image.name} was set aside, see {note}: {error}")
+            aside = str(error)
+        if self.inbox.has_changed(pair):  # what was read is not what would be moved
+            self.inbox.waiting += 1
+            return []
+        if aside:
+            note = self.collection.set_aside(pair, digest, aside)
+            _say(f"{pair.image.name} was set aside, see {note}: {aside}")
             return []
         self.collection.accept(pair, digest, boxes)
         return ["", *{box.name for box in boxes}]
@@ -281,7 +287,7 @@ class Watch:
                 "training": list(self._request.training),
             }
             moves.save_text(spec, json.dumps(content, indent=1) + "\n")
-        used = _digests(self.attempt / "train.txt") | _digests(self.attempt / "val.txt")
+        used = digests_in(self.attempt / "train.txt") | digests_in(self.attempt / "val.txt")
         everything = sorted(self.collection.used | used)
         moves.save_text(self._used_file, "".join(f"{digest}\n" for digest in everything))
         self.collection.mark_used(used)
@@ -339,10 +345,3 @@ def _read(path: Path) -> bytes:
     """Read a file, but not through a link that has taken its name."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         return file.read()
-
-
-def _digests(file: Path) -> set[str]:
-    """Return the digests of images in a list of paths or of digests; none if there is no such list."""
-    if not file.exists():
-        return set()
-    return {digest_of(Path(line)) for line in file.read_text("utf-8").splitlines() if line}
