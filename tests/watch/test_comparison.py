@@ -1,11 +1,14 @@
 """Comparison of a candidate with the serving model: what is promoted, and what two models are measured on."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from ultralytics import YOLO
 
+from yolov12.watch import comparison
 from yolov12.watch.comparison import ClassChange, compare, decide
 
 
@@ -94,3 +97,22 @@ def test_models_and_data_with_other_class_ids_are_compared_by_name(line, change_
     assert not verdict.promote
     assert f"odd fell from {odd.serving:.3f} to 0.000, more than the margin of 0.02." in verdict.reasons
     assert verdict.classes[0].candidate < 0.5
+
+
+def test_a_new_class_that_only_the_old_data_shows_is_measured_there(monkeypatch):
+    models = {"serving.pt": {0: "ic"}, "candidate.pt": {0: "ic", 1: "dent", 2: "crack"}}
+    monkeypatch.setattr("ultralytics.YOLO", lambda path: SimpleNamespace(names=models[path]))
+    shown = {"old.yaml": {0: 5, 1: 4}, "new.yaml": {0: 3, 2: 2}}  # somebody has added `dent` to the old data
+
+    def measure(yolo, data, val_args):
+        objects = {index: count for index, count in shown[str(data)].items() if index in yolo.names}
+        return comparison._Measured(objects, dict.fromkeys(objects, 0.5))
+
+    monkeypatch.setattr(comparison, "_measure", measure)
+    paths = (Path(name) for name in ("serving.pt", "candidate.pt", "old.yaml", "new.yaml"))
+    rows = compare(*paths, 0.02, val_args={}).classes
+    assert [(row.name, row.objects, row.candidate) for row in rows] == [
+        ("ic", 5, 0.5),
+        ("dent", 4, 0.5),
+        ("crack", 2, 0.5),
+    ]

@@ -75,13 +75,15 @@ def test_images_that_cannot_be_moved_do_not_keep_others_from_being_taken(factory
     assert capsys.readouterr().out.count("0.png stays in the inbox") == 1
 
 
-def test_names_that_are_not_utf_8_are_no_trouble(factory):
+def test_strange_names_are_no_trouble(factory, capsys):
     factory.deliver(4)
-    for suffix in (b".png", b".txt"):
-        (Path(os.fsdecode(os.fsencode(factory.inbox) + b"/\xff" + suffix))).write_bytes(b"x")
+    for stem in (b"\xff", b"a\nforged"):
+        for suffix in (b".png", b".txt"):
+            Path(os.fsdecode(os.fsencode(factory.inbox) + b"/" + stem + suffix)).write_bytes(b"x")
     assert factory.watch(Work()).run() == 0
-    (note,) = (factory.work / "rejected").glob("*.reason.txt")
-    assert note.read_text().startswith("\\udcff.png: ")
+    notes = [note.read_text() for note in (factory.work / "rejected").glob("*.reason.txt")]
+    assert sorted(note.partition(": ")[0] for note in notes) == ["\\udcff.png", "a\\nforged.png"]
+    assert not [line for line in capsys.readouterr().out.splitlines() if "  forged" in line]
 
 
 def test_an_attempt_goes_on_while_the_inbox_is_away(factory, capsys):
@@ -142,6 +144,27 @@ def test_a_folder_of_an_attempt_that_was_removed_does_not_stop_the_watch(phase, 
     assert factory.watch(Work()).run() == 0
     assert factory.serving.read_text().startswith("candidate")
     assert "the folder of attempt 1 is gone" in capsys.readouterr().out
+
+
+def test_a_verdict_is_not_for_a_candidate_of_other_images(factory):
+    factory.deliver(4)
+    watch = factory.watch(Work(better=True))
+    go_to(watch, Phase.JUDGING)
+    assert (watch.attempt / "verdict.json").exists()
+    (watch.attempt / "attempt.json").unlink()
+    work = Work(better=False)
+    assert factory.watch(work).run() == 0
+    assert work.started == ["training", "judging", "reporting"]
+    assert factory.serving.read_text() == "first"
+
+
+def test_an_inbox_that_cannot_be_written_to_is_refused(factory, monkeypatch):
+    def lock(folder):
+        raise OSError(30, "Read-only file system", str(folder))
+
+    monkeypatch.setattr(command.files, "lock", lock)
+    with pytest.raises(ConfigError, match="inbox cannot be written to, and the watch moves images: Read-only"):
+        command._lock(factory.inbox)
 
 
 def test_a_serving_model_that_is_being_written_is_waited_for(factory):

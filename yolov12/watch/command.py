@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from yolov12 import files
-from yolov12.errors import FolderInUseError
+from yolov12.errors import ConfigError, FolderInUseError
 from yolov12.printable import printable
 from yolov12.training.classes.names import listed, match
 from yolov12.watch import moves, states
@@ -76,7 +76,10 @@ def _checked_before(work: Path, file: Path, key: list[str]) -> dict[str, Any] | 
 
 
 def _lock(folder: Path) -> files.FolderLock:
-    lock = files.lock(folder)
+    try:
+        lock = files.lock(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written to, and the watch moves images: {error.strerror}") from error
     if lock is None:
         raise FolderInUseError(f"another watch uses {folder}: stop it, or give another work= and inbox=")
     return lock

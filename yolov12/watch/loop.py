@@ -172,7 +172,7 @@ class Watch:
                     raise
                 if not (pair.image.exists() and pair.label.exists()):
                     continue  # somebody took it away
-                self._failing[pair.image] = f"{pair.image.name} stays in the inbox: {error}"
+                self._failing[pair.image] = f"{printable(pair.image.name)} stays in the inbox: {error}"
         if count := accepted.pop("", 0):
             objects = ", ".join(f"{name} in {number}" for name, number in sorted(accepted.items()))
             _say(f"{count} new images: {objects or 'without objects'}")
@@ -195,7 +195,7 @@ class Watch:
             return []
         if aside:
             note = self.collection.set_aside(pair, digest, aside)
-            _say(f"{pair.image.name} was set aside, see {note}: {aside}")
+            _say(f"{printable(pair.image.name)} was set aside, see {note}: {aside}")
             return []
         self.collection.accept(pair, digest, boxes)
         return ["", *{box.name for box in boxes}]
@@ -269,6 +269,8 @@ class Watch:
         spec = self.attempt / "attempt.json"
         if not spec.exists():
             self.attempt.mkdir(parents=True, exist_ok=True)
+            for name in ("candidate.pt", "verdict.json"):  # of other images, if somebody has removed attempt.json
+                (self.attempt / name).unlink(missing_ok=True)
             self.collection.snapshot(self.attempt)
             moves.copy(self._request.model, self.attempt / "before.pt")
             new = sorted(self.collection.new.values(), key=lambda entry: entry.image)
