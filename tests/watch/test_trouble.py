@@ -75,6 +75,26 @@ def test_images_that_cannot_be_moved_do_not_keep_others_from_being_taken(factory
     assert capsys.readouterr().out.count("0.png stays in the inbox") == 1
 
 
+def test_an_image_that_stays_behind_its_label_does_not_keep_others_from_being_taken(factory, monkeypatch, capsys):
+    factory.deliver(5)
+    stock = os.rename
+
+    def rename(source, target):
+        if Path(source).name == "0.png":
+            raise PermissionError(1, "not yours", str(source))
+        stock(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        factory.watch(Work()).step()
+        assert factory.watch(Work()).run() == 1
+    assert [file.name for file in factory.inbox.iterdir()] == ["0.png"]
+    assert len(factory.attempts()) == 1
+    assert "0.png stays in the inbox" in capsys.readouterr().out
+    assert factory.watch(Work()).run() == 0  # somebody has given it to us
+    assert [*factory.inbox.iterdir()] == []
+
+
 def test_strange_names_are_no_trouble(factory, capsys):
     factory.deliver(4)
     for stem in (b"\xff", b"a\nforged"):

@@ -152,14 +152,17 @@ class Collection:
         moves.move(pair.image, self.rejected / f"{stem}{suffix}")
         return note
 
-    def recover(self, inbox: Inbox) -> int:
+    def recover(self, inbox: Inbox) -> list[str]:
         """Complete the moves that a kill has interrupted.
 
         Args:
             inbox: The inbox, whose images without a label file are looked at.
 
         Returns:
-            Number of images that were moved.
+            Reasons for which images stay where they are.
+
+        Raises:
+            OSError: The disk is full, or a folder cannot be read.
         """
         there = {path.stem for path in self.rejected.iterdir() if path.suffix in IMAGES}
         stems = (note.name.removesuffix(_REASON) for note in self.rejected.glob(f"*{_REASON}"))
@@ -175,21 +178,23 @@ class Collection:
                     places.append(path.stem)
         names = {place.partition("-")[2] for place in places}
         names |= {_NUMBER.sub("", name) for name in names}
-        count = 0
+        stuck = []
         for image in inbox.alone() if names else ():
             if _plain(image.stem) not in names:
                 continue  # to read all images that wait for a label could take hours
-            digest = moves.digest(image)[:_DIGITS]
-            if label := labels.get(digest):
-                self._finish(image, label)
-            elif stem := notes.get(digest):
-                moves.move(image, self.rejected / f"{stem}{image.suffix.lower()}")
-            elif any(copy.read_bytes() == image.read_bytes() for copy in copies.get(digest, ())):
-                image.unlink()  # the last step of a move between file systems
-            else:
-                continue
-            count += 1
-        return count
+            try:
+                digest = moves.digest(image)[:_DIGITS]
+                if label := labels.get(digest):
+                    self._finish(image, label)
+                elif stem := notes.get(digest):
+                    moves.move(image, self.rejected / f"{stem}{image.suffix.lower()}")
+                elif any(copy.read_bytes() == image.read_bytes() for copy in copies.get(digest, ())):
+                    image.unlink()  # the last step of a move between file systems
+            except OSError as error:
+                if error.errno in moves.FULL:
+                    raise
+                stuck.append(f"{printable(image.name)} stays in the inbox: {error}")
+        return stuck
 
     def mark_used(self, digests: Iterable[str]) -> None:
         """Note that an attempt uses images.

@@ -30,7 +30,6 @@ from yolov12.watch.states import Action, Facts, Kind, Outcome, Phase, State
 __all__ = ["Line", "Watch"]
 
 _PAIRS_AT_ONCE = 100  # between two looks at the process of an attempt
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _LEAST_FREE_BYTES = 128 << 20
 _FREE_MODELS = 8  # a training writes several checkpoints, with the state of the optimizer
 
@@ -153,9 +152,8 @@ class Watch:
 
     def _collect(self) -> list[str]:
         """Take complete pairs out of the inbox, and return what stands in the way of others."""
-        if self._is_interrupted:
-            self.collection.recover(self.inbox)
-            self._is_interrupted = False
+        stuck = self.collection.recover(self.inbox) if self._is_interrupted else []
+        self._is_interrupted = bool(stuck)
         pairs = self.inbox.complete(self._clock(), _PAIRS_AT_ONCE + len(self._failing) + 1)
         there = {pair.image for pair in pairs}
         self._failing = {image: why for image, why in self._failing.items() if image in there}
@@ -168,7 +166,7 @@ class Watch:
                 accepted.update(self._take(pair))
             except OSError as error:
                 self._is_interrupted = True
-                if error.errno in _FULL:
+                if error.errno in moves.FULL:
                     raise
                 if not (pair.image.exists() and pair.label.exists()):
                     continue  # somebody took it away
@@ -176,7 +174,7 @@ class Watch:
         if count := accepted.pop("", 0):
             objects = ", ".join(f"{name} in {number}" for name, number in sorted(accepted.items()))
             _say(f"{count} new images: {objects or 'without objects'}")
-        return [*self.inbox.problems, *self._failing.values()]
+        return [*stuck, *self.inbox.problems, *self._failing.values()]
 
     def _take(self, pair: Pair) -> list[str]:
         """Accept a pair or set it aside. Return the names of its classes, and an empty one for the image."""
@@ -329,7 +327,7 @@ class Watch:
         self.state = state
 
     def _explain(self, error: OSError) -> str:
-        if error.errno not in _FULL:
+        if error.errno not in moves.FULL:
             return f"{error}. Trying again every {self._request.poll_s:g} s"
         history = self._request.work / "history"
         return (

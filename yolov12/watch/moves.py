@@ -12,7 +12,10 @@ from pathlib import Path
 
 from yolov12 import files
 
-__all__ = ["copy", "digest", "move", "same_file_system", "save_text", "sync_folder"]
+__all__ = ["FULL", "copy", "digest", "move", "same_file_system", "save_text", "sync_folder"]
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a full disk."""
 
 
 def move(source: Path, target: Path) -> None:
