@@ -45,6 +45,8 @@ def test_many_small_falls_are_not_promoted():
     verdict = decide([known("ic", 0.5, 0.49), known("led", 0.5, 0.49)], 0.02)
     assert not verdict.promote
     assert verdict.reasons == ("The mean over 2 classes fell from 0.500 to 0.490.",)
+    verdict = decide([known("ic", 0.5, 0.4998)], 0.02)
+    assert verdict.reasons == ("The mean over 1 class fell from 0.500000 to 0.499800.",)
 
 
 @pytest.mark.parametrize(

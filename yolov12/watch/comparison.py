@@ -146,7 +146,8 @@ def decide(classes: Sequence[ClassChange], margin: float) -> Verdict:
         )
     before, after = _mean(row.serving or 0.0 for row in measured), _mean(row.candidate or 0.0 for row in measured)
     if not after >= before - _ROUNDING:
-        against.append(f"The mean over {_counted(measured)} fell from {before:.3f} to {after:.3f}.")
+        digits = 3 if f"{before:.3f}" != f"{after:.3f}" else 6
+        against.append(f"The mean over {_counted(measured)} fell from {before:.{digits}f} to {after:.{digits}f}.")
     reasons = against or [*_in_favour(known, margin), *_new(measured), _mean_change(measured, before, after)]
     return Verdict(not against, tuple(reasons), tuple(classes), margin)
 
