@@ -31,7 +31,7 @@ class Story:
     close_mosaic: int = 22
     mosaic: float = 1.0
     mixup: float = 0.2
-    """That of the official recipe for the largest model."""
+    """Probability of mixup, as in the official recipe for the largest model."""
     warmup_epochs: float = 3.0
     lr0: float = 0.001
     replay_fraction: float = 0.5
