@@ -30,7 +30,7 @@ EACH_SAYS = [
     "packages of the user are not found",
     "auto-install is false",
     "8.4.190",
-    "`yolov12 COMMAND --help` lists the arguments of a",
+    "`yolov12 COMMAND --help`",
 ]
 ANYBODY = {"user": "1000:1000"}
 
