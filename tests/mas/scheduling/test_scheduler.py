@@ -205,10 +205,13 @@ def test_fixed_size_that_failed_is_cut_for_a_while():
     assert decide(state([8] * 4, 15, fixed=16), cost, card()).micro_batches == (2, 2)
 
 
+@pytest.mark.parametrize("before", [0, 32])
 @pytest.mark.parametrize(("budget", "sizes"), [(50, (16, 16)), (70, (32,))])
-def test_no_further_than_four_times_what_was_observed_unless_twice_the_prediction_fits(budget, sizes):
-    begin = decide(state([1] * 32, budget, history=History()), model(1, 2, 4), SpeedModel())
-    assert begin.micro_batches == sizes
+def test_no_further_than_four_times_what_was_observed_unless_twice_the_prediction_fits(budget, sizes, before):
+    """The size in use does not count as observed."""
+    decision = decide(state([1] * 32, budget, history=History(before)), model(1, 2, 4), SpeedModel())
+    assert decision.micro_batches in (sizes, (16, 16))
+    assert before or decision.micro_batches == sizes
 
 
 def test_first_batches_go_as_far_as_what_was_observed_allows():

@@ -49,7 +49,7 @@ MOVE_BATCHES = 0.1
 _LARGEST_STEP = 4  # largest size as a multiple of the largest one observed: predictions beyond are less certain
 _BEYOND = 2.0
 """A size beyond the largest step is safe if this multiple of its prediction fits. With plenty of memory, a run then
-needs no size between the warm-up and the whole batch. Each size costs a search for kernels: 4 to 5 s on an H200."""
+needs no size between the warm-up and the whole batch. Each size costs a search for kernels, which takes seconds."""
 _EQUAL = 1.02  # times within this factor count as equal, as they scatter by more; the fewest micro-batches win
 
 
@@ -86,7 +86,7 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
     arms: list[Arm] = []
     usual = None
     for split in even_splits(state.groups):
-        if usual is None and split.largest <= max(history.images, one_group):
+        if usual is None and split.largest <= min(max(history.images, one_group), most):
             usual = split
         is_far = split.largest > most
         arms += safe_arms(state, cost, speed, [split], state.budget_bytes / (_BEYOND if is_far else 1.0))
