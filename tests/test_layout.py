@@ -28,7 +28,7 @@ ROOMS = {
     "task": set(),
     "oom": set(),
     "modules": set(),
-    "triton_launch": set(),
+    "triton_launch": {"oom"},
 }
 PURE = (
     "scheduling/scheduler",

@@ -1,5 +1,6 @@
-"""Models of an inspection line that find something without a training."""
+"""Fixtures of the tests of the watch, such as models of a line that find something without a training."""
 
+import os
 from pathlib import Path
 
 import cv2
@@ -8,6 +9,19 @@ import pytest
 import torch
 import yaml
 from ultralytics import YOLO
+
+from tests.watch.factory import Factory
+
+
+@pytest.fixture(autouse=True)
+def _files_are_not_flushed(monkeypatch):
+    """Leave out what only matters for a power loss, and takes most of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture
+def factory(tmp_path):
+    return Factory(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -37,12 +37,6 @@ def names_of(pairs):
     return [pair.image.stem for pair in pairs]
 
 
-@pytest.fixture(autouse=True)
-def _files_are_not_flushed(monkeypatch):
-    """Leave out what only matters for a power loss, and takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def inbox(tmp_path):
     (tmp_path / "inbox").mkdir()

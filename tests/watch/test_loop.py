@@ -16,17 +16,6 @@ from yolov12.watch.promotion import promote
 from yolov12.watch.states import Kind, Phase
 
 
-@pytest.fixture(autouse=True)
-def _files_are_not_flushed(monkeypatch):
-    """Leave out what only matters for a power loss, and takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture
-def factory(tmp_path):
-    return Factory(tmp_path)
-
-
 def test_a_better_candidate_serves_and_the_one_before_is_kept(factory):
     factory.deliver(5)
     work = Work()

@@ -9,23 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.watch.factory import Factory, Work
+from tests.watch.factory import Work
 from yolov12.errors import ConfigError
 from yolov12.watch import child, command, loop, moves, states
 from yolov12.watch.collection import Collection
 from yolov12.watch.promotion import promote
 from yolov12.watch.states import Kind, Phase
-
-
-@pytest.fixture(autouse=True)
-def _files_are_not_flushed(monkeypatch):
-    """Leave out what only matters for a power loss, and takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture
-def factory(tmp_path):
-    return Factory(tmp_path)
 
 
 def go_to(watch, phase):

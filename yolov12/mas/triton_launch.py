@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from yolov12.mas.oom import is_out_of_memory
 
 try:
     import triton
 except ImportError:  # PyTorch supports platforms that Triton does not
     triton = None
 
-__all__ = ["UNIT", "launch", "stream", "unit_of"]
+__all__ = ["UNIT", "compiles", "launch", "stream", "unit_of"]
 
 UNIT = 16
 """Largest unit in which kernels are given channels and strides, see `unit_of`."""
@@ -60,6 +64,27 @@ def launch(
     if _HANDS_OUT_KERNELS and aligned:
         _compiled[key] = found
     return None
+
+
+def compiles(run: Callable[[], object], otherwise: str | None = None) -> bool:
+    """Return whether kernels compile and run.
+
+    Args:
+        run: Runs the kernels once, on small tensors.
+        otherwise: What happens without them, for a warning that gives the reason; None to log nothing.
+
+    Raises:
+        RuntimeError: There was not enough memory, which tells nothing about the kernels.
+    """
+    try:
+        run()
+    except Exception as error:  # the type depends on what is missing: compiler, headers, or support for the card
+        if is_out_of_memory(error):
+            raise
+        if otherwise is not None:
+            logging.getLogger("yolov12.mas").warning("%s, as Triton does not compile: %s", otherwise, error)
+        return False
+    return True
 
 
 def stream(device: torch.device) -> int:

@@ -13,7 +13,6 @@ Triton compiles the kernels on first use and needs a C compiler for that. Withou
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from yolov12.mas.batchnorm.launch_grid import LaunchGrid, Tuning
-from yolov12.mas.oom import is_out_of_memory
+from yolov12.mas.triton_launch import compiles
 
 try:
     from yolov12.mas.batchnorm import kernels
@@ -59,16 +58,13 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     x, ones = torch.zeros(2, 1, 1, 1, device=device, dtype=dtype), torch.ones(1, device=device)
     grids, rows = _grids(1, 1, (1, 1), device), torch.zeros(2, 2, 1, device=device)
-    try:
+
+    def run() -> None:
         grids[0].launch(kernels.statistics, (x, rows, *rows.clone()), (1, 1.0))
         _normalized(grids, rows, ones, ones, True, x)
         _gradients(grids, True, x, x, rows, ones, ones)
-    except Exception as error:  # the type depends on what is missing: compiler, headers, or support for the card
-        if is_out_of_memory(error):
-            raise
-        logging.getLogger("yolov12.mas").warning("BatchNorm goes group by group, as Triton does not compile: %s", error)
-        return False
-    return True
+
+    return compiles(run, "BatchNorm goes group by group")
 
 
 def batch_norm(

@@ -20,8 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.modules import overridden
-from yolov12.mas.oom import is_out_of_memory
-from yolov12.mas.triton_launch import launch, unit_of
+from yolov12.mas.triton_launch import compiles, launch, unit_of
 
 try:
     from yolov12.mas.step import upsampling_kernels as kernels
@@ -109,13 +108,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     if kernels is None:
         return False
     x = torch.zeros(1, 16, 1, 1, device=device, dtype=dtype)
-    try:
-        _shrunk(_enlarged(x, 2), 2)
-    except Exception as error:  # BatchNorm's kernels, which come first, have logged the reason
-        if is_out_of_memory(error):
-            raise
-        return False
-    return True
+    return compiles(lambda: _shrunk(_enlarged(x, 2), 2))  # BatchNorm's kernels, which come first, log the reason
 
 
 class _Nearest(torch.autograd.Function):

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from yolov12.mas.oom import is_out_of_memory
-from yolov12.mas.triton_launch import launch, unit_of
+from yolov12.mas.triton_launch import compiles, launch, unit_of
 from yolov12.training.adapter.known import is_stock
 from yolov12.training.adapter.users_code import is_ultralytics, module_of
 
@@ -77,13 +76,8 @@ def _applies(images: Any) -> bool:
 def _compiles(device: torch.device) -> bool:
     if image_kernel is None:
         return False
-    try:
-        scaled(torch.zeros(1, 3, 1, 1, device=device, dtype=torch.uint8), torch.float16)
-    except Exception as error:  # the engine logs the reason, when BatchNorm's kernels fail
-        if is_out_of_memory(error):
-            raise
-        return False
-    return True
+    pixels = torch.zeros(1, 3, 1, 1, device=device, dtype=torch.uint8)
+    return compiles(lambda: scaled(pixels, torch.float16))  # BatchNorm's kernels log the reason
 
 
 def _autocast_type() -> torch.dtype | None:
