@@ -6,11 +6,11 @@
     python benchmarks/line.py --out line.json --base scratch --base-epochs 60     (without the demo model)
 
 The line has boards with eight classes. Then a new product arrives: boards on which parts are also `shifted` or have a
-`crack`. They have no connectors, scratches and bridges, so a model that is trained with them alone forgets these. All
+`crack`. They have no connectors and no scratches, so a model that is trained with them alone forgets these. All
 objects on them are labelled.
 
-Part `base`: the base model is the one that comes with the package. benchmarks/demo_model.py has trained it on a GPU, on
-other boards of the line. With `--base-epochs`, its training goes on with the boards of this line.
+Part `base`: the base model begins as the one that comes with the package, which benchmarks/demo_model.py has trained
+with other boards of the line at 320 pixels. Its training goes on with the boards of this line at 640 pixels.
 
 Part `watch`: the watch serves the base model. Images of the new product arrive in its inbox, and some that are damaged.
 It trains with a batch of 128 images, mosaic in every image and mixup, under a limit of 32 GiB (on the CPU: 2 GiB),

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from yolov12.demo.board import CLASS_NAMES, Box, DrawConfig
+from yolov12.demo.board import CLASS_NAMES, Box, DrawConfig, Part
 from yolov12.demo.draw import draw_board
+from yolov12.demo.sprites import body, crack
 
 
 def board(index: int, *, dense: bool = False, hold_back: bool = False) -> tuple[np.ndarray, list[Box]]:
@@ -27,6 +28,17 @@ def test_a_defects_box_is_where_the_picture_changes() -> None:
         assert np.abs(found - (box.x0, box.y0, box.x1, box.y1)).max() <= 1
         cracks_seen += 1
     assert cracks_seen >= 5
+
+
+def test_a_crack_is_as_thick_in_a_larger_image() -> None:
+    looks = np.full(6, 0.3), np.linspace(0.2, 0.8, 6)
+
+    def covered(scale: int) -> float:
+        part = Part("resistor", 0, 0, 20 * scale, 10 * scale, 0, *looks, defect="crack")
+        return float((crack(part, body(part), scale)[..., 3] > 0).mean())
+
+    assert covered(2) > 0.9 * covered(1)
+    assert covered(4) > 0.9 * covered(1)
 
 
 @pytest.mark.parametrize("name", ["resistor", "capacitor", "ic", "led", "connector", "shifted"])

@@ -28,7 +28,7 @@ from yolov12.demo.board import Box, DrawConfig, class_names
 from yolov12.demo.draw import draw_board
 from yolov12.errors import ConfigError, DataError
 
-GENERATOR_VERSION = 1  # part of the folder name: increase it if any pixel or label changes
+GENERATOR_VERSION = 2  # part of the folder name: increase it if any pixel or label changes
 _DENSE_EVERY = 20
 _JPEG_QUALITY = 92
 

@@ -68,7 +68,7 @@ def _render(drawing: BoardDrawing, config: DrawConfig) -> tuple[Image, list[Box]
         if defect == "bridge":
             label("bridge", _paste(above, bridge(part), part))
         elif defect == "crack":
-            label("crack", _paste(above, crack(part, sprite), part))
+            label("crack", _paste(above, crack(part, sprite, scale), part))
     if drawing.scratch is not None:
         label("scratch", _paint_scratch(image, drawing.scratch, drawing.mask, scale))
     return _overlay(image, above, drop=max(1, round(2 * scale))), boxes

@@ -65,14 +65,14 @@ def bridge(part: Part) -> Image:
     return sprite
 
 
-def crack(part: Part, body: Image) -> Image:
+def crack(part: Part, body: Image, scale: float) -> Image:
     """Paint a jagged crack across the body: a dark gap with a bright edge."""
     sprite = np.zeros_like(body)
     down = np.linspace(0, 1, len(part.defect_look))
     lean = (0.55 + 0.3 * part.defect_look[1]) * (1 if part.defect_look[0] < 0.5 else -1)
     xs = part.w * (0.35 + 0.3 * part.defect_look[0]) + part.h * (lean * (down - 0.5) + (part.defect_look - 0.5) * 0.3)
     line = to_pixels(np.stack([xs, down * (part.h - 1)], 1))
-    thick = max(1, round(part.h / 18))
+    thick = max(1, round(scale), round(part.h / 18))
     cv2.polylines(sprite, [line + np.array([thick, 0], np.int32)], False, (198, 202, 204, 255), thick)
     cv2.polylines(sprite, [line], False, (8, 8, 8, 255), thick)
     sprite[body[..., 3] == 0] = 0
