@@ -62,8 +62,8 @@ def train_base(story: Story, data: Mapping[str, Any], folder: Path) -> dict[str,
     begun = time.perf_counter()
     if story.base_epochs:
         where = {"data": data["old"], "project": str(folder), "name": "base", "exist_ok": True}
-        yolo.train(**where, **story.training(story.base_epochs))
-        shutil.copy(yolo.trainer.best, folder / "base.pt")
+        yolo.train(**where, **story.training(story.base_epochs), val=False)  # until the last epoch
+        shutil.copy(yolo.trainer.last, folder / "base.pt")
         found = yolo.trainer.metrics
     else:
         shutil.copy(yolo.ckpt_path, folder / "base.pt")
