@@ -37,6 +37,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 import traceback
@@ -200,12 +201,13 @@ def main() -> None:
     parser.add_argument("--base", help="model that the base training starts from, or scratch")
     for name in ("base_epochs", "epochs", "close_mosaic", "workers"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name in ("lr0", "replay_fraction", "mosaic", "mixup", "margin", "kill_at"):
+    for name in ("lr0", "replay_fraction", "mosaic", "mixup", "margin", "kill_at", "patience_s"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float)
     for name in ("device", "mem_limit"):
         parser.add_argument(f"--{name.replace('_', '-')}")
     options = vars(parser.parse_args())
     os.environ.setdefault("YOLO_OFFLINE", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the watch and its training as well
     given = {key: value for key, value in options.items() if key in Story.__annotations__ and value is not None}
     found = tell_all(
         replace(SMALL if options["small"] else Story(), **given),

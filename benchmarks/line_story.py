@@ -53,7 +53,7 @@ class Story:
     damaged: int = 2
     """Number of damaged images that arrive."""
     settle: str = "1s"
-    patience_s: float = 400.0
+    patience_s: float = 560.0
 
     def training(self, epochs: int) -> dict[str, Any]:
         """Return the arguments that all trainings have."""
