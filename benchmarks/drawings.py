@@ -72,27 +72,32 @@ def photographs(images: int, longer: int = 640) -> str:
     """Draw images with the sizes and the bytes of photographs (150 kB at 640 pixels) and return the yaml.
 
     Args:
-        images: Number of images to train on.
+        images: Number of images to train on; some of them are for validation, too.
         longer: Length of the longer side of most images, in pixels.
     """
-    import cv2
-    import numpy as np
-
     folder = Path(tempfile.mkdtemp())
     for kind in ("images", "labels"):
         (folder / kind).mkdir()
-    shapes = [(0.75, 1), (0.667, 1), (1, 0.75), (0.75, 1), (1, 1), (0.586, 0.781)]  # the most frequent ones in COCO
-    for index in range(images):
-        draw = np.random.default_rng((1, index))
-        height, width = (round(side * longer) for side in shapes[index % len(shapes)])
-        coarse = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-        smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-        image = np.clip(smooth + draw.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
-        cv2.imwrite(str(folder / "images" / f"{index}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 93])
-        boxes = zip(*draw.uniform(0.15, 0.85, (2, 7)), *draw.uniform(0.05, 0.3, (2, 7)), strict=True)
-        lines = [f"{draw.integers(8)} {x:.4f} {y:.4f} {w:.4f} {h:.4f}" for x, y, w, h in boxes]
-        (folder / "labels" / f"{index}.txt").write_text("\n".join(lines))
+    with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
+        pool.map(functools.partial(_photograph_of, folder, longer), range(images))
     names = "\n".join(f"  {index}: class{index}" for index in range(8))
+    (folder / "val.txt").write_text("".join(f"./images/{index}.jpg\n" for index in range(min(images, 16))))
     file = folder / "data.yaml"
-    file.write_text(f"path: {folder}\ntrain: images\nval: images\nnames:\n{names}\n")
+    file.write_text(f"path: {folder}\ntrain: images\nval: val.txt\nnames:\n{names}\n")
     return str(file)
+
+
+def _photograph_of(folder: Path, longer: int, index: int) -> None:
+    import cv2
+    import numpy as np
+
+    shapes = [(0.75, 1), (0.667, 1), (1, 0.75), (0.75, 1), (1, 1), (0.586, 0.781)]  # the most frequent ones in COCO
+    draw = np.random.default_rng((1, index))
+    height, width = (round(side * longer) for side in shapes[index % len(shapes)])
+    coarse = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    image = np.clip(smooth + draw.normal(0, 10, smooth.shape), 0, 255).astype(np.uint8)
+    cv2.imwrite(str(folder / "images" / f"{index}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 93])
+    boxes = zip(*draw.uniform(0.15, 0.85, (2, 7)), *draw.uniform(0.05, 0.3, (2, 7)), strict=True)
+    lines = [f"{draw.integers(8)} {x:.4f} {y:.4f} {w:.4f} {h:.4f}" for x, y, w, h in boxes]
+    (folder / "labels" / f"{index}.txt").write_text("\n".join(lines))
