@@ -99,8 +99,8 @@ def test_workers_are_limited_when_batch_and_image_size_are_known(trainings, tmp_
 
 
 def test_workers_get_a_quarter_where_the_model_needs_the_same_memory(tmp_path, warnings, monkeypatch):
-    """A worker has ten batches of 300 MiB in flight and keeps the images of 3.3: 1,000. Within 0.9 × 64 GiB, a quarter
-    has room for 3 workers, and half of 64 GiB for 8."""
+    """A worker has eleven batches of 300 MiB in flight and keeps the images of 3.3: 1,000. Within 0.9 × 64 GiB, a
+    quarter has room for 3 workers, and half of 64 GiB for 8."""
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     trainer, memory = a_trainer(), a_host(tmp_path, 64 * GIB)
     (memory.proc / "self").mkdir()

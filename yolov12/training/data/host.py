@@ -30,9 +30,9 @@ os.register_at_fork(after_in_child=gc.freeze)
 
 AHEAD = 2
 """Number of batches that each worker of a training prefetches (benchmarks/loading.py)."""
-_IN_SHM, _IN_FLIGHT = 4, AHEAD + 8
-"""Most batches in /dev/shm, and in flight, for each training worker, in batches of the training's size; validation is
-included."""
+_IN_SHM, _IN_FLIGHT = 4, AHEAD + 9
+"""Most batches in /dev/shm, and in flight, for each training worker, in batches of the training's size. Validation is
+included, and the batch in the place of `shared_images`."""
 _FRACTION, _SHARED_FRACTION = 0.5, 0.25
 """Largest fraction of the available host memory for loader workers, and for cached images; without and with a model
 that needs the same memory."""

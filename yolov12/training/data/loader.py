@@ -29,7 +29,8 @@ from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 from yolov12.training.data.arrangement import arranged
 from yolov12.training.data.random_state import random_state, set_random_state, without_trace
 from yolov12.training.data.recipes import Later
-from yolov12.training.data.rendering import Rendering, give_recipes
+from yolov12.training.data.rendering import Rendering, give_recipes, load_samples
+from yolov12.training.data.shared_images import shared_images
 from yolov12.training.data.sharing import SHARE, Sharing
 
 __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "resumable"]
@@ -102,6 +103,7 @@ class ResumableLoader:
         """Replace the loader's sampler, worker initialisation and collate function by those of this object."""
         self._loader.batch_sampler.sampler, self._loader.collate_fn = self._order, self._collate
         self._loader.worker_init_fn = self._first
+        self._collate.stock.shared = shared_images(self._loader, self._image_size)
         give_recipes(self._loader.dataset)
         return self
 
@@ -159,7 +161,7 @@ class ResumableLoader:
         for indices in batches:
             part = indices if self._sharing is None else self._sharing.equal_part(indices)
             with without_trace(loader.dataset):
-                batch = self._collate.stock(_load(loader.dataset, part))
+                batch = self._collate.stock(load_samples(loader.dataset, part))
             yield batch
 
     def repeated(self) -> None:
@@ -337,11 +339,3 @@ def _fill(dataset: Any, buffer: list[int]) -> None:
     dataset.buffer.clear()
     for index in buffer:
         dataset.load_image(index)
-
-
-def _load(dataset: Any, indices: list[int]) -> list[Any]:
-    """Load samples as a `DataLoader` does."""
-    if hasattr(dataset, "__getitems__"):
-        samples: list[Any] = dataset.__getitems__(indices)
-        return samples
-    return [dataset[index] for index in indices]

@@ -2,7 +2,7 @@
 
 Samples of a known data set have recipes instead of images (see `recipes`). When a batch is collated, each image is
 rendered into its place. In a worker, this place is in shared memory, so that the batch goes to the training without
-another copy.
+another copy (see `shared_images`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch.utils.data import get_worker_info
 from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.data.pixels import Recipe, Renderer
 from yolov12.training.data.recipes import samples
+from yolov12.training.data.shared_images import SharedImages
 
-__all__ = ["Rendering", "give_recipes"]
+__all__ = ["Rendering", "give_recipes", "load_samples"]
 
 
 def give_recipes(dataset: Any) -> None:
@@ -32,6 +33,19 @@ def give_recipes(dataset: Any) -> None:
 
     if isinstance(dataset, YOLODataset) and not hasattr(dataset, "__getitems__"):
         dataset.__getitems__ = _Samples(dataset)
+
+
+def load_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
+    """Load samples as a `DataLoader` does.
+
+    Args:
+        dataset: Data set of a training loader.
+        indices: Indices of the samples.
+    """
+    if hasattr(dataset, "__getitems__"):
+        loaded: list[Any] = dataset.__getitems__(indices)
+        return loaded
+    return [dataset[index] for index in indices]
 
 
 class _Samples:
@@ -54,6 +68,8 @@ class Rendering:
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
         self._collate, self._is_known = collate, is_ultralytics(collate)
         self._renderer = Renderer()
+        self.shared: SharedImages | None = None
+        """Places of workers for their images; None if each batch gets new shared memory."""
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         """Collate samples, whose images may be recipes."""
@@ -63,12 +79,14 @@ class Rendering:
         are_bytes = all(isinstance(image, Recipe) or image.dtype == torch.uint8 for image in images)
         if not (self._is_known and are_bytes and len({tuple(image.shape) for image in images}) == 1):
             return self._collate([self._whole(sample) for sample in samples])
-        stacked = _empty((len(images), *images[0].shape))
+        shape = (len(images), *images[0].shape)
+        own_place = self.shared.empty(shape) if self.shared is not None else None
+        stacked = _empty(shape) if own_place is None else own_place
         for place, image in zip(stacked, images, strict=True):
             self._fill(place, image)
         # An empty image keeps the place of the key among the keys of the batch.
         batch = self._collate([{**sample, "img": stacked[0, :0, :0, :0]} for sample in samples])
-        batch["img"] = stacked
+        batch["img"] = stacked if own_place is None or self.shared is None else self.shared.passed(stacked)
         return batch
 
     def _whole(self, sample: Any) -> Any:
