@@ -209,8 +209,8 @@ def trainings(options: argparse.Namespace, data: str, folder: Path) -> Iterator[
         folder: Folder for the runs.
     """
     common = {**TRAIN, "data": data, "project": str(folder), "exist_ok": True, **(SMALL if options.small else {})}
-    for model in options.models:
-        for source in options.sources:
+    for source in options.sources:
+        for model in options.models:
             for round_ in range(options.rounds):
                 for variant in VARIANTS:
                     arguments = {**common, **SOURCES[source], **dict(options.both), "name": variant}
