@@ -12,7 +12,7 @@ import torch
 
 from yolov12 import __version__
 from yolov12.check.report import Host
-from yolov12.mas.memory.cgroups import CGROUPS, MEMBERSHIP, cgroup_folders, read_cgroup_memory, read_text
+from yolov12.mas.memory.cgroups import CGROUPS, MEMBERSHIP, read_cgroup_memory, read_text, usable_cores
 
 __all__ = ["installed_version", "read_cgroup_memory", "read_host", "read_versions"]
 
@@ -41,7 +41,7 @@ def read_host() -> Host:
     limit, limit_available = read_cgroup_memory() or (total, available)
     shm = _shm()
     return Host(
-        cpu_count=_cpu_count(),
+        cpu_count=usable_cores(CGROUPS, MEMBERSHIP),
         ram_total_bytes=min(total, limit),
         ram_available_bytes=min(available, limit_available),
         ram_limited_by_cgroup=limit < total,
@@ -100,17 +100,6 @@ def _cudnn() -> str | None:
     return f"{major}.{rest // 100}.{rest % 100}"
 
 
-def _cpu_count() -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for folder in cgroup_folders("cpu", CGROUPS, MEMBERSHIP):  # a limit such as `docker run --cpus=2`
-        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-        if (folder / "cpu.max").is_file():
-            quota, period = (_as_number(word) for word in (folder / "cpu.max").read_text().split())
-        if quota and period and quota > 0:
-            count = min(count, max(1, round(quota / period)))
-    return count
-
-
 def _shm() -> tuple[int, int] | None:
     try:
         stat = os.statvfs("/dev/shm")
@@ -124,11 +113,3 @@ def _in_container() -> bool:
         return True
     groups = read_text(Path("/proc/1/cgroup"))
     return any(word in groups for word in ("docker", "kubepods", "containerd", "lxc"))
-
-
-def _number(file: Path) -> int | None:
-    return _as_number(read_text(file).strip())
-
-
-def _as_number(word: str) -> int | None:
-    return int(word) if word.lstrip("-").isdigit() else None  # "max" means: no limit

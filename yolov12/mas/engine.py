@@ -17,6 +17,7 @@ from yolov12.errors import DoesNotFitError
 from yolov12.mas.calibration import Calibration
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.config import Config
+from yolov12.mas.data_times import DataTimes
 from yolov12.mas.distributed.ranks import ALONE, Ranks
 from yolov12.mas.distributed.replicas import checksum
 from yolov12.mas.journal.journal import Journal, Summary
@@ -197,17 +198,9 @@ class Engine:
         fits = not self._planner.cost.largest or self._calibration.fits(work.images, work)
         ran = self._step.run(batch, work.images, self._planner, share, status)
         report = self._planner.complete()
+        plan = str(self._step.plans[report.level])
         self._records.add(
-            DoneBatch(
-                work,
-                report,
-                ran.micro_batches,
-                ran.watch,
-                ran.ahead,
-                share.is_padding,
-                fits,
-                str(self._step.plans[report.level]),
-            )
+            DoneBatch(work, report, ran.micro_batches, ran.watch, ran.ahead, share.is_padding, fits, plan)
         )
         self.latest = replace(
             ran,
@@ -286,6 +279,10 @@ class Engine:
     def note(self, event: str) -> None:
         """Add an event to the row of the next update."""
         self._records.note(event)
+
+    def loaded(self, times: DataTimes) -> None:
+        """Add the times in which the next batch was loaded to the row of the next update."""
+        self._records.loaded(times)
 
     def flush(self) -> None:
         """Write all rows to the journal; this waits for the device until their times are known."""

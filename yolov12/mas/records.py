@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from yolov12.mas.calibration import Calibration
+from yolov12.mas.data_times import DataTimes
 from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.mas.journal.explanation import DID_NOT_FIT, SHARE_DID_NOT_FIT
 from yolov12.mas.journal.journal import Journal, Row, Summary
@@ -65,7 +67,10 @@ class Records:
         self._calibration, self._meter, self._log = calibration, meter, log
         self._done: list[DoneBatch] = []  # batches since the last update
         self._notes: list[str] = []  # events since the last update
-        self._rows: list[tuple[Row, list[DoneBatch]]] = []  # rows whose times are not known yet
+        self._loaded: list[DataTimes] = []  # times of loading since the last update
+        # Rows whose times are not known yet.
+        self._rows: list[tuple[Row, list[DoneBatch], list[DataTimes]]] = []
+        self._last_update = 0, 0.0  # epoch, and the host's time in seconds
         self._rows_made = 0
         self._unfit = 0  # images of the largest batch that did not fit
         self._status = RankStatus()
@@ -78,6 +83,10 @@ class Records:
     def note(self, event: str) -> None:
         """Add an event to the row of the next update."""
         self._notes.append(event)
+
+    def loaded(self, times: DataTimes) -> None:
+        """Add the times in which a batch was loaded to the row of the next update."""
+        self._loaded.append(times)
 
     def add(self, done: DoneBatch) -> None:
         """Add a batch that was run; its gradient waits for the next update."""
@@ -93,6 +102,7 @@ class Records:
     def drop(self) -> None:
         """Forget the batches since the last update, because their gradients were dropped."""
         self._done.clear()
+        self._loaded.clear()
 
     def take_status(self) -> RankStatus:
         """Return the report of this rank's times to the other ranks. Each time is reported once."""
@@ -123,12 +133,22 @@ class Records:
             free_bytes=last.reading.free_bytes,
             budget_bytes=last.budget_bytes,
             step_ms=None,
+            decode_ms=_sum([times.decode_ms for times in self._loaded]),
+            augment_ms=_sum([times.augment_ms for times in self._loaded]),
+            period_ms=self._period_ms(epoch),
             events=(*self._notes, *(event for report in reports for event in report.events), *events),
         )
         self._notes.clear()
-        self._rows.append((row, list(self._done)))
+        self._rows.append((row, list(self._done), list(self._loaded)))
         self._done.clear()
+        self._loaded.clear()
         self._write(final=False)
+
+    def _period_ms(self, epoch: int) -> float | None:
+        """Return the milliseconds since the update before; None for the first update of an epoch."""
+        (last_epoch, last_s), now_s = self._last_update, time.perf_counter()
+        self._last_update = epoch, now_s
+        return 1000 * (now_s - last_s) if epoch == last_epoch else None
 
     def lost(self, images: int) -> None:
         """Count images that entered a step and do not reach an update."""
@@ -166,10 +186,10 @@ class Records:
     def _write(self, *, final: bool) -> None:
         """Write the rows whose times are known, in order; with `final`, all rows."""
         while self._rows:
-            row, batches = self._rows[0]
+            row, batches, loaded = self._rows[0]
             times = [done.watch.elapsed_ms() for done in batches]
-            known = [time for time in times if time is not None]
-            if len(known) < len(times) and not final:
+            step_ms, wait_ms = _sum(times), _sum([each.wait.elapsed_ms() for each in loaded])
+            if (step_ms is None or (wait_ms is None and loaded)) and not final:
                 return
             del self._rows[0]
             for done, time_ms in zip(batches, times, strict=True):
@@ -179,9 +199,11 @@ class Records:
                 self.journal.busy(self._meter.busy_percent())
                 try:
                     sensors = self._meter.sensors()
-                    step_ms = sum(known) if len(known) == len(times) else None
+                    power_w, temperature_c = sensors.power_w, sensors.temperature_c
                     self.journal.add(
-                        replace(row, step_ms=step_ms, power_w=sensors.power_w, temperature_c=sensors.temperature_c)
+                        replace(
+                            row, step_ms=step_ms, data_wait_ms=wait_ms, power_w=power_w, temperature_c=temperature_c
+                        )
                     )
                 except OSError as error:  # a full disk does not end a training
                     self._log(
@@ -210,3 +232,9 @@ class Records:
         ):
             images = max(2 * images, group)
         return min(images, int(flat)) * len(done.micro_batches)
+
+
+def _sum(times_ms: Sequence[float | None]) -> float | None:
+    """Return the sum of times; None if one of them is unknown, or if there are none."""
+    known = [each for each in times_ms if each is not None]
+    return sum(known) if known and len(known) == len(times_ms) else None

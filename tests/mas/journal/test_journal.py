@@ -12,8 +12,11 @@ from yolov12.mas.journal.picture import draw, thin
 MIB = 2**20
 HEADER = (
     "step,epoch,images,micro_batches,plan,image_size,max_boxes,"
-    "predicted_mib,peak_mib,reserved_mib,free_mib,budget_mib,step_ms,images_per_s,power_w,temperature_c,events"
+    "predicted_mib,peak_mib,reserved_mib,free_mib,budget_mib,step_ms,images_per_s,"
+    "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,events"
 )
+NEWER = "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,"
+"""Columns that files of earlier versions do not have."""
 
 
 def row(step, *events, epoch=1, micro_batches=(64, 64), peak=7000, budget=7400, step_ms=500.0):
@@ -51,15 +54,20 @@ def test_a_step_is_a_line(tmp_path):
     write(
         tmp_path,
         [
-            row(1, "out-of-memory at 128", "shrunk 128 to 64", micro_batches=(64, 32)),
-            row(2, step_ms=None),
+            replace(
+                row(1, "out-of-memory at 128", "shrunk 128 to 64", micro_batches=(64, 32)),
+                data_wait_ms=40.0,
+                decode_ms=30.0,
+                augment_ms=20.0,
+            ),
+            replace(row(2, step_ms=None), period_ms=600.0),
         ],
     )
     assert lines(tmp_path) == [
         HEADER,
-        "1,1,96,64 32,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,500.0,192.0,,,"
+        "1,1,96,64 32,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,500.0,192.0,40.0,30.0,20.0,,,,"
         "out-of-memory at 128; shrunk 128 to 64",
-        "2,1,128,64 64,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,,,,,",
+        "2,1,128,64 64,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,,,,,,600.0,,,",
     ]
 
 
@@ -139,7 +147,9 @@ def test_power_and_temperature_are_summarised_where_they_are_known(tmp_path):
 
 
 def test_a_file_of_an_earlier_version_keeps_its_columns(tmp_path):
-    old = HEADER.replace("reserved_mib", "held_mib").replace("power_w,temperature_c,", "")
+    old = HEADER.replace("reserved_mib", "held_mib").replace(
+        "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,", ""
+    )
     (tmp_path / "memory.csv").write_text(f"{old}\n1,1,64,64,,640x640,31,1.0,2.0,3.0,4.0,5.0,6.0,7.0,grew 1 to 2\n")
     summary = write(tmp_path, [replace(row(2, epoch=2), power_w=20.0)], resume=True)
     assert lines(tmp_path)[0] == old
@@ -189,6 +199,9 @@ def test_summary(tmp_path):
         "micro_batch_max": 128,
         "images_per_s": 288.0,  # median of 256 and 320
         "gpu_utilisation_percent": 95.0,
+        "data_wait_percent": None,
+        "decode_ms": None,
+        "augment_ms": None,
         "power_mean_w": None,
         "temperature_max_c": None,
         "rank": None,

@@ -71,9 +71,9 @@ def main(name, arguments, folder):
     take = ResumableLoader._take
 
     def taken(loader):
-        batch = take(loader)
+        batch, times = take(loader)
         images.append([Path(file).relative_to(Path(file).parents[2]).as_posix() for file in batch["im_file"]])
-        return batch
+        return batch, times
 
     ResumableLoader._take = taken
 

@@ -66,6 +66,20 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("images_per_s", "images/s", "`images` divided by the time. Empty if the time is not known."),
     Column(
+        "data_wait_ms",
+        "ms",
+        "Time for which the device had nothing to do because the data loader had no batch. This and the next two "
+        "columns are sums over the batches of the step, and empty with a data loader or data set of your own.",
+    ),
+    Column("decode_ms", "ms", "Time in which a worker read and decoded images, or took them from a cache."),
+    Column("augment_ms", "ms", "Time in which a worker did everything else: labels, augmentation, collation."),
+    Column(
+        "period_ms",
+        "ms",
+        "Time since the update before: waiting for data, the step, the optimizer and everything else. Empty for the "
+        "first update of an epoch.",
+    ),
+    Column(
         "power_w",
         "W",
         "Power of the GPU, or on a Jetson of the whole module. This and the next column are at most a second old, and "
@@ -76,7 +90,7 @@ COLUMNS: tuple[Column, ...] = (
 )
 """In the order of the file."""
 
-NEW_COLUMNS = frozenset({"power_w", "temperature_c"})
+NEW_COLUMNS = frozenset({"power_w", "temperature_c", "data_wait_ms", "decode_ms", "augment_ms", "period_ms"})
 """Columns that a file of an earlier version does not have, even if a resumed run continues it."""
 
 EVENTS: Mapping[str, str] = {

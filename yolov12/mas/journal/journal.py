@@ -79,6 +79,13 @@ class Row:
     """Milliseconds of the step; None if they were not measured."""
     events: tuple[str, ...]
     """Events such as `out-of-memory at 64`, `retried 64`, `shrunk 64 to 32`, `grew 32 to 64`, `groups of 16`."""
+    data_wait_ms: float | None = None
+    """Milliseconds for which the device waited for data; None if they were not measured."""
+    decode_ms: float | None = None
+    augment_ms: float | None = None
+    """Milliseconds of loader workers for reading and decoding, and for everything else; None if unknown."""
+    period_ms: float | None = None
+    """Milliseconds since the update before; None for the first update of an epoch."""
     power_w: float | None = None
     """Power in watts; None if nothing measures it. See `Sensors`."""
     temperature_c: float | None = None
@@ -87,13 +94,14 @@ class Row:
     def as_csv(self) -> tuple[str | int, ...]:
         """Return the values of `COLUMNS` in MiB, milliseconds and images/s, with one decimal; empty if unknown."""
         sizes_bytes = (self.predicted_bytes, self.peak_bytes, self.reserved_bytes, self.free_bytes, self.budget_bytes)
+        measured = self.data_wait_ms, self.decode_ms, self.augment_ms, self.period_ms, self.power_w, self.temperature_c
         return (
             *(self.step, self.epoch, self.images, " ".join(map(str, self.micro_batches))),
             *(self.plan, self.image_size, self.max_boxes),
             *(f"{size_bytes / 2**20:.1f}" for size_bytes in sizes_bytes),
             "" if self.step_ms is None else f"{self.step_ms:.1f}",
             f"{self.images / self.step_ms * 1000:.1f}" if self.step_ms else "",
-            *("" if value is None else f"{value:.1f}" for value in (self.power_w, self.temperature_c)),
+            *("" if value is None else f"{value:.1f}" for value in measured),
             "; ".join(self.events),
         )
 

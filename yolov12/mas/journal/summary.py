@@ -9,10 +9,14 @@ from statistics import fmean, median, median_low, multimode
 
 from yolov12.mas.journal.explanation import explain
 
-__all__ = ["RESUMED", "Summary", "summarise"]
+__all__ = ["RESUMED", "WARM_UP_UPDATES", "Summary", "summarise"]
 
 RESUMED = "resumed"
 """Event that the journal adds to the first row after a resume."""
+
+WARM_UP_UPDATES = 10
+"""Number of updates after each start that do not tell how long the device waits for data: batches that were loaded
+during the warm-up are still there."""
 
 _Row = Mapping[str, str]
 # Most ranks that get a line each. With more ranks, only the slowest and the one with most failures are printed.
@@ -69,6 +73,13 @@ class Summary:
     """Median over the steps. With several ranks, a step's images are divided by the slowest rank's own time."""
     gpu_utilisation_percent: float | None
     """Mean of the utilisation samples of rank 0's device, in percent; None in `ranks`."""
+    data_wait_percent: float | None = None
+    """Part of the time in which devices waited for data, in percent. The first updates of every start and the first of
+    every epoch do not count, nor does validation. None if it was not measured."""
+    decode_ms: float | None = None
+    """Mean time of loader workers for reading and decoding, in milliseconds for an image; None if unknown."""
+    augment_ms: float | None = None
+    """Mean time of loader workers for everything else, in milliseconds for an image; None if unknown."""
     power_mean_w: float | None = None
     """Mean power in watts: of one GPU, or of a whole Jetson module; None if nothing measured it."""
     temperature_max_c: float | None = None
@@ -240,6 +251,9 @@ def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summ
         micro_batch_max=max(largest, default=None),
         images_per_s=median(speeds) if speeds else None,
         gpu_utilisation_percent=None,
+        data_wait_percent=_data_wait_percent(journals),
+        decode_ms=_per_image(rows, "decode_ms"),
+        augment_ms=_per_image(rows, "augment_ms"),
         power_mean_w=fmean(watts) if (watts := _known(rows, "power_w")) else None,
         temperature_max_c=max(_known(rows, "temperature_c"), default=None),
     )
@@ -248,6 +262,26 @@ def _figures(journals: Sequence[Sequence[_Row]], again: Collection[int]) -> Summ
 def _known(rows: Iterable[_Row], name: str) -> list[float]:
     """Return the values of a column that may be empty, or missing in a file of an earlier version."""
     return [float(value) for row in rows if (value := row.get(name))]
+
+
+def _per_image(rows: Iterable[_Row], name: str) -> float | None:
+    """Return the mean of a time for one image."""
+    timed = [row for row in rows if row.get(name) and int(row["images"])]
+    images = sum(int(row["images"]) for row in timed)
+    return sum(float(row[name]) for row in timed) / images if images else None
+
+
+def _data_wait_percent(journals: Sequence[Sequence[_Row]]) -> float | None:
+    """Return the part of the time in which devices waited for data, after the first updates of each start."""
+    waited_ms = whole_ms = 0.0
+    for journal in journals:
+        since_start = 0
+        for row in journal:
+            since_start = 1 if RESUMED in row["events"] else since_start + 1
+            if since_start > WARM_UP_UPDATES and row.get("data_wait_ms") and row.get("period_ms"):
+                waited_ms += float(row["data_wait_ms"])
+                whole_ms += float(row["period_ms"])
+    return 100 * waited_ms / whole_ms if whole_ms else None
 
 
 def _speeds(journals: Sequence[Sequence[_Row]]) -> list[float]:

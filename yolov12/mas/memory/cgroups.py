@@ -1,11 +1,13 @@
-"""Reads Linux control groups: the memory that they allow this process to use."""
+"""Reads Linux control groups: the memory and the cores that they allow this process to use."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["CGROUPS", "MEMBERSHIP", "cgroup_folders", "read_cgroup_memory", "read_fields", "read_text"]
+__all__ += ["usable_cores"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 """Folder where Linux mounts the control groups."""
@@ -83,3 +85,19 @@ def read_fields(file: Path) -> dict[str, int]:
         if words and words[0].isdigit():
             fields[name.rstrip(":")] = int(words[0]) * (1024 if words[-1] == "kB" else 1)
     return fields
+
+
+def usable_cores(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Return the number of cores that this process may use, at least 1.
+
+    Args:
+        root: Folder where control groups are mounted.
+        membership: File that lists the groups of this process.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in cgroup_folders("cpu", root, membership):  # a limit such as `docker run --cpus=2`
+        words = read_text(folder / "cpu.max").split()
+        words = words or [read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        if all(word.isdigit() for word in words):  # "max" and -1 mean no limit
+            count = min(count, max(1, round(int(words[0]) / int(words[1]))))
+    return count

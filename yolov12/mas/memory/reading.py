@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -123,10 +124,10 @@ class ClockStopwatch:
     """A stopwatch for work that has finished when its call returns.
 
     Args:
-        now_ms: Clock, in milliseconds.
+        now_ms: Clock, in milliseconds; by default that of the host.
     """
 
-    def __init__(self, now_ms: Callable[[], float]) -> None:
+    def __init__(self, now_ms: Callable[[], float] = lambda: time.perf_counter() * 1000) -> None:
         self._now_ms = now_ms
         self._started_ms = now_ms()
         self._elapsed_ms: float | None = None

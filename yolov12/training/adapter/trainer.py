@@ -39,6 +39,7 @@ from yolov12.training.adapter.validation import over_limit
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
+from yolov12.training.data.waiting import waited_for_data
 from yolov12.training.run import run_folder
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -111,20 +112,13 @@ class TrainerAdapter:
             trainer.args.imgsz,
             arrange=arrange and self._sharing is None,  # with several ranks, no rank knows the whole batch
             sharing=self._sharing,
+            stopwatch=engine.meter.stopwatch,
         )
         trainer.train_loader = self._loader = loader.take_over()
         self._interruption = Interruption()
-        self.saver = RunSaver(
-            trainer,
-            self._model,
-            engine,
-            loader,
-            Interval.parse(trainer.args.save_every),
-            self._resolution,
-            self._display.of_epoch,
-            self._interruption,
-            is_first=ranks.rank == 0,
-        )
+        interval = Interval.parse(trainer.args.save_every)
+        states = self._resolution, self._display.of_epoch, self._interruption
+        self.saver = RunSaver(trainer, self._model, engine, loader, interval, *states, is_first=ranks.rank == 0)
         self.saver.begin()
         setattr(trainer, SAVER, self.saver)
 
@@ -225,6 +219,8 @@ class TrainerAdapter:
             host = found or host
             return found
 
+        if self._loader is not None and self._loader.times is not None:
+            self._engine.loaded(self._loader.times)
         result = self._engine.step(
             host,
             share,
@@ -346,4 +342,5 @@ class TrainerAdapter:
         exact = self._knows_preprocess and is_exact(self._model, self._engine.config.exact)
         summary = self._engine.close(self._updates_asked, is_exact=exact)
         if summary is not None and not self._ranks.rank:
-            LOGGER.info(summary.as_text() + over_limit(self._trainer.validator))
+            waited = waited_for_data(self._trainer, self._loader, summary)
+            LOGGER.info(summary.as_text() + over_limit(self._trainer.validator) + waited)

@@ -22,8 +22,8 @@ from yolov12.mas.config import Config
 from yolov12.mas.memory.host import HostMemory
 from yolov12.mas.memory.meter import meter_for, shares_memory
 
-__all__ = ["AHEAD", "affordable_workers", "cache_fits", "data_room", "limit_prefetch", "limit_workers"]
-__all__ += ["plot_fewer_images"]
+__all__ = ["AHEAD", "affordable_workers", "cache_fits", "cache_room_bytes", "data_room", "is_cached", "limit_prefetch"]
+__all__ += ["limit_workers", "plot_fewer_images", "room_for_workers"]
 
 # A worker must not collect the garbage that it has from its parent: the tensors of a GPU in it would end the worker.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -80,7 +80,7 @@ def data_room(trainer: Any, memory: HostMemory | None = None) -> Iterator[None]:
 
     global _room
     _room = room = _room_of(trainer, memory or HostMemory())
-    if room.is_shared and (trainer.device.type == "cuda" or _caches(trainer.args) or trainer.args.workers):
+    if room.is_shared and (trainer.device.type == "cuda" or is_cached(trainer.args) or trainer.args.workers):
         part = _mib(room.fraction * room.free_bytes)
         LOGGER.info(
             f"memory: model, cached images and loader workers share one pool, with {_mib(room.free_bytes)} left for "
@@ -132,13 +132,8 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
     if not args.workers or not isinstance(args.imgsz, int) or trainer.batch_size < 1:
         return
     workers = min(args.workers, (os.cpu_count() or 1) // max(trainer.world_size, 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
-    image_bytes = 3 * args.imgsz**2
-    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * here * image_bytes
     shm_bytes, room = _free_bytes(shm), _room_of(trainer, memory or HostMemory())
-    kept_bytes = 0
-    if room.is_shared and not _caches(args):
-        kept_bytes = min(_KEPT_BATCHES * batch_bytes, _KEPT_IMAGES * here * image_bytes)
+    batch_bytes, kept_bytes = _worker_bytes(trainer, room)
     fewer = affordable_workers(
         workers, batch_bytes, shm_bytes, room.free_bytes, fraction=room.fraction, kept_bytes=kept_bytes
     )
@@ -159,6 +154,33 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
         f"{why}: going on with workers={fewer}"
     )
     args.workers = fewer
+
+
+def room_for_workers(trainer: Any, workers: int, memory: HostMemory, shm: str = "/dev/shm") -> int:
+    """Return how many of the workers would fit into memory now.
+
+    Args:
+        trainer: Ultralytics trainer with a known image size and batch.
+        workers: Number of workers.
+        memory: Reader of the host's memory.
+        shm: Folder of the shared memory through which workers pass batches.
+    """
+    room = _room_of(trainer, memory)
+    batch_bytes, kept_bytes = _worker_bytes(trainer, room)
+    free_bytes, fraction = room.free_bytes, room.fraction
+    return affordable_workers(
+        workers, batch_bytes, _free_bytes(shm), free_bytes, fraction=fraction, kept_bytes=kept_bytes
+    )
+
+
+def _worker_bytes(trainer: Any, room: _DataRoom) -> tuple[int, int]:
+    """Return the bytes of a batch, and of the images that each worker keeps if they count, on this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
+    image_bytes = 3 * trainer.args.imgsz**2
+    batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * here * image_bytes
+    if not room.is_shared or is_cached(trainer.args):
+        return batch_bytes, 0
+    return batch_bytes, min(_KEPT_BATCHES * batch_bytes, _KEPT_IMAGES * here * image_bytes)
 
 
 def limit_prefetch(trainer: Any) -> None:
@@ -221,6 +243,22 @@ def cache_fits(
     return False
 
 
+def is_cached(args: Any) -> bool:
+    """Return whether images are cached in memory by the arguments of a training."""
+    return str(args.cache).lower() in ("ram", "true")
+
+
+def cache_room_bytes(trainer: Any, memory: HostMemory) -> int:
+    """Return the bytes that cached images could take now.
+
+    Args:
+        trainer: Ultralytics trainer.
+        memory: Reader of the host's memory.
+    """
+    room = _room_of(trainer, memory)
+    return int(room.fraction * room.free_bytes)
+
+
 def plot_fewer_images(stock: Callable[..., Any], /, labels: Any, images: Any = None, *args: Any, **kwargs: Any) -> Any:
     """Run Ultralytics' `plot_images` only on the images that it draws, as it converts all images to floats first.
 
@@ -243,10 +281,6 @@ def _free_bytes(folder: str) -> int | None:
     except (OSError, AttributeError):
         return None
     return stat.f_bavail * stat.f_frsize
-
-
-def _caches(args: Any) -> bool:
-    return str(args.cache).lower() in ("ram", "true")
 
 
 def _mib(count: float) -> str:

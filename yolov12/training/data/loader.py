@@ -26,8 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import RandomSampler, SequentialSampler, get_worker_info
 
+from yolov12.mas.data_times import DataTimes
+from yolov12.mas.memory.reading import ClockStopwatch, Stopwatch
 from yolov12.training.data.arrangement import arranged
-from yolov12.training.data.random_state import random_state, set_random_state, without_trace
+from yolov12.training.data.load_clock import LoadClock
+from yolov12.training.data.random_state import fill_buffer, random_state, set_random_state, without_trace
 from yolov12.training.data.recipes import Later
 from yolov12.training.data.rendering import Rendering, give_recipes, load_samples
 from yolov12.training.data.shared_images import shared_images
@@ -38,7 +41,7 @@ __all__ = ["SKIPPED", "ResumableLoader", "data_of", "for_file", "resumable"]
 SKIPPED = "yolov12_skipped"
 """Key of a placeholder batch: it stands for a batch that was trained on before the run was interrupted."""
 
-_STATE = "yolov12_worker"
+_STATE, _TIMES = "yolov12_worker", "yolov12_times"
 _Worker = Mapping[str, Any]  # keys `random` and `buffer`; `seed` for a worker that has returned no batch
 
 
@@ -78,26 +81,35 @@ class ResumableLoader:
         image_size: Size of the images of placeholder batches, in pixels.
         arrange: True to bring the images of a batch into the order of `arrangement`.
         sharing: Splits batches among several ranks; None for a training in one process.
+        stopwatch: Starts a stopwatch of the device, which measures how long it waits for a batch.
     """
 
-    def __init__(self, loader: Any, image_size: int, *, arrange: bool = False, sharing: Sharing | None = None) -> None:
-        self._loader, self._image_size, self._sharing = loader, image_size, sharing
+    def __init__(
+        self,
+        loader: Any,
+        image_size: int,
+        *,
+        arrange: bool = False,
+        sharing: Sharing | None = None,
+        stopwatch: Callable[[], Stopwatch] = ClockStopwatch,
+    ) -> None:
+        self._loader, self._image_size, self._sharing, self._stopwatch = loader, image_size, sharing, stopwatch
         self._order = _Order(loader.batch_sampler.sampler, loader.generator, sharing)
-        self._first = _FirstState(loader.worker_init_fn)
         self._collate = _Collate(loader.collate_fn, arrange, sharing is None)
-        self._data = data_of(loader)
+        self._first, self._data = _FirstState(loader.worker_init_fn), data_of(loader)
         self._workers: dict[int, _Worker | bytes] = {}
         self._next_worker = 0
         self._epoch_order: Tensor | None = None
         self._generator: Tensor | None = None  # state of the generator when a resumed run was interrupted
         self._taken = len(loader)  # batches of the latest order that were returned: at first as if all were
-        self._skip = 0
-        self._is_repeating = False  # what happened before an interruption
+        self._skip, self._is_repeating = 0, False  # what happened before an interruption
         self._then: Callable[[], None] | None = None
         self.is_loops = True
         """True if an iterator that is made now is the training loop's, False if it is a user's."""
         self.position = 0
         """Number of batches returned to the training loop in this epoch, including placeholders."""
+        self.times: DataTimes | None = None
+        """Times of the training loop's latest batch; None before the first."""
 
     def take_over(self) -> ResumableLoader:
         """Replace the loader's sampler, worker initialisation and collate function by those of this object."""
@@ -105,6 +117,7 @@ class ResumableLoader:
         self._loader.worker_init_fn = self._first
         self._collate.stock.shared = shared_images(self._loader, self._image_size)
         give_recipes(self._loader.dataset)
+        self._collate.clock.watch(self._loader.dataset)
         return self
 
     def __len__(self) -> int:
@@ -127,7 +140,7 @@ class ResumableLoader:
             }
         self._go_on()
         for _ in range(len(self) - skip):
-            batch = self._take()
+            batch, self.times = self._take()
             self.position += 1
             if self._sharing is not None:
                 batch[SHARE] = self._sharing.taken()
@@ -136,11 +149,13 @@ class ResumableLoader:
     def _for_user(self) -> Iterator[Any]:
         aside = self._aside()
         for _ in range(len(self)):
-            yield next(aside) if self._is_repeating or self._sharing is not None else self._take()
+            yield next(aside) if self._is_repeating or self._sharing is not None else self._take()[0]
 
-    def _take(self) -> Any:
+    def _take(self) -> tuple[Any, DataTimes]:
         self._go_on()
+        wait = self._stopwatch()
         batch = next(iter(self._loader))
+        wait.stop()
         if self._taken == len(self):
             self._epoch_order, self._taken = self._order.drawn.popleft()
             self._first.states = []  # used by the present workers; workers after a reset start without
@@ -150,7 +165,7 @@ class ResumableLoader:
             index, packed = worker
             self._workers[index] = packed
             self._next_worker = (index + 1) % self._loader.num_workers
-        return batch
+        return batch, DataTimes(wait, *batch.pop(_TIMES))
 
     def _aside(self) -> Iterator[Any]:
         """Yield batches of another order, loaded here, and leave no trace in the training."""
@@ -234,7 +249,7 @@ class ResumableLoader:
         self._first.states = list(state["workers"])
         self._workers = dict(enumerate(state["workers"]))
         if not state["workers"]:
-            _fill(self._loader.dataset, state["buffer"])
+            fill_buffer(self._loader.dataset, state["buffer"])
         return True
 
     def _seed(self, worker: int) -> int:
@@ -281,6 +296,7 @@ class _Collate:
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool, add_state: bool = True) -> None:
         self.stock, self.arrange, self._add_state = Rendering(collate), arrange, add_state
+        self.clock = LoadClock()
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         worker = get_worker_info()
@@ -290,7 +306,7 @@ class _Collate:
             state = worker.id, _packed({"buffer": buffer, "random": random_state()})
         if self.arrange:
             samples = [samples[index] for index in arranged([len(sample["cls"]) for sample in samples])]
-        return {**self.stock(samples), _STATE: state}
+        return {**self.stock(samples), _STATE: state, _TIMES: self.clock.times_ms()}
 
 
 class _FirstState:
@@ -308,7 +324,7 @@ class _FirstState:
         if "random" in state:
             worker = get_worker_info()
             assert worker is not None
-            _fill(worker.dataset, state["buffer"])
+            fill_buffer(worker.dataset, state["buffer"])
             set_random_state(state["random"])
 
 
@@ -332,10 +348,3 @@ def _packed(state: Mapping[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.save(state, file)
     return file.getvalue()
-
-
-def _fill(dataset: Any, buffer: list[int]) -> None:
-    """Fill the buffer of a data set, from which mosaic chooses images, by loading these images."""
-    dataset.buffer.clear()
-    for index in buffer:
-        dataset.load_image(index)
