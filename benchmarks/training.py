@@ -6,7 +6,7 @@
     python benchmarks/training.py --out part.json --ours mem_limit=16GiB bn_group=16 --both batch=64
     python benchmarks/training.py --out part.json --small                       (a few seconds each on the CPU)
 
-Every training runs in a process of its own; Ultralytics' without this package. The data are 1,536 images with the sizes
+Every training runs in a process of its own; Ultralytics' without this package. The data are 3,072 images with the sizes
 and the bytes of photographs in COCO, with mosaic. A training has 8 workers and `batch=128` at 640 pixels.
 
 `images_per_s` is measured over `--batches` batches from the beginning of the second epoch, by the clock of the host,
@@ -14,13 +14,14 @@ with a wait for the device at both ends. Before that, prefetched batches are tak
 waited for, so that no batch is measured that was loaded earlier. `first_epoch_s` is the time of the epoch before, with
 the start of the workers, the search for kernels and the first decisions of the engine. `wait_percent` is the part of
 the measured time in which the training waits for the loader. `gpu_percent` is the mean of NVML's utilisation, read ten
-times a second. `ratios` has ours over Ultralytics' for each round.
+times a second. The other values of ours are from memory.csv. `ratios` has ours over Ultralytics' for each round.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import subprocess
@@ -171,7 +172,8 @@ def train(model: str, batches: int, cores: int | None, arguments: dict[str, Any]
     if cores is not None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     begin = time.perf_counter()
-    if os.environ.get("YOLOV12_AUTOPATCH") != "0":
+    is_stock = os.environ.get("YOLOV12_AUTOPATCH") == "0"
+    if not is_stock:
         from yolov12 import autopatch
 
         autopatch.apply()
@@ -183,7 +185,27 @@ def train(model: str, batches: int, cores: int | None, arguments: dict[str, Any]
     with contextlib.suppress(_Measured):
         yolo.train(**arguments)
     yolo.trainer.train_loader.close()
-    return {**measurement.result, "process_s": time.perf_counter() - begin}
+    assert is_stock == ("yolov12.seams" not in sys.modules), "this is not stock"
+    journal = _journal(Path(yolo.trainer.save_dir) / "memory.csv")
+    return {**measurement.result, **journal, "process_s": time.perf_counter() - begin}
+
+
+def _journal(file: Path) -> dict[str, float]:
+    """Return what memory.csv says of the waits and of the times of workers after the first epoch; empty for stock."""
+    if not file.exists():
+        return {}
+    rows = [row for row in csv.DictReader(file.read_text().splitlines()) if row["epoch"] != "1" and row["period_ms"]]
+
+    def total(name: str) -> float:
+        return sum(float(row[name] or 0) for row in rows)
+
+    images = total("images")
+    return {
+        "journal_wait_percent": 100 * total("data_wait_ms") / total("period_ms"),
+        "decode_ms_per_image": total("decode_ms") / images,
+        "augment_ms_per_image": total("augment_ms") / images,
+        "step_ms_per_image": total("step_ms") / images,
+    }
 
 
 def _in_process(variant: str, folder: Path, call: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +277,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--batches", type=int, default=60, help="batches that are measured in each training")
-    parser.add_argument("--images", type=int, default=1536)
+    parser.add_argument("--images", type=int, default=3072, help="many more than workers keep")
     parser.add_argument("--cores", type=int, help="cores of each training; without it, all")
     parser.add_argument("--both", nargs="+", type=_argument, default=[], help="arguments of all trainings: batch=64")
     parser.add_argument("--ours", nargs="+", type=_argument, default=[], help="arguments of this package's trainings")
