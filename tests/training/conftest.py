@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import logging
 import random
@@ -28,6 +29,9 @@ from ultralytics.engine.model import Model
 from ultralytics.utils import LOGGER
 from ultralytics.utils.callbacks import default_callbacks
 from ultralytics.utils.torch_utils import unwrap_model
+
+from yolov12.training.data.loader import resumable
+from yolov12.training.data.places import Order, Start, boxes_of, by_place
 
 IMAGES = 32  # number of images in the training split
 BATCHES = 4  # number of batches per epoch, of 8 images each
@@ -128,14 +132,20 @@ def train(
     trainer: Any = None,
     callbacks: Sequence[tuple[str, Callable[[Any], None]]] = (),
     raises: type[BaseException] | None = None,
+    draws_by_place: bool = True,
     **arguments: Any,
 ) -> Run:
-    """Train with Ultralytics' arguments, by default `TINY`; None stands for Ultralytics' own default."""
+    """Train with Ultralytics' arguments, by default `TINY`; None stands for Ultralytics' own default.
+
+    With `mas=False`, Ultralytics trains, with the random draws of a training with the engine if `draws_by_place`.
+    """
     run = Run()
     yolo = model if isinstance(model, Model) else YOLO(model)
     for event in default_callbacks:
         yolo.add_callback(event, lambda trainer, event=event: run.calls.update([event]))
     yolo.add_callback("on_pretrain_routine_start", lambda trainer: setattr(run, "folder", trainer.save_dir))
+    if draws_by_place:
+        yolo.add_callback("on_pretrain_routine_end", train_by_place)
     yolo.add_callback("on_train_start", run.start)
     yolo.add_callback("on_train_batch_end", lambda trainer: run.draws.append(random.getstate()))
     for event, callback in callbacks:
@@ -154,6 +164,31 @@ def train(
         looking.remove()
         run.log, run.bar = log.getvalue(), bar.getvalue()
     return run
+
+
+def train_by_place(trainer: Any) -> None:
+    """Let Ultralytics' own training draw what depends on the place of an image or a batch from it, as ours does."""
+    if trainer.args.mas or not resumable(trainer.train_loader):
+        return
+    order = draw_by_place(trainer.train_loader, trainer.start_epoch)
+    stock, batches = trainer.preprocess_batch, itertools.count(trainer.start_epoch * len(order))
+
+    def preprocess_batch(batch: Any) -> Any:
+        epoch, number = divmod(next(batches), len(order))
+        if trainer.args.multi_scale > 0:
+            random.seed(order.seed(Start(torch.empty(0), epoch, number)))
+        return stock(batch)
+
+    trainer.preprocess_batch = preprocess_batch
+
+
+def draw_by_place(loader: Any, epoch: int = 0) -> Order:
+    """Let Ultralytics' own loader augment each image from the seed and with the pool of its place; return its order."""
+    dataset = loader.dataset
+    order = Order(loader.batch_sampler.sampler, loader.generator, boxes_of(dataset), epoch)
+    loader.batch_sampler.sampler = order
+    dataset.__getitems__ = lambda indices: by_place(dataset, indices, dataset.__getitem__)
+    return order
 
 
 def draw_data(folder: Path, task: str = "detect", sizes: Sequence[tuple[int, int]] = ((64, 64),)) -> str:
@@ -191,7 +226,15 @@ def trainings(tiny_model: str) -> SimpleNamespace:
     def train_any(project: Path, model: Any = tiny_model, **arguments: Any) -> Run:
         return train(project, model, **arguments)
 
-    return SimpleNamespace(train=train_any, TINY=TINY, SPLIT=SPLIT, IMAGES=IMAGES, BATCHES=BATCHES, draw_data=draw_data)
+    return SimpleNamespace(
+        draw_by_place=draw_by_place,
+        train=train_any,
+        TINY=TINY,
+        SPLIT=SPLIT,
+        IMAGES=IMAGES,
+        BATCHES=BATCHES,
+        draw_data=draw_data,
+    )
 
 
 @pytest.fixture(autouse=True)

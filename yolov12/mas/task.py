@@ -43,8 +43,6 @@ class Share:
     is_padding: bool = False
     """True for an empty share. The rank runs one padding image with weight zero, so that it takes part in every
     collective."""
-    seed: int = 0
-    """Seed of the batch, for random draws that must be the same on all ranks."""
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,13 @@ def data(trainings, tmp_path):
 def test_every_task_trains_validates_and_predicts(trainings, data, tiny_models, tmp_path, task):
     """With nothing split, the results are stock's."""
     model, file = tiny_models[task], data(task)
+    is_split = task in ("detect", "segment", "pose", "obb")
     stock, ours = (
         trainings.train(tmp_path, model, **settings, **SMALL, data=file)
-        for settings in ({"mas": False}, {"bn_group": 4, "micro_batch": 8})
+        for settings in ({"mas": False, "draws_by_place": is_split}, {"bn_group": 4, "micro_batch": 8})
     )
     assert ours.stock_results() == [pytest.approx(row, rel=1e-4, abs=2e-5) for row in stock.stock_results()]
-    if task not in ("detect", "segment", "pose", "obb"):
+    if not is_split:
         reason = f"{type(ours.trainer.model).__name__} is not split up"
         assert ours.log.count("as Ultralytics runs") == ours.log.count(f"memory: {reason}: batches run as") == 1
         assert not list(ours.folder.glob("memory*"))

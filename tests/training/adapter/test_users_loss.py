@@ -153,7 +153,7 @@ def test_a_class_of_the_users_own_is_trained_as_stock_trains_it(
     monkeypatch.setenv("YOLOV12_TRUST_WEIGHTS", "1")  # the checkpoints hold the class
     stock, ours, split = (
         trainings.train(tmp_path, small_model, **settings, epochs=1, trainer=OwnTrainer)
-        for settings in ({"mas": False}, UNSPLIT, trainings.SPLIT)
+        for settings in ({"mas": False, "draws_by_place": False}, UNSPLIT, trainings.SPLIT)
     )
     assert type(ours.trainer.model) is OwnModel
     assert_same_weights(ours, stock)

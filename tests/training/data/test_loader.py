@@ -10,7 +10,7 @@ from ultralytics.data.build import InfiniteDataLoader, build_dataloader, build_y
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import init_seeds
 
-from yolov12.training.data.loader import SKIPPED, ResumableLoader, for_file, resumable
+from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.random_state import random_state, set_random_state
 
 BATCH, EPOCHS, CLOSE = 4, 4, 2
@@ -102,35 +102,27 @@ def test_a_resumed_loader_can_be_resumed_again(data):
     assert all(map(same, seen, expected))
 
 
-def test_the_first_batches_are_those_of_ultralytics(data):
+def test_the_first_batches_are_those_of_ultralytics(data, trainings):
+    """Their order is stock's, and with the same random draws, their content is, too."""
     ours = loader(data, 2)
     batches = list(ours)
     ours.close()
-    stock = stock_loader(data, 2)
-    for batch, other in zip(batches, stock, strict=True):
-        assert batch.keys() == other.keys()
-        assert same(facts(batch), facts(other))
-        assert all(batch[key] == other[key] for key in ("ori_shape", "resized_shape", "ratio_pad"))
-    stock.close()
-
-
-def test_another_number_of_workers_is_reported_as_it_changes_augmentation(data):
-    one = loader(data, 2)
-    order = [batch["im_file"] for batch in one]
-    begun = loader(data, 2)
-    next(iter(begun))
-    state = begun.state_dict()
-    other = loader(data, 0)
-    assert not other.load_state_dict(state, lambda: None)
-    assert [batch["im_file"] for batch in other if SKIPPED not in batch] == order[1:]
-    one.close()
-    begun.close()
+    for by_place in (False, True):
+        stock = stock_loader(data, 2)
+        if by_place:
+            trainings.draw_by_place(stock)
+        for batch, other in zip(batches, stock, strict=True):
+            assert batch.keys() == other.keys()
+            assert batch["im_file"] == other["im_file"]
+            assert same(facts(batch), facts(other)) == by_place
+            assert not by_place or all(batch[key] == other[key] for key in ("ori_shape", "resized_shape", "ratio_pad"))
+        stock.close()
 
 
 def test_the_state_survives_a_file_that_is_loaded_with_weights_only(data, tmp_path):
     begun = loader(data, 2)
     list(itertools.islice(iter(begun), 3))
-    torch.save({"loader": for_file(begun.state_dict()), "random": random_state()}, tmp_path / "state.pt")
+    torch.save({"loader": begun.state_dict(), "random": random_state()}, tmp_path / "state.pt")
     read = torch.load(tmp_path / "state.pt", weights_only=True)
     assert read["loader"]["position"] == 3
     set_random_state(read["random"])
@@ -220,10 +212,12 @@ def same_batches(these, those):
     return all(one is other if one is None or other is None else same(one, other) for one, other in pairs)
 
 
-def test_users_iterators_move_the_training_as_they_do_on_stock(data, looked_at):
-    workers, trained, seen, _ = looked_at
+def test_users_iterators_move_the_training_as_they_do_on_stock(data, looked_at, trainings):
+    _, trained, seen, _ = looked_at
     assert len(trained) == 6 * EPOCHS
-    stock_trained, stock_seen, _ = train(stock_loader(data, workers))
+    stock = stock_loader(data, 0)
+    trainings.draw_by_place(stock)
+    stock_trained, stock_seen, _ = train(stock)
     assert same_batches(trained, stock_trained)
     assert same_batches(seen, stock_seen)
 

@@ -14,6 +14,7 @@ from ultralytics.utils.torch_utils import init_seeds
 from yolov12.errors import ConfigError, DoesNotFitError
 from yolov12.mas import Engine
 from yolov12.mas.distributed.ranks import RankStatus
+from yolov12.training.data.places import Placed
 from yolov12.training.data.resolution import CALM, ResolutionControl, ResolutionStep, resolution_steps
 from yolov12.training.data.sharing import Sharing
 
@@ -220,11 +221,12 @@ def test_ranks_load_at_the_resolution_step_that_was_settled_when_they_drew_the_b
     control = a_control()
     loader = loaded(data, 0, control)
     sharing = Sharing(0, 1, 4, 4, 0, resolution_step=lambda: control.step)
-    drawn = [sharing.split(range(4), "0 0")]
+    places = Placed(range(4), range(4), [range(4)] * 4)
+    drawn = [sharing.split(places, range(4))]
     control.smaller({"img": torch.zeros(1, 3, 128, 128)})
     sharing.taken()
     sharing.observe([RankStatus()])
-    drawn.append(sharing.split(range(4), "0 1"))
+    drawn.append(sharing.split(places, range(4)))
     load = loader.dataset.__getitems__
     assert [{sample["img"].shape[-1] for sample in load(indices)} for indices in drawn] == [{128}, {96}]
     assert {sample["img"].shape[-1] for sample in load(range(4))} == {96}

@@ -1,17 +1,19 @@
 """Every image of every batch is loaded by exactly one rank, however far ranks draw ahead."""
 
-import pickle
 import random
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from ultralytics.data.build import InfiniteDataLoader
 
 from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.training.data.loader import ResumableLoader
-from yolov12.training.data.sharing import Sharing, augment_by_place, resolution_step_of
+from yolov12.training.data.places import Order, Placed
+from yolov12.training.data.sharing import Sharing
+
+
+def split(sharing, indices):
+    return sharing.split(Placed(indices, indices, [indices] * len(indices)), range(len(indices)))
 
 
 def draws(sharing, batches, *, ahead, said):
@@ -22,7 +24,7 @@ def draws(sharing, batches, *, ahead, said):
     drawn = []
     for step in range(len(batches)):
         while len(drawn) < min(step + 1 + ahead, len(batches)):
-            drawn.append(sharing.split(batches[len(drawn)], f"0 {len(drawn)}"))
+            drawn.append(split(sharing, batches[len(drawn)]))
         assert sharing.taken().batch_images == len(batches[step])
         sharing.observe(said(step))
     return drawn
@@ -66,17 +68,16 @@ def test_a_batch_is_loaded_at_one_resolution_step_however_far_ranks_draw_ahead(a
 
         sharing = Sharing(rank, 2, 16, 4, max(ahead, 9), resolution_step=resolution_step)
         loaded = draws(sharing, batches, ahead=ahead, said=said)
-        found.append([{resolution_step_of([index], 7) for index in share} for share in loaded])
+        found.append([share.resolution_step for share in loaded])
     assert found[0] == found[1]
     assert found[0] == [
-        {3} if 29 <= number < 50 else {0} for number in range(60)
+        3 if 29 <= number < 50 else 0 for number in range(60)
     ]  # a change takes effect nine batches later
-    assert resolution_step_of([5], 7) == 7
 
 
 def test_a_resumed_run_loads_at_the_resolution_steps_that_were_settled():
-    def steps_of(sharing, batches, first=0):
-        return [resolution_step_of(sharing.split(range(16), f"0 {first + number}"), 7) for number in range(batches)]
+    def steps_of(sharing, batches):
+        return [split(sharing, range(16)).resolution_step for _ in range(batches)]
 
     def trained(sharing, steps):
         for _ in range(steps):
@@ -90,7 +91,7 @@ def test_a_resumed_run_loads_at_the_resolution_steps_that_were_settled():
     trained(sharing, 4)
     resumed = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: 0)  # its control restores the step only later
     resumed.load_state_dict(sharing.state_dict())
-    assert steps_of(resumed, 12) == steps_of(sharing, 12, 9) == [2] * 6 + [1] * 6
+    assert steps_of(resumed, 12) == steps_of(sharing, 12) == [2] * 6 + [1] * 6
     old = Sharing(0, 2, 16, 4, 9, resolution_step=lambda: resolution_step)
     old.load_state_dict([])  # an old file without steps
     assert steps_of(old, 1) == [1]
@@ -98,61 +99,51 @@ def test_a_resumed_run_loads_at_the_resolution_steps_that_were_settled():
 
 def test_batches_are_arranged_by_the_boxes_that_all_ranks_know():
     boxes = [9, 1, 5, 3]
-    sharing = Sharing(0, 1, 4, 1, 9, 0.0, boxes)
-    assert [boxes[index] for index in sharing.split([0, 1, 2, 3], "0 0")] == [9, 3, 5, 1]
+    generator = torch.Generator()
+    for arranges in (True, False):
+        order = Order([[0, 1, 2, 3]], generator, boxes)
+        order.split = Sharing(0, 1, 4, 1, 9, arranges=arranges).split
+        assert [boxes[index] for index in next(iter(order))] == ([9, 3, 5, 1] if arranges else boxes)
 
 
 def test_batches_that_were_drawn_and_dropped_are_drawn_again():
     sharing = Sharing(0, 2, 8, 2, 9)
-    for number in range(3):
-        sharing.split(range(8), f"0 {number}")
+    for _ in range(3):
+        split(sharing, range(8))
     sharing.taken()
     sharing.observe([RankStatus(), RankStatus()])
     sharing.drop()
-    assert len(sharing.split(range(8), "0 1")) == 4
+    assert len(split(sharing, range(8))) == 4
     assert sharing.taken().batch_images == 8
-
-
-def test_an_image_is_augmented_by_its_place_whichever_rank_loads_it():
-    def load(index):
-        return index, random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
-
-    dataset = SimpleNamespace(get_image_and_label=load)
-    augment_by_place(dataset)
-    first = Sharing(0, 2, 8, 2, 9).split(range(10, 18), "7 3")
-    second = Sharing(1, 2, 8, 2, 9).split(range(10, 18), "7 3")
-    alone = Sharing(0, 1, 8, 2, 9).split(range(10, 18), "7 3")
-    loaded = [dataset.get_image_and_label(pickle.loads(pickle.dumps(index))) for index in [*first, *second]]
-    again = [dataset.get_image_and_label(index) for index in alone]
-    assert [each[:3] for each in loaded] == [each[:3] for each in again]
-    assert len({each[1] for each in loaded}) == 8
-    assert type(loaded[0][0]) is int
 
 
 def test_a_rank_with_an_empty_share_runs_a_padding_image():
     found = []
     for rank in range(3):
         sharing = Sharing(rank, 3, 12, 4, 9)
-        indices = sharing.split([5, 6, 7], "0 0")
+        indices = split(sharing, [5, 6, 7])
         found.append((list(map(int, indices)), not sharing.taken().is_padding))
     assert found == [([5, 6, 7], True), ([5], False), ([5], False)]
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Data set of 22 images, which are their indices."""
+    """Data set of images, which are their indices."""
+
+    def __init__(self, images):
+        self.images = images
 
     def __len__(self):
-        return 22
+        return self.images
 
     def __getitem__(self, index):
         return int(index)
 
 
-def order(workers, ahead):
+def order(images, workers, ahead):
     """Return the images of three epochs; the loader is reset before the last one, as when mosaic is closed."""
     generator = torch.Generator().manual_seed(5)
     loader = InfiniteDataLoader(
-        Numbers(),
+        Numbers(images),
         batch_size=4,
         shuffle=True,
         num_workers=workers,
@@ -173,5 +164,6 @@ def order(workers, ahead):
     return found
 
 
-def test_batches_are_the_same_whatever_workers_had_prefetched_when_mosaic_closes():
-    assert order(0, None) == order(1, 2) == order(2, 4)
+@pytest.mark.parametrize("images", [22, 24])
+def test_batches_are_the_same_whatever_workers_had_prefetched_when_mosaic_closes(images):
+    assert order(images, 0, None) == order(images, 1, 2) == order(images, 2, 4)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["fill_buffer", "random_state", "set_random_state", "without_trace"]
+__all__ = ["random_state", "set_random_state", "without_trace"]
 
 
 def random_state() -> dict[str, Any]:
@@ -42,10 +42,3 @@ def without_trace(dataset: Any) -> Iterator[None]:
         set_random_state(state)
         for value, before in kept:
             value[:] = before
-
-
-def fill_buffer(dataset: Any, buffer: list[int]) -> None:
-    """Fill the buffer of a data set, from which mosaic chooses images, by loading these images."""
-    dataset.buffer.clear()
-    for index in buffer:
-        dataset.load_image(index)

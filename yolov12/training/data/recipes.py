@@ -22,6 +22,7 @@ from yolov12.joining import PINNED
 from yolov12.training.adapter.users_code import module_of
 from yolov12.training.data.boxes import formatted, joined
 from yolov12.training.data.pixels import Array, Blend, Canvas, Image, Recipe, Renderer, Tile, Warp
+from yolov12.training.data.places import Later, Placed, by_place
 
 __all__ = ["Later", "samples"]
 
@@ -34,20 +35,16 @@ _OF_TRANSFORM = (
 )  # fmt: skip
 
 
-class Later(list[int]):
-    """Indices of a batch whose images are rendered when it is collated."""
-
-
 def samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
     """Load samples of a data set.
 
     Args:
         dataset: Data set of Ultralytics.
         indices: Indices of the samples. If they are `Later`, and the data set and its transforms are known, a sample
-            has a `Recipe` in the place of its image.
+            has a `Recipe` in the place of its image. If they are `Placed`, each is drawn by its place.
     """
-    recipes = _Recipes(dataset) if isinstance(indices, Later) and _is_known(dataset) else None
-    return [dataset[index] if recipes is None else recipes.sample(index) for index in indices]
+    load = _Recipes(dataset).sample if isinstance(indices, Later) and _is_known(dataset) else dataset.__getitem__
+    return by_place(dataset, indices, load) if isinstance(indices, Placed) else [load(index) for index in indices]
 
 
 def _is_known(dataset: Any) -> bool:

@@ -15,47 +15,52 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from yolov12.training.adapter.users_code import is_ultralytics
+from yolov12.training.adapter.users_code import is_ultralytics, module_of
 from yolov12.training.data.pixels import Recipe, Renderer
+from yolov12.training.data.places import Placed, seeded
 from yolov12.training.data.recipes import samples
 from yolov12.training.data.shared_images import SharedImages
 
-__all__ = ["Rendering", "give_recipes", "load_samples"]
+__all__ = ["Loaded", "Rendering", "give_recipes"]
 
 
 def give_recipes(dataset: Any) -> None:
-    """Let a data set give recipes for the batches that ask for them, if it is Ultralytics' and loads one by one.
+    """Let a data set load by place, and give recipes, for the batches that ask for it.
 
     Args:
         dataset: Data set of a training loader.
     """
-    from ultralytics.data.dataset import YOLODataset
+    own = getattr(dataset, "__getitems__", None)
+    if own is None or not module_of(own).startswith("yolov12."):
+        dataset.__getitems__ = _Samples(dataset, own).load
 
-    if isinstance(dataset, YOLODataset) and not hasattr(dataset, "__getitems__"):
-        dataset.__getitems__ = _Samples(dataset)
 
+class Loaded(list[Any]):
+    """Samples of a batch, with the seed of what is drawn once for all of them; None for random draws."""
 
-def load_samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
-    """Load samples as a `DataLoader` does.
-
-    Args:
-        dataset: Data set of a training loader.
-        indices: Indices of the samples.
-    """
-    if hasattr(dataset, "__getitems__"):
-        loaded: list[Any] = dataset.__getitems__(indices)
-        return loaded
-    return [dataset[index] for index in indices]
+    def __init__(self, samples: list[Any], seed: int | None) -> None:
+        super().__init__(samples)
+        self.seed = seed
 
 
 class _Samples:
-    """Method with which PyTorch loads the samples of a batch."""
+    """Loads the samples of a batch for PyTorch.
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    Args:
+        dataset: Data set of a training loader.
+        own: A `__getitems__` of the data set's own, which gets the whole batch; None without one.
+    """
 
-    def __call__(self, indices: Sequence[int]) -> list[Any]:
-        return samples(self._dataset, indices)
+    def __init__(self, dataset: Any, own: Callable[[list[int]], list[Any]] | None) -> None:
+        self._dataset, self._own = dataset, own
+
+    def load(self, indices: Sequence[int]) -> list[Any]:
+        """Load the samples of a batch."""
+        seed = indices.seed if isinstance(indices, Placed) else None
+        if self._own is None:
+            return Loaded(samples(self._dataset, indices), seed)
+        with seeded(seed):
+            return Loaded(self._own(list(indices)), seed)
 
 
 class Rendering:

@@ -19,8 +19,8 @@ import cv2
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from yolov12.training.data.places import forget
 from yolov12.training.data.recipes import samples
-from yolov12.training.data.sharing import resolution_step_of
 
 __all__ = ["ResolutionControl", "ResolutionStep", "resolution_steps"]
 
@@ -188,7 +188,6 @@ class _Loading:
         self._transforms: dict[int, Any] = {}
         self._step = 0  # of the current batch
         self._stock_load = dataset.load_image
-        self._loaded_at: dict[int, int] = {}  # index of an image in memory → resolution step at which it was loaded
 
     def begin(self) -> None:
         """Take over the data set's methods."""
@@ -203,7 +202,12 @@ class _Loading:
         return self._stock_build(hyp)
 
     def _load(self, indices: Sequence[int]) -> list[Any]:
-        self._step, dataset = resolution_step_of(indices, self._shared.value), self._dataset
+        step, dataset = getattr(indices, "resolution_step", None), self._dataset
+        step = self._shared.value if step is None else step
+        if step != self._step and isinstance(dataset.ims, list):  # images in memory have the size of another step
+            forget(dataset, dataset.buffer)
+            dataset.buffer.clear()
+        self._step = step
         if not self._step:
             return samples(dataset, indices)
         full = dataset.imgsz, dataset.transforms
@@ -215,19 +219,8 @@ class _Loading:
             dataset.imgsz, dataset.transforms = full
 
     def _load_image(self, i: int, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """Load an image. An image in memory is resized if it is too large, and loaded again if it is too small."""
-        dataset, loaded_at = self._dataset, self._loaded_at
-        in_memory = dataset.ims[i] is not None
-        too_small = in_memory and loaded_at.get(i, 0) > self._step
-        buffer = dataset.buffer
-        if too_small:
-            dataset.ims[i], dataset.buffer = None, []  # the image keeps its place in the buffer
-        try:
-            image, original, shape = self._stock_load(i, *args, **kwargs)
-        finally:
-            dataset.buffer = buffer
-        if (too_small or not in_memory) and (self._step or i in loaded_at):
-            loaded_at[i] = self._step
+        """Load an image. One that is cached in memory at full size is resized."""
+        image, original, shape = self._stock_load(i, *args, **kwargs)
         factor = self._dataset.imgsz / max(shape)
         if self._step and factor < 1:
             height, width = (max(round(side * factor), 1) for side in shape)

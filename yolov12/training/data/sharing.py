@@ -4,29 +4,22 @@ The shares of a batch, and the resolution step at which its images are loaded, a
 Workers draw batches ahead of the training. A measurement in a training step therefore takes effect with the first
 batch that no rank has drawn yet, so that all ranks split every batch alike and load its images in one size.
 
-Each image is augmented from a seed that depends on its place in the run, whichever rank loads it. Shares then do not
-change the data that a run trains on. One exception remains: the partners of a mosaic are images that the same process
-has loaded recently (with `cache=ram`, any images).
+Each image is augmented by its place in the run, whichever rank loads it (see `places`). So shares do not change the
+data that a run trains on.
 """
 
 from __future__ import annotations
 
-import random
-import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import numpy as np
-import torch
 
 from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.mas.distributed.shares import Balance, share_out
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.task import Share
-from yolov12.training.data.arrangement import arranged
+from yolov12.training.data.places import Placed
 
-__all__ = ["SHARE", "Sharing", "augment_by_place", "resolution_step_of"]
+__all__ = ["SHARE", "Sharing"]
 
 SHARE = "yolov12_share"
 """Key of a batch: its `mas.Share`."""
@@ -43,8 +36,8 @@ class Sharing:
         ahead: Number of batches that are drawn before the first one is trained on, on the rank that draws furthest
             ahead.
         move_ms: Price of new shares in milliseconds, see `Balance`.
-        boxes: Number of boxes in each image of the data set before augmentation, by which a batch is arranged (see
-            `arrangement`): a rank knows no more about the images of other ranks. None leaves the order as it is.
+        arranges: True to arrange a batch by the boxes of its images before augmentation (see `arrangement`): a rank
+            knows no more about the images of other ranks.
         resolution_step: Returns the index of the current resolution step, the same on all ranks.
     """
 
@@ -56,11 +49,12 @@ class Sharing:
         group: int,
         ahead: int,
         move_ms: float = 0.0,
-        boxes: Sequence[int] | None = None,
+        *,
+        arranges: bool = False,
         resolution_step: Callable[[], int] = lambda: 0,
     ) -> None:
         self._rank, self._ranks, self._group = rank, ranks, group
-        self._boxes, self._resolution_step = boxes, resolution_step
+        self.arranges, self._resolution_step = arranges, resolution_step
         self._whole = split_groups(batch, group)
         self._ahead = ahead
         self._balance = Balance(ranks, move_ms)
@@ -71,31 +65,24 @@ class Sharing:
         self._drawn = self._trained = 0
         self._waiting: deque[Share] = deque()
 
-    @property
-    def arranges(self) -> bool:
-        """True if batches are arranged by boxes."""
-        return self._boxes is not None
-
-    def split(self, indices: Sequence[int], name: str) -> list[int]:
-        """Return this rank's images of a batch that is drawn, each with the seed of its augmentation.
+    def split(self, batch: Placed, by_boxes: Sequence[int]) -> Placed:
+        """Return this rank's images of a batch that is drawn.
 
         Args:
-            indices: Indices of the images of the whole batch.
-            name: Name of the batch, unique in the run.
+            batch: The whole batch.
+            by_boxes: Places of its images in their order by boxes.
         """
-        if self._boxes is not None:
-            indices = [indices[place] for place in arranged([self._boxes[index] for index in indices])]
-        shares = self.shares(len(indices))
+        order = by_boxes if self.arranges else range(len(batch))
+        shares = self.shares(len(batch))
         start = sum(shares[: self._rank])
-        seed, (_, step) = zlib.crc32(name.encode()), self._now()
-        mine = range(start, start + shares[self._rank]) or range(1)
+        _, step = self._now()
         self._drawn += 1
-        self._waiting.append(Share(len(indices), is_padding=shares[self._rank] == 0, seed=seed))
-        return [_Drawn(indices[place], zlib.crc32(f"{name} {place}".encode()), step) for place in mine]
+        self._waiting.append(Share(len(batch), is_padding=shares[self._rank] == 0))
+        return batch.part(order[start : start + shares[self._rank]] or order[:1], step)
 
-    def equal_part(self, indices: Sequence[int]) -> list[int]:
+    def equal_part(self, batch: Placed) -> Placed:
         """Return this rank's images of a batch that is not trained on: as many on each rank."""
-        return list(indices[self._rank :: self._ranks] or indices[:1])
+        return batch.part(range(self._rank, len(batch), self._ranks) or range(1))
 
     def shares(self, images: int) -> tuple[int, ...]:
         """Return each rank's number of images in the batch that is drawn next."""
@@ -134,44 +121,3 @@ class Sharing:
         """Forget the batches that were drawn and not trained on. They will be drawn again."""
         self._drawn = self._trained
         self._waiting.clear()
-
-
-class _Drawn(int):
-    """Index of an image, with the seed of its augmentation and the resolution step of its batch."""
-
-    seed: int
-    resolution_step: int
-
-    def __new__(cls, index: int, seed: int, resolution_step: int) -> _Drawn:
-        drawn = super().__new__(cls, index)
-        drawn.seed, drawn.resolution_step = seed, resolution_step
-        return drawn
-
-    def __reduce__(self) -> tuple[Callable[[int, int, int], _Drawn], tuple[int, int, int]]:
-        return _Drawn, (int(self), self.seed, self.resolution_step)
-
-
-def resolution_step_of(indices: Sequence[int], otherwise: int) -> int:
-    """Return the resolution step at which a batch is to be loaded.
-
-    Args:
-        indices: Indices of its images, as a `Sharing` returned them or, in a training in one process, plain numbers.
-        otherwise: Result for plain numbers.
-    """
-    return indices[0].resolution_step if isinstance(indices[0], _Drawn) else otherwise
-
-
-def augment_by_place(dataset: Any) -> None:
-    """Let an Ultralytics data set augment each image from the seed that it was drawn with."""
-    stock = getattr(dataset, "get_image_and_label", None)
-    if stock is None:  # a data set of the user's own, whose processes draw random numbers as they do
-        return
-
-    def load(index: int) -> Any:
-        if isinstance(index, _Drawn):
-            random.seed(index.seed)
-            np.random.seed(index.seed)  # noqa: NPY002 - Ultralytics draws from it
-            torch.manual_seed(index.seed)
-        return stock(int(index))
-
-    dataset.get_image_and_label = load

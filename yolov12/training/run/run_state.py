@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from yolov12 import files
 from yolov12.mas import Engine
 from yolov12.models import weights
-from yolov12.training.data.loader import ResumableLoader, data_of, for_file
+from yolov12.training.data.loader import ResumableLoader, data_of
 from yolov12.training.data.random_state import random_state, set_random_state
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.interruption import Interruption
@@ -219,7 +219,6 @@ class RunSaver:
         state = {
             "version": _VERSION,
             **{key: value for key, value in self._moment.items() if key != "buffers"},
-            "loader": for_file(self._moment["loader"]),
             "rows": journal.next_step - 1 if journal is not None else None,
             "model": {name: buffers.get(name, value) for name, value in self._model.state_dict().items()},
             "ema": trainer.ema.ema.state_dict(),
@@ -267,9 +266,7 @@ class RunSaver:
         position = state["loader"]["position"]
         LOGGER.info(f"resume: epoch {state['epoch'] + 1}, after batch {position} of {len(self._loader)}")
         if not same:
-            LOGGER.warning(
-                "resume: the number of workers or processes has changed: images are augmented differently from here on"
-            )
+            LOGGER.warning("resume: the state is of an older version: images are augmented differently from here on")
 
     @property
     def _criterion(self) -> Any:
