@@ -1,4 +1,4 @@
-"""Loading of training images on the CPU: Ultralytics' loader, and this package's, which returns the same bytes.
+"""Loading of training images on the CPU: Ultralytics' loader, and this package's, which makes the same bytes of a draw.
 
     python benchmarks/loader.py --out benchmarks/results/loader.json          (about 3 minutes on two cores)
     python benchmarks/loader.py --out part.json --small

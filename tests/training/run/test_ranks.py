@@ -22,7 +22,7 @@ from yolov12.training.run import process_group
 
 RANK = Path(__file__).with_name("rank.py")
 PLAIN = {"mosaic": 0, "hsv_h": 0, "hsv_s": 0, "hsv_v": 0, "fliplr": 0, "translate": 0, "scale": 0}
-"""Arguments without augmentation, as one process draws it in another way than several."""
+"""Arguments without augmentation: one process arranges a batch by the boxes after it, several by those before it."""
 
 
 @pytest.fixture(scope="module")

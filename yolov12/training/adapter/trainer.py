@@ -81,7 +81,6 @@ class TrainerAdapter:
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
-        self._seed: int | None = None  # of the batch at hand; None for a loader of the user's own
         self._updates_asked = 0
         self._has_run = False  # True if the engine ran a batch after the last update
         self._is_due = False  # True if the next call of `preprocess_batch` comes from the training loop
@@ -173,14 +172,13 @@ class TrainerAdapter:
         if not self._is_due and share is None:
             return self._task.preprocess(batch)
         self._is_due = False
-        self._seed = self._loader.seed if self._loader is not None else None
-        logical = LogicalBatch.of(batch, share, self._model, partial(self._preprocess, self._seed), self._run)
+        logical = LogicalBatch.of(batch, share, self._model, self._preprocess, self._run)
         if SKIPPED in batch:
             logical.show_host()  # a placeholder for a batch that was trained on before an interruption
         return logical
 
-    def _preprocess(self, seed: int | None, batch: dict[str, Any]) -> Any:
-        self._draw_from(seed)
+    def _preprocess(self, batch: dict[str, Any]) -> Any:
+        self._seed()
         return self._task.preprocess(batch)
 
     def _preprocess_again(self, draw: Any, batch: dict[str, Any]) -> Any:
@@ -191,9 +189,9 @@ class TrainerAdapter:
         finally:
             state.restore()
 
-    def _draw_from(self, seed: int | None) -> None:
-        if seed is not None and self._trainer.args.multi_scale > 0:
-            random.seed(seed)  # the image size depends on the place of the batch, on all ranks alike
+    def _seed(self) -> None:
+        if self._loader is not None and self._loader.seed is not None and self._trainer.args.multi_scale > 0:
+            random.seed(self._loader.seed)  # the image size depends on the place of the batch, on all ranks alike
 
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a logical batch with the engine. Its gradient is then on the parameters."""
@@ -211,7 +209,7 @@ class TrainerAdapter:
             return model(batch.shown())  # type: ignore[no-any-return]
         self._task.is_preprocessed = batch.is_seen
         if not batch.is_seen:
-            self._draw_from(self._seed)
+            self._seed()
         host = self._resolution.before(host, self._fits)
         self._note_sizes()
 

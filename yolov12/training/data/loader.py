@@ -105,8 +105,8 @@ class ResumableLoader:
         """Number of batches returned to the training loop in this epoch, including placeholders."""
         self.times: DataTimes | None = None
         """Times of the training loop's latest batch; None before the first."""
-        self.seed = 0
-        """Seed of the training loop's latest batch, for what is drawn once for all its images."""
+        self.seed: int | None = None
+        """Seed of the training loop's latest batch, for what is drawn once for all its images; None before it."""
 
     def take_over(self) -> ResumableLoader:
         """Replace the loader's sampler and collate function by those of this object."""
