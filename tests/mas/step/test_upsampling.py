@@ -18,15 +18,20 @@ class Neck(nn.Module):
         self.up = nn.Upsample(scale_factor=2)
 
     def forward(self, x):
-        return self.last(torch.cat((self.up(self.first(x)), x.to(torch.bfloat16)), 1))
+        self.joined = torch.cat((self.up(self.first(x)), x.to(torch.bfloat16)), 1)
+        return self.last(self.joined)
+
+
+class Squares(nn.Conv2d):
+    """Layer of the user's own, which computes in the type of its input."""
+
+    def forward(self, x):
+        return x.square().sum((1, 2, 3))
 
 
 def test_half_precision_stays_and_values_are_those_of_fp32():
     torch.manual_seed(0)
-    model, x, seen = Neck(), torch.randn(2, 3, 8, 8), []
-    last = model.last.forward
-    model.last.forward = lambda x: (seen.append(x.dtype), last(x))[1]
-    found = []
+    model, x, found = Neck(), torch.randn(2, 3, 8, 8), []
     for within in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
             if within:
@@ -35,13 +40,15 @@ def test_half_precision_stays_and_values_are_those_of_fp32():
             else:
                 out = model(x.float())
         found.append((out, *torch.autograd.grad(out.float().square().sum(), model.parameters())))
-    assert seen[-1] == torch.bfloat16
+    assert model.joined.dtype == torch.bfloat16
     assert torch.equal(found[0][0], found[1][0])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("change", ["mode", "hook", "hook behind", "global hook", "forward", "precision"])
+@pytest.mark.parametrize(
+    "change", ["mode", "hook", "hook behind", "global hook", "forward", "precision", "own layer", "own forward"]
+)
 def test_other_layers_are_left_alone(change):
     model = Neck()
     if change == "mode":
@@ -52,6 +59,10 @@ def test_other_layers_are_left_alone(change):
         model.last.register_forward_pre_hook(lambda module, values: None)
     if change == "forward":
         model.up.forward = lambda x: F.interpolate(x, scale_factor=2.0)
+    if change == "own layer":
+        model.last = Squares(7, 2, 1)
+    if change == "own forward":
+        model.last.forward = lambda x: x.square().sum((1, 2, 3))
     always = nn.modules.module.register_module_forward_hook(lambda *args: None) if change == "global hook" else None
     x = torch.randn(2, 4, 3, 3, dtype=torch.float32 if change == "precision" else torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):

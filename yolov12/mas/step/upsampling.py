@@ -30,14 +30,15 @@ except ImportError:  # PyTorch supports platforms that Triton does not
 __all__ = ["Upsampling"]
 
 _HALF = (torch.float16, torch.bfloat16)
+_KNOWN = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
 _VALUES, _CHANNELS, _WARPS = 2048, 128, 4  # of a program
 
 
 class Upsampling:
     """Runs the nearest upsampling layers of a model in the type of their inputs.
 
-    The model is changed only inside `within`. If a module of the model has a hook, which may see that type, all layers
-    are left alone.
+    The model is changed only inside `within`. If a module of the model has a hook, or if one that holds no such layer
+    has a forward pass of the user's own, all layers are left alone: either may see that type.
 
     Args:
         model: Model with the layers.
@@ -52,13 +53,19 @@ class Upsampling:
         """Look for the layers again, as modules of the model were replaced."""
         self._modules = list(self._model.modules())
         self._upsamplings = [module for module in self._modules if type(module) is nn.Upsample]
+        found = set(self._upsamplings)
+        self._above = {module for module in self._modules if not found.isdisjoint(module.modules())}
 
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and whether there are hooks."""
         self._layers: list[nn.Upsample] = []
-        if self._upsamplings and not _global_hooks() and not any(map(_has_hooks, self._modules)):
+        if self._upsamplings and not _global_hooks() and not any(map(self._may_see, self._modules)):
             layers = [layer for layer in self._upsamplings if layer.mode == "nearest"]
             self._layers = [layer for layer in layers if "forward" not in vars(layer)]  # or it is the user's own
+
+    def _may_see(self, module: nn.Module) -> bool:
+        """Return whether code of the user's own may look at what goes into a module."""
+        return _has_hooks(module) or not (module in self._above or _is_known(module.forward))
 
     @contextmanager
     def within(self) -> Iterator[None]:
@@ -71,6 +78,13 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _is_known(forward: Any) -> bool:
+    """Return whether a forward pass is of a library whose modules take any floating-point type."""
+    while isinstance(forward, partial) and forward.func.__module__.startswith("yolov12."):
+        forward = forward.args[-1]  # what the engine does around it, see `overridden`
+    return str(getattr(forward, "__module__", "")).startswith(_KNOWN)
 
 
 def _global_hooks() -> bool:
