@@ -119,6 +119,19 @@ def test_the_first_batches_are_those_of_ultralytics(data, trainings):
         stock.close()
 
 
+def test_a_state_of_an_older_version_is_reported_as_it_changes_augmentation(data):
+    whole = loader(data, 0)
+    order = [batch["im_file"] for batch in whole]
+    begun = loader(data, 2)
+    next(iter(begun))
+    state = {**begun.state_dict(), "workers": [{"seed": 1}, {"seed": 2}], "buffer": []}
+    begun.close()
+    del state["epoch"]
+    other = loader(data, 0)
+    assert not other.load_state_dict(state, lambda: None)
+    assert [batch["im_file"] for batch in other if SKIPPED not in batch] == order[1:]
+
+
 def test_the_state_survives_a_file_that_is_loaded_with_weights_only(data, tmp_path):
     begun = loader(data, 2)
     list(itertools.islice(iter(begun), 3))
