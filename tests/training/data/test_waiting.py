@@ -162,6 +162,7 @@ def test_a_training_notes_what_it_waits_for(trainings, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
 def test_waits_are_those_of_the_gpu(trainings, tmp_path):
     """A callback that sleeps is no wait for data, although the loader has had time to load ahead."""
     callbacks = [("on_train_batch_end", lambda trainer: time.sleep(0.2))]
