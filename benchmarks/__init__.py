@@ -1,0 +1,1 @@
+"""Side-by-side runs against stock Ultralytics. `python -m benchmarks` lists them."""

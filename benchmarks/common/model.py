@@ -1,0 +1,132 @@
+"""A model in training with a drawn batch on the GPU, for benchmarks of single steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+BOXES_PER_IMAGE = 25
+
+
+def prepare(
+    images: int = 256, size: int = 640, seed: int = 0, cfg: str = "yolov12s.yaml"
+) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Return a model, its task, a gradient scaler with the scale of a running training, and a batch in pinned memory.
+
+    Args:
+        images: Number of images in the batch.
+        size: Size of the images in pixels.
+        seed: Seed of weights and images.
+        cfg: Yaml of the model.
+    """
+    import torch
+
+    from yolov12 import autopatch
+
+    if os.environ.get("YOLOV12_AUTOPATCH") != "0":  # 0 asks for stock
+        autopatch.apply()
+    from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.utils import DEFAULT_CFG
+
+    torch.manual_seed(seed)
+    model = DetectionModel(cfg, nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)
+    model.train().args = DEFAULT_CFG
+    batch = random_batch(images, size, BOXES_PER_IMAGE)
+    batch["img"] = batch["img"].pin_memory()
+    return model, task("cuda", only_scales=True), gradient_scaler("cuda"), batch
+
+
+def random_batch(images: int, size: int, boxes_per_image: int) -> dict[str, Any]:
+    """Return random images with random objects, as a loader of Ultralytics collates them.
+
+    Args:
+        images: Number of images.
+        size: Their size in pixels.
+        boxes_per_image: Mean number of objects in an image.
+    """
+    import torch
+
+    counts = torch.randint(1, 2 * boxes_per_image, (images,))
+    boxes = int(counts.sum())
+    return {
+        "img": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8),
+        "batch_idx": torch.repeat_interleave(torch.arange(images), counts).float(),
+        "cls": torch.randint(0, 80, (boxes, 1)).float(),
+        "bboxes": torch.rand(boxes, 4) * 0.3 + 0.2,
+    }
+
+
+def part_of(batch: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return some images of a batch with their objects, without the help of this package."""
+    image_of = batch["batch_idx"]
+    mine = (image_of >= start) & (image_of < stop)
+    return {
+        "img": batch["img"][start:stop],
+        "batch_idx": image_of[mine] - start,
+        **{key: batch[key][mine] for key in ("cls", "bboxes")},
+    }
+
+
+def task(device: str, **settings: Any) -> Any:
+    """Return the detection task of a batch that Ultralytics' trainer would move to a device.
+
+    Args:
+        device: `cuda` or `cpu`.
+        settings: Arguments of `DetectionTask`.
+    """
+    import torch
+
+    from yolov12.training.adapter.detection import DetectionTask
+
+    def preprocess(part: dict[str, Any]) -> dict[str, Any]:  # like Ultralytics' DetectionTrainer
+        part = {
+            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in part.items()
+        }
+        return {**part, "img": part["img"].float() / 255}
+
+    return DetectionTask(preprocess, multi_scale=False, overlapping_masks=True, **settings)
+
+
+def gradient_scaler(device: str) -> Any:
+    """Return a gradient scaler with the scale of a running training; on a CPU, it is off."""
+    import torch
+
+    scaler = torch.amp.GradScaler(device, init_scale=128.0, enabled=device == "cuda")
+    scaler.scale(torch.zeros((), device=device))  # it makes its scale only now
+    return scaler
+
+
+def update(model: Any, optimizer: Any, scaler: Any) -> None:
+    """Update the weights as Ultralytics' trainer does."""
+    import torch
+
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+
+
+def engine(model: Any, task: Any, scaler: Any, config: Mapping[str, Any], **more: Any) -> Any:
+    """Return an engine that runs a model with a scaled loss.
+
+    Args:
+        model: The model.
+        task: Its task.
+        scaler: Gradient scaler.
+        config: Fields of `mas.Config`.
+        more: Further arguments of `mas.Engine`.
+    """
+    from yolov12 import mas
+    from yolov12.models.activations import activations
+
+    return mas.Engine(
+        model,
+        task,
+        mas.Config(**config),
+        backward=lambda loss: scaler.scale(loss).backward(),
+        activations=activations(model),
+        **more,
+    )

@@ -1,0 +1,93 @@
+"""Processes of the benchmarks: how stock Ultralytics and this package are started, and how memory is limited."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Allocator setting under which freed memory of any size can be used again."""
+
+
+def environment(stock: bool = False, **more: str) -> dict[str, str]:
+    """Return the environment of a process that finds this repository.
+
+    Args:
+        stock: True if Ultralytics stays as it is, unless the process itself calls `autopatch.apply`.
+        more: Further variables.
+    """
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    hook = {"YOLOV12_AUTOPATCH": "0"} if stock else {}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), **hook, **more}
+
+
+class Call:
+    """Call of a benchmark's function in a process of its own, which starts at once.
+
+    Args:
+        function: Module in `benchmarks` and function, as in `attention:step`.
+        stock: True if Ultralytics stays as it is.
+        log: File for the output of the process; by default, it goes where that of this process goes.
+        variables: Environment variables besides those of this process.
+        arguments: Arguments of the function, of JSON's types.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        *,
+        stock: bool = False,
+        log: IO[str] | None = None,
+        variables: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._file = Path(tempfile.mkdtemp(), "result.json")
+        command = [sys.executable, "-m", "benchmarks.common.processes"]
+        command += [function, json.dumps(arguments), str(self._file)]
+        self.process = subprocess.Popen(
+            command, env=environment(stock, **(variables or {})), stdout=log, stderr=log and subprocess.STDOUT
+        )
+
+    def wait(self) -> int:
+        """Wait for the end of the process, and return its exit status."""
+        return self.process.wait()
+
+    def result(self) -> Any:
+        """Wait for the end of the process, and return what the function returned.
+
+        Raises:
+            subprocess.CalledProcessError: The process failed.
+        """
+        if status := self.wait():
+            raise subprocess.CalledProcessError(status, self.process.args)
+        return json.loads(self._file.read_text())
+
+
+def limit_memory(gib: float) -> None:
+    """Limit the allocator of this process to a fraction of the card, as if the card were smaller.
+
+    Args:
+        gib: Limit in GiB; the whole card if it has less.
+    """
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(gib * GIB / torch.cuda.mem_get_info()[1], 1.0))
+
+
+def _main(function: str, arguments: str, out: str) -> None:
+    module, name = function.split(":")
+    found = getattr(importlib.import_module(f"benchmarks.{module}"), name)(**json.loads(arguments))
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,116 @@
+"""The JSON file of a benchmark: how it was made, on which machine, and its figures."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.processes import ROOT
+
+
+def parser(doc: str | None, *, parts: Iterable[str] = (), small: str = "") -> argparse.ArgumentParser:
+    """Return a parser of the options that benchmarks have in common.
+
+    Args:
+        doc: Docstring of the benchmark.
+        parts: Names of its parts, for `--only`.
+        small: What `--small` does; with it, `--device` is an option, too.
+    """
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    if parts := list(parts):
+        help_ = "parts to run; the file keeps its other parts"
+        made.add_argument("--only", nargs="+", choices=parts, default=parts, help=help_)
+    if small:
+        made.add_argument("--small", action="store_true", help=f"{small}, to try the benchmark")
+        made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    return made
+
+
+def machine(device: str = "cuda") -> dict[str, Any]:
+    """Describe this machine, its software and the commit.
+
+    Args:
+        device: `cpu` for a measurement that needs no GPU.
+    """
+    import torch
+    import ultralytics
+
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if gpus else f"{os.cpu_count()} CPU cores",
+        "gpus": gpus,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ultralytics": ultralytics.__version__,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Return the commit, with `-dirty` after it if files differ; BENCHMARKS_COMMIT names that of a copy without git."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("BENCHMARKS_COMMIT")
+
+
+def command(words: Iterable[str]) -> str:
+    """Return a command line without the paths of this machine.
+
+    Args:
+        words: `sys.argv`, whose first word is the file of a script if it was started directly.
+    """
+    first, *rest = words
+    first = f"python benchmarks/{Path(first).name}" if first.endswith(".py") else first
+    return " ".join([first, *(Path(word).name if "/" in word else word for word in rest)])
+
+
+def write(out: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file in such a way that no reader sees half of it."""
+    unfinished = out.with_suffix(".new")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    unfinished.replace(out)
+
+
+class Report(dict[str, Any]):
+    """Content of the JSON file.
+
+    Args:
+        out: The file.
+        device: `cpu` for a measurement that needs no GPU.
+        keep: True to keep the parts that the file has already.
+        more: Further fields of the head.
+    """
+
+    def __init__(self, out: Path, device: str = "cuda", *, keep: bool = False, **more: Any) -> None:
+        super().__init__(json.loads(out.read_text()) if keep and out.exists() else {})
+        self._out, self._device = out.absolute(), device
+        self |= {"command": command(sys.argv), **machine(device), **more}
+
+    def add(self, part: str, found: Any, **more: Any) -> None:
+        """Write a part, with the machine that it was measured on.
+
+        Args:
+            part: Name of the part.
+            found: Its content.
+            more: Further fields of the description of the machine.
+        """
+        self[part] = found
+        self.setdefault("measured_on", {})[part] = {**machine(self._device), **more}
+        self.write()
+
+    def write(self) -> None:
+        """Write the whole file."""
+        write(self._out, self)

@@ -1,0 +1,83 @@
+"""`python -m benchmarks` finds all benchmarks, and what they share: processes, turns, and the JSON file."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import benchmarks, main
+from benchmarks.common.processes import Call, environment
+from benchmarks.common.report import Report, command, parser
+from benchmarks.common.rounds import in_turn, median_ratio
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_each_benchmark_is_listed_with_one_line(capsys):
+    assert main([]) == 0
+    listed = dict(re.findall(r"^(\w+)  +(\S.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert listed == benchmarks()
+    assert {"memory", "controller", "step"} <= set(listed)
+    assert not {"neighbour", "drawings", "ranks_work", "common"} & set(listed)
+
+
+def test_every_result_of_a_benchmark_names_one_that_exists():
+    for file in RESULTS.glob("*.json"):
+        for name in re.findall(r'"command": "python (?:benchmarks/|-m benchmarks[. ])(\w+)', file.read_text()):
+            assert name in benchmarks(), file.name
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_names(capsys):
+    assert main(["memry", "--out", "x.json"]) == 2
+    assert "memory" in capsys.readouterr().err
+
+
+def test_a_command_has_no_paths_of_this_machine():
+    assert command(["/a/benchmarks/step.py", "--out", "/b/step.json"]) == "python benchmarks/step.py --out step.json"
+    words = ["python -m benchmarks step", "--before", "/tmp/before", "--steps", "5"]
+    assert command(words) == "python -m benchmarks step --before before --steps 5"
+
+
+def test_a_report_says_how_it_was_made_and_keeps_other_parts(tmp_path):
+    out = tmp_path / "part.json"
+    out.write_text(json.dumps({"calm": [1], "command": "earlier"}))
+    result = Report(out, "cpu", keep=True, limits=[8])
+    result.add("loud", {"ratio": 2.0}, seconds=3)
+    found = json.loads(out.read_text())
+    assert found == result
+    assert (found["calm"], found["loud"], found["limits"]) == ([1], {"ratio": 2.0}, [8])
+    head = {"date", "device", "torch", "ultralytics", "commit"}
+    assert head <= set(found)
+    assert head | {"seconds"} <= set(found["measured_on"]["loud"])
+    assert found["command"] != "earlier"
+    assert "calm" not in Report(out, "cpu")
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_options_that_benchmarks_share():
+    options = parser("Doc", parts=("a", "b"), small="one image").parse_args(["--out", "x.json", "--only", "b"])
+    assert (options.out, options.only, options.small, options.device) == (Path("x.json"), ["b"], False, "cuda")
+
+
+def test_variants_take_turns():
+    order = []
+    found = in_turn({name: lambda name=name: order.append(name) or len(order) for name in "ab"}, 2, warm_up=1)
+    assert order == list("ababab")
+    assert found == {"a": [3, 5], "b": [4, 6]}
+    assert median_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 1.0]) == 3.0
+
+
+def test_a_function_runs_in_a_process_of_its_own():
+    calls = [Call("common.processes:environment", stock=stock, MARK="1") for stock in (True, False)]
+    stock, ours = (call.result() for call in calls)
+    assert stock["MARK"] == ours["MARK"] == "1"
+    assert stock["YOLOV12_AUTOPATCH"] == "0"
+    assert ours.get("YOLOV12_AUTOPATCH") == environment().get("YOLOV12_AUTOPATCH")
+
+
+def test_a_failure_of_such_a_process_is_raised(tmp_path):
+    with (tmp_path / "log").open("w") as log, pytest.raises(subprocess.CalledProcessError):
+        Call("common.report:command", log=log, words=[]).result()
+    assert "not enough values" in (tmp_path / "log").read_text()
