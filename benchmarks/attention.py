@@ -1,6 +1,6 @@
 """Attention back ends: whether they compute the same, and the time and memory of a YOLO12-S training step with each.
 
-    python benchmarks/attention.py --out benchmarks/results/attention.json      (about 3 minutes on one GPU)
+    python -m benchmarks attention --out benchmarks/results/attention.json      (about 3 minutes on one GPU)
 
 Each configuration runs in a process of its own, as stock Ultralytics must not see our seams. There are two rounds,
 A B C A B C, so that a drift of the clock is visible. A step is the forward pass, the loss and the backward pass of
@@ -10,17 +10,19 @@ the optimizer.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.common import report
+from benchmarks.common.processes import Call
+from benchmarks.common.rounds import in_turn
 
 HEADS, HEAD_DIM = 4, 32
 TOKENS = (400, 1600)  # YOLOv12 at 640 has 400 tokens per area at P4 and at P5; undivided, P4 has 1600
@@ -156,35 +158,30 @@ def accuracy() -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    """Measure all configurations in turn, and the accuracy."""
+    parser = report.parser(__doc__)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--step", nargs=2, metavar=("VARIANT", "DETERMINISTIC"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        variant, deterministic = options.step
-        print(json.dumps(step(variant, options.batch, deterministic == "1", options.steps)))
-        return 0
-
     from yolov12.models.attention import _flash_attn_or_reason
 
     found = _flash_attn_or_reason()
     variants = ["stock", "sdpa"] + ([] if isinstance(found, str) else ["flash"])
-    steps = []
-    for round_ in range(options.rounds):
-        for deterministic in "01":
-            for variant in variants:
-                command = [sys.executable, __file__, "--out", "-", "--step", variant, deterministic]
-                command += ["--batch", str(options.batch), "--steps", str(options.steps)]
-                environment = {**os.environ, "YOLOV12_AUTOPATCH": "0"}
-                done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                if done.returncode:
-                    print(done.stderr[-2000:], file=sys.stderr)
-                    return 1
-                steps.append({"round": round_, **json.loads(done.stdout.splitlines()[-1])})
-                print(steps[-1], flush=True)
+
+    def run(variant: str, deterministic: bool) -> dict[str, Any]:
+        settings = {"variant": variant, "batch": options.batch, "deterministic": deterministic, "steps": options.steps}
+        row: dict[str, Any] = Call("attention:step", stock=True, **settings).result()
+        print(row, flush=True)
+        return row
+
+    runs = {
+        f"{variant} {deterministic}": functools.partial(run, variant, deterministic)
+        for deterministic in (False, True)
+        for variant in variants
+    }
+    rounds = in_turn(runs, options.rounds)
+    steps = [{"round": i, **row} for i, rows in enumerate(zip(*rounds.values(), strict=True)) for row in rows]
     ratios = [
         {
             "round": a["round"],
@@ -199,22 +196,15 @@ def main() -> int:
         if a["variant"] != "stock" == b["variant"]
         and (a["round"], a["deterministic"]) == (b["round"], b["deterministic"])
     ]
-    import ultralytics
-
-    result = {
-        "command": f"python benchmarks/attention.py --out {options.out.name} --batch {options.batch} "
-        f"--steps {options.steps} --rounds {options.rounds}",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "flash_attn": found if isinstance(found, str) else __import__("flash_attn").__version__,
-        "ratios": ratios,
-        "steps": steps,
-        "accuracy": accuracy(),
-    }
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["ratios"], indent=1))
+    result = report.Report(
+        options.out,
+        flash_attn=found if isinstance(found, str) else __import__("flash_attn").__version__,
+        ratios=ratios,
+        steps=steps,
+        accuracy=accuracy(),
+    )
+    result.write()
+    print(json.dumps(ratios, indent=1))
     bad = [row for row in result["accuracy"] if not row["within"]]
     print(f"{len(result['accuracy'])} accuracy rows, {len(bad)} out of tolerance", *bad, sep="\n")
     return bool(bad)

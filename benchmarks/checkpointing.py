@@ -1,8 +1,8 @@
 """Checkpoint plans on a GPU: images/s at each memory limit, and measured against predicted bytes that plans free.
 
-    python benchmarks/checkpointing.py --out benchmarks/results/checkpointing.json     (about 14 minutes on one H100)
-    python benchmarks/checkpointing.py --out part.json --only freed
-    python benchmarks/checkpointing.py --out part.json --only predicted     (no GPU; for rows in the file)
+    python -m benchmarks checkpointing --out benchmarks/results/checkpointing.json     (about 14 minutes on one H100)
+    python -m benchmarks checkpointing --out part.json --only freed
+    python -m benchmarks checkpointing --out part.json --only predicted     (no GPU; for rows in the file)
 
 Three variants are compared at each limit: `ours` is the engine at batch 256; `stock` is Ultralytics, in a process
 without this package, at the largest batch that runs without a failed allocation; `all` is our model with every layer
@@ -12,12 +12,9 @@ clipping and an EMA.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-GIB = 2**30
+from benchmarks.common import model, report
+from benchmarks.common.model import part_of
+from benchmarks.common.processes import EXPANDABLE, GIB, Call, limit_memory
+
 LIMITS_GIB = (4, 8, 12, 16, 24, 40, 80)
 BATCHES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 SECONDS = {"s": 45.0, "m": 20.0, "x": 18.0}
@@ -41,21 +41,14 @@ class Training:
 
     def __init__(self, cfg: str) -> None:
         import torch
-        from memory import prepare
         from ultralytics.utils.torch_utils import ModelEMA
 
-        self.model, self.task, self.scaler, self.batch = prepare(256, cfg=cfg)
+        self.model, self.task, self.scaler, self.batch = model.prepare(256, cfg=cfg)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
         self.ema = ModelEMA(self.model)
 
     def update(self) -> None:
-        import torch
-
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 10.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        model.update(self.model, self.optimizer, self.scaler)
         self.ema.update(self.model)
 
     def bare(self, batch: int, start: int = 0) -> None:
@@ -63,27 +56,9 @@ class Training:
         import torch
 
         with torch.autocast("cuda", torch.float16):
-            part = self.task.preprocess(_part(self.batch, start, start + batch))
+            part = self.task.preprocess(part_of(self.batch, start, start + batch))
             loss, _ = self.model(part)
         self.scaler.scale(loss.sum()).backward()
-
-
-def _part(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    image_of = batch["batch_idx"]
-    mine = (image_of >= start) & (image_of < stop)
-    return {
-        "img": batch["img"][start:stop],
-        "batch_idx": image_of[mine] - start,
-        **{key: batch[key][mine] for key in ("cls", "bboxes")},
-    }
-
-
-def _limit(gib: float) -> None:
-    import torch
-
-    torch.cuda.empty_cache()
-    total = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction(min(gib * GIB / total, 1.0))
 
 
 def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -113,7 +88,7 @@ def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iter
     batch, peak, upper = BATCHES[2], torch.cuda.max_memory_allocated(), len(BATCHES)
     fixed = torch.cuda.memory_allocated()
     for gib in sorted(limits, reverse=True):
-        _limit(gib)
+        limit_memory(gib)
         # Larger batches are not tried: memory grows in proportion to images, and each attempt takes long.
         likely = 1.1 * batch * (gib * GIB - fixed) / (peak - fixed)
         upper = min(upper, sum(size <= likely for size in BATCHES))
@@ -167,22 +142,19 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
     """Measure the engine at each limit. Later limits use the profile of the first, as runs use that of earlier runs."""
     import torch
 
-    from yolov12 import mas
     from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE
-    from yolov12.models.activations import activations
     from yolov12.models.layer_names import layer_names
 
     training, cache = Training(f"yolo12{scale}.yaml"), Path(tempfile.mkdtemp())
     for gib in limits:
         torch.cuda.empty_cache()
         begin = time.perf_counter()
-        engine = mas.Engine(
+        engine = model.engine(
             training.model,
             training.task,
-            mas.Config(limit=gib * GIB),
-            backward=lambda loss: training.scaler.scale(loss).backward(),
+            training.scaler,
+            {"limit": gib * GIB},
             layers=layer_names(training.model),
-            activations=activations(training.model),
             cache=cache,
             log=lambda line: print(line, flush=True),
         )
@@ -235,8 +207,6 @@ def _steady(step: dict[str, Any], last: dict[str, Any]) -> bool:
 
 def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Predict with `yolov12 plan` the peaks that `ours` measured. This needs no GPU."""
-    from memory import BOXES_PER_IMAGE
-
     from yolov12.mas.checkpointing.checkpointing import Plan
     from yolov12.plan.estimate import estimate
     from yolov12.plan.fake_model import load
@@ -250,7 +220,7 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         for row in measured:
             plan = Plan(tuple((name, mode) for mode, names in row["plan"].items() for name in names))
             found = estimate(
-                network, micro_batch=row["micro_batch"], plan=plan, boxes=2 * BOXES_PER_IMAGE - 1, optimizer="SGD"
+                network, micro_batch=row["micro_batch"], plan=plan, boxes=2 * model.BOXES_PER_IMAGE - 1, optimizer="SGD"
             )
             mib = found.peak_bytes / 2**20
             told = {key: row[key] for key in ("limit_gib", "micro_batch", "peak_mib")}
@@ -265,21 +235,15 @@ def freed() -> Iterator[dict[str, Any]]:
 
     import torch
 
-    from yolov12 import mas
     from yolov12.mas.checkpointing.layers import candidates
     from yolov12.mas.profiling.solver import ladder
     from yolov12.mas.profiling.warmup import profile
-    from yolov12.models.activations import activations
     from yolov12.models.layer_names import layer_names
 
     for scale, images in zip("nsmlx", (32, 32, 16, 16, 8), strict=True):
         training = Training(f"yolov12{scale}.yaml")
-        model, task = training.model, training.task
-        layers = layer_names(model)
-        engine = mas.Engine(
-            model, task, mas.Config(bn_group=8), backward=lambda loss, t=training: t.scaler.scale(loss).backward(),
-            layers=layers, activations=activations(model),
-        )  # fmt: skip
+        task, layers = training.task, layer_names(training.model)
+        engine = model.engine(training.model, task, training.scaler, {"bn_group": 8}, layers=layers)
         step = engine._step
         task.workload(training.batch)
         autocast = functools.partial(torch.autocast, "cuda", torch.float16)
@@ -289,7 +253,7 @@ def freed() -> Iterator[dict[str, Any]]:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         with autocast():
-            found = profile(step, engine.meter, candidates(model, layers), training.batch, images)
+            found = profile(step, engine.meter, candidates(training.model, layers), training.batch, images)
         seconds = time.perf_counter() - begin
         begin = time.perf_counter()
         levels = ladder(found)
@@ -332,7 +296,7 @@ def freed() -> Iterator[dict[str, Any]]:
             yield row
         print(scale, f"off by {worst:.2f} %; profile {seconds:.2f} s, ladder {ladder_seconds:.2f} s", flush=True)
         engine.close()
-        del training, model, task, engine, step
+        del training, task, engine, step
         gc.collect()
         torch.cuda.empty_cache()
 
@@ -346,64 +310,41 @@ PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=[*PARTS, "predicted"], default=[*PARTS, "predicted"])
+    """Run the parts, each in a process of its own, which writes each row at once."""
+    parser = report.parser(__doc__, parts=[*PARTS, "predicted"])
     parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure at these, keep the other rows")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.part:
-        _run(options.part, options.out, options.limits or [])
-        return 0
     failed = 0
     for part in options.only:
+        result = report.Report(options.out, keep=True)
         if part == "predicted":
-            result = _read(options.out)
-            _write(options.out, {**result, part: predicted(result)})
-        else:
-            failed |= _measure(part, options.out, options.limits or [])
+            result.add(part, predicted(result))
+            continue
+        result.add(part, result.get(part, []))
+        started = time.time()
+        stock = part.startswith("stock")
+        call = Call(
+            "checkpointing:run", stock=stock, variables=EXPANDABLE, part=part, out=str(options.out.absolute()),
+            limits=options.limits or [],
+        )  # fmt: skip
+        failed |= call.wait()
+        print(f"{part}: {time.time() - started:.0f} s", flush=True)
     return failed
 
 
-def _measure(part: str, out: Path, limits: list[int]) -> int:
-    """Run a part in its own process, which writes each row at once; return its exit status."""
-    import torch
-    import ultralytics
+def run(part: str, out: str, limits: list[int]) -> None:
+    """Measure a part in this process, and write each row at once.
 
-    header = {
-        "command": "python benchmarks/checkpointing.py --out checkpointing.json",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-    }
-    _write(out, {**_read(out), **header})
-    started = time.time()
-    hook = {"YOLOV12_AUTOPATCH": "0"} if part.startswith("stock") else {}
-    environment = {**os.environ, **hook, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    command = [sys.executable, __file__, "--out", str(out), "--part", part]
-    command += ["--limits", *map(str, limits)] if limits else []
-    code = subprocess.run(command, env=environment).returncode
-    print(f"{part}: {time.time() - started:.0f} s", flush=True)
-    return code
-
-
-def _run(part: str, out: Path, limits: list[int]) -> None:
-    kept = [row for row in _read(out).get(part, []) if limits and row["limit_gib"] not in limits]
+    Args:
+        part: Key of `PARTS`.
+        out: JSON file that has the head of the result.
+        limits: Limits in GiB; empty for all.
+    """
+    result = json.loads(Path(out).read_text())
+    kept = [row for row in result.get(part, []) if limits and row["limit_gib"] not in limits]
     for row in PARTS[part](**({"limits": limits} if limits else {})):
         kept = sorted([*kept, row], key=lambda row: row.get("limit_gib", 0))
-        _write(out, {**_read(out), part: kept})
-
-
-def _read(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    return found
-
-
-def _write(out: Path, result: dict[str, Any]) -> None:
-    unfinished = out.with_suffix(".new")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    unfinished.replace(out)
+        report.write(Path(out), {**result, part: kept})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Two classes that arrive: what their rows should start from, and what `replay` keeps of the old classes.
 
-    python benchmarks/classes.py --out benchmarks/results/classes.json             (an hour on two CPU cores)
-    python benchmarks/classes.py --out part.json --base best.pt --seeds 0          (with a base model that is there)
-    python benchmarks/classes.py --out part.json --base best.pt --part replay      (one of the two parts)
+    python -m benchmarks classes --out benchmarks/results/classes.json             (an hour on two CPU cores)
+    python -m benchmarks classes --out part.json --base best.pt --seeds 0          (with a base model that is there)
+    python -m benchmarks classes --out part.json --base best.pt --part replay      (one of the two parts)
 
 YOLOv12-N at 320 pixels is trained on `data=demo:hold_back=True` (8 classes), then for the defect classes `shifted` and
 `crack` as well.
@@ -26,12 +26,11 @@ images of `data=demo`.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import report
 
 STARTS = ("stock", "zero", "mean", "mean_bias")
 FRACTIONS = (None, 0.3, 0.5)
@@ -181,8 +180,7 @@ def forget(base: str, replay_fraction: float | None, seed: int, folder: Path) ->
 
 def main() -> None:
     """Train, and write the rows as JSON after each training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser = report.parser(__doc__)
     parser.add_argument("--base", help="base model that knows the eight classes; without it, one is trained")
     parser.add_argument("--base-epochs", type=int, default=24)
     parser.add_argument("--epochs", type=int, default=3)
@@ -192,32 +190,26 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("YOLO_OFFLINE", "1")
 
-    import torch
-    import ultralytics
-
     from yolov12 import autopatch
 
     autopatch.apply()
     base = args.base or train_base(args.runs.absolute(), args.base_epochs)
-    found: dict[str, Any] = {
-        "command": "python benchmarks/classes.py --out classes.json" + (f" --part {args.part}" if args.part else ""),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": f"{os.cpu_count()} CPU cores",
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "base_epochs": None if args.base else args.base_epochs,
-        "training": TRAINING,
-        "starts": [],
-        "replay_epochs": REPLAY_EPOCHS,
-        "replay": [],
-    }
+    found = report.Report(
+        args.out,
+        "cpu",
+        base_epochs=None if args.base else args.base_epochs,
+        training=TRAINING,
+        starts=[],
+        replay_epochs=REPLAY_EPOCHS,
+        replay=[],
+    )
     for seed in args.seeds:
         for how in STARTS if args.part != "replay" else ():
             found["starts"].append(fine_tune(base, how, seed, args.epochs, args.runs.absolute()))
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            found.write()
         for fraction in FRACTIONS if args.part != "starts" else ():
             found["replay"].append(forget(base, fraction, seed, args.runs.absolute()))
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
+            found.write()
 
 
 if __name__ == "__main__":

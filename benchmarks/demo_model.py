@@ -1,7 +1,7 @@
 """How the model that comes with the demonstration was trained: YOLOv12-N on the base classes of `data=demo`.
 
-    python benchmarks/demo_model.py --out FOLDER                          (ten minutes on one GPU)
-    python benchmarks/demo_model.py --out FOLDER --small --device cpu     (a minute, to try it)
+    python -m benchmarks demo_model --out FOLDER                          (ten minutes on one GPU)
+    python -m benchmarks demo_model --out FOLDER --small --device cpu     (a minute, to try it)
 
 The boards are those of seed 1. `scripts/train.sh` trains and validates on boards of seed 0, which this model has never
 seen, and the last two defect classes are on no board of it. FOLDER gets `yolov12n-demo.pt`, weights in half precision,
@@ -10,8 +10,6 @@ and `demo_model.json`: how the model was made, and what it finds on the validati
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -20,18 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import report
+
 IMGSZ = 320
 TRAINING = {"model": "yolov12n.yaml", "imgsz": IMGSZ, "batch": 64, "close_mosaic": 10, "cache": "ram", "seed": 0}
 
 
 def main() -> None:
     """Train the model, validate it on other boards, and write both files."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = report.parser(__doc__, small="40 images and one epoch")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=42)
-    parser.add_argument("--small", action="store_true", help="40 images and one epoch, to try the script")
-    parser.add_argument("--device", default="0")
     options = parser.parse_args()
     if options.small:
         options.images, options.epochs = 40, 1
@@ -39,10 +36,9 @@ def main() -> None:
     from yolov12 import autopatch
 
     autopatch.apply()
-    import torch
-    import ultralytics
     from ultralytics import YOLO
 
+    device = 0 if options.device == "cuda" else "cpu"
     options.out.mkdir(parents=True, exist_ok=True)
     data = f"demo:images={options.images},seed=1,val=0.05,hold_back=True"
     started = time.perf_counter()
@@ -52,7 +48,7 @@ def main() -> None:
         **settings,
         data=data,
         epochs=options.epochs,
-        device=options.device,
+        device=device,
         workers=8,
         plots=False,
         project=str(Path(tempfile.gettempdir(), "demo_model")),
@@ -62,19 +58,16 @@ def main() -> None:
     seconds = time.perf_counter() - started
     file = options.out / "yolov12n-demo.pt"
     _save(model, file, {**settings, "task": "detect", "model": TRAINING["model"], "epochs": options.epochs})
-    result: dict[str, Any] = {
-        "command": f"python benchmarks/demo_model.py --out FOLDER --images {options.images} --epochs {options.epochs}",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if options.device != "cpu" else "CPU",
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "data": data,
-        "training": TRAINING,
-        "seconds": round(seconds),
-        "file": {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
-    }
+    result = report.Report(
+        options.out / "demo_model.json",
+        options.device,
+        data=data,
+        training=TRAINING,
+        seconds=round(seconds),
+        file={"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+    )
     found = YOLO(str(file)).val(
-        data="demo:images=400,val=0.5,hold_back=True", imgsz=IMGSZ, batch=64, device=options.device, plots=False
+        data="demo:images=400,val=0.5,hold_back=True", imgsz=IMGSZ, batch=64, device=device, plots=False
     )
     result["validation"] = {
         "data": "demo:images=400,val=0.5,hold_back=True",
@@ -84,7 +77,7 @@ def main() -> None:
             found.names[c]: round(float(found.box.ap50[i]), 4) for i, c in enumerate(found.box.ap_class_index)
         },
     }
-    (options.out / "demo_model.json").write_text(json.dumps(result, indent=1) + "\n")
+    result.write()
     print(json.dumps(result, indent=1))
 
 

@@ -1,7 +1,7 @@
 """Label-dense data on a GPU under a memory limit, and memory so short that images have to get smaller.
 
-    python benchmarks/dense.py --out benchmarks/results/dense.json      (about 7 minutes on one H100)
-    python benchmarks/dense.py --out part.json --only ladder saving
+    python -m benchmarks dense --out benchmarks/results/dense.json      (about 7 minutes on one H100)
+    python -m benchmarks dense --out part.json --only ladder saving
 
 dense   1,536 images, 2 % of them with 300 to 900 boxes and the others with about 10, mosaic 1.0, copy_paste 0.1, whole
         epochs with data loading: stock Ultralytics in a process without this package, at its largest stable batch, then
@@ -13,28 +13,24 @@ saving  time of saving a run in mid-epoch; needs no GPU
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import csv
 import functools
-import json
 import multiprocessing.pool
 import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drawings import noise
+from benchmarks.common import report
+from benchmarks.common.processes import ROOT, Call, limit_memory
+from benchmarks.drawings import noise
 
-GIB = 2**30
-ROOT = Path(__file__).parents[1]
 LIMIT_GIB = 16
 STOCK_BATCHES = (32,)
 """Largest stable batch of stock: its assigner does not fall back to single images, and it does not halve the batch."""
@@ -62,8 +58,10 @@ def train(arguments: dict[str, Any], limit_gib: float | None) -> dict[str, Any]:
     """Train in this process; return times of epochs in seconds and peaks of optimizer steps in MiB."""
     import torch
 
-    if limit_gib is not None:  # stock runs as on a smaller card
-        torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.mem_get_info()[1])
+    if limit_gib is not None:
+        limit_memory(limit_gib)
+    extra: dict[str, Any] = {"saves_s": [], "file_mib": None} if arguments.pop("timed", False) else {}
+    random.seed(0)
     if os.environ.get("YOLOV12_AUTOPATCH") != "0":
         from yolov12 import autopatch
 
@@ -86,6 +84,8 @@ def train(arguments: dict[str, Any], limit_gib: float | None) -> dict[str, Any]:
             torch.cuda.synchronize()
         clock.append(time.perf_counter())
 
+    if extra:
+        _time_saves(extra)
     model = YOLO(arguments.pop("model"))
     model.add_callback("on_train_batch_end", batch_ends)
     model.add_callback("on_train_epoch_start", epoch_begins)
@@ -96,6 +96,7 @@ def train(arguments: dict[str, Any], limit_gib: float | None) -> dict[str, Any]:
         "epoch_s": [end - begin for begin, end in zip(clock[::2], clock[1::2], strict=False)],
         "peaks_mib": peaks,
         "warnings": [line[:200] for line in warnings if "memory" in line.lower()][:4],
+        **extra,
     }
 
 
@@ -103,15 +104,16 @@ def _in_process(
     stock: bool, limit_gib: float | None, *, folder: Path | None = None, **arguments: Any
 ) -> dict[str, Any]:
     folder = folder or Path(tempfile.mkdtemp())
-    call = {"arguments": {**arguments, "project": str(folder), "name": "run"}, "limit_gib": limit_gib}
-    command = [sys.executable, __file__, "--train", json.dumps(call), "--out", str(folder / "out.json")]
-    environment = {**os.environ, **({"YOLOV12_AUTOPATCH": "0"} if stock else {})}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        arguments |= {"project": str(folder), "name": "run"}
+        call = Call("dense:train", stock=stock, log=output, arguments=arguments, limit_gib=limit_gib)
+        status = call.wait()
     rows = (folder / "run" / "memory.csv").read_text().splitlines() if (folder / "run" / "memory.csv").exists() else []
-    if done.returncode:
-        tail = (done.stdout + done.stderr)[-600:].replace(f"{ROOT}/", "")
-        return {"exit_status": done.returncode, "log_tail": tail, "memory_csv": rows}
-    return {**json.loads((folder / "out.json").read_text()), "memory_csv": rows}
+    if status:
+        tail = log.read_text()[-600:].replace(f"{ROOT}/", "")
+        return {"exit_status": status, "log_tail": tail, "memory_csv": rows}
+    return {**call.result(), "memory_csv": rows}
 
 
 def dense() -> dict[str, Any]:
@@ -277,33 +279,10 @@ PARTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def main() -> None:
     """Run the parts, and write the results of each to the file at once."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.train is not None:
-        extra: dict[str, Any] = {"saves_s": [], "file_mib": None}
-        timed = options.train["arguments"].pop("timed", False)
-        random.seed(0)
-        if timed:
-            _time_saves(extra)
-        options.out.write_text(json.dumps({**train(**options.train), **(extra if timed else {})}))
-        return
-    import torch
-    import ultralytics
-
-    result = json.loads(options.out.read_text()) if options.out.exists() else {"measured_on": {}}
-    result["command"] = "python benchmarks/dense.py --out dense.json"
+    options = report.parser(__doc__, parts=PARTS).parse_args()
+    result = report.Report(options.out, keep=True)
     for part in options.only:
-        result[part] = PARTS[part](result)
-        result["measured_on"][part] = {
-            "date": time.strftime("%Y-%m-%d"),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
-            "torch": torch.__version__,
-            "ultralytics": ultralytics.__version__,
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result.add(part, PARTS[part](result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The gradient of a batch that is split: averaging losses against the engine. Needs no GPU.
 
-    python benchmarks/exactness.py --out benchmarks/results/exactness.json      (some minutes on two cores)
+    python -m benchmarks exactness --out benchmarks/results/exactness.json      (some minutes on two cores)
 
 YOLO12-N, eight images of the demonstration data, split into two micro-batches of 4 and into eight of 1, before training
 and after some steps. BatchNorm normalises groups of the micro-batch's size in every case, so only the loss differs.
@@ -10,10 +10,7 @@ package. Both are compared with the whole batch at once: |difference| / |gradien
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.common import report
 
 IMAGES, SIZE, STEPS = 8, 192, 150
 
@@ -111,27 +110,12 @@ def compare(model: Any, batch: dict[str, Any], steps: int) -> Iterator[dict[str,
 
 def main() -> None:
     """Measure, and write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    out = report.parser(__doc__).parse_args().out
     os.environ.setdefault("YOLO_OFFLINE", "1")
     from yolov12 import autopatch
 
     autopatch.apply()
-    import ultralytics
-
-    result = {
-        "command": "python benchmarks/exactness.py --out exactness.json",
-        "date": str(datetime.date.today()),
-        "device": "2 CPU cores",
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "model": "yolo12n.yaml",
-        "images": IMAGES,
-        "imgsz": SIZE,
-        "rows": measure(),
-    }
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    report.Report(out, "cpu", model="yolo12n.yaml", images=IMAGES, imgsz=SIZE, rows=measure()).write()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Exported graphs that are split to fit: same boxes, planned memory, engines that build. Needs no GPU.
 
-    python benchmarks/export.py --out benchmarks/results/export.json          (about half an hour on two cores)
-    python benchmarks/export.py --out part.json --only rtx dynamic hopeless
+    python -m benchmarks export --out benchmarks/results/export.json          (about half an hour on two cores)
+    python -m benchmarks export --out part.json --only rtx dynamic hopeless
 
 agree     n, s, m, l, x at 640 and m, x at 1280, static and dynamic, split to a half or three quarters of their peak:
           boxes and scores of two photographs against the unsplit graph in onnxruntime, and the planned peak against a
@@ -15,17 +15,18 @@ Weights are random from a seed, and BatchNorm is calibrated on the photographs.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import node_by_node
 import numpy as np
+
+from benchmarks import node_by_node
+from benchmarks.common import report
 
 MIB = 2**20
 MODELS = [(scale, 640) for scale in "nsmlx"] + [("m", 1280), ("x", 1280)]
@@ -231,26 +232,20 @@ PARTS = {"agree": agree, "rtx": rtx, "dynamic": dynamic, "hopeless": hopeless}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
-    arguments = parser.parse_args()
-    out = arguments.out.resolve()
+    """Run the parts, and write each row to the file at once."""
+    options = report.parser(__doc__, parts=PARTS).parse_args()
+    versions = {name: metadata.version(name) for name in ("torch", "onnxruntime", "onnx", "onnx-ir")}
+    result = report.Report(options.out, "cpu", keep=True, versions=versions)
     from yolov12 import autopatch
 
     autopatch.apply()
-    from importlib import metadata
-
-    results = json.loads(out.read_text()) if out.exists() else {}
-    results["command"] = "python benchmarks/export.py --out export.json"
-    results["versions"] = {name: metadata.version(name) for name in ("torch", "onnxruntime", "onnx", "onnx-ir")}
-    for name in arguments.only:
+    for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
-            results[name] = []
+            rows: list[dict[str, Any]] = []
             for row in PARTS[name](Path(folder)):
                 print({key: value for key, value in row.items() if key != "cuts"}, flush=True)
-                results[name].append(row)
-                out.write_text(json.dumps(results, indent=1))
+                rows.append(row)
+                result.add(name, rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """CPU seconds of `from ultralytics import YOLO`, with this package and without it (YOLOV12_AUTOPATCH=0).
 
-    python benchmarks/imports.py --out benchmarks/results/imports.json          (about two minutes, no GPU)
+    python -m benchmarks imports --out benchmarks/results/imports.json          (about two minutes, no GPU)
 
 Each import runs in a process of its own, user and system time together, in turns: stock, ours, stock, ours. One of each
 goes first and does not count, as it may compile bytecode. On a machine with other work, minima tell more than medians.
@@ -8,29 +8,26 @@ goes first and does not count, as it may compile bytecode. On a machine with oth
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
+import functools
 import platform
 import resource
 import statistics
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from benchmarks.common import report
+from benchmarks.common.processes import environment
+from benchmarks.common.rounds import in_turn
+
 CODE = "from ultralytics import YOLO"
-VARIANTS = {"stock": {"YOLOV12_AUTOPATCH": "0"}, "ours": {"YOLOV12_AUTOPATCH": "1"}}
+VARIANTS = ("stock", "ours")
 
 
 def run(code: str, variant: str) -> str:
     """Output of a process."""
-    environment = {**os.environ, **VARIANTS[variant]}
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
-    ).stdout
+    hook = environment(variant == "stock", **({"YOLOV12_AUTOPATCH": "1"} if variant == "ours" else {}))
+    return subprocess.run([sys.executable, "-c", code], env=hook, check=True, capture_output=True, text=True).stdout
 
 
 def cpu_s(variant: str) -> float:
@@ -48,12 +45,8 @@ def modules(variant: str) -> list[str]:
 
 def measure(rounds: int) -> dict[str, Any]:
     """Times of both variants, and what the package loads."""
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for turn in range(rounds + 1):
-        for name in VARIANTS:
-            seconds = cpu_s(name)
-            if turn:
-                times[name].append(round(seconds, 3))
+    runs = {name: functools.partial(cpu_s, name) for name in VARIANTS}
+    times = {name: [round(each, 3) for each in found] for name, found in in_turn(runs, rounds, warm_up=1).items()}
     median, least = ({name: kind(each) for name, each in times.items()} for kind in (statistics.median, min))
     loaded = {name: modules(name) for name in VARIANTS}
     return {
@@ -74,21 +67,12 @@ def measure(rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    found = {
-        "command": f"python benchmarks/imports.py --out {options.out.name} --rounds {options.rounds}",
-        "date": date.today().isoformat(),
-        "processor": platform.processor() or platform.machine(),
-        "processors": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "ultralytics": version("ultralytics"),
-        **measure(options.rounds),
-    }
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    processor = platform.processor() or platform.machine()
+    found = report.Report(options.out, "cpu", processor=processor, **measure(options.rounds))
+    found.write()
     for name in VARIANTS:
         print(f"{name}: median {found['median_cpu_s'][name]:.2f} s, least {found['least_cpu_s'][name]:.2f} s")
     print(f"ours over stock: {found['ours_over_stock']}")

@@ -1,9 +1,9 @@
 """The story of an inspection line: two defect classes arrive, and `yolov12 watch` retrains with nobody at the terminal.
 
-    python benchmarks/line.py --out benchmarks/results/line.json                  (fifteen minutes on one GPU)
-    python benchmarks/line.py --out line.json --small --device cpu                (minutes on two CPU cores)
-    python benchmarks/line.py --out line.json --only base watch                   (some parts; others stay in the file)
-    python benchmarks/line.py --out line.json --base scratch --base-epochs 60     (without the demo model)
+    python -m benchmarks line --out benchmarks/results/line.json                  (fifteen minutes on one GPU)
+    python -m benchmarks line --out line.json --small --device cpu                (minutes on two CPU cores)
+    python -m benchmarks line --out line.json --only base watch                   (some parts; others stay in the file)
+    python -m benchmarks line --out line.json --base scratch --base-epochs 60     (without the demo model)
 
 The line has boards with eight classes. Then a new product arrives: boards on which parts are also `shifted` or have a
 `crack`. They have no connectors and no scratches, so a model that is trained with them alone forgets these. All
@@ -29,8 +29,6 @@ and the candidate is mostly not promoted: it shows the way of the story, not its
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import functools
 import gc
 import hashlib
@@ -47,8 +45,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from benchmarks.common import report
 from benchmarks.line_story import SMALL, Story, draw, write_yaml
 from benchmarks.line_watch import Site, deliver, tell
 
@@ -193,9 +190,7 @@ def holds(found: Mapping[str, Any]) -> dict[str, bool]:
 
 def main() -> None:
     """Tell the story, and write the result after each part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; other parts in it stay")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser = report.parser(__doc__, parts=PARTS)
     parser.add_argument("--small", action="store_true", help="few images and epochs, for the CPU")
     parser.add_argument("--runs", type=Path, default=Path("runs/line"), help="folder of data and trainings")
     parser.add_argument("--base", help="model that the base training starts from, or scratch")
@@ -237,17 +232,8 @@ def tell_all(story: Story, parts: Sequence[str], folder: Path, out: Path) -> dic
 
     autopatch.apply()
     import torch
-    import ultralytics
 
-    found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {}
-    found |= {
-        "command": "python benchmarks/line.py --out line.json",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": f"{os.cpu_count()} CPU cores" if story.device == "cpu" else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "story": asdict(story),
-    }
+    found = report.Report(out, story.device, keep=True, story=asdict(story))
     begun = time.perf_counter()
     data = draw(story, folder)
     found["seconds"] = {**found.get("seconds", {}), "draw": round(time.perf_counter() - begun)}
@@ -268,7 +254,7 @@ def tell_all(story: Story, parts: Sequence[str], folder: Path, out: Path) -> dic
         ]
         if "table" in found.get("watch", ()):
             found["holds"] = holds(found)
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        found.write()
     return found
 
 

@@ -1,7 +1,7 @@
 """Prefetch of data workers: speed of whole trainings with 2 and 4 batches per worker.
 
-    python benchmarks/loading.py --out benchmarks/results/loading.json      (about 7 minutes on one H100)
-    python benchmarks/loading.py --out part.json --device cpu --small
+    python -m benchmarks loading --out benchmarks/results/loading.json      (about 7 minutes on one H100)
+    python -m benchmarks loading --out part.json --device cpu --small
 
 The data are the demonstration data set, decoded in memory, with Ultralytics' augmentation and a validation after each
 epoch. Both settings take turns, twice each.
@@ -9,16 +9,14 @@ epoch. Both settings take turns, twice each.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from drawings import boards
+from benchmarks.common import report
+from benchmarks.drawings import boards
 
 AHEADS = (4, 2)
 
@@ -81,14 +79,7 @@ def train(ahead: int, model_file: str, images: int, arguments: dict[str, Any]) -
 
 def main() -> None:
     """Run all trainings in this process, so that kernels are searched once."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
-    import torch
-    import ultralytics
-
+    options = report.parser(__doc__, small="few small images and scale N").parse_args()
     from yolov12 import autopatch
 
     autopatch.apply()
@@ -106,15 +97,7 @@ def main() -> None:
     cases = {"s": ("yolov12s.yaml", 128, 9), "x": ("yolov12x.yaml", 64, 4)}
     if options.small:
         cases = {"n": ("yolov12n.yaml", 16, 3)}
-    result: dict[str, Any] = {
-        "command": "python benchmarks/loading.py --out loading.json",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "arguments": common,
-    }
+    result = report.Report(options.out, options.device, arguments=common)
     data, project = boards(sets, max(imgsz, 256)), tempfile.mkdtemp()
     for name, (model, batch, epochs) in cases.items():
         rows: list[dict[str, Any]] = []
@@ -123,7 +106,7 @@ def main() -> None:
         for ahead in AHEADS * 2:
             rows.append(train(ahead, model, 128 * sets, arguments))
             print(name, json.dumps(rows[-1]), flush=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            result.write()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The memory-aware step on a GPU: limits, another process that takes memory, injected failures, prediction, overhead.
 
-    python benchmarks/memory.py --out benchmarks/results/memory.json      (about 15 minutes on one large GPU)
-    python benchmarks/memory.py --out part.json --only limits overhead
+    python -m benchmarks memory --out benchmarks/results/memory.json      (about 15 minutes on one large GPU)
+    python -m benchmarks memory --out part.json --only limits overhead
 
 Every part runs in a process of its own. Whole trainings run the command `yolov12 train`, and stock Ultralytics for
 comparison. The data set is drawn (`data=demo`); 5 % of its images are crowded.
@@ -9,84 +9,22 @@ comparison. The data set is drawn (`data=demo`); 5 % of its images are crowded.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from memory_trainings import limits, neighbour
-
-GIB = 2**30
-BOXES_PER_IMAGE = 25
-
-
-def prepare(
-    images: int = 256, size: int = 640, seed: int = 0, cfg: str = "yolov12s.yaml"
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Return a model, its task, a gradient scaler with the scale of a running training, and a batch in pinned memory.
-
-    Args:
-        images: Number of images in the batch.
-        size: Size of the images in pixels.
-        seed: Seed of weights and images.
-        cfg: Yaml of the model.
-    """
-    import torch
-
-    from yolov12 import autopatch
-
-    if os.environ.get("YOLOV12_AUTOPATCH") != "0":  # 0 asks for stock
-        autopatch.apply()
-    from ultralytics.nn.tasks import DetectionModel
-    from ultralytics.utils import DEFAULT_CFG
-
-    from yolov12.training.adapter.detection import DetectionTask
-
-    torch.manual_seed(seed)
-    model = DetectionModel(cfg, nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)
-    model.train().args = DEFAULT_CFG
-    counts = torch.randint(1, 2 * BOXES_PER_IMAGE, (images,))
-    boxes = int(counts.sum())
-    batch = {
-        "img": torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8).pin_memory(),
-        "batch_idx": torch.repeat_interleave(torch.arange(images), counts).float(),
-        "cls": torch.randint(0, 80, (boxes, 1)).float(),
-        "bboxes": torch.rand(boxes, 4) * 0.3 + 0.2,
-    }
-
-    def preprocess(part: dict[str, Any]) -> dict[str, Any]:  # like Ultralytics' DetectionTrainer
-        part = {
-            key: value.to("cuda", non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key, value in part.items()
-        }
-        return {**part, "img": part["img"].float() / 255}
-
-    task = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True, only_scales=True)
-    scaler = torch.amp.GradScaler("cuda", init_scale=128.0)
-    scaler.scale(torch.zeros((), device="cuda"))
-    return model, task, scaler, batch
-
-
-def _engine(model: Any, task: Any, scaler: Any, journal: Any = None, **settings: Any) -> Any:
-    from yolov12 import mas
-    from yolov12.models.activations import activations
-
-    return mas.Engine(
-        model,
-        task,
-        mas.Config(**settings),
-        journal=journal,
-        backward=lambda loss: scaler.scale(loss).backward(),
-        activations=activations(model),
-    )
+from benchmarks.common import report
+from benchmarks.common.model import engine as _engine
+from benchmarks.common.model import prepare, update
+from benchmarks.common.processes import EXPANDABLE, GIB, Call
+from benchmarks.common.rounds import in_turn, median_ms, median_ratio
+from benchmarks.memory_trainings import limits, neighbour
 
 
 def gradient() -> dict[str, Any]:
@@ -101,7 +39,7 @@ def gradient() -> dict[str, Any]:
     torch.backends.cudnn.allow_tf32 = False
     model, task, scaler, batch = prepare()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    engine = _engine(model, task, scaler, bn_group=16)
+    engine = _engine(model, task, scaler, {"bn_group": 16})
     for _ in range(60):
         with torch.autocast("cuda", torch.float16):
             engine.step(batch)
@@ -111,7 +49,7 @@ def gradient() -> dict[str, Any]:
 
     def run(name: str, limit_gib: int, dtype: Any = torch.float16, layout: Any = torch.channels_last) -> None:
         model.to(memory_format=layout)
-        with _engine(model, task, scaler, limit=limit_gib * GIB, bn_group=16) as engine:
+        with _engine(model, task, scaler, {"limit": limit_gib * GIB, "bn_group": 16}) as engine:
             for _ in range(3):  # until the micro-batch has settled
                 model.zero_grad()
                 model.load_state_dict(state)
@@ -180,12 +118,7 @@ def overhead(steps: int = 5, rounds: int = 3) -> list[dict[str, Any]]:
     images = len(batch["img"])
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
 
-    def update() -> None:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    step = functools.partial(update, model, optimizer, scaler)
 
     def bare(micro: int) -> None:
         with torch.autocast("cuda", torch.float16):
@@ -193,39 +126,26 @@ def overhead(steps: int = 5, rounds: int = 3) -> list[dict[str, Any]]:
                 part = task.preprocess(task.part(batch, start, start + micro))
                 loss, _ = model(part)
                 scaler.scale(loss.sum()).backward()
-        update()
+        step()
 
     def ours(engine: Any) -> None:
         with torch.autocast("cuda", torch.float16):
             engine.step(batch)
-        engine.update(optimizer, update)
-
-    def ms(run: Any) -> float:
-        times = []
-        for _ in range(steps):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
+        engine.update(optimizer, step)
 
     rows = []
     for micro, group in ((256, 256), (32, 32), (128, 32), (64, 32), (256, 32)):
-        engine = _engine(model, task, scaler, bn_group=group, micro_batch=micro)
-        runs = (functools.partial(bare, micro), functools.partial(ours, engine))
-        for run in 2 * runs:
-            run()
-        pairs = [(ms(runs[0]), ms(runs[1])) for _ in range(rounds)]
-        ratios = [b / a for a, b in pairs]
+        engine = _engine(model, task, scaler, {"bn_group": group, "micro_batch": micro})
+        runs = {"bare": functools.partial(bare, micro), "engine": functools.partial(ours, engine)}
+        in_turn(runs, 2)
+        ms = in_turn({name: functools.partial(median_ms, run, steps) for name, run in runs.items()}, rounds)
         rows.append(
             {
                 "micro_batch": micro,
                 "bn_group": group,
-                "bare_ms": statistics.median(a for a, _ in pairs),
-                "engine_ms": statistics.median(b for _, b in pairs),
-                "engine_over_bare": statistics.median(ratios),
-                "rounds": ratios,
+                **{f"{name}_ms": statistics.median(each) for name, each in ms.items()},
+                "engine_over_bare": median_ratio(ms["engine"], ms["bare"]),
+                "rounds": [a / b for a, b in zip(ms["engine"], ms["bare"], strict=True)],
             }
         )
         print(json.dumps(rows[-1]), flush=True)
@@ -241,7 +161,7 @@ def _failing_steps(probability: float, steps: int = 200) -> dict[str, Any]:
     model, task, scaler, batch = prepare(images=64, size=320)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     folder = Path(tempfile.mkdtemp())
-    engine = _engine(model, task, scaler, journal=mas.Journal(folder), bn_group=16)
+    engine = _engine(model, task, scaler, {"bn_group": 16}, journal=mas.Journal(folder))
     chance = random.Random(1)
     leaves = [module for module in model.modules() if not list(module.children())]
     left = injected = 0
@@ -287,16 +207,11 @@ def failures(steps: int = 200, probability: float = 0.2) -> dict[str, Any]:
     """Run steps with injected failures and, at the same time, the same steps without: nothing may be lost."""
     import torch
 
-    code = "import sys; sys.path.insert(0, {!r}); import memory, json; print(json.dumps(memory._failing_steps({}, {})))"
     runs = {
-        share: subprocess.Popen(
-            [sys.executable, "-c", code.format(str(Path(__file__).parent), share, steps)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        share: Call("memory:_failing_steps", probability=share, steps=steps, variables=EXPANDABLE)
         for share in (0.0, probability)
     }
-    calm, disturbed = (json.loads(run.communicate()[0].splitlines()[-1]) for run in runs.values())
+    calm, disturbed = (run.result() for run in runs.values())
     a, b = (torch.load(_weights(share)) for share in runs)
     start = [parameter.detach().double().cpu() for parameter in prepare(images=1, size=64)[0].parameters()]
 
@@ -323,44 +238,22 @@ UNTIMED = {"limits", "failures"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.part:
-        options.out.write_text(json.dumps(PARTS[options.part](), indent=1))
-        return 0
-    import torch
-    import ultralytics
-
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
-    result |= {
-        "command": f"python benchmarks/memory.py --out {options.out.name}",
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-    }
-    environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    """Run the parts, each in a process of its own, and write the results of each to the file at once."""
+    options = report.parser(__doc__, parts=PARTS).parse_args()
+    result = report.Report(options.out, keep=True)
     failed = 0
     while options.only:
         # Parts that measure no times run together on one card.
         together = UNTIMED & set(options.only) or {options.only[0]}
         options.only = [part for part in options.only if part not in together]
-        folder, started = Path(tempfile.mkdtemp()), time.time()
-        runs = {
-            part: subprocess.Popen(
-                [sys.executable, __file__, "--out", str(folder / part), "--part", part], env=environment
-            )
-            for part in together
-        }
+        started = time.time()
+        runs = {part: Call(f"memory:{part}", variables=EXPANDABLE) for part in together}
         for part, run in runs.items():
-            failed |= run.wait()
-            if run.returncode == 0:
-                result[part] = json.loads((folder / part).read_text())
-                result.setdefault("measured_on", {})[part] = torch.cuda.get_device_name()
+            if status := run.wait():
+                failed |= status
+            else:
+                result.add(part, run.result())
             print(f"{part}: {time.time() - started:.0f} s", flush=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
     return failed
 
 

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.processes import environment
+
 LIMITS_GIB = (8, 16, 24, 40)
 
 TRAIN = {"model": "yolov12s.yaml", "imgsz": 640, "device": 0, "cache": "ram", "plots": False, "exist_ok": True}
@@ -26,12 +28,12 @@ def _train(folder: Path, stock: bool = False, **arguments: Any) -> subprocess.Po
     arguments = {**TRAIN, "project": folder.parent, "name": folder.name, **arguments}
     if stock:
         code = f"from ultralytics import YOLO; YOLO({arguments.pop('model')!r}).train(**{_plain(arguments)!r})"
-        command, environment = [sys.executable, "-c", code], {**os.environ, "YOLOV12_AUTOPATCH": "0"}
+        command = [sys.executable, "-c", code]
     else:
         words = [f"{key}={value}" for key, value in arguments.items()]
-        command, environment = [sys.executable, "-m", "yolov12.cli", "train", *words], dict(os.environ)
+        command = [sys.executable, "-m", "yolov12.cli", "train", *words]
     log = folder.with_suffix(".log").open("w")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=environment(stock), stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -16,45 +14,42 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped,unused-ignore]
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.common.processes import ROOT, Call, environment
 
 
 class Processes:
-    """Ranks of one run, or a single process. Each runs `ranks_work.WORK[kind]` and writes its result to a file.
+    """Ranks of one run, or a single process. Each calls a function of `benchmarks/ranks_work.py`.
 
     Args:
-        kind: Key of `ranks_work.WORK`.
-        work: Argument of that function.
+        function: Name of that function.
+        work: Its argument.
         ranks: Number of ranks; 0 for one process that is no rank.
         limit_s: Seconds after which the processes are killed.
-        environment: Environment variables besides those of this process.
+        stock: True if Ultralytics stays as it is.
     """
 
-    def __init__(self, kind: str, work: dict[str, Any], ranks: int, limit_s: float, **environment: str) -> None:
+    def __init__(self, function: str, work: dict[str, Any], ranks: int, limit_s: float, stock: bool = False) -> None:
         self._folder, self._deadline = Path(tempfile.mkdtemp()), time.monotonic() + limit_s
-        (self._folder / "work.json").write_text(json.dumps([kind, work]))
         # It stands for the .pth file of an installed package, so that all processes of a run know our arguments.
         (self._folder / "sitecustomize.py").write_text("import yolov12.autopatch; yolov12.autopatch.install()\n")
-        paths = [str(self._folder), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        common = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **environment}
+        path = os.pathsep.join([str(self._folder), environment()["PYTHONPATH"]])
+        common = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **({} if stock else {"YOLOV12_AUTOPATCH": "1"})}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        self._runs: list[subprocess.Popen[bytes]] = []
+        self._calls: list[Call] = []
         atexit.register(self.end)
         for rank in range(max(ranks, 1)):
             sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(ranks))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", **sizes}
             place |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+            variables = {**common, **(place if ranks else {})}
             with (self._folder / f"{rank}.log").open("w") as log:
-                self._runs.append(
-                    subprocess.Popen(
-                        [sys.executable, str(Path(__file__).with_name("ranks_work.py")), str(self._folder)],
-                        env={**os.environ, **common, **(place if ranks else {})},
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
+                self._calls.append(Call(f"ranks_work:{function}", stock=stock, log=log, variables=variables, work=work))
+
+    @property
+    def _runs(self) -> list[subprocess.Popen[bytes]]:
+        return [call.process for call in self._calls]
 
     def running(self) -> bool:
         """Return whether all processes still run, within the time limit."""
@@ -90,8 +85,7 @@ class Processes:
         self.end()
         statuses = [run.returncode for run in self._runs]
         if not any(statuses):
-            ranks = range(len(statuses))
-            return {"told": [json.loads((self._folder / f"{rank}.json").read_text()) for rank in ranks]}
+            return {"told": [call.result() for call in self._calls]}
         logs = [(self._folder / f"{rank}.log").read_text(errors="replace")[-1500:] for rank in range(len(statuses))]
         return {
             "failed": {"exit_statuses": statuses, "ended_for_time": late},

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -221,11 +220,13 @@ def rank_gradient(work: dict[str, Any]) -> dict[str, Any]:
 
 def rank_agree(work: dict[str, Any]) -> dict[str, Any]:
     """Measure the milliseconds of host time that an agreement of the ranks takes, without waiting for a slow rank."""
+    from yolov12.mas.distributed.ranks import NO_NEWS
+
     ranks, _ = _meet("cpu")
     times_ms = []
     for _ in range(work["calls"]):
         begin = time.perf_counter()
-        ranks.agree()
+        ranks.agree(NO_NEWS)
         times_ms.append(1000 * (time.perf_counter() - begin))
     _part(ranks)
     return {"median_ms": statistics.median(times_ms), "p95_ms": statistics.quantiles(times_ms, n=20)[-1]}
@@ -250,17 +251,3 @@ def checksums(work: dict[str, Any]) -> dict[str, Any]:
             times_ms.append(1000 * (time.perf_counter() - begin))
         found[name] = statistics.median(times_ms[2:])
     return found
-
-
-WORK = {"train": train, "gradient": rank_gradient, "agree": rank_agree, "checksums": checksums}
-
-
-def main(folder: Path) -> None:
-    """Run the work of work.json in a folder, and write the result to the file of this rank there."""
-    kind, work = json.loads((folder / "work.json").read_text())
-    rank = max(int(os.environ.get("RANK", "0")), 0)
-    (folder / f"{rank}.json").write_text(json.dumps(WORK[kind](work)))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Shares of a batch that follow speed, in simulated fleets of cards with measured speeds.
 
-    python benchmarks/shares.py --out benchmarks/results/shares.json      (no GPU; minutes on one core)
+    python -m benchmarks shares --out benchmarks/results/shares.json      (no GPU; minutes on one core)
 
 A simulated card takes as long for an image as YOLOv12-S did on an H100 under one of seven memory limits
 (results/checkpointing.json, in BatchNorm groups of 32). Groups of 8 are assumed to take the same time. A mixed fleet is
@@ -12,8 +12,6 @@ search kernels. The exchange of gradients is left out. `plan_ms` is the time tha
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import itertools
 import json
 import random
@@ -24,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import report
 from yolov12.mas.distributed.shares import Balance, share_out, slowest_ms
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS
@@ -35,9 +34,7 @@ FLEETS = {2: 40, 4: 40, 8: 20, 64: 5, 256: 2, 1024: 1}  # number of ranks → nu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    out = report.parser(__doc__).parse_args().out
     measured = json.loads(MEASURED.read_text())
     cards = {each["limit_gib"]: each["images_per_s"] for each in measured["ours-s"]}
     fleets: list[dict[str, Any]] = []
@@ -47,23 +44,18 @@ def main() -> None:
         fleets.append({"fleet": kind, "ranks": ranks, "bn_group": group, "fleets": count, **_summed(runs)})
         print(json.dumps(fleets[-1]), file=sys.stderr)
     by = {(each["ranks"], each["bn_group"]): each["plan_ms"] for each in fleets if each["fleet"] == "mixed"}
-    result = {
-        "command": "python benchmarks/shares.py --out shares.json",
-        "date": datetime.date.today().isoformat(),
-        "device": f"simulated; speeds of {measured['device']}",
-        "cards": {f"{limit_gib} GiB": round(speed, 1) for limit_gib, speed in cards.items()},
-        "images_per_rank": IMAGES_PER_RANK,
-        "noise_percent": 100 * NOISE,
-        "steps": STEPS,
-        "move_ms": NEW_SIZE_MS,
-        "fleets": fleets,
-        "plan_growth_256_to_1024": {str(group): round(by[1024, group] / by[256, group], 2) for group in (32, 8)},
-    }
-    text = json.dumps(result, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
+    report.Report(
+        out,
+        "cpu",
+        simulated=f"speeds of {measured['device']}",
+        cards={f"{limit_gib} GiB": round(speed, 1) for limit_gib, speed in cards.items()},
+        images_per_rank=IMAGES_PER_RANK,
+        noise_percent=100 * NOISE,
+        steps=STEPS,
+        move_ms=NEW_SIZE_MS,
+        fleets=fleets,
+        plan_growth_256_to_1024={str(group): round(by[1024, group] / by[256, group], 2) for group in (32, 8)},
+    ).write()
 
 
 def _train(ranks: int, group: int, cards: Sequence[float], seed: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The engine's step: images/s and GPU time by kind of kernel, against an earlier commit and stock.
 
     git worktree add /tmp/before COMMIT
-    python benchmarks/step.py --before /tmp/before --out benchmarks/results/step.json      (about 3 minutes on one GPU)
+    python -m benchmarks step --before /tmp/before --out benchmarks/results/step.json      (about 3 minutes on one GPU)
 
 Every variant runs in a process of its own. All of them stay alive and take turns on the card: A B C A B C. A step is
 the forward pass, the loss and the backward pass of 256 images in micro-batches of one size, YOLO12 at 640 in fp16,
@@ -76,11 +76,11 @@ class Child:
         import torch
 
         if self.variant == "stock":
-            from checkpointing import _part
+            from benchmarks.common.model import part_of
 
             for start in range(0, self.images, micro_batch):
                 with torch.autocast("cuda", torch.float16):
-                    part = self.task.preprocess(_part(self.batch, start, start + micro_batch))
+                    part = self.task.preprocess(part_of(self.batch, start, start + micro_batch))
                     loss, _ = self.model(part)
                 self.scaler.scale(loss.sum()).backward()
         else:
@@ -196,25 +196,12 @@ def main() -> int:
         serve(options)
         return 0
 
-    import torch
-    import ultralytics
+    from benchmarks.common import report  # an earlier commit, which a child runs, may lack it
 
     now = HERE.parent
     folders = {"before": options.before, "now": now, "stock": None if options.no_stock else now}
     variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
-    result: dict[str, Any] = {
-        "command": f"python benchmarks/step.py {' '.join(sys.argv[1:])}",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "rows": [],
-        "profiles": {},
-    }
-
-    def write() -> None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-
+    result = report.Report(options.out, rows=[], profiles={})
     for micro_batch in options.micro_batches:
         for variant in variants:
             variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them
@@ -231,16 +218,16 @@ def main() -> int:
                 }
                 result["rows"].append(row)
                 print(micro_batch, round_, variant.name, f"{rate:.0f} images/s", found, flush=True)
-                write()
+                result.write()
         for variant in variants if micro_batch in options.profiles else ():
             found = variant.ask(micro_batch=micro_batch, profile=True)
             result["profiles"][f"{variant.name} {micro_batch}"] = found
             told = {key: value for key, value in found.items() if key != "longest_ms"}
             print(micro_batch, variant.name, told, flush=True)
-            write()
+            result.write()
     result["ratios"] = ratios(result["rows"])
     print(json.dumps(result["ratios"], indent=1))
-    write()
+    result.write()
     for variant in variants:
         variant.end()
     return 0

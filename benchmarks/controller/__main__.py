@@ -1,6 +1,6 @@
 """Our controller and its rivals on 10,000 simulated traces of memory, against an oracle that knows the future.
 
-    python -m benchmarks.controller --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
+    python -m benchmarks controller --out benchmarks/results/controller.json      (no GPU; minutes on 2 cores)
 
 A run is a training through 50 traces of all kinds in turn: 3000 batches, 18 minutes on the fast card. A controller
 keeps what it learned in earlier traces. The first trace of each run, which begins without knowledge, is also reported
@@ -9,14 +9,11 @@ separately.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import multiprocessing
 import sys
 import time
-from pathlib import Path
 
+from benchmarks.common import report
 from benchmarks.controller.rivals import POLICIES
 from benchmarks.controller.tournament import Score, compare, summed
 
@@ -24,8 +21,7 @@ TRACES_PER_RUN, STEPS = 50, 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser = report.parser(__doc__)
     parser.add_argument("--traces", type=int, default=10_000)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
@@ -36,20 +32,15 @@ def main() -> None:
         for index, found in enumerate(pool.imap(_compare, runs)):
             scores += found
             print(f"\r{(index + 1) * TRACES_PER_RUN} traces", end="", file=sys.stderr)
-    result = {
-        "command": "python -m benchmarks.controller --out controller.json",
-        "date": datetime.date.today().isoformat(),
-        "device": "simulated",
-        "traces": arguments.traces,
-        "steps": arguments.traces * STEPS,
-        "seconds": round(time.monotonic() - began),
-        "policies": {name: summed([score for score in scores if score.policy == name]) for name in POLICIES},
-    }
-    text = json.dumps(result, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    else:
-        print(text)
+    policies = {name: summed([score for score in scores if score.policy == name]) for name in POLICIES}
+    report.Report(
+        arguments.out,
+        "cpu",
+        traces=arguments.traces,
+        steps=arguments.traces * STEPS,
+        seconds=round(time.monotonic() - began),
+        policies=policies,
+    ).write()
 
 
 def _compare(run: tuple[int, int, int]) -> list[Score]:
