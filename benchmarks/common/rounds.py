@@ -36,7 +36,10 @@ def median_ms(run: Callable[[], object], steps: int) -> float:
     """Return the median time of a call in milliseconds, with all work of the GPU if there is one."""
     import torch
 
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
     times = []
     for _ in range(steps):
         wait()
