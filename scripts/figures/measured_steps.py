@@ -1,0 +1,313 @@
+"""Single steps in docs/reference/measurements.md: attention, the engine, checkpoint plans, exactness, kernels."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
+
+measured = functools.partial(section, "docs/reference/measurements.md")
+HOW = "how it was measured"
+LIMITS = (4, 8, 12, 16, 24, 40, 80)
+
+
+def list_of(template: str, values: Iterable[Any]) -> str:
+    """Join formatted values by commas."""
+    return ", ".join(say(template, value) for value in values)
+
+
+@measured("Attention")
+def attention() -> Iterator[Passage]:
+    """Yield the passages on attention back ends."""
+    found = result("attention")
+    names = {"stock": "stock", "sdpa": "PyTorch's attention", "flash": "flash-attn"}
+
+    def of(rows: list[dict[str, Any]], variant: str, deterministic: bool, key: str) -> list[float]:
+        return [row[key] for row in rows if (row["variant"], row["deterministic"]) == (variant, deterministic)]
+
+    steps, over = functools.partial(of, found["steps"]), functools.partial(of, found["ratios"])
+    yield setting("400 and 1600 tokens and 4 heads of 32 channels", HOW)
+    yield setting("A step is the forward pass, the loss and the backward pass at 640", HOW)
+    yield setting("batch 128, in fp16 autocast and channels_last, with 25 random boxes per image", HOW)
+    yield setting("medians of 20 steps, after 5 steps", HOW)
+    rows = []
+    for deterministic, variant in itertools.product((False, True), names):
+        ratios = over(variant, deterministic, "images_per_s_over_stock")
+        rows.append(
+            [
+                names[variant] + ", deterministic" * deterministic,
+                "1, 2",
+                list_of("{:.0f}", steps(variant, deterministic, "images_per_s")),
+                list_of("{:.3f}", ratios),
+                say("{:,.0f}", statistics.mean(steps(variant, deterministic, "peak_mib"))),
+                say("{:.3f}", statistics.mean(over(variant, deterministic, "peak_over_stock"))) if ratios else "",
+            ]
+        )
+    yield table("| | round | images/s | ÷ stock | peak MiB | ÷ stock |", rows)
+    yield table("| back end | fp16 | bf16 | fp32 | backward repeats bit for bit |", _accuracy(found["accuracy"]))
+    pairs = [steps(name, each, "images_per_s") for name in ("flash", "sdpa") for each in (False, True)]
+    off = max(abs(a / b - 1) for a, b in zip(pairs[0] + pairs[1], pairs[2] + pairs[3], strict=True))
+    yield sentence("they are within {:.1f} % of each other", 100 * off)
+    yield setting("compute capability 9.0", "a product's limit")
+    yield setting("only for head dimension 32", "a product's limit")
+    yield setting("It compiled 13 files in 7 minutes, on 2 cores with nvcc 13.0", "the build, which is no benchmark")
+    speeds = {name: [statistics.mean(steps(name, each, "images_per_s")) for each in (True, False)] for name in names}
+    yield sentence(
+        "Deterministic mode makes stock {:.0f} % slower, and this package {:.0f} % with PyTorch's attention and {:.0f} "
+        "% with flash-attn",
+        *(100 * (1 - slow / fast) for slow, fast in speeds.values()),
+    )
+
+
+def _accuracy(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
+    names = {
+        "math": "plain maths",
+        "sdpa": "PyTorch's attention",
+        "sdpa_deterministic_flash": "this package, deterministic mode, PyTorch's flash kernel",
+        "sdpa_deterministic_efficient": "this package, deterministic mode, PyTorch's memory-efficient kernel",
+        "flash_attn": "flash-attn",
+    }
+    for backend, name in names.items():
+        mine = [row for row in rows if row["backend"] == backend]
+        worst = []
+        for dtype in ("torch.float16", "torch.bfloat16", "torch.float32"):
+            errors = [max(row["error_out"], row["error_grad"]) for row in mine if row["dtype"] == dtype]
+            worst.append(say("{:.0e}", max(errors)) if errors else "")
+        repeats = "yes" if all(row["backward_repeats_bit_for_bit"] for row in mine) else "no"
+        other = [row["backward_repeats_bit_for_bit"] for row in rows if row["backend"] == f"{backend}_deterministic"]
+        yield [name, *worst, f"{repeats}; yes with `deterministic=True`" if other and all(other) else repeats]
+
+
+def sizes(row: dict[str, Any]) -> list[int]:
+    """Return the micro-batches of a row of memory.csv."""
+    return [int(size) for size in row["micro_batches"].split()]
+
+
+def prediction_errors(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Return errors of predicted peaks in per cent.
+
+    Args:
+        rows: Rows of memory.csv.
+
+    Returns:
+        From the fourth step on, those of steps with the micro-batches of the step before. Those of all other steps that
+        ran another size than the step before.
+    """
+    error = [100 * abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1) for row in rows]
+    same = [step for step in range(1, len(rows)) if sizes(rows[step]) == sizes(rows[step - 1])]
+    return [error[step] for step in same if step > 2], [error[step] for step in range(1, len(rows)) if step not in same]
+
+
+@measured("The memory-aware step")
+def memory() -> Iterator[Passage]:
+    """Yield the passages on the engine's step."""
+    found = result("memory")
+    yield setting("where 5 % of the images contain 160 to 330 objects", "the data")
+    yield setting("single steps of YOLOv12-S at 640", HOW)
+    yield from _limits(found["limits"])
+    yield from _gradient(found["gradient"])
+    ours, stock = found["neighbour"]["ours"], found["neighbour"]["stock"]
+    taken = [100 * max(fraction for _, fraction in each["card_taken"]) for each in (ours, stock)]
+    once = [max(sizes(row)) for row in ours["rows"]]
+    yield sentence(
+        "For {} seconds, another process takes and releases up to {:.0f} % of the card", ours["seconds"], taken[0]
+    )
+    yield sentence("This package made all {} updates, and no allocation failed", ours["summary"]["updates"])
+    assert ours["summary"]["out_of_memories"] == 0
+    assert set(once[4:]) == {256, 512}
+    yield setting("While 512 images did not fit, the engine ran 256 at once", HOW)
+    yield sentence("the engine ran 512 at once, for {} steps", once.count(512))
+    yield setting("the engine went back to 256", HOW)
+    yield sentence("The predicted peaks were {:.1f} % off (median)", ours["summary"]["prediction_error_percent"])
+    assert "Reducing to batch=256" in stock["out_of_memory_lines"][0]
+    yield setting("so it continued with 256", HOW)
+    yield sentence("It ran for {} seconds, in which the other process took up to {:.0f} %", stock["seconds"], taken[1])
+    first, second = ([row[key] for row in found["first_times"]] for key in ("first_s", "second_s"))
+    yield sentence("takes {:.1f} to {:.1f} seconds, because cuDNN", min(first), max(first))
+    yield sentence("The second one takes {:.1f} seconds", statistics.median(second))
+    disturbed, calm = found["failures"]["disturbed"], found["failures"]["undisturbed"]
+    yield sentence("{} steps of {:.0f} images", disturbed["steps"], disturbed["images"] / disturbed["steps"])
+    assert disturbed["images_lost"] == 0
+    yield sentence(
+        "With {} injected failures, of which the run's summary counts {}, all {} updates were made with all {:,} "
+        "images",
+        *(disturbed[key] for key in ("failures_injected", "out_of_memories", "updates", "images")),
+    )
+    yield sentence("The last loss was {:.0f}", disturbed["loss"][1])
+    yield sentence("without failures, it was {:.0f}", calm["loss"][1])
+    yield from _overhead(found["overhead"], found["overhead_triton_launches_as_they_come"])
+
+
+def _limits(found: dict[str, Any]) -> Iterator[Passage]:
+    rows, same, other, first = [], [], [], []
+    for limit, run in found.items():
+        errors = prediction_errors(run["rows"])
+        same.append(errors[0])
+        other.append(max(errors[1]))
+        first.append(100 * abs(float(run["rows"][0]["predicted_mib"]) / float(run["rows"][0]["peak_mib"]) - 1))
+        summary = run["summary"]
+        assert summary["images_lost"] == 0
+        assert summary["updates"] == summary["updates_expected"]
+        peak = say("{:.1f}", summary["peak_max_mib"] / 1024)
+        at_once = f"{summary['micro_batch_min']} to {summary['micro_batch_max']}"
+        errors_ = [say("{:.1f} %", max(errors[0])), say("{:.1f} %", max(errors[1]))]
+        rows.append([limit, at_once, peak, *errors_, str(summary["out_of_memories"])])
+    yield table(
+        "| `mem_limit` | images at once | peak, GiB | largest error of a predicted peak, same size as before "
+        "| another size | failures |",
+        rows,
+    )
+    yield sentence("`batch=256`, {} updates and a validation", found["8 GiB"]["summary"]["updates"])
+    medians = [statistics.median(each) for each in same]
+    yield sentence("off by {:.2f} to {:.1f} % (median of each run)", min(medians), max(medians))
+    yield sentence("and by at most {:.1f} %", max(map(max, same)))
+    yield sentence("off by up to {:.1f} %, and in the first step of a run by {:.1f} %", max(other), max(first))
+
+
+def _gradient(found: dict[str, Any]) -> Iterator[Passage]:
+    off, runs = found["relative_difference"], {name: run["micro_batches"] for name, run in found["runs"].items()}
+    small = "16 micro-batches of 16"
+    assert runs["8 GiB"] == runs["8 GiB, other layout"] == runs["12 GiB, fp32"] == [16] * 16
+    assert (runs["40 GiB"], runs["60 GiB, fp32"]) == ([128] * 2, [80, 80, 96])
+    yield setting("one batch of 256 images, with BatchNorm groups of 16 and the weights after 60 steps", HOW)
+    yield table(
+        "| gradient a | gradient b | relative difference |",
+        [
+            [
+                f"fp16, {small} (limit of 8 GiB)",
+                "fp16, 2 micro-batches of 128 (limit of 40 GiB)",
+                say("{:.3f}", off["limit"]),
+            ],
+            [f"fp16, {small}, contiguous", f"fp16, {small}, channels_last", say("{:.3f}", off["rounding"])],
+            [f"fp16, {small}", f"fp32, {small}", say("{:.2f}", off["fp16 against fp32"])],
+            [f"fp32, {small}", "fp32, micro-batches of 80, 80 and 96", say("{:.1e}", off["limit, fp32"])],
+        ],
+    )
+    yield setting("In float64, the tests allow 2e-5", "the bound of a test")
+
+
+def _overhead(found: list[dict[str, Any]], before: list[dict[str, Any]]) -> Iterator[Passage]:
+    rows = {(row["micro_batch"], row["bn_group"]): row for row in found}
+    order = ((256, 256), (256, 32), (128, 32), (64, 32), (32, 32))
+    yield setting("A step has 256 images and consists of", HOW)
+    yield table(
+        "| micro-batch | BatchNorm group | ÷ bare loop | rounds |",
+        [
+            [
+                *map(str, key),
+                say("{:.3f}", rows[key]["engine_over_bare"]),
+                list_of("{:.3f}", sorted(rows[key]["rounds"])),
+            ]
+            for key in order
+        ],
+    )
+    each = {micro: rows[micro, 32]["bare_ms"] * micro / 256 for micro in (32, 64, 128)}
+    yield sentence(
+        "The bare loop takes {:.0f} ms for 32 images, {:.0f} ms for 64 and {:.0f} ms for 128", *each.values()
+    )
+    (slow,) = (row for row in before if (row["micro_batch"], row["bn_group"]) == (64, 32))
+    yield sentence("64 images in groups of 32 took {:.2f} times as long", slow["engine_over_bare"])
+
+
+@measured("Images a second against memory")
+def checkpointing() -> Iterator[Passage]:
+    """Yield the passages on images/s at each memory limit."""
+    found = {name: {row["limit_gib"]: row for row in rows} for name, rows in _curves()}
+    yield setting("Images have 640 pixels", HOW)
+    yield setting('"Ours" is this package at batch 256', HOW)
+    yield setting("Ours updates the weights once for 256 images. The other two do so once for about 64", HOW)
+    yield setting("with batches of up to 64, they pay for the optimizer", HOW)
+    yield setting("normalises groups of up to 32 images in ours", HOW)
+    assert not any(row["failures"] for scale in "sx" for row in found[f"ours-{scale}"].values())
+    tables: dict[str, list[list[str]]] = {"s": [], "x": []}
+    for scale, gib in itertools.product("sx", LIMITS):
+        ours, stock, whole = (found[f"{who}-{scale}"][gib] for who in ("ours", "stock", "all"))
+        cells = [(ours, "micro_batch"), (stock, "batch"), (whole, "batch")]
+        speeds = [say("{:.0f} (at {})", row["images_per_s"], row[key]) for row, key in cells]
+        ratios = [say("{:.2f}", ours["images_per_s"] / each["images_per_s"]) for each in (stock, whole)]
+        tables[scale].append([str(gib), *speeds, *ratios])
+    header = "| limit, GiB | ours | Ultralytics 8.4.190 | all layers recomputed | ours ÷ stock | ours ÷ all |"
+    for scale, rows in tables.items():
+        yield table(header, rows, after=f"YOLO12-{scale.upper()}:\n\n")
+    for scale, after in (("s", ". The speed of the host"), ("x", ". At 8 GiB, every step")):
+        curve = found[f"ours-{scale}"]
+        share = curve[16]["images_per_s"] / curve[80]["images_per_s"]
+        yield sentence("At 16 GiB, ours reaches {:.2f} of its own speed at 80 GiB" + after, share)
+    yield setting("Ours at 8 GiB was measured on a slower day", "a label")
+    steps = [len(row["steps"]) for row in found["ours-x"].values()]
+    yield sentence(
+        "ours ran for 18 seconds and for 4 batches at least: these were {} to {} batches. At 16 GiB, this was enough",
+        *(min(steps), max(steps)),
+    )
+    small = found["ours-x"][8]
+    assert all("groups of 16" in step["events"] for step in small["steps"])
+    yield sentence("in BatchNorm groups of 16, although the run had settled on groups of {}", small["bn_group"])
+    yield sentence("At 4 GiB, it had settled on groups of {}", found["ours-x"][4]["bn_group"])
+
+
+def _curves() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    found = result("checkpointing")
+    for name in found:
+        if name.startswith(("ours", "stock", "all")):
+            yield name, found[name]
+
+
+@measured("What plans free")
+def freed() -> Iterator[Passage]:
+    """Yield the passages on bytes that plans free."""
+    found = result("checkpointing")["freed"]
+    rows = []
+    for name, each in itertools.groupby(found, lambda row: row["model"]):
+        plans = list(each)
+        assert len(plans) == 10
+        label = f"{name[-1]}, {plans[0]['images']}" + " images" * (name == "yolov12n")
+        kept = plans[0]["kept_mib"][1]
+        rows.append(
+            [
+                label,
+                say("{:,.0f}", kept),
+                say("{:,.0f}", plans[-1]["measured_mib"]),
+                say("{:.3f} %", max(abs(plan["off_percent"]) for plan in plans)),
+                say("{:.1f} s", plans[0]["profile_s"]),
+                say("{:.1f} s", plans[0]["ladder_s"]),
+            ]
+        )
+    yield setting("Images have 640 pixels", HOW)
+    yield table(
+        "| | kept, MiB | freed by the last plan, MiB | largest prediction error | time to profile | time to plan |",
+        rows,
+    )
+    peak = max(abs(100 * (row["predicted_peak_mib"] / row["measured_peak_mib"] - 1)) for row in found)
+    yield sentence("the largest prediction error is {:.1f} %", peak)
+
+
+@measured("Averaging losses")
+def averaging() -> Iterator[Passage]:
+    """Yield the passages on the error of averaged losses."""
+    yield setting("YOLO12-N at 192 pixels", HOW)
+    yield setting("two micro-batches of 4 and into eight of 1", HOW)
+    yield setting("a sum of target scores below 1 by 1", "Ultralytics' rule")
+    yield setting("the sums of the micro-batches are above 1", "Ultralytics' rule")
+    yield averaging_table()
+
+
+def averaging_table() -> Passage:
+    """Return the table of errors, which two pages have."""
+    rows = {(row["steps_before"], row["micro_batch"], row["dtype"]): row for row in result("exactness")["rows"]}
+    cells = []
+    for steps, size in itertools.product((0, 150), (4, 1)):
+        single, double = rows[steps, size, "torch.float32"], rows[steps, size, "torch.float64"]
+        cells.append(
+            [
+                f"after {steps} steps" if steps else "before training",
+                {4: "two of 4", 1: "eight of 1"}[size],
+                say("{:.0f} %", 100 * single["average"]),
+                say("{:.0e}", single["engine"]),
+                say("{:.0e}", double["engine"]),
+            ]
+        )
+    return table("| weights | split | averaging | the engine, fp32 | the engine, float64 |", cells)

@@ -1,0 +1,219 @@
+"""Whole trainings and loaders in docs/reference/measurements.md."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from statistics import mean
+from typing import Any
+
+from scripts.figures.measured_steps import HOW, list_of, measured, sizes
+from scripts.figures.pages import Passage, result, say, sentence, setting, table
+
+
+def journal(run: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the rows of memory.csv of a run of dense.json."""
+    return list(csv.DictReader(run["memory_csv"]))
+
+
+@measured("Label-dense data, and images that get smaller")
+def dense() -> Iterator[Passage]:
+    """Yield the passages on label-dense data."""
+    found = result("dense")
+    ours, (stock,) = found["dense"]["ours"], found["dense"]["stock"]
+    rows = journal(ours)
+    late = rows[-len(rows) // 2 :]
+    yield setting("1,536 images of 640 pixels. 2 % of the images have 300 to 900 boxes", "the data")
+    yield sentence("an image has up to {:,} boxes", max(int(row["max_boxes"]) for row in rows))
+    yield setting("with a limit of 16 GiB trains whole epochs", HOW)
+    assert found["dense"]["limit_gib"] == 16
+    yield sentence(
+        "stock {} epochs with `batch=32`, this package {} epochs", len(stock["epoch_s"]), len(ours["epoch_s"])
+    )
+    names = {"Ultralytics 8.4.190": stock, "ours": ours}
+    lines = [
+        [name, *(say("{:,.0f}", run[key]) for key in ("images_per_s", "peak_mean_mib", "peak_sd_mib"))]
+        for name, run in names.items()
+    ]
+    ratio = ours["images_per_s"] / stock["images_per_s"]
+    scatter = ours["peak_sd_mib"] / stock["peak_sd_mib"]
+    lines.append(["ours ÷ Ultralytics", say("{:.2f}", ratio), "", say("{:.3f}", scatter)])
+    yield table("| | images/s, second half | peak of a step, mean MiB | its standard deviation, MiB |", lines)
+    yield sentence(
+        "stock had {:.0f} images/s in {} epochs and ours {:.0f} in {}",
+        *(stock["images_per_s_all"], len(stock["epoch_s"]), ours["images_per_s_all"], len(ours["epoch_s"])),
+    )
+    peaks = [float(row["peak_mib"]) for row in late]
+    assert {tuple(sizes(row)) for row in late} == {(128, 128)}
+    yield sentence("All {} steps of the second half ran 128 images at once", len(late))
+    yield sentence("between {:,.0f} and {:,.0f} MiB", min(peaks), max(peaks))
+    earlier = found["dense_beside_three_other_runs"]
+    speeds = [earlier["ours"]["images_per_s"], earlier["stock"][0]["images_per_s"]]
+    yield sentence(
+        "The speeds were {:.0f} and {:.0f} images/s, a ratio of {:.2f}, and the standard deviations were {:.0f} and "
+        "{:.0f} MiB",
+        *(*speeds, speeds[0] / speeds[1], earlier["ours"]["peak_sd_mib"], earlier["stock"][0]["peak_sd_mib"]),
+    )
+    yield sentence("The first epoch takes {:.0f} s, with warm-up", ours["epoch_s"][0])
+    yield sentence("the first epoch of stock takes {:.0f} s", stock["epoch_s"][0])
+    yield sentence("the micro-batch grew from 64 to 128 images, and the epoch took {:.0f} s", ours["epoch_s"][4])
+    assert [row["epoch"] for row in rows if "grew 64 to 128" in row["events"]] == ["5"]
+    yield from _smaller(journal(found["ladder"]["auto"]), found["off"], found["ladder"]["budget_mib"])
+
+
+def _smaller(rows: list[dict[str, str]], off: list[dict[str, Any]], budget_mib: float) -> Iterator[Passage]:
+    yield setting("YOLOv12-X at 1,280 pixels, `batch=4`, 8 workers", HOW)
+    yield sentence("until the budget of the run is {:,.0f} MiB", budget_mib)
+    small = [int(row["step"]) for row in rows if row["image_size"] == "1184x1184" and sizes(row) == [1, 1, 1, 1]]
+    changes = [int(row["step"]) for row in rows if row["events"] and row["events"] != "groups of 1"]
+    yield sentence("From training step {} to training step {}, the run changed", changes[0], small[0])
+    yield setting("then to 1,184 pixels, which is three resolution steps lower", "asserted below")
+    yield sentence("It ran {} training steps at this size", len(small))
+    assert sum(row["image_size"] == "1184x1184" for row in rows[small[-1] :]) > 0
+    up = [int(row["step"]) for row in rows if re.match(r"image size (1184|1216|1248) to", row["events"])]
+    yield sentence("after the training steps {}, {} and {}", *up)
+    yield sentence("It made all of its {} steps", len(rows))
+    later = sum(row["image_size"] != "1280x1280" for row in rows if int(row["step"]) > up[-1])
+    yield sentence("In {} later steps images were smaller again", later)
+    first, second = off
+    needs, budget = re.findall(r"([\d,]+) MiB at its peak, the budget is ([\d,]+) MiB", first["log_tail"])[0]
+    yield sentence("`mem_limit` was {:,} MiB, which gives the same budget", first["mem_limit_mib"])
+    yield sentence('"one image needs {} MiB at its peak, the budget is {} MiB"', needs, budget)
+    yield sentence("The error proposed a limit of {:,} MiB", second["mem_limit_mib"])
+    assert second.get("exit_status", 0) == 0
+    yield sentence("highest peak of {:,.0f} MiB", max(float(row["peak_mib"]) for row in journal(second)))
+
+
+@measured("The smoke suite, and the tests marked `gpu`")
+def smoke() -> Iterator[Passage]:
+    """Yield the passages on the tests that ran on GPUs."""
+    found = result("smoke")["marked_gpu"]
+    everything = found["all_of_them"]
+    assert found["failed"] == everything["failed"] == 0
+    yield sentence("All {} tests marked `gpu` in `tests/mas` and `tests/training` pass", found["passed"])
+    yield sentence("On 2026-11-25, all {} tests marked `gpu` passed on an H100", everything["passed"])
+
+
+@measured("Loading ahead")
+def loading() -> Iterator[Passage]:
+    """Yield the passages on batches that workers prefetch."""
+    found = result("loading")
+    yield setting("16 cores", "the machine")
+    yield setting("1,280 images of the demonstration data, with mosaic and 8 workers", HOW)
+    lines = []
+    for ahead, name in ((4, "4, as in Ultralytics"), (2, "2")):
+        rows = [[row for row in found[scale]["rows"] if row["ahead"] == ahead] for scale in "sx"]
+        keys = ("images_per_s", "images_per_s_with_val")
+        lines.append([name, *(list_of("{:.0f}", [row[key] for row in each]) for each in rows for key in keys)])
+    yield table(
+        "| batches that each worker prefetches | YOLOv12-S, batch 128 | with validations | YOLOv12-X, batch 64 "
+        "| with validations |",
+        lines,
+    )
+    waits = [row["wait_ms"]["median"] for scale in "sx" for row in found[scale]["rows"]]
+    yield sentence("a step waits {:.1f} to {:.1f} ms for its batch", min(waits), max(waits))
+    yield setting("The second run of X with 2 batches did not finish", "a label")
+    yield setting("The engine uses 2 batches", "a default")
+    yield setting("saves 16 batches of 128 images, which are 2.5 GB", "computed: 16 × 128 × 3 × 640 × 640 bytes")
+    yield setting("takes effect 17 batches later instead of 33", "computed: 2 × 8 + 1 and 4 × 8 + 1")
+
+
+@measured("The training loader on the CPU")
+def loader() -> Iterator[Passage]:
+    """Yield the passages on the training loader."""
+    found = result("loader")
+    yield setting(
+        "640 drawn images with the sizes of photographs in COCO, JPEG files of 150 kB, are loaded at 640", HOW
+    )
+    yield setting("pixels in batches of 16", HOW)
+    yield setting("the median of 20 pairs of batches", HOW)
+    names = {
+        "files": "JPEG files, mosaic",
+        "files, mixup": "JPEG files, mosaic and `mixup=0.15`",
+        "files, no mosaic": "JPEG files, `mosaic=0`",
+        "ram": "`cache=ram`, mosaic",
+        "files, 2 workers": "JPEG files, mosaic, 2 workers (all processes)",
+        "ram, 2 workers": "`cache=ram`, mosaic, 2 workers (all processes)",
+    }
+    keys = ("stock_cpu_ms", "ours_cpu_ms", "ratio")
+    lines = [[name, *(say("{:.2f}", found[case][key]) for key in keys)] for case, name in names.items()]
+    yield table("| | Ultralytics | this package | ratio |", lines)
+    yield setting(
+        "gave ratios from 1.35 to 1.40 for files and from 1.41 to 1.58 for `cache=ram`; with 2 workers from 1.21 to "
+        "1.34 and from 1.43 to 1.73. Their files were not kept",
+        "repetitions whose files were not kept, as the page says",
+    )
+    stages = {
+        "read the file": "read",
+        "decode JPEG": "decode",
+        "resize": "resize",
+        "mosaic canvas": "canvas",
+        "affine warp": "warp",
+        "colours (HSV)": "colours",
+        "order of channels, flips": "channels, flips",
+        "stack the batch": "batch",
+        "labels and everything else": "labels and the rest",
+    }
+    spent = found["files, stages"]
+    lines = [[name, *(say("{:.2f}", spent[who][stage]) for who in ("stock", "ours"))] for name, stage in stages.items()]
+    yield table("| | Ultralytics | this package |", lines)
+
+
+@measured("The weights of the demonstration")
+def demo_model() -> Iterator[Passage]:
+    """Yield the passages on the model that comes with the package."""
+    found = result("demo_model")
+    validation = found["validation"]
+    yield sentence("YOLOv12-N at {} pixels for 42 epochs on 4,750 boards", found["training"]["imgsz"])
+    yield sentence("in batches of {}, in {} s", found["training"]["batch"], found["seconds"])
+    yield setting("On 200 boards of another seed", "the data")
+    yield sentence("its AP50 is {:.3f} and its AP50-95 is {:.3f}", validation["map50"], validation["map50_95"])
+    classes = dict(validation["map50_of_class"])
+    yield sentence("their AP50 is {:.2f}, that of every other class is above 0.92", classes.pop("bridge"))
+    assert min(classes.values()) > 0.92
+
+
+@measured("New classes")
+def classes() -> Iterator[Passage]:
+    """Yield the passages on classes that arrive."""
+    found = result("classes")
+    yield sentence("half trained: {} epochs on the 8 classes", found["base_epochs"])
+    yield setting("YOLOv12-N at 320 pixels", HOW)
+    yield setting("in batches of 4 images with AdamW", HOW)
+    yield setting("on the 32 validation images", "the data")
+    yield setting("with all classes labelled (128 images)", "the data")
+    names = {
+        "stock": "random weights, bias of a rare class (Ultralytics)",
+        "zero": "no weights, bias of a rare class",
+        "mean": "mean weights of the old classes, bias of a rare class",
+        "mean_bias": "mean weights and biases of the old classes (used)",
+    }
+    rows: dict[str, list[dict[str, Any]]] = {how: [] for how in names}
+    for row in found["starts"]:
+        rows[row["start"]].append(row)
+    lines = []
+    for how, name in names.items():
+        loss, new, old = ([mean(each) for each in zip(*(row[key] for row in rows[how]), strict=True)] for key in _KEYS)
+        lines.append([name, list_of("{:.3f}", loss), list_of("{:.3f}", new), say("{:.3f}", old[-1])])
+    yield table(
+        "| start | classification loss, epochs 1, 2, 3 | AP of the new classes, epochs 1, 2, 3 "
+        "| AP of the old classes, epoch 3 |",
+        lines,
+    )
+    for used, stock in zip(rows["mean_bias"], rows["stock"], strict=True):  # for both seeds, in all three epochs
+        assert all(a > b for a, b in zip(used["new_ap"], stock["new_ap"], strict=True))
+    yield setting("four epochs on 48 images in which only", "the data")
+    assert found["replay_epochs"] == 4
+    lines = []
+    for fraction in (0, 0.3, 0.5):
+        each = [row for row in found["replay"] if row["replay_fraction"] == fraction]
+        cells = [say("{:.3f}", mean(row[key][1] for row in each)) for key in ("old_before", "old_after")]
+        lines.append([str(fraction or "without `replay`"), *cells])
+    yield table("| `replay_fraction` | AP of the old classes before | after |", lines)
+    yield setting("The old images are the 128 training images", "the data")
+    highest = max(row["new_after"][1] for row in found["replay"])
+    yield sentence("AP was at most {:.3f} with and without `replay`", highest)
+
+
+_KEYS = ("cls_loss", "new_ap", "old_ap")

@@ -1,0 +1,124 @@
+"""Figures of README.md and README.zh-CN.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import fmean
+
+from scripts.figures.measured_steps import HOW, prediction_errors, sizes
+from scripts.figures.pages import Passage, result, say, section, sentence, setting
+
+ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+# Words of both languages in the first cell → row of `rows`.
+LABELS = {
+    "YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": "YOLO12-S，640，batch 256，显存限制 4 GiB，图像/秒",
+    "the same, 16 GiB": "同上，16 GiB",
+    "the same, 80 GiB": "同上，80 GiB",
+    "YOLO12-X, 640, batch 256 in BatchNorm groups of 16, limit of 8 GiB, images/s": (
+        "YOLO12-X，640，batch 256，BatchNorm 每组 16 张，显存限制 8 GiB，图像/秒"
+    ),
+    "label-dense: YOLO12-S, second half of the epochs, limit of 16 GiB, 2 % of the images with 300 to 900 boxes, "
+    "images/s": ("标注密集：YOLO12-S，后一半 epoch，显存限制 16 GiB，2 % 的图像含 300 到 900 个框，图像/秒"),
+    "the same training: standard deviation of the memory peak of a step, MiB": "同一训练：每步显存峰值的标准差，MiB",
+    "one training step of YOLO12-S at batch 128, images/s": "YOLO12-S 单个训练步，batch 128，图像/秒",
+    "memory peak of this step, MiB": "该训练步的显存峰值，MiB",
+    "training on four GPUs, batch 512, images in memory and not augmented, images/s": (
+        "四卡训练，batch 512，图像在内存中且不做增强，图像/秒"
+    ),
+    "updates made in 200 steps with 53 injected allocation failures": "200 步中注入 53 次分配失败，完成的参数更新次数",
+    "largest error of a predicted peak, four limits from 8 to 40 GiB: at the size of the step before, at another": (
+        "显存峰值预测的最大误差，8 到 40 GiB 的四种限制：大小与上一步相同时、不同时"
+    ),
+    "relative difference in fp32 between the gradients of two splits of one batch": (
+        "同一个 batch 按两种方式拆分，fp32 梯度的相对差"
+    ),
+    "exported graph of YOLOv12-M at 1280, memory of its tensors, MiB": (
+        "导出的 YOLOv12-M（1280）计算图中张量的内存，MiB"
+    ),
+}
+
+
+def rows() -> Iterator[list[str]]:
+    """Yield the figures of each row of the table, this package's first."""
+    curves, dense, memory = result("checkpointing"), result("dense")["dense"], result("memory")
+    for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 8)):
+        each = ({row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock"))
+        yield [say("{:,.0f}", row["images_per_s"]) for row in each]
+    for key in ("images_per_s", "peak_sd_mib"):
+        yield [say("{:,.0f}", row[key]) for row in (dense["ours"], dense["stock"][0])]
+    steps = [row for row in result("attention")["steps"] if not row["deterministic"]]
+    for key in ("images_per_s", "peak_mib"):
+        yield [say("{:,.0f}", fmean(row[key] for row in steps if row["variant"] == who)) for who in ("sdpa", "stock")]
+    four = {row["who"]: row for row in result("ranks_four")["speed"]["rows"] if row["gpus"] == 4}
+    yield [say("{:,.0f}", four[who]["images_per_s"]) for who in ("ours", "stock")]
+    failures = memory["failures"]["disturbed"]
+    assert (failures["steps"], failures["failures_injected"], failures["images_lost"]) == (200, 53, 0)
+    yield [str(failures["updates"])]
+    errors = [prediction_errors(limit["rows"]) for limit in memory["limits"].values()]
+    yield [", ".join(say("{:.1f} %", max(map(max, kind))) for kind in zip(*errors, strict=True))]
+    yield [say("{:.1e}", memory["gradient"]["relative_difference"]["limit, fp32"])]
+    graphs = {
+        row["share"]: row["planned_bytes"] / 2**20
+        for row in result("export")["agree"]
+        if (row["model"], row["imgsz"], row["dynamic"]) == ("yolov12m", 1280, False)
+    }
+    yield [say("{:,.0f}", graphs[share]) for share in (0.5, 1.0)]
+
+
+def _table(language: int) -> Iterator[Passage]:
+    """Yield a passage for each row; the cells of figures are the second and the third."""
+    for labels, figures in zip(LABELS.items(), rows(), strict=True):
+        ours, stock = [*figures, ""][:2]
+        if stock:
+            yield sentence(f"| {labels[language]} | {{}} | {{}} |", ours, stock)
+        else:
+            yield sentence(f"| {labels[language]} | {{}} | |", ours)
+
+
+@section(ENGLISH, "Figures")
+def figures() -> Iterator[Passage]:
+    """Yield the rows of the table."""
+    yield from _table(0)
+    yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
+    yield setting("4 × H200", "the number of cards")
+    (small,) = (row for row in result("checkpointing")["ours-x"] if row["limit_gib"] == 8)
+    assert {event for step in small["steps"] for event in step["events"]} == {"groups of 16"}
+
+
+@section(CHINESE, "测量数据")
+def chinese_figures() -> Iterator[Passage]:
+    """Yield the rows of the table."""
+    yield from _table(1)
+    yield sentence("标注密集的数据上用 {}，没有搜索过", result("dense")["dense"]["stock"][0]["batch"])
+    yield setting("指 8.4.190", "a version")
+    yield setting("4 × H200", "the number of cards")
+
+
+@section(ENGLISH, "")
+def picture() -> Iterator[Passage]:
+    """Yield the run that the picture shows."""
+    batch, taken, updates = _run()
+    words = "In this run (YOLO12-S, batch {}, one H200), another process took and released up to {:.0f} %"
+    yield sentence(words, batch, taken)
+    yield setting("The engine ran all 512 images at once", HOW)
+    yield setting("and 256 at once when there was not", HOW)
+    yield sentence("It made all {} updates with the batch of {}", updates, batch)
+
+
+@section(CHINESE, "")
+def chinese_picture() -> Iterator[Passage]:
+    """Yield the run that the picture shows."""
+    batch, taken, updates = _run()
+    yield sentence("（YOLO12-S，batch {}，一块 H200）运行时，另一个进程随机占用和释放最多 {:.0f} %", batch, taken)
+    yield setting("引擎一次运行全部 512 张图像；不够时一次运行 256 张", HOW)
+    yield sentence("{} 次参数更新全部按设定的 batch 完成", updates)
+
+
+def _run() -> tuple[int, float, int]:
+    found = result("memory")["neighbour"]
+    summary = found["ours"]["summary"]
+    assert summary["updates"] == summary["updates_expected"]
+    assert summary["out_of_memories"] == 0
+    assert {max(sizes(row)) for row in found["ours"]["rows"][4:]} == {256, 512}  # after the start
+    assert "Reducing to batch=256" in found["stock"]["out_of_memory_lines"][0]
+    return found["batch"], 100 * max(fraction for _, fraction in found["ours"]["card_taken"]), summary["updates"]

@@ -1,0 +1,101 @@
+"""The figures of README.md and docs/ are those of the JSON files; python -m scripts.figures writes them anew."""
+
+import re
+
+import pytest
+
+from scripts.figures.__main__ import PAGES
+from scripts.figures.pages import ROOT, SECTIONS, Section, check, sentence, setting, table
+
+PAGE = """# Page
+
+## Speed (2026-11-24)
+
+With a limit of 8 GiB, ours has 297 images/s and
+stock 107, measured on 2026-11-24 on an H100 80 GB with torch 2.11.0 (`batch=256`).
+
+| limit | ours |
+|---|---|
+| 8 | 297 |
+
+## Other
+
+It takes 30 s to wait.
+"""
+
+
+def problems(text, *passages, is_whole=True):
+    return check("docs/page.md", text, [Section("docs/page.md", "Speed", lambda: passages, is_whole)])
+
+
+def passages(speed=297.4):
+    return (
+        setting("limit of 8 GiB", "a setting"),
+        sentence("ours has {:.0f} images/s and stock {:.0f}", speed, 106.8),
+        table("| limit | ours |", [["8", f"{speed:.0f}"]]),
+    )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_figure_is_that_of_the_data(page):
+    of_page = [each for each in SECTIONS if each.page == page]
+    found, _ = check(page, (ROOT / page).read_text("utf-8"), of_page)
+    assert found == []
+
+
+@pytest.mark.parametrize("page", sorted({each.page for each in SECTIONS}))
+def test_wrong_figures_are_found(page):
+    """Change a figure of every section at a time."""
+    text = (ROOT / page).read_text("utf-8")
+    of_page = [each for each in SECTIONS if each.page == page]
+    for each in of_page:
+        passage = next((passage for passage in each.passages() if passage.parts), None)
+        if passage is not None:
+            start = passage.pattern.search(text).start(1)
+            at = start + re.search(r"\d", text[start:]).start()
+            wrong = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+            assert check(page, wrong, of_page)[0], passage.name
+
+
+def test_a_page_that_agrees_has_no_problems():
+    assert problems(PAGE, *passages()) == ([], PAGE)
+
+
+def test_a_wrong_figure_is_a_problem_and_is_written_anew():
+    found, text = problems(PAGE, *passages(speed=303.0))
+    assert len(found) == 2
+    assert "297 should be 303" in found[0]
+    assert text == PAGE.replace("297", "303")
+    assert problems(text, *passages(speed=303.0)) == ([], text)
+
+
+def test_a_sentence_that_changed_is_a_problem():
+    (found, *more), text = problems(PAGE.replace("ours has", "ours makes"), *passages())
+    assert "found 0 times" in found
+    assert text == PAGE.replace("ours has", "ours makes")
+    assert more  # its numbers are tied to nothing
+
+
+def test_a_new_figure_is_a_problem():
+    text = PAGE.replace("(`batch=256`)", "(`batch=256`), 2.78 as many")
+    (found,), _ = problems(text, *passages())
+    assert "2.78 is not tied to data" in found
+    assert problems(text, *passages(), is_whole=False)[0] == []
+
+
+@pytest.mark.parametrize("words", ["has 1,067 images/s", "is 1.5 times as fast"])
+def test_what_looks_measured_is_a_problem_on_every_page(words):
+    (found,), _ = check("docs/guides/train.md", f"# Train\n\n## How\n\nIt {words}; `x = 5 images/s`, 64 pixels.\n", [])
+    assert "is not tied to data" in found
+
+
+def test_rows_that_were_added_or_lost_are_a_problem():
+    for text in (PAGE.replace("| 8 | 297 |\n", "| 8 | 297 |\n| 9 | 300 |\n"), PAGE.replace("| 8 |", "| 7 |")):
+        found, written = problems(text, *passages())
+        assert len(found) == 1
+        assert written == PAGE
+
+
+def test_a_section_that_is_gone_is_a_problem():
+    found, _ = problems(PAGE.replace("Speed", "Pace"), *passages())
+    assert "0 sections are named 'Speed'" in found[0]
