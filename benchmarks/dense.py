@@ -4,7 +4,7 @@
     python -m benchmarks dense --out part.json --only ladder saving
 
 dense   1,536 images, 2 % of them with 300 to 900 boxes and the others with about 10, mosaic 1.0, copy_paste 0.1, whole
-        epochs with data loading: stock Ultralytics in a process without this package, at its largest stable batch, then
+        epochs with data loading: stock Ultralytics in a process without this package, at a batch chosen by hand, then
         ours. A peak is that of an optimizer step
 ladder  another process leaves too little memory for one image for a while, so images get smaller
 off     the same with mas_data=off
@@ -33,7 +33,7 @@ from benchmarks.drawings import noise
 
 LIMIT_GIB = 16
 STOCK_BATCHES = (32,)
-"""Largest stable batch of stock: its assigner does not fall back to single images, and it does not halve the batch."""
+"""Batches of stock, chosen by hand: its assigner must not fall back to single images, nor the batch be halved."""
 IMAGES, EPOCHS = 1536, {"stock": 4, "ours": 16}
 """The second half of the epochs is measured, when files are cached and the controller has found its size and plan."""
 TRAIN: dict[str, Any] = {
@@ -117,7 +117,7 @@ def _in_process(
 
 
 def dense() -> dict[str, Any]:
-    """Compare stock at its largest stable batch with ours at batch=256."""
+    """Compare stock with ours at batch=256."""
     data = noise(IMAGES, crowded=True)
     result: dict[str, Any] = {"limit_gib": LIMIT_GIB, "stock": []}
     for batch in STOCK_BATCHES:

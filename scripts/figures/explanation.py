@@ -158,7 +158,7 @@ def design() -> Iterator[Passage]:
     found, dense_ = result("checkpointing"), result("dense")["dense"]
     at = {(who, row["limit_gib"]): row["images_per_s"] for who in ("ours", "stock") for row in found[f"{who}-s"]}
     yield sentence(
-        "at 16 GiB, S has {:.2f} times stock's speed ({:.2f} on label-dense data",
+        "at 16 GiB, S has {:.2f} times stock's speed ({:.2f} on label-dense data, where",
         at["ours", 16] / at["stock", 16],
         dense_["ours"]["images_per_s"] / dense_["stock"][0]["images_per_s"],
     )

@@ -11,11 +11,13 @@ from scripts.figures.pages import Passage, result, say, section, sentence, setti
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 # Words of both languages in the first cell → row of `rows`.
 LABELS = {
-    "YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": "YOLO12-S，640，batch 256，显存限制 4 GiB，图像/秒",
+    "training steps of YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": (
+        "YOLO12-S 训练步，640，batch 256，显存限制 4 GiB，图像/秒"
+    ),
     "the same, 16 GiB": "同上，16 GiB",
     "the same, 80 GiB": "同上，80 GiB",
-    "YOLO12-X, 640, batch 256 in BatchNorm groups of 16, limit of 8 GiB, images/s": (
-        "YOLO12-X，640，batch 256，BatchNorm 每组 16 张，显存限制 8 GiB，图像/秒"
+    "training steps of YOLO12-X, 640, batch 256 in BatchNorm groups of 16, limit of 8 GiB, images/s": (
+        "YOLO12-X 训练步，640，batch 256，BatchNorm 每组 16 张，显存限制 8 GiB，图像/秒"
     ),
     "label-dense: YOLO12-S, second half of the epochs, limit of 16 GiB, 2 % of the images with 300 to 900 boxes, "
     "images/s": ("标注密集：YOLO12-S，后一半 epoch，显存限制 16 GiB，2 % 的图像含 300 到 900 个框，图像/秒"),
