@@ -322,12 +322,8 @@ def main() -> int:
             continue
         result.add(part, result.get(part, []))
         started = time.time()
-        stock = part.startswith("stock")
-        call = Call(
-            "checkpointing:run", stock=stock, variables=EXPANDABLE, part=part, out=str(options.out.absolute()),
-            limits=options.limits or [],
-        )  # fmt: skip
-        failed |= call.wait()
+        work = {"part": part, "out": str(options.out.absolute()), "limits": options.limits or []}
+        failed |= Call("checkpointing:run", stock=part.startswith("stock"), variables=EXPANDABLE, **work).wait()
         print(f"{part}: {time.time() - started:.0f} s", flush=True)
     return failed
 

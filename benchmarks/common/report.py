@@ -100,7 +100,7 @@ class Report(dict[str, Any]):
         self |= {"command": command(sys.argv), **machine(device), **more}
 
     def add(self, part: str, found: Any, **more: Any) -> None:
-        """Write a part, with the machine that it was measured on.
+        """Write a part, with its command and the machine that it was measured on.
 
         Args:
             part: Name of the part.
@@ -108,7 +108,8 @@ class Report(dict[str, Any]):
             more: Further fields of the description of the machine.
         """
         self[part] = found
-        self.setdefault("measured_on", {})[part] = {**machine(self._device), **more}
+        head = {"command": self["command"], **machine(self._device), **more}
+        self.setdefault("measured_on", {})[part] = head
         self.write()
 
     def write(self) -> None:

@@ -51,7 +51,7 @@ def test_a_report_says_how_it_was_made_and_keeps_other_parts(tmp_path):
     assert (found["calm"], found["loud"], found["limits"]) == ([1], {"ratio": 2.0}, [8])
     head = {"date", "device", "torch", "ultralytics", "commit"}
     assert head <= set(found)
-    assert head | {"seconds"} <= set(found["measured_on"]["loud"])
+    assert head | {"command", "seconds"} <= set(found["measured_on"]["loud"])
     assert found["command"] != "earlier"
     assert "calm" not in Report(out, "cpu")
     assert list(tmp_path.iterdir()) == [out]
