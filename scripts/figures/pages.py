@@ -196,7 +196,7 @@ def _untied(text: str, start: int, end: int, of: Section, covered: Sequence[tupl
     for number in loose(text, start, end, covered):
         if of.is_whole or _LOOKS_MEASURED.match(text, number.end()):
             around = text[max(number.start() - 40, start) : min(number.end() + 40, end)]
-            yield f"{of.heading}: {number[0]} is not tied to data: …{' '.join(around.split())}…"
+            yield f"{of.heading}: {number[0].rstrip('.,')} is not tied to data: …{' '.join(around.split())}…"
 
 
 def _difference(now: str, part: str) -> str:
