@@ -16,6 +16,7 @@ from scripts.figures import (  # noqa: F401 - they register their sections
     explanation,
     exports,
     measured_kernels,
+    measured_loaders,
     measured_steps,
     measured_trainings,
     readme,
