@@ -40,7 +40,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def task_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A small model of each task, for two classes; their yamls."""
     files: dict[str, Path] = {}
     for task, head in _HEADS.items():

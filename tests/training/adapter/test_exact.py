@@ -104,7 +104,7 @@ TRAINERS = {"segment": SegmentationTrainer, "pose": PoseTrainer}
 
 
 @pytest.mark.parametrize("task", TRAINERS)
-def test_a_split_gives_the_losses_and_weights_of_the_whole_batch(trainings, tiny_models, tmp_path, task):
+def test_a_split_gives_the_losses_and_weights_of_the_whole_batch(trainings, task_models, tmp_path, task):
     """For losses with several normalisers, if `exact` is not False. The user's `preprocess_batch` is called once."""
     calls = []
 
@@ -122,7 +122,7 @@ def test_a_split_gives_the_losses_and_weights_of_the_whole_batch(trainings, tiny
     }.items():
         del calls[:]
         options |= {"trainer": Trainer, "data": data, "bn_group": 2, "name": name}
-        run = trainings.train(tmp_path, tiny_models[task], **options, warmup_bias_lr=0.01)
+        run = trainings.train(tmp_path, task_models[task], **options, warmup_bias_lr=0.01)
         losses = [value for row in run.results for key, value in row.items() if key.startswith("train/")]
         found[name] = torch.cat([value.flatten() for value in run.after.values() if value.is_floating_point()]), losses
         assert len(run.ahead) == (16 if name == "split" else 0)  # 2 epochs of 2 batches of 4 parts
@@ -159,8 +159,8 @@ def test_detection_does_not_depend_on_exact(trainings, tiny_model, tmp_path):
     ("task", "exact", "is_known"),
     [("detect", False, True), ("obb", False, True), ("segment", True, True), ("segment", False, False)],
 )
-def test_the_summary_says_the_same_gradient_only_where_a_split_has_it(tiny_models, task, exact, is_known):
-    model = YOLO(tiny_models[task]).model
+def test_the_summary_says_the_same_gradient_only_where_a_split_has_it(task_models, task, exact, is_known):
+    model = YOLO(task_models[task]).model
     model.args = get_cfg(overrides=model.args)  # as a trainer sets it
     assert is_exact(model, exact) is is_known
     model.model[0].bn = nn.SyncBatchNorm(8)  # normalises each part

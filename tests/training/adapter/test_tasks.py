@@ -17,8 +17,8 @@ SCALED = {"multi_scale": 0.5, "imgsz": 96, "overlap_mask": False}
 
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
 @pytest.mark.parametrize("more", [{}, SCALED], ids=["plain", "scaled"])
-def test_a_task_whose_batches_are_split(trainings, tiny_models, tmp_path, task, more):
-    model = tiny_models[task]
+def test_a_task_whose_batches_are_split(trainings, task_models, tmp_path, task, more):
+    model = task_models[task]
     data = trainings.draw_data(tmp_path / "data", task)
     run = trainings.train(tmp_path, model, **trainings.SPLIT, **SMALL, data=data, **more)
     assert run.micro_batches() == [[2, 2]] * 2
@@ -75,9 +75,9 @@ def data(trainings, tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_trains_validates_and_predicts(trainings, data, tiny_models, tmp_path, task):
+def test_every_task_trains_validates_and_predicts(trainings, data, task_models, tmp_path, task):
     """With nothing split, the results are stock's."""
-    model, file = tiny_models[task], data(task)
+    model, file = task_models[task], data(task)
     is_split = task in ("detect", "segment", "pose", "obb")
     stock, ours = (
         trainings.train(tmp_path, model, **settings, **SMALL, data=file)
@@ -118,9 +118,9 @@ class OwnModel(DetectionTrainer):
         return Flat(cfg, nc=self.data["nc"], verbose=False)
 
 
-def test_a_model_of_a_users_own_class_is_not_split(trainings, data, tiny_models, tmp_path, monkeypatch):
+def test_a_model_of_a_users_own_class_is_not_split(trainings, data, task_models, tmp_path, monkeypatch):
     monkeypatch.setenv("YOLOV12_TRUST_WEIGHTS", "1")
-    run = trainings.train(tmp_path, tiny_models["detect"], trainer=OwnModel, data=data("detect"), save=False, **SMALL)
+    run = trainings.train(tmp_path, task_models["detect"], trainer=OwnModel, data=data("detect"), save=False, **SMALL)
     assert_stock(run, "Flat is not split up")
     assert Flat.calls
 

@@ -46,14 +46,14 @@ def data(trainings, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_models, tmp_path_factory):
+def weights(task_models, tmp_path_factory):
     """Weights of an untrained model of a task, which finds many objects."""
     files = {}
 
     def get(task):
         if task not in files:
             torch.manual_seed(0)
-            model = YOLO(tiny_models[task])
+            model = YOLO(task_models[task])
             for branch in model.model.model[-1].cv3:
                 branch[-1].bias.data += 4
             files[task] = tmp_path_factory.mktemp(task) / "model.pt"
@@ -291,9 +291,9 @@ class Normalising(DetectionTrainer):
         )
 
 
-def test_a_trainer_and_validator_that_normalise_give_stocks_results(trainings, tiny_models, data, tmp_path):
+def test_a_trainer_and_validator_that_normalise_give_stocks_results(trainings, task_models, data, tmp_path):
     stock, ours = (
-        trainings.train(tmp_path, tiny_models["detect"], data=data("detect"), trainer=Normalising, **settings)
+        trainings.train(tmp_path, task_models["detect"], data=data("detect"), trainer=Normalising, **settings)
         for settings in (STOCK, {"bn_group": 8, "micro_batch": 8})
     )
     assert ours.stock_results() == stock.stock_results()
@@ -323,9 +323,9 @@ class OfColumns(DetectionTrainer):
         return ByColumn(self.test_loader, save_dir=self.save_dir, args=stock.args, _callbacks=self.callbacks)
 
 
-def test_batches_of_validation_that_cannot_be_split_run_whole(trainings, tiny_models, data, tmp_path):
+def test_batches_of_validation_that_cannot_be_split_run_whole(trainings, task_models, data, tmp_path):
     stock, ours = (
-        trainings.train(tmp_path, tiny_models["detect"], data=data("detect"), trainer=OfColumns, epochs=1, **settings)
+        trainings.train(tmp_path, task_models["detect"], data=data("detect"), trainer=OfColumns, epochs=1, **settings)
         for settings in (STOCK, {"bn_group": 8, "micro_batch": 8})
     )
     assert ours.stock_results() == stock.stock_results()

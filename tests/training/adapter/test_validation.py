@@ -167,9 +167,9 @@ def test_prediction_of_a_list(weights, sizes, size):
 
 
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
-def test_other_tasks(trainings, tiny_models, tmp_path, task, sizes):
+def test_other_tasks(trainings, task_models, tmp_path, task, sizes):
     data = trainings.draw_data(tmp_path / "data", task, [(64, 64), (64, 96)])
-    run = trainings.train(tmp_path, tiny_models[task], data=data, epochs=1, batch=8, val=False)
+    run = trainings.train(tmp_path, task_models[task], data=data, epochs=1, batch=8, val=False)
     # Scores that are nearly the same would be put in order by their last bit.
     file = changed(run, lambda head: [scores[-1].weight.data.mul_(100) for scores in head.cv3])
     results = []
