@@ -25,7 +25,7 @@ def benchmarks() -> dict[str, str]:
     for file in sorted([*HERE.glob("*.py"), *HERE.glob("*/__main__.py")]):
         doc = ast.get_docstring(ast.parse(file.read_text("utf-8"))) or ""
         name = file.parent.name if file.parent != HERE else file.stem
-        if re.search(rf"(-m benchmarks {name}|benchmarks/{name}\.py) .*--out", doc):
+        if re.search(rf"-m benchmarks {name} .*--out", doc):
             found[name] = doc.partition("\n\n")[0].replace("\n", " ")
     return found
 
@@ -46,7 +46,6 @@ def main(words: Sequence[str]) -> int:
         print(f"There is no benchmark {name}. There are {', '.join(known)}.", file=sys.stderr)
         return 2
     module = f"benchmarks.{name}" + ".__main__" * (HERE / name).is_dir()
-    sys.path.append(str(HERE))  # some benchmarks import others by their bare names
     sys.argv = [f"python -m benchmarks {name}", *rest]
     return int(importlib.import_module(module).main() or 0)
 

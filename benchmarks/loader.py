@@ -1,8 +1,8 @@
 """Loading of training images on the CPU: Ultralytics' loader, and this package's, which makes the same bytes of a draw.
 
-    python benchmarks/loader.py --out benchmarks/results/loader.json          (about 3 minutes on two cores)
-    python benchmarks/loader.py --out part.json --small
-    python benchmarks/loader.py --out benchmarks/results/loader_workers.json --part workers    (one to four minutes)
+    python -m benchmarks loader --out benchmarks/results/loader.json          (about 3 minutes on two cores)
+    python -m benchmarks loader --out part.json --small
+    python -m benchmarks loader --out benchmarks/results/loader_workers.json --part workers    (one to four minutes)
 
 640 images of the sizes that photographs have in COCO, drawn as noise and saved as JPEG of 150 kB, are loaded at 640
 pixels with Ultralytics' default augmentation. Both loaders load one batch each in turn. `cpu_ms` is the CPU time of all
@@ -25,7 +25,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import statistics
 import time
 from collections import Counter
@@ -35,7 +34,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from drawings import photographs
+from benchmarks.common import report
+from benchmarks.drawings import photographs
 
 BATCH = 16
 CASES: dict[str, dict[str, Any]] = {
@@ -311,7 +311,7 @@ def _page_faults(process: int) -> int:
     return int(fields[7])
 
 
-def workers_part(options: argparse.Namespace, result: dict[str, Any]) -> None:
+def workers_part(options: argparse.Namespace, result: report.Report) -> None:
     """Measure loaders by number of workers, from JPEG files and from memory, and write each result at once."""
     import torch
     from ultralytics.cfg import get_cfg
@@ -323,7 +323,7 @@ def workers_part(options: argparse.Namespace, result: dict[str, Any]) -> None:
     if options.small:
         images, imgsz, batch, seconds = 32, 64, 4, 0.1
     data = check_det_dataset(photographs(images, imgsz))
-    result |= {"imgsz": imgsz, "batch": batch, "device": device, "rows": []}
+    result |= {"imgsz": imgsz, "batch": batch, "rows": []}
     for name in ("ram", "files"):
         cfg = get_cfg(overrides={"mode": "train", "imgsz": imgsz, **CASES[name]})
         dataset = build_yolo_dataset(cfg, data["train"], batch, data)
@@ -333,50 +333,41 @@ def workers_part(options: argparse.Namespace, result: dict[str, Any]) -> None:
                 row |= with_setting(dataset, setting, device, batch, seconds)
                 result["rows"].append(row)
                 print(json.dumps(row), flush=True)
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                result.write()
 
 
 def main() -> None:
     """Measure all cases and write them to a file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--part", choices=("cases", "workers"), default="cases")
+    parser = report.parser(__doc__)
+    parser.add_argument("--small", action="store_true", help="small images, to try the benchmark")
+    parser.add_argument("--part", choices=("cases", "workers"), default="cases", help="what to measure")
     options = parser.parse_args()
     import cv2
     import torch
-    import ultralytics
     from ultralytics.data.utils import check_det_dataset
 
     from yolov12 import autopatch
 
     autopatch.apply()
     torch.set_num_threads(1)  # as in a worker
-    result: dict[str, Any] = {
-        "command": "python benchmarks/loader.py --out loader.json",
-        "date": time.strftime("%Y-%m-%d"),
-        "cores": os.cpu_count(),
-        "opencv": cv2.__version__,
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-    }
+    result = report.Report(options.out, "cuda" if options.part == "workers" else "cpu", opencv=cv2.__version__)
     if options.part == "workers":
-        workers_part(options, {**result, "command": f"{result['command']} --part workers"})
+        workers_part(options, result)
         return
-    images, imgsz, batches, rounds = (32, 64, 2, 1) if options.small else (640, 640, 20, 2)
+    images, imgsz, batches, rounds = (32, 64, 8, 1) if options.small else (640, 640, 20, 2)
     data = check_det_dataset(photographs(images, imgsz))
     result |= {"imgsz": imgsz, "batch": BATCH}
     for name, arguments in CASES.items():
         result[name] = in_turn(data, batches, imgsz=imgsz, **arguments)
         print(name, json.dumps(result[name]), flush=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result.write()
     for name in ("files", "ram"):
         case = with_workers(data, 2, rounds, batches, imgsz=imgsz, **CASES[name])
         result[f"{name}, 2 workers"] = case
         print(name, json.dumps(case), flush=True)
         result[f"{name}, stages"] = stages(data, batches, imgsz=imgsz, **CASES[name])
         print(name, json.dumps(result[f"{name}, stages"]), flush=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        result.write()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Whole trainings: Ultralytics and this package in turn, from JPEG files and from memory.
 
-    python benchmarks/training.py --out benchmarks/results/training.json        (about 15 minutes on one H200)
-    python benchmarks/training.py --out part.json --models n s --rounds 1 --batches 24
-    python benchmarks/training.py --out part.json --cores 4                     (as with taskset)
-    python benchmarks/training.py --out part.json --ours mem_limit=16GiB bn_group=16 --both batch=64
-    python benchmarks/training.py --out part.json --small                       (a few seconds each on the CPU)
+    python -m benchmarks training --out benchmarks/results/training.json        (about 15 minutes on one H200)
+    python -m benchmarks training --out part.json --models n s --rounds 1 --batches 24
+    python -m benchmarks training --out part.json --cores 4                     (as with taskset)
+    python -m benchmarks training --out part.json --ours mem_limit=16GiB bn_group=16 --both batch=64
+    python -m benchmarks training --out part.json --small                       (a few seconds each on the CPU)
 
 Every training runs in a process of its own; Ultralytics' without this package. The data are 3,072 images with the sizes
 and the bytes of photographs in COCO, with mosaic. A training has 8 workers and `batch=128` at 640 pixels.
@@ -24,7 +24,6 @@ import contextlib
 import csv
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -33,7 +32,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from drawings import photographs
+from benchmarks.common import report
+from benchmarks.common.processes import ROOT, Call
+from benchmarks.drawings import photographs
 
 VARIANTS = ("stock", "ours")
 SOURCES: dict[str, dict[str, Any]] = {"files": {}, "ram": {"cache": "ram"}}
@@ -209,16 +210,13 @@ def _journal(file: Path) -> dict[str, float]:
 
 
 def _in_process(variant: str, folder: Path, call: dict[str, Any]) -> dict[str, Any]:
-    out = folder / "out.json"
-    out.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--train", json.dumps(call), "--out", str(out)]
-    hook = {"YOLOV12_AUTOPATCH": "0"} if variant == "stock" else {}
-    environment = {**os.environ, **hook, "YOLO_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        root = str(Path(__file__).parents[1])
-        return {"exit_status": done.returncode, "log_tail": (done.stdout + done.stderr)[-800:].replace(root, "")}
-    found: dict[str, Any] = json.loads(out.read_text())
+    log = folder / "log"
+    with log.open("w") as output:
+        variables = {"YOLO_OFFLINE": "1"}
+        process = Call("training:train", stock=variant == "stock", log=output, variables=variables, **call)
+        if status := process.wait():
+            return {"exit_status": status, "log_tail": log.read_text()[-800:].replace(str(ROOT), "")}
+    found: dict[str, Any] = process.result()
     return found
 
 
@@ -271,8 +269,7 @@ def _argument(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     """Train, and write all rows as JSON after each training."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = report.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["n", "s", "m"], help="scales of YOLO12")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--rounds", type=int, default=2)
@@ -282,28 +279,18 @@ def main() -> None:
     parser.add_argument("--both", nargs="+", type=_argument, default=[], help="arguments of all trainings: batch=64")
     parser.add_argument("--ours", nargs="+", type=_argument, default=[], help="arguments of this package's trainings")
     parser.add_argument("--small", action="store_true", help="tiny trainings on the CPU")
-    parser.add_argument("--train", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.train is not None:
-        options.out.write_text(json.dumps(train(**options.train)))
-        return
-    import torch
-    import ultralytics
-
     if options.small:
         options.models, options.sources, options.rounds, options.batches, options.images = ["n"], ["files"], 1, 3, 8
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {
-        "command": f"python benchmarks/training.py {' '.join(sys.argv[1:])}",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": "cpu" if options.small else torch.cuda.get_device_name(),
-        "cores": options.cores or os.cpu_count(),
-        "torch": torch.__version__,
-        "ultralytics": ultralytics.__version__,
-        "arguments": {**TRAIN, **(SMALL if options.small else {}), **dict(options.both)},
-        "ours": {**OURS, **dict(options.ours)},
-        "rows": rows,
-    }
+    result = report.Report(
+        options.out,
+        "cpu" if options.small else "cuda",
+        cores=options.cores or os.cpu_count(),
+        arguments={**TRAIN, **(SMALL if options.small else {}), **dict(options.both)},
+        ours={**OURS, **dict(options.ours)},
+        rows=rows,
+    )
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         data = photographs(options.images, 64 if options.small else 640)
@@ -312,7 +299,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), flush=True)
             result["ratios"] = ratios(rows)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            result.write()
     print(json.dumps(result["ratios"], indent=1))
 
 

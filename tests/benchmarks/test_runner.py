@@ -30,6 +30,15 @@ def test_every_result_of_a_benchmark_names_one_that_exists():
             assert name in known, file.name
 
 
+def test_every_command_in_docs_and_docstrings_is_one_of_the_runner():
+    root, known = RESULTS.parents[1], {*benchmarks(), "NAME"}
+    command = re.compile(r"python (?:benchmarks/|-m benchmarks[. ])\w[^`\n]* --out")
+    for file in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.py")]:
+        for words in command.findall(file.read_text("utf-8")):
+            assert words.split()[1:3] == ["-m", "benchmarks"], file.name
+            assert words.split()[3] in known, file.name
+
+
 def test_an_unknown_name_is_an_error_that_lists_the_names(capsys):
     assert main(["memry", "--out", "x.json"]) == 2
     assert "memory" in capsys.readouterr().err

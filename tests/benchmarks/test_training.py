@@ -3,21 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def training(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from benchmarks import training
-
-    return training
+from benchmarks import training
+from benchmarks.common.processes import environment
 
 
 class _Clock:
@@ -45,7 +37,7 @@ class _Loader:
             yield {}
 
 
-def test_no_batch_that_was_prefetched_before_is_measured(training, monkeypatch):
+def test_no_batch_that_was_prefetched_before_is_measured(monkeypatch):
     clock = _Clock()
     monkeypatch.setattr(training, "time", clock)
     loader = _Loader(clock, prefetched=5)
@@ -72,7 +64,7 @@ def test_no_batch_that_was_prefetched_before_is_measured(training, monkeypatch):
     assert (result["seconds"], result["images_per_s"], result["wait_percent"]) == (4.0, 2.0, 25.0)
 
 
-def test_ratios_compare_both_trainings_of_one_round(training):
+def test_ratios_compare_both_trainings_of_one_round():
     rows = [
         {"model": "n", "source": "ram", "round": round_, "variant": variant, "images_per_s": rate, "first_epoch_s": s}
         for round_, variant, rate, s in ((0, "stock", 200.0, 9.0), (0, "ours", 300.0, 8.0), (1, "ours", 1.0, 1.0))
@@ -84,7 +76,8 @@ def test_ratios_compare_both_trainings_of_one_round(training):
 @pytest.mark.deep
 def test_the_small_variant_runs_both_trainings(tmp_path):
     out = tmp_path / "training.json"
-    command = [sys.executable, str(BENCHMARKS / "training.py"), "--small", "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
-    (ratio,) = json.loads(out.read_text("utf-8"))["ratios"]
-    assert ratio["ratio"] > 0
+    command = [sys.executable, "-m", "benchmarks", "training", "--small", "--out", str(out)]
+    subprocess.run(command, env=environment(), check=True, capture_output=True)
+    found = json.loads(out.read_text("utf-8"))
+    assert found["ratios"][0]["ratio"] > 0
+    assert found["command"] == "python -m benchmarks training --small --out training.json"
