@@ -14,13 +14,18 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 NUMBER = r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
-_LOOSE = re.compile(r"(?<![\w.,\-/])\d[\d,.]*(?:e-?\d+)?")
+_LOOSE = re.compile(r"(?<![\w.,/])(?<!\w-)\d[\d,.]*(?:e-?\d+)?")
 _NO_FIGURES = re.compile(
     r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|^#[^\n]*$"  # code, targets of links, comments, headings
-    r"|20\d\d-\d\d-\d\d|AP50-95|80 GB\b"  # dates, metrics, names of cards
-    r"|(?:torch|PyTorch|Python|Ultralytics|version|CUDA|OpenCV|flash-attn|nvcc|TensorRT-RTX) \d[\w.+]*",
+    r"|20\d\d-\d\d-\d\d|AP50-95|H100\s80 GB"  # dates, metrics, names of cards
+    r"|(?:torch|PyTorch|Python|CUDA|OpenCV|flash-attn|nvcc|TensorRT-RTX) \d+\.\d[\w.+]*"
+    r"|(?:Ultralytics|version) \d+\.\d+\.\d+",
     re.DOTALL | re.MULTILINE,
 )
+
+
+_MADE_WITH = re.compile(r"20\d\d-\d\d-\d\d|(?<=torch )\d[\d.]*\d|(?<=NVIDIA )\w+")
+"""How a measurement was made: date, version of PyTorch, card."""
 
 
 @cache
@@ -109,8 +114,10 @@ class Section:
 
 SECTIONS: list[Section] = []
 WHOLE_PAGES = ("docs/reference/measurements.md",)
-"""Pages of which every number of every section must be in a passage."""
-_LOOKS_MEASURED = re.compile(r"\s*(images/s|times\b)")
+"""Pages of which every number of every section must be in a passage, and how it was made in the JSON file."""
+_LOOKS_MEASURED = re.compile(
+    r"\s*(images/s|images\s+(?:a|per)\s+second|times\b|x\b|× as\b|%\s+(?:faster|slower|more|less)\b)"
+)
 """What follows a number that is a measurement wherever it stands."""
 
 
@@ -166,11 +173,21 @@ def check(page: str, text: str, of_page: Sequence[Section]) -> tuple[list[str], 
         problems += _compare(text, start, end, each, changes)
     known = {each.heading for each in of_page}
     for heading, start, end in places:
+        problems += _made_otherwise(heading, text[start:end]) if page in WHOLE_PAGES else ()
         if heading not in known:
             problems += _untied(text, start, end, Section(page, heading, tuple, page in WHOLE_PAGES), ())
     for begin, end, part in sorted(changes, reverse=True):
         text = text[:begin] + part + text[end:]
     return problems, text
+
+
+def _made_otherwise(heading: str, part: str) -> Iterator[str]:
+    """Yield dates, versions and cards of a section that are in no JSON file to which it links."""
+    files = sorted(set(re.findall(r"benchmarks/results/(\w+)\.json\)", part)))
+    data = "".join((RESULTS / f"{name}.json").read_text("utf-8") for name in files)
+    for said in sorted(set(_MADE_WITH.findall(re.sub(r"\]\([^)]*\)", "", part)))):
+        if files and said not in data:
+            yield f"{heading}: {said} is not in {', '.join(files)}"
 
 
 def _compare(text: str, start: int, end: int, of: Section, changes: list[tuple[int, int, str]]) -> Iterator[str]:

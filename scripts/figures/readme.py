@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from statistics import fmean
 
 from scripts.figures.measured_steps import HOW, prediction_errors, sizes
-from scripts.figures.pages import Passage, result, say, section, sentence, setting
+from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
-# Words of both languages in the first cell → row of `rows`.
+# First cell of each row in both languages, in the order of `_rows`.
 LABELS = {
     "training steps of YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": (
         "YOLO12-S 训练步，640，batch 256，显存限制 4 GiB，图像/秒"
@@ -40,60 +41,62 @@ LABELS = {
 }
 
 
-def rows() -> Iterator[list[str]]:
-    """Yield the figures of each row of the table, this package's first."""
-    curves, dense, memory = result("checkpointing"), result("dense")["dense"], result("memory")
+def _rows() -> Iterator[tuple[str, str, list[str]]]:
+    """Yield each row of the table: the card, the name of the JSON file, and the figures, this package's first."""
+    curves, dense, memory = result("checkpointing"), result("dense"), result("memory")
     for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 8)):
         each = ({row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock"))
-        yield [say("{:,.0f}", row["images_per_s"]) for row in each]
+        yield curves["device"], "checkpointing", [say("{:,.0f}", row["images_per_s"]) for row in each]
     for key in ("images_per_s", "peak_sd_mib"):
-        yield [say("{:,.0f}", row[key]) for row in (dense["ours"], dense["stock"][0])]
-    steps = [row for row in result("attention")["steps"] if not row["deterministic"]]
+        both = dense["dense"]["ours"], dense["dense"]["stock"][0]
+        yield dense["measured_on"]["dense"]["device"], "dense", [say("{:,.0f}", row[key]) for row in both]
+    attention = result("attention")
+    steps = [row for row in attention["steps"] if not row["deterministic"]]
     for key in ("images_per_s", "peak_mib"):
-        yield [say("{:,.0f}", fmean(row[key] for row in steps if row["variant"] == who)) for who in ("sdpa", "stock")]
-    four = {row["who"]: row for row in result("ranks_four")["speed"]["rows"] if row["gpus"] == 4}
-    yield [say("{:,.0f}", four[who]["images_per_s"]) for who in ("ours", "stock")]
-    failures = memory["failures"]["disturbed"]
+        means = (fmean(row[key] for row in steps if row["variant"] == who) for who in ("sdpa", "stock"))
+        yield attention["device"], "attention", [say("{:,.0f}", mean) for mean in means]
+    ranks = result("ranks_four")
+    four = {row["who"]: row["images_per_s"] for row in ranks["speed"]["rows"] if row["gpus"] == 4}
+    card = ranks["measured_on"]["speed"]["device"].replace("NVIDIA", "4 ×")
+    yield card, "ranks_four", [say("{:,.0f}", four[who]) for who in ("ours", "stock")]
+    cards, failures = memory["measured_on"], memory["failures"]["disturbed"]
     assert (failures["steps"], failures["failures_injected"], failures["images_lost"]) == (200, 53, 0)
-    yield [str(failures["updates"])]
+    yield cards["failures"], "memory", [str(failures["updates"]), ""]
     errors = [prediction_errors(limit["rows"]) for limit in memory["limits"].values()]
-    yield [", ".join(say("{:.1f} %", max(map(max, kind))) for kind in zip(*errors, strict=True))]
-    yield [say("{:.1e}", memory["gradient"]["relative_difference"]["limit, fp32"])]
+    largest = ", ".join(say("{:.1f} %", max(map(max, kind))) for kind in zip(*errors, strict=True))
+    yield cards["limits"], "memory", [largest, ""]
+    yield cards["gradient"], "memory", [say("{:.1e}", memory["gradient"]["relative_difference"]["limit, fp32"]), ""]
     graphs = {
         row["share"]: row["planned_bytes"] / 2**20
         for row in result("export")["agree"]
         if (row["model"], row["imgsz"], row["dynamic"]) == ("yolov12m", 1280, False)
     }
-    yield [say("{:,.0f}", graphs[share]) for share in (0.5, 1.0)]
+    yield "CPU", "export", [say("{:,.0f}", graphs[share]) for share in (0.5, 1.0)]
 
 
-def _table(language: int) -> Iterator[Passage]:
-    """Yield a passage for each row; the cells of figures are the second and the third."""
-    for labels, figures in zip(LABELS.items(), rows(), strict=True):
-        ours, stock = [*figures, ""][:2]
-        if stock:
-            yield sentence(f"| {labels[language]} | {{}} | {{}} |", ours, stock)
-        else:
-            yield sentence(f"| {labels[language]} | {{}} | |", ours)
+def _table(header: str, labels: Iterable[str], comma: str) -> Passage:
+    rows = []
+    for label, (card, file, figures) in zip(labels, _rows(), strict=True):
+        card = re.sub("NVIDIA | 80GB HBM3", "", card)
+        rows.append([label, *figures, f"{card}{comma}[JSON](benchmarks/results/{file}.json)"])
+    return table(header, rows)
 
 
 @section(ENGLISH, "Figures")
 def figures() -> Iterator[Passage]:
-    """Yield the rows of the table."""
-    yield from _table(0)
+    """Yield the table, and the batch that was not searched for."""
+    yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
     yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
-    yield setting("4 × H200", "the number of cards")
     (small,) = (row for row in result("checkpointing")["ours-x"] if row["limit_gib"] == 8)
     assert {event for step in small["steps"] for event in step["events"]} == {"groups of 16"}
 
 
 @section(CHINESE, "测量数据")
 def chinese_figures() -> Iterator[Passage]:
-    """Yield the rows of the table."""
-    yield from _table(1)
+    """Yield the table, and the batch that was not searched for."""
+    yield _table("| | 本项目 | Ultralytics | 显卡，数据 |", LABELS.values(), "，")
     yield sentence("标注密集的数据上用 {}，没有搜索过", result("dense")["dense"]["stock"][0]["batch"])
     yield setting("指 8.4.190", "a version")
-    yield setting("4 × H200", "the number of cards")
 
 
 @section(ENGLISH, "")

@@ -83,10 +83,41 @@ def test_a_new_figure_is_a_problem():
     assert problems(text, *passages(), is_whole=False)[0] == []
 
 
-@pytest.mark.parametrize("words", ["has 1,067 images/s", "is 1.5 times as fast"])
+@pytest.mark.parametrize(
+    "words",
+    ["has 1,067 images/s", "is 1.5 times as fast", "has 9 images per\nsecond", "is 40 % faster", "is 2.5x as fast"],
+)
 def test_what_looks_measured_is_a_problem_on_every_page(words):
     (found,), _ = check("docs/guides/train.md", f"# Train\n\n## How\n\nIt {words}; `x = 5 images/s`, 64 pixels.\n", [])
     assert "is not tied to data" in found
+
+
+@pytest.mark.parametrize("words", ["and Ultralytics 442", "with torch 512", "saves 80 GB", "a change of -2.5"])
+def test_versions_and_cards_hide_no_figures(words):
+    (found,), _ = problems(PAGE.replace("(`batch=256`)", words), *passages())
+    assert "is not tied to data" in found
+
+
+@pytest.mark.parametrize(
+    ("now", "wrong"), [("2026-11-24)", "2026-11-25)"), ("torch 2.11.0", "torch 2.12.0"), ("H200", "H100")]
+)
+def test_date_version_and_card_are_those_of_the_data(now, wrong):
+    page = "docs/reference/measurements.md"
+    text = (ROOT / page).read_text("utf-8").replace(now, wrong, 1)
+    assert [
+        problem for problem in check(page, text, [])[0] if problem.startswith("Attention: ") and "not in" in problem
+    ]
+
+
+def test_a_table_in_the_readme_names_card_and_file():
+    (of_page,) = [each for each in SECTIONS if (each.page, each.heading) == ("README.md", "Figures")]
+    text = (ROOT / "README.md").read_text("utf-8")
+    for now, wrong in (
+        ("H200, [", "H100, ["),
+        ("results/attention.json", "results/memory.json"),
+        ("| 107 |", "| 107 | |"),
+    ):
+        assert check("README.md", text.replace(now, wrong, 1), [of_page])[0] != check("README.md", text, [of_page])[0]
 
 
 def test_rows_that_were_added_or_lost_are_a_problem():
