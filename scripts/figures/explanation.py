@@ -21,7 +21,7 @@ def predicted() -> Iterator[Passage]:
             peaks = [say("{:,.0f}", row[key]) for key in ("peak_mib", "predicted_mib")]
             name = f"YOLO12-{scale.upper()}, {row['limit_gib']} GiB"
             lines.append([name, str(row["micro_batch"]), *peaks, say("{:+.1f} %", row["off_percent"])])
-    yield table("| | images at once | measured | predicted | |", lines)
+    yield table("| | images at once | measured, MiB | predicted, MiB | error |", lines)
     yield setting("With torch 2.14, the row of S with 12 GiB is 5.0 % off", "a prediction of another release, by hand")
     yield setting("holds predictions to 3 % of these figures", "the bound of a test")
 

@@ -47,7 +47,7 @@ def exports() -> Iterator[Passage]:
         took = row["outcome"] + (say(", {:.1f} s", row["seconds"]) if row["outcome"] == "built" else "")
         mib = [say("{:.0f}", row[key] / 2**20) for key in ("tensors_bytes", "workspace_bytes")]
         lines.append([f"{name}, {row['imgsz']}", *mib, took])
-    yield table("| | tensors, planned MiB | workspace MiB | |", lines)
+    yield table("| | tensors, planned MiB | workspace MiB | result, time to build |", lines)
 
 
 @section(RANKS, "Shares", is_whole=False)

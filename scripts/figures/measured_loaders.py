@@ -27,5 +27,8 @@ def workers() -> Iterator[Passage]:
             ms = [median(row[key] for row in rows) for key in keys]
             faults = say("{:.0f}", median(row["faults_per_image"] for row in rows))
             lines.append([f"{words}: {who}", *(say("{:.2f}", each) for each in (*ms, sum(ms))), faults])
-    yield table("| | worker, user | worker, system | training process | together | page faults of the worker |", lines)
+    yield table(
+        "| | worker, user | worker, system | training process | together | page faults of the worker for an image |",
+        lines,
+    )
     yield setting("An image of 640 pixels fills 300 pages of 4 KiB", "computed: 3 × 640 × 640 bytes")
