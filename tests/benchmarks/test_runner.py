@@ -3,6 +3,8 @@
 import json
 import re
 import subprocess
+import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -30,13 +32,28 @@ def test_every_result_of_a_benchmark_names_one_that_exists():
             assert name in known, file.name
 
 
-def test_every_command_in_docs_and_docstrings_is_one_of_the_runner():
-    root, known = RESULTS.parents[1], {*benchmarks(), "NAME"}
-    command = re.compile(r"python (?:benchmarks/|-m benchmarks[. ])\w[^`\n]* --out")
-    for file in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.py")]:
-        for words in command.findall(file.read_text("utf-8")):
-            assert words.split()[1:3] == ["-m", "benchmarks"], file.name
-            assert words.split()[3] in known, file.name
+class _ParsedError(Exception):
+    pass
+
+
+def test_every_command_in_docs_and_docstrings_can_be_parsed(monkeypatch):
+    def parse(parser, parse_known=ArgumentParser.parse_known_args):
+        _, rest = parse_known(parser)
+        raise _ParsedError(rest)
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [])
+    root = RESULTS.parents[1]
+    pages = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("benchmarks/**/*.py")]
+    found = "".join(file.read_text("utf-8") for file in pages)
+    commands = set(
+        re.findall(r"python (benchmarks/\w+\.py|-m benchmarks[. ](?!NAME)\w+) ([^`\n]*--out .*?)(?:`|  |\n)", found)
+    )
+    assert len(commands) > 40
+    for runner, options in commands:
+        name = runner.removeprefix("-m benchmarks ")
+        with pytest.raises(_ParsedError, match=r"^\[\]$"):
+            main([name, *options.split()])
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_names(capsys):
