@@ -97,7 +97,7 @@ def table(header: str, rows: Iterable[Sequence[str]], after: str = "") -> Passag
         after: Text just before the table, if the section has another one with this header.
     """
     lines = [f"| {' | '.join(row)} |".replace("|  |", "| |").replace("|  |", "| |") for row in rows]
-    pattern = rf"^{re.escape(after)}[ \t]*{re.escape(header)}\n[ \t]*\|[-:| ]+\n((?:[ \t]*\|.*(?:\n|\Z))+)"
+    pattern = rf"^{re.escape(after)}[ \t]*{re.escape(header)}\n[ \t]*\|[-:| ]+\n((?:[ \t]*\|.*(?:\n|\Z))*)"
     return Passage(header, re.compile(pattern, re.MULTILINE), ("\n".join(lines) + "\n",))
 
 
