@@ -1,6 +1,6 @@
 """Choices of a mosaic's other images: mAP of small trainings, and the CPU time of draws by place.
 
-    python -m benchmarks partners --out benchmarks/results/partners.json     (12 minutes on one core)
+    python -m benchmarks partners --out benchmarks/results/partners.json     (16 minutes on two shared cores)
     python -m benchmarks partners --out part.json --small
     python -m benchmarks partners --out benchmarks/results/partners.json --only cost
 

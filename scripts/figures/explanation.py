@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from statistics import mean
 
 from scripts.figures.measured_steps import averaging_table
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
@@ -131,6 +132,40 @@ def limits() -> Iterator[Passage]:
     rows = {(row["micro_batch"], row["bn_group"]): row["engine_over_bare"] for row in found["overhead"]}
     yield sentence("a step took {:.2f} times as long as the bare loop", rows[64, 32])
     assert max(rows[128, 32], rows[256, 32]) < 1
+
+
+@explained("docs/explanation/data.md", "The same images on any hardware")
+def partners() -> Iterator[Passage]:
+    """Yield the passages on the other images of a mosaic, and on the time of draws by place."""
+    training, cost = result("partners")["map"], result("partners")["cost"]
+    arguments, rows = training["arguments"], training["rows"]
+    yield sentence(
+        "{} drawn images of {} pixels, batches of {}, {} epochs, mosaic in the first {}",
+        *(training["images"], training["imgsz"], arguments["batch"], arguments["epochs"]),
+        arguments["epochs"] - arguments["close_mosaic"],
+    )
+    names = {
+        "batch": "the batch of 16 images",
+        "last 64": "the last 64 images of the order",
+        "all": "all images",
+    }
+    means = {choice: mean(rows[choice]) for choice in names}
+    yield table(
+        f"| other images of a mosaic come from | {' | '.join(f'seed {seed}' for seed in training['seeds'])} | mean |",
+        [[name, *(say("{:.3f}", each) for each in (*rows[key], means[key]))] for key, name in names.items()],
+    )
+    apart, of_seeds = max(means.values()) - min(means.values()), max(max(row) - min(row) for row in rows.values())
+    yield sentence("their means differ by at most {:.3f}, and the seeds of one choice by up to {:.3f}", apart, of_seeds)
+    assert apart < of_seeds  # seeds do not tell the choices apart
+    yield sentence(
+        "An image took {:.2f} ms of CPU time from JPEG files with draws by place and {:.2f} ms without, and {:.2f} and "
+        "{:.2f} ms with `cache=ram`: medians of {} batches",
+        *(cost[name][f"{key}_cpu_ms"] for name in ("files", "ram") for key in ("by_place", "without")),
+        cost["batches"],
+    )
+    yield sentence(
+        "the ratios of such pairs of batches are {:.3f} and {:.3f}", *(cost[name]["ratio"] for name in ("files", "ram"))
+    )
 
 
 @explained("docs/explanation/data.md", "The same images for less")
