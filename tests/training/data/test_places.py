@@ -1,5 +1,6 @@
 """The place of an image in the run decides its pixels and boxes, and the hardware does not."""
 
+import itertools
 import random
 from collections import Counter
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from ultralytics.cfg import get_cfg
 from ultralytics.data.build import InfiniteDataLoader, build_dataloader, build_yolo_dataset, seed_worker
-from ultralytics.data.dataset import YOLOConcatDataset
+from ultralytics.data.dataset import YOLOConcatDataset, YOLODataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import init_seeds
 
@@ -215,6 +216,59 @@ def test_code_of_the_users_own_draws_by_place(kind):
     assert {batch["kind"] for batch in found[0]} == {list}
     assert len({sample for batch in found[0] for sample in batch["samples"]}) == 24
     assert len({batch["drawn"] for batch in found[0]}) == 6
+
+
+class Around(Dataset):
+    """Wrapper of the user's own that passes on whatever it does not have."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["dataset"], name)
+
+
+class Longer(YOLODataset):
+    """Data set of the user's own that has each of its first three images very often, and no other."""
+
+    def __len__(self):
+        return 800
+
+    def __getitem__(self, index):
+        return super().__getitem__(index % 3)
+
+
+class Weighted(YOLODataset):
+    """Data set of the user's own that draws an image, whatever the index."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(random.randrange(3))
+
+
+@pytest.mark.parametrize("kind", [Longer, Weighted])
+def test_a_data_set_of_the_users_own_that_chooses_images_chooses_those_of_mosaics(data, kind):
+    dataset = dataset_of(data, 8, mosaic=1.0, mixup=0.0)
+    dataset.__class__ = kind
+    for _ in itertools.islice(ResumableLoader(build_dataloader(dataset, 8, 0, device="cpu"), 64).take_over(), 3):
+        assert {index for index, image in enumerate(dataset.ims) if image is not None} <= {0, 1, 2}
+
+
+def test_a_data_set_inside_one_of_the_users_own_keeps_as_many_images_as_with_ultralytics(data):
+    dataset = dataset_of(data, 4, mosaic=1.0)
+    dataset.max_buffer_length = 8
+    loader = ResumableLoader(build_dataloader(Around(dataset), 4, 0, device="cpu"), 64).take_over()
+    for _ in range(3):
+        for _ in loader:
+            in_memory = [index for index, image in enumerate(dataset.ims) if image is not None]
+            assert sorted(dataset.buffer) == in_memory
+            assert len(in_memory) < 8
+    assert loader.times.decode_ms is None, "it is not the method that loads an image"
 
 
 class Blur:

@@ -27,7 +27,8 @@ class LoadClock:
             dataset: Data set of a training loader.
         """
         methods = [getattr(dataset, name, None) for name in ("__getitems__", "load_image")]
-        if all(module_of(method).startswith(("ultralytics.", "yolov12.")) for method in methods):
+        loads = hasattr(type(dataset), "load_image")  # a wrapper may pass on the method of another data set
+        if loads and all(module_of(method).startswith(("ultralytics.", "yolov12.")) for method in methods):
             self._stock_load, self._stock_load_image = methods
             dataset.__getitems__, dataset.load_image = self._load, self._load_image
 

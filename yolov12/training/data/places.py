@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, get_worker_info
 
+from yolov12.training.adapter.users_code import module_of
 from yolov12.training.data.arrangement import arranged
 from yolov12.training.data.random_state import random_state, set_random_state
 
@@ -158,7 +159,9 @@ def boxes_of(dataset: Any) -> list[int] | None:
     """Return the number of boxes in each image of a data set before augmentation, or None if it is not known."""
     from ultralytics.data.base import BaseDataset
 
-    return [len(label["cls"]) for label in dataset.labels] if isinstance(dataset, BaseDataset) else None
+    if not isinstance(dataset, BaseDataset) or len(dataset) != len(dataset.labels):
+        return None  # a length of the user's own: an index is not that of a label
+    return [len(label["cls"]) for label in dataset.labels]
 
 
 def _stretches(indices: Sequence[int], by_boxes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -276,7 +279,11 @@ class _Pool(list[int]):
 
 
 def _pools(dataset: Any, wanted: set[int], first: int = 0) -> Iterator[_Pool]:
-    """Yield a pool for a data set, or for each that it is joined from. One that is cached in memory needs none.
+    """Yield a pool for a data set, or for each that it is joined from.
+
+    A data set that is cached in memory needs none. Methods of the user's own may choose images in another way than by
+    their index, as for a balance of classes. Mosaic then chooses among the images that the process has loaded, as in
+    Ultralytics.
 
     Args:
         dataset: Data set.
@@ -287,5 +294,8 @@ def _pools(dataset: Any, wanted: set[int], first: int = 0) -> Iterator[_Pool]:
     for part in joined:
         yield from _pools(part, wanted, first)
         first += len(part)
-    if all(isinstance(getattr(dataset, name, None), list) for name in ("buffer", *_MEMORY)):
+    own = getattr(dataset, "__dict__", {})  # a wrapper may pass on the attributes of another data set
+    if all(isinstance(own.get(name), list) for name in ("buffer", *_MEMORY)) and all(
+        module_of(getattr(dataset, name)).startswith("ultralytics.") for name in ("__getitem__", "__len__")
+    ):
         yield _Pool(dataset, first, wanted)
