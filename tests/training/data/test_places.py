@@ -283,6 +283,18 @@ class Blur:
         return {"image": image // (1 + self._draw.randrange(100))}
 
 
+@pytest.mark.parametrize("kind", [dict, tuple])
+def test_whatever_a_data_set_of_the_users_own_loads_at_once_is_collated(kind):
+    class Whole(Own):
+        def __getitems__(self, indices):
+            return kind(img=torch.tensor(indices)) if kind is dict else tuple(indices)
+
+    loader = InfiniteDataLoader(
+        Whole(), 4, shuffle=True, generator=torch.Generator(), collate_fn=lambda loaded: {"loaded": loaded}
+    )
+    assert type(next(iter(ResumableLoader(loader, 64).take_over()))["loaded"]) is kind
+
+
 def test_albumentations_draw_by_place(data):
     found = []
     for workers in (0, 2):

@@ -236,8 +236,11 @@ class _Collate:
         self.stock, self.arrange = Rendering(collate), arrange
         self.clock = LoadClock()
 
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
-        with seeded(samples.seed if isinstance(samples, Loaded) else None):  # a user's collate function may draw
+    def __call__(self, samples: Any) -> dict[str, Any]:
+        seed = None
+        if isinstance(samples, Loaded):
+            samples, seed = list(samples), samples.seed
+        with seeded(seed):  # a user's collate function may draw
             if self.arrange:
                 samples = [samples[index] for index in arranged([len(sample["cls"]) for sample in samples])]
-            return {**self.stock(list(samples)), _TIMES: self.clock.times_ms()}
+            return {**self.stock(samples), _TIMES: self.clock.times_ms()}

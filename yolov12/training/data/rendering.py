@@ -51,16 +51,17 @@ class _Samples:
         own: A `__getitems__` of the data set's own, which gets the whole batch; None without one.
     """
 
-    def __init__(self, dataset: Any, own: Callable[[list[int]], list[Any]] | None) -> None:
+    def __init__(self, dataset: Any, own: Callable[[list[int]], Any] | None) -> None:
         self._dataset, self._own = dataset, own
 
-    def load(self, indices: Sequence[int]) -> list[Any]:
-        """Load the samples of a batch."""
+    def load(self, indices: Sequence[int]) -> Any:
+        """Load the samples of a batch. The data set's own method may return something other than a list."""
         seed = indices.seed if isinstance(indices, Placed) else None
         if self._own is None:
             return Loaded(samples(self._dataset, indices), seed)
         with seeded(seed):
-            return Loaded(self._own(list(indices)), seed)
+            loaded = self._own(list(indices))
+        return Loaded(loaded, seed) if isinstance(loaded, list) else loaded
 
 
 class Rendering:
