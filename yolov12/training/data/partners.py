@@ -2,8 +2,8 @@
 
 Ultralytics draws them from all images with equal chances: for mixup, cutmix and copy-paste always, for mosaic with
 `cache=ram`. Of 100 new and 10,000 old images nearly all partners would be old, whatever `replay_fraction` is. Here, a
-partner is old with the probability `replay_fraction`. Without `cache=ram`, mosaic takes images that were loaded
-recently, which have this mixture already.
+partner is old with the probability `replay_fraction`. Without `cache=ram`, mosaic takes images of the same batch, which
+have this mixture already.
 """
 
 from __future__ import annotations
