@@ -94,6 +94,13 @@ def test_nothing_is_said_of_a_training_that_did_not_wait(monkeypatch, percent):
     assert told(a_training(monkeypatch), percent) == ""
 
 
+def test_a_run_that_went_on_with_a_loader_of_the_users_own_ends_without_advice(monkeypatch):
+    """The waits in the journal are those before the resume."""
+    training = a_training(monkeypatch)
+    some = dataclasses.replace(summary_of([]), data_wait_percent=50.0)
+    assert waited_for_data(training, None, some, HostMemory()) == ""
+
+
 def test_decoding_is_told_from_everything_else(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("yolov12.training.data.load_clock.time.perf_counter", lambda: now[0])

@@ -22,7 +22,7 @@ def waited_for_data(trainer: Any, loader: Any, summary: Summary, memory: HostMem
 
     Args:
         trainer: Ultralytics trainer at the end of its training.
-        loader: Its training loader, with which the waits were measured.
+        loader: Its training loader; None if it is the user's own, so that no waits were measured since the last start.
         summary: Summary of the training.
         memory: Reader of the host's memory.
 
@@ -30,7 +30,7 @@ def waited_for_data(trainer: Any, loader: Any, summary: Summary, memory: HostMem
         The line, which begins with a line break; empty if there is nothing to say.
     """
     percent = summary.data_wait_percent
-    if percent is None or percent < _WORTH_SAYING_PERCENT:
+    if loader is None or percent is None or percent < _WORTH_SAYING_PERCENT:
         return ""
     who = f"GPU{'s' * (trainer.world_size > 1)}" if trainer.device.type == "cuda" else "training"
     memory, ways = memory or HostMemory(), []
