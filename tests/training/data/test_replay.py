@@ -1,6 +1,7 @@
 """Old images are mixed into a training: in the fraction asked for, with the labels of the new data, and resumably."""
 
 import itertools
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ultralytics.utils.torch_utils import init_seeds
 from yolov12.errors import ConfigError, DataError
 from yolov12.training.data import replay
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
+from yolov12.training.data.places import Placed
 from yolov12.training.data.random_state import random_state, set_random_state
 from yolov12.training.data.replay import ReplaySampler, replayed_images, with_class_ids
 from yolov12.training.data.sharing import Sharing
@@ -226,6 +228,15 @@ def test_partners_of_mosaic_and_mixup_are_old_as_often_as_asked_for(yamls, cache
             drawn = np.array([transform.get_indexes() for _ in range(2000)]).flatten()
             assert np.mean(drawn >= 8) == pytest.approx(0.2, abs=0.04)  # of all images, two thirds are old
             assert set(drawn) == set(range(24))
+
+
+def test_partners_are_the_same_in_a_worker_that_is_spawned(yamls):
+    loader = ResumableLoader(Trainer(*yamls, mosaic=1.0, mixup=1.0).loaders()[0], 64).take_over()
+    dataset = pickle.loads(pickle.dumps(loader.dataset))
+    places = [0, 1, NEW, NEW + 1]
+    batch = Placed(places, [5, 6, 7, 8], [places] * 4)
+    ours, theirs = (each.__getitems__(batch) for each in (loader.dataset, dataset))
+    assert [sample["bboxes"].tolist() for sample in ours] == [sample["bboxes"].tolist() for sample in theirs]
 
 
 def test_the_old_data_set_may_be_ndjson(yamls, monkeypatch):

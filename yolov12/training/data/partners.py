@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterator
-from types import MethodType
 from typing import Any
 
 __all__ = ["balance"]
@@ -43,7 +42,7 @@ def _join(transforms: Any) -> Any:
 
     for transform in _parts(transforms):
         if isinstance(transform, BaseMixTransform):
-            transform.get_indexes = MethodType(_indices, transform)
+            transform.get_indexes = functools.partial(_indices, transform)  # goes to spawned workers, too
     return transforms
 
 
