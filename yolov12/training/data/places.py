@@ -31,10 +31,10 @@ from yolov12.training.data.random_state import random_state, set_random_state
 __all__ = ["Later", "Order", "Placed", "Start", "boxes_of", "by_place", "forget", "seeded"]
 
 _LEAST = 16
-"""Fewest images in a pool. A smaller batch takes those before it in the order."""
+"""Fewest images in a pool. A smaller batch takes those before it in the order, at the price of decoding them again."""
 _STRETCH = 32
-"""Images of a batch that are one another's partners. The official recipe has as many in a batch of a GPU, and they are
-whole BatchNorm groups, so ranks load few images that only another rank trains on."""
+"""Images of a batch that are one another's partners. The official recipe has as many in a batch of a GPU. They are
+whole BatchNorm groups, so a rank with as many images or more decodes few that only another rank trains on."""
 _MEMORY = ("ims", "im_hw0", "im_hw")  # attributes of a data set: its decoded images, and their sizes
 
 
