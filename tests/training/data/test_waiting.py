@@ -168,6 +168,13 @@ def test_a_training_notes_what_it_waits_for(trainings, tmp_path, monkeypatch):
     assert ("waited for data" in run.log) == (percent >= 10)
 
 
+@pytest.mark.parametrize("labels", [None, torch.zeros(3), [torch.zeros(3), "a.txt"]])
+def test_labels_of_a_data_set_of_the_users_own_may_be_anything(monkeypatch, labels):
+    training = a_training(monkeypatch)
+    training.train_loader.dataset.labels = labels
+    assert "waited for data 61 % of the time" in told(training)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
 def test_waits_are_those_of_the_gpu(trainings, tmp_path):

@@ -66,8 +66,10 @@ def _cached_images(trainer: Any, loader: Any, summary: Summary, memory: HostMemo
 def _bytes_in_memory(dataset: Any, image_size: int) -> int:
     """Return the bytes of all images of a data set as Ultralytics keeps them: the longer side has the image size."""
     total = 0
-    for label in getattr(dataset, "labels", ()):
-        height, width = label.get("shape", (image_size, image_size))  # with rect=True it is not kept
+    labels = getattr(dataset, "labels", None)
+    for label in labels if isinstance(labels, list) else ():
+        # With rect=True, or in a data set of the user's own, there is no shape.
+        height, width = (label.get("shape") if isinstance(label, dict) else None) or (image_size, image_size)
         ratio = image_size / max(height, width)
         total += 3 * min(math.ceil(height * ratio), image_size) * min(math.ceil(width * ratio), image_size)
     return total
