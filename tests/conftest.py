@@ -35,6 +35,7 @@ os.environ.setdefault("YOLOV12_TESTS_HOME", str(HOME))
 os.environ["YOLO_CONFIG_DIR"] = str(HOME)
 os.environ["YOLO_OFFLINE"] = "1"
 os.environ["YOLO_AUTOINSTALL"] = "0"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # processes of `torch.compile` would count as those of a training
 
 from yolov12 import autopatch  # noqa: E402
 
