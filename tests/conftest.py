@@ -12,6 +12,7 @@ import fcntl
 import gc
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -299,17 +300,22 @@ def forks() -> Any:
 def reserve_port() -> Callable[[], int]:
     """Reserve a port for a server that must be told a number: `reserve_port()` returns it.
 
-    A closed connection stays there for a minute (TIME_WAIT). Until then the system gives the port to nobody who asks
-    for any, but to a server that asks for this number with SO_REUSEADDR, as PyTorch's does.
+    It is below the ports that the system gives to those who ask for any, also to connections that go out. A closed
+    connection stays there for a minute (TIME_WAIT): until then nobody gets it but a server that asks for this number
+    with SO_REUSEADDR, as PyTorch's does.
     """
+    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    numbers = random.SystemRandom().sample(range(lowest_given // 2, lowest_given), 1000)
 
     def reserve() -> int:
-        with socket.socket() as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(("127.0.0.1", 0))
-            server.listen(1)
-            with socket.create_connection(server.getsockname()):
-                server.accept()[0].close()  # first, so that it is the one that lingers
-            return int(server.getsockname()[1])
+        while True:
+            with socket.socket() as server, contextlib.suppress(OSError):  # in use, or reserved by another process
+                port = numbers.pop()
+                server.bind(("127.0.0.1", port))
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                server.listen(1)
+                with socket.create_connection(("127.0.0.1", port)):
+                    server.accept()[0].close()  # first, so that it is the one that lingers
+                return port
 
     return reserve

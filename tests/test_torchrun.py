@@ -10,13 +10,14 @@ import pytest
 import yolov12
 
 LAUNCHER = Path(yolov12.__file__).parent / "torchrun.py"
+# Ranks share a pipe, and `python -u`, which starts them, writes the end of a line of `print` by itself: one write a line.
 STATUS = (
-    "import os, sys; print('attempt', os.environ['TORCHELASTIC_RESTART_COUNT'], flush=True); "
+    "import os, sys; sys.stdout.write(f\"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n\"); "
     "sys.exit(int(sys.argv[1 + int(os.environ['RANK'])]))"
 )
 WAITS = (
-    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('started', flush=True); "
-    "time.sleep(60)"
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+    "sys.stdout.write('started\\n'); time.sleep(60)"
 )
 
 

@@ -130,6 +130,7 @@ def test_ranks_replay_what_one_process_replays(start, start_script, trainings, t
             codes, outputs = finish(start(size, *command, STOP=stop))
             if stop != "[]":
                 assert all(codes), "\n".join(outputs)
+                assert all("KeyboardInterrupt" in output for output in outputs), "\n".join(outputs)
                 codes, outputs = finish(start(size, *command))
         assert codes == [0] * size, "\n".join(outputs)
         found.append([torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)])
@@ -341,9 +342,10 @@ def test_a_run_resumes_at_a_short_last_batch_without_images_for_some_ranks(start
     arguments = settings(tmp_path / "runs", data=str(tmp_path / "some.yaml"), resume="auto", epochs=2)
     codes, outputs = finish(start(3, RANK, weights, json.dumps(arguments), tmp_path, STOP="[3]"))
     assert all(codes), outputs
+    assert all("KeyboardInterrupt" in output for output in outputs), "\n".join(outputs)
     codes, outputs = finish(start(3, RANK, weights, json.dumps(arguments), tmp_path))
     assert codes == [0] * 3, "\n".join(outputs)
-    assert "resume: epoch 2, after batch 1 of 2" in outputs[0]
+    assert "resume: epoch 2, after batch 1 of 2" in outputs[0], outputs[0]
     steps = [[int(row["images"]) for row in rows(tmp_path / "runs" / "run", rank)] for rank in range(3)]
     assert [sum(shares) for shares in zip(*steps, strict=True)] == [16, 4, 16, 4]
 
