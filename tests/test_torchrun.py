@@ -10,7 +10,7 @@ import pytest
 import yolov12
 
 LAUNCHER = Path(yolov12.__file__).parent / "torchrun.py"
-# Ranks share a pipe, and `python -u`, which starts them, writes the end of a line of `print` by itself: one write a line.
+# Ranks share a pipe, and with `python -u`, which starts them, `print` writes the end of a line by itself.
 STATUS = (
     "import os, sys; sys.stdout.write(f\"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n\"); "
     "sys.exit(int(sys.argv[1 + int(os.environ['RANK'])]))"
