@@ -8,6 +8,8 @@ from ultralytics.cfg import TASKS
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 
+from yolov12.errors import DataError
+
 TWICE = "memory: this loss has several normalisers: a batch that is split runs its forward pass twice"
 SMALL = {"epochs": 1, "batch": 4, "nbs": 4}
 
@@ -33,6 +35,12 @@ def test_a_task_whose_batches_are_split(trainings, task_models, tmp_path, task, 
     stock = trainings.train(tmp_path, model, mas=False, **SMALL, data=data, **more)
     assert run.batches(4) == stock.batches(4)
     assert run.draws == stock.draws
+
+
+def test_keypoints_that_a_model_does_not_find_are_refused(trainings, tiny_models, tmp_path):
+    data = trainings.draw_data(tmp_path / "data", "pose")
+    with pytest.raises(DataError, match=r"kpt_shape=\[2, 3\], and the model finds those of \[17, 3\]"):
+        YOLO(tiny_models["pose"]).val(data=data, imgsz=64, device="cpu", workers=0, plots=False)
 
 
 def test_two_heads_have_several_normalisers(trainings, tmp_path):

@@ -38,7 +38,7 @@ from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts
 from yolov12.training.adapter.detection import BOXES, DetectionTask, knows_loss
 from yolov12.training.adapter.known import is_stock, why_not_split
 from yolov12.training.adapter.prediction import SLICES, joined, settings_of, slices_of, tell_once
-from yolov12.training.run import process_group
+from yolov12.training.run import preflight, process_group
 
 __all__ = ["over_limit", "validate"]
 
@@ -61,6 +61,7 @@ def validate(stock: Callable[..., Any], validator: Any, trainer: Any, model: Any
 
     Raises:
         ConfigError: A setting of the engine is malformed or outside its range.
+        DataError: The keypoints of the data are not those of the model.
         DoesNotFitError: Not even one image fits into memory, or not a whole batch in a method of the user's own.
     """
     if not getattr(validator.args, "mas", False):
@@ -135,9 +136,9 @@ class _Validation:
 
     def _begin(self, model: nn.Module) -> None:
         """Take over, in place of `init_metrics`, which Ultralytics calls right before the first batch."""
+        preflight.check_keypoints(self._validator.data, model)
         self._stock["init_metrics"](model)
-        if self._is_known(model):
-            self._slices = slices_of(self._validator, self._validator.device)
+        self._slices = slices_of(self._validator, self._validator.device) if self._is_known(model) else None
         if self._slices is not None:
             self._take_over(model)
 
@@ -306,8 +307,7 @@ class _Validation:
         finally:
             validator.device = device
         if gathered is not None and self._task is not None:
-            loader = validator.dataloader
-            batches = [[each] for of_rank in gathered for each in of_rank]
+            loader, batches = validator.dataloader, [[each] for of_rank in gathered for each in of_rank]
             if loader.sampler.batch_size != loader.batch_size:  # then all ranks validate parts of one batch
                 batches = [[part for parts in batches for part in parts]]
             found = [_total(parts, self._task.floor).items() for parts in batches]

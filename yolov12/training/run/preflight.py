@@ -11,7 +11,7 @@ from yolov12 import demo
 from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, UntrustedDataError, plain
 from yolov12.training.classes.names import check_rename, listed, match, renamed
 
-__all__ = ["check_training_arguments"]
+__all__ = ["check_keypoints", "check_training_arguments"]
 
 _REPLAYED = ("detect", "segment", "pose", "obb")
 
@@ -117,6 +117,24 @@ def _check_data(
             way_out = f". Leave '{split}:' empty to do without them" if split == optional else ""
             raise MissingImagesError(f"{key}={data}: no images for '{split}' in {', '.join(sources)}{way_out}")
     return found["names"]  # type: ignore[no-any-return]
+
+
+def check_keypoints(data: Mapping[str, Any], model: Any) -> None:
+    """Check that a model finds the keypoints that a data set has labels for.
+
+    Args:
+        data: Data set, as Ultralytics has read it from its yaml.
+        model: Model to validate. One without keypoints passes.
+
+    Raises:
+        DataError: They have other keypoints.
+    """
+    of_model, of_data = getattr(model, "kpt_shape", None), data.get("kpt_shape")
+    if of_model and of_data and list(of_model) != list(of_data):
+        raise DataError(
+            f"data={data.get('yaml_file', '')}: it has keypoints of kpt_shape={list(of_data)}, and the model finds "
+            f"those of {list(of_model)}: validate a model that was trained on these keypoints"
+        )
 
 
 def _check_names(names: Mapping[int, str] | None, old: Mapping[int, str] | None, replay: Any) -> None:
