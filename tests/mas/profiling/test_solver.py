@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,3 +107,31 @@ def test_nothing_to_choose():
     assert [level.plan for level in ladder(profile)] == [KEEP_ALL]
     assert solve(profile, 100.0) is None
     assert solve(profile, 110.0).plan == KEEP_ALL
+
+
+@pytest.mark.parametrize("also_without_presolve", [False, True])
+def test_plans_when_the_solver_fails(also_without_presolve, monkeypatch):
+    """HiGHS ends with "Solve error" for a few ladders in a hundred, which says nothing about the plans there are."""
+    first = LayerCost("0", None, 0, 100.0, 80.0, 30.0, Time(3.0, 3.0), Time(1.0, 1.0))
+    second = LayerCost("1", None, 1, 60.0, 50.0, 20.0, Time(2.0, 2.0), Time(0.5, 0.5))
+    profile = Profile((first, second), 5.0, (20.0, 40.0), Time(10.0, 10.0))
+    limits = 200.0, 195.0, 160.0, 135.0, 90.0
+    best = [solve(profile, limit) for limit in limits]
+    levels = ladder(profile)
+    milp = scipy.optimize.milp
+
+    def failing(*args, options, **kwargs):
+        if also_without_presolve or options.get("presolve", True):
+            return scipy.optimize.OptimizeResult(x=None, status=4)
+        return milp(*args, options=options, **kwargs)
+
+    monkeypatch.setattr(scipy.optimize, "milp", failing)
+    found = [solve(profile, limit) for limit in limits]
+    if not also_without_presolve:
+        assert found == best
+        assert ladder(profile) == levels
+        return
+    for level, optimum, limit in zip(found, best, limits, strict=True):
+        assert (level is None) == (optimum is None)
+        assert level is None or (level.peak_bytes <= limit and level.slow >= optimum.slow)
+    assert ladder(profile)[-1].peak_bytes == levels[-1].peak_bytes < levels[0].peak_bytes

@@ -28,6 +28,7 @@ _Array = NDArray[np.float64]
 # Choices inside an outermost layer are left out if they free less than this fraction of all bytes that are kept. With
 # many small choices, the solver would take long.
 _WORTHWHILE = 0.01
+_INFEASIBLE = 2  # status of SciPy's milp
 LEVELS = 10
 """Number of levels above level 0, which keeps everything."""
 
@@ -140,7 +141,16 @@ class _Programme:
 
     def least_time(self, most_bytes: float) -> LadderLevel | None:
         chosen = self._optimise(self._times, self._grows, most_bytes - self._fixed)
-        return None if chosen is None else self.level(chosen)
+        if chosen is not None:
+            return self.level(chosen)
+        fitting = (level for level in self._uniform_levels() if level.peak_bytes <= most_bytes)
+        return min(fitting, key=lambda level: level.slow, default=None)
+
+    def _uniform_levels(self) -> list[LadderLevel]:
+        """Return the plans that treat all outermost layers alike. They are known without the solver."""
+        outermost = [choice.mode if choice.layer.inside is None else "" for choice in self._choices]
+        chosen = ([float(each == mode) for each in outermost] for mode in (None, REBUILD, RECOMPUTE))
+        return [self.level(np.array(each)) for each in chosen]
 
     def lowest_peak(self) -> float:
         """Return the lowest possible peak: the minimum of an additional variable that no phase may exceed."""
@@ -149,10 +159,12 @@ class _Programme:
             return float(self._fixed.max())
         grows = np.hstack([self._grows, -np.ones((len(self._grows), 1)) * self._fixed.max()])
         chosen = self._optimise(np.eye(count + 1)[count], grows, -self._fixed)
-        assert chosen is not None  # to keep everything is always a solution
+        if chosen is None:  # to keep everything is always a solution, so the solver failed
+            return min(level.peak_bytes for level in self._uniform_levels())
         return float(self.phases(chosen).max())
 
     def _optimise(self, costs: _Array, grows: _Array, most: _Array) -> _Array | None:
+        """Return the choices of least cost; None if there is no solution or the solver fails."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         if not self._choices:
@@ -160,14 +172,20 @@ class _Programme:
         more = len(costs) - len(self._choices)
         once = np.array([self._exclusive(layer) + [0.0] * more for layer in self._profile.layers])
         scale = self._fixed.max()
-        found = milp(
-            costs / (abs(costs).max() or 1.0),
-            constraints=(LinearConstraint(grows / scale, ub=most / scale), LinearConstraint(once, ub=1.0)),
-            integrality=np.array([1] * len(self._choices) + [0] * more),
-            bounds=Bounds(0.0, 1.0),
-            options={"mip_rel_gap": 0.0, "time_limit": 5.0},
-        )
-        return None if found.x is None else np.round(found.x[: len(self._choices)])
+        for presolve in (True, False):  # now and then, only the presolve of HiGHS ends with "Solve error"
+            found = milp(
+                costs / (abs(costs).max() or 1.0),
+                constraints=(LinearConstraint(grows / scale, ub=most / scale), LinearConstraint(once, ub=1.0)),
+                integrality=np.array([1] * len(self._choices) + [0] * more),
+                bounds=Bounds(0.0, 1.0),
+                options={"mip_rel_gap": 0.0, "time_limit": 5.0, "presolve": presolve},
+            )
+            if found.x is not None:
+                chosen: _Array = np.round(found.x[: len(self._choices)])
+                return chosen
+            if found.status == _INFEASIBLE:
+                break
+        return None
 
     def _exclusive(self, layer: LayerCost) -> list[float]:
         """Return 1.0 for choices about this layer or a layer around it, else 0.0. A plan may make only one of them."""
