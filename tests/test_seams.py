@@ -29,6 +29,7 @@ MODULE_FUNCTIONS = [
     torch_utils.strip_optimizer,
     patches.torch_load,
     utils.load_dataset_cache_file,
+    utils.save_dataset_cache_file,
     utils.check_det_dataset,
 ]
 

@@ -47,6 +47,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "check_det_dataset": around("untrusted.download:check_det_dataset"),
         "check_cls_dataset": around("untrusted.names:check_cls_dataset"),
         "load_dataset_cache_file": around("untrusted.label_cache:load_dataset_cache_file"),
+        "save_dataset_cache_file": around("untrusted.label_cache:save_dataset_cache_file"),
     },
     "ultralytics.data.base": {"BaseDataset.check_cache_ram": around("training.data.host:cache_fits")},
     "ultralytics.nn.modules.block": {

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -102,6 +102,32 @@ def test_a_cache_with_code_is_not_run_and_made_anew(
         assert len(lines) == 1
         assert "builtins.eval" in lines[0]
         assert load_dataset_cache_file(cache)["version"] == DATASET_CACHE_VERSION  # a new file replaces it
+
+
+def test_processes_may_read_and_write_a_cache_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as the ranks of a training, or trainings on the same images: it is one whole cache at any moment."""
+    cache, write = tmp_path / "train.cache", np.save
+    save_dataset_cache_file("", cache, {"images": 1}, DATASET_CACHE_VERSION)
+
+    def write_slowly(file: IO[bytes], content: Any) -> None:
+        file.write(b"\x93NUM")
+        assert load_dataset_cache_file(cache)["images"] == 1
+        monkeypatch.setattr(np, "save", write)
+        save_dataset_cache_file("", cache, {"images": 3}, DATASET_CACHE_VERSION)  # by another process
+        assert load_dataset_cache_file(cache)["images"] == 3
+        cache.unlink()  # by one without this package, which is about to write
+        file.seek(0)
+        write(file, content)
+
+    monkeypatch.setattr(np, "save", write_slowly)
+    save_dataset_cache_file("", cache, {"images": 2}, DATASET_CACHE_VERSION)
+    assert load_dataset_cache_file(cache) == {"images": 2, "version": DATASET_CACHE_VERSION}
+    assert [file.name for file in tmp_path.iterdir()] == ["train.cache"]
+    caplog.clear()
+    save_dataset_cache_file("", tmp_path / "none" / "train.cache", {}, DATASET_CACHE_VERSION)
+    assert "train.cache could not be written, [Errno 2]" in caplog.text
 
 
 def name(module: str, attribute: str) -> bytes:

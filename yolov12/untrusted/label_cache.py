@@ -1,8 +1,10 @@
-"""Reads the `*.cache` files of data sets without running what is in them.
+"""Reads the `*.cache` files of data sets without running what is in them, and writes them in one step.
 
 Ultralytics stores the labels that it found as a pickle. A data set may bring such a file along, and a pickle can call
 any function. The reader here makes plain data and NumPy arrays of numbers, in the format that Ultralytics writes. It
 refuses every other name, and Ultralytics then reads the labels anew, as it does for a cache that is out of date.
+
+Several processes may read and write one cache at the same time.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import gc
 import pickle
 import re
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ import numpy as np
 from yolov12.printable import printable
 from yolov12.untrusted import TRUST_DATA, is_set
 
-__all__ = ["load_dataset_cache_file"]
+__all__ = ["load_dataset_cache_file", "save_dataset_cache_file"]
 
 _NUMBERS = re.compile(r"[biufc]\d{1,2}")  # data types of arrays: the same codes as in `np.dtype("f4")`
 
@@ -53,6 +57,37 @@ def load_dataset_cache_file(stock: Callable[..., Any], /, path: Any) -> dict[str
     finally:
         if was_enabled:
             gc.enable()
+
+
+def save_dataset_cache_file(
+    _: Callable[..., None], /, prefix: str, path: Path, x: dict[str, Any], version: str
+) -> None:
+    """Write a `*.cache` file in place of Ultralytics' `save_dataset_cache_file`.
+
+    Ultralytics deletes the previous file first, which fails if another process has just done so, and then writes to
+    the file that other processes may be reading.
+
+    Args:
+        _: Ultralytics' own function.
+        prefix: Beginning of a log line.
+        path: The file.
+        x: The labels that Ultralytics found, and what they were found in. It gets the version.
+        version: Version of Ultralytics' format.
+    """
+    from ultralytics.utils import LOGGER
+
+    x["version"] = version
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # no other process writes to it
+    try:
+        with unfinished.open("xb") as file:
+            np.save(file, x)  # type: ignore[arg-type]  # as an array of one object
+        unfinished.replace(path)
+        LOGGER.info(f"{prefix}New cache created: {path}")
+    except Exception as error:  # the folder is read-only, or the disk full: the labels are read again the next time
+        LOGGER.warning(f"{prefix}{path} could not be written, {error}")
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
