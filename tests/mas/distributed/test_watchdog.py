@@ -254,6 +254,20 @@ def test_rank_leaves_after_the_grace_unless_it_closes(ring):
     assert not three.left[1].wait(0.5)
 
 
+def test_rank_that_saves_the_run_is_not_ended_before_it_has_saved(ring):
+    """On a slow disk, a save takes longer than the grace. It has an end of its own."""
+    three = ring(3, save_s=60)
+    with three[0].saving():
+        three[2].leaving("why")
+        assert three.left[1].wait(NOISE_S)
+        assert not three.left[0].wait(0.5)
+    assert three.left[0].wait(NOISE_S)
+    two = ring(2, save_s=0.2)
+    with two[0].saving():
+        two[1].leaving("why")
+        assert two.left[0].wait(NOISE_S)
+
+
 def test_rank_that_was_taken_for_dead_leaves_too(ring):
     two = ring(2)
     two.lines[0]._store.compare_set("gone", "", '[1, "silent"]')

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -14,6 +15,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 from yolov12.errors import ConfigError
 from yolov12.files import AtomicPath
 from yolov12.mas import Engine
+from yolov12.mas.distributed.ranks import ALONE
 from yolov12.training.run import run_state
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -88,13 +90,24 @@ def test_intervals_are_due_after_so_many_steps_or_seconds():
     ("every", "share", "saves"), [(1, 0, 8), (3, 0, 2), (3, 1e9, 4), ("1h", 0, 1), ("1h", 1e9, 2), (0, 1e9, 0)]
 )
 def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, every, share, saves):
-    """The run has 8 updates in 2 epochs. It is also saved at the end of an epoch if that takes little time."""
-    saved = []
+    """The run has 8 updates in 2 epochs. It is also saved at the end of an epoch if that takes little time.
+
+    The watchdog knows of each save, and does not end a process that is about it.
+    """
+    saved, known = [], []
     save = run_state.RunSaver._save
+
+    @contextmanager
+    def saving(_):
+        known.append(len(saved))
+        yield
+        assert len(saved) == known[-1] + 1
+
     monkeypatch.setattr(run_state.RunSaver, "_save", lambda saver: saved.append(saver) or save(saver))
+    monkeypatch.setattr(type(ALONE), "saving", saving)
     monkeypatch.setattr(run_state, "_COST", share)
     run = trainings.train(tmp_path, bn_group=8, save_every=every)
-    assert len(saved) == saves
+    assert len(saved) == len(known) == saves
     assert not (run.folder / "weights" / "state.pt").exists()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +87,9 @@ class Ranks(Protocol):
     def least(self, number: int) -> int:
         """Return the smallest number that a rank gives."""
 
+    def saving(self) -> AbstractContextManager[None]:
+        """Return a context that saves the run, for which a process has time although another one is gone."""
+
 
 class _Alone:
     """A training in one process."""
@@ -110,6 +113,9 @@ class _Alone:
 
     def least(self, number: int) -> int:
         return number
+
+    def saving(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 ALONE: Ranks = _Alone()
@@ -210,6 +216,10 @@ class ProcessRanks:
         with self._naming_the_lost():
             dist.all_reduce(numbers, dist.ReduceOp.MIN)
         return int(numbers)
+
+    def saving(self) -> AbstractContextManager[None]:
+        """See `Ranks.saving`."""
+        return self._watchdog.saving()
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:

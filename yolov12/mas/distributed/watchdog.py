@@ -24,8 +24,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -102,10 +102,10 @@ def _restart() -> str:
 class Watchdog:
     """Watchdog of one rank; it starts when it is created. A rank without a watchdog is not watched.
 
-    After a rank has died or left, the main thread has `grace_s` seconds to notice and to call `close`. Then this
-    process logs the reason and exits with status 1. It does the same if other ranks took this rank for dead, because
-    they exit, too. If the store does not answer, the process that hosts it counts as dead. A process that ends without
-    `close` tells the other ranks.
+    After a rank has died or left, the main thread has `grace_s` seconds to notice and to call `close`, or to begin to
+    save the run, see `saving`. Then this process logs the reason and exits with status 1. It does the same if other
+    ranks took this rank for dead, because they exit, too. If the store does not answer, the process that hosts it
+    counts as dead. A process that ends without `close` tells the other ranks.
 
     Args:
         store: Store that all ranks share, under a prefix of this run: see `connect`.
@@ -113,7 +113,8 @@ class Watchdog:
         size: Number of ranks.
         heartbeat_s: Seconds between two heartbeats.
         dead_s: Seconds without a heartbeat after which a rank counts as dead.
-        grace_s: Seconds for the main thread to end by itself.
+        grace_s: Seconds for the main thread to end by itself. Time in which this process was stopped does not count.
+        save_s: Seconds that it may take to save the run.
         names: Name of each rank in messages; by default `rank 0` and so on.
         log: Receives the line that says why this process exits; by default it goes to stderr.
         leave: Ends this process at once, whatever its main thread does; it gets the exit status.
@@ -131,6 +132,7 @@ class Watchdog:
         heartbeat_s: float = 1.0,
         dead_s: float = 20.0,
         grace_s: float = 10.0,
+        save_s: float = 600.0,
         names: Sequence[str] | None = None,
         log: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True),
         leave: Callable[[int], object] = os._exit,
@@ -138,10 +140,11 @@ class Watchdog:
         self.names = names or [f"rank {index}" for index in range(size)]
         self._store: Any = store  # PyTorch 2.3's type hints lack `check`
         self._rank, self._size = rank, size
-        self._heartbeat_s, self._dead_s, self._grace_s = heartbeat_s, dead_s, grace_s
+        self._heartbeat_s, self._dead_s, self._grace_s, self._save_s = heartbeat_s, dead_s, grace_s, save_s
         self._log, self._leave = log, leave
         self._watched, self._standstill = (rank + 1) % size, _StandstillTimer(heartbeat_s)
         self._rounds = 0
+        self._saves_begun = self._saves_ended = 0
         self._parting: str | None = None
         self._gone: Gone | None = None
         self._known, self._closed = threading.Event(), threading.Event()
@@ -195,6 +198,18 @@ class Watchdog:
         self._caller.join(_PATIENCE_S)
         self._known.set()
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Return a context that saves the run. If a rank is gone, this process ends `grace_s` seconds after it.
+
+        The main thread enters it when it no longer waits for any rank, so only a slow file system can make it late.
+        """
+        self._saves_begun += 1
+        try:
+            yield
+        finally:
+            self._saves_ended += 1
+
     def _run_requests(self) -> None:
         try:
             while not self._closed.is_set():
@@ -240,6 +255,10 @@ class Watchdog:
         self._gone = self._gone or gone
         self._known.set()
 
+    @property
+    def _patience_s(self) -> float:
+        return self._save_s if self._saves_begun > self._saves_ended else self._grace_s
+
     def _watch(self) -> None:
         calls = _StandstillTimer(self._heartbeat_s)
         while not self._known.is_set():
@@ -247,8 +266,10 @@ class Watchdog:
                 return
             if calls.quiet_s(self._rounds) >= self._dead_s:
                 self._report_lost_store()
-        if self._closed.wait(self._grace_s):
-            return
+        main_thread = _StandstillTimer(self._heartbeat_s)
+        while main_thread.quiet_s(self._saves_begun + self._saves_ended) < self._patience_s:
+            if self._closed.wait(self._heartbeat_s):
+                return
         try:
             self._log(f"yolov12: error: {self._gone}, so {self.names[self._rank]} ends too")
         finally:

@@ -119,7 +119,7 @@ class TrainerAdapter:
         self._interruption = Interruption()
         interval = Interval.parse(trainer.args.save_every)
         states = self._resolution, self._display.of_epoch, self._interruption
-        self.saver = RunSaver(trainer, self._model, engine, loader, interval, *states, is_first=ranks.rank == 0)
+        self.saver = RunSaver(trainer, self._model, engine, loader, interval, *states, ranks)
         self.saver.begin()
         setattr(trainer, SAVER, self.saver)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from yolov12 import files
 from yolov12.mas import Engine
+from yolov12.mas.distributed.ranks import ALONE, Ranks
 from yolov12.models import weights
 from yolov12.training.data.loader import ResumableLoader, data_of
 from yolov12.training.data.random_state import random_state, set_random_state
@@ -91,7 +92,7 @@ class RunSaver:
         resolution: Chooses the size of images.
         of_epoch: Column → value for results.csv that is collected during an epoch.
         interruption: Signals of this process.
-        is_first: True on rank 0, the only one that saves.
+        ranks: Processes that share each batch. Rank 0 saves.
     """
 
     def __init__(
@@ -104,12 +105,12 @@ class RunSaver:
         resolution: ResolutionControl,
         of_epoch: dict[str, float],
         interruption: Interruption,
-        *,
-        is_first: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._trainer, self._model, self._engine, self._loader = trainer, model, engine, loader
         self._resolution, self._of_epoch = resolution, of_epoch
-        self._saves = is_first and bool(trainer.args.save)
+        self._ranks = ranks
+        self._saves = ranks.rank == 0 and bool(trainer.args.save)
         self._every = every if self._saves else Interval()
         self._at_epoch_ends = self._every != Interval()
         self._moment: dict[str, Any] | None = None
@@ -202,8 +203,9 @@ class RunSaver:
 
     def _save_or_warn(self) -> None:
         try:
-            if self._is_finite():
-                self._save()
+            if self._is_finite():  # the device has answered, so no collective of it waits for a rank that is gone
+                with self._ranks.saving():
+                    self._save()
         except (OSError, RuntimeError) as error:  # a full disk or a lost device: the previous save is kept
             from ultralytics.utils import LOGGER
 
