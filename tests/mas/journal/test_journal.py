@@ -280,8 +280,9 @@ def test_a_folder_that_disappears_is_a_plain_error(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     journal = Journal(folder)
-    shutil.rmtree(folder)
     journal.add(row(1))
+    shutil.rmtree(folder)
+    journal.add(row(2))
     with pytest.raises(FileNotFoundError):
         journal.close(updates_expected=None)
 

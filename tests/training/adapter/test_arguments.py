@@ -1,5 +1,7 @@
 """Arguments of the engine, from the command line and from Python."""
 
+import gc
+
 import pytest
 import yaml
 from ultralytics import YOLO
@@ -90,10 +92,12 @@ def test_arguments_without_effect_are_named(trainings, tmp_path):
     assert "mas=False, so there is no use for mem_limit=8GiB, micro_batch=4" in run.log
 
 
-def test_a_layer_that_does_not_exist_is_refused_and_leaves_no_folder(trainings, tmp_path):
+def test_a_layer_that_does_not_exist_is_refused_and_leaves_nothing(trainings, tmp_path, recwarn):
     run = trainings.train(tmp_path, disable_mas_layers=["backbone.44"], raises=ConfigError)
     assert run.trainer is None
     assert not list(tmp_path.rglob("args.yaml"))
+    gc.collect()
+    assert not [each for each in recwarn if each.category is ResourceWarning]  # no file was left open
 
 
 def test_names_of_disabled_layers_are_saved_with_the_run(trainings, tmp_path):

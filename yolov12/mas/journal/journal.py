@@ -147,9 +147,9 @@ class Journal:
         self._flushed_s = time.monotonic()
         self._names: list[str] = []  # columns of the file; one of an earlier version keeps its own
         self._file: TextIO | None = None
-        # The other ranks open their files with their first row, after rank 0 has removed the files of an earlier run.
+        # All files are opened with their first row. Those of other ranks begin after rank 0 has removed earlier ones.
         if not rank:
-            self._file = self._open()
+            self._open().close()
 
     def _remove_old_files(self) -> None:
         self._csv.unlink(missing_ok=True)
