@@ -4,20 +4,23 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import yolov12
+from yolov12 import torchrun
 
 LAUNCHER = Path(yolov12.__file__).parent / "torchrun.py"
 # Ranks share a pipe, and with `python -u`, which starts them, `print` writes the end of a line by itself.
 STATUS = (
-    "import os, sys; sys.stdout.write(f\"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n\"); "
-    "sys.exit(int(sys.argv[1 + int(os.environ['RANK'])]))"
+    "import os, sys, time; sys.stdout.write(f\"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n\"); "
+    "status = sys.argv[1 + int(os.environ['RANK'])]; "
+    "time.sleep(600) if status == 'stays' else sys.exit(int(status))"
 )
 WAITS = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
-    "sys.stdout.write('started\\n'); time.sleep(60)"
+    "sys.stdout.write('started\\n'); time.sleep(600)"
 )
 
 
@@ -39,13 +42,21 @@ def launch(start_script, reserve_port, tmp_path):
 
 @pytest.mark.parametrize(
     ("ranks", "status", "attempts"),
-    [((2, 1), 2, {"0"}), ((1, 1), 1, {"0", "1"}), ((0, 0), 0, {"0"})],
+    [((2, "stays"), 2, {"0"}), ((1, 1), 1, {"0", "1"}), ((0, 0), 0, {"0"})],
     ids=["refused", "failed", "good"],
 )
 def test_only_a_failure_is_tried_again(launch, ranks, status, attempts):
     run = launch(*ranks, script=STATUS, restarts=1)
     output, _ = run.communicate()
     assert (run.returncode, set(re.findall(r"attempt (\d)", output))) == (status, attempts), output
+
+
+def test_one_rank_that_refuses_is_enough():
+    """The launcher looks now and then, and may find that one rank has refused and others have failed."""
+    statuses = {(2, 1): True, (1, 2): True, (1, 1): False, (-15, 2): True, (): False}
+    for found, refused in statuses.items():
+        failures = {rank: SimpleNamespace(exitcode=status) for rank, status in enumerate(found)}
+        assert torchrun._has_refused(failures) is refused
 
 
 def test_a_signal_is_handed_on_and_has_its_status(launch):
@@ -55,7 +66,7 @@ def test_a_signal_is_handed_on_and_has_its_status(launch):
         lines.append(run.stdout.readline())
         assert lines[-1], lines
     run.send_signal(signal.SIGTERM)
-    output, _ = run.communicate(60)
+    output, _ = run.communicate()
     assert run.returncode == 128 + signal.SIGTERM, output
 
 
