@@ -291,14 +291,21 @@ def terminal(monkeypatch):
 def test_a_live_run_is_followed_to_its_end(tmp_path, terminal):
     write(tmp_path)
 
+    def seen(words):
+        for _ in range(6000):
+            if words in terminal.getvalue():
+                return
+            time.sleep(0.01)
+
     def train():
+        seen("starting: no step was made yet")
         for step in range(1, 4):
             with (tmp_path / "memory.csv").open("a") as file:
                 file.write(line(step)[:9])
                 file.flush()
-                time.sleep(0.02)
+                time.sleep(0.02)  # so that half a line may be read
                 file.write(line(step)[9:])
-            time.sleep(0.1)
+            seen(f"step {step}")
         end(tmp_path)
 
     training = threading.Thread(target=train)
