@@ -12,7 +12,7 @@ from ultralytics import YOLO
 
 BATCHES = 4
 LIFE = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 import torch
 from ultralytics import YOLO
@@ -26,23 +26,32 @@ ARGUMENTS = dict(
     deterministic=True, save_every=1, resume="auto", name="run", exist_ok=False,
 )
 
-def begin(trainer, project):
-    Path(project, "updates").write_text("")
-    Path(project, "began").write_text(str(trainer.start_epoch))
-    trainer.optimizer.register_step_post_hook(lambda *_: Path(project, "updates").open("a").write("."))
+def begin(trainer, project, most):
+    updates = project / "updates"
+    updates.write_text("")
+    (project / "began").write_text(str(trainer.start_epoch))
 
-def train(project):
+    def updated(*_):
+        with updates.open("a") as file:
+            file.write(".")
+        while updates.stat().st_size > most and not (project / "signalled").exists():
+            time.sleep(0.01)
+
+    trainer.optimizer.register_step_post_hook(updated)
+
+def train(project, most):
     model = YOLO(model_yaml)
-    model.add_callback("on_train_start", lambda trainer: begin(trainer, Path(project)))
+    model.add_callback("on_train_start", lambda trainer: begin(trainer, Path(project), most))
     model.train(project=project, **ARGUMENTS)
     trainer = model.trainer
     torch.save([trainer.model.state_dict(), trainer.ema.ema.state_dict()], Path(project, "final.pt"))
 
-for project in sys.stdin:
+for line in sys.stdin:
     pid = os.fork()
     if not pid:
         os.dup2(2, 1)
-        train(project.strip())
+        most, project = line.strip().split(" ", 1)
+        train(project, int(most))
         os._exit(0)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
@@ -59,11 +68,16 @@ class Lives:
         self._server = start(script, self.log, model)
 
     def live(self, project, number=None, updates=0, delay_s=0.0):
-        """Train and return the exit status; send a signal, if given, `delay_s` after so many updates."""
+        """Train and return the exit status; send a signal, if given, `delay_s` after so many updates.
+
+        A training that is faster than this process waits for its signal in its next update.
+        """
         project.mkdir(exist_ok=True)
-        began, done = project / "began", project / "updates"
-        began.unlink(missing_ok=True)
-        self._server.stdin.write(f"{project}\n")
+        began, done, signalled = (project / name for name in ("began", "updates", "signalled"))
+        for file in (began, signalled):
+            file.unlink(missing_ok=True)
+        most = 10**9 if number is None else updates
+        self._server.stdin.write(f"{most} {project}\n")
         self._server.stdin.flush()
         pid = int(self._server.stdout.readline())
         if number is not None:
@@ -72,6 +86,7 @@ class Lives:
                 assert Path(f"/proc/{pid}").exists(), self.log.read_text()[-3000:]
             time.sleep(delay_s)
             os.kill(pid, number)
+            signalled.touch()
         return int(self._server.stdout.readline())
 
 
