@@ -103,7 +103,8 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks_module.BUCKET_BYTES = 2**22  # so that gradients of a small model fill several
     dist.init_process_group("gloo")
-    watchdog = Watchdog(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names())
+    # No rank dies here, and on a busy machine none shall be taken for dead.
+    watchdog = Watchdog(connect(), dist.get_rank(), dist.get_world_size(), names=exchange_names(), dead_s=600)
     ranks = ProcessRanks(watchdog)
     benches: dict[Any, Any] = {}
     for index, line in enumerate(sys.stdin):

@@ -14,10 +14,10 @@ from torch.distributed import HashStore, TCPStore
 from yolov12.mas.distributed.watchdog import Gone, Watchdog, connect, meet
 
 HEARTBEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
-NOISE_S = 5.0
-"""Seconds by which a busy machine may be late."""
+NOISE_S = 60.0
+"""Seconds by which a busy machine may be late. Nothing that is tested takes as long by itself."""
 
-SLEEP = "ctypes.CDLL(None).sleep(60)  # like a collective: Python's lock is free, and no signal handler runs"
+SLEEP = "ctypes.CDLL(None).sleep(250)  # like a collective: Python's lock is free, and no signal handler runs"
 RANK = """
 import ctypes, os, time
 from yolov12.mas.distributed.watchdog import Watchdog, connect
@@ -40,7 +40,7 @@ exec(main)
 class Ranks:
     """Processes, each with a watchdog and a main program. The store is in this process or in rank 0."""
 
-    def __init__(self, forks, reserve_port, folder, mains, rank_0_hosts=False):
+    def __init__(self, forks, reserve_port, folder, mains, rank_0_hosts=False, dead_s=DEAD_S):
         self._store = None if rank_0_hosts else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = reserve_port() if self._store is None else self._store.port
         barrier = forks.Barrier(len(mains) + 1)
@@ -55,12 +55,12 @@ class Ranks:
                 "barrier": barrier,
                 "environment": {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
                 "heartbeat_s": HEARTBEAT_S,
-                "dead_s": DEAD_S,
+                "dead_s": dead_s,
                 "grace_s": GRACE_S,
             }
             self.all.append(forks.Process(target=exec, args=(RANK, names), daemon=True))
             self.all[-1].start()
-        barrier.wait(60)
+        barrier.wait(NOISE_S)
 
     def send(self, rank, number):
         os.kill(self.all[rank].pid, number)
@@ -119,15 +119,15 @@ def test_rank_0_is_named_when_its_store_dies_with_it(ranks, number):
 def test_busy_ranks_are_not_dead_and_ranks_that_are_done_are_not_missed(ranks):
     count = "end = time.monotonic() + 3.5\nwhile time.monotonic() < end: sum(range(1000))"
     mains = ["time.sleep(0.5)", "ctypes.CDLL(None).usleep(3_500_000)", "", count, "time.sleep(0.2)"]
-    five = ranks([f"{main}\nwatchdog.close()\nassert watchdog.gone(0) is None" for main in mains])
+    five = ranks([f"{main}\nwatchdog.close()\nassert watchdog.gone(0) is None" for main in mains], dead_s=3.0)
     assert five.end(range(5), 3.5 + NOISE_S) == [0] * 5
     assert [five.words(rank) for rank in range(5)] == [[]] * 5
 
 
-def test_rank_that_leaves_says_why_within_two_seconds(ranks):
-    hear = "gone = watchdog.gone(2)\nwatchdog.close()\nos.write(2, str(gone).encode())"
-    four = ranks([hear, hear, "watchdog.leaving('no space left on device')", hear])
-    assert four.end(range(4), 2 + NOISE_S) == [0] * 4
+def test_rank_that_leaves_says_why_before_it_could_be_missed(ranks):
+    hear = f"gone = watchdog.gone({NOISE_S})\nwatchdog.close()\nos.write(2, str(gone).encode())"
+    four = ranks([hear, hear, "watchdog.leaving('no space left on device')", hear], dead_s=600)
+    assert four.end(range(4), 2 * NOISE_S) == [0] * 4
     assert [four.words(rank) for rank in range(4)] == [["rank 2: no space left on device"]] * 2 + [[]] + [
         ["rank 2: no space left on device"]
     ]
@@ -219,7 +219,7 @@ def test_ranks_that_are_done_are_skipped(ring):
 
 
 def test_last_rank_watches_nobody(ring):
-    three = ring(3, dead_s=0.1)
+    three = ring(3, dead_s=0.3)
     three[1].close()
     three[2].close()
     assert three[0].gone(0.5) is None
@@ -244,11 +244,13 @@ def test_first_to_be_named_stays_named(ring):
 
 
 def test_rank_leaves_after_the_grace_unless_it_closes(ring):
-    three = ring(3, grace_s=1.0)
+    three = ring(3, grace_s=600)
     three[2].leaving("why")
     assert three[1].gone(NOISE_S)
     three[1].close()
-    assert not three.left[0].is_set()
+    assert not three.left[0].wait(0.2)
+    for watchdog in three.watchdogs:
+        watchdog._grace_s = 0.1
     assert three.left[0].wait(NOISE_S)
     assert three.said == [["yolov12: error: rank 2: why, so rank 0 ends too"], [], []]
     assert not three.left[1].wait(0.5)
@@ -314,7 +316,7 @@ def test_messages_lose_their_colour_codes(ring):
 
 
 def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=NOISE_S))
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "TORCHELASTIC_RUN_ID": "run"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -342,14 +344,14 @@ def test_restarts_are_told_apart_where_the_store_outlives_them(monkeypatch):
 
 @pytest.mark.parametrize("outlives", [True, False])
 def test_processes_do_not_find_addresses_of_processes_before_a_restart(monkeypatch, outlives):
-    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    host = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=NOISE_S))
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(host.port), "RANK": "1", "WORLD_SIZE": "2"}
     for name, value in {**environment, "TORCHELASTIC_USE_AGENT_STORE": str(outlives)}.items():
         monkeypatch.setenv(name, value)
     found = []
     for restart in range(2):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart))
-        store, *place = meet(timedelta(seconds=5))
+        store, *place = meet(timedelta(seconds=NOISE_S))
         assert place == [1, 2]
         found.append(store.check(["address"]))
         store.set("address", "127.0.0.1:1")
