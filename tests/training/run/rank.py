@@ -3,6 +3,7 @@
 Its rank is in the environment. It saves its weights and the results of validation in the folder. Environment variables,
 all of them JSON except VALIDATE:
 
+CLOCK        [seconds, ...]: what passes on each rank's clock whenever the training looks at it
 KILL         [rank, batch]: the rank that dies, and the batch after which it does
 KILL_IN_VAL  rank that dies in validation
 NO_ROOM      [rank, batch]: the rank on which images above 64 pixels do not fit, until this batch
@@ -13,16 +14,19 @@ VALIDATE     path of a model whose weights are validated instead of those that w
 WORKERS      [number, ...]: number of data workers of each rank
 """
 
+import itertools
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from ultralytics import YOLO
 from ultralytics.data import YOLODataset
+from ultralytics.engine import trainer as upstream
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -113,6 +117,9 @@ def main(name, arguments, folder):
     crowded, until = json.loads(os.environ.get("NO_ROOM", "[-2, 0]"))
     if rank == crowded:
         leave_no_room(lambda: done < until)
+    if "CLOCK" in os.environ:
+        seconds = itertools.count(0, json.loads(os.environ["CLOCK"])[rank])
+        upstream.time = SimpleNamespace(time=lambda: next(seconds))
     if "WORKERS" in os.environ:
         load_with(json.loads(os.environ["WORKERS"])[rank])
     if rank == int(os.environ.get("KILL_IN_VAL", "-2")):
