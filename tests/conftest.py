@@ -14,11 +14,13 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
@@ -208,13 +210,14 @@ FORKS.set_forkserver_preload(
     ["torch", "torchvision", "cv2", "matplotlib.pyplot", "polars", "scipy.optimize", "requests", "yolov12.mas"]
 )
 _SCRIPT = """
-import atexit, gc, multiprocessing, os, runpy, sys
+import atexit, faulthandler, gc, multiprocessing, os, runpy, signal, sys
 gc.freeze()
 multiprocessing.set_start_method("fork", force=True)  # as in a process that was not forked itself
 for number, end in enumerate(ends):
     os.dup2(end.fileno(), number)
     end.close()
 sys.stdin, sys.stdout, sys.stderr = (open(number, mode, buffering=1) for number, mode in enumerate("rww"))
+faulthandler.register(signal.SIGUSR1)
 os.environ.clear()
 os.environ.update(environment)
 sys.argv = arguments
@@ -260,12 +263,19 @@ class Script:
     def communicate(self, timeout: float = 280) -> tuple[str, None]:
         """Close its stdin, read all that it writes and wait for its end."""
         self.stdin.close()
-        watch = threading.Timer(timeout, self._process.kill)
+        watch = threading.Timer(timeout, self._give_up)
         watch.start()
         output = self.stdout.read()
         watch.cancel()
-        self.wait(10)
+        self.wait(60)  # it has closed its output: this is its last moment
         return output, None
+
+    def _give_up(self) -> None:
+        """Kill a process that hangs, after it has shown where."""
+        with contextlib.suppress(ProcessLookupError):
+            self.send_signal(signal.SIGUSR1)
+            time.sleep(2)
+        self._process.kill()
 
     def end(self) -> None:
         if self.returncode is None:
@@ -300,12 +310,14 @@ def forks() -> Any:
 def reserve_port() -> Callable[[], int]:
     """Reserve a port for a server that must be told a number: `reserve_port()` returns it.
 
-    It is below the ports that the system gives to those who ask for any, also to connections that go out. A closed
+    It is none of the ports that the system gives to those who ask for any, also to connections that go out. A closed
     connection stays there for a minute (TIME_WAIT): until then nobody gets it but a server that asks for this number
     with SO_REUSEADDR, as PyTorch's does.
     """
-    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    numbers = random.SystemRandom().sample(range(lowest_given // 2, lowest_given), 1000)
+    lowest, highest = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    all_ports = range(5000, 2**16)
+    numbers = [port for port in all_ports if not lowest <= port <= highest] or [*all_ports]
+    random.SystemRandom().shuffle(numbers)
 
     def reserve() -> int:
         while True:
