@@ -30,11 +30,13 @@ def test_the_watch_trains_and_promotes_although_everything_is_killed(tiny_model,
     yolo.save(folder / "base.pt")
     found = line.tell_all(TINY, ["watch"], folder, tmp_path / "line.json")
     assert json.loads((tmp_path / "line.json").read_text()) == json.loads(json.dumps(found))
-    # A model that is trained for seconds finds nothing.
-    promises = {name: held for name, held in found["holds"].items() if not name.startswith("new_")}
+    # A model that is trained for seconds finds nothing. How long two restarts take is a matter of the machine: what
+    # the kill costs is counted in updates.
+    promises = {name: held for name, held in found["holds"].items() if not name.startswith(("new_", "less_than_a"))}
     assert all(promises.values()), found
     told = found["watch"]
-    assert 1 < told["resumed_at_update"] <= told["killed_after_update"] + 1 < told["updates"] == TINY.epochs
+    assert told["killed_after_update"] <= told["resumed_at_update"] <= told["killed_after_update"] + 1
+    assert 1 < told["resumed_at_update"] < told["updates"] == TINY.epochs
     assert len(told["set_aside"]) == TINY.damaged
     assert [row["model"] for row in found["table"]] == ["watch"]
 

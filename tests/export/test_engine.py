@@ -162,7 +162,7 @@ whole = upstream.json.dumps
 def dumps(*args):  # Ultralytics writes metadata and then the engine
     print("writing", flush=True)
     import time
-    time.sleep(60)
+    time.sleep(600)
 upstream.json.dumps = dumps
 job = engine.Job(Path({str(static_file)!r}), Path("n.engine"), (1, 3, 640, 640))
 list(engine.build(engine.find("tensorrt_rtx"), job, None))
@@ -170,7 +170,7 @@ list(engine.build(engine.find("tensorrt_rtx"), job, None))
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert any("writing" in line for line in process.stdout)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert Path("n.engine").read_bytes() == b"before"
 
 

@@ -44,7 +44,7 @@ def install(tmp_path):
         calls.write_text("")
         env = {"PATH": f"{python.parent}:{os.environ['PATH']}", "CALLS": str(calls), **environment}
         command = [ROOT / "docker" / "gpu-packages.sh", "requirements/gpu.txt"]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
         return done, calls.read_text().splitlines()
 
     return run

@@ -195,12 +195,12 @@ def test_a_stopped_training_goes_on(image, tmp_path):
     words = ("train", *TINY[:4], "epochs=4", "device=cpu", "plots=False", "project=/work", "name=line", "resume=auto")
     run = image.start(*words, "save_every=1", **where)
     state = tmp_path / "line" / "weights" / "state.pt"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 200
     while not state.exists() and run.process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     assert state.exists(), run.process.communicate()[0][-2000:]
     run.kill(signal.SIGTERM)
-    run.process.communicate(timeout=60)
+    run.process.communicate(timeout=200)
     assert run.process.returncode == 143
     done = image.run(*words, **where, check=0)
     assert "resume=auto: going on with /work/line/weights/last.pt" in done.stdout

@@ -30,7 +30,7 @@ def preflight(tmp_path, *words, driver=None, shm=None, environment=None, **kwarg
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=280,
         **kwargs,
     )
 

@@ -26,14 +26,14 @@ from yolov12.errors import UnreadableWeightsError
 from yolov12.models import limits, weights
 
 MEMORY = 512 << 20  # more than this process has
-SECONDS = 20
+SECONDS = 20  # of a processor: on a busy machine it takes longer
 limits.MAX_STEPS //= 10  # a tenth of the time
 
 
 def limit() -> None:
     used = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
 
 
 def tensors(found: Any) -> Iterator[torch.Tensor]:
@@ -154,7 +154,7 @@ def fuzz(file: Path, count: int, seed: int) -> dict[str, int]:
     results: Counter[str] = Counter()
     memory = os.memfd_create("variant")  # a file on a disk takes longer than reading it
     for variant in variants(file, count, seed):
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         os.ftruncate(memory, 0)
         os.pwrite(memory, variant, 0)
         try:
