@@ -197,7 +197,7 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
         )
 
     return run
@@ -260,7 +260,7 @@ class Script:
             raise subprocess.TimeoutExpired("a script", timeout or 0)
         return self.returncode
 
-    def communicate(self, timeout: float = 280) -> tuple[str, None]:
+    def communicate(self, timeout: float = 800) -> tuple[str, None]:
         """Close its stdin, read all that it writes and wait for its end."""
         self.stdin.close()
         watch = threading.Timer(timeout, self._give_up)

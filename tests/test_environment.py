@@ -67,7 +67,7 @@ def source_env(clone, cwd="/", before=":", **environment):
     env = {k: v for k, v in os.environ.items() if k not in ("CONDA_DEFAULT_ENV", "VIRTUAL_ENV", "YOLO_CONFIG_DIR")}
     env |= {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "CALLS": str(calls), **environment}
     script = f'set -euo pipefail; {before}; . "{clone}/scripts/env.sh"; command -v python; echo "$YOLO_CONFIG_DIR"'
-    done = subprocess.run(["bash", "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(["bash", "-c", script], cwd=cwd, env=env, capture_output=True, text=True, timeout=800)
     return done, calls.read_text().splitlines()
 
 

@@ -16,11 +16,11 @@ LAUNCHER = Path(yolov12.__file__).parent / "torchrun.py"
 STATUS = (
     "import os, sys, time; sys.stdout.write(f\"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}\\n\"); "
     "status = sys.argv[1 + int(os.environ['RANK'])]; "
-    "time.sleep(600) if status == 'stays' else sys.exit(int(status))"
+    "time.sleep(3600) if status == 'stays' else sys.exit(int(status))"
 )
 WAITS = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
-    "sys.stdout.write('started\\n'); time.sleep(600)"
+    "sys.stdout.write('started\\n'); time.sleep(3600)"
 )
 
 

@@ -18,7 +18,7 @@ TINY = replace(
     kill_at=0.25,
     save_every="1",
     settle="0.2s",
-    patience_s=250.0,
+    patience_s=800.0,
 )
 
 

@@ -146,7 +146,7 @@ def test_two_processes_at_once_both_get_the_whole_data_set(tmp_path: Path) -> No
     for process in both:
         process.stdin.write("go\n")
         process.stdin.flush()
-    answers = [process.communicate(timeout=250)[0] for process in both]
+    answers = [process.communicate(timeout=800)[0] for process in both]
     alone = ensure("demo:images=30", tmp_path / "alone")
     folder = tmp_path / "shared" / alone.parent.name
     assert [p.returncode for p in both] == [0, 0]

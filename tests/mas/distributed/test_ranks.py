@@ -31,7 +31,7 @@ class Processes:
         for process in self._all:
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
-        stuck = threading.Timer(250, lambda: [process.end() for process in self._all])
+        stuck = threading.Timer(800, lambda: [process.end() for process in self._all])
         stuck.start()
         for process in self._all:
             assert "done\n" in iter(process.stdout.readline, "")  # Ultralytics prints lines before
@@ -46,7 +46,7 @@ class Processes:
     def end(self):
         for process in self._all:
             process.stdin.close()
-        assert [process.wait(250) for process in self._all] == [0] * self.size
+        assert [process.wait(800) for process in self._all] == [0] * self.size
 
 
 @pytest.fixture(scope="module", params=[2, 4])

@@ -39,7 +39,7 @@ def start(start_script, reserve_port):
     return start_ranks
 
 
-def finish(processes, timeout_s=280):
+def finish(processes, timeout_s=800):
     """Wait for processes; return their exit statuses and their outputs."""
     outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     return [process.returncode for process in processes], outputs
@@ -151,7 +151,7 @@ def test_ranks_replay_what_one_process_replays(start, start_script, trainings, t
 def test_the_other_ranks_end_soon_and_name_the_rank_that_died(start, settings, weights, tmp_path):
     arguments = settings(tmp_path, epochs=50)
     processes = start(4, RANK, weights, json.dumps(arguments), tmp_path, KILL="[2, 3]")
-    assert processes[2].wait(200) == -signal.SIGKILL
+    assert processes[2].wait(800) == -signal.SIGKILL
     codes, outputs = finish([process for process in processes if process is not processes[2]])
     assert all(code == 1 for code in codes), outputs
     assert all("rank 2 (" in output and "has not been heard of" in output for output in outputs), outputs
@@ -175,7 +175,7 @@ def test_torchrun_restarts_the_ranks_and_the_run_ends_as_if_not_interrupted(
         env={**os.environ, "KILL": "[1, 3]", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -248,7 +248,7 @@ def test_torchrun_runs_the_command_and_each_rank_keeps_a_journal(reserve_port, t
         [sys.executable, *launch, "train", f"model={tiny_model}", *words, f"project={tmp_path}", "name=run"],
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=800,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -326,7 +326,7 @@ def test_images_of_a_batch_are_of_one_size_on_all_ranks(start, settings, weights
 
 def test_a_death_in_validation_is_named_too(start, settings, weights, tmp_path):
     processes = start(3, RANK, weights, json.dumps(settings(tmp_path, epochs=3)), tmp_path, KILL_IN_VAL="1")
-    assert processes[1].wait(200) == -signal.SIGKILL
+    assert processes[1].wait(800) == -signal.SIGKILL
     codes, outputs = finish([processes[0], processes[2]])
     assert codes == [1, 1], outputs
     assert all("rank 1 (" in output and "has not been heard of" in output for output in outputs), outputs
