@@ -38,6 +38,8 @@ __all__ = ["Gone", "Watchdog", "connect", "meet"]
 
 _READ_HEARTBEATS = 3
 """Heartbeat intervals within which every rank has read the message about a rank that is gone."""
+_CONNECT_S = 60.0
+"""Seconds to wait for a connection to the store. Its machine may be busy."""
 _PATIENCE_S = 5.0
 """Seconds that the main thread waits for a store that may not answer."""
 
@@ -68,7 +70,7 @@ def connect(prefix: str = "") -> Store:
     Raises:
         RuntimeError: The store (`MASTER_ADDR`, `MASTER_PORT`) cannot be reached.
     """
-    address, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=_PATIENCE_S)
+    address, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=_CONNECT_S)
     store = TCPStore(*address, is_master=False, timeout=patience, wait_for_workers=False)
     return PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{_restart()}/{prefix}", store)
 
