@@ -2,17 +2,19 @@
 
     git worktree add /tmp/before COMMIT
     python -m benchmarks step --before /tmp/before --out benchmarks/results/step.json      (about 3 minutes on one GPU)
+    python -m benchmarks step --out part.json --device cpu --small                         (half a minute on the CPU)
 
 Every variant runs in a process of its own. All of them stay alive and take turns on the card: A B C A B C. A step is
 the forward pass, the loss and the backward pass of 256 images in micro-batches of one size, YOLO12 at 640 in fp16,
 without data loading and without the optimizer. Stock runs the same micro-batches one after the other. A profile of one
-step then shows which kernels take the time.
+step then shows which kernels take the time. On a CPU, times are CPU times, in fp32, and operations stand for kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import re
@@ -42,12 +44,13 @@ KINDS = {
 class Child:
     """Trains in this process as it is asked to on standard input."""
 
-    def __init__(self, variant: str, cfg: str, images: int, size: int) -> None:
+    def __init__(self, variant: str, cfg: str, images: int, size: int, device: str) -> None:
         import torch
         from memory import prepare
 
-        self.variant, self.images = variant, images
-        self.model, self.task, self.scaler, self.batch = prepare(images, size, cfg=cfg)
+        self.variant, self.images, self.is_on_gpu = variant, images, device == "cuda"
+        where = {} if self.is_on_gpu else {"device": device}  # an earlier commit may know only the GPU
+        self.model, self.task, self.scaler, self.batch = prepare(images, size, cfg=cfg, **where)
         self.engines: dict[int, Any] = {}
         self.resident_bytes = torch.cuda.memory_allocated()
 
@@ -62,29 +65,44 @@ class Child:
         micro_batch = request["micro_batch"]
         if request.get("profile"):
             return self._profile(micro_batch)
-        torch.cuda.reset_peak_memory_stats()
+        if self.is_on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         seconds: list[float] = []
         while len(seconds) < request["steps"] and (len(seconds) < 2 or sum(seconds) < MOST_SECONDS):
-            begin = time.perf_counter()
+            begin = self._now()
             self._step(micro_batch)
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        peak_bytes = torch.cuda.max_memory_allocated() - self.resident_bytes
-        return {"ms": [round(1e3 * each, 2) for each in seconds], "mb_per_image": peak_bytes / micro_batch / 1e6}
+            seconds.append(self._now() - begin)
+        found: dict[str, Any] = {"ms": [round(1e3 * each, 2) for each in seconds]}
+        if self.is_on_gpu:
+            peak_bytes = torch.cuda.max_memory_allocated() - self.resident_bytes
+            found["mb_per_image"] = peak_bytes / micro_batch / 1e6
+        return found
+
+    def _now(self) -> float:
+        """Return the time after all work of the GPU, in seconds; on a CPU, the CPU time of this process."""
+        import torch
+
+        if not self.is_on_gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _step(self, micro_batch: int) -> None:
         import torch
 
+        autocast = (
+            functools.partial(torch.autocast, "cuda", torch.float16) if self.is_on_gpu else contextlib.nullcontext
+        )
         if self.variant == "stock":
             from benchmarks.common.model import part_of
 
             for start in range(0, self.images, micro_batch):
-                with torch.autocast("cuda", torch.float16):
+                with autocast():
                     part = self.task.preprocess(part_of(self.batch, start, start + micro_batch))
                     loss, _ = self.model(part)
                 self.scaler.scale(loss.sum()).backward()
         else:
-            with torch.autocast("cuda", torch.float16):
+            with autocast():
                 self._engine(micro_batch).step(self.batch)
         self.model.zero_grad()
 
@@ -107,13 +125,15 @@ class Child:
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
+        activity = ProfilerActivity.CUDA if self.is_on_gpu else ProfilerActivity.CPU
+        with profile(activities=[activity]) as found:
             self._step(micro_batch)
         times: dict[str, float] = {}
         count = 0
         for event in found.events():
-            if event.device_type == DeviceType.CUDA:
-                times[event.name] = times.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3
+            if event.device_type == (DeviceType.CUDA if self.is_on_gpu else DeviceType.CPU):
+                took_us = event.time_range.elapsed_us() if self.is_on_gpu else event.self_cpu_time_total
+                times[event.name] = times.get(event.name, 0.0) + took_us / 1e3
                 count += 1
         kinds: dict[str, float] = {}
         for name, ms in times.items():
@@ -142,7 +162,7 @@ class Variant:
             **({"YOLOV12_AUTOPATCH": "0"} if name == "stock" else {}),
         }
         command = [sys.executable, __file__, "--child", name, "--cfg", options.cfg]
-        command += ["--images", str(options.images), "--size", str(options.size)]
+        command += ["--images", str(options.images), "--size", str(options.size), "--device", options.device]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -172,7 +192,7 @@ def serve(options: argparse.Namespace) -> None:
         del sys.path[0]
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
-        child = Child(options.child, options.cfg, options.images, options.size)
+        child = Child(options.child, options.cfg, options.images, options.size, options.device)
         for line in sys.stdin:
             answers.write(json.dumps(child.answer(json.loads(line))) + "\n")
             answers.flush()
@@ -190,18 +210,22 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no-stock", action="store_true")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="few small images, to try the benchmark")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         serve(options)
         return 0
+    if options.small:
+        vars(options).update(cfg="yolo12n.yaml", images=8, size=64, micro_batches=[4], profiles=[4], rounds=1, steps=1)
 
     from benchmarks.common import report  # an earlier commit, which a child runs, may lack it
 
     now = HERE.parent
     folders = {"before": options.before, "now": now, "stock": None if options.no_stock else now}
     variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
-    result = report.Report(options.out, rows=[], profiles={})
+    result = report.Report(options.out, options.device, rows=[], profiles={})
     for micro_batch in options.micro_batches:
         for variant in variants:
             variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them

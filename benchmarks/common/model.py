@@ -1,4 +1,4 @@
-"""A model in training with a drawn batch on the GPU, for benchmarks of single steps."""
+"""A model in training with a drawn batch, for benchmarks of single steps."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ BOXES_PER_IMAGE = 25
 
 
 def prepare(
-    images: int = 256, size: int = 640, seed: int = 0, cfg: str = "yolov12s.yaml"
+    images: int = 256, size: int = 640, seed: int = 0, cfg: str = "yolov12s.yaml", device: str = "cuda"
 ) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Return a model, its task, a gradient scaler with the scale of a running training, and a batch in pinned memory.
+    """Return a model, its task, a gradient scaler with the scale of a running training, and a batch on the host.
+
+    The batch of a GPU is in pinned memory.
 
     Args:
         images: Number of images in the batch.
         size: Size of the images in pixels.
         seed: Seed of weights and images.
         cfg: Yaml of the model.
+        device: `cuda` or `cpu`.
     """
     import torch
 
@@ -30,11 +33,12 @@ def prepare(
     from ultralytics.utils import DEFAULT_CFG
 
     torch.manual_seed(seed)
-    model = DetectionModel(cfg, nc=80, verbose=False).cuda().to(memory_format=torch.channels_last)
+    model = DetectionModel(cfg, nc=80, verbose=False).to(device).to(memory_format=torch.channels_last)
     model.train().args = DEFAULT_CFG
     batch = random_batch(images, size, BOXES_PER_IMAGE)
-    batch["img"] = batch["img"].pin_memory()
-    return model, task("cuda", only_scales=True), gradient_scaler("cuda"), batch
+    if device == "cuda":
+        batch["img"] = batch["img"].pin_memory()
+    return model, task(device, only_scales=True), gradient_scaler(device), batch
 
 
 def random_batch(images: int, size: int, boxes_per_image: int) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""What benchmarks/step.py makes of times and kernels; the rest of it needs a GPU."""
+"""What benchmarks/step.py makes of times and kernels, and its small variant on the CPU."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.common.processes import environment
 from benchmarks.step import HERE, kind_of, ratios
 
 RESULT = json.loads((Path(HERE) / "results" / "step.json").read_text("utf-8"))
@@ -35,3 +38,13 @@ def test_ratios_compare_variants_of_one_round():
         for round_, variant, rate in ((0, "now", 30.0), (0, "stock", 20.0), (1, "now", 10.0))
     ]
     assert ratios(rows) == [{"micro_batch": 8, "round": 0, "over": "stock", "ratio": 1.5}]
+
+
+@pytest.mark.deep
+def test_the_small_variant_runs_on_a_cpu(tmp_path):
+    words = ["step", "--device", "cpu", "--small", "--out", tmp_path / "step.json"]
+    subprocess.run([sys.executable, "-m", "benchmarks", *words], env=environment(), check=True, capture_output=True)
+    found = json.loads((tmp_path / "step.json").read_text())
+    assert [row["variant"] for row in found["rows"]] == ["now", "stock"]
+    assert found["ratios"] == ratios(found["rows"])
+    assert all(profile["launches"] > 0 for profile in found["profiles"].values())
