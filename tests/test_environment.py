@@ -163,6 +163,13 @@ def test_the_suite_runs_in_three_processes_for_two_cores(clone, threads):
     assert "python -m pytest -n 6 --dist worksteal --deep" in calls
 
 
+def test_the_regression_guard_writes_outside_of_what_git_tracks(clone):
+    done, calls = source_env(clone, before=f'bash "{clone}/scripts/bench.sh" --device cpu')
+    assert f"python -m benchmarks guard --out {clone}/runs/guard.json --device cpu" in calls, done.stderr
+    assert (clone / "runs").is_dir()
+    assert "/runs/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
 def test_no_suitable_python_is_said(clone):
     needed = (
         "yolov12: Python 3.10 to 3.12 is needed for requirements/lock.txt, 3.11 to 3.14 for current.txt, "
