@@ -11,8 +11,8 @@ memory of the imitated card.
 
 All trainings have YOLO12-S at 640 (the v1.0 layout), 1,536 images, 2 % of them with 300 to 900 boxes, mosaic 1.0,
 copy_paste 0.1, the same seed, 14 workers, `cache=ram`, `deterministic=True`, AMP, the same allocator setting, empty
-caches of kernels and plans, and one optimizer step for 256 images (`nbs=256`, no warm-up epochs). Every training runs
-in a process of its own, alone on the card; Ultralytics' without this package. Rows:
+caches of kernels and plans, and an optimizer step for about 256 images (`nbs=256`, no warm-up epochs). Each runs in a
+process of its own, alone on the card; Ultralytics' without this package. Rows:
 
 stock      the largest multiple of 8 at which a whole run has no out-of-memory error, no halved batch and no assignment
            image by image. Short runs (2 epochs, together on the card) find where to begin; whole runs then go down

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 
 from scripts.figures import (  # noqa: F401 - they register their sections
+    cards,
     explanation,
     exports,
     measured_kernels,

@@ -6,10 +6,16 @@ import re
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 
+from scripts.figures.cards import IS_COMPLETE, README, readme_rows
 from scripts.figures.measured_steps import HOW, prediction_errors, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+_DENSE = {
+    "label-dense: YOLO12-S, second half of the epochs, limit of 16 GiB, 2 % of the images with 300 to 900 boxes, "
+    "images/s": ("标注密集：YOLO12-S，后一半 epoch，显存限制 16 GiB，2 % 的图像含 300 到 900 个框，图像/秒"),
+    "the same training: standard deviation of the memory peak of a step, MiB": "同一训练：每步显存峰值的标准差，MiB",
+}
 # First cell of each row in both languages, in the order of `_rows`.
 LABELS = {
     "training steps of YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": (
@@ -20,9 +26,7 @@ LABELS = {
     "training steps of YOLO12-X, 640, batch 256 in BatchNorm groups of 16, limit of 8 GiB, images/s": (
         "YOLO12-X 训练步，640，batch 256，BatchNorm 每组 16 张，显存限制 8 GiB，图像/秒"
     ),
-    "label-dense: YOLO12-S, second half of the epochs, limit of 16 GiB, 2 % of the images with 300 to 900 boxes, "
-    "images/s": ("标注密集：YOLO12-S，后一半 epoch，显存限制 16 GiB，2 % 的图像含 300 到 900 个框，图像/秒"),
-    "the same training: standard deviation of the memory peak of a step, MiB": "同一训练：每步显存峰值的标准差，MiB",
+    **(README if IS_COMPLETE else _DENSE),
     "one training step of YOLO12-S at batch 128, images/s": "YOLO12-S 单个训练步，batch 128，图像/秒",
     "memory peak of this step, MiB": "该训练步的显存峰值，MiB",
     "training on four GPUs, batch 512, images in memory and not augmented, images/s": (
@@ -47,9 +51,13 @@ def _rows() -> Iterator[tuple[str, str, list[str]]]:
     for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 8)):
         each = ({row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock"))
         yield curves["device"], "checkpointing", [say("{:,.0f}", row["images_per_s"]) for row in each]
-    for key in ("images_per_s", "peak_sd_mib"):
-        both = dense["dense"]["ours"], dense["dense"]["stock"][0]
-        yield dense["measured_on"]["dense"]["device"], "dense", [say("{:,.0f}", row[key]) for row in both]
+    if IS_COMPLETE:
+        device = result("cards")["measured_on"]["t4"]["device"]
+        yield from ((device, "cards", figures) for figures in readme_rows(result("cards")))
+    else:
+        for key in ("images_per_s", "peak_sd_mib"):
+            both = dense["dense"]["ours"], dense["dense"]["stock"][0]
+            yield dense["measured_on"]["dense"]["device"], "dense", [say("{:,.0f}", row[key]) for row in both]
     attention = result("attention")
     steps = [row for row in attention["steps"] if not row["deterministic"]]
     for key in ("images_per_s", "peak_mib"):
@@ -86,7 +94,8 @@ def _table(header: str, labels: Iterable[str], comma: str) -> Passage:
 def figures() -> Iterator[Passage]:
     """Yield the table, and the batch that was not searched for."""
     yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
-    yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
+    if not IS_COMPLETE:
+        yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
     (small,) = (row for row in result("checkpointing")["ours-x"] if row["limit_gib"] == 8)
     assert {event for step in small["steps"] for event in step["events"]} == {"groups of 16"}
 
@@ -95,7 +104,8 @@ def figures() -> Iterator[Passage]:
 def chinese_figures() -> Iterator[Passage]:
     """Yield the table, and the batch that was not searched for."""
     yield _table("| | 本项目 | Ultralytics | 显卡，数据 |", LABELS.values(), "，")
-    yield sentence("标注密集的数据上用 {}，没有搜索过", result("dense")["dense"]["stock"][0]["batch"])
+    if not IS_COMPLETE:
+        yield sentence("标注密集的数据上用 {}，没有搜索过", result("dense")["dense"]["stock"][0]["batch"])
     yield setting("指 8.4.190", "a version")
 
 
