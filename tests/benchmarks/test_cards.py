@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cards, dense_trainings
+from benchmarks import cards, dense, dense_trainings
 from benchmarks.common.processes import environment
 from benchmarks.dense_runs import OutOfTimeError, told
 from benchmarks.dense_search import Comparison, next_tries, over
@@ -35,11 +35,16 @@ class _Trainings:
     def __init__(self, tries_hold, whole_holds, end_after=None):
         self._tries_hold, self._whole_holds, self.started, self._end_after = tries_hold, whole_holds, [], end_after
 
-    def __call__(self, _, who, batch, *, until_failure=False, epochs=4, **__):
+    def __call__(self, comparison, who, batch, *, until_failure=False, epochs=None, **__):
         self.started.append((who, batch, "try" if until_failure else "whole"))
         fits = batch <= (self._tries_hold if until_failure else self._whole_holds)
         failure = None if fits else "OutOfMemoryError: CUDA out of memory."
-        run = {"failure": failure, "log_tail": "", "epoch_end_s": [*range(1, 1 + fits * epochs)], "memory_csv": []}
+        run = {
+            "failure": failure,
+            "log_tail": "",
+            "epoch_end_s": [*range(1, 1 + fits * (epochs or comparison.epochs))],
+            "memory_csv": [],
+        }
 
         def result(_clock):
             if self._end_after is not None and len(self.started) > self._end_after:
@@ -69,6 +74,21 @@ def test_the_largest_batch_is_one_that_holds_a_whole_run(monkeypatch):
     assert len(saved) == 5
     comparison.measure("stock")  # it is there
     assert len(saved) == 5
+
+
+def test_the_benchmark_of_one_limit_searches_the_batch_of_stock_and_gives_both_the_same_images(monkeypatch):
+    trainings = _Trainings(tries_hold=40, whole_holds=300)
+    _compare(monkeypatch, trainings, {})
+    monkeypatch.setattr(dense, "noise", lambda images, *, crowded: f"{images}, {crowded}")
+    found = dense.dense()
+    assert trainings.started[-2:] == [("stock", 40, "whole"), ("ours", 256, "whole")]
+    assert found["limit_gib"] == 16
+    assert found["stock"][0]["images"] == found["ours"]["images"] == 1536 * 16
+    assert {attempt["batch"]: attempt["held"] for attempt in found["search"]["stock"]} == {
+        32: True,
+        40: True,
+        48: False,
+    }
 
 
 def test_a_search_goes_on_where_the_time_was_over(monkeypatch):
