@@ -10,7 +10,7 @@ import yaml
 
 from benchmarks import guard
 from benchmarks.common.processes import environment
-from benchmarks.guard_ratios import Comparison, Ratio, reference_for
+from benchmarks.guard_ratios import MOST_TOLERANCE, Comparison, Ratio, reference_for
 
 ROOT = Path(__file__).parents[2]
 STEADY = [2.0, 2.0, 2.0, 2.0, 2.0]
@@ -110,6 +110,17 @@ def test_without_a_gpu_it_measures_no_other_device(monkeypatch, capsys, tmp_path
     monkeypatch.setattr(sys, "argv", ["guard", "--out", str(tmp_path / "guard.json")])
     assert guard.main() == 2
     assert "--device cpu" in capsys.readouterr().err
+
+
+def test_what_is_committed_holds_and_a_loss_of_any_ratio_fails():
+    committed = json.loads(guard.COMMITTED.read_text())
+    for device, head in committed["measured_on"].items():
+        name, ratios = reference_for(committed, device, head["gpus"] > 0)
+        assert name == device
+        for key, ratio in ratios.items():
+            assert Comparison(key, ratio, ratio).verdict == "same"
+            lost = Ratio([each * (1 - MOST_TOLERANCE - 0.01) for each in ratio.rounds], ratio.margin)
+            assert Comparison(key, ratio, lost).is_worse, key
 
 
 def test_a_part_yields_ratios_by_name():
