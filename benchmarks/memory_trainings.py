@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import os
 import random
@@ -45,20 +44,38 @@ def _rows(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
-def _errors(rows: list[dict[str, str]]) -> dict[str, float]:
-    """Return errors of predicted peaks in percent, for steps with the same micro-batches as the step before."""
-    settled = [
-        abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1)
-        for before, row in itertools.pairwise(rows[2:])
-        if before["micro_batches"] == row["micro_batches"]
-    ]
-    settled.sort()
-    return {
-        "rows": len(settled),
-        "median_percent": 100 * statistics.median(settled),
-        "p95_percent": 100 * settled[int(0.95 * (len(settled) - 1))],
-        "max_percent": 100 * settled[-1],
-    }
+CASES = {
+    "first step": "The first step of the run, predicted from the warm-up.",
+    "new": "The first step with these micro-batches under this plan.",
+    "changed": "Another step that ran other micro-batches, or another plan, than the step before.",
+    "same": "A step with the micro-batches and the plan of the step before.",
+}
+"""Case → what it is. Every step is in one case."""
+
+
+def prediction_errors(rows: list[dict[str, str]]) -> dict[str, Any]:
+    """Return the errors of predicted peaks in percent of the measured ones: of all steps, and of each of `CASES`.
+
+    Args:
+        rows: Rows of memory.csv.
+    """
+    errors: dict[str, list[tuple[float, int]]] = {case: [] for case in CASES}
+    before, known = None, set()
+    for row in rows:
+        way = row["micro_batches"], row["plan"]
+        case = "same" if way == before else "changed" if way in known else "new" if known else "first step"
+        percent = 100 * (float(row["predicted_mib"]) / float(row["peak_mib"]) - 1)
+        errors[case].append((percent, int(row["step"])))
+        known.add(way)
+        before = way
+
+    def told(found: list[tuple[float, int]]) -> dict[str, Any]:
+        worst = max(found, key=lambda pair: abs(pair[0]))
+        median = statistics.median(abs(percent) for percent, _ in found)
+        return {"steps": len(found), "median_percent": median, "worst_percent": worst[0], "worst_step": worst[1]}
+
+    everything = [pair for found in errors.values() for pair in found]
+    return {"all": told(everything), **{case: told(found) for case, found in errors.items() if found}}
 
 
 def _draw(folder: Path, images: int) -> str:
@@ -84,7 +101,7 @@ def limits(epochs: int = 7) -> dict[str, Any]:
             "exit_status": code,
             "epochs": epochs,
             "summary": summary,
-            "prediction": _errors(_rows(run_folder)) if code == 0 else None,
+            "prediction": prediction_errors(_rows(run_folder)) if code == 0 else None,
             "rows": _rows(run_folder),
             "log_tail": run_folder.with_suffix(".log").read_text()[-300:] if code else "",
         }

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import Advice, Config, Engine, Journal, Loss, TensorTask
+from yolov12.mas import Advice, Config, Engine, Journal, Loss, TensorTask, calibration
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
@@ -43,6 +43,7 @@ class World:
         live=0,
         folder=None,
         ways_out=lambda share: ("amp=True",),
+        optimizer_images=0,
         wait_ms=0,
         ranks=ALONE,
         **config,
@@ -65,7 +66,7 @@ class World:
             meter=self.meter,
             journal=self.journal,
             layers={},  # no checkpoint plan saves memory on this card
-            advice=Advice(ways_out),
+            advice=Advice(ways_out, lambda: int(optimizer_images * IMAGE) if not self.sizes else 0),
             ranks=ranks,
             log=self.lines.append,
         )
@@ -241,6 +242,31 @@ def test_automatic_group_is_the_largest_that_fits(room, group):
     assert world.engine.bn_group == group
     assert not [event for event in events if event.startswith(("groups", "out-of-memory"))]
     assert any(f"BatchNorm sees {group} images" in line for line in world.lines)
+
+
+def test_group_is_one_that_fits_beside_the_optimizer():
+    """It is chosen before the first update, in which the optimizer makes its state."""
+    world = World(batch=64, room=40, optimizer_images=4)
+    events = [world.step()]
+    world.meter.allocated_bytes = int(4 * IMAGE)
+    events += world.run(4)
+    assert world.engine.bn_group == 16
+    assert not [event for each in events for event in each if event.startswith(("groups", "out-of-memory"))]
+
+
+def test_group_is_one_that_fits_beside_what_the_warm_up_left(monkeypatch):
+    """Half-precision copies of weights, and workspaces of libraries, are in memory after the warm-up."""
+    world = World(batch=64, room=40)
+
+    def warm_up(*args, **kwargs):
+        failure = calibration_warm_up(*args, **kwargs)
+        world.meter.allocated_bytes = int(4 * IMAGE)
+        return failure
+
+    calibration_warm_up = calibration.warm_up
+    monkeypatch.setattr(calibration, "warm_up", warm_up)
+    assert not [event for event in world.step() if event.startswith("groups")]
+    assert world.engine.bn_group == 16
 
 
 @pytest.mark.parametrize(

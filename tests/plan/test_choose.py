@@ -15,12 +15,27 @@ WANTED = Requirements(batch=64, imgsz=128, boxes=20, budget_bytes=0, bn_group=No
 
 
 @pytest.fixture(scope="module")
-def decided(fake_model, tracer):
-    profile = tracer.profile(Roofline(65, 320))
-    ladder, fixed = ladder_of(profile), fixed_memory(fake_model, 64)
+def profile(tracer):
+    return tracer.profile(Roofline(65, 320))
+
+
+@pytest.fixture(scope="module")
+def ladder(profile):
+    return ladder_of(profile)
+
+
+@pytest.fixture(scope="module")
+def decided(fake_model, tracer, profile, ladder):
+    fixed = fixed_memory(fake_model, 64)
     return lambda mib, **wanted: choose(
         tracer, fixed, ladder, replace(WANTED, budget_bytes=int(mib * MIB), **wanted), profile.total
     )
+
+
+def test_fraction_of_a_plan_is_that_of_its_traced_peaks(tracer, ladder):
+    """The first step under a plan is predicted by it. It was 4 % off here, and 2.7 and 3.5 % on a card."""
+    keep, plan = (tracer.linear_bytes(ladder.plans[level]).peak.bytes_per_image for level in (0, 3))
+    assert ladder.levels[3].fraction == pytest.approx(plan / keep, rel=5e-3)
 
 
 def test_more_memory_never_means_a_smaller_micro_batch(decided):

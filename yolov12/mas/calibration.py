@@ -138,6 +138,7 @@ class Calibration:
             while (failure := self._warm_up(batch, work)) and planner.wait(failure):
                 pass
             self._meter.release(thorough=False)
+            planner.read()  # libraries and autocast keep what they allocated in the warm-up
         if self.bn_group is None:
             if self.ladder is None and not self.fits(min(GROUPS[0], work.images), work):
                 self._make_ladder(batch, work)
@@ -171,17 +172,19 @@ class Calibration:
     def _choose_group(self, work: Workload, share: Share) -> int:
         """Return the size of BatchNorm groups for the run: the same on all ranks, with at least one group for each."""
         most = max(share.batch_images // self._ranks.size, 1) if self._ranks.size > 1 else None
+        # The first update comes later, and the group is that of all batches.
+        later_bytes = self._planner.optimizer_bytes
         group = largest_group(
-            lambda group: self._group_fits(group, work), most=most, micro_batch=self._config.micro_batch
+            lambda group: self._group_fits(group, work, later_bytes), most=most, micro_batch=self._config.micro_batch
         )
         return self._ranks.least(group)
 
-    def _group_fits(self, group: int, work: Workload) -> bool:
-        """Return whether a BatchNorm group fits under some checkpoint plan."""
+    def _group_fits(self, group: int, work: Workload, later_bytes: int = 0) -> bool:
+        """Return whether a BatchNorm group fits under some checkpoint plan, also beside bytes allocated later."""
         if group > (self._config.micro_batch or group):
             return False
         features = Features(group, work.height, work.width, work.most_boxes)
-        return self._has_room(least_bytes(self._planner.cost, features))
+        return self._has_room(least_bytes(self._planner.cost, features) + later_bytes)
 
     def _warm_up(self, batch: Any, work: Workload) -> Failure | None:
         """Run a few images and keep everything or, if not even one fits like this, keep as little as possible."""

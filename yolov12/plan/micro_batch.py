@@ -118,7 +118,9 @@ class MicroBatchTracer:
             recorder_bytes = trace.highest_bytes = trace.mark()  # the recorder keeps the tensors that it has seen
             around = recorder.times_and_peaks(no_watch, trace)
             kept_bytes = self._run(images, around, lambda: trace.allocated_bytes)
-            found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes())
+            # The copies of weights do not grow with the images; the images of the next micro-batch do.
+            beside_bytes = _pixels(images, self._imgsz).nbytes - self.half_weights_bytes
+            found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes(), beside_bytes)
             trace.mark()
             # The recorder's pass is also the trace without checkpointing.
             self._traces[KEEP_ALL, images] = kept_bytes - recorder_bytes, trace.highest_bytes - recorder_bytes
@@ -157,8 +159,8 @@ class MicroBatchTracer:
         self._norms.begin()
         with cuda_rules(self._amp) as rules, self._norms.within((images,), 0):
             ahead = _pixels(images, self._imgsz)  # the engine prefetches the next micro-batch
-            image = _image(images, self._imgsz, amp=self._amp)
             with around:
+                image = _image(images, self._imgsz, amp=self._amp)
                 loss = _forward(model, image, self._loss_bytes(images))
             measured = measure()
             # Not `loss.backward()`: PyTorch disables function modes inside it, and recomputed layers need `cuda_rules`.

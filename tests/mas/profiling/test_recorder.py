@@ -8,6 +8,8 @@ import torch
 from yolov12 import mas
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.checkpointing.layers import candidates, outermost
+from yolov12.mas.memory.reading import ClockStopwatch
+from yolov12.mas.profiling.recorder import Recorder
 from yolov12.mas.profiling.solver import ladder, peak_bytes
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.profiling.warmup import profile
@@ -81,6 +83,33 @@ def test_what_stages_keep_adds_up(profiled):
     kept = IMAGES * sum(stage.kept_bytes for stage in found.stages())
     # Kept in addition: the input images, and the tensors of the loss.
     assert kept < kept_bytes(step, batch, KEEP_ALL) < kept + IMAGES * (found.loss_extra_bytes + 5 * 3 * 96 * 96 * 4)
+
+
+def test_feature_maps_in_the_result_stay_until_the_loss_is_known(profiled):
+    """Ultralytics' models return the inputs of their head, so what makes them frees less at the peak in the loss."""
+    _, _, found = profiled
+    held = {layer.name for layer in found.stages() if layer.result_bytes}
+    assert held == {"14", "17", "20"}
+    for layer in found.layers:
+        assert layer.result_bytes <= layer.rebuild_frees_bytes
+
+
+def test_backward_pass_of_the_head_is_not_part_of_the_loss(tools):
+    """Its last branch runs first, before the gradient of its first output is there."""
+    bench = tools.Bench(tools.build("detect", "yolov12n.yaml"), torch.float32)
+    head = bench.model.model[-1]
+    layers = {"head": head}
+    batch = tools.batch([3, 1], size=64)
+    bench.task.workload(batch)
+    bench.reset()
+    step = mas.Engine(bench.model, bench.task, mas.Config(bn_group=2))._step
+    recorder = Recorder(bench.model, layers, step.checkpointing)
+    step.try_out(batch, 0, 2, recorder.saved_tensors(lambda: ClockStopwatch(lambda: 0.0)))
+    began = []
+    head.cv3[-1][-1].register_full_backward_pre_hook(lambda *_: began.append(len(recorder._marks)))
+    with ByteTrace() as trace:
+        step.try_out(batch, 0, 2, recorder.times_and_peaks(lambda: ClockStopwatch(lambda: 0.0), trace))
+    assert began == [1]
 
 
 def test_stages_are_the_outermost_layers_in_order(profiled):

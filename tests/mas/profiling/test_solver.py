@@ -21,6 +21,7 @@ def profiles(draw):
         inner = [draw(number) for _ in range(2)] if stage == 0 else []
         kept = sum(inner) + draw(number)
         for name, inside, size in [(f"{stage}", None, kept), *((f"0.{i}", "0", size) for i, size in enumerate(inner))]:
+            rebuilt = size * draw(st.sampled_from([0.0, 0.3, 0.6]))
             layers.append(
                 LayerCost(
                     name=name,
@@ -28,7 +29,8 @@ def profiles(draw):
                     stage=stage,
                     kept_bytes=size,
                     recompute_frees_bytes=size * draw(st.sampled_from([0.5, 0.8, 1.0])),
-                    rebuild_frees_bytes=size * draw(st.sampled_from([0.0, 0.3, 0.6])),
+                    rebuild_frees_bytes=rebuilt,
+                    result_bytes=rebuilt * draw(st.sampled_from([0.0, 0.5])),
                     recompute=Time(draw(number), draw(number)),
                     rebuild=Time(draw(number) / 4, draw(number) / 4),
                 )
@@ -55,16 +57,18 @@ def slow(profile, plan):
 def highest_phase(profile, plan):
     """Compute the peak independently of the solver, by going through the passes."""
     modes = dict(plan.modes)
-    left, again = {}, {}
+    left, again, result = {}, {}, 0
     for layer in profile.layers:
         freed = {REBUILD: layer.rebuild_frees_bytes, RECOMPUTE: layer.recompute_frees_bytes}.get(
             modes.get(layer.name), 0
         )
         left[layer.stage] = left.get(layer.stage, 0) + (layer.kept_bytes if layer.inside is None else 0) - freed
+        if modes.get(layer.name) == REBUILD:
+            result += layer.result_bytes
         if modes.get(layer.name) == RECOMPUTE:
             again[layer.stage] = max(again.get(layer.stage, 0), freed)
     held = sum(left.values())
-    highest = held + profile.loss_extra_bytes
+    highest = held + profile.loss_extra_bytes + result
     for stage in sorted(left, reverse=True):
         highest = max(highest, held + again.get(stage, 0) + profile.stage_extra_bytes[stage])
         held -= left[stage]
@@ -102,7 +106,7 @@ def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
 
 
 def test_nothing_to_choose():
-    layer = LayerCost("0", None, 0, 100.0, 0.0, 0.0, Time(1.0, 1.0), Time(0.0, 0.0))
+    layer = LayerCost("0", None, 0, 100.0, 0.0, 0.0, 0.0, Time(1.0, 1.0), Time(0.0, 0.0))
     profile = Profile((layer,), 5.0, (10.0,), Time(10.0, 10.0))
     assert [level.plan for level in ladder(profile)] == [KEEP_ALL]
     assert solve(profile, 100.0) is None

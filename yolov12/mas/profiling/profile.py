@@ -33,6 +33,9 @@ class LayerCost:
     """Bytes of `kept_bytes` that recomputing the layer frees, minus the inputs that must be kept for it."""
     rebuild_frees_bytes: float
     """Bytes of `kept_bytes` that rebuilding outputs of BatchNorm and activations frees."""
+    result_bytes: float
+    """Bytes of `rebuild_frees_bytes` that are part of the model's result, which is in memory until the loss is known.
+    Ultralytics' models return the feature maps that their head reads."""
     recompute: Time
     """Additional time if the layer is recomputed."""
     rebuild: Time

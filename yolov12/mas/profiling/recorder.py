@@ -72,7 +72,8 @@ class Recorder:
         self._forward: dict[str, Timer] = {}
         self._rebuilds: dict[str, Timer] = {}
         self._marks: list[tuple[int, int]] = []  # (stage, peak bytes before its gradient arrived)
-        self._allocated_bytes = 0
+        self.allocated_bytes = 0
+        """Allocated bytes when the second pass began; its images are on the device then."""
 
     @contextmanager
     def saved_tensors(self, stopwatch: Callable[[], Stopwatch]) -> Iterator[None]:
@@ -116,22 +117,20 @@ class Recorder:
             meter: Reads the peaks.
         """
         self._marks.clear()
-        self._allocated_bytes = meter.mark()
+        self.allocated_bytes = meter.mark()
 
-        def reached(stage: int, _: Tensor) -> None:
-            self._marks.append((stage, meter.peak_bytes()))
-            meter.mark()
+        def reached(stage: int, earlier: list[int], _: Tensor) -> None:
+            if not earlier:  # the backward pass of a layer begins with the first gradient of any of its outputs
+                self._marks.append((stage, meter.peak_bytes()))
+                earlier.append(meter.mark())
 
         def call(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with self._timing(self._forward, name, stopwatch):
                 result = forward(*args, **kwargs)
             if name in self._stages:
-                tensors: list[Tensor] = []
-                each_tensor(result, lambda tensor: tensors.append(tensor) if tensor.requires_grad else None)
-                stage = self._stages.index(name)
-                if tensors:
-                    tensors[0].register_hook(partial(reached, stage))
-                if stage == len(self._stages) - 1:
+                hook = partial(reached, self._stages.index(name), [])
+                each_tensor(result, lambda tensor: tensor.register_hook(hook) if tensor.requires_grad else None)
+                if name == self._stages[-1]:
                     meter.mark()
             return result
 
@@ -150,18 +149,19 @@ class Recorder:
         watch.stop()
         into[name] = Timer(1e3 * (time.perf_counter() - begin), watch)
 
-    def profile(self, images: int, whole: WholePasses, last_peak_bytes: int) -> Profile:
+    def profile(self, images: int, whole: WholePasses, last_peak_bytes: int, beside_bytes: int = 0) -> Profile:
         """Combine the observations of both passes.
 
         Args:
             images: Number of images in each pass.
             whole: Times of passes without an observer.
             last_peak_bytes: Peak of the second pass since the last gradient reached a layer.
+            beside_bytes: Bytes that so many images take in a run beside what the second pass allocated.
         """
         made_in = {key: self._stage_of(key, saved) for key, saved in self._saved.items()}
         layers = tuple(self._layer_cost(name, images, made_in) for name in self._layers if name in self._calls)
         stages = [layer for layer in layers if layer.inside is None]
-        loss, extra = self._extra_bytes(stages, images, last_peak_bytes)
+        loss, extra = self._extra_bytes(stages, images, last_peak_bytes, beside_bytes)
         # A backward pass takes about as long as two forward passes.
         device_ms = min(3 * sum(stage.recompute.device_ms for stage in stages), whole.keep_ms / images)
         total = Time(whole.keep_ms / images, device_ms or whole.keep_ms / images)
@@ -243,6 +243,7 @@ class Recorder:
         given = [size for key, size in call.inputs.items() if key not in self._saved and key not in self._owned]
         kept_input_bytes = sum(given) if freed else 0
         rebuilt = [key for key, layers in self._rebuildable.items() if name in layers]
+        result = self._calls[self._stages[-1]].outputs if self._stages[-1] in self._calls else {}
 
         def per_image(keys: Sequence[int]) -> float:
             return sum(self._saved[key].bytes for key in keys) / images
@@ -256,6 +257,7 @@ class Recorder:
             kept_bytes=per_image(list(own)),
             recompute_frees_bytes=per_image(freed) - kept_input_bytes / images,
             rebuild_frees_bytes=per_image(rebuilt),
+            result_bytes=per_image([key for key in rebuilt if key in result]),
             recompute=self._time(self._forward, name, images),
             rebuild=self._time(self._rebuilds, name, images),
         )
@@ -280,7 +282,7 @@ class Recorder:
         return name
 
     def _extra_bytes(
-        self, stages: Sequence[LayerCost], images: int, last_peak_bytes: int
+        self, stages: Sequence[LayerCost], images: int, last_peak_bytes: int, beside_bytes: int
     ) -> tuple[float, tuple[float, ...]]:
         kept = {stage.stage: stage.kept_bytes for stage in stages}
         # When a gradient reaches a layer, the backward pass of the layers after it ends and its own begins.
@@ -296,7 +298,7 @@ class Recorder:
                 return 0.0
             there = sum(size for index, size in kept.items() if index <= stage) * images
             gradients = sum(self._gradient_bytes[self._stages[index]] for index in kept if index >= stage)
-            return max(0.0, peaks[stage] - self._allocated_bytes - there - gradients) / images
+            return max(0.0, peaks[stage] + beside_bytes - self.allocated_bytes - there - gradients) / images
 
         return above(len(self._stages)), tuple(above(index) for index in range(len(self._stages)))
 

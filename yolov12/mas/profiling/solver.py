@@ -1,9 +1,9 @@
 """Chooses checkpoint plans: the least time for the memory that must be freed, solved exactly as an integer programme.
 
 A training step has several phases, and the peak of a plan is the memory of its highest phase. One phase is the loss:
-everything that the plan keeps is in memory. The other phases are the backward passes of the outermost layers. In the
-phase of a layer, the tensors that this layer and the layers before it keep are in memory, together with the tensors
-that the layer recomputes.
+everything that the plan keeps is in memory, and the result of the model. The other phases are the backward passes of
+the outermost layers. In the phase of a layer, the tensors that this layer and the layers before it keep are in memory,
+together with the tensors that the layer recomputes.
 
 The bytes of each phase are a linear function of the choices, which are the layers to rebuild or recompute. The solver
 looks for the fastest plan whose phases all stay below a number of bytes. This is a knapsack problem with a few more
@@ -53,6 +53,10 @@ class _Choice:
     @property
     def frees_bytes(self) -> float:
         return self.layer.recompute_frees_bytes if self.mode == RECOMPUTE else self.layer.rebuild_frees_bytes
+
+    @property
+    def frees_for_loss_bytes(self) -> float:
+        return self.frees_bytes - (self.layer.result_bytes if self.mode == REBUILD else 0.0)
 
     @property
     def time(self) -> Time:
@@ -107,7 +111,8 @@ class _Programme:
         # outermost layer) has one row, and another row for each layer in it that may be recomputed.
         stages = profile.stages()
         kept = np.cumsum([stage.kept_bytes for stage in stages])
-        fixed, rows = [kept[-1] + profile.loss_extra_bytes], [self._changes(len(stages), None)]
+        fixed = [kept[-1] + profile.loss_extra_bytes]
+        rows = [[-choice.frees_for_loss_bytes for choice in self._choices]]
         for index, stage in enumerate(stages):
             extra = kept[index] + profile.stage_extra_bytes[stage.stage]
             inside = [i for i, c in enumerate(self._choices) if c.layer.stage == stage.stage and c.mode == RECOMPUTE]
@@ -120,7 +125,7 @@ class _Programme:
         """Return the bytes by which each choice changes the phase of a stage.
 
         Args:
-            stage: Index of the stage; the number of stages for the loss.
+            stage: Index of the stage.
             again: Index of a choice whose layer is being recomputed in this phase. This choice then frees nothing.
         """
         return [

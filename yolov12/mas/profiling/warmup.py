@@ -122,6 +122,7 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
         return failure
     # The resident size of a process is too coarse for single layers. On the host, bytes of tensors are counted.
     with ByteTrace() if meter.kind == "host" else nullcontext(meter) as peaks:
+        before_bytes = peaks.mark()
         failure = step.try_out(batch, 0, images, recorder.times_and_peaks(meter.stopwatch, peaks))
         last_peak_bytes = peaks.peak_bytes()
     if isinstance(failure, Failure):
@@ -140,4 +141,6 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
                 time.sleep(1e-3)
             best_ms = min(best_ms, time_ms)
         times.append(best_ms)
-    return recorder.profile(images, WholePasses(*times), last_peak_bytes)
+    # While a micro-batch runs, the images of the next one are copied to the device.
+    images_bytes = recorder.allocated_bytes - before_bytes
+    return recorder.profile(images, WholePasses(*times), last_peak_bytes, 2 * images_bytes)

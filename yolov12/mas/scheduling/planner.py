@@ -150,6 +150,11 @@ class BatchPlanner:
         )
 
     @property
+    def optimizer_bytes(self) -> int:
+        """Bytes that the optimizer will allocate at its first update; 0 after it."""
+        return self._advice.optimizer_bytes()
+
+    @property
     def completed_history(self) -> History:
         """History after the latest batch that was completed."""
         return self._completed
@@ -283,7 +288,7 @@ class BatchPlanner:
         # If one image should fit, memory may not be the cause.
         fits = failure is not None and self._needed_bytes(failure) <= self.budget_bytes
         # With a limit that suffices only for this batch, the run would end in the next one.
-        beside = self._beside_bytes() + self._advice.optimizer_bytes()
+        beside = self._beside_bytes() + self.optimizer_bytes
         needed = max(self._needed_bytes(failure) - self._beside_bytes(), 1) + beside
         ways = []
         if self._config.limit is not None:

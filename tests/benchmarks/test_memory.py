@@ -1,0 +1,38 @@
+"""What benchmarks/memory.py makes of the rows of memory.csv; the rest of it needs a GPU."""
+
+import json
+
+import pytest
+
+from benchmarks.common.processes import ROOT
+from benchmarks.memory_trainings import CASES, prediction_errors
+
+LIMITS = json.loads((ROOT / "benchmarks/results/memory.json").read_text("utf-8"))["limits"]
+
+
+def test_errors_of_predictions_leave_out_no_step():
+    assert {"8 GiB", "16 GiB"} <= LIMITS.keys()
+    for limit in LIMITS.values():
+        rows = limit["rows"]
+        found = prediction_errors(rows)
+        off = [abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1) for row in rows]
+        assert abs(found["all"]["worst_percent"]) == pytest.approx(100 * max(off))
+        assert sum(found[case]["steps"] for case in CASES if case in found) == found["all"]["steps"] == len(rows)
+
+
+def test_every_step_is_in_one_case():
+    ways = ["32 32", "64", "64", "32 32", "64 rebuild", "64", "64"]
+    rows = [
+        {
+            "step": str(step),
+            "micro_batches": way.split(" r")[0],
+            "plan": way,
+            "predicted_mib": str(90 + step),
+            "peak_mib": "100",
+        }
+        for step, way in enumerate(ways, 1)
+    ]
+    found = prediction_errors(rows)
+    assert {case: found[case]["steps"] for case in CASES} == {"first step": 1, "new": 2, "changed": 2, "same": 2}
+    assert found["new"]["worst_step"] == 2
+    assert found["new"]["worst_percent"] == pytest.approx(-8)
