@@ -1,116 +1,134 @@
 """Checkpoint plans on a GPU: images/s at each memory limit, and measured against predicted bytes that plans free.
 
     python -m benchmarks checkpointing --out benchmarks/results/checkpointing.json     (about 14 minutes on one H100)
+    python -m benchmarks checkpointing --out part.json --only ours-s stock-s all-s --seconds 560
+    python -m benchmarks checkpointing --out part.json --only ours-s stock-s all-s --seconds 300 --missing
     python -m benchmarks checkpointing --out part.json --only freed
     python -m benchmarks checkpointing --out part.json --only predicted     (no GPU; for rows in the file)
 
 Three variants are compared at each limit: `ours` is the engine at batch 256; `stock` is Ultralytics, in a process
 without this package, at the largest batch that runs without a failed allocation; `all` is our model with every layer
 recomputed, at its largest batch. All run the v1.0 layout, which stock knows, in fp16, with SGD, a scaler, gradient
-clipping and an EMA.
+clipping and an EMA. All update the weights once for 256 images: `stock` and `all` accumulate gradients (`nbs=256`).
+What they would run with Ultralytics' default, an update for 64 images, is in their rows, too.
+
+16 GiB comes first. With `--seconds`, each part has an equal share of the time that is left, keeps the rows that it has,
+and leaves out limits that it does not reach; `--missing` measures only limits without a row of this commit.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.checkpointing_bytes import freed, predicted
 from benchmarks.common import model, report
-from benchmarks.common.model import part_of
-from benchmarks.common.processes import EXPANDABLE, GIB, Call, limit_memory
+from benchmarks.common.model import Training
+from benchmarks.common.processes import EXPANDABLE, GIB, Call
 
-LIMITS_GIB = (4, 8, 12, 16, 24, 40, 80)
+FIRST_GIB = 16
+LIMITS_GIB = (FIRST_GIB, 80, 40, 24, 12, 8, 4)
 BATCHES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-SECONDS = {"s": 45.0, "m": 20.0, "x": 18.0}
-"""Scale → most seconds that `ours` runs at each limit until the controller has settled."""
+BATCH = 256
+"""Number of images in an update, of all variants."""
+NOMINAL_BATCH = 64
+"""Number of images in an update by Ultralytics' default, `nbs`."""
 SETTLED = 40
 """Number of steps with the same decision after which the controller counts as settled."""
-PEAKS_GIB = (8, 16, 24)
+PATIENCE = 3
+"""Factor by which `ours` may run longer at the first limit, until it has tried two pairs of size and plan."""
+PEAKS_GIB = (16, 24, 8)
 """Limits in GiB for a scale of which only peaks are measured."""
 
 
-class Training:
-    """Model in training, with its optimizer, scaler, moving average and a batch."""
+@dataclass(frozen=True)
+class Scope:
+    """Limits of a part and its time."""
 
-    def __init__(self, cfg: str) -> None:
-        import torch
-        from ultralytics.utils.torch_utils import ModelEMA
+    limits: tuple[int, ...] = LIMITS_GIB
+    """Limits in GiB, in the order in which they are measured."""
+    limit_s: float = 20.0
+    """Most seconds that `ours` runs at a limit until the controller has settled."""
+    until: float = math.inf
+    """Time, as of `time.time`, after which no limit is begun."""
+    steps: int = 7
+    """Number of updates of a variant with a fixed batch that are measured at a limit."""
 
-        self.model, self.task, self.scaler, self.batch = model.prepare(256, cfg=cfg)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
-        self.ema = ModelEMA(self.model)
-
-    def update(self) -> None:
-        model.update(self.model, self.optimizer, self.scaler)
-        self.ema.update(self.model)
-
-    def bare(self, batch: int, start: int = 0) -> None:
-        """Run forward and backward pass of a batch as Ultralytics does."""
-        import torch
-
-        with torch.autocast("cuda", torch.float16):
-            part = self.task.preprocess(part_of(self.batch, start, start + batch))
-            loss, _ = self.model(part)
-        self.scaler.scale(loss.sum()).backward()
+    def reached(self) -> Iterator[int]:
+        """Yield the limits until the time is over."""
+        for index, gib in enumerate(self.limits):
+            if time.time() > self.until:
+                print(f"no time for {self.limits[index:]} GiB", flush=True)
+                return
+            yield gib
 
 
-def _fixed_batches(training: Training, name: str, limits: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _fixed_batches(training: Training, name: str, scope: Scope) -> Iterator[dict[str, Any]]:
     """Yield a row with images/s at the largest batch that runs, for each limit."""
-    import torch
-
     slow: list[str] = []
     _count_fallbacks(slow)
 
-    def runs(batch: int, steps: int) -> float:
-        accumulate = max(round(64 / batch), 1)
-        several = min(accumulate, 4)
-        torch.cuda.reset_peak_memory_stats()
-        times = []
+    def runs(batch: int, steps: int) -> tuple[float, float]:
+        several = min(max(round(BATCH / batch), 1), 4)
+        training.mark()
+        passes, updates = [], []
         for step in range(steps):
             begin = time.perf_counter()
             for index in range(several):
-                training.bare(batch, (step * several + index) * batch % (257 - batch))
-            torch.cuda.synchronize()
+                training.bare(batch, (step * several + index) * batch % (training.images + 1 - batch))
+            training.wait()
             middle = time.perf_counter()
             training.update()
-            torch.cuda.synchronize()
-            times.append((middle - begin) / several + (time.perf_counter() - middle) / accumulate)
-        return batch / statistics.median(times[1:] or times)
+            training.wait()
+            passes.append((middle - begin) / several)
+            updates.append(time.perf_counter() - middle)
+        return statistics.median(passes[1:] or passes), statistics.median(updates[1:] or updates)
 
-    runs(BATCHES[2], 3)
-    batch, peak, upper = BATCHES[2], torch.cuda.max_memory_allocated(), len(BATCHES)
-    fixed = torch.cuda.memory_allocated()
-    for gib in sorted(limits, reverse=True):
-        limit_memory(gib)
+    sizes = [batch for batch in BATCHES if batch <= training.images]
+    batch = sizes[2]
+    runs(batch, min(scope.steps, 3))
+    peak, fixed = training.peak_bytes(), training.allocated_bytes()
+    for gib in scope.reached():
+        training.limit(gib)
         # Larger batches are not tried: memory grows in proportion to images, and each attempt takes long.
-        likely = 1.1 * batch * (gib * GIB - fixed) / (peak - fixed)
-        upper = min(upper, sum(size <= likely for size in BATCHES))
-        while upper:
-            batch = BATCHES[upper - 1]
+        likely = 1.1 * batch * (gib * GIB - fixed) / max(peak - fixed, 1)
+        for size in reversed([size for size in sizes if size <= likely]):
             slow.clear()
             try:
-                runs(batch, 2)
-                speed = runs(batch, 7)
-                failed = bool(slow)
-            except torch.cuda.OutOfMemoryError:
-                failed = True
-            if not failed:
+                runs(size, min(scope.steps, 2))
+                pass_s, update_s = runs(size, scope.steps)
+            except training.out_of_memory:
+                slow.append("out of memory")
+            if not slow:
+                batch, peak = size, training.peak_bytes()
+                row = {
+                    "limit_gib": gib,
+                    "batch": batch,
+                    "images_per_update": BATCH,
+                    "images_per_s": _rate(pass_s, update_s, batch, BATCH),
+                    "images_per_s_nbs_64": _rate(pass_s, update_s, batch, NOMINAL_BATCH),
+                    "update_ms": 1e3 * update_s,
+                    "peak_mib": peak / 2**20,
+                }
+                print(name, json.dumps(row), flush=True)
+                yield row
                 break
             training.optimizer.zero_grad()
-            torch.cuda.empty_cache()
-            upper -= 1
-        if upper:
-            peak = torch.cuda.max_memory_allocated()
-            row = {"limit_gib": gib, "batch": batch, "images_per_s": speed, "peak_mib": peak / 2**20}
-            print(name, json.dumps(row), flush=True)
-            yield row
+            training.release()
+
+
+def _rate(pass_s: float, update_s: float, batch: int, images_per_update: int) -> float:
+    """Return images/s if there is an update for so many images, or for each batch if it is larger."""
+    return 1 / (pass_s / batch + update_s / max(images_per_update, batch))
 
 
 def _count_fallbacks(into: list[str]) -> None:
@@ -121,33 +139,34 @@ def _count_fallbacks(into: list[str]) -> None:
     LOGGER.warning = lambda message, *args, **kwargs: (into.append(str(message)), warn(message, *args, **kwargs))
 
 
-def stock(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
+def stock(scale: str, scope: Scope) -> Iterator[dict[str, Any]]:
     """Measure unpatched Ultralytics; the import hook is turned off in this process."""
     training = Training(f"yolo12{scale}.yaml")
     assert "yolov12.seams" not in sys.modules, "this is not stock"
-    yield from _fixed_batches(training, f"stock {scale}", limits)
+    yield from _fixed_batches(training, f"stock {scale}", scope)
 
 
-def all_layers(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
+def all_layers(scale: str, scope: Scope, training: Training | None = None) -> Iterator[dict[str, Any]]:
     """Measure our model with every top-level layer recomputed."""
     from torch.utils.checkpoint import checkpoint
 
-    training = Training(f"yolo12{scale}.yaml")
+    training = training or Training(f"yolo12{scale}.yaml")
     for layer in training.model.model:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-    yield from _fixed_batches(training, f"all {scale}", limits)
+    yield from _fixed_batches(training, f"all {scale}", scope)
 
 
-def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, Any]]:
+def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator[dict[str, Any]]:
     """Measure the engine at each limit. Later limits use the profile of the first, as runs use that of earlier runs."""
-    import torch
-
+    from yolov12 import mas
     from yolov12.mas.checkpointing.checkpointing import REBUILD, RECOMPUTE
     from yolov12.models.layer_names import layer_names
+    from yolov12.training.adapter.memory_needs import optimizer_bytes
 
-    training, cache = Training(f"yolo12{scale}.yaml"), Path(tempfile.mkdtemp())
-    for gib in limits:
-        torch.cuda.empty_cache()
+    training, cache = training or Training(f"yolo12{scale}.yaml"), Path(tempfile.mkdtemp())
+    needs = functools.partial(optimizer_bytes, training.optimizer, training.model)
+    for gib in scope.reached():
+        training.release()
         begin = time.perf_counter()
         engine = model.engine(
             training.model,
@@ -156,15 +175,16 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
             {"limit": gib * GIB},
             layers=layer_names(training.model),
             cache=cache,
+            advice=mas.Advice(optimizer_bytes=needs),
             log=lambda line: print(line, flush=True),
         )
         steps: list[dict[str, Any]] = []
-        while len(steps) < 4 or not (_settled(steps) or time.perf_counter() - begin > SECONDS[scale]):
+        while not _enough(steps, gib, time.perf_counter() - begin, scope):
             start = time.perf_counter()
-            with torch.autocast("cuda", torch.float16):
+            with training.autocast():
                 result = engine.step(training.batch)
             engine.update(training.optimizer, training.update)
-            torch.cuda.synchronize()
+            training.wait()
             latest = engine.latest
             steps.append(
                 {
@@ -177,15 +197,20 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
                 }
             )
         last = [step for step in steps[1:] if _steady(step, steps[-1])][-5:] or steps[-1:]
+        images = training.images
         row = {
             "limit_gib": gib,
             "bn_group": engine.bn_group,
+            "steps_in_smaller_groups": sum(any(e.startswith("groups of") for e in step["events"]) for step in steps),
             "micro_batch": max(result.micro_batches),
             "plan": {mode: engine._step.plans[latest.level].names(mode) for mode in (REBUILD, RECOMPUTE)},
-            "images_per_s": 256 / statistics.median(step["s"] for step in last),
-            "images_per_s_all": 256 * len(steps) / sum(step["s"] for step in steps),
+            "images_per_update": images,
+            "images_per_s": images / statistics.median(step["s"] for step in last),
+            "images_per_s_all": images * len(steps) / sum(step["s"] for step in steps),
             "peak_mib": max(step["peak_mib"] for step in last),
             "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
+            "pairs_tried": _tried(steps),
+            "seconds": round(time.perf_counter() - begin, 1),
             "ladder": [[level.fraction, level.slow] for level in engine._planner.cost.levels],
             "steps": steps,
         }
@@ -195,8 +220,21 @@ def ours(scale: str, limits: Sequence[int] = LIMITS_GIB) -> Iterator[dict[str, A
         yield row
 
 
+def _enough(steps: list[dict[str, Any]], gib: int, seconds: float, scope: Scope) -> bool:
+    """Return whether `ours` has run long enough at a limit."""
+    if len(steps) < 4:
+        return False
+    patience = PATIENCE if gib == FIRST_GIB and _tried(steps) < 2 else 1
+    return _settled(steps) or seconds > patience * scope.limit_s or time.time() > scope.until
+
+
+def _tried(steps: list[dict[str, Any]]) -> int:
+    """Return the number of pairs of micro-batch size and plan."""
+    return len({(step["micro_batch"], step["level"]) for step in steps})
+
+
 def _settled(steps: list[dict[str, Any]]) -> bool:
-    return len(steps) >= SETTLED and len({(step["micro_batch"], step["level"]) for step in steps[-SETTLED:]}) == 1
+    return len(steps) >= SETTLED and _tried(steps[-SETTLED:]) == 1
 
 
 def _steady(step: dict[str, Any], last: dict[str, Any]) -> bool:
@@ -205,107 +243,11 @@ def _steady(step: dict[str, Any], last: dict[str, Any]) -> bool:
     return alike and not any(event.startswith(("grew", "shrunk", "plan")) for event in step["events"])
 
 
-def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Predict with `yolov12 plan` the peaks that `ours` measured. This needs no GPU."""
-    from yolov12.mas.checkpointing.checkpointing import Plan
-    from yolov12.plan.estimate import estimate
-    from yolov12.plan.fake_model import load
-
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for part, measured in result.items():
-        if not part.startswith("ours-"):
-            continue
-        network = load(f"yolo12{part[-1]}.yaml")
-        rows[part] = []
-        for row in measured:
-            plan = Plan(tuple((name, mode) for mode, names in row["plan"].items() for name in names))
-            found = estimate(
-                network, micro_batch=row["micro_batch"], plan=plan, boxes=2 * model.BOXES_PER_IMAGE - 1, optimizer="SGD"
-            )
-            mib = found.peak_bytes / 2**20
-            told = {key: row[key] for key in ("limit_gib", "micro_batch", "peak_mib")}
-            rows[part].append({**told, "predicted_mib": mib, "off_percent": 100 * (mib / row["peak_mib"] - 1)})
-            print(part, json.dumps(rows[part][-1]), flush=True)
-    return rows
-
-
-def freed() -> Iterator[dict[str, Any]]:
-    """Yield measured and predicted bytes that plans free, between forward and backward pass and at the peak."""
-    import gc
-
-    import torch
-
-    from yolov12.mas.checkpointing.layers import candidates
-    from yolov12.mas.profiling.solver import ladder
-    from yolov12.mas.profiling.warmup import profile
-    from yolov12.models.layer_names import layer_names
-
-    for scale, images in zip("nsmlx", (32, 32, 16, 16, 8), strict=True):
-        training = Training(f"yolov12{scale}.yaml")
-        task, layers = training.task, layer_names(training.model)
-        engine = model.engine(training.model, task, training.scaler, {"bn_group": 8}, layers=layers)
-        step = engine._step
-        task.workload(training.batch)
-        autocast = functools.partial(torch.autocast, "cuda", torch.float16)
-        for _ in range(2):
-            with autocast():
-                step.try_out(training.batch, 0, images)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        with autocast():
-            found = profile(step, engine.meter, candidates(training.model, layers), training.batch, images)
-        seconds = time.perf_counter() - begin
-        begin = time.perf_counter()
-        levels = ladder(found)
-        ladder_seconds = time.perf_counter() - begin
-        results = []
-        for level in levels:
-            kept: list[int] = []
-            gc.collect()
-
-            def backward(loss: Any, kept: list[int] = kept, training: Training = training) -> None:
-                kept.append(torch.cuda.memory_allocated())
-                training.scaler.scale(loss).backward()
-
-            step._backward = backward
-            with autocast():
-                outcome = step.try_out(training.batch, 0, images, step.checkpointing.within(level.plan))
-            results.append((kept[0], outcome[1]))
-        by_name = {layer.name: layer for layer in found.layers}
-        worst = 0.0
-        for level, (kept_bytes, peak) in zip(levels[1:], results[1:], strict=True):
-            predicted = images * sum(
-                by_name[name].rebuild_frees_bytes if mode == "rebuild" else by_name[name].recompute_frees_bytes
-                for name, mode in level.plan.modes
-            )
-            measured = results[0][0] - kept_bytes
-            row = {
-                "model": f"yolov12{scale}",
-                "images": images,
-                "plan": str(level.plan),
-                "predicted_mib": predicted / 2**20,
-                "measured_mib": measured / 2**20,
-                "off_percent": 100 * (predicted / measured - 1),
-                "kept_mib": [kept_bytes / 2**20, results[0][0] / 2**20],
-                "predicted_peak_mib": (levels[0].peak_bytes - level.peak_bytes) * images / 2**20,
-                "measured_peak_mib": (results[0][1] - peak) / 2**20,
-                "profile_s": seconds,
-                "ladder_s": ladder_seconds,
-            }
-            worst = max(worst, abs(row["off_percent"]))
-            yield row
-        print(scale, f"off by {worst:.2f} %; profile {seconds:.2f} s, ladder {ladder_seconds:.2f} s", flush=True)
-        engine.close()
-        del training, task, engine, step
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-PARTS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
-    "freed": freed,
+PARTS: dict[str, Callable[[Scope], Iterator[dict[str, Any]]]] = {
+    "freed": lambda scope: freed(),
     **{f"{name}-{scale}": functools.partial(run, scale)
        for scale in "sx" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
-    "ours-m": functools.partial(ours, "m", limits=PEAKS_GIB),
+    "ours-m": functools.partial(ours, "m"),
 }  # fmt: skip
 
 
@@ -313,34 +255,60 @@ def main() -> int:
     """Run the parts, each in a process of its own, which writes each row at once."""
     parser = report.parser(__doc__, parts=[*PARTS, "predicted"])
     parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure at these, keep the other rows")
+    parser.add_argument("--missing", action="store_true", help="measure only limits without a row of this commit")
+    parser.add_argument("--limit-seconds", type=float, default=20.0, help="most seconds of `ours` at a limit")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="seconds for all parts")
     options = parser.parse_args()
-    failed = 0
-    for part in options.only:
+    end, failed = time.time() + options.seconds, 0
+    for index, part in enumerate(options.only):
         result = report.Report(options.out, keep=True)
         if part == "predicted":
             result.add(part, predicted(result))
             continue
-        result.add(part, result.get(part, []))
+        rows = result.get(part, [])
+        limits = options.limits or (PEAKS_GIB if part == "ours-m" else LIMITS_GIB)
+        if options.missing:
+            limits = missing(rows, limits, result["commit"])
+        result.add(part, rows)
         started = time.time()
-        work = {"part": part, "out": str(options.out.absolute()), "limits": options.limits or []}
+        until = started + (end - started) / (len(options.only) - index)
+        work = {"part": part, "out": str(options.out.absolute()), "limits": limits, "limit_s": options.limit_seconds}
+        work["until"] = until if math.isfinite(until) else 1e12
         failed |= Call("checkpointing:run", stock=part.startswith("stock"), variables=EXPANDABLE, **work).wait()
         print(f"{part}: {time.time() - started:.0f} s", flush=True)
     return failed
 
 
-def run(part: str, out: str, limits: list[int]) -> None:
+def missing(rows: list[dict[str, Any]], limits: list[int] | tuple[int, ...], commit: str | None) -> list[int]:
+    """Return the limits of which a part has no row of a commit.
+
+    Args:
+        rows: Rows of the part.
+        limits: All its limits in GiB.
+        commit: The commit.
+    """
+    found = {row.get("limit_gib") for row in rows if row.get("commit") == commit}
+    return [gib for gib in limits if gib not in found]
+
+
+def run(part: str, out: str, limits: list[int], limit_s: float, until: float) -> None:
     """Measure a part in this process, and write each row at once.
 
     Args:
         part: Key of `PARTS`.
         out: JSON file that has the head of the result.
-        limits: Limits in GiB; empty for all.
+        limits: Limits in GiB.
+        limit_s: Most seconds of `ours` at a limit.
+        until: Time after which no limit is begun.
     """
     result = json.loads(Path(out).read_text())
-    kept = [row for row in result.get(part, []) if limits and row["limit_gib"] not in limits]
-    for row in PARTS[part](**({"limits": limits} if limits else {})):
-        kept = sorted([*kept, row], key=lambda row: row.get("limit_gib", 0))
-        report.write(Path(out), {**result, part: kept})
+    rows = [] if part == "freed" else result.get(part, [])
+    for row in PARTS[part](Scope(tuple(limits), limit_s, until)):
+        if part != "freed":
+            row["commit"] = result["commit"]
+            rows = [other for other in rows if other["limit_gib"] != row["limit_gib"]]
+        rows = sorted([*rows, row], key=lambda row: row.get("limit_gib", 0))
+        report.write(Path(out), {**result, part: rows})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.common.processes import limit_memory
+
 BOXES_PER_IMAGE = 25
 
 
@@ -21,7 +23,7 @@ def prepare(
         size: Size of the images in pixels.
         seed: Seed of weights and images.
         cfg: Yaml of the model.
-        device: `cuda` or `cpu`.
+        device: `cuda` or, to try a benchmark, `cpu`.
     """
     import torch
 
@@ -39,6 +41,87 @@ def prepare(
     if device == "cuda":
         batch["img"] = batch["img"].pin_memory()
     return model, task(device, only_scales=True), gradient_scaler(device), batch
+
+
+class Training:
+    """Model in training, with its optimizer, scaler, moving average and a batch.
+
+    Args:
+        cfg: Yaml of the model.
+        images: Number of images in the batch.
+        size: Their size in pixels.
+        device: `cuda` or, to try a benchmark, `cpu`, on which no memory is limited or measured.
+    """
+
+    def __init__(self, cfg: str, images: int = 256, size: int = 640, device: str = "cuda") -> None:
+        import torch
+        from ultralytics.utils.torch_utils import ModelEMA
+
+        self.images, self._on_card = images, device == "cuda"
+        self.model, self.task, self.scaler, self.batch = prepare(images, size, cfg=cfg, device=device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+        self.ema = ModelEMA(self.model)
+        self.out_of_memory = torch.cuda.OutOfMemoryError
+
+    def update(self) -> None:
+        """Update the weights and their moving average."""
+        update(self.model, self.optimizer, self.scaler)
+        self.ema.update(self.model)
+
+    def bare(self, batch: int, start: int = 0) -> None:
+        """Run the forward and backward pass of a batch as Ultralytics does.
+
+        Args:
+            batch: Number of images.
+            start: First image.
+        """
+        with self.autocast():
+            part = self.task.preprocess(part_of(self.batch, start, start + batch))
+            loss, _ = self.model(part)
+        self.scaler.scale(loss.sum()).backward()
+
+    def autocast(self) -> Any:
+        """Return the context of mixed precision."""
+        import torch
+
+        return torch.autocast("cuda", torch.float16, enabled=self._on_card)
+
+    def wait(self) -> None:
+        """Wait until the card has done its work."""
+        import torch
+
+        if self._on_card:
+            torch.cuda.synchronize()
+
+    def limit(self, gib: float) -> None:
+        """Limit the allocator as if the card had so many GiB."""
+        if self._on_card:
+            limit_memory(gib)
+
+    def release(self) -> None:
+        """Give unused memory back to the card."""
+        import torch
+
+        torch.cuda.empty_cache()
+
+    def mark(self) -> None:
+        """Begin to measure a peak."""
+        import torch
+
+        if self._on_card:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        """Return the highest allocated bytes since the mark."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self._on_card else 0
+
+    def allocated_bytes(self) -> int:
+        """Return the bytes allocated now."""
+        import torch
+
+        return torch.cuda.memory_allocated() if self._on_card else 0
 
 
 def random_batch(images: int, size: int, boxes_per_image: int) -> dict[str, Any]:
