@@ -8,8 +8,8 @@ gradient     gradient of unequal shares, one process per card, against one proce
 shared_card  two ranks on one card with different limits, while a third process takes the free memory for a while
 squeeze      a rank per card over NCCL, 256 images per card; the second card has little memory and injected failures
 death        time until the other ranks end after one was killed
-speed        whole trainings against stock Ultralytics' DistributedDataParallel; images are in memory and not augmented,
-             so that loading does not count
+speed        whole trainings against stock Ultralytics' DistributedDataParallel; images are in memory, and augmented as
+             Ultralytics does by default, mosaic included; with `--still`, they are not, so that loading does not count
 checksum     times of the comparison of weights (by checksums) and of the exchange of reports after a step
 
 A part that needs more cards is skipped. The exit status is 1 if a check or a part failed.
@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.common import report
 from benchmarks.common.processes import ROOT
 from benchmarks.drawings import boards, noise
-from benchmarks.ranks_pressure import BATCH, MIB_IN_GIB, Pressure, Setup, journal_steps, pressed_run
+from benchmarks.ranks_pressure import BATCH, MIB_IN_GIB, STILL, Pressure, Setup, journal_steps, pressed_run
 from benchmarks.ranks_processes import Processes
 from benchmarks.ranks_work import GROUP
 
@@ -124,6 +124,8 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     images, each = setup.sized((3072, BATCH), (64, 8))
     arguments = {**setup.arguments(noise(images), images, 1, each), "workers": setup.sized(8, 0)}
     arguments["model"] = setup.sized("yolo12s.yaml", "yolo12n.yaml")
+    if not setup.still:
+        arguments = {key: value for key, value in arguments.items() if key not in STILL}
     rows, faults = [], []
     for gpus in (1, 2, 4):
         if gpus > (setup.gpus if setup.device == "cuda" else 2):
@@ -140,6 +142,7 @@ def speed(setup: Setup, _: dict[str, Any]) -> dict[str, Any]:
     return {
         "arguments": {key: value for key, value in arguments.items() if key not in ("data", "batch", "nbs", "epochs")},
         "images": images,
+        "is_augmented": not setup.still,
         "rows": rows,
         "scaling": {f"{who} {gpus}": rate / one[who] for (who, gpus), rate in found.items() if one[who]},
         "ours_over_stock": {
@@ -222,11 +225,13 @@ PARTS: dict[str, Callable[[Setup, dict[str, Any]], dict[str, Any]]] = {
 
 def main() -> int:
     """Run the parts, and write the results of each to the file at once."""
-    options = report.parser(__doc__, parts=PARTS, small="small sizes").parse_args()
+    parser = report.parser(__doc__, parts=PARTS, small="small sizes")
+    parser.add_argument("--still", action="store_true", help="speed: images are not augmented")
+    options = parser.parse_args()
     import torch
 
     gpus = torch.cuda.device_count() if options.device == "cuda" else 0
-    setup = Setup(options.device, options.small, gpus)
+    setup = Setup(options.device, options.small, gpus, options.still)
     result = report.Report(options.out, options.device, keep=True)
     faults = []
     for part in options.only:

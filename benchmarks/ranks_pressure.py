@@ -42,6 +42,8 @@ class Setup:
     """True for a trial with small sizes."""
     gpus: int
     """Number of GPUs."""
+    still: bool = False
+    """True if the images of `speed` are not augmented. Those of the other parts never are."""
 
     def sized(self, full: Any, small: Any) -> Any:
         """Return the full size, or the small one in a trial."""
