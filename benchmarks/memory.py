@@ -24,7 +24,7 @@ from benchmarks.common.model import engine as _engine
 from benchmarks.common.model import prepare, update
 from benchmarks.common.processes import EXPANDABLE, GIB, Call
 from benchmarks.common.rounds import in_turn, median_ms, median_ratio
-from benchmarks.memory_trainings import limits, neighbour
+from benchmarks.memory_trainings import first_epoch, limits, neighbour
 
 
 def gradient() -> dict[str, Any]:
@@ -229,6 +229,7 @@ def failures(steps: int = 200, probability: float = 0.2) -> dict[str, Any]:
 PARTS = {
     "gradient": gradient,
     "first_times": first_times,
+    "first_epoch": first_epoch,
     "overhead": overhead,
     "failures": failures,
     "limits": limits,

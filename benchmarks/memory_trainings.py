@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,9 @@ LIMITS_GIB = (8, 16, 24, 40)
 TRAIN = {"model": "yolov12s.yaml", "imgsz": 640, "device": 0, "cache": "ram", "plots": False, "exist_ok": True}
 
 
-def _train(folder: Path, stock: bool = False, **arguments: Any) -> subprocess.Popen[str]:
+def _train(
+    folder: Path, stock: bool = False, variables: dict[str, str] | None = None, **arguments: Any
+) -> subprocess.Popen[str]:
     """Start a training; its output goes to a log file beside its folder."""
     arguments = {**TRAIN, "project": folder.parent, "name": folder.name, **arguments}
     if stock:
@@ -32,7 +35,9 @@ def _train(folder: Path, stock: bool = False, **arguments: Any) -> subprocess.Po
         words = [f"{key}={value}" for key, value in arguments.items()]
         command = [sys.executable, "-m", "yolov12.cli", "train", *words]
     log = folder.with_suffix(".log").open("w")
-    return subprocess.Popen(command, env=environment(stock), stdout=log, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment(stock, **(variables or {})), stdout=log, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +111,69 @@ def limits(epochs: int = 7) -> dict[str, Any]:
             "log_tail": run_folder.with_suffix(".log").read_text()[-300:] if code else "",
         }
     return out
+
+
+def first_epoch(epochs: int = 3, images: int = 1920) -> dict[str, Any]:
+    """Time the first epochs of stock, of this package with an empty cache of Triton kernels, and with the filled one.
+
+    Args:
+        epochs: Number of epochs of each training.
+        images: Number of drawn images, of which a fifth is for validation.
+    """
+    folder = Path(tempfile.mkdtemp())
+    data = _draw(folder, images)
+    alike = {"data": data, "epochs": epochs, "val": False, "workers": 8, "model": "yolo12s.yaml"}
+    ways: dict[str, dict[str, Any]] = {"stock": {"batch": 32}}
+    ways |= {name: {"batch": 256, "mem_limit": "16GiB"} for name in ("empty cache", "filled cache")}
+    out: dict[str, Any] = {}
+    for name, arguments in ways.items():
+        run_folder = folder / name.replace(" ", "_")
+        variables = {"TRITON_CACHE_DIR": str(folder / "triton")}
+        begin = time.monotonic()
+        code = _train(run_folder, name == "stock", variables, **alike, **arguments).wait()
+        rows = _rows(run_folder)
+        out[name] = {
+            "exit_status": code,
+            "seconds": round(time.monotonic() - begin, 1),
+            "epoch_s": epoch_seconds((run_folder / "results.csv").read_text()) if code == 0 else [],
+            "new_sizes_ms": new_sizes(rows),
+            "log_tail": run_folder.with_suffix(".log").read_text()[-300:] if code else "",
+        }
+        print(name, json.dumps(out[name]), flush=True)
+    return out
+
+
+def epoch_seconds(results: str) -> list[float]:
+    """Return the seconds of each epoch.
+
+    Args:
+        results: Content of results.csv.
+    """
+    ends = [float(row["time"]) for row in csv.DictReader(results.splitlines(), skipinitialspace=True)]
+    return [round(end - begin, 2) for begin, end in itertools.pairwise([0.0, *ends])]
+
+
+def new_sizes(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Return the first step of each micro-batch size with its milliseconds, and those of the median step.
+
+    Args:
+        rows: Rows of memory.csv.
+    """
+    first: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for size in set(row["micro_batches"].split()):
+            first.setdefault(size, row)
+    usual_ms = statistics.median(float(row["step_ms"]) for row in rows) if rows else 0.0
+    return [
+        {
+            "images": int(size),
+            "step": int(row["step"]),
+            "epoch": int(row["epoch"]),
+            "ms": float(row["step_ms"]),
+            "usual_ms": usual_ms,
+        }
+        for size, row in first.items()
+    ]
 
 
 def neighbour(seconds: int = 150, stock_seconds: int = 40) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.common.processes import ROOT
-from benchmarks.memory_trainings import CASES, prediction_errors
+from benchmarks.memory_trainings import CASES, epoch_seconds, new_sizes, prediction_errors
 
 LIMITS = json.loads((ROOT / "benchmarks/results/memory.json").read_text("utf-8"))["limits"]
 
@@ -36,3 +36,15 @@ def test_every_step_is_in_one_case():
     assert {case: found[case]["steps"] for case in CASES} == {"first step": 1, "new": 2, "changed": 2, "same": 2}
     assert found["new"]["worst_step"] == 2
     assert found["new"]["worst_percent"] == pytest.approx(-8)
+
+
+def test_first_epochs_are_told_with_the_sizes_that_were_new_in_them():
+    assert epoch_seconds("epoch,time,x\n1,39.0,0\n2,45.5,0\n") == [39.0, 6.5]
+    sizes = ["8 8", "8 8", "64 16", "64 16"]
+    rows = [
+        {"micro_batches": each, "step": str(step), "epoch": "1", "step_ms": str(10 * step)}
+        for step, each in enumerate(sizes, 1)
+    ]
+    found = {each["images"]: each for each in new_sizes(rows)}
+    assert {images: each["step"] for images, each in found.items()} == {8: 1, 64: 3, 16: 3}
+    assert (found[64]["ms"], found[64]["usual_ms"]) == (30.0, 25.0)
