@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["boards", "noise", "photographs", "shapes"]
+__all__ = ["boards", "inspection", "noise", "photographs", "shapes"]
 
 
 def boards(sets: int, imgsz: int) -> str:
@@ -33,6 +33,60 @@ def _boards_of(folder: Path, imgsz: int, seed: int) -> Path:
     from yolov12 import demo
 
     return demo.ensure(f"demo:images=160,val=0.2,imgsz={imgsz},seed={seed}", folder)
+
+
+def inspection(
+    folder: Path, images: int, val: int, imgsz: int, *, repeat: int = 1, seed: int = 0, hard: bool = False
+) -> str:
+    """Draw boards of the demonstration data set, or harder ones, and return the yaml.
+
+    On the harder ones, every fourth board is a panel with 150 to 320 small parts, in place of every twentieth. They
+    have a quarter to three fifths of the contrast, another brightness, and noise.
+
+    Args:
+        folder: Folder to make; if it exists, nothing is drawn.
+        images: Number of images to train on.
+        val: Number of images to validate on. None of them is trained on.
+        imgsz: Size of the images in pixels.
+        repeat: Number of times that an epoch has each image, so that it can be longer than the data set.
+        seed: Seed of the boards.
+        hard: True for the harder ones.
+    """
+    from yolov12.demo.board import class_names
+
+    file = folder / "data.yaml"
+    if file.exists():
+        return str(file)
+    for split, indices in (("train", range(images)), ("val", range(images, images + val))):
+        for kind in ("images", "labels"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
+            pool.map(functools.partial(_inspection_of, folder, split, imgsz, seed, hard), indices)
+    names = "\n".join(f"  {index}: {name}" for index, name in enumerate(class_names(False)))
+    train = "- images/train\n" * repeat
+    file.write_text(f"path: {folder.absolute()}\ntrain:\n{train}val: images/val\nnames:\n{names}\n")
+    return str(file)
+
+
+def _inspection_of(folder: Path, split: str, imgsz: int, seed: int, hard: bool, index: int) -> None:
+    import cv2
+    import numpy as np
+
+    from yolov12.demo.board import DrawConfig
+    from yolov12.demo.draw import draw_board
+
+    draw = np.random.default_rng((3, seed, index))
+    image, boxes = draw_board(draw, DrawConfig(imgsz, dense=index % (4 if hard else 20) == 0))
+    if hard:
+        gray = 128 + (image - np.float32(128)) * draw.uniform(0.25, 0.6) + draw.uniform(-30, 30)
+        image = np.clip(gray + draw.normal(0, 10, image.shape), 0, 255).astype(np.uint8)
+    cv2.imwrite(str(folder / "images" / split / f"{index}.jpg"), image, [cv2.IMWRITE_JPEG_QUALITY, 92])
+    lines = [
+        f"{box.class_id} {(box.x0 + box.x1) / 2 / imgsz:.6f} {(box.y0 + box.y1) / 2 / imgsz:.6f} "
+        f"{(box.x1 - box.x0) / imgsz:.6f} {(box.y1 - box.y0) / imgsz:.6f}"
+        for box in boxes
+    ]
+    (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
 
 
 def noise(images: int, *, crowded: bool = False) -> str:
@@ -104,17 +158,22 @@ def _photograph_of(folder: Path, longer: int, index: int) -> None:
     (folder / "labels" / f"{index}.txt").write_text("\n".join(lines))
 
 
-def shapes(images: int, val: int, imgsz: int) -> str:
+def shapes(images: int, val: int, imgsz: int, folder: Path | None = None, *, repeat: int = 1) -> str:
     """Draw squares, discs, triangles and crosses on noise, which a small model learns in a minute; return the yaml.
 
     Args:
         images: Number of images to train on.
         val: Number of images to validate on.
         imgsz: Size of the images in pixels.
+        folder: Folder to make, in which nothing is drawn if it exists; without it, a new one.
+        repeat: Number of times that an epoch has each image.
     """
     import cv2
 
-    folder = Path(tempfile.mkdtemp())
+    folder = folder or Path(tempfile.mkdtemp())
+    file = folder / "data.yaml"
+    if file.exists():
+        return str(file)
     first = 0
     for split, count in (("train", images), ("val", val)):
         for kind in ("images", "labels"):
@@ -125,8 +184,8 @@ def shapes(images: int, val: int, imgsz: int) -> str:
             (folder / "labels" / split / f"{index}.txt").write_text("\n".join(lines))
         first += count
     names = "  0: square\n  1: disc\n  2: triangle\n  3: cross\n"
-    file = folder / "data.yaml"
-    file.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames:\n{names}")
+    train = "- images/train\n" * repeat
+    file.write_text(f"path: {folder.absolute()}\ntrain:\n{train}val: images/val\nnames:\n{names}")
     return str(file)
 
 

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import neighbour
 
 RESTART_S = 1.0  # after which the watch is started again, as by systemd with RestartSec=1
 POLL_S = 0.1
@@ -72,7 +74,8 @@ def tell(site: Site, deliver: Callable[[Path], None]) -> dict[str, Any]:
                 raise RuntimeError(f"no {what}; status {watch.poll()}: {log.read_text()[-2000:]}{_attempt_log(site)}")
             time.sleep(POLL_S)
 
-    with _neighbour(site):
+    neighbour_log = site.folder / "neighbour.log"
+    with neighbour.beside(neighbour_log, *site.neighbour):
         watch = _start(site, log)
         try:
             until(lambda: "watching" in log.read_text(), "watch")
@@ -106,7 +109,7 @@ def tell(site: Site, deliver: Callable[[Path], None]) -> dict[str, Any]:
         "report": _report(site),
         "updates_in_pieces": sum(" " in row["micro_batches"] for row in _rows(site.run)),
         "memory": json.loads((site.run / "memory.json").read_text()),
-        "neighbour_mib": _held(site),
+        "neighbour_mib": neighbour.held(neighbour_log),
         "set_aside": [note.read_text().strip() for note in sorted(site.folder.glob("work/rejected/*.reason.txt"))],
     }
 
@@ -165,25 +168,6 @@ def _descendants(pid: int) -> Iterator[int]:
             for child in map(int, (task / "children").read_text().split()):
                 yield child
                 yield from _descendants(child)
-
-
-@contextmanager
-def _neighbour(site: Site) -> Iterator[None]:
-    script = Path(__file__).with_name("neighbour.py")
-    with (site.folder / "neighbour.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(script), *map(str, site.neighbour)], stdin=subprocess.PIPE, stdout=log
-        )
-    try:
-        yield
-    finally:
-        process.communicate()  # closes its standard input, at which it ends
-
-
-def _held(site: Site) -> dict[str, int]:
-    changes = [json.loads(line) for line in (site.folder / "neighbour.log").read_text().splitlines()]
-    held = [mib for _, mib in changes]
-    return {"changes": len(held), "least": min(held, default=0), "most": max(held, default=0)}
 
 
 def _attempt_log(site: Site) -> str:

@@ -13,8 +13,12 @@ from __future__ import annotations
 import json
 import random
 import select
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 BLOCK_MIB = 256
@@ -37,6 +41,29 @@ def main(device: str, pool_mib: int, low_mib: int, high_mib: int, seed: int) -> 
         if select.select([sys.stdin], [], [], chance.uniform(*SECONDS))[0]:
             break
     del ballast, held
+
+
+@contextmanager
+def beside(log: Path, *arguments: Any) -> Iterator[None]:
+    """Return a context in which the process runs.
+
+    Args:
+        log: File for what it prints.
+        arguments: Arguments of `main`.
+    """
+    with log.open("wb") as output:
+        command = [sys.executable, __file__, *map(str, arguments)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output)
+    try:
+        yield
+    finally:
+        process.communicate()  # closes its standard input, at which it ends
+
+
+def held(log: Path) -> dict[str, int]:
+    """Return how often the process changed what it held, and the least and most MiB."""
+    mib = [json.loads(line)[1] for line in log.read_text().splitlines()]
+    return {"changes": len(mib), "least": min(mib, default=0), "most": max(mib, default=0)}
 
 
 class _Host:

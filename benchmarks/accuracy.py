@@ -1,0 +1,320 @@
+"""Accuracy of whole trainings: stock Ultralytics, and this package with larger batches and beside a neighbour.
+
+    python -m benchmarks accuracy --out benchmarks/results/accuracy.json --runs runs/accuracy     (an hour on one H200)
+    python -m benchmarks accuracy --out part.json --only stock 256 --data hard --seconds 550      (some of it)
+    python -m benchmarks accuracy --out part.json --stock-batch s=24 n=32                         (without trials)
+    python -m benchmarks accuracy --out part.json --device cpu --only stock 256 stock256 nbs256   (an hour on two cores)
+    python -m benchmarks accuracy --out part.json --device cpu --small                            (a minute, to try it)
+
+A second call with the same files goes on where the first one ended: what the JSON file has is not trained again.
+
+Variants. A training has the arguments of `Settings`, and otherwise Ultralytics' defaults. What `optimizer=auto` would
+choose is given as arguments: AdamW with a learning rate that does not depend on the batch.
+
+    stock      Ultralytics at the largest batch at which no allocation fails under the limit. It updates the weights
+               once for about nbs=64 images, so for several batches, or for a batch if that is larger
+    same       this package with the same arguments
+    256        this package with batch=256 under the same limit, bn_group=auto. An update has 256 images, so there are
+               a quarter as many of them. Ultralytics scales the weight decay by batch / nbs, so to four times
+    neighbour  the same, and other processes use the same memory: all trainings of this variant run at the same time
+               in a pool that has room for their limits, of which benchmarks/neighbour.py takes and releases a part
+    stock256   Ultralytics with batch=256 and no limit, as on a card that is large enough
+    nbs256     Ultralytics at its largest batch with nbs=256, so with as many images in an update as `256`
+    256lr      `256` with the usual scaling for Adam: the learning rate times the square root of 256 / nbs
+    256bn      `256` with BatchNorm's running statistics as fast for an image as stock's: a batch moves them once, split
+               or not, so their momentum m is 1 - (1 - 0.03) ** (256 / stock's batch)
+
+On a GPU, models start from one base model of their size, which Ultralytics has trained for a short time on other
+boards, and images have 320 pixels under a limit of 4 GiB, which is as much for a pixel as 16 GiB at 640. Many
+trainings run at the same time on the card, so their times say nothing about speed. Data `demo` are the boards of
+`data=demo`, `hard` are fewer boards with more panels, less contrast and noise; see `drawings.inspection`.
+
+On a CPU, the model and the data are those of benchmarks/partners.py, and models start from random weights. Batches are
+a quarter as large (64 for 256, nbs=16), and stock's has 16 images. There is no limit; micro-batches have 16 images.
+
+`map` of a training is the mAP50-95 on held-out images after each epoch, of the averaged weights. `table` has the last
+epochs of each variant: mean, standard deviation over seeds, and for this package's variants the difference to the means
+of stock's three, with half the width of its 95 % confidence interval (Welch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import drawings, neighbour
+from benchmarks.accuracy_runs import Job, at_once, largest_stable
+from benchmarks.accuracy_settings import (
+    CONTEXT_GIB,
+    CPU,
+    GPU,
+    LARGE,
+    MOMENTUM,
+    NEIGHBOUR,
+    SMALL,
+    STOCK,
+    VARIANTS,
+    Settings,
+)
+from benchmarks.common import report
+from benchmarks.common.processes import Call
+from benchmarks.partners import MODEL
+
+
+class Accuracy:
+    """The trainings of one part of the JSON file.
+
+    Args:
+        settings: Sizes.
+        folder: Folder for data, base models and trainings.
+        most: Number of trainings that run at the same time.
+        seconds_left: Returns the seconds until the end of the time budget.
+    """
+
+    def __init__(self, settings: Settings, folder: Path, most: int, seconds_left: Callable[[], float]) -> None:
+        self._settings, self._folder, self._most, self._seconds_left = settings, folder, most, seconds_left
+
+    def data(self, kind: str) -> str:
+        """Draw a data set unless it is there, and return its yaml."""
+        settings = self._settings
+        images = settings.images // (2 if kind == "hard" else 1)
+        # As many images for every kind, so hard ones twice as often.
+        repeat = settings.images * settings.passes // settings.epochs // images
+        if kind == "shapes":
+            file = drawings.shapes(images, settings.val, settings.imgsz, self._folder / kind, repeat=repeat)
+        else:
+            seed, hard = (1 if kind == "base" else 0), kind == "hard"
+            where = (self._folder / kind, images, settings.val, settings.imgsz)
+            file = drawings.inspection(*where, repeat=repeat, seed=seed, hard=hard)
+        Call("accuracy_runs:scan", stock=True, data=file).result()
+        return file
+
+    def bases(self, models: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Train the base models that are not there, and yield their rows."""
+        missing = [model for model in models if not self._base(model).exists()] if self._settings.base_epochs else []
+        if missing:
+            own = {"epochs": self._settings.base_epochs, "batch": 128, "workers": 6, "seed": 99}
+            own |= {"data": self.data("base"), "project": str(self._folder)}
+            jobs = []
+            for model in missing:
+                arguments = {**self._settings.arguments(), **own, "name": f"base-{model}"}
+                call = {"model": f"yolo12{model}.yaml", "limit_gib": None, "arguments": arguments}
+                jobs.append(Job({"data": "base", "model": model, "variant": "base"}, True, call))
+            for row, _ in at_once(jobs, len(jobs), self._seconds_left):
+                yield row
+                (self._folder / f"base-{row['model']}" / "weights" / "last.pt").rename(self._base(row["model"]))
+
+    def _base(self, model: str) -> Path:
+        return self._folder / f"base-{model}.pt"
+
+    def starts(self, models: Sequence[str]) -> dict[str, str]:
+        """Return what each model starts from; a model whose base is not there is left out."""
+        if self._settings.base_epochs:
+            return {model: str(self._base(model)) for model in models if self._base(model).exists()}
+        tiny = self._folder / "tiny.yaml"
+        tiny.write_text(MODEL)
+        return {model: str(tiny) if model == "tiny" else f"yolo12{model}.yaml" for model in models}
+
+    def trials(self, kinds: Sequence[str], starts: dict[str, str]) -> Iterator[dict[str, Any]]:
+        """Try stock's batches for an epoch each, and yield a row for each model and data set."""
+        jobs = [
+            self.job(kind, model, "stock", 0, starts[model], batch, trial=True)
+            for model, kind, batch in itertools.product(starts, kinds, self._settings.candidates)
+        ]
+        rows = [row for row, _ in at_once(jobs, self._most, self._seconds_left)]
+        for model, kind in itertools.product(starts, kinds):
+            mine = [row for row in rows if (row["model"], row["data"]) == (model, kind)]
+            if len(mine) == len(self._settings.candidates):
+                yield {"model": model, "data": kind, "batch": largest_stable(mine), "trials": mine}
+
+    def job(
+        self, kind: str, model: str, variant: str, seed: int, start: str, stock_batch: int, trial: bool = False
+    ) -> Job:
+        """Return one training.
+
+        Args:
+            kind: Name of the data.
+            model: Name of the model.
+            variant: One of `VARIANTS`.
+            seed: Seed of the training.
+            start: Yaml or weights that it starts from.
+            stock_batch: Batch of stock.
+            trial: True for an epoch without validation.
+        """
+        settings, is_stock = self._settings, variant in STOCK
+        name = {"data": kind, "model": model, "variant": variant, "seed": seed}
+        arguments = {**settings.arguments(), "data": str(self._folder / kind / "data.yaml"), "seed": seed}
+        arguments["batch"] = settings.large if variant in LARGE else stock_batch
+        if variant == "nbs256":
+            arguments["nbs"] = settings.large
+        if variant == "256lr":
+            arguments["lr0"] *= math.sqrt(settings.large / settings.nbs)
+        momentum = 1 - (1 - MOMENTUM) ** (settings.large / stock_batch) if variant == "256bn" else None
+        if not is_stock:
+            limit = {"mem_limit": f"{settings.limit_gib:g}GiB"} if settings.limit_gib else {"micro_batch": stock_batch}
+            arguments |= {"recipe": False, **limit}
+        if trial:
+            arguments |= {"epochs": 1, "val": False, "save": False}
+            name["batch"] = stock_batch
+        words = "-".join(map(str, name.values()))
+        arguments |= {"project": str(self._folder / "trainings"), "name": words}
+        limit_gib = settings.limit_gib if variant in ("stock", "nbs256") else None
+        return Job(
+            {**name, "batch": arguments["batch"], "nbs": arguments["nbs"], "lr0": arguments["lr0"]},
+            is_stock,
+            {"model": start, "limit_gib": limit_gib, "arguments": arguments, "bn_momentum": momentum},
+        )
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+        """Run trainings and yield their rows; those with a neighbour after the others, all at the same time."""
+        for pressed in (False, True):
+            mine = [job for job in jobs if (job.name["variant"] == "neighbour") is pressed]
+            most = min(len(mine), self._most)
+            beside = self._neighbour(most) if pressed and mine else nullcontext()
+            with beside:
+                for row, _ in at_once(mine, most, self._seconds_left):
+                    yield row
+
+    def _neighbour(self, trainings: int) -> Any:
+        limits_mib = 1024 * (self._settings.limit_gib or 0) * trainings
+        pool_mib = limits_mib + 1024 * CONTEXT_GIB * trainings
+        mib = [round(each) for each in (pool_mib, *(part * limits_mib for part in NEIGHBOUR))]
+        return neighbour.beside(self.neighbour_log, self._settings.device, *mib, 0)
+
+    @property
+    def neighbour_log(self) -> Path:
+        """File of what the neighbour held."""
+        return self._folder / "neighbour.log"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare the last epochs of this package's variants with those of stock.
+
+    Args:
+        rows: Rows of trainings; those that failed count nowhere.
+    """
+    last: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in sorted((row for row in rows if "map" in row), key=lambda row: row["seed"]):
+        last.setdefault((row["data"], row["model"]), {}).setdefault(row["variant"], []).append(row["map"][-1])
+    found = []
+    for (data, model), of in last.items():
+        for variant in (each for each in VARIANTS if each in of):
+            line: dict[str, Any] = {"data": data, "model": model, "variant": variant, "map": of[variant]}
+            line |= {"mean": round(statistics.mean(of[variant]), 5)}
+            if len(of[variant]) > 1:
+                line["sd"] = round(statistics.stdev(of[variant]), 5)
+                others = [each for each in STOCK if variant not in STOCK and len(of.get(each, ())) > 1]
+                line |= {f"against_{other}": _difference(of[variant], of[other]) for other in others}
+            found.append(line)
+    return found
+
+
+def _difference(ours: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
+    """Return the difference of two means, and half the width of its 95 % confidence interval."""
+    from scipy.special import stdtrit
+
+    parts = [(statistics.variance(each) / len(each), len(each) - 1) for each in (ours, stock)]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / (sum(part**2 / freedom for part, freedom in parts) or 1)
+    half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance) if variance else 0.0
+    return {"difference": round(statistics.mean(ours) - statistics.mean(stock), 5), "interval": round(half, 5)}
+
+
+def _pair(text: str) -> tuple[str, int]:
+    model, _, batch = text.partition("=")
+    return model, int(batch)
+
+
+def main() -> None:
+    """Draw, train, and write the JSON file after each training."""
+    parser = report.parser(__doc__, parts=VARIANTS, small="16 images and one epoch, with --device cpu")
+    parser.add_argument("--models", nargs="+", help="scales of YOLO12; tiny is a model of eleven layers")
+    parser.add_argument("--data", nargs="+", choices=("hard", "demo", "shapes"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--part", help="name in the JSON file; by default, gpu or cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time budget of this call")
+    parser.add_argument("--at-once", type=int, default=12, help="trainings that run at the same time")
+    parser.add_argument(
+        "--stock-batch", nargs="+", type=_pair, default=[], help="batches of stock, found earlier: s=32"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"), help="folder of data and trainings")
+    parser.add_argument("--prepare", action="store_true", help="stop after data, base models and trials of batches")
+    for name in ("imgsz", "images", "passes", "epochs", "base-epochs"):
+        parser.add_argument(f"--{name}", type=int, help="instead of that of the settings")
+    parser.add_argument("--limit-gib", type=float, help="instead of that of the settings")
+    options = parser.parse_args()
+    end = time.monotonic() + options.seconds
+    settings = (SMALL if options.small else CPU) if options.device == "cpu" else GPU
+    given = ("models", "data", "imgsz", "images", "passes", "epochs", "base_epochs", "limit_gib")
+    changed = {name: value for name in given if (value := getattr(options, name)) is not None}
+    settings = replace(settings, **{name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()})
+    options.runs.mkdir(parents=True, exist_ok=True)
+    accuracy = Accuracy(settings, options.runs.absolute(), options.at_once, lambda: end - time.monotonic())
+    part = options.part or ("cpu" if options.device == "cpu" else "gpu")
+    carry_out(options, settings, accuracy, report.Report(options.out, options.device, keep=True), part)
+
+
+def carry_out(
+    options: argparse.Namespace, settings: Settings, accuracy: Accuracy, result: report.Report, part: str
+) -> None:
+    """Run what the part does not have yet, and write it after each training.
+
+    Args:
+        options: Options of the command.
+        settings: Sizes.
+        accuracy: The trainings.
+        result: The JSON file.
+        part: Name of the part in the file.
+    """
+    found = result.get(part) or {"stock_batch": [], "runs": [], "neighbour_mib": []}
+    about = json.loads(json.dumps(asdict(replace(settings, models=(), data=()))))
+    if found.setdefault("settings", about) != about:
+        raise SystemExit(f"{options.out} has a part {part} with other settings: give another --part")
+    for kind in settings.data:
+        accuracy.data(kind)
+    for row in accuracy.bases(settings.models):
+        print(json.dumps(row), flush=True)
+        found.setdefault("base", []).append(row)
+        result.add(part, found)
+    starts = accuracy.starts(settings.models)
+    known = {(row["model"], row["data"]): row["batch"] for row in found["stock_batch"]}
+    known |= {(model, kind): batch for model, batch in options.stock_batch for kind in settings.data}
+    if len(settings.candidates) == 1:
+        known |= dict.fromkeys(itertools.product(starts, settings.data), settings.candidates[0])
+    for kind in settings.data:
+        missing = {model: start for model, start in starts.items() if (model, kind) not in known}
+        for row in accuracy.trials([kind], missing):
+            print(json.dumps(row), flush=True)
+            found["stock_batch"].append(row)
+            known[row["model"], row["data"]] = row["batch"]
+            result.add(part, found)
+        if options.prepare:
+            continue
+        done = [(row["data"], row["model"], row["variant"], row["seed"]) for row in found["runs"] if "map" in row]
+        jobs = [
+            accuracy.job(kind, model, variant, seed, start, batch)
+            for seed, (model, start), variant in itertools.product(options.seeds, starts.items(), options.only)
+            if (kind, model, variant, seed) not in done and (batch := known.get((model, kind)))
+        ]
+        for row in accuracy.run(jobs):
+            print(json.dumps(row), flush=True)
+            found["runs"].append(row)
+            found["table"] = table(found["runs"])
+            result.add(part, found)
+        if any(job.name["variant"] == "neighbour" for job in jobs) and accuracy.neighbour_log.exists():
+            found["neighbour_mib"].append(neighbour.held(accuracy.neighbour_log))
+            result.add(part, found)
+    print(json.dumps(found.get("table"), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Trainings for benchmarks/accuracy.py: one in this process, many at the same time, and the largest batch of stock."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.processes import ROOT, Call, limit_memory
+
+MAP = "metrics/mAP50-95(B)"
+_POLL_S = 0.1
+_FROM_SUMMARY = (
+    "images_lost",
+    "out_of_memories",
+    "shrinks",
+    "grows",
+    "micro_batch_min",
+    "micro_batch_median",
+    "micro_batch_max",
+    "peak_max_mib",
+    "over_limit",
+    "budget_min_mib",
+    "budget_max_mib",
+)
+
+
+def train(
+    model: str, limit_gib: float | None, arguments: dict[str, Any], bn_momentum: float | None = None
+) -> dict[str, Any]:
+    """Train in this process.
+
+    Args:
+        model: Yaml or weights of the model.
+        limit_gib: Limit of PyTorch's allocator in GiB; None for no limit, or if the training has `mem_limit`.
+        arguments: Arguments of the training.
+        bn_momentum: Momentum of BatchNorm's running statistics; None for Ultralytics' 0.03.
+
+    Returns:
+        `map`, the mAP50-95 on held-out images after each epoch, and how the training ran.
+    """
+    import torch
+
+    is_stock = os.environ.get("YOLOV12_AUTOPATCH") == "0"
+    if limit_gib is not None:
+        limit_memory(limit_gib)
+    if not is_stock:
+        from yolov12 import autopatch
+
+        autopatch.apply()
+    from ultralytics import YOLO
+    from ultralytics.utils import LOGGER
+
+    warnings: list[str] = []
+    LOGGER.addFilter(lambda record: warnings.append(record.getMessage()) or True if record.levelno >= 30 else True)
+    curve: list[float] = []
+    updates: list[int] = []
+
+    def note(trainer: Any) -> None:
+        if len(curve) < trainer.epochs:  # a validation of the best weights follows
+            curve.append(round(float(trainer.metrics.get(MAP, 0.0)), 5))
+            updates.append(trainer.ema.updates)
+
+    def set_momentum(trainer: Any) -> None:
+        for module in trainer.model.modules():
+            if bn_momentum is not None and isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = bn_momentum
+
+    begin = time.perf_counter()
+    yolo = YOLO(model)
+    yolo.add_callback("on_pretrain_routine_end", set_momentum)
+    yolo.add_callback("on_fit_epoch_end", note)
+    yolo.train(**arguments)
+    assert is_stock == ("yolov12.seams" not in sys.modules), "this is not stock"
+    folder = Path(yolo.trainer.save_dir)
+    return {
+        "map": curve,
+        "updates": updates[-1],
+        "ran_at": yolo.trainer.batch_size,
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if torch.cuda.is_available() else None,
+        "memory_warnings": [line[:200] for line in warnings if "memory" in line.lower()][:4],
+        **_engine(folder),
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def _engine(folder: Path) -> dict[str, Any]:
+    """Return how the engine ran the batches; empty for stock."""
+    if not (file := folder / "memory.json").exists():
+        return {}
+    from ultralytics.utils import YAML
+
+    summary = json.loads(file.read_text())
+    group = YAML.load(folder / "args.yaml")["bn_group"]
+    return {"engine": {"bn_group": group, **{key: summary[key] for key in _FROM_SUMMARY}}}
+
+
+def scan(data: str) -> None:
+    """Let Ultralytics check all images and cache their labels, so that trainings do not do so at the same time."""
+    from ultralytics.data.dataset import YOLODataset
+    from ultralytics.data.utils import check_det_dataset
+
+    about = check_det_dataset(data)
+    for split in ("train", "val"):
+        YOLODataset(img_path=about[split], data=about, augment=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training."""
+
+    name: dict[str, Any]
+    """What tells it from other trainings: data, model, variant, seed."""
+    is_stock: bool
+    call: dict[str, Any]
+    """Arguments of `train`."""
+
+    def start(self) -> Call:
+        """Start it in a process of its own."""
+        folder = Path(self.call["arguments"]["project"], self.call["arguments"]["name"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w") as log:
+            variables = {"YOLO_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            return Call("accuracy_runs:train", stock=self.is_stock, log=log, variables=variables, **self.call)
+
+    @property
+    def log(self) -> Path:
+        """File of its output."""
+        return Path(self.call["arguments"]["project"], self.call["arguments"]["name"], "log")
+
+    def result(self, call: Call) -> dict[str, Any]:
+        """Return the row of a training that has ended."""
+        if status := call.wait():
+            found = {"exit_status": status, "log_tail": self.log.read_text()[-800:].replace(str(ROOT), "")}
+        else:
+            found = call.result()
+        return {**self.name, **found}
+
+
+def at_once(
+    jobs: Sequence[Job], most: int, seconds_left: Callable[[], float]
+) -> Iterator[tuple[dict[str, Any], float]]:
+    """Run jobs, several at the same time, and yield the row of each when it ends, and the seconds that it took.
+
+    A job is not started if the longest job so far took more time than is left. When no time is left, what runs is
+    killed, and has no row.
+
+    Args:
+        jobs: The jobs; those in front start first.
+        most: Number of jobs that run at the same time.
+        seconds_left: Returns the seconds until the end of the time budget.
+    """
+    waiting, running, longest_s = list(jobs), [], 0.0
+    try:
+        while running or (waiting and seconds_left() > longest_s):
+            while waiting and len(running) < most and seconds_left() > longest_s:
+                job = waiting.pop(0)
+                running.append((job, job.start(), time.monotonic()))
+            time.sleep(_POLL_S)
+            for each in [each for each in running if each[1].process.poll() is not None]:
+                running.remove(each)
+                job, call, begun = each
+                took_s = time.monotonic() - begun
+                longest_s = max(longest_s, took_s)
+                yield job.result(call), took_s
+            if seconds_left() <= 0:
+                break
+    finally:
+        for _, call, _ in running:
+            call.process.kill()
+            call.wait()
+
+
+def largest_stable(rows: Sequence[dict[str, Any]]) -> int | None:
+    """Return the largest batch up to which all trials were stable; None if not even the smallest was.
+
+    A trial is stable if no allocation failed: neither was the batch halved, nor did the assigner warn of memory.
+
+    Args:
+        rows: Rows of trials whose `batch` differs.
+    """
+    best = None
+    for row in sorted(rows, key=lambda row: row["batch"]):
+        if "exit_status" in row or row["ran_at"] != row["batch"] or row["memory_warnings"]:
+            break
+        best = row["batch"]
+    return best
