@@ -222,3 +222,51 @@ def classes() -> Iterator[Passage]:
 
 
 _KEYS = ("cls_loss", "new_ap", "old_ap")
+
+
+@measured("Accuracy of small trainings")
+def accuracy() -> Iterator[Passage]:
+    """Yield the passages on mAP of small trainings on the CPU."""
+    found = result("accuracy")["cpu"]
+    settings, rows = found["settings"], {row["variant"]: row for row in found["table"]}
+    yield sentence(
+        "{} images of {} pixels, each of them {} times in {} epochs with mosaic, AdamW with a learning rate of {}",
+        *(settings[name] for name in ("images", "imgsz", "passes", "epochs", "lr0")),
+    )
+    yield sentence("on {} other images", settings["val"])
+    (small,) = settings["candidates"]
+    yield sentence("run micro-batches of {} images (in BatchNorm groups of {})", small, small)
+    large = settings["large"]
+    updates = {run["variant"]: run["updates"] for run in found["runs"]}
+    names = {
+        "stock": ("Ultralytics, `batch=16`", small),
+        "nbs256": ("Ultralytics, `batch=16 nbs=64`", large),
+        "stock256": ("Ultralytics, `batch=64`", large),
+        "256": ("this package, `batch=64` in micro-batches of 16", large),
+    }
+    lines = []
+    for variant, (name, images) in names.items():
+        row = rows[variant]
+        figures = [list_of("{:.3f}", row["map"]), *(say("{:.3f}", row[key]) for key in ("mean", "sd"))]
+        lines.append([name, str(images), str(updates[variant]), *figures])
+    yield table("| | images in an update | updates | seeds 0, 1 | mean | standard deviation |", lines)
+    split = rows["256"]["against_stock256"]
+    assert split["difference"] >= 0
+    yield sentence(
+        "A batch of {} that is split ends no lower than the same batch at once: {:.3f} and {:.3f} in the mean",
+        *(large, rows["256"]["mean"], rows["stock256"]["mean"]),
+    )
+    yield sentence("the 95 % confidence interval of this one is ±{:.3f}", split["interval"])
+    late = [run["map"] for run in found["runs"] if run["variant"] in ("stock256", "256")]
+    assert all(curve[-1] > max(curve[:-3]) for curve in late)  # still get better
+    behind = [rows["stock"]["mean"] - rows[variant]["mean"] for variant in ("stock256", "256")]
+    yield sentence(
+        "a batch of {} makes {} updates in place of {}. Both trainings with it end {:.2f} and {:.2f} below those with "
+        "a batch of {}",
+        *(large, updates["256"], updates["stock"], *behind, small),
+    )
+    yield sentence(
+        "a batch of {} and `nbs=64` has as many images in an update. It ends at {:.2f} in the mean. It moves "
+        "BatchNorm's running statistics for every {} images, and a batch of {} moves them once",
+        *(small, rows["nbs256"]["mean"], small, large),
+    )
