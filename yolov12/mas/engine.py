@@ -23,7 +23,6 @@ from yolov12.mas.distributed.replicas import checksum
 from yolov12.mas.journal.journal import Journal, Summary
 from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.memory.reading import Meter
-from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.profiling.ladder import Ladder
 from yolov12.mas.records import DoneBatch, Records
 from yolov12.mas.room import Room
@@ -33,6 +32,7 @@ from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step.first_update import Undo, survive_first_update
 from yolov12.mas.step.result import Result
+from yolov12.mas.step.retry import Retry
 from yolov12.mas.step.step import Step
 from yolov12.mas.task import Share, Task, Workload
 
@@ -105,7 +105,9 @@ class Engine:
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
         )
         found = candidates(model, layers, self.config.disabled_layers)
-        self._step = Step(model, task, self.meter, backward, found, activations, ranks, log, exact=self.config.exact)
+        self._step = Step(
+            model, task, self.meter, backward, found, activations, ranks, log, exact=self.config.exact, note=self.note
+        )
         self._calibration = Calibration(
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )
@@ -189,7 +191,8 @@ class Engine:
             raise
 
     def _run(self, batch: Any, share: Share | None, patience_s: float, stop_requested: Callable[[], bool]) -> Result:
-        work = self._look_at(batch)
+        # A task may have to preprocess an image on the device to know its size.
+        work = Retry(self.meter.release, self.note)(lambda: self._task.workload(batch))
         share = share or Share(work.images)
         self._work = work
         self._calibration.begin(batch, work, share, patience_s)
@@ -211,15 +214,6 @@ class Engine:
             events=report.events,
         )
         return self.latest
-
-    def _look_at(self, batch: Any) -> Workload:
-        try:
-            return self._task.workload(batch)
-        except Exception as error:  # a task may have to preprocess an image on the device to know its size
-            if not is_out_of_memory(error):
-                raise
-        self.meter.release()
-        return self._task.workload(batch)
 
     def update(
         self,
@@ -246,7 +240,7 @@ class Engine:
         if optimizer.state or self._updates >= _SKIPPED_UPDATES:
             (update or plain)()
         else:
-            failures = survive_first_update(update or plain, optimizer, self.meter.release, remember)
+            failures = survive_first_update(update or plain, optimizer, self.meter.release, remember, self.note)
         self._updates += 1
         if self._ranks.size > 1 and self._updates % _CHECK_EVERY == 0:
             self._keep_replicas_alike()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.common.allocations import FailingAllocations
 from yolov12.mas.step.first_update import copy_on_host, survive_first_update
 
 
@@ -72,6 +73,23 @@ def test_failure_half_way_through_the_first_update(failures):
     assert all(torch.equal(one, other) for one, other in zip(weights, wanted, strict=True))
     assert scale_after == scale
     assert (count, released) == (failures, failures)
+
+
+def test_gradients_that_cannot_be_restored_at_once_are_restored_later():
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer, releases = Stingy([parameter], lr=0.1), []
+    Stingy.failures = 1
+    mode = FailingAllocations("cpu")
+
+    def release():
+        releases.append(None)
+        mode.reset({0} if len(releases) == 1 else ())  # the first allocation after it is that of the gradient
+
+    with mode:
+        assert survive_first_update(optimizer.step, optimizer, release, lambda: lambda: None) == 2
+    assert len(releases) == 2
+    torch.testing.assert_close(parameter.detach(), torch.full((2,), 0.9))
 
 
 def test_third_failure_is_raised():

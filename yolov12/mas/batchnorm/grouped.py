@@ -135,7 +135,6 @@ class GroupedBatchNorm:
         layers = [layer for layer in in_use if is_plain(layer)]
         self._ungrouped.begin([layer for layer in in_use if not is_plain(layer)])
         if layers != self._layers:
-            self._layers = layers
             self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
             widths = [-(-layer.num_features // _ALIGNED) * _ALIGNED for layer in layers]
             starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
@@ -144,8 +143,8 @@ class GroupedBatchNorm:
                 tensor for layer in layers for tensor in (layer.running_mean, layer.weight) if tensor is not None
             ]
             like = next(iter([*tensors, *self._model.parameters()]), torch.empty(0))
-            self._means = like.new_zeros(0, sum(widths))
-            self._variances, self._views = self._means.clone(), []
+            self._means, self._variances = (like.new_zeros(0, sum(widths)) for _ in range(2))
+            self._layers, self._views = layers, []  # only now, as an allocation may have failed
         # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that, so the rows are cleared
         # here.
         self._means.zero_()
@@ -181,8 +180,6 @@ class GroupedBatchNorm:
     def averages(self, groups: Sequence[int], images: int) -> list[Tensor]:
         """Return this rank's contribution to the batch's statistics, to be summed over all ranks.
 
-        The rows of the groups are overwritten.
-
         Args:
             groups: Images in each group of this rank. A group's statistics are weighted by its number of images.
             images: Images in the whole batch, over all ranks.
@@ -193,12 +190,11 @@ class GroupedBatchNorm:
         """
         if not self._layers:
             return []
-        weights = [size / images for size in groups]
-        parts = []
-        for rows in (self._means, self._variances):
-            torch._foreach_mul_(list(rows[: len(groups)].unbind()), weights)
-            parts.append(rows[: len(groups)].sum(0))
-        return parts
+        weights, rows = [size / images for size in groups], slice(len(groups))
+        return [
+            torch.stack(torch._foreach_mul(list(each[rows].unbind()), weights)).sum(0)
+            for each in (self._means, self._variances)
+        ]
 
     def commit(self, averages: Sequence[Tensor]) -> None:
         """Finish a batch: update the running statistics.
@@ -206,21 +202,23 @@ class GroupedBatchNorm:
         Args:
             averages: What `averages` returned, summed over all ranks.
         """
-        self._ungrouped.commit()
         called = [(index, self._layers[index]) for index in sorted(self._called)]
         called = [(index, layer) for index, layer in called if layer.training and layer.track_running_stats]
         counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
+        kept = [(index, layer) for index, layer in called if layer.running_mean is not None]
+        momenta = [_momentum(layer) for _, layer in kept]
+        # An allocation may fail, and this runs again: so everything is allocated before anything is changed.
+        moves = []
+        for average in averages if kept else ():
+            mean = self._by_layer(average)
+            moves.append(torch._foreach_mul([mean[index] for index, _ in kept], momenta))
+        self._ungrouped.commit()
         if counts:
             torch._foreach_add_(counts, 1)
-        called = [(index, layer) for index, layer in called if layer.running_mean is not None]
-        if not called:
-            return
-        momenta = [_momentum(layer) for _, layer in called]
-        for name, average in zip(("running_mean", "running_var"), averages, strict=True):
-            running: list[Tensor] = [getattr(layer, name) for _, layer in called]
-            mean = self._by_layer(average)
+        for name, move in zip(("running_mean", "running_var"), moves, strict=False):
+            running: list[Tensor] = [getattr(layer, name) for _, layer in kept]
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
-            torch._foreach_add_(running, list(torch._foreach_mul([mean[index] for index, _ in called], momenta)))
+            torch._foreach_add_(running, list(move))
 
     def _reserve(self, rows: int) -> None:
         if not self._layers or len(self._means) >= rows:
@@ -312,10 +310,10 @@ def _has_hooks(norm: nn.Module, activation: nn.Module) -> bool:
 
 
 def _momentum(layer: _BatchNorm) -> float:
-    """Return the weight of a new batch in the running statistics; without a momentum, all batches weigh the same."""
+    """Return the weight of a batch that is not counted yet; without a momentum, all batches weigh the same."""
     if layer.momentum is not None:
         return float(layer.momentum)
-    return 0.0 if layer.num_batches_tracked is None else 1.0 / float(layer.num_batches_tracked)
+    return 0.0 if layer.num_batches_tracked is None else 1.0 / (float(layer.num_batches_tracked) + 1.0)
 
 
 def _normalize_again(

@@ -144,7 +144,7 @@ def _in_words(event: str, row: _Row) -> tuple[str, str, float] | None:
     if event.startswith("out-of-memory at"):
         return OUT_OF_MEMORY, f"out of memory at {first} images, survived", 9
     if event.startswith("out-of-memory"):
-        return OUT_OF_MEMORY, "out of memory in the optimizer, survived", 9
+        return OUT_OF_MEMORY, f"out of memory{event.removeprefix('out-of-memory')}, survived", 9
     if event.startswith("over the limit"):
         return "over the limit", f"peak above the limit of {size(first)}", 10
     if event.startswith("image size"):

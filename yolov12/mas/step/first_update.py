@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from yolov12.mas.oom import is_out_of_memory
+from yolov12.mas.step.retry import Note, Retry, no_note
 
 __all__ = ["Undo", "copy_on_host", "survive_first_update"]
 
@@ -41,7 +42,11 @@ def copy_on_host(tensors: list[Tensor]) -> Undo:
 
 
 def survive_first_update(
-    update: Callable[[], None], optimizer: Optimizer, release: Callable[[], None], remember: Callable[[], Undo]
+    update: Callable[[], None],
+    optimizer: Optimizer,
+    release: Callable[[], None],
+    remember: Callable[[], Undo],
+    note: Note = no_note,
 ) -> int:
     """Run the first update of an optimizer. After a failed allocation, restore everything, release memory and retry.
 
@@ -51,6 +56,7 @@ def survive_first_update(
         release: Returns cached memory to the device.
         remember: Called before each attempt. Copies what `update` changes besides parameters, gradients and the state
             of the optimizer, and returns a function that restores it.
+        note: Called with an event for each failure before the first attempt.
 
     Returns:
         Number of failed attempts.
@@ -60,13 +66,17 @@ def survive_first_update(
         MemoryError: The third attempt failed, too, for want of host memory.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    values = copy_on_host(parameters)
-    gradients = [
-        (parameter, parameter.grad.to("cpu", copy=True)) for parameter in parameters if parameter.grad is not None
-    ]
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    retry = Retry(release, note)
+    values = retry(lambda: copy_on_host(parameters))
+    gradients = retry(lambda: [(each, each.grad.to("cpu", copy=True)) for each in with_gradient])
+    undo = copy_on_host([])
     for failures in range(_ATTEMPTS):
-        undo = remember()
         try:
+            undo = remember()
+            if failures:
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient.to(parameter.device, copy=True)
             update()
             return failures
         except (RuntimeError, MemoryError) as error:
@@ -77,7 +87,5 @@ def survive_first_update(
             parameter.grad = None
         release()
         values()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient.to(parameter.device, copy=True)
         undo()
     raise AssertionError  # the last attempt returns or raises

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from yolov12.mas.distributed.ranks import Ranks
 from yolov12.mas.step import gradients
+from yolov12.mas.step.retry import Retry
 from yolov12.mas.task import Loss
 
 __all__ = ["Total", "UnknownNormalisersError"]
@@ -108,35 +109,46 @@ class Total:
             images: Number of images in the part.
             new: Gradients of the part; None to add its loss alone.
         """
-        if new is not None:
-            self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
         items = {name: item.detach() for name, item in loss.items.items()}
         value, normaliser = self._value(loss, images).detach(), self._normaliser(loss, images)
         if normaliser.ndim:
             self._factors = loss.factors
         elif loss.has_terms:
             items = {name: self._own_factors(loss, item).sum() for name, item in items.items()}
+        if new is not None:  # from here on nothing is allocated
+            self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
         self._parts.append(_Part(normaliser, value, items))
 
-    def sum_over(self, ranks: Ranks, *, is_padding: bool = False) -> None:
+    def sum_over(self, ranks: Ranks, retry: Retry, *, is_padding: bool = False) -> None:
         """Sum loss, items and normaliser over all ranks. The caller sums the gradients.
 
         Args:
             ranks: Processes that share the batch; all of them call this.
+            retry: Repeats what failed before other ranks wait for this one.
             is_padding: True if the parts added on this rank have weight zero.
         """
         if ranks.size == 1:
             return
-        first = self._parts[0]
-        names = sorted(first.items)  # the same order on all ranks
-        numerators = [torch.zeros_like(number, dtype=torch.float64) for number in _numbers(first, names)]
-        self._sum = torch.zeros_like(self.unfloored()) if is_padding else self.unfloored()
-        for part in () if is_padding else self._parts:
+        names = sorted(self._parts[0].items)  # the same order on all ranks
+        sums = retry(lambda: self._sums(names, is_padding))
+        ranks.sum(sums)
+        self._sum = sums[0]
+        loss, *rest = retry(lambda: self._quotients(sums[1:]))
+        self._whole = loss, dict(zip(names, rest, strict=True))
+
+    def _sums(self, names: Sequence[str], is_padding: bool) -> list[Tensor]:
+        """Return this rank's sums: of normalisers, and of the numerators of the loss and of the items."""
+        numerators = [torch.zeros_like(number, dtype=torch.float64) for number in _numbers(self._parts[0], names)]
+        if is_padding:
+            return [torch.zeros_like(self.unfloored()), *numerators]
+        for part in self._parts:
             weight = part.normaliser.clamp(min=self._floor)
             torch._foreach_add_(numerators, [number * weight for number in _numbers(part, names)])
-        ranks.sum([self._sum, *numerators])
-        loss, *rest = [(number / self.normaliser()).to(first.value.dtype) for number in numerators]
-        self._whole = loss, dict(zip(names, rest, strict=True))
+        return [self.unfloored(), *numerators]
+
+    def _quotients(self, numerators: Sequence[Tensor]) -> list[Tensor]:
+        dtype = self._parts[0].value.dtype
+        return [(number / self.normaliser()).to(dtype) for number in numerators]
 
     def finished_gradients(self) -> gradients.Gradients:
         """Return the gradients of the batch's loss; with several ranks, this rank's terms of the sums."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from yolov12.mas.modules import each_tensor
 from yolov12.mas.oom import is_out_of_memory
+from yolov12.mas.step.retry import IN_A_COPY, Note, no_note
 
 __all__ = ["Prefetch"]
 
@@ -24,10 +25,11 @@ class Prefetch:
         device: Destination of the copies.
         part: Called with `start` and `stop`; returns images `start` to `stop` of the batch on the host, as nested
             containers of tensors.
+        note: Called with an event if the next part could not be copied ahead.
     """
 
-    def __init__(self, device: torch.device, part: Callable[[int, int], Any]) -> None:
-        self._device, self._part = device, part
+    def __init__(self, device: torch.device, part: Callable[[int, int], Any], note: Note = no_note) -> None:
+        self._device, self._part, self._note = device, part, note
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead: tuple[tuple[int, int], Any] | None = None
 
@@ -61,6 +63,7 @@ class Prefetch:
             if not is_out_of_memory(error):
                 raise
             self._ahead = None
+            self._note(IN_A_COPY)
 
     def drop(self) -> None:
         """Free the prefetched part."""

@@ -34,6 +34,7 @@ from yolov12.mas.step.loss import Total, UnknownNormalisersError
 from yolov12.mas.step.planner import MicroBatches, Planner
 from yolov12.mas.step.prefetch import Prefetch
 from yolov12.mas.step.result import Result
+from yolov12.mas.step.retry import IN_A_WARM_UP, Note, Retry, no_note
 from yolov12.mas.step.snapshots import ModuleState, RandomState
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.mas.task import Share, Task
@@ -57,6 +58,7 @@ class Step:
         ranks: Processes that share each batch.
         log: Called with lines for the user.
         exact: False to weight the parts of a loss with several normalisers by their numbers of images.
+        note: Called with an event for each failed allocation outside of micro-batches.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Step:
         log: Callable[[str], None] = lambda line: None,
         *,
         exact: bool = True,
+        note: Note = no_note,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
+        self._note, self._retry = note, Retry(meter.release, note)
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
         self._structure = Structure(model)
         self._device = self._all[0].device
@@ -128,9 +132,9 @@ class Step:
     def _run(
         self, batch: Any, images: int, planner: Planner, share: Share, status: RankStatus, *, restarts: bool
     ) -> Result:
-        self._begin()
+        self._retry(self._begin)
         before, state = gradients.take(self._parameters), RandomState(self._device)
-        parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop))
+        parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop), self._note)
         watch = self._meter.stopwatch()
         looks_ahead, ahead = self._exact and self._has_terms, None
         ahead_watch = self._meter.stopwatch() if looks_ahead else None
@@ -143,32 +147,29 @@ class Step:
                 ahead_watch.stop()
             if ahead is not None:
                 self._ranks.agree(NO_NEWS)
-                ahead.sum_over(self._ranks, is_padding=share.is_padding)
+                ahead.sum_over(self._ranks, self._retry, is_padding=share.is_padding)
+            exact, is_shared = self._exact, self._ranks.size > 1
             total = Total(
-                share.batch_images,
-                self._task.floor,
-                self._per_image,
-                ahead=ahead,
-                exact=self._exact,
-                is_shared=self._ranks.size > 1,
+                share.batch_images, self._task.floor, self._per_image, ahead=ahead, exact=exact, is_shared=is_shared
             )
             with self._telling(status):
-                restarts = restarts and self._ranks.size == 1  # other ranks would not begin again
+                restarts = restarts and not is_shared  # other ranks would not begin again
                 ran, groups_done = self._run_share(parts, images, plan, planner, total, restarts=restarts)
                 watch.stop()
-                statistics = self._norms.averages(groups_done, share.batch_images)
+                statistics = self._retry(lambda: self._norms.averages(groups_done, share.batch_images))
                 # Reserved now, while a failed allocation still concerns only this rank.
-                self._ranks.reserve([*self._parameters, *statistics])
+                self._retry(lambda: self._ranks.reserve([*self._parameters, *statistics]))
             statuses = self._ranks.agree(status)
-            total.sum_over(self._ranks, is_padding=share.is_padding)
-            finished = total.finished_gradients()
+            total.sum_over(self._ranks, self._retry, is_padding=share.is_padding)
+            finished = self._retry(total.finished_gradients)
             summed = [*(gradient for gradient in finished if gradient is not None), *statistics]
             if share.is_padding:
                 torch._foreach_zero_(summed)
             self._ranks.sum(summed)
-            result = Result(total.loss(), total.items(), tuple(ran), watch, ahead_watch if ahead else None, statuses)
-            self._per_image = None if self._has_terms else total.normaliser() / share.batch_images
-            self._norms.commit(statistics)
+            loss, items = self._retry(total.loss), self._retry(total.items)
+            result = Result(loss, items, tuple(ran), watch, ahead_watch if ahead else None, statuses)
+            self._per_image = None if self._has_terms else self._retry(lambda: total.normaliser() / share.batch_images)
+            self._retry(lambda: self._norms.commit(statistics))
         except BaseException:
             parts.drop()
             gradients.give(self._parameters, before)
@@ -253,7 +254,7 @@ class Step:
         """
         if restarts and len(plan) == 1 and self._ranks.size == 1:
             return plan, None
-        states = RandomState(self._device), ModuleState(self.model)
+        states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
         try:
             for _ in range(_LOOKS):
                 ahead = Total(share.batch_images, self._task.floor)
@@ -288,15 +289,17 @@ class Step:
         Returns:
             Allocated bytes before the images and at their peak, or the failed allocation.
         """
-        self._begin()
+        self._retry(self._begin)
         before = gradients.take(self._parameters)
-        parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last))
-        states = RandomState(self._device), ModuleState(self.model)
+        parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last), self._note)
+        states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
         try:
             allocated_bytes = self._meter.mark()
             around = around or self.checkpointing.within(KEEP_ALL)
             total = Total(stop, self._task.floor, exact=False)
             failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
+            if failure is not None:
+                self._note(IN_A_WARM_UP)
             return failure or (allocated_bytes, self._meter.peak_bytes())
         finally:
             for state in states:
@@ -326,12 +329,12 @@ class Step:
                     # A backward pass uses the dtypes of its forward pass.
                     with torch.autocast(self._device.type, enabled=False):
                         self._backward(total.scaled(loss, stop - start))
+            total.add(loss, stop - start, gradients.take(self._parameters))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             failure = Failure(stop - start, str(error), self._meter.peak_bytes())
         else:
-            total.add(loss, stop - start, gradients.take(self._parameters))
             return None
         # This stands outside of the `except` block, whose traceback kept every tensor of the failed attempt.
         part = loss = None  # type: ignore[assignment]
