@@ -88,6 +88,10 @@ class _Gpu:
         """Return the free memory of the card."""
         return int(self._torch.cuda.mem_get_info(self._device)[0]) >> 20
 
+    def total_mib(self) -> int:
+        """Return the memory of the card."""
+        return int(self._torch.cuda.mem_get_info(self._device)[1]) >> 20
+
     def take(self, blocks: int) -> list[Any]:
         """Allocate blocks, as long as enough is left."""
         taken = []

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,6 +70,36 @@ class Call:
         if status := self.wait():
             raise subprocess.CalledProcessError(status, self.process.args)
         return json.loads(self._file.read_text())
+
+
+def shared_out(function: str, processes: int, part: str, amount: int, **arguments: Any) -> dict[str, Any]:
+    """Call a function in several processes at once, each with its own `seed` and a share of the work.
+
+    Args:
+        function: See `Call`. It returns a dictionary.
+        processes: Number of processes.
+        part: Argument of the function for its share of the amount.
+        amount: Amount for all processes together.
+        arguments: Further arguments of the function, or of `Call`.
+
+    Returns:
+        Whole numbers as sums and other numbers as maxima, except that those named `..._of_a_...` are alike.
+    """
+    each = -(-amount // processes)
+    calls = [Call(function, **{part: each, "seed": 1000 * number}, **arguments) for number in range(processes)]
+    return summed([call.result() for call in calls])
+
+
+def summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the results of `shared_out` from those of the processes."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if part.get(name) is not None]
+        if "_of_a_" in name or not values or isinstance(values[0], (str, bool)):
+            found[name] = values[0] if values else None
+        else:
+            found[name] = sum(values) if isinstance(values[0], int) else max(values)
+    return found
 
 
 def limit_memory(gib: float) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import benchmarks, main
-from benchmarks.common.processes import Call, environment
+from benchmarks.common.processes import Call, environment, summed
 from benchmarks.common.report import Report, command, parser
 from benchmarks.common.rounds import in_turn, median_ratio
 
@@ -102,6 +102,14 @@ def test_a_function_runs_in_a_process_of_its_own():
     assert stock["MARK"] == ours["MARK"] == "1"
     assert stock["YOLOV12_AUTOPATCH"] == "0"
     assert ours.get("YOLOV12_AUTOPATCH") == environment().get("YOLOV12_AUTOPATCH")
+
+
+def test_results_of_several_processes_are_summed():
+    parts = [
+        {"kills": 3, "largest": 0.5, "device": "cpu", "steps_of_a_round": 9},
+        {"kills": 4, "largest": None, "device": "cpu", "steps_of_a_round": 9, "lost": 1},
+    ]
+    assert summed(parts) == {"kills": 7, "largest": 0.5, "device": "cpu", "steps_of_a_round": 9, "lost": 1}
 
 
 def test_a_failure_of_such_a_process_is_raised(tmp_path):

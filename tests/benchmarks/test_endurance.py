@@ -1,0 +1,45 @@
+"""The benchmark of endurance: its counts agree, in small runs of its parts."""
+
+import itertools
+import json
+import sys
+
+import pytest
+
+from benchmarks import endurance, endurance_failures, endurance_neighbour
+
+
+def test_failures_are_counted_and_change_nothing(monkeypatch):
+    monkeypatch.setattr(endurance_failures, "STEPS", 4)
+    found = endurance_failures.exact(failures=1, seconds=60)
+    assert found["injected"] == found["counted"] > 0
+    assert found["updates"] == found["updates_expected"] == 4
+    assert (found["images"], found["images_lost"]) == (found["wanted_images"], 0)
+    assert found["largest_difference_of_weights"] < 1e-5
+    assert found["steps_in_smaller_groups"] == 0
+
+
+def test_a_simulated_neighbour_interrupts_nothing():
+    found = endurance_neighbour.simulated(hours=0.02)
+    assert found["changes"] > 10
+    assert found["updates"] == found["steps"] > 20
+    assert (found["images"], found["images_lost"], found["interruptions"]) == (found["images_wanted"], 0, 0)
+
+
+def test_a_schedule_is_drawn_from_its_seed():
+    changes = endurance_neighbour.schedule(2.0, 0)
+    assert changes == endurance_neighbour.schedule(2.0, 0) != endurance_neighbour.schedule(2.0, 1)
+    assert all(1.0 <= later - earlier <= 5.0 for (earlier, _), (later, _) in itertools.pairwise(changes))
+    assert max(held for _, held in changes) <= 0.4 * endurance_neighbour.CARD_BYTES
+
+
+@pytest.mark.deep
+def test_all_parts_run(tmp_path, monkeypatch):
+    out = tmp_path / "endurance.json"
+    monkeypatch.setattr(sys, "argv", ["endurance", "--out", str(out), "--small", "--device", "cpu"])
+    assert endurance.main() == 0
+    found = json.loads(out.read_text())
+    assert found["failures"]["trainings"]["injected"] == found["failures"]["trainings"]["counted"]
+    assert found["failures"]["stock"]["runs_that_ended"] == 1
+    ours, stock = (found["kills"][name] for name in ("ours", "stock"))
+    assert ours["bit_equal_weights"] == ours["trainings"] > stock["bit_equal_weights"]
