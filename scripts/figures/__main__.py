@@ -16,6 +16,7 @@ from scripts.figures import (  # noqa: F401 - they register their sections
     cards,
     explanation,
     exports,
+    measured_endurance,
     measured_kernels,
     measured_loaders,
     measured_steps,
