@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,6 +127,12 @@ def test_processes_may_read_and_write_a_cache_at_once(
     save_dataset_cache_file("", cache, {"images": 2}, DATASET_CACHE_VERSION)
     assert load_dataset_cache_file(cache) == {"images": 2, "version": DATASET_CACHE_VERSION}
     assert [file.name for file in tmp_path.iterdir()] == ["train.cache"]
+    for digit, age_s in (("0", 0), ("1", 7200)):  # of a process that still writes, and of one that was killed
+        left = tmp_path / f"train.cache.{digit * 32}"
+        left.touch()
+        os.utime(left, (time.time() - age_s,) * 2)
+    save_dataset_cache_file("", cache, {"images": 4}, DATASET_CACHE_VERSION)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["train.cache", f"train.cache.{'0' * 32}"]
     caplog.clear()
     save_dataset_cache_file("", tmp_path / "none" / "train.cache", {}, DATASET_CACHE_VERSION)
     assert "train.cache could not be written, [Errno 2]" in caplog.text

@@ -10,8 +10,10 @@ Several processes may read and write one cache at the same time.
 from __future__ import annotations
 
 import gc
+import glob
 import pickle
 import re
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,6 +27,7 @@ from yolov12.untrusted import TRUST_DATA, is_set
 
 __all__ = ["load_dataset_cache_file", "save_dataset_cache_file"]
 
+_LEFT_S = 3600.0  # seconds after which an unfinished file is that of a process that was killed
 _NUMBERS = re.compile(r"[biufc]\d{1,2}")  # data types of arrays: the same codes as in `np.dtype("f4")`
 
 
@@ -79,6 +82,9 @@ def save_dataset_cache_file(
     x["version"] = version
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # no other process writes to it
     try:
+        for left in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+            if time.time() - left.stat().st_mtime > _LEFT_S:
+                left.unlink(missing_ok=True)
         with unfinished.open("xb") as file:
             np.save(file, x)  # type: ignore[arg-type]  # as an array of one object
         unfinished.replace(path)

@@ -25,7 +25,6 @@ from types import SimpleNamespace
 
 import torch
 from ultralytics import YOLO
-from ultralytics.data import YOLODataset
 from ultralytics.engine import trainer as upstream
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils.torch_utils import unwrap_model
@@ -81,9 +80,6 @@ def main(name, arguments, folder):
         return batch, times
 
     ResumableLoader._take = taken
-    scans = []
-    cache_labels = YOLODataset.cache_labels
-    YOLODataset.cache_labels = lambda data, path: scans.append(path) or cache_labels(data, path)
 
     def batch_ends(trainer):
         nonlocal done
@@ -135,7 +131,6 @@ def main(name, arguments, folder):
             "losses": losses,
             "rates": rates,
             "images": images,
-            "scans": len(scans),
             "metrics": {name: float(value) for name, value in (trainer.metrics or {}).items()},
             "folder": str(trainer.save_dir),
         },

@@ -28,7 +28,7 @@ from torch import nn
 
 from yolov12 import own_files
 from yolov12.errors import ConfigError, RankError
-from yolov12.mas.distributed.ranks import ProcessRanks, Ranks, exchange_names
+from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
 from yolov12.mas.distributed.watchdog import Watchdog, connect, meet
 from yolov12.mas.scheduling.groups import split_groups
 
@@ -296,11 +296,11 @@ def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
     if _group is None:
         stock_build(trainer)
         return
-    get, size, ranks = trainer.get_dataloader, trainer.world_size, _group.ranks
+    get, size = trainer.get_dataloader, trainer.world_size
 
     def loader(path: Any, batch_size: int = 16, rank: int = 0, mode: str = "train") -> Any:
         if mode == "train":
-            return _in_turns(ranks, lambda: get(path, batch_size=batch_size, rank=-1, mode=mode))
+            return get(path, batch_size=batch_size, rank=-1, mode=mode)
         return get(path, batch_size=max(batch_size // size, 1), rank=rank, mode=mode)
 
     trainer.get_dataloader, trainer.world_size = loader, 1
@@ -312,21 +312,6 @@ def build_loaders(stock_build: Callable[..., None], trainer: Any, /) -> None:
     images = len(trainer.train_loader.dataset)
     if images < trainer.batch_size:
         check_batch({**vars(trainer.args), "batch": images}, size)
-
-
-def _in_turns(ranks: Ranks, make: Callable[[], Any]) -> Any:
-    """Call a function on rank 0 first, then on one rank of every other machine, and then on all other ranks.
-
-    The first one that builds a data set writes files beside it, such as a cache of labels, and the others read them.
-    """
-    from ultralytics.utils import LOCAL_RANK
-
-    made = None
-    for is_next in (ranks.rank == 0, LOCAL_RANK == 0):
-        if is_next and made is None:
-            made = make()
-        ranks.all(True)
-    return make() if made is None else made
 
 
 def _place(argument: Any) -> tuple[torch.device, bool]:
