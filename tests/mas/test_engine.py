@@ -254,6 +254,27 @@ def test_group_is_one_that_fits_beside_the_optimizer():
     assert not [event for each in events for event in each if event.startswith(("groups", "out-of-memory"))]
 
 
+def test_plans_are_made_before_a_group_is_chosen_that_fits_only_without_the_optimizer(monkeypatch):
+    """Under a plan, the larger group may fit beside the optimizer's state."""
+    groups = []
+    monkeypatch.setattr(calibration.Calibration, "_make_ladder", lambda made, *_: groups.append(made.bn_group))
+    World(batch=64, room=40, optimizer_images=4).step()
+    assert groups[0] is None
+
+
+def test_a_warm_up_that_waits_for_memory_is_noted_once(monkeypatch):
+    """It is tried again every second until another process releases its memory."""
+    once, often = World(room=40, others=[39.5, 0]), World(room=40, others=[39.5] * 30 + [0])
+    counts = []
+    for world in (once, often):
+        notes, advance = [], world.meter.advance
+        monkeypatch.setattr(world.engine._step, "_note", notes.append)
+        monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds, advance=advance: advance())
+        world.step()
+        counts.append(notes.count("out-of-memory in a warm-up"))
+    assert counts[0] == counts[1] > 0
+
+
 def test_group_is_one_that_fits_beside_what_the_warm_up_left(monkeypatch):
     """Half-precision copies of weights, and workspaces of libraries, are in memory after the warm-up."""
     world = World(batch=64, room=40)

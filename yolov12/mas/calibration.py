@@ -109,7 +109,14 @@ class Calibration:
         self.ladder, self._step.plans = ladder, ladder.plans
 
     def fits(
-        self, images: int, work: Workload, *, level: int = 0, reading: Reading | None = None, budget_bytes: int = 0
+        self,
+        images: int,
+        work: Workload,
+        *,
+        level: int = 0,
+        reading: Reading | None = None,
+        budget_bytes: int = 0,
+        later_bytes: int = 0,
     ) -> bool:
         """Return whether a micro-batch is predicted to fit beside the gradients; False before any was observed.
 
@@ -119,11 +126,12 @@ class Calibration:
             level: Index of the checkpoint plan.
             reading: Memory reading; by default that of the current batch.
             budget_bytes: Budget in bytes at that reading.
+            later_bytes: Bytes that are allocated later, and beside which it has to fit, too.
         """
         images = min(images, self._config.micro_batch or images)
         features = Features(images, work.height, work.width, work.most_boxes, level)
         _, needed_bytes = self._planner.cost.upper(features)
-        return self._has_room(needed_bytes, reading, budget_bytes)
+        return self._has_room(needed_bytes + later_bytes, reading, budget_bytes)
 
     def _has_room(self, needed_bytes: int, reading: Reading | None = None, budget_bytes: int = 0) -> bool:
         planner = self._planner
@@ -135,12 +143,15 @@ class Calibration:
     def _settle(self, batch: Any, work: Workload, share: Share) -> None:
         planner = self._planner
         if self._config.micro_batch is None or self.bn_group is None:
+            self._step.notes_tries = True
             while (failure := self._warm_up(batch, work)) and planner.wait(failure):
-                pass
+                self._step.notes_tries = False  # it fails again every second, until others release memory
+            self._step.notes_tries = True
             self._meter.release(thorough=False)
             planner.read()  # libraries and autocast keep what they allocated in the warm-up
         if self.bn_group is None:
-            if self.ladder is None and not self.fits(min(GROUPS[0], work.images), work):
+            images, later_bytes = min(GROUPS[0], work.images), planner.optimizer_bytes
+            if self.ladder is None and not self.fits(images, work, later_bytes=later_bytes):
                 self._make_ladder(batch, work)
             self.bn_group = self._choose_group(work, share)
             self._log_group(self.bn_group, share.batch_images)

@@ -65,7 +65,7 @@ class Engine:
             `checkpointing.layers.candidates`.
         activations: BatchNorm → the SiLU that alone uses its output. On a GPU both run as one operation, which is
             faster and keeps half as much for the backward pass.
-        advice: Knowledge of the training, for the error of a run that does not fit.
+        advice: Knowledge of the training, see `Advice`.
         cache: Folder that keeps checkpoint plans from run to run; None to make them in every run.
         ranks: Processes that share each batch; all of them call the same methods in the same order.
         log: Called with lines for the user.

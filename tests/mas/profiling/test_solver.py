@@ -116,8 +116,8 @@ def test_nothing_to_choose():
 @pytest.mark.parametrize("also_without_presolve", [False, True])
 def test_plans_when_the_solver_fails(also_without_presolve, monkeypatch):
     """HiGHS ends with "Solve error" for a few ladders in a hundred, which says nothing about the plans there are."""
-    first = LayerCost("0", None, 0, 100.0, 80.0, 30.0, Time(3.0, 3.0), Time(1.0, 1.0))
-    second = LayerCost("1", None, 1, 60.0, 50.0, 20.0, Time(2.0, 2.0), Time(0.5, 0.5))
+    first = LayerCost("0", None, 0, 100.0, 80.0, 30.0, 0.0, Time(3.0, 3.0), Time(1.0, 1.0))
+    second = LayerCost("1", None, 1, 60.0, 50.0, 20.0, 0.0, Time(2.0, 2.0), Time(0.5, 0.5))
     profile = Profile((first, second), 5.0, (20.0, 40.0), Time(10.0, 10.0))
     limits = 200.0, 195.0, 160.0, 135.0, 90.0
     best = [solve(profile, limit) for limit in limits]

@@ -10,6 +10,7 @@ from benchmarks.common.allocations import FailingAllocations
 from yolov12 import mas
 from yolov12.mas import Loss
 from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.step.loss import Total
 
 IMAGES = 4
 
@@ -96,6 +97,32 @@ def test_any_allocation_of_a_step_may_fail(tmp_path, deep, loss, accumulated):
         for value, expected in zip(found, wanted, strict=True):
             torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12, msg=steps.mode.injected[0])
     assert steps.counted() == len(chosen)
+
+
+class _OwnForward(nn.BatchNorm2d):
+    """BatchNorm that does not run in groups, as its forward pass is the user's."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_micro_batch_whose_loss_cannot_be_added_moves_running_statistics_once(tmp_path, monkeypatch):
+    steps = Steps(tmp_path)
+    steps.model[3] = _OwnForward(4).double()
+    steps.state = {name: value.clone() for name, value in steps.model.state_dict().items()}
+    wanted, add, calls = steps.step(), Total.add, []
+
+    def failing(*args):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return add(*args)
+
+    monkeypatch.setattr(Total, "add", failing)
+    found = steps.step()
+    assert len(calls) == 3
+    assert steps.model[3].num_batches_tracked == 2
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_any_allocation_of_the_first_step_may_fail(tmp_path, deep):

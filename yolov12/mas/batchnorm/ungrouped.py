@@ -65,9 +65,9 @@ class UngroupedBatchNorm:
     def within(self) -> Iterator[None]:
         """Give the layers copies of their buffers while one micro-batch runs forward and backward."""
         own = {layer: layer._buffers for layer in self.layers}
-        for layer, buffers in own.items():
-            layer._buffers = _copy(self._drafts.get(layer, buffers))
         try:
+            for layer, buffers in own.items():
+                layer._buffers = _copy(self._drafts.get(layer, buffers))
             with overridden({layer: partial(_forward, layer, layer.forward) for layer in self.layers}):
                 yield
             self._drafts = {layer: layer._buffers for layer in self.layers}

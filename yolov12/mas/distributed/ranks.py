@@ -25,6 +25,8 @@ __all__ = ["ALONE", "NO_NEWS", "ProcessRanks", "RankStatus", "Ranks", "exchange_
 
 BUCKET_BYTES = 32 * 2**20
 """Size of the flat buffer in which gradients are summed, or less if they are smaller. It exists before ranks agree."""
+_LOSS_NUMBERS = 64
+"""Most normalisers, losses and items for which memory is reserved."""
 _VERDICT_S = 45.0
 """Seconds to wait for the name of a rank that is gone."""
 _DONE, _DOES_NOT_FIT, _FAILED = range(3)  # outcome of a rank's share, in the first column of the table they exchange
@@ -88,7 +90,7 @@ class Ranks(Protocol):
         """Return the smallest number that a rank gives."""
 
     def saving(self) -> AbstractContextManager[None]:
-        """Return a context that saves the run, for which a process has time although another one is gone."""
+        """Return a context in which the run is saved: it has time for that even if another rank is gone."""
 
 
 class _Alone:
@@ -143,8 +145,9 @@ class ProcessRanks:
         self._flat: dict[_Kind, Tensor] = {}
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
-        """See `Ranks.reserve`."""
-        for kind, of_kind in _by_kind(tensors).items():
+        """See `Ranks.reserve`. There is room for the numbers of a loss, too, which are summed in double precision."""
+        numbers = [tensors[0].new_empty(_LOSS_NUMBERS, dtype=torch.float64)] if tensors else []
+        for kind, of_kind in _by_kind([*tensors, *numbers]).items():
             self._buffer(kind, of_kind)
 
     def agree(self, status: RankStatus, failure: BaseException | None = None) -> Sequence[RankStatus]:

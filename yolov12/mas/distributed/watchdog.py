@@ -202,7 +202,7 @@ class Watchdog:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Return a context that saves the run. If a rank is gone, this process ends `grace_s` seconds after it.
+        """Return a context in which the run is saved. If a rank is gone, this process ends `grace_s` seconds after it.
 
         The main thread enters it when it no longer waits for any rank, so only a slow file system can make it late.
         """

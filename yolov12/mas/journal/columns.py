@@ -98,11 +98,11 @@ EVENTS: Mapping[str, str] = {
     "layers recomputed. Noted again only for a larger batch.",
     "share of N did not fit": "The same, with several ranks: N images are the share of this rank.",
     "out-of-memory at N": "An allocation failed in a micro-batch of N images. The micro-batch ran again.",
-    "out-of-memory between micro-batches": "An allocation failed while a batch was looked at, or while its "
-    "micro-batches were combined. That was repeated.",
+    "out-of-memory between micro-batches": "An allocation failed while a batch was looked at, while its "
+    "micro-batches were combined, or before the first update. That was repeated.",
     "out-of-memory in a copy": "The next micro-batch could not be copied to the device ahead. It was copied later.",
-    "out-of-memory in a warm-up": "An allocation failed in a warm-up, or while layers were profiled. It ran again, "
-    "with fewer images.",
+    "out-of-memory in a warm-up": "An allocation failed in a warm-up, or while layers were profiled. Fewer images were "
+    "tried, or another plan.",
     "retried N": "The failed micro-batch of N images ran again unchanged, and succeeded.",
     "shrunk A to B": "Micro-batches became smaller: from A to B images.",
     "grew A to B": "Micro-batches became larger: from A to B images.",

@@ -147,7 +147,7 @@ class Journal:
         self._flushed_s = time.monotonic()
         self._names: list[str] = []  # columns of the file; one of an earlier version keeps its own
         self._file: TextIO | None = None
-        # All files are opened with their first row. Those of other ranks begin after rank 0 has removed earlier ones.
+        # A file stays open from its first row on. Those of other ranks begin after rank 0 has removed earlier ones.
         if not rank:
             self._open().close()
 

@@ -141,6 +141,7 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
                 time.sleep(1e-3)
             best_ms = min(best_ms, time_ms)
         times.append(best_ms)
-    # While a micro-batch runs, the images of the next one are copied to the device.
     images_bytes = recorder.allocated_bytes - before_bytes
-    return recorder.profile(images, WholePasses(*times), last_peak_bytes, 2 * images_bytes)
+    if meter.kind != "host":  # while a micro-batch runs, the images of the next one are copied to the device
+        images_bytes *= 2
+    return recorder.profile(images, WholePasses(*times), last_peak_bytes, images_bytes)

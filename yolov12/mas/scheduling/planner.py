@@ -29,7 +29,7 @@ WAIT_S = 120
 
 @dataclass(frozen=True)
 class Advice:
-    """Knowledge of the training, for the error message of a run that does not fit."""
+    """Knowledge of the training, for the choice of `bn_group` and for the error of a run that does not fit."""
 
     ways_out: WaysOut = lambda fraction: ()
     """Returns what the user could do, see `WaysOut`."""
@@ -69,7 +69,7 @@ class BatchPlanner:
         speed: Model of times. It is told the sizes that ran; the caller tells it their times, which are known later.
         meter: Meter of the model's device.
         gradient_bytes: Bytes of all gradients of the model.
-        advice: Knowledge of the training, for the error of a batch that does not fit.
+        advice: Knowledge of the training, see `Advice`.
         sleep: Waits for a number of seconds.
     """
 

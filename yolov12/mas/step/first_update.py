@@ -70,7 +70,7 @@ def survive_first_update(
     retry = Retry(release, note)
     values = retry(lambda: copy_on_host(parameters))
     gradients = retry(lambda: [(each, each.grad.to("cpu", copy=True)) for each in with_gradient])
-    undo = copy_on_host([])
+    undo: Undo | None = None
     for failures in range(_ATTEMPTS):
         try:
             undo = remember()
@@ -87,5 +87,6 @@ def survive_first_update(
             parameter.grad = None
         release()
         values()
-        undo()
+        if undo is not None:
+            undo()
     raise AssertionError  # the last attempt returns or raises

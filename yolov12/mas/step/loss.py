@@ -124,7 +124,7 @@ class Total:
 
         Args:
             ranks: Processes that share the batch; all of them call this.
-            retry: Repeats what failed before other ranks wait for this one.
+            retry: Repeats local calculations in which an allocation failed, never a collective.
             is_padding: True if the parts added on this rank have weight zero.
         """
         if ranks.size == 1:

@@ -77,6 +77,7 @@ class Step:
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._note, self._retry = note, Retry(meter.release, note)
+        self.notes_tries = True  # False while `try_out` repeats what has failed before
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
         self._structure = Structure(model)
         self._device = self._all[0].device
@@ -298,7 +299,7 @@ class Step:
             around = around or self.checkpointing.within(KEEP_ALL)
             total = Total(stop, self._task.floor, exact=False)
             failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
-            if failure is not None:
+            if failure is not None and self.notes_tries:
                 self._note(IN_A_WARM_UP)
             return failure or (allocated_bytes, self._meter.peak_bytes())
         finally:
@@ -329,7 +330,7 @@ class Step:
                     # A backward pass uses the dtypes of its forward pass.
                     with torch.autocast(self._device.type, enabled=False):
                         self._backward(total.scaled(loss, stop - start))
-            total.add(loss, stop - start, gradients.take(self._parameters))
+                total.add(loss, stop - start, gradients.take(self._parameters))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
