@@ -119,7 +119,7 @@ def limited(name: str) -> Any:
     """Measure `ours` or `stock` within the limit in this process, and return the row of benchmarks/checkpointing.py."""
     from benchmarks import checkpointing
 
-    return next(checkpointing.PARTS[f"{name}-s"](limits=[LIMIT_GIB]))
+    return next(checkpointing.PARTS[f"{name}-s"](checkpointing.Scope(limits=(LIMIT_GIB,))))
 
 
 def imports(device: str, rounds: int) -> Found:

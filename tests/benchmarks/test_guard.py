@@ -1,5 +1,6 @@
 """The regression guard: what counts as worse, what is compared with what, and the workflow that runs it."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import guard
+from benchmarks import checkpointing, guard
 from benchmarks.common.processes import environment
 from benchmarks.guard_ratios import MOST_TOLERANCE, Comparison, Ratio, reference_for
 
@@ -121,6 +122,19 @@ def test_what_is_committed_holds_and_a_loss_of_any_ratio_fails():
             assert Comparison(key, ratio, ratio).verdict == "same"
             lost = Ratio([each * (1 - MOST_TOLERANCE - 0.01) for each in ratio.rounds], ratio.margin)
             assert Comparison(key, ratio, lost).is_worse, key
+
+
+@pytest.mark.parametrize("who", ["ours", "stock"])
+def test_the_limit_is_measured_by_a_part_of_checkpointing(who, monkeypatch):
+    signature, given = inspect.signature(checkpointing.PARTS[f"{who}-s"]), []
+
+    def part(*args, **kwargs):
+        given.append(signature.bind(*args, **kwargs).arguments)
+        yield {"images_per_s": 1.0}
+
+    monkeypatch.setitem(checkpointing.PARTS, f"{who}-s", part)
+    assert guard.limited(who) == {"images_per_s": 1.0}
+    assert given[0]["scope"].limits == (guard.LIMIT_GIB,)
 
 
 def test_a_part_yields_ratios_by_name():
