@@ -119,8 +119,9 @@ class Comparison:
         return attempts
 
     def _whole(self, row: str, batch: int) -> dict[str, Any]:
-        """Run a whole training alone."""
-        run = told(self._start(row, batch).result(self.clock), self.images, self.epochs)
+        """Run a whole training alone; at a batch that is searched for, until memory is short for the first time."""
+        training = self._start(row, batch, until_failure=row in STEP)
+        run = told(training.result(self.clock), self.images, self.epochs)
         hidden = ("memory_csv", "peaks_mib", "epoch_s", "epoch_end_s", "summary")
         print(row, batch, {key: value for key, value in run.items() if key not in hidden}, flush=True)
         return {"batch": batch, **run}

@@ -36,8 +36,10 @@ class _Trainings:
         self._tries_hold, self._whole_holds, self.started, self._end_after = tries_hold, whole_holds, [], end_after
 
     def __call__(self, comparison, who, batch, *, until_failure=False, epochs=None, **__):
-        self.started.append((who, batch, "try" if until_failure else "whole"))
-        fits = batch <= (self._tries_hold if until_failure else self._whole_holds)
+        assert until_failure is (who != "ours")  # whole trainings of a searched batch, too
+        is_try = epochs is not None
+        self.started.append((who, batch, "try" if is_try else "whole"))
+        fits = batch <= (self._tries_hold if is_try else self._whole_holds)
         failure = None if fits else "OutOfMemoryError: CUDA out of memory."
         run = {
             "failure": failure,
