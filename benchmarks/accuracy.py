@@ -125,16 +125,28 @@ class Accuracy:
         return {model: str(tiny) if model == "tiny" else f"yolo12{model}.yaml" for model in models}
 
     def trials(self, kinds: Sequence[str], starts: dict[str, str]) -> Iterator[dict[str, Any]]:
-        """Try stock's batches for an epoch each, and yield a row for each model and data set."""
+        """Try stock's batches for an epoch each, and yield a row for each model and data set.
+
+        Raises:
+            SystemExit: No batch was found for one of them, after the rows of the others.
+        """
         jobs = [
             self.job(kind, model, "stock", 0, starts[model], batch, trial=True)
             for model, kind, batch in itertools.product(starts, kinds, self._settings.candidates)
         ]
         rows = [row for row, _ in at_once(jobs, self._most, self._seconds_left)]
+        failures = []
         for model, kind in itertools.product(starts, kinds):
             mine = [row for row in rows if (row["model"], row["data"]) == (model, kind)]
             if len(mine) == len(self._settings.candidates):
-                yield {"model": model, "data": kind, "batch": largest_stable(mine), "trials": mine}
+                try:
+                    batch = largest_stable(mine)
+                except RuntimeError as error:
+                    failures.append(f"{model}, {kind}: {error}")
+                else:
+                    yield {"model": model, "data": kind, "batch": batch, "trials": mine}
+        if failures:
+            raise SystemExit("\n".join(failures))
 
     def job(
         self, kind: str, model: str, variant: str, seed: int, start: str, stock_batch: int, trial: bool = False
@@ -148,7 +160,8 @@ class Accuracy:
             seed: Seed of the training.
             start: Yaml or weights that it starts from.
             stock_batch: Batch of stock.
-            trial: True for an epoch without validation.
+            trial: True for a single epoch, of which no weights are saved. Its end is validated, as Ultralytics always
+                validates the last epoch.
         """
         settings, is_stock = self._settings, variant in STOCK
         name = {"data": kind, "model": model, "variant": variant, "seed": seed}

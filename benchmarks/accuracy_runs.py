@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.processes import ROOT, Call, limit_memory
+from benchmarks.dense_runs import is_memory_failure
 
 MAP = "metrics/mAP50-95(B)"
 _POLL_S = 0.1
+_LOG_TAIL = 2000
+"""Characters of the end of a log that are kept, in which PyTorch's message on memory fits."""
 _FROM_SUMMARY = (
     "images_lost",
     "out_of_memories",
@@ -136,7 +139,7 @@ class Job:
     def result(self, call: Call) -> dict[str, Any]:
         """Return the row of a training that has ended."""
         if status := call.wait():
-            found = {"exit_status": status, "log_tail": self.log.read_text()[-800:].replace(str(ROOT), "")}
+            found = {"exit_status": status, "log_tail": self.log.read_text()[-_LOG_TAIL:].replace(str(ROOT), "")}
         else:
             found = call.result()
         return {**self.name, **found}
@@ -176,17 +179,25 @@ def at_once(
             call.wait()
 
 
-def largest_stable(rows: Sequence[dict[str, Any]]) -> int | None:
-    """Return the largest batch up to which all trials were stable; None if not even the smallest was.
+def largest_stable(rows: Sequence[dict[str, Any]]) -> int:
+    """Return the largest batch up to which all trials were stable.
 
     A trial is stable if no allocation failed: neither was the batch halved, nor did the assigner warn of memory.
 
     Args:
         rows: Rows of trials whose `batch` differs.
+
+    Raises:
+        RuntimeError: A trial failed for another reason than memory, or not even the smallest batch was stable.
     """
-    best = None
+    best = 0
+    for row in rows:
+        if "exit_status" in row and not is_memory_failure(row["log_tail"]):
+            raise RuntimeError(f"the trial of batch {row['batch']} failed, but not for memory:\n{row['log_tail']}")
     for row in sorted(rows, key=lambda row: row["batch"]):
         if "exit_status" in row or row["ran_at"] != row["batch"] or row["memory_warnings"]:
             break
         best = row["batch"]
+    if not best:
+        raise RuntimeError(f"not even batch {min(row['batch'] for row in rows)} is stable: give --stock-batch")
     return best

@@ -111,14 +111,35 @@ def test_a_later_call_does_what_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("bad", "expected"),
-    [(None, 48), ({"batch": 32, "memory_warnings": ["out of memory"]}, 24), ({"batch": 24, "ran_at": 12}, None)],
+    [(None, 48), ({"batch": 32, "memory_warnings": ["out of memory"]}, 24), ({"batch": 32, "ran_at": 16}, 24)],
 )
 def test_the_batch_of_stock_is_the_largest_up_to_which_all_are_stable(bad, expected):
     rows = [{"batch": each, "ran_at": each, "memory_warnings": []} for each in (48, 24, 32)]
     rows = [{**row, **bad} if bad and bad["batch"] == row["batch"] else row for row in rows]
     assert accuracy_runs.largest_stable(rows) == expected
-    failed = [{"batch": 64, "exit_status": 1}]
-    assert accuracy_runs.largest_stable([*rows, *failed]) == expected
+    failed = {"batch": 64, "exit_status": 1, "log_tail": "OutOfMemoryError: CUDA out of memory."}
+    assert accuracy_runs.largest_stable([*rows, failed]) == expected
+    with pytest.raises(RuntimeError, match=r"batch 64 failed, but not for memory:\nKeyError"):
+        accuracy_runs.largest_stable([*rows, {**failed, "log_tail": "KeyError: 'names'"}])
+    halved = [{**row, "ran_at": row["batch"] // 2} for row in rows]
+    with pytest.raises(RuntimeError, match="not even batch 24 is stable"):
+        accuracy_runs.largest_stable(halved)
+
+
+def test_a_model_without_a_batch_is_told_after_those_with_one_and_is_tried_again(tmp_path, monkeypatch):
+    def at_once(jobs, most, seconds_left):
+        for job in jobs:
+            yield (
+                {**job.name, "ran_at": job.name["batch"] // (1 + (job.name["model"] == "s")), "memory_warnings": []},
+                1,
+            )
+
+    monkeypatch.setattr(accuracy, "at_once", at_once)
+    rows = accuracy.Accuracy(GPU, tmp_path, 1, lambda: 1.0).trials(["hard"], {"s": "s.pt", "n": "n.pt"})
+    row = next(rows)
+    assert (row["model"], row["batch"]) == ("n", 48)
+    with pytest.raises(SystemExit, match="s, hard: not even batch 16 is stable"):
+        next(rows)
 
 
 def test_the_table_compares_with_stock_and_leaves_out_failed_trainings():
