@@ -116,6 +116,8 @@ def limits(epochs: int = 7) -> dict[str, Any]:
 def first_epoch(epochs: int = 3, images: int = 1920) -> dict[str, Any]:
     """Time the first epochs of stock, of this package with an empty cache of Triton kernels, and with the filled one.
 
+    Each training has a configuration folder of its own, so that none finds the plans that another one stored.
+
     Args:
         epochs: Number of epochs of each training.
         images: Number of drawn images, of which a fifth is for validation.
@@ -128,7 +130,8 @@ def first_epoch(epochs: int = 3, images: int = 1920) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, arguments in ways.items():
         run_folder = folder / name.replace(" ", "_")
-        variables = {"TRITON_CACHE_DIR": str(folder / "triton")}
+        config = str(run_folder.with_suffix(".config"))
+        variables = {"TRITON_CACHE_DIR": str(folder / "triton"), "YOLO_CONFIG_DIR": config}
         begin = time.monotonic()
         code = _train(run_folder, name == "stock", variables, **alike, **arguments).wait()
         rows = _rows(run_folder)

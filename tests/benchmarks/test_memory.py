@@ -1,9 +1,11 @@
 """What benchmarks/memory.py makes of the rows of memory.csv; the rest of it needs a GPU."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import memory_trainings
 from benchmarks.common.processes import ROOT
 from benchmarks.memory_trainings import CASES, epoch_seconds, new_sizes, prediction_errors
 
@@ -48,3 +50,18 @@ def test_first_epochs_are_told_with_the_sizes_that_were_new_in_them():
     found = {each["images"]: each for each in new_sizes(rows)}
     assert {images: each["step"] for images, each in found.items()} == {8: 1, 64: 3, 16: 3}
     assert (found[64]["ms"], found[64]["usual_ms"]) == (30.0, 25.0)
+
+
+def test_first_epochs_share_kernels_and_no_stored_plans(monkeypatch):
+    given = []
+
+    def train(folder, stock, variables, **_):
+        given.append(variables)
+        folder.with_suffix(".log").write_text("")
+        return SimpleNamespace(wait=lambda: 1)
+
+    monkeypatch.setattr(memory_trainings, "_draw", lambda *_: "data.yaml")
+    monkeypatch.setattr(memory_trainings, "_train", train)
+    assert list(memory_trainings.first_epoch()) == ["stock", "empty cache", "filled cache"]
+    assert len({each["YOLO_CONFIG_DIR"] for each in given}) == 3
+    assert len({each["TRITON_CACHE_DIR"] for each in given}) == 1
