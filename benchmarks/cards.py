@@ -25,7 +25,8 @@ all        our model in Ultralytics' loop with every top-level layer recomputed,
 `images_per_s_all` is over the whole training, from the first batch on, `images_per_s_after_first` without the first
 epoch. `peak_sd_mib` is the standard deviation of the peaks of optimizer steps in the second half of the training,
 `peak_sd_all_mib` that of all. `allocator_failures` counts also allocations that cuDNN did without. A file keeps the
-rows that it has; a row that `--seconds` cuts off is left out, and what its search has tried is kept.
+rows that it has; a row that `--seconds` cuts off is left out, and what its search has tried is kept. Each row has the
+commit that it was measured at, and `commits` in `measured_on` has those of all rows.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ def main() -> int:
 
 
 def _save(result: report.Report, name: str, found: dict[str, Any]) -> None:
-    result.add(name, {**found, "summary": summary(found)})
+    commits = {row: run.get("commit") for row, run in found["rows"].items()}
+    result.add(name, {**found, "summary": summary(found)}, commits=commits)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.common import report
 from benchmarks.dense_runs import Clock, Training, is_memory_failure, is_stable, told
 from benchmarks.dense_trainings import BATCH, OURS
 
@@ -65,7 +66,7 @@ class Comparison:
         else:
             run = self._whole(row, {"ours": self.batch, "autobatch": -1, "halving": self.batch}[row])
         if run is not None:
-            rows[row] = run
+            rows[row] = {**run, "commit": report.commit()}
             self.save(self.found)
 
     def _at_largest_batch(self, who: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cards, dense, dense_trainings
+from benchmarks.common import report
 from benchmarks.common.processes import environment
 from benchmarks.dense_runs import OutOfTimeError, told
 from benchmarks.dense_search import Comparison, next_tries, over
@@ -91,6 +92,17 @@ def test_the_benchmark_of_one_limit_searches_the_batch_of_stock_and_gives_both_t
         40: True,
         48: False,
     }
+
+
+def test_rows_have_their_commits_and_the_head_has_those_of_all(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "machine", lambda _: {"commit": "def"})
+    monkeypatch.setattr(report, "commit", lambda: "def")
+    found = {"rows": {"stock": {"commit": "abc"}}}
+    comparison, _ = _compare(monkeypatch, _Trainings(50, 33), found)
+    comparison.measure("ours")
+    result = report.Report(tmp_path / "cards.json", "cpu")
+    cards._save(result, "t4", found)
+    assert result["measured_on"]["t4"]["commits"] == {"stock": "abc", "ours": "def"}
 
 
 def test_a_search_goes_on_where_the_time_was_over(monkeypatch):
