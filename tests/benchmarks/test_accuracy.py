@@ -129,10 +129,8 @@ def test_the_batch_of_stock_is_the_largest_up_to_which_all_are_stable(bad, expec
 def test_a_model_without_a_batch_is_told_after_those_with_one_and_is_tried_again(tmp_path, monkeypatch):
     def at_once(jobs, most, seconds_left):
         for job in jobs:
-            yield (
-                {**job.name, "ran_at": job.name["batch"] // (1 + (job.name["model"] == "s")), "memory_warnings": []},
-                1,
-            )
+            batch = job.name["batch"]
+            yield {**job.name, "ran_at": batch // 2 if job.name["model"] == "s" else batch, "memory_warnings": []}, 1.0
 
     monkeypatch.setattr(accuracy, "at_once", at_once)
     rows = accuracy.Accuracy(GPU, tmp_path, 1, lambda: 1.0).trials(["hard"], {"s": "s.pt", "n": "n.pt"})
