@@ -305,7 +305,7 @@ def run(part: str, out: str, limits: list[int], limit_s: float, until: float) ->
     rows = [] if part == "freed" else result.get(part, [])
     for row in PARTS[part](Scope(tuple(limits), limit_s, until)):
         if part != "freed":
-            row["commit"] = result["commit"]
+            row |= {"commit": result["commit"], "device": result["device"]}
             rows = [other for other in rows if other["limit_gib"] != row["limit_gib"]]
         rows = sorted([*rows, row], key=lambda row: row.get("limit_gib", 0))
         report.write(Path(out), {**result, part: rows})

@@ -226,6 +226,7 @@ def checkpointing() -> Iterator[Passage]:
     tables: dict[str, list[list[str]]] = {"s": [], "x": []}
     for scale, gib in itertools.product("sx", LIMITS):
         ours, stock, whole = (found[f"{who}-{scale}"][gib] for who in ("ours", "stock", "all"))
+        made_alike(gib, ours, stock, whole)
         cells = [(ours, "micro_batch"), (stock, "batch"), (whole, "batch")]
         speeds = [say("{:.0f} (at {})", row["images_per_s"], row[key]) for row, key in cells]
         ratios = [say("{:.2f}", ours["images_per_s"] / each["images_per_s"]) for each in (stock, whole)]
@@ -235,6 +236,7 @@ def checkpointing() -> Iterator[Passage]:
         yield table(header, rows, after=f"YOLO12-{scale.upper()}:\n\n")
     for scale, after in (("s", ". The speed of the host"), ("x", ". At 8 GiB, every step")):
         curve = found[f"ours-{scale}"]
+        made_alike("16 and 80", curve[16], curve[80])
         share = curve[16]["images_per_s"] / curve[80]["images_per_s"]
         yield sentence("At 16 GiB, ours reaches {:.2f} of its own speed at 80 GiB" + after, share)
     yield setting("Ours at 8 GiB was measured on a slower day", "a label")
@@ -247,6 +249,21 @@ def checkpointing() -> Iterator[Passage]:
     assert all("groups of 16" in step["events"] for step in small["steps"])
     yield sentence("in BatchNorm groups of 16, although the run had settled on groups of {}", small["bn_group"])
     yield sentence("At 4 GiB, it had settled on groups of {}", found["ours-x"][4]["bn_group"])
+
+
+def made_alike(limit: object, *rows: dict[str, Any]) -> None:
+    """Refuse to compare rows of checkpointing.json that were measured on other cards, or at other commits.
+
+    Args:
+        limit: Limit of the rows in GiB, for the message.
+        rows: The rows. Those of older files have no commit.
+
+    Raises:
+        AssertionError: The cards or the commits differ.
+    """
+    for key in ("device", "commit"):
+        values = {str(row.get(key)) for row in rows}
+        assert len(values) == 1, f"checkpointing.json, {limit} GiB: rows of several {key}s: {', '.join(sorted(values))}"
 
 
 def _curves() -> Iterator[tuple[str, list[dict[str, Any]]]]:

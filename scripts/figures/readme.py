@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from statistics import fmean
+from typing import Any
 
 from scripts.figures.cards import IS_COMPLETE, README, readme_rows
-from scripts.figures.measured_steps import HOW, prediction_errors, sizes
+from scripts.figures.exports import augmentation
+from scripts.figures.measured_steps import HOW, made_alike, prediction_errors, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -45,12 +47,22 @@ LABELS = {
 }
 
 
+def devices(measured_on: Mapping[str, Any]) -> dict[str, str]:
+    """Return the card of each part.
+
+    Args:
+        measured_on: Part → description of the machine, or only the card, as in older files.
+    """
+    return {part: head["device"] if isinstance(head, Mapping) else head for part, head in measured_on.items()}
+
+
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
     """Yield each row of the table: the card, the name of the JSON file, and the figures, this package's first."""
     curves, dense, memory = result("checkpointing"), result("dense"), result("memory")
     for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 8)):
-        each = ({row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock"))
-        yield curves["device"], "checkpointing", [say("{:,.0f}", row["images_per_s"]) for row in each]
+        each = [{row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock")]
+        made_alike(gib, *each)
+        yield each[0]["device"], "checkpointing", [say("{:,.0f}", row["images_per_s"]) for row in each]
     if IS_COMPLETE:
         device = result("cards")["measured_on"]["t4"]["device"]
         yield from ((device, "cards", figures) for figures in readme_rows(result("cards")))
@@ -64,10 +76,11 @@ def _rows() -> Iterator[tuple[str, str, list[str]]]:
         means = (fmean(row[key] for row in steps if row["variant"] == who) for who in ("sdpa", "stock"))
         yield attention["device"], "attention", [say("{:,.0f}", mean) for mean in means]
     ranks = result("ranks_four")
+    assert augmentation(ranks["speed"]) == "not augmented", "the label of the row says otherwise"
     four = {row["who"]: row["images_per_s"] for row in ranks["speed"]["rows"] if row["gpus"] == 4}
     card = ranks["measured_on"]["speed"]["device"].replace("NVIDIA", "4 ×")
     yield card, "ranks_four", [say("{:,.0f}", four[who]) for who in ("ours", "stock")]
-    cards, failures = memory["measured_on"], memory["failures"]["disturbed"]
+    cards, failures = devices(memory["measured_on"]), memory["failures"]["disturbed"]
     assert (failures["steps"], failures["failures_injected"], failures["images_lost"]) == (200, 53, 0)
     yield cards["failures"], "memory", [str(failures["updates"]), ""]
     errors = [prediction_errors(limit["rows"]) for limit in memory["limits"].values()]

@@ -5,7 +5,10 @@ import re
 import pytest
 
 from scripts.figures.__main__ import PAGES
+from scripts.figures.exports import augmentation
+from scripts.figures.measured_steps import made_alike
 from scripts.figures.pages import ROOT, SECTIONS, Section, check, sentence, setting, table
+from scripts.figures.readme import devices
 
 PAGE = """# Page
 
@@ -135,3 +138,34 @@ def test_rows_that_were_added_or_lost_are_a_problem():
 def test_a_section_that_is_gone_is_a_problem():
     found, _ = problems(PAGE.replace("Speed", "Pace"), *passages())
     assert "0 sections are named 'Speed'" in found[0]
+
+
+def test_rows_of_other_cards_or_commits_are_not_compared():
+    old = {"device": "NVIDIA H100"}
+    new = {"device": "NVIDIA H200", "commit": "abc"}
+    made_alike(16, old, old)
+    made_alike(16, new, new)
+    with pytest.raises(AssertionError, match=r"16 GiB: rows of several devices: NVIDIA H100, NVIDIA H200"):
+        made_alike(16, new, old)
+    for other in ({**new, "commit": "def"}, {"device": "NVIDIA H200"}):
+        with pytest.raises(AssertionError, match=r"8 GiB: rows of several commits: (None, abc|abc, def)"):
+            made_alike(8, new, new, other)
+
+
+def test_the_card_of_a_part_is_read_from_old_and_new_files():
+    assert devices({"old": "NVIDIA H100", "new": {"device": "NVIDIA H200"}}) == {
+        "old": "NVIDIA H100",
+        "new": "NVIDIA H200",
+    }
+
+
+@pytest.mark.parametrize(
+    ("speed", "expected"),
+    [
+        ({}, "not augmented"),
+        ({"is_augmented": False}, "not augmented"),
+        ({"is_augmented": True}, "augmented as by default"),
+    ],
+)
+def test_each_file_of_ranks_says_whether_images_are_augmented(speed, expected):
+    assert augmentation(speed) == expected
