@@ -133,9 +133,9 @@ def memory() -> Iterator[Passage]:
     yield sentence("{} steps of {:.0f} images", disturbed["steps"], disturbed["images"] / disturbed["steps"])
     assert disturbed["images_lost"] == 0
     yield sentence(
-        "With {} injected failures, of which the run's summary counts {}, all {} updates were made with all {:,} "
-        "images",
-        *(disturbed[key] for key in ("failures_injected", "out_of_memories", "updates", "images")),
+        "{} failures were injected, and all {} updates were made with all {:,} images. The summary of the run counts "
+        "{} failures",
+        *(disturbed[key] for key in ("failures_injected", "updates", "images", "out_of_memories")),
     )
     yield sentence("The last loss was {:.0f}", disturbed["loss"][1])
     yield sentence("without failures, it was {:.0f}", calm["loss"][1])

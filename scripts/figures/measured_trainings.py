@@ -235,7 +235,7 @@ def accuracy() -> Iterator[Passage]:
     )
     yield sentence("on {} other images", settings["val"])
     (small,) = settings["candidates"]
-    yield sentence("run micro-batches of {} images (in BatchNorm groups of {})", small, small)
+    yield sentence("run micro-batches of {} images", small)
     large = settings["large"]
     updates = {run["variant"]: run["updates"] for run in found["runs"]}
     names = {
@@ -266,7 +266,15 @@ def accuracy() -> Iterator[Passage]:
         *(large, updates["256"], updates["stock"], *behind, small),
     )
     yield sentence(
-        "a batch of {} and `nbs=64` has as many images in an update. It ends at {:.2f} in the mean. It moves "
-        "BatchNorm's running statistics for every {} images, and a batch of {} moves them once",
-        *(small, rows["nbs256"]["mean"], small, large),
+        "a batch of {} and `nbs=64` has as many images in an update. It ends at {:.2f} in the mean. It differs from a "
+        "batch of {} in three ways",
+        *(small, rows["nbs256"]["mean"], large),
     )
+    yield sentence(
+        "BatchNorm's running statistics for every {} images, and a batch of {} moves them once", *(small, large)
+    )
+    decay = {run["variant"]: max(run["batch"] / run["nbs"], 1) for run in found["runs"]}  # Ultralytics' factor
+    assert (decay["stock256"], decay["256"], decay["stock"], decay["nbs256"]) == (4, 4, 1, 1)
+    yield sentence("four times as high with a batch of {} and `nbs=16`", large)
+    yield sentence("a quarter of that of the batch of {}", large)
+    yield sentence("It makes {} updates in place of {}, as", updates["nbs256"], updates["256"])
