@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.processes import ROOT, Call, limit_memory
-from benchmarks.dense_runs import is_memory_failure
+from benchmarks.dense_runs import check_reason, is_stable
+from benchmarks.dense_trainings import ASSIGNED_SINGLY, HALVED
 
 MAP = "metrics/mAP50-95(B)"
 _POLL_S = 0.1
@@ -86,7 +87,8 @@ def train(
         "updates": updates[-1],
         "ran_at": yolo.trainer.batch_size,
         "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if torch.cuda.is_available() else None,
-        "memory_warnings": [line[:200] for line in warnings if "memory" in line.lower()][:4],
+        "halvings": sum(HALVED in line for line in warnings),
+        "assigner_fallbacks": sum(ASSIGNED_SINGLY in line for line in warnings),
         **_engine(folder),
         "seconds": round(time.perf_counter() - begin, 1),
     }
@@ -139,7 +141,7 @@ class Job:
     def result(self, call: Call) -> dict[str, Any]:
         """Return the row of a training that has ended."""
         if status := call.wait():
-            found = {"exit_status": status, "log_tail": self.log.read_text()[-_LOG_TAIL:].replace(str(ROOT), "")}
+            found = {"exit_status": status, "failure": self.log.read_text()[-_LOG_TAIL:].replace(str(ROOT), "")}
         else:
             found = call.result()
         return {**self.name, **found}
@@ -182,8 +184,6 @@ def at_once(
 def largest_stable(rows: Sequence[dict[str, Any]]) -> int:
     """Return the largest batch up to which all trials were stable.
 
-    A trial is stable if no allocation failed: neither was the batch halved, nor did the assigner warn of memory.
-
     Args:
         rows: Rows of trials whose `batch` differs.
 
@@ -192,10 +192,9 @@ def largest_stable(rows: Sequence[dict[str, Any]]) -> int:
     """
     best = 0
     for row in rows:
-        if "exit_status" in row and not is_memory_failure(row["log_tail"]):
-            raise RuntimeError(f"the trial of batch {row['batch']} failed, but not for memory:\n{row['log_tail']}")
+        check_reason(row)
     for row in sorted(rows, key=lambda row: row["batch"]):
-        if "exit_status" in row or row["ran_at"] != row["batch"] or row["memory_warnings"]:
+        if not is_stable(row):
             break
         best = row["batch"]
     if not best:

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,25 @@ def told(run: dict[str, Any], images: int, epochs: int) -> dict[str, Any]:
     return run
 
 
-def is_stable(run: dict[str, Any]) -> bool:
+def is_stable(run: Mapping[str, Any]) -> bool:
     """Return whether a run of Ultralytics had the memory for its batch.
 
     That is: no error, no halved batch, and no assignment image by image.
     """
-    return not (run["failure"] or run.get("halvings") or run.get("assigner_fallbacks"))
+    return not (run.get("failure") or run.get("halvings") or run.get("assigner_fallbacks"))
+
+
+def check_reason(run: Mapping[str, Any]) -> None:
+    """Refuse a run that says nothing of memory.
+
+    Args:
+        run: Result of a training, with the message of its failure or the end of its log as `failure`, if it failed.
+
+    Raises:
+        RuntimeError: It failed for another reason than memory.
+    """
+    if run.get("failure") and not is_memory_failure(run["failure"]):
+        raise RuntimeError(f"a training failed, but not for memory:\n{run.get('log_tail', run['failure'])}")
 
 
 def is_memory_failure(message: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.common import report
-from benchmarks.dense_runs import Clock, Training, is_memory_failure, is_stable, told
+from benchmarks.dense_runs import Clock, Training, check_reason, is_stable, told
 from benchmarks.dense_trainings import BATCH, OURS
 
 ROWS = ("stock", "ours", "autobatch", "halving", "all")
@@ -86,7 +86,7 @@ class Comparison:
         while batch > 0:
             if held.get(batch, True):
                 run = self._whole(who, batch)
-                _check_reason(run)
+                check_reason(run)
                 attempts.append({"batch": batch, "epochs": self.epochs, **_outcome(run)})
                 if is_stable(run):
                     return run
@@ -116,7 +116,7 @@ class Comparison:
         attempts = [{"batch": batch, "epochs": epochs, **_outcome(run)} for batch, run in found.items()]
         print(who, *attempts, sep="\n", flush=True)
         for run in found.values():
-            _check_reason(run)
+            check_reason(run)
         return attempts
 
     def _whole(self, row: str, batch: int) -> dict[str, Any]:
@@ -172,14 +172,9 @@ def next_tries(held: Mapping[int, bool], start: int, step: int, count: int) -> l
     return [batch for batch in range(begin, begin + count * step, step) if batch > 0]
 
 
-def _check_reason(run: Mapping[str, Any]) -> None:
-    if run["failure"] and not is_memory_failure(run["failure"]):
-        raise RuntimeError(f"a training failed, but not for memory:\n{run['log_tail']}")
-
-
 def _outcome(run: Mapping[str, Any]) -> dict[str, Any]:
     """Return whether a run held, and why not."""
-    found = {"held": is_stable(dict(run)), "failure": run["failure"], "warnings": run.get("warnings", [])}
+    found = {"held": is_stable(run), "failure": run["failure"], "warnings": run.get("warnings", [])}
     return {**found, "ended_after_s": run.get("epoch_end_s", [])[-1:]}
 
 

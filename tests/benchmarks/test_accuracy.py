@@ -85,7 +85,7 @@ def test_a_later_call_does_what_is_missing(tmp_path, monkeypatch):
             weights = Path(arguments["project"], arguments["name"], "weights")
             weights.mkdir(parents=True)
             (weights / "last.pt").touch()
-            yield {**job.name, "ran_at": arguments["batch"], "memory_warnings": [], "map": [0.5]}, 1.0
+            yield {**job.name, "ran_at": arguments["batch"], "map": [0.5]}, 1.0
 
     def call(*words):
         command = ["accuracy", "--out", str(tmp_path / "part.json"), "--runs", str(tmp_path / "runs"), "--models", "n"]
@@ -111,17 +111,17 @@ def test_a_later_call_does_what_is_missing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("bad", "expected"),
-    [(None, 48), ({"batch": 32, "memory_warnings": ["out of memory"]}, 24), ({"batch": 32, "ran_at": 16}, 24)],
+    [(None, 48), ({"batch": 32, "assigner_fallbacks": 1}, 24), ({"batch": 32, "halvings": 1}, 24)],
 )
 def test_the_batch_of_stock_is_the_largest_up_to_which_all_are_stable(bad, expected):
-    rows = [{"batch": each, "ran_at": each, "memory_warnings": []} for each in (48, 24, 32)]
+    rows = [{"batch": each, "halvings": 0, "assigner_fallbacks": 0} for each in (48, 24, 32)]
     rows = [{**row, **bad} if bad and bad["batch"] == row["batch"] else row for row in rows]
     assert accuracy_runs.largest_stable(rows) == expected
-    failed = {"batch": 64, "exit_status": 1, "log_tail": "OutOfMemoryError: CUDA out of memory."}
+    failed = {"batch": 64, "exit_status": 1, "failure": "OutOfMemoryError: CUDA out of memory."}
     assert accuracy_runs.largest_stable([*rows, failed]) == expected
-    with pytest.raises(RuntimeError, match=r"batch 64 failed, but not for memory:\nKeyError"):
-        accuracy_runs.largest_stable([*rows, {**failed, "log_tail": "KeyError: 'names'"}])
-    halved = [{**row, "ran_at": row["batch"] // 2} for row in rows]
+    with pytest.raises(RuntimeError, match=r"failed, but not for memory:\nKeyError"):
+        accuracy_runs.largest_stable([*rows, {**failed, "failure": "KeyError: 'names'"}])
+    halved = [{**row, "halvings": 1} for row in rows]
     with pytest.raises(RuntimeError, match="not even batch 24 is stable"):
         accuracy_runs.largest_stable(halved)
 
@@ -129,8 +129,7 @@ def test_the_batch_of_stock_is_the_largest_up_to_which_all_are_stable(bad, expec
 def test_a_model_without_a_batch_is_told_after_those_with_one_and_is_tried_again(tmp_path, monkeypatch):
     def at_once(jobs, most, seconds_left):
         for job in jobs:
-            batch = job.name["batch"]
-            yield {**job.name, "ran_at": batch // 2 if job.name["model"] == "s" else batch, "memory_warnings": []}, 1.0
+            yield {**job.name, "halvings": int(job.name["model"] == "s")}, 1.0
 
     monkeypatch.setattr(accuracy, "at_once", at_once)
     rows = accuracy.Accuracy(GPU, tmp_path, 1, lambda: 1.0).trials(["hard"], {"s": "s.pt", "n": "n.pt"})
