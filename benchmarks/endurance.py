@@ -1,4 +1,4 @@
-"""Endurance: allocations that fail anywhere in a step, two hours beside a hostile neighbour, and a hundred kills.
+"""Endurance: allocations that fail anywhere in a step, two hours beside another process, and a hundred kills.
 
     python -m benchmarks endurance --out benchmarks/results/endurance.json --device cpu   (ten minutes on two cores)
     python -m benchmarks endurance --out endurance_gpu.json --only failures --seconds 300      (one GPU)
@@ -9,10 +9,11 @@ Part `failures`: allocations fail at drawn places, one or two in a step: in warm
 backward passes, the loss, between micro-batches and in the first update. Ours runs steps of the engine in float64,
 whose weights are compared with those of the same steps without failures, and whole trainings with Ultralytics' trainer.
 `injected` is what the benchmark made fail and `counted` what the summaries of the runs count. Stock's trainings have
-one failure each, in their second epoch.
+one failure each, in their second epoch. Stock is Ultralytics in a process in which this package is not joined to it.
 
-Part `neighbour`: another process holds up to 40 % of the memory, another amount every 1 to 5 s. On the CPU the device
-is simulated and two hours pass on its clock; on a GPU all changes of two hours are made in the time that there is.
+Part `neighbour`: another process holds a drawn part of the memory, another one every 1 to 5 s. On the CPU the device is
+simulated, the process holds up to 70 % of it, and two hours pass on the device's clock. On a GPU it holds up to 40 %,
+and makes the changes of two hours in the time of our training. Stock meets them at the same rate, in a third of it.
 
 Part `kills`: trainings are killed (SIGKILL) at drawn moments, also while they start, and resumed until they end. Ours
 has `save_every=1 resume=auto`; stock's is resumed from its last.pt. Always on the CPU.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.processes import GIB, shared_out
-from benchmarks.endurance_model import TINY, training, yaml_of
+from benchmarks.endurance_model import TINY, drawn, training, yaml_of
 from yolov12.errors import DoesNotFitError
 
 GROUP, IMAGES = 2, 16
@@ -47,14 +47,17 @@ def exact(failures: int, seconds: float, seed: int = 0, device: str = "cpu", mod
 
     Args:
         failures: Failures to inject.
-        seconds: Time after which no further round begins.
+        seconds: Time after which no further round begins, from the end of the steps without failures.
         seed: Seed of the draws.
         device: `cpu` or `cuda`.
         model: See `endurance_model.yaml_of`.
     """
-    begun, found = time.monotonic(), _Sums()
-    differences: list[float] = []
+    from benchmarks.common.allocations import limit_allocator
+
+    limit_allocator(device)
+    found, differences = _Sums(), list[float]()
     start, calm = _float64_run(model, device, None, found)
+    begun = time.monotonic()
     for number in itertools.count():
         if found["injected"] >= failures or time.monotonic() - begun > seconds:
             break
@@ -160,9 +163,9 @@ class _Sums(collections.Counter[str]):
             self[name] += summary[name]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the sums, and how many operations of PyTorch were among those that failed."""
-        named = {name: self[name] for name in ("images_lost", "runs_that_ended", "rounds_in_smaller_groups")}
-        return {**self, **named, "operations": len(self.operations)}
+        """Return the sums, and the operations of PyTorch that failed."""
+        named = ("injected", "counted", "images_lost", "runs_that_ended", "rounds_in_smaller_groups")
+        return {**self, **{name: self[name] for name in named}, "operations": sorted(self.operations)}
 
 
 def trainings(failures: int, seconds: float, seed: int = 0, device: str = "cpu", **arguments: Any) -> dict[str, Any]:
@@ -175,6 +178,9 @@ def trainings(failures: int, seconds: float, seed: int = 0, device: str = "cpu",
         device: `cpu` or `cuda`.
         arguments: Arguments of the training.
     """
+    from benchmarks.common.allocations import limit_allocator
+
+    limit_allocator(device)
     begun, found = time.monotonic(), _Sums()
     for number in itertools.count():
         if found["injected"] >= failures or time.monotonic() - begun > seconds:
@@ -227,6 +233,9 @@ def _failing_engine(device: str, draws: Draws, found: _Sums) -> Iterator[None]:
 def stock(runs: int, seed: int = 0, device: str = "cpu", **arguments: Any) -> dict[str, Any]:
     """Train with stock Ultralytics, with one failure in each training, in its second epoch.
 
+    The first step of that epoch is counted. The failure is drawn over the allocations of such a step, and comes in the
+    next step that has as many.
+
     Args:
         runs: Number of trainings.
         seed: Seed of the draws.
@@ -235,39 +244,55 @@ def stock(runs: int, seed: int = 0, device: str = "cpu", **arguments: Any) -> di
     """
     import torch
 
-    from benchmarks.common.allocations import FailingAllocations
-
-    chance, found = random.Random(seed), collections.Counter[str]()
+    found = collections.Counter[str]()
     for number in range(runs):
-        mode, done = FailingAllocations(device, like_cuda=True), collections.Counter[str]()
-        at = chance.randrange(800)
-
-        def enter(trainer: Any, mode: Any = mode, done: Any = done, at: int = at) -> None:
-            if trainer.epoch == 1 and not done["entered"]:
-                done["entered"] = 1
-                mode.reset({at})
-                mode.__enter__()
-
-        def count(trainer: Any, mode: Any = mode, done: Any = done) -> None:
-            done["images"] += trainer.batch_size
-            if done["entered"] == 1:
-                done["entered"] = 2
-                mode.__exit__(None, None, None)
-
-        callbacks = {"on_train_batch_start": enter, "on_train_batch_end": count}
-        ended = False
+        failure = _OneFailure(device, random.Random(f"{seed}, {number}"))
+        callbacks = {"on_train_batch_start": failure.begin, "on_train_batch_end": failure.end}
         try:
             training(device=device, seed=number, callbacks=callbacks, is_stock=True, **arguments)
         except (RuntimeError, torch.cuda.OutOfMemoryError):
-            ended = True
-            mode.__exit__(None, None, None)
-        found["injected"] += len(mode.injected)
+            if not failure.mode.injected:
+                raise
+            found["runs_that_ended"] += 1
+        failure.leave()
+        found["injected"] += len(failure.mode.injected)
         found["runs"] += 1
-        found["runs_that_ended"] += ended
-        found["images_wanted"] += arguments["epochs"] * arguments["images"]
-        found["images_trained"] += done["images"]
+        found["images_wanted"] += failure.wanted
+        found["images_trained"] += failure.trained
         print(f"stock: {found['runs_that_ended']} of {found['runs']} runs ended", flush=True)
-    return {**found, "images_not_trained": found["images_wanted"] - found["images_trained"]}
+    not_trained = found["images_wanted"] - found["images_trained"]
+    return {**found, "runs_that_ended": found["runs_that_ended"], "images_not_trained": not_trained}
+
+
+class _OneFailure:
+    """Callbacks of a training that let one allocation of its second epoch fail."""
+
+    def __init__(self, device: str, chance: random.Random) -> None:
+        from benchmarks.common.allocations import FailingAllocations
+
+        self.mode = FailingAllocations(device, like_cuda=True)
+        self.wanted = self.trained = 0
+        self._chance, self._allocations, self._is_entered = chance, 0, False
+
+    def begin(self, trainer: Any) -> None:
+        """Count the allocations of the first step, and let one fail in the steps after it."""
+        self.wanted = trainer.epochs * len(trainer.train_loader.dataset)
+        if trainer.epoch == 1 and not self.mode.injected:
+            self.mode.reset({self._chance.randrange(self._allocations)} if self._allocations else ())
+            self.mode.__enter__()
+            self._is_entered = True
+
+    def end(self, trainer: Any) -> None:
+        """Count the images of a step that has ended."""
+        self.trained += trainer.batch_size
+        self._allocations = self._allocations or self.mode.count
+        self.leave()
+
+    def leave(self) -> None:
+        """Let no allocation fail from now on."""
+        if self._is_entered:
+            self.mode.__exit__(None, None, None)
+        self._is_entered = False
 
 
 def failures(device: str, seconds: float, wanted: int, stock_runs: int, processes: int) -> Iterator[dict[str, Any]]:
@@ -281,13 +306,14 @@ def failures(device: str, seconds: float, wanted: int, stock_runs: int, processe
         processes: Processes at the same time.
     """
     end, found = time.monotonic() + seconds, dict[str, Any]()
-    settings: dict[str, Any] = {**TINY, "images": 120, "epochs": 4, "device": device}
-    model = "tiniest"
+    settings: dict[str, Any] = {**TINY, "data": drawn(120 if device == "cpu" else 320), "epochs": 4, "device": device}
+    model, same = "tiniest", settings["model"]
     if device == "cuda":
-        model = "yolov12n.yaml"
-        settings |= {"model": model, "imgsz": 320, "batch": 16, "nbs": 16, "images": 320, "bn_group": 4}
+        model, same = "yolov12n.yaml", "yolo12n.yaml"
+        settings |= {"model": model, "imgsz": 320, "batch": 16, "nbs": 16, "bn_group": 4}
     call = partial(shared_out, processes=processes, variables={"OMP_NUM_THREADS": "1"})
-    found["stock"] = call("endurance_failures:stock", part="runs", amount=stock_runs, **{**settings, "epochs": 2})
+    arguments = {**settings, "model": same, "epochs": 2}
+    found["stock"] = call("endurance_failures:stock", part="runs", amount=stock_runs, stock=True, **arguments)
     yield found
     half, left = -(-wanted // 2), end - time.monotonic()
     found["exact"] = call(

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.processes import shared_out
-from benchmarks.endurance_model import TINY, training
-from yolov12 import autopatch
+from benchmarks.endurance_model import TINY, drawn, training
 
 IMAGES, EPOCHS = 64, 10
 UPDATES = IMAGES // TINY["batch"] * EPOCHS
@@ -33,15 +32,19 @@ class Lives:
     """Trainings in processes that are forked from this one, which has loaded all libraries.
 
     Args:
+        data: Yaml of the data set.
         is_stock: True for stock Ultralytics.
     """
 
-    def __init__(self, is_stock: bool) -> None:
-        self._is_stock = is_stock
+    def __init__(self, data: str, is_stock: bool) -> None:
+        self._data, self._is_stock = data, is_stock
         self.update_s = 0.05
         """Seconds of an update of the training that was not killed."""
         # No training here: it would leave threads, without which the forked processes would wait for ever.
-        autopatch.apply()
+        if not is_stock:
+            from yolov12 import autopatch
+
+            autopatch.apply()
         importlib.import_module("ultralytics.models.yolo.detect")
         importlib.import_module("scipy.optimize")
         gc.collect()
@@ -106,12 +109,14 @@ class Lives:
         elif last.exists():
             settings |= {"model": str(last), "resume": True}
         callbacks = {"on_train_start": begin, "on_train_end": end}
-        training(device="cpu", folder=project, callbacks=callbacks, is_stock=self._is_stock, **settings)
+        training(
+            device="cpu", data=self._data, folder=project, callbacks=callbacks, is_stock=self._is_stock, **settings
+        )
 
 
 def _settings(seed: int) -> dict[str, Any]:
     augmentation = {"mixup": 0.3, "multi_scale": 0.5}
-    return {**TINY, **augmentation, "images": IMAGES, "epochs": EPOCHS, "seed": seed, "bn_group": 8}
+    return {**TINY, **augmentation, "epochs": EPOCHS, "seed": seed, "bn_group": 8}
 
 
 def _append(file: Path) -> None:
@@ -119,16 +124,17 @@ def _append(file: Path) -> None:
         lines.write(".")
 
 
-def kill(kills: int, seconds: float, seed: int = 0, *, is_stock: bool = False) -> dict[str, Any]:
+def kill(kills: int, seconds: float, data: str, seed: int = 0, *, is_stock: bool = False) -> dict[str, Any]:
     """Kill trainings, and compare each with one without kills.
 
     Args:
         kills: Number of kills.
         seconds: Time after which no further process is killed.
+        data: Yaml of the data set.
         seed: Seed of the moments and of the trainings.
         is_stock: True for stock Ultralytics.
     """
-    begun, lives, chance = time.monotonic(), Lives(is_stock), random.Random(seed)
+    begun, lives, chance = time.monotonic(), Lives(data, is_stock), random.Random(seed)
     found: Counter[str] = Counter()
     folder = Path(tempfile.mkdtemp())
     whole, broken = folder / "whole", folder / "broken"
@@ -197,7 +203,9 @@ def kills(seconds: float, wanted: int, stock_wanted: int, processes: int) -> Ite
         stock_wanted: Kills of stock's trainings.
         processes: Trainings at the same time.
     """
-    call = partial(shared_out, "endurance_kills:kill", processes, "kills", variables={"OMP_NUM_THREADS": "1"})
+    call = partial(
+        shared_out, "endurance_kills:kill", processes, "kills", data=drawn(IMAGES), variables={"OMP_NUM_THREADS": "1"}
+    )
     found = {"ours": call(wanted, seconds=0.7 * seconds)}
     yield found
-    yield {**found, "stock": call(stock_wanted, seconds=0.2 * seconds, is_stock=True)}
+    yield {**found, "stock": call(stock_wanted, seconds=0.2 * seconds, is_stock=True, stock=True)}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TINY", "training", "yaml_of"]
+__all__ = ["TINY", "drawn", "training", "yaml_of"]
 
 TINY: Mapping[str, Any] = {"model": "tiny", "imgsz": 64, "batch": 8, "nbs": 8, "epochs": 4, "bn_group": 2}
+_OURS = ("bn_group", "recipe")
 _OTHERS: Mapping[str, Any] = {
     "optimizer": "AdamW",
     "lr0": 1e-3,
@@ -61,10 +63,21 @@ def yaml_of(model: str) -> str:
     return str(file)
 
 
+def drawn(images: int) -> str:
+    """Draw the demonstration data set, and return its yaml, which stock Ultralytics can read, too.
+
+    Args:
+        images: Number of images to train on; eight more are for validation.
+    """
+    from yolov12 import demo
+
+    return str(demo.ensure(f"demo:images={images + 8},val={8 / (images + 8)}", Path(tempfile.mkdtemp())))
+
+
 def training(
     *,
     device: str,
-    images: int,
+    data: str,
     folder: Path | None = None,
     callbacks: Mapping[str, Callable[[Any], None]] | None = None,
     is_stock: bool = False,
@@ -74,20 +87,22 @@ def training(
 
     Args:
         device: `cpu` or `cuda`.
-        images: Number of images to train on, of the demonstration data set.
+        data: Yaml of the data set.
         folder: Folder for the run; by default a new one.
         callbacks: Callbacks of Ultralytics by their events.
-        is_stock: True to train with stock Ultralytics.
+        is_stock: True to train with stock Ultralytics, in a process in which this package is not joined to it.
         arguments: Arguments of the training, with `model`.
     """
-    from yolov12 import autopatch
+    arguments = {**_OTHERS, "data": data, **arguments}
+    if is_stock:
+        assert "yolov12.seams" not in sys.modules, "this package is joined to Ultralytics"
+        arguments = {name: value for name, value in arguments.items() if name not in _OURS}
+    else:
+        from yolov12 import autopatch
 
-    autopatch.apply()
+        autopatch.apply()
     from ultralytics import YOLO
 
-    arguments = {**_OTHERS, "data": f"demo:images={images + 8},val={8 / (images + 8)}", **arguments}
-    if is_stock:
-        arguments = {name: value for name, value in arguments.items() if name != "bn_group"} | {"mas": False}
     model = YOLO(yaml_of(arguments.pop("model")))
     for event, callback in (callbacks or {}).items():
         model.add_callback(event, callback)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +24,22 @@ from benchmarks.common.processes import GIB, Call, environment
 
 HOURS = 2.0
 CHANGE_S = (1.0, 5.0)  # between two changes, as benchmarks/neighbour.py makes them
-MOST = 0.4  # fraction of the card that the neighbour holds at most
+MOST, MOST_SIMULATED = 0.4, 0.7  # fractions of the card that the neighbour holds at most
 BATCH, GROUP = 256, 4
 CARD_BYTES, IMAGE_BYTES, IMAGE_MS = 16 * GIB, 254 * 2**20, 9.0  # YOLOv12-S at 640 on a card like a T4
 
 
-def schedule(hours: float, seed: int) -> list[tuple[float, int]]:
-    """Draw what the neighbour holds: (seconds since the beginning, bytes) of each change.
+def schedule(hours: float, seed: int, most: float) -> list[tuple[float, float]]:
+    """Draw what the neighbour holds: (seconds since the beginning, fraction of the card) of each change.
 
     Args:
         hours: Duration.
         seed: Seed of the draws.
+        most: Fraction of the card that it holds at most.
     """
     chance, now_s, changes = random.Random(seed), 0.0, []
     while now_s < 3600 * hours:
-        changes.append((now_s, int(chance.random() * MOST * CARD_BYTES)))
+        changes.append((now_s, most * chance.random()))
         now_s += chance.uniform(*CHANGE_S)
     return changes
 
@@ -56,8 +58,8 @@ def simulated(hours: float, seed: int = 0) -> dict[str, Any]:
     from yolov12.errors import DoesNotFitError
     from yolov12.mas.memory.replay import ReplayMeter
 
-    begun, changes = time.monotonic(), schedule(hours, seed)
-    meter = ReplayMeter(CARD_BYTES, [held for _, held in changes], GIB // 2)
+    begun, changes = time.monotonic(), schedule(hours, seed, MOST_SIMULATED)
+    meter = ReplayMeter(CARD_BYTES, [int(held * CARD_BYTES) for _, held in changes], GIB // 2)
     clock, place, found = [0.0], [0], Counter[str]()
 
     def advance(ms: float) -> None:
@@ -97,7 +99,7 @@ def simulated(hours: float, seed: int = 0) -> dict[str, Any]:
         "simulated": True,
         "hours": hours,
         "changes": len(changes),
-        "most_of_card": MOST,
+        "most_of_card": MOST_SIMULATED,
         "steps": found["steps"],
         "interruptions": found["interruptions"],
         **_of_summary(vars(summary)),
@@ -112,11 +114,12 @@ def _of_summary(summary: dict[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in (*names, *more)}
 
 
-def real(seconds: float, hours: float, is_stock: bool) -> dict[str, Any]:
-    """Train YOLO12-S on a GPU beside a process that makes the changes of some hours in some seconds.
+def real(seconds: float, period_s: float, hours: float, is_stock: bool) -> dict[str, Any]:
+    """Train YOLO12-S on a GPU beside a process that makes the changes of some hours in less time.
 
     Args:
         seconds: Time of the training.
+        period_s: Seconds between two changes.
         hours: Hours whose changes are made.
         is_stock: True for stock Ultralytics.
     """
@@ -135,8 +138,8 @@ def real(seconds: float, hours: float, is_stock: bool) -> dict[str, Any]:
     log = run_folder.with_suffix(".log")
     while run.poll() is None and "Starting training" not in log.read_text():
         time.sleep(0.2)
-    changes = [held / CARD_BYTES for _, held in schedule(hours, 0)]
-    command = [sys.executable, "-m", "benchmarks.endurance_neighbour", str(seconds / len(changes))]
+    changes = [held for _, held in schedule(hours, 0, MOST)]
+    command = [sys.executable, "-m", "benchmarks.endurance_neighbour", str(period_s)]
     neighbour = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert neighbour.stdin is not None
     begun = time.monotonic()
@@ -158,6 +161,7 @@ def real(seconds: float, hours: float, is_stock: bool) -> dict[str, Any]:
         "hours": hours,
         "changes": len(changes),
         "changes_made": int(made[-1]) if made else 0,
+        "seconds_between_changes": round(period_s, 3),
         "most_of_card": MOST,
         "batch": batch,
         "exit_status": status,
@@ -204,9 +208,11 @@ def neighbour(device: str, seconds: float, hours: float = HOURS) -> Iterator[dic
     if device == "cpu":
         yield {"ours": Call("endurance_neighbour:simulated", hours=hours).result()}
         return
-    ours = Call("endurance_neighbour:real", seconds=0.6 * seconds, hours=hours, is_stock=False).result()
+    period_s = 0.6 * seconds / len(schedule(hours, 0, MOST))
+    call = partial(Call, "endurance_neighbour:real", period_s=period_s, hours=hours)
+    ours = call(seconds=0.6 * seconds, is_stock=False).result()
     yield {"ours": ours}
-    stock = Call("endurance_neighbour:real", seconds=0.2 * seconds, hours=hours, is_stock=True).result()
+    stock = call(seconds=0.2 * seconds, is_stock=True).result()
     yield {"ours": ours, "stock": stock}
 
 

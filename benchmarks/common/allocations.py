@@ -9,9 +9,22 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["FailingAllocations"]
+__all__ = ["FailingAllocations", "limit_allocator"]
 
 _MORE_THAN_ANY_DEVICE_HAS = 2**50
+_MOST_OF_A_GPU = 0.95
+
+
+def limit_allocator(device: str) -> None:
+    """Let PyTorch's allocator refuse an impossible request on a GPU at once.
+
+    Without a limit, it maps all free memory before it fails if its segments are expandable.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(_MOST_OF_A_GPU)
 
 
 class FailingAllocations(TorchDispatchMode):

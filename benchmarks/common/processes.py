@@ -83,7 +83,8 @@ def shared_out(function: str, processes: int, part: str, amount: int, **argument
         arguments: Further arguments of the function, or of `Call`.
 
     Returns:
-        Whole numbers as sums and other numbers as maxima, except that those named `..._of_a_...` are alike.
+        Whole numbers as sums, other numbers as maxima and lists of names united, except that those named `..._of_a_...`
+        are alike.
     """
     each = -(-amount // processes)
     calls = [Call(function, **{part: each, "seed": 1000 * number}, **arguments) for number in range(processes)]
@@ -97,6 +98,8 @@ def summed(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [part[name] for part in parts if part.get(name) is not None]
         if "_of_a_" in name or not values or isinstance(values[0], (str, bool)):
             found[name] = values[0] if values else None
+        elif isinstance(values[0], list):
+            found[name] = sorted(set().union(*values))
         else:
             found[name] = sum(values) if isinstance(values[0], int) else max(values)
     return found

@@ -19,18 +19,25 @@ def test_failures_are_counted_and_change_nothing(monkeypatch):
     assert found["steps_in_smaller_groups"] == 0
 
 
+def test_parts_without_time_count_nothing():
+    for part in (endurance_failures.exact, endurance_failures.trainings):
+        found = part(failures=0, seconds=0)
+        assert (found["injected"], found["counted"], found["operations"]) == (0, 0, [])
+
+
 def test_a_simulated_neighbour_interrupts_nothing():
     found = endurance_neighbour.simulated(hours=0.02)
     assert found["changes"] > 10
+    assert found["out_of_memories"] > 0
     assert found["updates"] == found["steps"] > 20
     assert (found["images"], found["images_lost"], found["interruptions"]) == (found["images_wanted"], 0, 0)
 
 
 def test_a_schedule_is_drawn_from_its_seed():
-    changes = endurance_neighbour.schedule(2.0, 0)
-    assert changes == endurance_neighbour.schedule(2.0, 0) != endurance_neighbour.schedule(2.0, 1)
+    changes = endurance_neighbour.schedule(2.0, 0, 0.4)
+    assert changes == endurance_neighbour.schedule(2.0, 0, 0.4) != endurance_neighbour.schedule(2.0, 1, 0.4)
     assert all(1.0 <= later - earlier <= 5.0 for (earlier, _), (later, _) in itertools.pairwise(changes))
-    assert max(held for _, held in changes) <= 0.4 * endurance_neighbour.CARD_BYTES
+    assert max(held for _, held in changes) <= 0.4
 
 
 @pytest.mark.deep
@@ -40,6 +47,8 @@ def test_all_parts_run(tmp_path, monkeypatch):
     assert endurance.main() == 0
     found = json.loads(out.read_text())
     assert found["failures"]["trainings"]["injected"] == found["failures"]["trainings"]["counted"]
-    assert found["failures"]["stock"]["runs_that_ended"] == 1
+    stock = found["failures"]["stock"]
+    assert stock["injected"] == stock["runs"] == 1
+    assert stock["images_trained"] + stock["images_not_trained"] == stock["images_wanted"] == 240
     ours, stock = (found["kills"][name] for name in ("ours", "stock"))
     assert ours["bit_equal_weights"] == ours["trainings"] > stock["bit_equal_weights"]

@@ -106,10 +106,11 @@ def test_a_function_runs_in_a_process_of_its_own():
 
 def test_results_of_several_processes_are_summed():
     parts = [
-        {"kills": 3, "largest": 0.5, "device": "cpu", "steps_of_a_round": 9},
-        {"kills": 4, "largest": None, "device": "cpu", "steps_of_a_round": 9, "lost": 1},
+        {"kills": 3, "largest": 0.5, "device": "cpu", "steps_of_a_round": 9, "failed": ["add", "mul"]},
+        {"kills": 4, "largest": None, "device": "cpu", "steps_of_a_round": 9, "failed": ["add", "cat"], "lost": 1},
     ]
-    assert summed(parts) == {"kills": 7, "largest": 0.5, "device": "cpu", "steps_of_a_round": 9, "lost": 1}
+    alike = {"device": "cpu", "steps_of_a_round": 9}
+    assert summed(parts) == {"kills": 7, "largest": 0.5, "failed": ["add", "cat", "mul"], "lost": 1, **alike}
 
 
 def test_a_failure_of_such_a_process_is_raised(tmp_path):
