@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from benchmarks.endurance_neighbour import MOST
 from scripts.figures.measured_steps import HOW, measured
 from scripts.figures.pages import Passage, result, say, sentence, setting, table
 
@@ -13,15 +13,18 @@ from scripts.figures.pages import Passage, result, say, sentence, setting, table
 def endurance() -> Iterator[Passage]:
     """Yield the passages on failed allocations, a neighbour and kills."""
     found = result("endurance")
-    failures, beside, kills = (found[part] for part in ("failures", "neighbour", "kills"))
+    parts = ("failures", "neighbour", "kills")
+    failures, beside, kills = (found[part] for part in parts)
     yield setting("on two CPU cores", HOW)
+    yield table(
+        "| part | options |", [[part, f"`{_options(found, part)}`"] for part in ("failures", "neighbour", "kills")]
+    )
     yield setting("batches of 8 or 16 images of 64 pixels, in BatchNorm groups of 2", HOW)
     exact, trainings, stock = (failures[name] for name in ("exact", "trainings", "stock"))
     rows = {
         "failures injected": "injected",
         "failures that the summaries of the runs count": "counted",
         "steps with a failure": "disturbed_steps",
-        "operations of PyTorch in which they were": "operations",
         "updates": "updates",
         "updates wanted": "updates_expected",
         "images trained on": "images",
@@ -29,12 +32,14 @@ def endurance() -> Iterator[Passage]:
         "runs that ended": "runs_that_ended",
     }
     header = "| | steps of the engine, float64 | trainings with Ultralytics' trainer, fp32 |"
-    yield table(
-        header, [[name, *(say("{:,}", each[key]) for each in (exact, trainings))] for name, key in rows.items()]
-    )
+    cells = [[name, *(say("{:,}", each[key]) for each in (exact, trainings))] for name, key in rows.items()]
+    operations = [str(len(each["operations"])) for each in (exact, trainings)]
+    yield table(header, [*cells, ["operations of PyTorch that failed", *operations]])
+    assert exact["rounds_in_smaller_groups"] == 0
     yield sentence(
-        "Rounds of {} steps compared with those without failures: {}. The weights end where those end, to {:.0e}",
-        *(exact["steps_of_a_round"], exact["rounds_compared"], exact["largest_difference_of_weights"]),
+        "{} rounds of {} steps were compared with the same steps without failures. "
+        "The final weights differ by at most {:.0e} of the distance that training moved them",
+        *(exact["rounds_compared"], exact["steps_of_a_round"], exact["largest_difference_of_weights"]),
     )
     yield sentence("Of {} trainings of stock Ultralytics with one failure each", stock["runs"])
     assert stock["injected"] == stock["runs"]
@@ -43,8 +48,8 @@ def endurance() -> Iterator[Passage]:
     ours = beside["ours"]
     assert ours["simulated"]
     yield setting("a simulated card of 16 GiB, on which an image takes 254 MiB and 9 ms", "the simulation")
-    yield sentence("up to {:.0f} % of it, another amount every 1 to 5 s of its clock", 100 * MOST)
-    yield setting("another amount every 1 to 5 s of its clock", "the simulation")
+    yield sentence("up to {:.0f} % of it, and suddenly another amount", 100 * ours["most_of_card"])
+    yield setting("every 1 to 5 s of its clock", "the simulation")
     yield sentence("In {:.0f} hours of that clock there are {:,} changes", ours["hours"], ours["changes"])
     yield sentence("The engine made {:,} of {:,} updates of 256 images", ours["updates"], ours["steps"])
     yield setting("updates of 256 images", HOW)
@@ -52,6 +57,7 @@ def endurance() -> Iterator[Passage]:
         "{:,} allocations failed, {} images were lost, and {} steps were given up",
         *(ours[name] for name in ("out_of_memories", "images_lost", "interruptions")),
     )
+    assert ours["out_of_memories"] > ours["retries"] == 0, "the text says that all ran again in smaller micro-batches"
     yield sentence("Micro-batches had {} to {} images", ours["micro_batch_min"], ours["micro_batch_max"])
     theirs, ours = kills["stock"], kills["ours"]
     yield sentence("A training has {} updates of 8 images in ten epochs", ours["updates_of_a_training"])
@@ -67,3 +73,11 @@ def endurance() -> Iterator[Passage]:
         "| | ours | stock |", [[name, say("{:,}", ours[key]), say("{:,}", theirs[key])] for name, key in rows.items()]
     )
     yield sentence("the summaries of ours count {:,} images in the weights", ours["images_in_weights"])
+
+
+def _options(found: Mapping[str, Any], part: str) -> str:
+    """Return the options of the run that measured a part."""
+    command: str = found["measured_on"][part]["command"]
+    before, options = command.split(" --device cpu ")
+    assert before == "python -m benchmarks endurance --out endurance.json"
+    return options
