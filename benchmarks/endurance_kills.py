@@ -129,18 +129,19 @@ def kill(kills: int, seconds: float, data: str, seed: int = 0, *, is_stock: bool
 
     Args:
         kills: Number of kills.
-        seconds: Time after which no further process is killed.
+        seconds: Time after which no further process is killed, from the end of the training without kills.
         data: Yaml of the data set.
         seed: Seed of the moments and of the trainings.
         is_stock: True for stock Ultralytics.
     """
     begun, lives, chance = time.monotonic(), Lives(data, is_stock), random.Random(seed)
-    found: Counter[str] = Counter()
+    found = Counter(dict.fromkeys(("kills", "trainings", "bit_equal_weights"), 0))
     folder = Path(tempfile.mkdtemp())
     whole, broken = folder / "whole", folder / "broken"
     if status := lives.live(whole, seed):
         raise RuntimeError(f"a training without kills ended with {status}: {(whole / 'log').read_text()[-2000:]}")
     lives.update_s = (time.monotonic() - begun) / UPDATES
+    begun = time.monotonic()
     while found["kills"] < kills and time.monotonic() - begun < seconds:
         ended, killed = 0, 0
         while found["kills"] < kills and time.monotonic() - begun < seconds and killed < LEAST_LIVES:
