@@ -108,4 +108,5 @@ def test_all_parts_run(tmp_path, monkeypatch):
     assert stock["injected"] == stock["runs"] == 1
     assert stock["images_trained"] + stock["images_not_trained"] == stock["images_wanted"] == 240
     ours, stock = (found["kills"][name] for name in ("ours", "stock"))
-    assert ours["bit_equal_weights"] == ours["trainings"] > stock["bit_equal_weights"]
+    assert ours["bit_equal_weights"] == ours["trainings"] > 0
+    assert stock["trainings"] > 0  # with equal weights if no kill comes after its first epoch
