@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from yolov12.mas.distributed.ranks import ProcessRanks
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.step.step import Step
 
@@ -209,3 +210,16 @@ def test_memory_for_sums_is_allocated_before_ranks_agree(tools):
     (_, reserved), _, (_, few), (_, all_gradients) = calls
     assert few < 10
     assert all_gradients <= reserved
+
+
+def test_memory_for_the_numbers_of_a_loss_is_reserved_once():
+    """They are summed in double precision, after ranks have agreed."""
+    ranks = object.__new__(ProcessRanks)
+    ranks._flat = {}
+    found = []
+    for _ in range(2):
+        ranks.reserve([torch.zeros(3)])
+        found.append(ranks._flat[torch.device("cpu"), torch.float64])
+    assert found[0] is found[1]
+    ranks._buffer((torch.device("cpu"), torch.float64), [torch.zeros(8, dtype=torch.float64)] * 8)
+    assert ranks._flat[torch.device("cpu"), torch.float64] is found[0]

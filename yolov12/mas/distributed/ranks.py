@@ -146,9 +146,11 @@ class ProcessRanks:
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
         """See `Ranks.reserve`. There is room for the numbers of a loss, too, which are summed in double precision."""
-        numbers = [tensors[0].new_empty(_LOSS_NUMBERS, dtype=torch.float64)] if tensors else []
-        for kind, of_kind in _by_kind([*tensors, *numbers]).items():
+        for kind, of_kind in _by_kind(tensors).items():
             self._buffer(kind, of_kind)
+            double = kind[0], torch.float64
+            if double not in self._flat:
+                self._flat[double] = torch.empty(_LOSS_NUMBERS, device=kind[0], dtype=torch.float64)
 
     def agree(self, status: RankStatus, failure: BaseException | None = None) -> Sequence[RankStatus]:
         """See `Ranks.agree`."""
