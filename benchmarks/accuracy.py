@@ -21,8 +21,6 @@ choose is given as arguments: AdamW with a learning rate that does not depend on
     stock256   Ultralytics with batch=256 and no limit, as on a card that is large enough
     nbs256     Ultralytics at its largest batch with nbs=256, so with as many images in an update as `256`
     256lr      `256` with the usual scaling for Adam: the learning rate times the square root of 256 / nbs
-    256bn      `256` with BatchNorm's running statistics as fast for an image as stock's: a batch moves them once, split
-               or not, so their momentum m is 1 - (1 - 0.03) ** (256 / stock's batch)
 
 On a GPU, models start from one base model of their size, which Ultralytics has trained for a short time on other
 boards, and images have 320 pixels under a limit of 4 GiB, which is as much for a pixel as 16 GiB at 640. Many
@@ -58,7 +56,6 @@ from benchmarks.accuracy_settings import (
     CPU,
     GPU,
     LARGE,
-    MOMENTUM,
     NEIGHBOUR,
     SMALL,
     STOCK,
@@ -171,7 +168,6 @@ class Accuracy:
             arguments["nbs"] = settings.large
         if variant == "256lr":
             arguments["lr0"] *= math.sqrt(settings.large / settings.nbs)
-        momentum = 1 - (1 - MOMENTUM) ** (settings.large / stock_batch) if variant == "256bn" else None
         if not is_stock:
             limit = {"mem_limit": f"{settings.limit_gib:g}GiB"} if settings.limit_gib else {"micro_batch": stock_batch}
             arguments |= {"recipe": False, **limit}
@@ -184,7 +180,7 @@ class Accuracy:
         return Job(
             {**name, "batch": arguments["batch"], "nbs": arguments["nbs"], "lr0": arguments["lr0"]},
             is_stock,
-            {"model": start, "limit_gib": limit_gib, "arguments": arguments, "bn_momentum": momentum},
+            {"model": start, "limit_gib": limit_gib, "arguments": arguments},
         )
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:

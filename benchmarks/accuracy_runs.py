@@ -34,16 +34,13 @@ _FROM_SUMMARY = (
 )
 
 
-def train(
-    model: str, limit_gib: float | None, arguments: dict[str, Any], bn_momentum: float | None = None
-) -> dict[str, Any]:
+def train(model: str, limit_gib: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
     """Train in this process.
 
     Args:
         model: Yaml or weights of the model.
         limit_gib: Limit of PyTorch's allocator in GiB; None for no limit, or if the training has `mem_limit`.
         arguments: Arguments of the training.
-        bn_momentum: Momentum of BatchNorm's running statistics; None for Ultralytics' 0.03.
 
     Returns:
         `map`, the mAP50-95 on held-out images after each epoch, and how the training ran.
@@ -70,14 +67,8 @@ def train(
             curve.append(round(float(trainer.metrics.get(MAP, 0.0)), 5))
             updates.append(trainer.ema.updates)
 
-    def set_momentum(trainer: Any) -> None:
-        for module in trainer.model.modules():
-            if bn_momentum is not None and isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = bn_momentum
-
     begin = time.perf_counter()
     yolo = YOLO(model)
-    yolo.add_callback("on_pretrain_routine_end", set_momentum)
     yolo.add_callback("on_fit_epoch_end", note)
     yolo.train(**arguments)
     assert is_stock == ("yolov12.seams" not in sys.modules), "this is not stock"

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-VARIANTS = ("stock", "256", "neighbour", "stock256", "nbs256", "same", "256lr", "256bn")
+VARIANTS = ("stock", "256", "neighbour", "stock256", "nbs256", "same", "256lr")
 STOCK = ("stock", "stock256", "nbs256")
-LARGE = ("256", "neighbour", "stock256", "256lr", "256bn")
-MOMENTUM = 0.03
-"""Ultralytics' momentum of BatchNorm's running statistics."""
+LARGE = ("256", "neighbour", "stock256", "256lr")
 CONTEXT_GIB = 1.0
 """Memory of a process on a GPU besides that of PyTorch's allocator."""
 NEIGHBOUR = (0.0, 0.4)

@@ -90,7 +90,7 @@ class Bench:
                 loss = self.model(x).square().mean()
             kept_bytes = trace.mark() - start
             loss.backward()
-        self.norms.commit(self.norms.averages(groups, sum(groups)))
+        self.norms.commit(self.norms.averages(groups, sum(groups)), len(groups))
         gradient = torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
         return gradient, dict(self.model.named_buffers()), kept_bytes
 
@@ -192,7 +192,7 @@ def test_a_pair_of_which_one_was_replaced_is_left_alone(place):
     x = torch.randn(4, 4, 5, 5, dtype=torch.float64)
     with norms.within((4,), 0):
         out = model(x)
-    norms.commit(norms.averages((4,), 4))
+    norms.commit(norms.averages((4,), 4), 1)
     assert norms.fused == 1
     torch.testing.assert_close(out, plain(x))
     for name, value in plain.state_dict().items():

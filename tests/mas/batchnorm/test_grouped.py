@@ -68,7 +68,7 @@ def test_one_group_is_pytorch_bit_for_bit(kind, affine):
         norms.begin()
         with norms.within((8,), 0):
             out = layer(x)
-        norms.commit(norms.averages((8,), 8))
+        norms.commit(norms.averages((8,), 8), 1)
         assert torch.equal(out, plain(x))
     torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=2**-52, atol=0)
     torch.testing.assert_close(layer.running_var, plain.running_var, rtol=2**-52, atol=0)
@@ -87,16 +87,39 @@ def test_groups_are_normalised_one_by_one(kind, micro_batches):
         with norms.within(sizes, first):
             out.append(layer(x[start : start + sum(sizes)]))
         start, first = start + sum(sizes), first + len(sizes)
-    norms.commit(norms.averages(groups, sum(groups)))
+    norms.commit(norms.averages(groups, sum(groups)), len(groups))
 
     parts = x.split(groups)
     assert torch.equal(torch.cat(out), torch.cat([copy.deepcopy(plain)(part) for part in parts]))
     dims = [0, *range(2, x.ndim)]
     mean = sum(part.mean(dims) * len(part) for part in parts) / 9
     variance = sum(part.var(dims) * len(part) for part in parts) / 9
-    torch.testing.assert_close(layer.running_mean, 0.9 * plain.running_mean + 0.1 * mean)
-    torch.testing.assert_close(layer.running_var, 0.9 * plain.running_var + 0.1 * variance)
-    assert layer.num_batches_tracked == 1
+    for _ in groups:  # the statistics move once for each group
+        plain.running_mean.lerp_(mean, 0.1)
+        plain.running_var.lerp_(variance, 0.1)
+    torch.testing.assert_close(layer.running_mean, plain.running_mean)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.03, 1.0, None])
+def test_statistics_move_as_far_as_pytorchs_in_a_pass_for_each_group(momentum):
+    """In groups with the same images, their order makes no difference, so PyTorch's statistics are the same."""
+    layer, plain = layer_and_copy(momentum=momentum)
+    norms = GroupedBatchNorm(layer)
+    for batch, (groups, on_other_ranks) in enumerate([(3, 0), (1, 0), (2, 5)]):
+        x = images(4, 6, 4, 5, scale=1.0 + batch)
+        norms.begin()
+        for first in range(groups):
+            with norms.within((4,), first):
+                layer(x)
+        sums = norms.averages((4,) * groups, 4 * groups)  # the averages of other ranks would be the same
+        norms.commit(sums, groups + on_other_ranks)
+        for _ in range(groups + on_other_ranks):
+            plain(x)
+        torch.testing.assert_close(layer.running_mean, plain.running_mean, rtol=1e-13, atol=0)
+        torch.testing.assert_close(layer.running_var, plain.running_var, rtol=1e-13, atol=0)
+        assert layer.num_batches_tracked == plain.num_batches_tracked
 
 
 def test_statistics_of_every_layer_are_aligned():
@@ -115,7 +138,7 @@ def test_statistics_of_every_layer_are_aligned():
     with grouped.within((2, 3), 0):
         for layer in model:
             layer(torch.randn(5, layer.num_features, 4, 4))
-    grouped.commit(grouped.averages((2, 3), 5))
+    grouped.commit(grouped.averages((2, 3), 5), 2)
     assert len(addresses) == 8
     assert not any(address % 16 for address in addresses)
 
@@ -132,10 +155,10 @@ def test_group_that_runs_again_counts_once():
         with norms.within((4,), first):
             layer(x[4 * first : 4 * first + 4])
             layer(x[4 * first : 4 * first + 4])  # recomputed during the backward pass
-    norms.commit(norms.averages((4, 4), 8))
+    norms.commit(norms.averages((4, 4), 8), 2)
     mean = (x[:4].mean((0, 2, 3)) + x[4:].mean((0, 2, 3))) / 2
-    torch.testing.assert_close(layer.running_mean, 0.9 * plain.running_mean + 0.1 * mean)
-    assert layer.num_batches_tracked == 1
+    torch.testing.assert_close(layer.running_mean, 0.81 * plain.running_mean + 0.19 * mean)
+    assert layer.num_batches_tracked == 2
 
 
 def test_gradient_of_one_image_whatever_its_strides():
@@ -161,16 +184,16 @@ def test_frozen_layers_are_left_alone():
     with norms.within((3, 3), 0):
         inner = model[1](model[0](x))
         model[3](model[2](inner))
-    norms.commit(norms.averages((3, 3), 6))
+    norms.commit(norms.averages((3, 3), 6), 2)
     assert torch.equal(inner, frozen(model[0](x)))
     assert torch.equal(model[1].running_mean, frozen.running_mean)
-    assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (0, 1)
+    assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (0, 2)
     model[1].train()  # a schedule may unfreeze a layer
     norms.begin()
     with norms.within((6,), 0):
         model(x)
-    norms.commit(norms.averages((6,), 6))
-    assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (1, 2)
+    norms.commit(norms.averages((6,), 6), 1)
+    assert (model[1].num_batches_tracked, model[3].num_batches_tracked) == (1, 3)
 
 
 def test_layer_that_gets_each_image_as_several():
@@ -188,7 +211,7 @@ def test_model_can_be_copied_and_pickled_between_batches():
     norms.begin()
     with norms.within((2, 2), 0):
         model(x)
-    norms.commit(norms.averages((2, 2), 4))
+    norms.commit(norms.averages((2, 2), 4), 2)
     model.eval()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), model(x))
@@ -214,7 +237,7 @@ def test_batch_without_numbers_does_not_spoil_the_next():
     norms.begin()
     with norms.within((2, 2), 0):
         assert layer(x).isfinite().all()
-    norms.commit(norms.averages((2, 2), 4))
+    norms.commit(norms.averages((2, 2), 4), 2)
     assert layer.running_mean.isfinite().all()
     assert layer.running_var.isfinite().all()
 
@@ -225,4 +248,4 @@ def test_model_without_batchnorm():
     norms.begin()
     with norms.within((2, 2), 0):
         model(torch.ones(4, 3))
-    norms.commit(norms.averages((2, 2), 4))
+    norms.commit(norms.averages((2, 2), 4), 2)

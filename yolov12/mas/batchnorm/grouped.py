@@ -6,9 +6,10 @@ micro-batch consists of whole groups. Training on several GPUs without synchroni
 images of one GPU are a group. On one GPU the method is known as "ghost batch normalization" (Hoffer, Hubara, Soudry,
 2017, https://arxiv.org/abs/1705.08741).
 
-Running statistics are updated once per batch, with the mean over its groups, and `num_batches_tracked` counts one. Each
-group writes its statistics to its own row. A group that runs again (after a failure, or because it is recomputed)
-therefore overwrites its statistics and adds nothing.
+Running statistics move as far as PyTorch's in a pass for each group: they move once for each group, always by the mean
+over all groups, so the order of groups and the ranks that run them make no difference. `num_batches_tracked` counts
+groups. Each group writes its statistics to its own row. A group that runs again (after a failure, or because it is
+recomputed) therefore overwrites its statistics and adds nothing.
 
 Users may switch layers at any time: mode, momentum, running statistics, parameters, or the layer itself. What holds is
 read when a batch begins, and means what it means in PyTorch. Only a layer whose forward pass is not PyTorch's own
@@ -196,17 +197,18 @@ class GroupedBatchNorm:
             for each in (self._means, self._variances)
         ]
 
-    def commit(self, averages: Sequence[Tensor]) -> None:
+    def commit(self, averages: Sequence[Tensor], groups: int) -> None:
         """Finish a batch: update the running statistics.
 
         Args:
             averages: What `averages` returned, summed over all ranks.
+            groups: Number of groups in the batch, over all ranks.
         """
         called = [(index, self._layers[index]) for index in sorted(self._called)]
         called = [(index, layer) for index, layer in called if layer.training and layer.track_running_stats]
         counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
         kept = [(index, layer) for index, layer in called if layer.running_mean is not None]
-        momenta = [_momentum(layer) for _, layer in kept]
+        momenta = [_momentum(layer, groups) for _, layer in kept]
         # An allocation may fail, and this runs again: so everything is allocated before anything is changed.
         moves = []
         for average in averages if kept else ():
@@ -214,7 +216,7 @@ class GroupedBatchNorm:
             moves.append(torch._foreach_mul([mean[index] for index, _ in kept], momenta))
         self._ungrouped.commit()
         if counts:
-            torch._foreach_add_(counts, 1)
+            torch._foreach_add_(counts, groups)
         for name, move in zip(("running_mean", "running_var"), moves, strict=False):
             running: list[Tensor] = [getattr(layer, name) for _, layer in kept]
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
@@ -309,11 +311,12 @@ def _has_hooks(norm: nn.Module, activation: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _momentum(layer: _BatchNorm) -> float:
-    """Return the weight of a batch that is not counted yet; without a momentum, all batches weigh the same."""
+def _momentum(layer: _BatchNorm, groups: int) -> float:
+    """Return the weight of groups that are not counted yet; without a momentum, all groups weigh the same."""
     if layer.momentum is not None:
-        return float(layer.momentum)
-    return 0.0 if layer.num_batches_tracked is None else 1.0 / (float(layer.num_batches_tracked) + 1.0)
+        momentum = float(layer.momentum)
+        return momentum if groups == 1 else 1.0 - (1.0 - momentum) ** groups  # of one group, to the last bit
+    return 0.0 if layer.num_batches_tracked is None else groups / (float(layer.num_batches_tracked) + groups)
 
 
 def _normalize_again(

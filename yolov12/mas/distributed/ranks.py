@@ -11,7 +11,7 @@ import math
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +47,12 @@ class RankStatus:
     """True if this process was asked to stop."""
     checksum: int = 0
     """Checksum of the rank's weights; 0 if it was not computed."""
+    groups: int = 0
+    """Number of BatchNorm groups in the rank's share of this batch."""
+
+    def after(self, groups: int) -> RankStatus:
+        """Return the report after a share of so many BatchNorm groups."""
+        return replace(self, groups=groups)
 
 
 NO_NEWS = RankStatus()
@@ -157,14 +163,14 @@ class ProcessRanks:
         outcome = _DONE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
         if failure is not None:
             self._watchdog.tell(str(failure) or type(failure).__name__)
-        table = torch.zeros(self.size, 5, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
+        table = torch.zeros(self.size, 6, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
         table[self.rank] = torch.tensor(
-            [outcome, status.images, status.ms, status.stop, status.checksum], dtype=torch.float64
+            [outcome, status.images, status.ms, status.stop, status.checksum, status.groups], dtype=torch.float64
         )
         with self._naming_the_lost():
             dist.all_reduce(table)
         outcomes, rows = table[:, 0].tolist(), table[:, 1:].tolist()
-        statuses = [RankStatus(int(images), ms, bool(stop), int(checksum)) for images, ms, stop, checksum in rows]
+        statuses = [RankStatus(int(images), ms, bool(stop), *map(int, others)) for images, ms, stop, *others in rows]
         for kind, error in ((_FAILED, RankError), (_DOES_NOT_FIT, DoesNotFitError)):
             if kind in outcomes:
                 rank = outcomes.index(kind)

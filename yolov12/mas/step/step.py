@@ -160,7 +160,7 @@ class Step:
                 statistics = self._retry(lambda: self._norms.averages(groups_done, share.batch_images))
                 # Reserved now, while a failed allocation still concerns only this rank.
                 self._retry(lambda: self._ranks.reserve([*self._parameters, *statistics]))
-            statuses = self._ranks.agree(status)
+            statuses = self._ranks.agree(status.after(groups=0 if share.is_padding else len(groups_done)))
             total.sum_over(self._ranks, self._retry, is_padding=share.is_padding)
             finished = self._retry(total.finished_gradients)
             summed = [*(gradient for gradient in finished if gradient is not None), *statistics]
@@ -170,7 +170,7 @@ class Step:
             loss, items = self._retry(total.loss), self._retry(total.items)
             result = Result(loss, items, tuple(ran), watch, ahead_watch if ahead else None, statuses)
             self._per_image = None if self._has_terms else self._retry(lambda: total.normaliser() / share.batch_images)
-            self._retry(lambda: self._norms.commit(statistics))
+            self._retry(lambda: self._norms.commit(statistics, sum(each.groups for each in statuses)))
         except BaseException:
             parts.drop()
             gradients.give(self._parameters, before)
