@@ -1,6 +1,7 @@
 """How the model that comes with the demonstration was trained: YOLOv12-N on the base classes of `data=demo`.
 
     python -m benchmarks demo_model --out FOLDER                          (ten minutes on one GPU)
+    python -m benchmarks demo_model --out FOLDER --hold-back missing+scratch --epochs 36     (for benchmarks/line.py)
     python -m benchmarks demo_model --out FOLDER --small --device cpu     (a minute, to try it)
 
 The boards are those of seed 1. `scripts/train.sh` trains and validates on boards of seed 0, which this model has never
@@ -21,7 +22,15 @@ from typing import Any
 from benchmarks.common import report
 
 IMGSZ = 320
-TRAINING = {"model": "yolov12n.yaml", "imgsz": IMGSZ, "batch": 64, "close_mosaic": 10, "cache": "ram", "seed": 0}
+TRAINING = {
+    "model": "yolov12n.yaml",
+    "imgsz": IMGSZ,
+    "batch": 64,
+    "close_mosaic": 10,
+    "cache": "ram",
+    "seed": 0,
+    "val": False,  # but for the last epoch
+}
 
 
 def main() -> None:
@@ -29,6 +38,7 @@ def main() -> None:
     parser = report.parser(__doc__, small="40 images and one epoch")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=42)
+    parser.add_argument("--hold-back", default="True", help="see `hold_back` of data=demo")
     options = parser.parse_args()
     if options.small:
         options.images, options.epochs = 40, 1
@@ -36,49 +46,54 @@ def main() -> None:
     from yolov12 import autopatch
 
     autopatch.apply()
+    device = 0 if options.device == "cuda" else "cpu"
+    result = report.Report(options.out / "demo_model.json", options.device)
+    result |= make(options.out, device, options.images, options.epochs, options.hold_back)
+    result.write()
+    print(json.dumps(result, indent=1))
+
+
+def make(folder: Path, device: int | str, images: int, epochs: int, hold_back: str) -> dict[str, Any]:
+    """Train the model and validate it on other boards.
+
+    Args:
+        folder: Folder that gets `yolov12n-demo.pt`.
+        device: Device of the training.
+        images: Number of boards, a twentieth of which are for validation.
+        epochs: Epochs of the training.
+        hold_back: Classes that are on no board; see `hold_back` of `data=demo`.
+
+    Returns:
+        How it was made, and what it finds.
+    """
     from ultralytics import YOLO
 
-    device = 0 if options.device == "cuda" else "cpu"
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = f"demo:images={options.images},seed=1,val=0.05,hold_back=True"
+    folder.mkdir(parents=True, exist_ok=True)
+    data = f"demo:images={images},seed=1,val=0.05,hold_back={hold_back}"
+    others = f"demo:images=400,val=0.5,hold_back={hold_back}"
     started = time.perf_counter()
     settings = {key: value for key, value in TRAINING.items() if key != "model"}
     model = YOLO(TRAINING["model"])
-    model.train(
-        **settings,
-        data=data,
-        epochs=options.epochs,
-        device=device,
-        workers=8,
-        plots=False,
-        project=str(Path(tempfile.gettempdir(), "demo_model")),
-        name="train",
-        exist_ok=True,
-    )
+    where = {"project": str(Path(tempfile.gettempdir(), "demo_model")), "name": "train", "exist_ok": True}
+    model.train(**settings, **where, data=data, epochs=epochs, device=device, workers=8, plots=False)
     seconds = time.perf_counter() - started
-    file = options.out / "yolov12n-demo.pt"
-    _save(model, file, {**settings, "task": "detect", "model": TRAINING["model"], "epochs": options.epochs})
-    result = report.Report(
-        options.out / "demo_model.json",
-        options.device,
-        data=data,
-        training=TRAINING,
-        seconds=round(seconds),
-        file={"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
-    )
-    found = YOLO(str(file)).val(
-        data="demo:images=400,val=0.5,hold_back=True", imgsz=IMGSZ, batch=64, device=device, plots=False
-    )
-    result["validation"] = {
-        "data": "demo:images=400,val=0.5,hold_back=True",
-        "map50": round(float(found.box.map50), 4),
-        "map50_95": round(float(found.box.map), 4),
-        "map50_of_class": {
-            found.names[c]: round(float(found.box.ap50[i]), 4) for i, c in enumerate(found.box.ap_class_index)
+    file = folder / "yolov12n-demo.pt"
+    _save(model, file, {**settings, "task": "detect", "model": TRAINING["model"], "epochs": epochs})
+    found = YOLO(str(file)).val(data=others, imgsz=IMGSZ, batch=64, device=device, plots=False)
+    return {
+        "data": data,
+        "training": {**TRAINING, "epochs": epochs},
+        "seconds": round(seconds),
+        "file": {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "validation": {
+            "data": others,
+            "map50": round(float(found.box.map50), 4),
+            "map50_95": round(float(found.box.map), 4),
+            "map50_of_class": {
+                found.names[c]: round(float(found.box.ap50[i]), 4) for i, c in enumerate(found.box.ap_class_index)
+            },
         },
     }
-    result.write()
-    print(json.dumps(result, indent=1))
 
 
 def _save(model: Any, file: Path, train_args: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 from ultralytics import YOLO
 
 from benchmarks import line
+from benchmarks.line_story import NEW
 from yolov12.demo.board import class_names
 
 TINY = replace(
@@ -26,7 +27,7 @@ def test_the_watch_trains_and_promotes_although_everything_is_killed(tiny_model,
     folder = tmp_path / "line"
     folder.mkdir()
     yolo = YOLO(tiny_model)  # it finds nothing
-    yolo.model.names = dict(enumerate([*class_names(hold_back=True), "other", "another"]))
+    yolo.model.names = dict(enumerate([*class_names(hold_back=NEW), "other", "another"]))
     yolo.save(folder / "base.pt")
     found = line.tell_all(TINY, ["watch"], folder, tmp_path / "line.json")
     assert json.loads((tmp_path / "line.json").read_text()) == json.loads(json.dumps(found))

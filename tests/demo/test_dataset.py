@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from yolov12.demo import DemoSpec, dataset, ensure
-from yolov12.demo.board import CLASS_NAMES, HELD_BACK_COUNT, Box, DrawConfig
+from yolov12.demo.board import CLASS_NAMES, HELD_BACK, Box, DrawConfig
 from yolov12.demo.draw import draw_board
 from yolov12.errors import DataError
 
-HELD_BACK = range(len(CLASS_NAMES) - HELD_BACK_COUNT, len(CLASS_NAMES))
+HELD_BACK_IDS = [CLASS_NAMES.index(name) for name in HELD_BACK]
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -117,11 +117,11 @@ def test_holding_back_removes_two_defects_and_moves_no_class_id(tmp_path: Path) 
     assert full != held
     names, kept = (yaml.safe_load(p.read_text())["names"] for p in (full, held))
     assert list(names.values()) == list(CLASS_NAMES)
-    assert kept == {i: name for i, name in names.items() if i not in HELD_BACK}
+    assert kept == {i: name for i, name in names.items() if i not in HELD_BACK_IDS}
     all_rows, kept_rows = labels(full.parent), labels(held.parent)
-    assert any(np.isin(rows[:, 0], HELD_BACK).any() for rows in all_rows.values())
+    assert any(np.isin(rows[:, 0], HELD_BACK_IDS).any() for rows in all_rows.values())
     for number, rows in all_rows.items():
-        rest = {tuple(row) for row in rows if row[0] not in HELD_BACK}
+        rest = {tuple(row) for row in rows if row[0] not in HELD_BACK_IDS}
         sound = {tuple(row) for row in kept_rows[number]}
         assert rest <= sound  # all other boxes and ids are unchanged
         shifted = sum(rows[:, 0] == CLASS_NAMES.index("shifted"))

@@ -12,6 +12,7 @@ from ultralytics import YOLO
 
 import yolov12
 from yolov12.demo import DemoSpec
+from yolov12.demo.board import HELD_BACK
 from yolov12.models import weights
 from yolov12.models.weight_names import DEMO
 
@@ -41,7 +42,7 @@ def test_the_image_has_the_file() -> None:
 def test_the_name_is_enough_in_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = YOLO(name)
-    assert tuple(model.names.values()) == DemoSpec(hold_back=True).names
+    assert tuple(model.names.values()) == DemoSpec(hold_back=HELD_BACK).names
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,14 +5,17 @@ from pathlib import Path
 import pytest
 
 from yolov12.demo import DemoSpec, dataset, ensure, is_demo, parse
+from yolov12.demo.board import HELD_BACK
 from yolov12.errors import ConfigError
 
 
 def test_parse_reads_every_setting() -> None:
     spec = parse("demo:images=2000,seed=1,hold_back=True,imgsz=640,val=0.25")
-    assert spec == DemoSpec(images=2000, seed=1, imgsz=640, val=0.25, hold_back=True)
+    assert spec == DemoSpec(images=2000, seed=1, imgsz=640, val=0.25, hold_back=HELD_BACK)
     assert parse("demo") == DemoSpec()
     assert parse("demo: images=50, hold_back=false") == DemoSpec(images=50)
+    assert parse("demo:hold_back=scratch+missing") == DemoSpec(hold_back=("missing", "scratch"))
+    assert parse("demo:hold_back=crack+shifted") == parse("demo:hold_back=True")
 
 
 def test_different_specs_never_share_a_folder() -> None:
@@ -23,6 +26,8 @@ def test_different_specs_never_share_a_folder() -> None:
         "demo:imgsz=640",
         "demo:val=0.25",
         "demo:hold_back=True",
+        "demo:hold_back=missing",
+        "demo:hold_back=missing+scratch",
     ]
     assert len({parse(spec).folder for spec in specs}) == len(specs)
 
@@ -45,7 +50,8 @@ def test_a_changed_generator_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None
         ("demo:imgsz=64", "pixels from 256 to"),
         ("demo:val=1.0", "fraction between 0 and 1"),
         ("demo:val=nan", "fraction between 0 and 1"),
-        ("demo:hold_back=maybe", "True or False"),
+        ("demo:hold_back=maybe", "True, False, or defects joined by"),
+        ("demo:hold_back=led", "of missing, bridge, scratch, shifted, crack"),
         ("demo:seed=1,seed=2", "given twice"),
         ("demo:images=4", "images=5 or more"),
         ("coco8.yaml", "not the embedded data set"),

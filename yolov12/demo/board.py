@@ -14,7 +14,8 @@ CLASS_NAMES = (
     "resistor", "capacitor", "ic", "led", "connector",
     "missing", "bridge", "scratch", "shifted", "crack",
 )  # fmt: skip
-HELD_BACK_COUNT = 2  # the last classes: holding them back changes no other class id
+DEFECTS = CLASS_NAMES[5:]
+HELD_BACK = CLASS_NAMES[-2:]  # the last classes: holding them back changes no other class id
 CAN_FROM = 0.62  # a capacitor with a larger look[0] is a round aluminium can
 
 Image = NDArray[np.uint8]  # (height, width, channels) uint8, BGR or BGRA
@@ -31,8 +32,8 @@ class DrawConfig:
     """Side of the square image in pixels."""
     dense: bool = False
     """Draw a panel of 150 to 320 small parts instead of one board."""
-    hold_back: bool = False
-    """Leave out the last `HELD_BACK_COUNT` classes. Parts are drawn without these defects."""
+    hold_back: tuple[str, ...] = ()
+    """Defect classes to leave out. Boards are drawn without these defects."""
 
     @property
     def scale(self) -> float:
@@ -42,7 +43,7 @@ class DrawConfig:
 
 @dataclass(frozen=True)
 class Box:
-    """A labelled rectangle: `x0 <= x < x1` and `y0 <= y < y1` in pixels. `class_id` is an index of CLASS_NAMES."""
+    """A labelled rectangle: `x0 <= x < x1` and `y0 <= y < y1` in pixels. `class_id` is an index of `class_names`."""
 
     class_id: int
     x0: int
@@ -86,9 +87,9 @@ class BoardDrawing:
     scratch: Polyline | None
 
 
-def class_names(hold_back: bool) -> tuple[str, ...]:
+def class_names(hold_back: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the classes that are drawn. The position of a name is its class id."""
-    return CLASS_NAMES[:-HELD_BACK_COUNT] if hold_back else CLASS_NAMES
+    return tuple(name for name in CLASS_NAMES if name not in hold_back)
 
 
 def to_pixels(points: NDArray[np.float64]) -> Polyline:

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import yaml
 
-from yolov12.demo.board import Box, DrawConfig, class_names
+from yolov12.demo.board import DEFECTS, HELD_BACK, Box, DrawConfig, class_names
 from yolov12.demo.draw import draw_board
 from yolov12.errors import ConfigError, DataError
 
@@ -51,13 +51,14 @@ class DemoSpec:
     """Side of the square images in pixels."""
     val: float = 0.2
     """Fraction of the images in the validation split. They are spread evenly over the indices."""
-    hold_back: bool = False
-    """Leave out the last two defect classes. Adding them later changes no other class id."""
+    hold_back: tuple[str, ...] = ()
+    """Defect classes to leave out. Adding the last two later changes no other class id."""
 
     @property
     def folder(self) -> str:
         """Name of the folder. Different settings and generator versions have different folders."""
         held = "-hold" if self.hold_back else ""
+        held += "" if self.hold_back == HELD_BACK else "".join(f"-{name}" for name in self.hold_back)
         return f"yolov12-demo-v{GENERATOR_VERSION}-{self.images}-{self.imgsz}-s{self.seed}-val{self.val!r}{held}"
 
     @property
@@ -66,8 +67,13 @@ class DemoSpec:
         return class_names(self.hold_back)
 
 
-def _boolean(text: str) -> bool:
-    return {"true": True, "false": False}[text.lower()]
+def _held_back(text: str) -> tuple[str, ...]:
+    if text.lower() in ("true", "false"):
+        return HELD_BACK if text.lower() == "true" else ()
+    names = text.split("+")
+    if not set(names) <= set(DEFECTS):
+        raise ValueError(text)
+    return tuple(name for name in DEFECTS if name in names)
 
 
 # setting → parser, check, and the allowed values in words
@@ -76,7 +82,7 @@ _RULES: dict[str, tuple[Callable[[str], Any], Callable[[Any], bool], str]] = {
     "seed": (int, lambda n: 0 <= n < 2**31, "a whole number from 0 to 2147483647"),
     "imgsz": (int, lambda n: 256 <= n <= 2048, "a whole number of pixels from 256 to 2048"),
     "val": (float, lambda x: 0 < x < 1, "a fraction between 0 and 1, such as 0.2"),
-    "hold_back": (_boolean, lambda _: True, "True or False"),
+    "hold_back": (_held_back, lambda _: True, f"True, False, or defects joined by +, of {', '.join(DEFECTS)}"),
 }
 
 
@@ -111,7 +117,7 @@ def parse(spec: str) -> DemoSpec:
         read, allowed, words = _RULES[key]
         try:
             settings[key] = read(text)
-        except (ValueError, KeyError):
+        except ValueError:
             raise ConfigError(f"data=demo: {key}={text!r} must be {words}") from None
         if not allowed(settings[key]):
             raise ConfigError(f"data=demo: {key}={text} must be {words}")
@@ -196,4 +202,6 @@ def _label_line(box: Box, imgsz: int) -> str:
 
 def _spec_of(demo: DemoSpec) -> str:
     """Format the settings as a text that `parse` reads."""
-    return "demo:" + ",".join(f"{field.name}={getattr(demo, field.name)}" for field in fields(demo))
+    values = {field.name: getattr(demo, field.name) for field in fields(demo)}
+    values["hold_back"] = "+".join(demo.hold_back) or False
+    return "demo:" + ",".join(f"{name}={value}" for name, value in values.items())

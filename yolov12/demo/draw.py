@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolov12.demo.board import (
-    CLASS_NAMES,
     BoardDrawing,
     Box,
     Colour,
@@ -52,7 +51,7 @@ def _render(drawing: BoardDrawing, config: DrawConfig) -> tuple[Image, list[Box]
     boxes: list[Box] = []
 
     def label(name: str, rect: Rect) -> None:
-        boxes.append(Box(CLASS_NAMES.index(name), *rect))
+        boxes.append(Box(names.index(name), *rect))
 
     for number, part in enumerate(drawing.parts):
         rect = _paste(image, pads(part, drawing.finish), part)
@@ -69,7 +68,7 @@ def _render(drawing: BoardDrawing, config: DrawConfig) -> tuple[Image, list[Box]
             label("bridge", _paste(above, bridge(part), part))
         elif defect == "crack":
             label("crack", _paste(above, crack(part, sprite, scale), part))
-    if drawing.scratch is not None:
+    if drawing.scratch is not None and "scratch" in names:
         label("scratch", _paint_scratch(image, drawing.scratch, drawing.mask, scale))
     return _overlay(image, above, drop=max(1, round(2 * scale))), boxes
 
