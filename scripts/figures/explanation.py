@@ -179,6 +179,12 @@ def loader() -> Iterator[Passage]:
     )
 
 
+@explained("docs/explanation/data.md", "The number of workers")
+def workers() -> Iterator[Passage]:
+    """Yield what the choice is made with."""
+    yield setting("does not take at least 3 % less time", "a threshold of the choice")
+
+
 @explained("docs/guides/resume.md", "When a run is saved")
 def saving() -> Iterator[Passage]:
     """Yield the time of a save."""

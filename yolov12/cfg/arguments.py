@@ -124,6 +124,15 @@ ARGUMENTS: tuple[Argument, ...] = (
         DATA,
     ),
     Argument(
+        "auto_workers",
+        None,
+        "True or False; None: True unless you give workers",
+        "Choose the number of loader workers: at first workers, or the number of cores if that is less; after an epoch "
+        "in which the GPU waited for data a tenth of the time or more, a larger number, if cores and memory allow and "
+        "if it turns out to be faster.",
+        DATA,
+    ),
+    Argument(
         "replay",
         None,
         "path of a data set yaml, or demo:...; None: no other data",

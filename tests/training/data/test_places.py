@@ -16,6 +16,7 @@ from ultralytics.utils.torch_utils import init_seeds
 
 from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.training.data.loader import SKIPPED, ResumableLoader
+from yolov12.training.data.places import chooses_by_place
 from yolov12.training.data.random_state import random_state
 from yolov12.training.data.replay import ReplaySampler
 from yolov12.training.data.sharing import SHARE, Sharing
@@ -26,8 +27,9 @@ HARDWARE = [
     {"cut": (4, 2)},  # within an epoch
     {"cut": (6, 0), "workers": 1},  # at the end of an epoch, after which mosaic is closed
     {"cut": (8, 1)},  # after that
-    {"rank": (1, 2)},
+    {"rank": (1, 2), "workers": 1, "numbers": {2: 3, 6: 2}},
     {"rank": (2, 3), "workers": 2, "cut": (5, 0)},
+    {"workers": 2, "numbers": {1: 1, 3: 3, 7: 2}},  # of workers, within an epoch, at its end and without mosaic
 ]
 KINDS = [
     {},
@@ -51,7 +53,9 @@ def dataset_of(data, size, *, joined=False, **arguments):
     cfg = get_cfg(overrides={"imgsz": 64, "mosaic": 0.8, "mixup": 0.3, "degrees": 5.0, **arguments})
     tasks = ["detect", "segment"] if joined else [arguments.get("task", "detect")]
     parts = [build_yolo_dataset(cfg, data[task]["train"], size, data[task]) for task in tasks]
-    return YOLOConcatDataset(parts) if joined else parts[0]
+    dataset = YOLOConcatDataset(parts) if joined else parts[0]
+    assert chooses_by_place(dataset)
+    return dataset
 
 
 def loader_of(data, *, workers=0, rank=None, size=8, replay=False, **arguments):
@@ -76,7 +80,7 @@ def loader_of(data, *, workers=0, rank=None, size=8, replay=False, **arguments):
     return ResumableLoader(loader, 64, sharing=sharing, arrange=rank is None).take_over(), sharing
 
 
-def run(loader, sharing, found, last=None, state=None):
+def run(loader, sharing, found, last=None, state=None, numbers=None):
     """Load the images of a training into a dictionary; return the state after its last batch.
 
     Args:
@@ -85,6 +89,7 @@ def run(loader, sharing, found, last=None, state=None):
         found: Batch and name of an image → its pixels and boxes, and the seed of the batch.
         last: Number of batches after which the training is interrupted; None for never.
         state: State from which it goes on.
+        numbers: Number of batches → number of workers from then on.
     """
     if state is not None:
         assert loader.load_state_dict(state, lambda: None)
@@ -110,18 +115,27 @@ def run(loader, sharing, found, last=None, state=None):
                 found[done, file] = batch["img"][place], batch["bboxes"][boxes], batch["cls"][boxes], loader.seed
             if done == last:
                 return loader.state_dict()
+            if numbers and done in numbers:
+                loader.restart(numbers[done], 2 * numbers[done] + 1)
     return None
 
 
-def images(data, *, cut=None, **settings):
-    """Return what a training loads; `cut` has the batch after which it is interrupted, and its workers before."""
+def images(data, *, cut=None, numbers=None, **settings):
+    """Return what a training loads.
+
+    Args:
+        data: Data sets.
+        cut: Batch after which it is interrupted, and its workers before; None for never.
+        numbers: See `run`.
+        settings: Arguments of `loader_of`.
+    """
     found, state = {}, None
     if cut is not None:
         before, sharing = loader_of(data, **{**settings, "workers": cut[1]})
         state = run(before, sharing, found, last=cut[0])
         before.close()
     loader, sharing = loader_of(data, **settings)
-    run(loader, sharing, found, state=state)
+    run(loader, sharing, found, state=state, numbers=numbers)
     loader.close()
     return found
 
@@ -255,6 +269,7 @@ class Weighted(YOLODataset):
 def test_a_data_set_of_the_users_own_that_chooses_images_chooses_those_of_mosaics(data, kind):
     dataset = dataset_of(data, 8, mosaic=1.0, mixup=0.0)
     dataset.__class__ = kind
+    assert not chooses_by_place(dataset)
     for _ in itertools.islice(ResumableLoader(build_dataloader(dataset, 8, 0, device="cpu"), 64).take_over(), 3):
         assert {index for index, image in enumerate(dataset.ims) if image is not None} <= {0, 1, 2}
 
@@ -262,6 +277,7 @@ def test_a_data_set_of_the_users_own_that_chooses_images_chooses_those_of_mosaic
 def test_a_data_set_inside_one_of_the_users_own_keeps_as_many_images_as_with_ultralytics(data):
     dataset = dataset_of(data, 4, mosaic=1.0)
     dataset.max_buffer_length = 8
+    assert not chooses_by_place(Around(dataset))
     loader = ResumableLoader(build_dataloader(Around(dataset), 4, 0, device="cpu"), 64).take_over()
     for _ in range(3):
         for _ in loader:

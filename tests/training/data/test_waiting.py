@@ -57,7 +57,7 @@ def a_training(
     data_set = SimpleNamespace(labels=[{"shape": (480, 640)}, {"shape": (2000, 1000)}, {}] * 200)
     loader = SimpleNamespace(num_workers=workers, dataset=data_set)
     return SimpleNamespace(
-        args=SimpleNamespace(**{"cache": False, "imgsz": 640, **args}),
+        args=SimpleNamespace(**{"cache": False, "imgsz": 640, "auto_workers": False, **args}),
         device=torch.device(device),
         world_size=world_size,
         train_loader=loader,
@@ -73,6 +73,7 @@ def test_the_advice_fits_the_machine(monkeypatch):
     """200 images each of 640 × 480, of 320 × 640, and of unknown size at 640 take 527 MiB."""
     begin = "\ndata: the GPU waited for data 61 % of the time: "
     assert told(a_training(monkeypatch)) == begin + "more workers (workers=16), cache=ram (527 MiB)"
+    assert told(a_training(monkeypatch, auto_workers=True)) == begin + "cache=ram (527 MiB)"
     assert told(a_training(monkeypatch, cores=16)) == begin + "cache=ram (527 MiB)"
     assert told(a_training(monkeypatch, cores=16, free_bytes=527 * 2**20)) == begin + "cache=disk"
     assert told(a_training(monkeypatch, cache="ram")) == begin + "more workers (workers=16)"

@@ -69,6 +69,7 @@ BAD = {
     "epochs": ["x"],
     "save_every": ["soon"],
     "mas_data": ["sometimes"],
+    "auto_workers": ["sometimes"],
     "mem_limit": ["much"],
     "nonsense": [1],
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -40,6 +40,7 @@ from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
 from yolov12.training.data.waiting import waited_for_data
+from yolov12.training.data.workers import WorkersControl
 from yolov12.training.run import run_folder
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -78,6 +79,7 @@ class TrainerAdapter:
         self._resolution, self._ranks = resolution, ranks
         self.saver: RunSaver | None = None  # None for a loader of the user's own, which cannot be resumed
         self._loader: ResumableLoader | None = None
+        self._choose_workers: Callable[[], None] = lambda: None
         self._interruption: Interruption | None = None
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
@@ -116,6 +118,7 @@ class TrainerAdapter:
             epoch=trainer.start_epoch,
         )
         trainer.train_loader = self._loader = loader.take_over()
+        self._choose_workers = WorkersControl(trainer, loader, ranks, engine.note).epoch_ends
         self._interruption = Interruption()
         interval = Interval.parse(trainer.args.save_every)
         states = self._resolution, self._display.of_epoch, self._interruption
@@ -309,6 +312,7 @@ class TrainerAdapter:
         trainer = self._trainer
         if trainer.metrics is not None:  # with several ranks, only rank 0 has metrics
             trainer.metrics = {**trainer.metrics, **self._display.metrics()}
+        self._choose_workers()
         self._heed_signals(at_once=True)
 
     def _heed_signals(self, *, at_once: bool) -> None:
@@ -334,8 +338,7 @@ class TrainerAdapter:
         if self._knows_preprocess and not self._trainer.args.multi_scale:
             return batch.host
         part = self._task.opened(self._task.part(batch.host, 0, min(_DRAWN, len(batch.host["img"]))))
-        shown: dict[str, Any] = self._preprocess_again(self._task.draw, part)
-        return shown
+        return self._preprocess_again(self._task.draw, part)  # type: ignore[no-any-return]
 
     def _finish(self) -> None:
         from ultralytics.utils import LOGGER

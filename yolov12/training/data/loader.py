@@ -29,6 +29,7 @@ from yolov12.training.data.random_state import without_trace
 from yolov12.training.data.rendering import Loaded, Rendering, give_recipes
 from yolov12.training.data.shared_images import shared_images
 from yolov12.training.data.sharing import SHARE, Sharing
+from yolov12.training.data.workers import PaceClock
 
 __all__ = ["SKIPPED", "ResumableLoader", "data_of", "resumable"]
 
@@ -99,6 +100,8 @@ class ResumableLoader:
         self._skip = 0
         self._is_repeating = False  # what happened before an interruption
         self._then: Callable[[], None] | None = None
+        self.pace = PaceClock()
+        """Measures how fast the training loop takes batches."""
         self.is_loops = True
         """True if an iterator that is made now is the training loop's, False if it is a user's."""
         self.position = 0
@@ -114,6 +117,7 @@ class ResumableLoader:
         self._collate.stock.shared = shared_images(self._loader, self._image_size)
         give_recipes(self._loader.dataset)
         self._collate.clock.watch(self._loader.dataset)
+        self.pace.begin(self.ahead(self._loader.num_workers))
         return self
 
     def __len__(self) -> int:
@@ -138,6 +142,7 @@ class ResumableLoader:
         for _ in range(len(self) - skip):
             batch, self.times = self._take()
             self.position += 1
+            self.pace.took(self.times.wait, is_first=self.position == 1)
             assert self._begun is not None
             self.seed = self._order.seed(self._begun._replace(batch=self._taken - 1))
             if self._sharing is not None:
@@ -181,15 +186,36 @@ class ResumableLoader:
     def reset(self) -> None:
         """Drop prefetched batches, because the data set has changed; see `InfiniteDataLoader.reset`."""
         self._loader.reset()
+        self._draw_again(len(self), None)
+
+    def ahead(self, workers: int) -> int:
+        """Return how many batches are drawn, at most, before the first of them is trained on."""
+        return workers * (self._loader.prefetch_factor or 0) + 1
+
+    def restart(self, workers: int, ahead: int) -> None:
+        """Go on with another number of workers. Prefetched batches are dropped, and loaded again.
+
+        Args:
+            workers: Number of workers of a loader that has some; 0 for one that has none.
+            ahead: Largest result of `ahead` of all ranks.
+        """
+        self._loader.reset()
+        self._loader.num_workers = workers
+        self._collate.stock.shared = shared_images(self._loader, self._image_size)
+        self._draw_again(self._taken, ahead)
+
+    def _draw_again(self, taken: int, ahead: int | None) -> None:
+        """Begin after a batch of the latest epoch with the next iterator."""
         if self._sharing is not None:
-            self._sharing.drop()
+            self._sharing.drop(ahead)
         if not self._is_repeating:  # otherwise, the epoch was begun anew before the interruption
             if self._begun is not None:
-                self._order.begin = self._begun._replace(batch=len(self))
+                self._order.begin = self._begun._replace(batch=taken)
             elif self._order.drawn:
                 self._order.begin = self._order.drawn[0]
         self._order.drawn.clear()
         self._taken = len(self)
+        self.pace.begin(self.ahead(self._loader.num_workers))
 
     @property
     def is_last(self) -> bool:

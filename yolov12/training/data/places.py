@@ -28,7 +28,7 @@ from yolov12.training.adapter.users_code import module_of
 from yolov12.training.data.arrangement import arranged
 from yolov12.training.data.random_state import random_state, set_random_state
 
-__all__ = ["Later", "Order", "Placed", "Start", "boxes_of", "by_place", "forget", "seeded"]
+__all__ = ["Later", "Order", "Placed", "Start", "boxes_of", "by_place", "chooses_by_place", "forget", "seeded"]
 
 _LEAST = 16
 """Fewest images in a pool. A smaller batch takes those before it in the order, at the price of decoding them again."""
@@ -295,7 +295,14 @@ def _pools(dataset: Any, wanted: set[int], first: int = 0) -> Iterator[_Pool]:
         yield from _pools(part, wanted, first)
         first += len(part)
     own = getattr(dataset, "__dict__", {})  # a wrapper may pass on the attributes of another data set
-    if all(isinstance(own.get(name), list) for name in ("buffer", *_MEMORY)) and all(
-        module_of(getattr(dataset, name)).startswith("ultralytics.") for name in ("__getitem__", "__len__")
-    ):
+    if chooses_by_place(dataset) and all(isinstance(own.get(name), list) for name in _MEMORY):
         yield _Pool(dataset, first, wanted)
+
+
+def chooses_by_place(dataset: Any) -> bool:
+    """Return whether the partners of an image depend on its place alone, and not on what the process has loaded."""
+    if isinstance(dataset, ConcatDataset):
+        return all(map(chooses_by_place, dataset.datasets))
+    return isinstance(getattr(dataset, "__dict__", {}).get("buffer"), list) and all(
+        module_of(getattr(dataset, name)).startswith("ultralytics.") for name in ("__getitem__", "__len__")
+    )

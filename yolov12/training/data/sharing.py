@@ -117,7 +117,12 @@ class Sharing:
         settled = state or [[0, self._resolution_step()]]
         self._settled = deque((begin, self._balance.ms_per_image, step) for begin, step in settled)
 
-    def drop(self) -> None:
-        """Forget the batches that were drawn and not trained on. They will be drawn again."""
+    def drop(self, ahead: int | None = None) -> None:
+        """Forget the batches that were drawn and not trained on. They will be drawn again.
+
+        Args:
+            ahead: New number of batches that are drawn ahead, the same on all ranks; None if it has not changed.
+        """
+        self._ahead = self._ahead if ahead is None else ahead
         self._drawn = self._trained
         self._waiting.clear()

@@ -30,14 +30,17 @@ def check_data_arguments(arguments: Mapping[str, Any]) -> None:
             `cls_remap`.
 
     Raises:
-        ConfigError: `mas_data` is not a mode, `mas_min_imgsz` is not a size, `replay_fraction` is not a fraction,
-            `rename` is not a dictionary of names, or `replay` or `rename` does not go with another argument.
+        ConfigError: `mas_data` is not a mode, `mas_min_imgsz` is not a size, `auto_workers` is not a switch,
+            `replay_fraction` is not a fraction, `rename` is not a dictionary of names, or `replay` or `rename` does not
+            go with another argument.
     """
     mode, smallest = arguments["mas_data"], arguments["mas_min_imgsz"]
     if mode not in _MODES:
         raise ConfigError(f"mas_data={mode}: give one of {', '.join(_MODES)}")
     if smallest is not None and not (isinstance(smallest, int) and smallest >= 1):
         raise ConfigError(f"mas_min_imgsz={smallest}: give pixels, as in 320, or leave it out for half of imgsz")
+    if (automatic := arguments["auto_workers"]) not in (None, True, False):
+        raise ConfigError(f"auto_workers={automatic}: give True or False, or leave it out")
     replay, fraction = arguments["replay"], arguments["replay_fraction"]
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ConfigError(f"replay_fraction={fraction}: give a fraction between 0 and 1, as in 0.3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from yolov12 import files, own_files
 from yolov12.training.adapter import attach as adapter
 from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.classes import head, table
-from yolov12.training.data import host, replay
+from yolov12.training.data import host, replay, workers
 from yolov12.training.run import options, process_group, run_folder, session
 
 __all__ = ["build_loaders", "make", "resume_training", "setup_model", "setup_train", "train"]
@@ -31,6 +32,9 @@ def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any)
     """
     with session.no_false_start(trainer), run_folder.locked_while_made():
         process_group.gather(stock, trainer, *args, **kwargs)
+        given = inspect.signature(stock).bind(trainer, *args, **kwargs).arguments.get("overrides")
+        if trainer.args.mas:
+            trainer.args.auto_workers = workers.is_automatic(trainer.args, given or {})
 
 
 def train(stock: Callable[..., None], trainer: Any, /) -> None:
@@ -86,6 +90,7 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     """
     if trainer.args.mas:
         options.check_data_arguments(vars(trainer.args))  # a trainer may have been made without `Model.train`
+        workers.begin(trainer)
         host.limit_workers(trainer)
     with process_group.setting_up(functools.partial(adapter.why_not, trainer)):
         stock(trainer, *args, **kwargs)

@@ -1,0 +1,246 @@
+"""Number of loader workers, where the user has not given one.
+
+It begins with Ultralytics' number, or with the number of cores if that is less. If the device waits for data in a tenth
+of the time or more, the next epoch has more workers. If that is not faster, the number goes back and stays. The images
+do not depend on it (see `places`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from yolov12.mas.distributed.ranks import Ranks
+from yolov12.mas.memory.cgroups import usable_cores
+from yolov12.mas.memory.host import HostMemory
+from yolov12.mas.memory.reading import Stopwatch
+from yolov12.training.data.host import room_for_workers
+from yolov12.training.data.places import chooses_by_place
+
+if TYPE_CHECKING:
+    from yolov12.training.data.loader import ResumableLoader
+
+__all__ = ["Pace", "PaceClock", "Verdict", "WorkersControl", "begin", "is_automatic", "judge", "more_workers"]
+
+_WAITS = 0.1
+"""Smallest fraction of the time spent waiting for which more workers are tried."""
+_FASTER = 0.03
+"""Fraction of a batch's time by which it must get faster, or the number of workers goes back."""
+_MOST_AT_ONCE = 1.5
+"""Largest factor of one change. On 16 cores, 15 workers were slower than 8, so numbers between are tried first."""
+_ROUNDS = 4
+"""Number of batches of each worker that tell a pace. Workers that began together deliver in bursts."""
+_WORTH_S = 30.0
+"""Seconds of waiting that must lie ahead. A change costs a few, as prefetched batches are dropped."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Speed of a training with one number of workers."""
+
+    batch_ms: float
+    """Mean time of a batch in milliseconds, with everything but validation."""
+    wait: float
+    """Fraction of this time in which the device waited for data."""
+
+
+class PaceClock:
+    """Measures the pace of a training from batch to batch.
+
+    Args:
+        now_s: Clock, in seconds.
+    """
+
+    def __init__(self, now_s: Callable[[], float] = time.perf_counter) -> None:
+        self._now_s = now_s
+        self.begin(0)
+
+    def begin(self, ahead: int) -> None:
+        """Begin to measure after this number of batches, which may have been loaded ahead."""
+        self._skip, self._last_s = ahead, -math.inf
+        self._waits: deque[tuple[Stopwatch, float]] = deque()  # the device runs behind the host
+        self._batches, self._whole_ms, self._wait_ms = 0, 0.0, 0.0
+
+    def took(self, wait: Stopwatch, *, is_first: bool) -> None:
+        """Note that the training has got a batch.
+
+        Args:
+            wait: Measures how long the device waits for it.
+            is_first: True for the first batch of an epoch. Validation may lie before it.
+        """
+        last_s, self._last_s = self._last_s, self._now_s()
+        if self._skip or is_first or last_s == -math.inf:
+            self._skip -= self._skip > 0
+            return
+        self._waits.append((wait, 1000 * (self._last_s - last_s)))
+        while self._waits and (wait_ms := self._waits[0][0].elapsed_ms()) is not None:
+            self._batches += 1
+            self._wait_ms += wait_ms
+            self._whole_ms += self._waits.popleft()[1]
+
+    def pace(self, batches: int) -> Pace | None:
+        """Return the pace since `begin`; None if fewer batches than these were measured."""
+        if self._batches < batches or not self._whole_ms:
+            return None
+        return Pace(self._whole_ms / self._batches, self._wait_ms / self._whole_ms)
+
+
+class Verdict(Enum):
+    """What a pace says of the number of workers."""
+
+    KEEP = "keep"
+    MORE = "more"
+    BACK = "back"
+
+
+def judge(before: Pace | None, now: Pace) -> Verdict:
+    """Return what to do after an epoch.
+
+    Args:
+        before: Pace with the number of workers before, if this one is on trial; otherwise None.
+        now: Pace with the present number.
+    """
+    if before is not None and now.batch_ms > (1 - _FASTER) * before.batch_ms:
+        return Verdict.BACK
+    return Verdict.MORE if now.wait >= _WAITS else Verdict.KEEP
+
+
+def more_workers(workers: int, wait: float, most: int) -> int:
+    """Return a larger number of workers, with which the device would not wait if each worker were as fast as now.
+
+    Args:
+        workers: Present number.
+        wait: Fraction of the time in which the device waits, from 0 to 1.
+        most: Largest number. The result is not above it unless the present number is.
+    """
+    enough = workers * min(_MOST_AT_ONCE, 1 / max(1 - wait, 1e-9))
+    return max(workers, min(most, math.ceil(round(enough, 6))))
+
+
+def is_automatic(args: Any, overrides: Mapping[str, Any]) -> bool:
+    """Return whether the number of workers is chosen by this module.
+
+    Args:
+        args: All arguments of a training; those of its first start if it resumes.
+        overrides: Arguments that the user has given, or all of them in a process that Ultralytics has started.
+    """
+    from ultralytics.utils import DEFAULT_CFG_DICT
+
+    if (given := overrides.get("auto_workers")) is not None:
+        return bool(given)
+    if "workers" in overrides:
+        return False
+    before: bool | None = args.auto_workers
+    return args.workers == DEFAULT_CFG_DICT["workers"] if before is None else before
+
+
+def begin(trainer: Any) -> None:
+    """Let a training have no more workers than cores, and log it if these are fewer.
+
+    Args:
+        trainer: Ultralytics trainer whose loaders are not made yet.
+    """
+    from ultralytics.utils import LOGGER
+
+    cores = _cores(trainer)
+    if trainer.args.auto_workers and trainer.args.workers > cores:
+        LOGGER.info(f"data: workers={cores} instead of {trainer.args.workers}: this process may use {cores} cores")
+        trainer.args.workers = cores
+
+
+def _cores(trainer: Any) -> int:
+    """Return the number of cores for this rank. Other GPUs that it sees may train something else."""
+    gpus = torch.cuda.device_count() if trainer.device.type == "cuda" else 1
+    return max(usable_cores() // max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), 1)
+
+
+class WorkersControl:
+    """Changes the number of workers of one loader at the ends of epochs.
+
+    Args:
+        trainer: Ultralytics trainer.
+        loader: Its training loader.
+        ranks: Processes that share each batch. They change their numbers together, each its own.
+        note: Called with an event for the journal.
+    """
+
+    def __init__(self, trainer: Any, loader: ResumableLoader, ranks: Ranks, note: Callable[[str], None]) -> None:
+        self._trainer, self._loader, self._ranks, self._note = trainer, loader, ranks, note
+        self._before: tuple[int, Pace] | None = None  # number and pace before a trial
+        # With other data sets, images depend on the workers, and a run that is repeated would see others.
+        self._is_settled = not (trainer.args.auto_workers and chooses_by_place(loader.dataset))
+
+    def epoch_ends(self) -> None:
+        """Choose the number for the next epoch. All ranks call this together."""
+        trainer, loader = self._trainer, self._loader
+        if self._is_settled:
+            return
+        until = [trainer.epochs - trainer.args.close_mosaic, trainer.epochs]  # without mosaic, batches are others
+        epochs = next((each for each in until if each > trainer.epoch + 1), trainer.epochs) - trainer.epoch - 1
+        is_closing = bool(trainer.args.close_mosaic) and trainer.epoch + 1 == until[0]
+        pace = self._pace()
+        if pace is None:
+            if is_closing and self._before is not None:  # the trial cannot be judged any more
+                self._back("were not tried for long enough")
+            return
+        before = self._before and self._before[1]
+        verdict = judge(before, pace)
+        if verdict is Verdict.BACK:
+            speeds = [f"{1000 * trainer.batch_size / each.batch_ms:,.0f}" for each in (pace, before) if each]
+            self._back(f"were not faster ({speeds[0]} images/s, {speeds[1]} before)")
+            return
+        if self._before is not None:
+            trainer.args.workers, self._before = loader.num_workers, None  # a resumed run begins with it
+        loader.pace.begin(0)
+        waiting_s = pace.wait * pace.batch_ms / 1000 * len(loader) * epochs
+        if verdict is Verdict.KEEP or is_closing or epochs < 2 or waiting_s < _WORTH_S:
+            return
+        workers = more_workers(loader.num_workers, pace.wait, self._most())
+        if self._ranks.all(workers == loader.num_workers):
+            return
+        self._before = loader.num_workers, pace
+        who = "GPU" if trainer.device.type == "cuda" else "training"
+        now = loader.num_workers
+        self._say(f"the {who} waited for data {pace.wait:.0%} of the time: trying {workers} workers instead of {now}")
+        self._change(workers)
+
+    def _pace(self) -> Pace | None:
+        """Return the pace of the slowest rank, and the longest wait: other ranks wait for it in collectives."""
+        pace = self._loader.pace.pace(max(_ROUNDS * self._loader.num_workers, 1))
+        if not self._ranks.all(pace is not None):
+            return None
+        assert pace is not None
+        least = self._ranks.least
+        return Pace(-least(-round(1000 * pace.batch_ms)) / 1000, -least(-round(1e6 * pace.wait)) / 1e6)
+
+    def _most(self) -> int:
+        """Return the largest number for which there are cores and memory, beside this process."""
+        now, most = int(self._loader.num_workers), min(_cores(self._trainer) - 1, len(self._loader))
+        if not now or most <= now:
+            return now
+        return room_for_workers(self._trainer, most, HostMemory())
+
+    def _back(self, why: str) -> None:
+        assert self._before is not None
+        self._is_settled = True
+        self._say(f"{self._loader.num_workers} workers {why}: back to {self._before[0]}")
+        self._change(self._before[0])
+
+    def _change(self, workers: int) -> None:
+        loader = self._loader
+        self._note(f"workers {loader.num_workers} to {workers}")
+        loader.restart(workers, -self._ranks.least(-loader.ahead(workers)))
+
+    def _say(self, line: str) -> None:
+        from ultralytics.utils import LOGGER
+
+        if not self._ranks.rank:
+            LOGGER.info(f"data: {line}")
