@@ -11,11 +11,11 @@ processes for one image, `ratio` the median over the pairs of batches. With work
 `stages` has the CPU time for one image that is spent in each function, without the functions that it calls.
 
 Part `workers` has images/s of whole loaders by number of workers, with a GPU in pinned memory, and where the time goes:
-for one image, the CPU time of the workers (user and system) and of this process with its pinning thread, and the page
-faults of the workers. `idle_percent` is the part of the time in which workers neither compute nor wait for the kernel.
-`threads` is the number of threads of a worker. The first word of a setting says whose loader it is; `new memory` stands
-for batches in new shared memory, as before. Without a GPU there are two workers, and this process copies the images
-into ordinary memory.
+for one image, the CPU time of the workers (user and system) and of this process with its pinning thread, the page
+faults of the workers, and what else Linux counts (see `python -m benchmarks workers`). `idle_percent` is the part of
+the time in which workers neither compute nor wait for the kernel. `threads` is the number of threads of a worker. The
+first word of a setting says whose loader it is; `new memory` stands for batches in new shared memory, as before.
+Without a GPU there are two workers, and this process copies the images into ordinary memory.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from benchmarks.common import report
 from benchmarks.drawings import photographs
+from benchmarks.worker_times import Setting, endless, with_setting
 
 BATCH = 16
 CASES: dict[str, dict[str, Any]] = {
@@ -76,12 +75,6 @@ def loader(data: dict[str, Any], ours: bool, workers: int, **arguments: Any) -> 
     cfg = get_cfg(overrides={"mode": "train", **arguments})
     stock = build_dataloader(build_yolo_dataset(cfg, data["train"], BATCH, data), BATCH, workers, device="cpu")
     return ResumableLoader(stock, cfg.imgsz).take_over() if ours else stock
-
-
-def endless(loader: Any) -> Iterator[Any]:
-    """Yield the batches of all epochs."""
-    while True:
-        yield from loader
 
 
 def in_turn(data: dict[str, Any], batches: int, **arguments: Any) -> dict[str, Any]:
@@ -202,26 +195,6 @@ def stages(data: dict[str, Any], batches: int, **arguments: Any) -> dict[str, di
     return found
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How a loader is run."""
-
-    workers: int
-    is_ours: bool = True
-    prefetch: int = 2
-    has_places: bool = True
-    """True to pass images through memory that is used again."""
-    pins: bool = True
-    is_for_files: bool = True
-    """False for a setting that is measured with `cache=ram` alone."""
-
-    def __str__(self) -> str:
-        name = f"{'ours' if self.is_ours else 'stock'}, {self.workers} workers"
-        name += f", prefetch {self.prefetch}" if self.prefetch != (2 if self.is_ours else 4) else ""
-        name += ", new memory" if self.is_ours and not self.has_places else ""
-        return name if self.pins else f"{name}, not pinned"
-
-
 SETTINGS = (
     *(Setting(workers) for workers in (4, 8, 12, 15)),
     *(Setting(workers, has_places=False) for workers in (8, 15)),
@@ -230,85 +203,6 @@ SETTINGS = (
     Setting(8, has_places=False, pins=False, is_for_files=False),
 )
 ON_CPU = (Setting(2), Setting(2, has_places=False), Setting(2, is_ours=False, prefetch=4)) * 3
-
-
-def with_setting(dataset: Any, setting: Setting, device: str, batch: int, seconds: float) -> dict[str, Any]:
-    """Load batches as fast as the loader gives them, and return where the time goes.
-
-    Args:
-        dataset: Data set of Ultralytics, whose images may be in memory.
-        setting: How the loader is run.
-        device: Device of the training.
-        batch: Images in a batch.
-        seconds: Time to measure.
-    """
-    import psutil
-    from ultralytics.data.build import build_dataloader
-    from ultralytics.utils.torch_utils import init_seeds
-
-    from yolov12.training.data import loader as module
-
-    init_seeds(0)
-    made = build_dataloader(dataset, batch, setting.workers, device=device, pin_memory=setting.pins)
-    made.prefetch_factor = setting.prefetch
-    places = module.shared_images if device == "cuda" else _places
-    with mock.patch.object(module, "shared_images", places if setting.has_places else _none):
-        taken = endless(module.ResumableLoader(made, dataset.imgsz).take_over() if setting.is_ours else made)
-    for _ in range(setting.workers + 1):
-        image = next(taken)["img"]
-        if device == "cpu":
-            _copied(image)
-    workers, own = [psutil.Process(worker.pid) for worker in made.iterator._workers], psutil.Process()
-
-    def spent() -> list[float]:
-        times = [worker.cpu_times() for worker in workers]
-        users, systems = sum(each.user for each in times), sum(each.system for each in times)
-        return [users, systems, sum(own.cpu_times()[:2]), sum(_page_faults(worker.pid) for worker in workers)]
-
-    images, before, begin, took = 0, spent(), time.perf_counter(), 0.0
-    while took < seconds:
-        found = next(taken)
-        images += len(found["im_file"])
-        if device == "cpu":
-            _copied(found["img"])
-        took = time.perf_counter() - begin
-    user, system, main, faults = (after - each for after, each in zip(spent(), before, strict=True))
-    threads = max(worker.num_threads() for worker in workers)
-    made.close()
-    return {
-        "images_per_s": images / took,
-        "worker_user_ms": 1000 * user / images,
-        "worker_system_ms": 1000 * system / images,
-        "main_ms": 1000 * main / images,
-        "faults_per_image": faults / images,
-        "idle_percent": 100 * (1 - (user + system) / took / len(workers)),
-        "workers": len(workers),
-        "threads": threads,
-    }
-
-
-def _none(*_: Any) -> None:
-    return None
-
-
-def _places(loader: Any, image_size: int) -> Any:
-    """Return places for workers without a GPU, too."""
-    from yolov12.training.data.shared_images import SharedImages
-
-    return SharedImages(loader.num_workers, loader.batch_size * 3 * image_size**2)
-
-
-def _copied(images: Any) -> Any:
-    """Copy images as PyTorch's thread does for a GPU, but into ordinary memory."""
-    import torch
-
-    return images.pin_memory() if not isinstance(images, torch.Tensor) else torch.empty_like(images).copy_(images)
-
-
-def _page_faults(process: int) -> int:
-    """Return the number of page faults of a process that needed no disk, from Linux."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[7])
 
 
 def workers_part(options: argparse.Namespace, result: report.Report) -> None:
