@@ -9,6 +9,7 @@ from yolov12.mas.journal.summary import Summary
 from yolov12.mas.memory.cgroups import usable_cores
 from yolov12.mas.memory.host import HostMemory
 from yolov12.training.data.host import cache_room_bytes, is_cached, room_for_workers
+from yolov12.training.data.places import chooses_by_place
 
 __all__ = ["waited_for_data"]
 
@@ -43,9 +44,9 @@ def waited_for_data(trainer: Any, loader: Any, summary: Summary, memory: HostMem
 def _more_workers(trainer: Any, loader: Any, memory: HostMemory) -> list[str]:
     """Advise more workers, up to half of the cores (on 16 cores, 15 workers were slower than 8), if they have room.
 
-    A number that was chosen by measuring is left as it is.
+    A number that is chosen by measuring is left as it is.
     """
-    if trainer.args.auto_workers:
+    if trainer.args.auto_workers and chooses_by_place(loader.dataset):
         return []
     most = usable_cores() // (2 * max(trainer.world_size, 1))
     if trainer.device.type != "cuda" or loader.num_workers >= most:
