@@ -103,6 +103,7 @@ def run(loader, sharing, found, last=None, state=None, numbers=None):
             closed = True
             loader.dataset.close_mosaic(get_cfg())
             loader.reset()
+            assert loader.resets == 1
         for batch in loader:
             done += 1
             if SKIPPED in batch:

@@ -106,6 +106,10 @@ class ResumableLoader:
         """True if an iterator that is made now is the training loop's, False if it is a user's."""
         self.position = 0
         """Number of batches returned to the training loop in this epoch, including placeholders."""
+        self.skipped = 0
+        """Number of placeholders among them."""
+        self.resets = 0
+        """Number of changes of the data set, as when mosaic is closed."""
         self.times: DataTimes | None = None
         """Times of the training loop's latest batch; None before the first."""
         self.seed: int | None = None
@@ -131,6 +135,7 @@ class ResumableLoader:
 
     def _epoch(self) -> Iterator[Any]:
         self.position, skip, self._skip = 0, self._skip, 0
+        self.skipped = skip
         for _ in range(skip):
             self.position += 1
             yield {
@@ -185,6 +190,7 @@ class ResumableLoader:
 
     def reset(self) -> None:
         """Drop prefetched batches, because the data set has changed; see `InfiniteDataLoader.reset`."""
+        self.resets += 1
         self._loader.reset()
         self._draw_again(len(self), None)
 

@@ -28,7 +28,10 @@ from yolov12.training.data.places import chooses_by_place
 if TYPE_CHECKING:
     from yolov12.training.data.loader import ResumableLoader
 
-__all__ = ["Pace", "PaceClock", "Verdict", "WorkersControl", "begin", "is_automatic", "judge", "more_workers"]
+__all__ = ["Pace", "PaceClock", "Verdict", "WorkersControl", "begin", "judge", "keep_changed", "made", "more_workers"]
+
+_MADE = "yolov12_workers"
+"""Attribute of a trainer: its number of workers when it was made, if that is to be chosen here."""
 
 _WAITS = 0.1
 """Smallest fraction of the time spent waiting for which more workers are tried."""
@@ -125,21 +128,41 @@ def more_workers(workers: int, wait: float, most: int) -> int:
     return max(workers, min(most, math.ceil(round(enough, 6))))
 
 
-def is_automatic(args: Any, overrides: Mapping[str, Any]) -> bool:
-    """Return whether the number of workers is chosen by this module.
+def made(trainer: Any, overrides: Mapping[str, Any]) -> None:
+    """Decide whether the number of workers of a trainer is chosen by this module, and note it in its `auto_workers`.
+
+    A run that resumes begins with Ultralytics' number at least: it may have begun on a smaller machine.
 
     Args:
-        args: All arguments of a training; those of its first start if it resumes.
+        trainer: Ultralytics trainer that was just made. If it resumes, its arguments are those of the run.
         overrides: Arguments that the user has given, or all of them in a process that Ultralytics has started.
     """
     from ultralytics.utils import DEFAULT_CFG_DICT
 
-    if (given := overrides.get("auto_workers")) is not None:
-        return bool(given)
-    if "workers" in overrides:
-        return False
-    before: bool | None = args.auto_workers
-    return args.workers == DEFAULT_CFG_DICT["workers"] if before is None else before
+    args, stock, device = trainer.args, DEFAULT_CFG_DICT["workers"], trainer.device.type
+    given = overrides.get("auto_workers")
+    if given is not None:
+        args.auto_workers = given  # not checked yet
+    elif "workers" in overrides:
+        args.auto_workers = False
+    elif args.auto_workers is None:
+        args.auto_workers = args.workers == (0 if device == "cpu" else stock)  # Ultralytics uses none on the CPU
+    if not args.auto_workers:
+        return
+    if trainer.resume and device == "cuda" and "workers" not in overrides:
+        args.workers = max(args.workers, stock)
+    if given is None:
+        setattr(trainer, _MADE, args.workers)
+
+
+def keep_changed(trainer: Any) -> None:
+    """Take a number of workers as the user's own if it was changed after the trainer was made.
+
+    Args:
+        trainer: Ultralytics trainer that begins to train.
+    """
+    if getattr(trainer, _MADE, None) not in (None, trainer.args.workers):
+        trainer.args.auto_workers = False
 
 
 def begin(trainer: Any) -> None:
@@ -150,16 +173,33 @@ def begin(trainer: Any) -> None:
     """
     from ultralytics.utils import LOGGER
 
-    cores = _cores(trainer)
-    if trainer.args.auto_workers and trainer.args.workers > cores:
-        LOGGER.info(f"data: workers={cores} instead of {trainer.args.workers}: this process may use {cores} cores")
+    cores, workers = _cores(trainer), trainer.args.workers
+    if trainer.args.auto_workers and workers > cores:
+        LOGGER.info(f"data: workers={cores} instead of {workers}: this process has that many cores")
         trainer.args.workers = cores
 
 
 def _cores(trainer: Any) -> int:
-    """Return the number of cores for this rank. Other GPUs that it sees may train something else."""
+    """Return the number of cores for this rank.
+
+    Processes of one training share the cores that they may use. Other GPUs that this process sees may train something
+    else, so it takes only its part of the machine, as in Ultralytics.
+    """
     gpus = torch.cuda.device_count() if trainer.device.type == "cuda" else 1
-    return max(usable_cores() // max(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), 1)
+    usable = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(usable, (os.cpu_count() or 1) // max(gpus, 1)))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """State before a larger number of workers, which is on trial."""
+
+    workers: int
+    """Number of workers before."""
+    pace: Pace
+    """Pace with this number."""
+    resets: int
+    """Number of changes of the data set until then, see `ResumableLoader.resets`."""
 
 
 class WorkersControl:
@@ -174,52 +214,63 @@ class WorkersControl:
 
     def __init__(self, trainer: Any, loader: ResumableLoader, ranks: Ranks, note: Callable[[str], None]) -> None:
         self._trainer, self._loader, self._ranks, self._note = trainer, loader, ranks, note
-        self._before: tuple[int, Pace] | None = None  # number and pace before a trial
+        self._trial: _Trial | None = None
+        self._is_warm = False  # the first epoch is slower: files are not cached, and cuDNN looks for kernels
         # With other data sets, images depend on the workers, and a run that is repeated would see others.
-        self._is_settled = not (trainer.args.auto_workers and chooses_by_place(loader.dataset))
+        self._is_settled = not ranks.all(bool(trainer.args.auto_workers) and chooses_by_place(loader.dataset))
 
     def epoch_ends(self) -> None:
         """Choose the number for the next epoch. All ranks call this together."""
-        trainer, loader = self._trainer, self._loader
+        loader, trial = self._loader, self._trial
         if self._is_settled:
             return
-        until = [trainer.epochs - trainer.args.close_mosaic, trainer.epochs]  # without mosaic, batches are others
-        epochs = next((each for each in until if each > trainer.epoch + 1), trainer.epochs) - trainer.epoch - 1
-        is_closing = bool(trainer.args.close_mosaic) and trainer.epoch + 1 == until[0]
+        if not self._is_warm:
+            self._is_warm = not loader.skipped
+            loader.pace.begin(0)
+            return
+        if trial is not None and not self._ranks.all(loader.resets == trial.resets):
+            self._back(trial, "cannot be compared, as the data has changed")  # without mosaic, batches are others
+            return
         pace = self._pace()
         if pace is None:
-            if is_closing and self._before is not None:  # the trial cannot be judged any more
-                self._back("were not tried for long enough")
             return
-        before = self._before and self._before[1]
-        verdict = judge(before, pace)
-        if verdict is Verdict.BACK:
-            speeds = [f"{1000 * trainer.batch_size / each.batch_ms:,.0f}" for each in (pace, before) if each]
-            self._back(f"were not faster ({speeds[0]} images/s, {speeds[1]} before)")
+        verdict = judge(trial.pace if trial is not None else None, pace)
+        if trial is not None and verdict is Verdict.BACK:
+            now, before = (f"{1000 * self._trainer.batch_size / each.batch_ms:,.0f}" for each in (pace, trial.pace))
+            self._back(trial, f"were not faster ({now} images/s, {before} before)")
             return
-        if self._before is not None:
-            trainer.args.workers, self._before = loader.num_workers, None  # a resumed run begins with it
+        if trial is not None:
+            self._trainer.args.workers, self._trial = loader.num_workers, None  # a resumed run begins with it
         loader.pace.begin(0)
-        waiting_s = pace.wait * pace.batch_ms / 1000 * len(loader) * epochs
-        if verdict is Verdict.KEEP or is_closing or epochs < 2 or waiting_s < _WORTH_S:
-            return
-        workers = more_workers(loader.num_workers, pace.wait, self._most())
-        if self._ranks.all(workers == loader.num_workers):
-            return
-        self._before = loader.num_workers, pace
-        who = "GPU" if trainer.device.type == "cuda" else "training"
-        now = loader.num_workers
-        self._say(f"the {who} waited for data {pace.wait:.0%} of the time: trying {workers} workers instead of {now}")
-        self._change(workers)
+        if verdict is Verdict.MORE:
+            self._try_more(pace)
 
     def _pace(self) -> Pace | None:
         """Return the pace of the slowest rank, and the longest wait: other ranks wait for it in collectives."""
-        pace = self._loader.pace.pace(max(_ROUNDS * self._loader.num_workers, 1))
+        pace = self._loader.pace.pace(_batches(self._loader.num_workers))
         if not self._ranks.all(pace is not None):
             return None
         assert pace is not None
         least = self._ranks.least
         return Pace(-least(-round(1000 * pace.batch_ms)) / 1000, -least(-round(1e6 * pace.wait)) / 1e6)
+
+    def _try_more(self, pace: Pace) -> None:
+        """Begin a trial, if it is worth it, and if its result will be known in time for one epoch of the same kind."""
+        trainer, loader = self._trainer, self._loader
+        done, closes = trainer.epoch + 1, trainer.epochs - trainer.args.close_mosaic
+        epochs = (closes if done <= closes else trainer.epochs) - done
+        if pace.wait * pace.batch_ms / 1000 * len(loader) * epochs < _WORTH_S:
+            return
+        now = loader.num_workers
+        workers = more_workers(now, pace.wait, self._most())
+        measured = (epochs - 1) * (len(loader) - 1)  # the first batch of an epoch does not count
+        is_enough = measured >= loader.ahead(workers) + _batches(workers)
+        if self._ranks.all(workers == now) or not self._ranks.all(is_enough):
+            return
+        self._trial = _Trial(now, pace, loader.resets)
+        who = "GPU" if trainer.device.type == "cuda" else "training"
+        self._say(f"the {who} waited for data {pace.wait:.0%} of the time: trying {_named(workers, now)}")
+        self._change(workers)
 
     def _most(self) -> int:
         """Return the largest number for which there are cores and memory, beside this process."""
@@ -228,15 +279,15 @@ class WorkersControl:
             return now
         return room_for_workers(self._trainer, most, HostMemory())
 
-    def _back(self, why: str) -> None:
-        assert self._before is not None
+    def _back(self, trial: _Trial, why: str) -> None:
         self._is_settled = True
-        self._say(f"{self._loader.num_workers} workers {why}: back to {self._before[0]}")
-        self._change(self._before[0])
+        self._say(f"{_named(self._loader.num_workers, trial.workers)} {why}: going back")
+        self._change(trial.workers)
 
     def _change(self, workers: int) -> None:
         loader = self._loader
-        self._note(f"workers {loader.num_workers} to {workers}")
+        if workers != loader.num_workers:
+            self._note(f"workers {loader.num_workers} to {workers}")
         loader.restart(workers, -self._ranks.least(-loader.ahead(workers)))
 
     def _say(self, line: str) -> None:
@@ -244,3 +295,13 @@ class WorkersControl:
 
         if not self._ranks.rank:
             LOGGER.info(f"data: {line}")
+
+
+def _batches(workers: int) -> int:
+    """Return the number of batches that tell the pace of a number of workers."""
+    return max(_ROUNDS * workers, 1)
+
+
+def _named(workers: int, before: int) -> str:
+    """Return words for a larger number of workers, on this rank or on others only."""
+    return "more workers on other ranks" if workers == before else f"{workers} workers instead of {before}"

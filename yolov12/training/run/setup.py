@@ -32,9 +32,9 @@ def make(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwargs: Any)
     """
     with session.no_false_start(trainer), run_folder.locked_while_made():
         process_group.gather(stock, trainer, *args, **kwargs)
-        given = inspect.signature(stock).bind(trainer, *args, **kwargs).arguments.get("overrides")
+        given = inspect.signature(stock).bind(trainer, *args, **kwargs).arguments
         if trainer.args.mas:
-            trainer.args.auto_workers = workers.is_automatic(trainer.args, given or {})
+            workers.made(trainer, given.get("overrides") or {})
 
 
 def train(stock: Callable[..., None], trainer: Any, /) -> None:
@@ -47,6 +47,7 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
     Raises:
         ConfigError: Another training runs in the folder.
     """
+    workers.keep_changed(trainer)
     with run_folder.locked(trainer), session.no_false_start(trainer):
         process_group.launch(stock, trainer)
 
