@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -189,13 +188,15 @@ def device_name(device: str) -> str:
     """Return the name under which ratios are committed: GPU or processor, and PyTorch's version."""
     import torch
 
+    from yolov12.mas.memory.cgroups import usable_cores
+
     version = ".".join(torch.__version__.split(".")[:2])
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {version}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, torch {version}"
+    return f"{names[0] if names else platform.machine()}, {usable_cores()} cores, torch {version}"
 
 
 def main() -> int:

@@ -286,7 +286,7 @@ def main() -> None:
     result = report.Report(
         options.out,
         "cpu" if options.small else "cuda",
-        cores=options.cores or os.cpu_count(),
+        **({"cores": options.cores} if options.cores else {}),
         arguments={**TRAIN, **(SMALL if options.small else {}), **dict(options.both)},
         ours={**OURS, **dict(options.ours)},
         rows=rows,

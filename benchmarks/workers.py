@@ -149,7 +149,7 @@ def machine() -> dict[str, str]:
         "load": "/proc/loadavg",
         "kernel": "/proc/version",
     }
-    found = {}
+    found = {"usable cores": ",".join(map(str, sorted(os.sched_getaffinity(0))))}
     for name, file in files.items():
         with contextlib.suppress(OSError):
             found[name] = Path(file).read_text().strip()
@@ -288,13 +288,14 @@ def main() -> None:
     import torch
 
     from yolov12 import autopatch
+    from yolov12.mas.memory.cgroups import usable_cores
 
     autopatch.apply()
     torch.set_num_threads(1)  # as in a worker
     device = "cuda" if torch.cuda.is_available() and not options.small else "cpu"
     result = report.Report(options.out, device, keep=True)
     if "processes" in options.only:
-        few, count = (1, 2), os.cpu_count() or 1
+        few, count = (1, 2), usable_cores()
         numbers = (
             few if options.small else tuple(sorted({1, *(max(count * each // 16, 1) for each in (4, 8, 12, 15, 16))}))
         )

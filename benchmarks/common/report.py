@@ -44,12 +44,15 @@ def machine(device: str = "cuda") -> dict[str, Any]:
     import torch
     import ultralytics
 
+    from yolov12.mas.memory.cgroups import usable_cores
+
+    cores = usable_cores()  # `taskset` may give the others to another measurement
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if gpus else f"{os.cpu_count()} CPU cores",
+        "device": torch.cuda.get_device_name() if gpus else f"{cores} CPU cores",
         "gpus": gpus,
-        "cores": os.cpu_count(),
+        "cores": cores,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ultralytics": ultralytics.__version__,

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.__main__ import benchmarks, main
 from benchmarks.common.processes import Call, environment, summed
-from benchmarks.common.report import Report, command, parser
+from benchmarks.common.report import Report, command, machine, parser
 from benchmarks.common.rounds import in_turn, median_ratio
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -54,6 +54,12 @@ def test_every_command_in_docs_and_docstrings_can_be_parsed(monkeypatch):
         name = runner.removeprefix("-m benchmarks ")
         with pytest.raises(_ParsedError, match=r"^\[\]$"):
             main([name, *options.split()])
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3})  # as with `taskset -c 3`
+    assert (machine("cpu")["cores"], machine("cpu")["device"]) == (1, "1 CPU cores")
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_names(capsys):
