@@ -127,12 +127,13 @@ class _Utilisation:
     def _read(self, device: Any) -> None:
         if device.type != "cuda":
             return
-        import pynvml
+        from yolov12.mas.memory.nvml import ask, driver_api, nvml_session, same_gpu
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-        while not self._ended.wait(0.1):
-            self._samples.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        with nvml_session():
+            handle, _ = same_gpu(device.index or 0, driver_api())
+            while not self._ended.wait(0.1):
+                if rates := ask("nvmlDeviceGetUtilizationRates", handle):
+                    self._samples.append(rates.gpu)
 
     def mean(self) -> float | None:
         """End the thread, and return the mean in percent; None without a GPU."""
