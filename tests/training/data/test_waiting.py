@@ -51,7 +51,7 @@ def test_warm_ups_and_the_first_updates_of_epochs_do_not_count():
 def a_training(
     monkeypatch, cores=32, free_bytes=GIB, device="cuda", images=600, workers=8, world_size=1, fitting=99, **args
 ):
-    monkeypatch.setattr(waiting, "usable_cores", lambda: cores)
+    monkeypatch.setattr(waiting, "cores_of_rank", lambda trainer: cores // trainer.world_size)
     monkeypatch.setattr(waiting, "cache_room_bytes", lambda trainer, memory: free_bytes)
     monkeypatch.setattr(waiting, "room_for_workers", lambda trainer, workers, memory: min(workers, fitting))
     data_set = SimpleNamespace(labels=[{"shape": (480, 640)}, {"shape": (2000, 1000)}, {}] * 200)
@@ -72,15 +72,15 @@ def told(training, percent=61.4, decode_ms=2.0, augment_ms=3.0):
 def test_the_advice_fits_the_machine(monkeypatch):
     """200 images each of 640 × 480, of 320 × 640, and of unknown size at 640 take 527 MiB."""
     begin = "\ndata: the GPU waited for data 61 % of the time: "
-    assert told(a_training(monkeypatch)) == begin + "more workers (workers=16), cache=ram (527 MiB)"
+    assert told(a_training(monkeypatch)) == begin + "more workers (workers=31), cache=ram (527 MiB)"
     own = a_training(monkeypatch, auto_workers=True)  # a data set of the user's own, where the number stays
-    assert told(own) == begin + "more workers (workers=16), cache=ram (527 MiB)"
+    assert told(own) == begin + "more workers (workers=31), cache=ram (527 MiB)"
     monkeypatch.setattr(waiting, "chooses_by_place", lambda dataset: True)
     assert told(own) == begin + "cache=ram (527 MiB)"
-    assert told(a_training(monkeypatch, cores=16)) == begin + "cache=ram (527 MiB)"
-    assert told(a_training(monkeypatch, cores=16, free_bytes=527 * 2**20)) == begin + "cache=disk"
-    assert told(a_training(monkeypatch, cache="ram")) == begin + "more workers (workers=16)"
-    assert told(a_training(monkeypatch), decode_ms=0.1) == begin + "more workers (workers=16)"
+    assert told(a_training(monkeypatch, cores=9)) == begin + "cache=ram (527 MiB)"
+    assert told(a_training(monkeypatch, cores=9, free_bytes=527 * 2**20)) == begin + "cache=disk"
+    assert told(a_training(monkeypatch, cache="ram")) == begin + "more workers (workers=31)"
+    assert told(a_training(monkeypatch), decode_ms=0.1) == begin + "more workers (workers=31)"
     assert (
         told(a_training(monkeypatch, workers=0, fitting=2)) == begin + "more workers (workers=2), cache=ram (527 MiB)"
     )
@@ -88,7 +88,7 @@ def test_the_advice_fits_the_machine(monkeypatch):
     assert told(a_training(monkeypatch, fitting=8, cache=True)) == begin + nothing
     assert told(a_training(monkeypatch, imgsz=[640, 640])) == begin + nothing
     assert "the GPUs waited" in told(a_training(monkeypatch, world_size=2))
-    assert "workers=" not in told(a_training(monkeypatch, world_size=2))
+    assert "workers=" not in told(a_training(monkeypatch, cores=18, world_size=2))
     on_cpu = told(a_training(monkeypatch, device="cpu", workers=0))
     assert on_cpu == "\ndata: the training waited for data 61 % of the time: cache=ram (527 MiB)"
 

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 from yolov12.mas.journal.summary import Summary
-from yolov12.mas.memory.cgroups import usable_cores
 from yolov12.mas.memory.host import HostMemory
 from yolov12.training.data.host import cache_room_bytes, is_cached, room_for_workers
 from yolov12.training.data.places import chooses_by_place
+from yolov12.training.data.workers import cores_of_rank
 
 __all__ = ["waited_for_data"]
 
@@ -42,13 +42,13 @@ def waited_for_data(trainer: Any, loader: Any, summary: Summary, memory: HostMem
 
 
 def _more_workers(trainer: Any, loader: Any, memory: HostMemory) -> list[str]:
-    """Advise more workers, up to half of the cores (on 16 cores, 15 workers were slower than 8), if they have room.
+    """Advise a worker for each core but one, which is for the training process, as far as they have room.
 
     A number that is chosen by measuring is left as it is.
     """
     if trainer.args.auto_workers and chooses_by_place(loader.dataset):
         return []
-    most = usable_cores() // (2 * max(trainer.world_size, 1))
+    most = cores_of_rank(trainer) - 1
     if trainer.device.type != "cuda" or loader.num_workers >= most:
         return []
     fitting = room_for_workers(trainer, most, memory)

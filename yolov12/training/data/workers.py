@@ -28,7 +28,8 @@ from yolov12.training.data.places import chooses_by_place
 if TYPE_CHECKING:
     from yolov12.training.data.loader import ResumableLoader
 
-__all__ = ["Pace", "PaceClock", "Verdict", "WorkersControl", "begin", "judge", "keep_changed", "made", "more_workers"]
+__all__ = ["Pace", "PaceClock", "Verdict", "WorkersControl", "begin", "cores_of_rank", "judge", "keep_changed", "made"]
+__all__ += ["more_workers"]
 
 _MADE = "yolov12_workers"
 """Attribute of a trainer: its number of workers when it was made, if that is to be chosen here."""
@@ -38,7 +39,7 @@ _WAITS = 0.1
 _FASTER = 0.03
 """Fraction of a batch's time by which it must get faster, or the number of workers goes back."""
 _MOST_AT_ONCE = 1.5
-"""Largest factor of one change. On 16 cores, 15 workers were slower than 8, so numbers between are tried first."""
+"""Largest factor of one change. If all cores are slower than some of them, a number between may still be faster."""
 _ROUNDS = 4
 """Number of batches of each worker that tell a pace. Workers that began together deliver in bursts."""
 _WORTH_S = 30.0
@@ -173,17 +174,20 @@ def begin(trainer: Any) -> None:
     """
     from ultralytics.utils import LOGGER
 
-    cores, workers = _cores(trainer), trainer.args.workers
+    cores, workers = cores_of_rank(trainer), trainer.args.workers
     if trainer.args.auto_workers and workers > cores:
         LOGGER.info(f"data: workers={cores} instead of {workers}: this process has that many cores")
         trainer.args.workers = cores
 
 
-def _cores(trainer: Any) -> int:
+def cores_of_rank(trainer: Any) -> int:
     """Return the number of cores for this rank.
 
     Processes of one training share the cores that they may use. Other GPUs that this process sees may train something
     else, so it takes only its part of the machine, as in Ultralytics.
+
+    Args:
+        trainer: Ultralytics trainer.
     """
     gpus = torch.cuda.device_count() if trainer.device.type == "cuda" else 1
     usable = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -274,7 +278,7 @@ class WorkersControl:
 
     def _most(self) -> int:
         """Return the largest number for which there are cores and memory, beside this process."""
-        now, most = int(self._loader.num_workers), min(_cores(self._trainer) - 1, len(self._loader))
+        now, most = int(self._loader.num_workers), min(cores_of_rank(self._trainer) - 1, len(self._loader))
         if not now or most <= now:
             return now
         return room_for_workers(self._trainer, most, HostMemory())
