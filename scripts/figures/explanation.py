@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from statistics import mean
 
+from scripts.figures.measured_loaders import speeds
 from scripts.figures.measured_steps import averaging_table
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
@@ -181,7 +182,10 @@ def loader() -> Iterator[Passage]:
 
 @explained("docs/explanation/data.md", "The number of workers")
 def workers() -> Iterator[Passage]:
-    """Yield what the choice is made with."""
+    """Yield what the choice is made with, and what more workers gain."""
+    gain = mean(speeds("files", 15)) / mean(speeds("files", 8))
+    yield setting("On a machine with 16 cores", "the machine")
+    yield sentence("15 workers loaded {:.2f} times as many images from files as 8", gain)
     yield setting("does not take at least 3 % less time", "a threshold of the choice")
 
 

@@ -1,12 +1,15 @@
-"""Batches on their way from workers in docs/reference/measurements.md."""
+"""Batches on their way from workers, and the number of workers, in docs/reference/measurements.md."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from statistics import median
 
 from scripts.figures.measured_steps import HOW, measured
-from scripts.figures.pages import Passage, result, say, setting, table
+from scripts.figures.pages import Passage, result, say, sentence, setting, table
+
+SOURCES = {"files": "JPEG files", "ram": "`cache=ram`"}
 
 
 @measured("From the workers to the training process")
@@ -16,7 +19,7 @@ def workers() -> Iterator[Passage]:
     keys = ("worker_user_ms", "worker_system_ms", "main_ms")
     yield setting("two workers, batches of 16 images", HOW)
     lines = []
-    for source, words in (("files", "JPEG files"), ("ram", "`cache=ram`")):
+    for source, words in SOURCES.items():
         names = {
             "stock, 2 workers": "Ultralytics",
             "ours, 2 workers, new memory": "new memory",
@@ -32,3 +35,67 @@ def workers() -> Iterator[Passage]:
         lines,
     )
     yield setting("An image of 640 pixels fills 300 pages of 4 KiB", "computed: 3 × 640 × 640 bytes")
+
+
+@measured("Number of loader workers")
+def numbers() -> Iterator[Passage]:
+    """Yield the passages on loaders by number of workers."""
+    found = result("workers")
+    rows, processes = found["loaders"]["rows"], found["processes"]["rows"]
+    assert found["processes"]["machine"]["siblings of core 0"] == "0"
+    yield setting("NVIDIA H200 with 16 cores", "the machine")
+    yield setting("batches of 64 images of 640 pixels, from 1,024 JPEG files", HOW)
+    seconds = [row["seconds"] for row in rows]
+    yield sentence("one measurement of {:.1f} to {:.1f} s", min(seconds), max(seconds))
+    yield setting("files with 8 workers could come again", HOW)
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["source"], row["workers"])):
+        ms = [say("{:.2f}", row[f"{key}_ms"]) for key in ("worker_user", "worker_system", "worker_runqueue", "main")]
+        idle = say("{:.0f} %", max(row["idle_percent"], 0.0))  # CPU time is counted in steps of 10 ms
+        name = f"{SOURCES[row['source']]}, {row['workers']} workers"
+        lines.append([name, say("{:,.0f}", row["images_per_s"]), *ms, idle])
+    yield table("| | images/s | worker, user | worker, system | worker, run queue | training process | idle |", lines)
+    yield setting("copies of 16 MiB", HOW)
+    one = processes[0]["compute"]
+    yield table(
+        "| processes | work, × one process | copies, GiB/s | first writes, GiB/s |",
+        [
+            [str(row["processes"]), *say("{:.1f}|{copy:.0f}|{faults:.1f}", row["compute"] / one, **row).split("|")]
+            for row in processes
+        ],
+    )
+    files, ram = (functools.partial(speeds, source) for source in ("files", "ram"))
+    yield sentence(
+        "From files, 15 workers load {:.2f} to {:.2f} times as many images a second as 8, "
+        "and 16 load {:.2f} times as many",
+        *(min(files(15)) / max(files(8)), max(files(15)) / min(files(8)), files(16)[0] / files(8)[0]),
+    )
+    yield sentence(
+        "From memory, 15 workers load {:.2f} to {:.2f} times as many as 8",
+        *(min(ram(15)) / max(ram(8)), max(ram(15)) / min(ram(8))),
+    )
+    yield sentence("idle for at most {:.0f} % of the time", max(row["idle_percent"] for row in rows))
+    yield sentence("time for an image is at most {:.2f} ms", max(row["worker_system_ms"] for row in rows))
+    fewer = [row["worker_runqueue_ms"] for row in rows if row["workers"] < 16]
+    all_cores = [row["worker_runqueue_ms"] for row in rows if row["workers"] == 16]
+    yield sentence(
+        "Up to 15 workers, a worker waits for a core for at most {:.2f} ms an image; "
+        "with 16 workers, {:.2f} to {:.2f} ms",
+        *(max(fewer), min(all_cores), max(all_cores)),
+    )
+    pairs = [of(number) for of in (files, ram) for number in (8, 15)]
+    yield sentence("differ by up to {:.0f} %", 100 * max(max(pair) / min(pair) - 1 for pair in pairs))
+    yield setting("Files with 12 workers are such a slow row", "a row of the table")
+    yield setting("from 8 up to one less than the cores: here it would try 12, then 15", "what the choice tries")
+    yield setting("another machine with 16 cores, 15 workers were slower than 8", "its file was not kept")
+
+
+def speeds(source: str, workers: int) -> list[float]:
+    """Return images/s of each measurement of a number of workers.
+
+    Args:
+        source: Where images come from, `files` or `ram`.
+        workers: Number of workers.
+    """
+    rows = result("workers")["loaders"]["rows"]
+    return [row["images_per_s"] for row in rows if (row["source"], row["workers"]) == (source, workers)]
