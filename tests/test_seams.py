@@ -131,7 +131,7 @@ def test_a_function_that_a_user_puts_over_ours_stays(monkeypatch):
 def test_the_function_is_imported_with_the_first_call(run_python):
     code = (
         "import sys; from ultralytics.cfg import get_cfg; "
-        "before = 'yolov12.demo.on_demand' in sys.modules; get_cfg(); "
-        "print(before, 'yolov12.demo.on_demand' in sys.modules)"
+        "before = 'yolov12.cfg.configuration' in sys.modules; get_cfg(); "
+        "print(before, 'yolov12.cfg.configuration' in sys.modules)"
     )
     assert run_python("-c", code).stdout.split()[-2:] == ["False", "True"]

@@ -40,7 +40,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
     "ultralytics.utils.export.engine": {"get_tensorrt_logger": around("export.seams:get_tensorrt_logger")},
     "ultralytics.cfg": {
         "CFG_BOOL_KEYS": changed("cfg.arguments:add_switches"),
-        "get_cfg": around("demo.on_demand:get_cfg"),
+        "get_cfg": around("cfg.configuration:get_cfg"),
         "get_save_dir": around("training.run.process_group:one_folder"),
     },
     "ultralytics.data.utils": {

@@ -4,10 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import yaml
 from ultralytics.cfg import CFG_BOOL_KEYS, get_cfg
-from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG, DEFAULT_CFG_DICT, DEFAULT_CFG_PATH
 
 from yolov12.cfg.arguments import ARGUMENTS, DATA, ENGINE, EXPORT, RUN, defaults
 from yolov12.cli import VERBS
@@ -54,3 +56,11 @@ def test_yamls_are_found_beside_the_table():
     file, scale = packaged_yaml("yolov12s.yaml")
     assert (file.is_file(), scale) == (True, "s")
     assert Path(file).parents[1] == Path(sys.modules["yolov12.cfg.arguments"].__file__).parent
+
+
+def test_a_configuration_of_ultralytics_own_defaults_is_completed():
+    """Users load `default.yaml`, change it, and give it to a trainer or validator of Ultralytics."""
+    stock = yaml.safe_load(Path(DEFAULT_CFG_PATH).read_text())
+    for given in (stock, SimpleNamespace(**stock)):
+        made = vars(get_cfg(given, {"bn_group": 4}))
+        assert {name: made[name] for name in defaults()} == {**defaults(), "bn_group": 4}

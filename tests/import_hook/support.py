@@ -33,7 +33,7 @@ def stands_in(name, function):
     sys.modules[name] = types.SimpleNamespace(**{function: called})
 
 
-stands_in("yolov12.demo.on_demand", "get_cfg")
+stands_in("yolov12.cfg.configuration", "get_cfg")
 stands_in("yolov12.training.run.session", "train")
 
 
