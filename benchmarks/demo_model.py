@@ -12,7 +12,6 @@ and `demo_model.json`: how the model was made, and what it finds on the validati
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -34,7 +33,7 @@ TRAINING = {
 
 
 def main() -> None:
-    """Train the model, validate it on other boards, and write both files."""
+    """Read the command line, and make the model."""
     parser = report.parser(__doc__, small="40 images and one epoch")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=42)
@@ -47,24 +46,19 @@ def main() -> None:
 
     autopatch.apply()
     device = 0 if options.device == "cuda" else "cpu"
-    result = report.Report(options.out / "demo_model.json", options.device)
-    result |= make(options.out, device, options.images, options.epochs, options.hold_back)
-    result.write()
-    print(json.dumps(result, indent=1))
+    run(options.out, device, options.images, options.epochs, options.hold_back)
+    print((options.out / "demo_model.json").read_text())
 
 
-def make(folder: Path, device: int | str, images: int, epochs: int, hold_back: str) -> dict[str, Any]:
-    """Train the model and validate it on other boards.
+def run(folder: Path, device: int | str, images: int, epochs: int, hold_back: str) -> None:
+    """Train the model, validate it on other boards, and write both files.
 
     Args:
-        folder: Folder that gets `yolov12n-demo.pt`.
+        folder: Folder of the files.
         device: Device of the training.
         images: Number of boards, a twentieth of which are for validation.
         epochs: Epochs of the training.
         hold_back: Classes that are on no board; see `hold_back` of `data=demo`.
-
-    Returns:
-        How it was made, and what it finds.
     """
     from ultralytics import YOLO
 
@@ -80,12 +74,14 @@ def make(folder: Path, device: int | str, images: int, epochs: int, hold_back: s
     file = folder / "yolov12n-demo.pt"
     _save(model, file, {**settings, "task": "detect", "model": TRAINING["model"], "epochs": epochs})
     found = YOLO(str(file)).val(data=others, imgsz=IMGSZ, batch=64, device=device, plots=False)
-    return {
-        "data": data,
-        "training": {**TRAINING, "epochs": epochs},
-        "seconds": round(seconds),
-        "file": {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
-        "validation": {
+    report.Report(
+        folder / "demo_model.json",
+        "cpu" if device == "cpu" else "cuda",
+        data=data,
+        training={**TRAINING, "epochs": epochs},
+        seconds=round(seconds),
+        file={"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        validation={
             "data": others,
             "map50": round(float(found.box.map50), 4),
             "map50_95": round(float(found.box.map), 4),
@@ -93,7 +89,7 @@ def make(folder: Path, device: int | str, images: int, epochs: int, hold_back: s
                 found.names[c]: round(float(found.box.ap50[i]), 4) for i, c in enumerate(found.box.ap_class_index)
             },
         },
-    }
+    ).write()
 
 
 def _save(model: Any, file: Path, train_args: dict[str, Any]) -> None:

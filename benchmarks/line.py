@@ -3,14 +3,14 @@
     python -m benchmarks line --out benchmarks/results/line.json                  (twenty minutes on one GPU)
     python -m benchmarks line --out line.json --small --device cpu                (minutes on two CPU cores)
     python -m benchmarks line --out line.json --only base watch                   (some parts; others stay in the file)
-    python -m benchmarks line --out line.json --base FOLDER/yolov12n-demo.pt      (with a base model that is there)
+    python -m benchmarks line --out line.json --base FOLDER                       (with a base model that is there)
 
 The line has boards with eight classes. Then a new product arrives: boards on which parts are also `missing` or that
 have a `scratch`. They have no connectors and no bridges, so a model that is trained with them alone forgets these. All
 objects on them are labelled.
 
 Part `base`: the base model is trained on other boards of the line, as the demonstration's model is
-(benchmarks/demo_model.py, with `--hold-back missing+scratch`), and validated on the line's.
+(`python -m benchmarks demo_model --out FOLDER --hold-back missing+scratch --epochs 36`), and validated on the line's.
 
 Part `watch`: the watch serves the base model. Images of the new product arrive in its inbox, and some that are damaged.
 It trains with a batch of 128 images, mosaic in every image and mixup, under a limit of 32 GiB (on the CPU: 2 GiB),
@@ -57,16 +57,15 @@ def train_base(story: Story, data: Mapping[str, Any], folder: Path) -> dict[str,
     """Train the base model, or take the one that is there, and return what it finds."""
     from ultralytics import YOLO
 
-    made = {}
+    made = Path(story.base or folder / "made")
     if not story.base:
         device = "cpu" if story.device == "cpu" else int(story.device)
-        made = demo_model.make(folder / "made", device, story.base_images, story.base_epochs, "+".join(NEW))
-    base = story.base or folder / "made" / "yolov12n-demo.pt"
-    shutil.copy(base, folder / "base.pt")
-    found = YOLO(base).val(data=data["old"], imgsz=story.imgsz, device=story.device, project=str(folder), plots=False)
+        demo_model.run(made, device, story.base_images, story.base_epochs, "+".join(NEW))
+    shutil.copy(made / "yolov12n-demo.pt", folder / "base.pt")
+    settings = {"imgsz": story.imgsz, "device": story.device, "project": str(folder), "plots": False}
+    found = YOLO(folder / "base.pt").val(data=data["old"], **settings)
     return {
-        **made,
-        "sha256": hashlib.sha256((folder / "base.pt").read_bytes()).hexdigest(),
+        "made": json.loads((made / "demo_model.json").read_text()),
         "map50": round(float(found.box.map50), 4),
         "map50_95": round(float(found.box.map), 4),
     }
@@ -188,7 +187,7 @@ def main() -> None:
     parser = report.parser(__doc__, parts=PARTS)
     parser.add_argument("--small", action="store_true", help="few images and epochs, for the CPU")
     parser.add_argument("--runs", type=Path, default=Path("runs/line"), help="folder of data and trainings")
-    parser.add_argument("--base", help="base model that is there already")
+    parser.add_argument("--base", help="folder of a base model that is there")
     for name in ("base_images", "base_epochs", "epochs", "close_mosaic", "workers"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     for name in ("lr0", "replay_fraction", "mosaic", "mixup", "margin", "kill_at", "patience_s"):

@@ -20,7 +20,7 @@ class Story:
     """Sizes and settings of the story."""
 
     base: str = ""
-    """Base model that is there already; empty to train it."""
+    """Folder of a base model that is there already; empty to train it."""
     base_images: int = 5000
     base_epochs: int = 36
     """Boards and epochs of the training of the base model."""
