@@ -35,6 +35,7 @@ class Language:
     program, grid = (0, 0, 0), (1, 1, 1)
     int32, static_range = torch.int32, range
     where, sigmoid, arange, sqrt = torch.where, torch.sigmoid, torch.arange, torch.sqrt
+    exp, log, abs = torch.exp, torch.log, torch.abs
 
     def program_id(self, axis):
         return torch.tensor(self.program[axis])
@@ -54,11 +55,21 @@ class Language:
         mask = torch.ones_like(at, dtype=torch.bool) if mask is None else mask.expand(at.shape)
         memory[at[mask]] = torch.as_tensor(value).to(memory.dtype).expand(at.shape)[mask]
 
-    def atomic_add(self, pointer, value, sem):
+    def atomic_add(self, pointer, value, mask=None, sem="acq_rel"):
         memory, at = pointer.memory()
+        if mask is not None:
+            value = torch.where(mask, value, 0)
         before = memory[at].clone()
         memory[at] += value
         return before
+
+    def atomic_max(self, pointer, value, mask):
+        memory, at = pointer.memory()  # a block of one box, in which an anchor occurs once
+        memory[at[mask]] = torch.maximum(memory[at[mask]], value[mask])
+
+    def atomic_min(self, pointer, value, mask):
+        memory, at = pointer.memory()
+        memory[at[mask]] = torch.minimum(memory[at[mask]], value[mask].to(memory.dtype))
 
     def minimum(self, a, b):
         return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
@@ -71,6 +82,12 @@ class Language:
 
     def sum(self, block, axis):
         return block.sum(axis)
+
+    def max(self, block, axis):
+        return block.amax(axis)
+
+    def min(self, block, axis):
+        return block.amin(axis)
 
     def cdiv(self, a, b):
         return (a + b - 1) // b

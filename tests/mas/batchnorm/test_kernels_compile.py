@@ -22,13 +22,15 @@ import triton
 from triton.compiler import ASTSource
 from yolov12.mas.batchnorm import kernels
 from yolov12.mas.step import upsampling_kernels
+from yolov12.models import loss_kernels, matching_kernels
 from yolov12.training.adapter import image_kernel
 
-TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", "images": "*u8"}
-TYPES |= dict.fromkeys(("x", "grad", "out"), "*fp16")
-NUMBERS = "pixels", "units", "grad_units", "row_units", "width", "groups", "splits", "stride"
+TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", "images": "*u8", "taken": "*u8"}
+TYPES |= dict.fromkeys(("x", "grad", "out", "scores", "boxes"), "*fp16")
+TYPES |= dict.fromkeys(("anchor_of", "rectangles", "spans", "takers", "pair_of", "box"), "*i32")
+NUMBERS = "pixels", "units", "grad_units", "row_units", "width", "groups", "splits", "stride", "anchors", "classes"
 CONSTANTS = {"silu": True, "unit": 16, "row_block": 16, "channel_block": 64, "unroll": 4, "factor": 2}
-CONSTANTS |= {"channels": 3, "block": 4096}
+CONSTANTS |= {"channels": 3, "block": 4096, "bins": 16, "most": 10, "tile": 16}
 
 def ptx(kernel, capability):
     names = list(kernel.arg_names)
@@ -52,7 +54,9 @@ def ptx(kernel, capability):
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
-modules = kernels, upsampling_kernels, image_kernel
+modules = [kernels, upsampling_kernels, image_kernel] if sys.argv[2] == "layers" else [loss_kernels, matching_kernels]
+if sys.argv[2] == "loss":
+    TYPES["grad"], CONSTANTS["block"] = "*fp32", 128
 found = {name: ptx(getattr(module, name), int(sys.argv[1])) for module in modules for name in module.__all__}
 json.dump(found, sys.stdout)
 """
@@ -73,16 +77,29 @@ def driver(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("capability", [75, pytest.param(80, marks=pytest.mark.deep), 90])
-def test_kernels_compile(driver, capability, tmp_path):
+def compiled(kernels, capability, driver, folder):
+    """Return the PTX of each kernel for a card."""
     environment = {
         **os.environ, "LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver),
-        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[3]),
+        "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[3]),
     }  # fmt: skip
-    command = [sys.executable, "-c", SCRIPT, str(capability)]
+    command = [sys.executable, "-c", SCRIPT, str(capability), kernels]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert run.returncode == 0, run.stderr[-2000:]
-    ptx = json.loads(run.stdout)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("capability", [75, 90])
+def test_kernels_of_the_loss_compile(driver, capability, tmp_path):
+    """No atomic operation adds numbers whose sum depends on their order."""
+    for name, code in compiled("loss", capability, driver, tmp_path).items():
+        assert "atom.global.gpu.acq_rel.add.f" not in code, name
+
+
+@pytest.mark.parametrize("capability", [75, pytest.param(80, marks=pytest.mark.deep), 90])
+def test_kernels_compile(driver, capability, tmp_path):
+    ptx = compiled("layers", capability, driver, tmp_path)
     for name, code in ptx.items():
         lines = code.splitlines()
         # 16 bytes at a time

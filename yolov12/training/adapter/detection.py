@@ -15,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yolov12.errors import ConfigError
 from yolov12.mas.batchnorm.ungrouped import is_plain
 from yolov12.mas.task import Loss, Workload
-from yolov12.models.assigner import in_slices
 from yolov12.training.adapter.batch_values import Belongs, Nest, Values, entries, is_nest
 from yolov12.training.adapter.deferred_tensor import TensorFacts
 from yolov12.training.adapter.images import half_type, scaled
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
+from yolov12.training.adapter.unsynchronised import Given, labels_of, running
 from yolov12.training.adapter.users_code import module_of
 
 __all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "is_exact", "knows_call", "knows_loss"]
@@ -28,6 +28,8 @@ __all__ += ["note_on_split"]
 
 BOXES = "yolov12_boxes"
 """Key of a part: list of the number of boxes in each image, on the host."""
+_LABELS = "yolov12_labels"
+"""Key of a part: its labels on the host, see `unsynchronised.labels_of`."""
 
 # Ultralytics' own values with an entry for each object.
 _OBJECTS = ("cls", "bboxes", "keypoints", "segments", "obb")
@@ -200,16 +202,20 @@ class DetectionTask:
                     part[key] = entries(part[key], places[belongs])
             part["batch_idx"] = part["batch_idx"] - start
         nests = {key: Nest(value) for key, value in part.items() if is_nest(value)}
-        return {**part, **nests, BOXES: self._boxes[start:stop]}
+        return {**part, **nests, BOXES: self._boxes[start:stop], _LABELS: labels_of(part)}
 
     @staticmethod
     def opened(part: Mapping[str, Any]) -> dict[str, Any]:
         """Return a part as an ordinary batch."""
-        return {key: value.value if isinstance(value, Nest) else value for key, value in part.items() if key != BOXES}
+        ours = (BOXES, _LABELS)
+        return {
+            key: value.value if isinstance(value, Nest) else value for key, value in part.items() if key not in ours
+        }
 
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """Preprocess a part and run the model's loss on it, see `mas.Task`."""
-        boxes, part = part[BOXES], self.opened(part)
+        boxes, labels, part = part[BOXES], part[_LABELS], self.opened(part)
+        labels_given = Given(labels, part)
         if not self.is_preprocessed:
             given = dict(part)
             rows = {key: len(value) for key, value in part.items() if isinstance(value, Tensor) and value.ndim}
@@ -221,7 +227,7 @@ class DetectionTask:
                     f"preprocess_batch made {len(part['img'])} images of {len(boxes)}, and memory does not suffice to "
                     "call it with a whole batch: train with a smaller batch"
                 )
-        return self.measured(model, boxes, lambda: model(part))
+        return self.measured(model, boxes, lambda: model(part), labels_given)
 
     def _preprocessed(self, model: nn.Module, part: dict[str, Any]) -> dict[str, Any]:
         images = part["img"]
@@ -232,13 +238,16 @@ class DetectionTask:
             return found
         return {**self.preprocess({**part, "img": images[:0]}), "img": scaled(images, dtype)}
 
-    def measured(self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any]) -> Loss:
+    def measured(
+        self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any], given: Given | None = None
+    ) -> Loss:
         """Run the model's loss on a part, and read its normaliser.
 
         Args:
             model: Model whose criterion `run` calls.
             boxes: Number of boxes in each image of the part.
             run: Runs the loss; returns it with its items.
+            given: Labels that the model is given, if they are on the host.
         """
         criterion = criterion_of(model)
         if has_terms(criterion):
@@ -246,7 +255,7 @@ class DetectionTask:
         if not has_one_normaliser(criterion):
             loss, items = run()
             return Loss(loss, float(len(boxes)), items, times_images=True)
-        with in_slices(criterion.assigner) as sums:
+        with running(criterion, given) as sums:
             loss, items = run()
         return Loss(loss, sums[0], items, times_images=True)
 
