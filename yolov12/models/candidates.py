@@ -117,11 +117,9 @@ class Rectangles:
             images: First image, and image after the last.
             device: Where the pairs are made.
         """
-        mine = (self._table[1] >= images.start) & (self._table[1] < images.stop)
-        table, areas = self._table[:, mine], self._areas[mine]
-        total = int(areas.sum())
-        starts = np.cumsum(areas) - areas
-        rows = to_device(torch.from_numpy(np.stack((*table, starts, areas))), device)
+        table = self._rows_of(images)
+        total = int(table[-1].sum())
+        rows = to_device(torch.from_numpy(table), device)
         which = torch.repeat_interleave(rows[-1], output_size=total)
         box, image, columns, first, width, start = rows[:-1, which].unbind()
         within = torch.arange(total, device=device) - start
@@ -135,16 +133,19 @@ class Rectangles:
             images: First image, and image after the last.
 
         Returns:
-            Rectangles (rows, 8), spans of boxes (boxes with pairs, 4), see `loss_kernels`, and the number of pairs.
+            Rectangles (rows, 8), spans of boxes (boxes with pairs, 4), see `matching_kernels`, and the number of pairs.
         """
+        table = self._rows_of(images)
+        box, image, _, _, _, starts, areas = table
+        first = np.flatnonzero(np.diff(box, prepend=-1))  # a box has a rectangle on each level
+        spans = np.stack((starts[first], self.of_box[box[first]], image[first], box[first]), 1)
+        return np.stack((*table, areas), 1).astype(np.int32), spans.astype(np.int32), int(areas.sum())
+
+    def _rows_of(self, images: slice) -> _Array:
+        """Return box, image, columns, first anchor, columns of the level, first pair and pairs of some rectangles."""
         mine = (self._table[1] >= images.start) & (self._table[1] < images.stop)
-        table, areas = self._table[:, mine], self._areas[mine]
-        starts = np.cumsum(areas) - areas
-        rows = np.stack((*table, starts, areas, areas), 1).astype(np.int32)
-        first = np.flatnonzero(np.diff(table[0], prepend=-1))  # a box has a rectangle on each level
-        box = table[0, first]
-        spans = np.stack((starts[first], self.of_box[box], table[1, first], box), 1).astype(np.int32)
-        return rows, spans, int(areas.sum())
+        areas = self._areas[mine]
+        return np.stack((*self._table[:, mine], np.cumsum(areas) - areas, areas))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -152,7 +152,7 @@ def _match(
         scores: Logits of classes.
         corners: Predicted boxes in pixels.
         fields: Labels, and the tensors to fill.
-        tables: Rectangles and spans, see `loss_kernels`.
+        tables: Rectangles and spans, see `matching_kernels`.
         sizes: Numbers of rectangles, of spans and of pairs.
         most: Most anchors that a box takes.
     """
