@@ -9,6 +9,8 @@ from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, RECOMPUTE, Checkpo
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.models.activations import activations
+from yolov12.models.candidates import Labels
+from yolov12.models.detection_loss import detection_loss
 from yolov12.models.layer_names import layer_names
 from yolov12.plan.fake_model import load
 from yolov12.plan.loss_bytes import _boxes
@@ -35,7 +37,9 @@ def test_peak_of_a_micro_batch(recompute):
     model.args = fake_model.model.args
     norms = GroupedBatchNorm(model, activations(model))
     checkpointing = Checkpointing(model, candidates(model, layer_names(model)), norms)
-    boxes = {key: value.cuda() for key, value in _boxes(IMAGES, BOXES, 80, torch.Generator().manual_seed(0)).items()}
+    host = _boxes(IMAGES, BOXES, 80, torch.Generator().manual_seed(0))
+    boxes, labels = {key: value.cuda() for key, value in host.items()}, Labels(host["batch_idx"], host["bboxes"])
+    criterion = model.init_criterion()
     for _ in range(2):  # the first pass allocates the workspaces of libraries
         model.zero_grad()
         norms.begin()
@@ -50,7 +54,7 @@ def test_peak_of_a_micro_batch(recompute):
                 predictions = model(batch["img"])
                 kept_bytes = torch.cuda.memory_allocated() - allocated_bytes
                 kept_bytes -= predictions["boxes"].nbytes + predictions["scores"].nbytes  # they are part of the loss
-                loss = model.loss(batch, predictions)[0].sum()
+                loss = detection_loss(criterion, predictions, labels, batch["cls"])[0].sum()
             del predictions
             with torch.autocast("cuda", enabled=False):
                 loss.backward()

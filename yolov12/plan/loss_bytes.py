@@ -1,8 +1,8 @@
-"""Measures the memory of Ultralytics' detection loss by running it on the CPU.
+"""Measures the memory of the detection loss by allocating its tensors on the CPU.
 
-Shapes in the loss depend on values, so fake tensors cannot be used. The loss runs for 2 and for 4 images, on random
-predictions and boxes. The size of each of its tensors is proportional to the number of images, so two measurements give
-a linear function.
+Their sizes depend on the values of boxes, so fake tensors cannot be used. The loss runs for 2 and for 4 images, on
+random predictions and boxes, without the kernels that fill in values on a GPU. The size of each of its tensors is
+proportional to the number of images, so two measurements give a linear function.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from yolov12.mas.profiling.trace import ByteTrace
-from yolov12.models.assigner import in_slices
+from yolov12.models.candidates import Labels
+from yolov12.models.detection_loss import detection_loss
 from yolov12.plan.cuda_rules import HALF, cuda_rules
 from yolov12.plan.fake_model import FakeModel
 
@@ -76,18 +77,16 @@ def _measured_bytes(fake_model: FakeModel, imgsz: int, boxes: int, amp: bool, im
             "feats": [torch.zeros(1, dtype=dtype).expand(images, 1, side, side) for side in sides],
         }
         batch = _boxes(images, boxes, criterion.nc, draw)
-        counts = torch.bincount(batch["batch_idx"].long(), minlength=images).tolist()
         allocated_bytes = trace.mark()
-        with in_slices(criterion.assigner, counts):
-            loss = _run(criterion, predictions, batch)
+        loss = _run(criterion, predictions, batch)
         del batch, predictions  # a training step releases them here, too; the loss keeps what it needs
         loss.sum().backward()
     return int(trace.peak_bytes() - allocated_bytes)
 
 
 def _run(criterion: Any, predictions: dict[str, Any], batch: dict[str, Tensor]) -> Tensor:
-    loss: Tensor = criterion(predictions, batch)[0]
-    return loss
+    labels = Labels(batch["batch_idx"], batch["bboxes"])
+    return detection_loss(criterion, predictions, labels, batch["cls"], lambda *_: None)[0]
 
 
 def _boxes(images: int, most: int, classes: int, draw: torch.Generator) -> dict[str, Tensor]:

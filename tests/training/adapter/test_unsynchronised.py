@@ -39,7 +39,6 @@ def calls(monkeypatch):
     """Count the losses that run without synchronisation."""
     found = []
     ours = unsynchronised.detection_loss
-    monkeypatch.setattr(unsynchronised, "ENABLED", True)
     monkeypatch.setattr(unsynchronised, "_waits", lambda device: True)
     monkeypatch.setattr(unsynchronised, "detection_loss", lambda *given: (found.append(1), ours(*given))[1])
     return found
@@ -85,7 +84,6 @@ def test_the_engine_runs_it_with_the_values_of_stock(model, calls):
 
 
 def test_on_the_cpu_nothing_is_waited_for(model, monkeypatch):
-    monkeypatch.setattr(unsynchronised, "ENABLED", True)
     monkeypatch.setattr(unsynchronised, "detection_loss", None)
     loss_of(model, batch())
 

@@ -25,8 +25,6 @@ from yolov12.training.adapter.users_code import module_of
 
 __all__ = ["Given", "labels_of", "replaces", "running"]
 
-ENABLED = False
-"""False as long as no whole training step with it has been measured on a GPU. The loss is then Ultralytics' own."""
 _LOSS, _ASSIGNER = "ultralytics.utils.loss", "ultralytics.utils.tal"
 _REPLACED = {
     _LOSS: {
@@ -121,7 +119,7 @@ def running(criterion: Any, given: Given | None) -> Iterator[list[Tensor]]:
     Yields:
         A list. Each call of the loss appends its sum of target scores, a scalar tensor.
     """
-    if not ENABLED or given is None or not replaces(criterion):
+    if given is None or not replaces(criterion):
         with in_slices(criterion.assigner) as sums:
             yield sums
         return
