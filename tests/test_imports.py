@@ -14,6 +14,7 @@ LOADED = {
     "yolov12.models",
     "yolov12.models.attention",
     "yolov12.models.layouts",
+    "yolov12.models.predictions",
     "yolov12.models.weight_names",
     "yolov12.models.yaml_check",
     "yolov12.printable",

@@ -55,6 +55,7 @@ SEAMS: Mapping[str, Mapping[str, Seam]] = {
         "AAttn.forward": changed("models.layouts:attention_forward"),
         "A2C2f.__init__": changed("models.layouts:a2c2f_init"),
     },
+    "ultralytics.nn.modules.head": {"Detect.forward_head": changed("models.predictions:forward_head")},
     "ultralytics.nn.tasks": {
         "parse_model": around("models.layouts:parse_model"),
         "yaml_model_load": around("models.layouts:yaml_model_load"),

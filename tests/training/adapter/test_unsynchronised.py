@@ -88,6 +88,18 @@ def test_on_the_cpu_nothing_is_waited_for(model, monkeypatch):
     loss_of(model, batch())
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_predictions_lie_in_memory_as_the_loss_reads_them(model, monkeypatch, is_ours):
+    """The kernels read (images, channels, anchors), and Ultralytics' loss (images, anchors, channels)."""
+    found = []
+    monkeypatch.setattr(unsynchronised, "_waits", lambda device: is_ours)
+    monkeypatch.setattr(unsynchronised, "_is_due", lambda criterion, predictions: found.append(predictions))
+    loss_of(model.to(memory_format=torch.channels_last), batch())
+    for key in ("boxes", "scores"):
+        assert found[0][key].is_contiguous() is is_ours
+        assert found[0][key].permute(0, 2, 1).is_contiguous() is not is_ours
+
+
 def test_the_gradient_is_the_same_for_every_split(model, calls):
     """In float64. Some images have no box, and the labels of one are crowded."""
     given, gradients = batch(7), []

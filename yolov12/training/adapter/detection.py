@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yolov12.errors import ConfigError
 from yolov12.mas.batchnorm.ungrouped import is_plain
 from yolov12.mas.task import Loss, Workload
+from yolov12.models.predictions import anchors_first
 from yolov12.training.adapter.batch_values import Belongs, Nest, Values, entries, is_nest
 from yolov12.training.adapter.deferred_tensor import TensorFacts
 from yolov12.training.adapter.images import half_type, scaled
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
-from yolov12.training.adapter.unsynchronised import Given, labels_of, running
+from yolov12.training.adapter.unsynchronised import Given, expects_kernels, labels_of, running
 from yolov12.training.adapter.users_code import module_of
 
 __all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "is_exact", "knows_call", "knows_loss"]
@@ -227,7 +228,9 @@ class DetectionTask:
                     f"preprocess_batch made {len(part['img'])} images of {len(boxes)}, and memory does not suffice to "
                     "call it with a whole batch: train with a smaller batch"
                 )
-        return self.measured(model, boxes, lambda: model(part), labels_given)
+        is_stock = knows_call(model) and knows_loss(model)
+        with anchors_first(is_stock and not expects_kernels(criterion_of(model), labels_given)):
+            return self.measured(model, boxes, lambda: model(part), labels_given)
 
     def _preprocessed(self, model: nn.Module, part: dict[str, Any]) -> dict[str, Any]:
         images = part["img"]

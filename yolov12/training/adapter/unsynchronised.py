@@ -23,7 +23,7 @@ from yolov12.models.candidates import Labels
 from yolov12.models.detection_loss import detection_loss, levels_of
 from yolov12.training.adapter.users_code import module_of
 
-__all__ = ["Given", "labels_of", "replaces", "running"]
+__all__ = ["Given", "expects_kernels", "labels_of", "replaces", "running"]
 
 _LOSS, _ASSIGNER = "ultralytics.utils.loss", "ultralytics.utils.tal"
 _REPLACED = {
@@ -61,6 +61,11 @@ class Given:
     def __init__(self, labels: Labels | None, part: Mapping[str, Any]) -> None:
         self._labels, self._copies = labels, tuple(part.get(key) for key in self._KEYS)
         self._versions = self._versions_now()
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether labels are on the host."""
+        return self._labels is not None
 
     def labels(self, batch: Mapping[str, Any]) -> Labels | None:
         """Return the labels on the host; None if the loss gets a batch with others."""
@@ -106,6 +111,18 @@ def replaces(criterion: Any) -> bool:
         and not any(map(_has_own_functions, (criterion, *modules)))
         and _is_pinned(tuple(_functions(loss, tal)))
     )
+
+
+def expects_kernels(criterion: Any, given: Given) -> bool:
+    """Return whether the loss is going to run without synchronisation, as far as that is known before the model runs.
+
+    Its kernels read predictions in Ultralytics' layout, (images, channels, anchors).
+
+    Args:
+        criterion: Criterion whose methods and those of its parts are Ultralytics' own.
+        given: What the model is given.
+    """
+    return given.is_on_host and replaces(criterion) and _waits(criterion.device)
 
 
 @contextmanager
