@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ try:
 except ImportError:  # PyTorch supports platforms that Triton does not
     triton = None
 
-__all__ = ["UNIT", "compiles", "launch", "stream", "unit_of"]
+__all__ = ["UNIT", "compiles", "launch", "stream", "unfilled", "unit_of"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 UNIT = 16
 """Largest unit in which kernels are given channels and strides, see `unit_of`."""
@@ -92,6 +96,30 @@ def stream(device: torch.device) -> int:
     if _HANDS_OUT_KERNELS:  # Triton's own way; several times faster than a stream object
         return int(triton.runtime.driver.active.get_current_stream(device.index))
     return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def unfilled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function make tensors that are not filled, because its kernels write all of them.
+
+    In deterministic mode, which is Ultralytics' default, PyTorch fills every tensor that `torch.empty` makes. That is
+    a launch and a pass over memory for each.
+
+    Args:
+        function: Function that makes tensors and launches kernels.
+    """
+    mode: Any = torch.utils.deterministic
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not (torch.are_deterministic_algorithms_enabled() and mode.fill_uninitialized_memory):
+            return function(*args, **kwargs)
+        mode.fill_uninitialized_memory = False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            mode.fill_uninitialized_memory = True
+
+    return run
 
 
 def unit_of(*sizes: int) -> int:

@@ -61,6 +61,28 @@ def test_statistics_outputs_and_gradients_are_those_of_each_group(kernels, sizes
     assert rows[..., 3 + channels :].isnan().all()
 
 
+def test_deterministic_mode_fills_nothing(kernels, monkeypatch):
+    """PyTorch's default in this mode is a launch and a pass over memory for every new tensor."""
+    mode, fills, launch = torch.utils.deterministic, [], launch_grid.launch
+
+    def look_and_launch(*arguments):
+        fills.append(mode.fill_uninitialized_memory)
+        launch(*arguments)
+
+    monkeypatch.setattr(launch_grid, "launch", look_and_launch)
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    rows = torch.empty(2, 1, 4)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        out, again = kernels.batch_norm(x, torch.ones(4), torch.zeros(4), *rows, (2,), 1e-3, True)
+        assert torch.equal(again(x.detach()), out)
+        out.sum().backward()
+        assert mode.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fills == [False] * 5
+
+
 @pytest.mark.parametrize(
     ("x", "stride"),
     [

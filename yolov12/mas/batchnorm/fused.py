@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from yolov12.mas.batchnorm.launch_grid import LaunchGrid, Tuning
-from yolov12.mas.triton_launch import compiles
+from yolov12.mas.triton_launch import compiles, unfilled
 
 try:
     from yolov12.mas.batchnorm import kernels
@@ -67,6 +67,7 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     return compiles(run, "BatchNorm goes group by group")
 
 
+@unfilled
 def batch_norm(
     x: Tensor,
     weight: Tensor,
@@ -132,6 +133,7 @@ class _BatchNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @unfilled
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # cheaper than `once_differentiable`
             raise RuntimeError("grouped BatchNorm cannot be differentiated twice")
@@ -139,6 +141,7 @@ class _BatchNorm(torch.autograd.Function):
         return *_gradients(ctx.grids, ctx.silu, x, grad, statistics, weight, bias), None, None, None, None, None, None
 
 
+@unfilled
 def _normalized(grids: _Grids, statistics: Tensor, weight: Tensor, bias: Tensor, silu: bool, x: Tensor) -> Tensor:
     out = torch.empty_like(x)
     grids[1].launch(kernels.normalize, (x, statistics, weight, bias, out), switches=(silu,))

@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.modules import overridden
-from yolov12.mas.triton_launch import compiles, launch, unit_of
+from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
 
 try:
     from yolov12.mas.step import upsampling_kernels as kernels
@@ -127,11 +127,13 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
 
 class _Nearest(torch.autograd.Function):
     @staticmethod
+    @unfilled
     def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
         ctx.factor = factor
         return _enlarged(x, factor)
 
     @staticmethod
+    @unfilled
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("upsampling in half precision cannot be differentiated twice")

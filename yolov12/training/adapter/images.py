@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from yolov12.mas.triton_launch import compiles, launch, unit_of
+from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
 from yolov12.training.adapter.known import is_stock
 from yolov12.training.adapter.users_code import is_ultralytics, module_of
 
@@ -38,6 +38,7 @@ def half_type(model: nn.Module, images: Any) -> torch.dtype | None:
     return _autocast_type() if _applies(images) and _goes_to_convolution(model) else None
 
 
+@unfilled
 def scaled(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images with values from 0 to 1 in channels_last.
 
