@@ -1,6 +1,7 @@
 """Helpers for modules and their inputs.
 
-They are a temporary forward pass, a look whether modules were replaced, and a map over tensors in nested containers.
+They are a temporary forward pass, looks whether modules were replaced or have hooks, and a map over tensors in nested
+containers.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-__all__ = ["Structure", "each_tensor", "overridden"]
+__all__ = ["Structure", "each_tensor", "has_global_hooks", "has_hooks", "overridden"]
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 """Most frequent types in batches; `each_tensor` returns them unchanged at once."""
@@ -38,6 +40,23 @@ def overridden(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[Non
                 module.__dict__["forward"] = own[module]
             else:
                 module.__dict__.pop("forward", None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a module has hooks that run in its forward or backward pass."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def has_global_hooks() -> bool:
+    """Return whether there are hooks that run in the forward or backward pass of all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 class Structure:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from yolov12.errors import ConfigError
 from yolov12.models.attention import attention
+from yolov12.models.blocks import joins, normalized
 from yolov12.models.yaml_check import check_yaml
 
 TURBO, V1 = "turbo", "v1"
@@ -187,7 +188,14 @@ def attention_forward(stock_forward: Callable[..., Tensor]) -> Callable[..., Ten
     return forward
 
 
-def _attention_forward(self: Any, x: Tensor) -> Tensor:
+def add_attention(block: Any, x: Tensor) -> Tensor:
+    """Return x + attention of x for Ultralytics' `AAttn`. Shapes: (batch, channels, height, width)."""
+    if joins(block.proj):
+        return _attention_forward(block, x, residual=x)
+    return x + block(x)  # type: ignore[no-any-return]
+
+
+def _attention_forward(self: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Map (batch, channels, height, width) to the same shape. `area` must divide height × width."""
     batch, _, height, width = x.shape
     tokens = height * width
@@ -208,4 +216,4 @@ def _attention_forward(self: Any, x: Tensor) -> Tensor:
     else:
         q, k, v = split_heads(self.qkv(x), heads, 3 * head_dim).split(head_dim, dim=3)
         v_image = to_image(v)
-    return self.proj(to_image(attention(q, k, v)) + self.pe(v_image))  # type: ignore[no-any-return]
+    return normalized(self.proj, normalized(self.pe, v_image, to_image(attention(q, k, v))), residual)

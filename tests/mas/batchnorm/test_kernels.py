@@ -88,6 +88,36 @@ def test_a_gradient_that_is_a_slice(more):
     assert all(off(a, b) < 1e-3 for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("channels", "first", "adds"), [(64, 0, True), (96, 32, False), (24, 3, False), (64, None, True)]
+)
+def test_a_residual_a_slice_and_what_is_beside_it(channels, first, adds, dtype):
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 8, channels, 20, 20, device="cuda", dtype=dtype)
+    x, residual = (each.contiguous(memory_format=torch.channels_last).requires_grad_() for each in (x, residual))
+    weight, bias = (each.requires_grad_() for each in torch.randn(2, channels, device="cuda"))
+    leaves = x, weight, bias, *[residual] * adds
+    rows = torch.empty(2, 2, channels, device="cuda")
+    wide = torch.empty(8, 20, 20, channels + 32, device="cuda", dtype=dtype).permute(0, 3, 1, 2)
+    part = wide.data[:, 16 : 16 + channels]
+    out, tail = batchnorm_kernels.batch_norm_into(
+        x, weight, bias, rows[0], rows[1], (4, 4), 1e-3, True, residual if adds else None, part, first
+    )
+    plain, _ = batchnorm_kernels.batch_norm(x, weight, bias, rows[0], rows[1], (4, 4), 1e-3, True)
+    wanted = plain + residual if adds else plain
+    results = [out] if first is None else [out, tail]
+    slopes = [torch.randn_like(each) for each in results]
+    slope = slopes[0].float()
+    if first is not None:
+        assert off(tail, wanted[:, first:]) < 1e-3
+        slope[:, first:] += slopes[1]
+    assert off(out, wanted) < 1e-3
+    found = torch.autograd.grad(results, leaves, slopes)
+    for one, other in zip(found, torch.autograd.grad(wanted, leaves, slope.to(dtype)), strict=True):
+        assert off(one, other) < (2e-3 if dtype is torch.half else 1e-5)
+
+
 def test_repeats_bit_for_bit():
     x = torch.randn(64, 96, 40, 40, device="cuda", dtype=torch.half).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(2, 96, device="cuda")

@@ -26,15 +26,16 @@ from yolov12.models import loss_kernels, matching_kernels
 from yolov12.training.adapter import image_kernel
 
 TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", "images": "*u8", "taken": "*u8"}
-TYPES |= dict.fromkeys(("x", "grad", "out", "scores", "boxes"), "*fp16")
+TYPES |= dict.fromkeys(("x", "grad", "out", "tail", "residual", "scores", "boxes"), "*fp16")
 TYPES |= dict.fromkeys(("anchor_of", "rectangles", "spans", "takers", "pair_of", "box"), "*i32")
-NUMBERS = "pixels", "units", "grad_units", "row_units", "width", "groups", "splits", "stride", "anchors", "classes"
+NUMBERS = "pixels", "width", "groups", "splits", "stride", "units", "anchors", "classes"
 CONSTANTS = {"silu": True, "unit": 16, "row_block": 16, "channel_block": 64, "unroll": 4, "factor": 2}
-CONSTANTS |= {"channels": 3, "block": 4096, "bins": 16, "most": 10, "tile": 16}
+CONSTANTS |= {"channels": 3, "block": 4096, "bins": 16, "most": 10, "tile": 16, "has_tail": True, "adds": True}
 
 def ptx(kernel, capability):
     names = list(kernel.arg_names)
-    types = {name: TYPES.get(name, "i32" if name in NUMBERS else "*fp32") for name in names if name not in CONSTANTS}
+    scalar = {name: "i32" for name in names if name.split("_")[-1] in NUMBERS}
+    types = {name: TYPES.get(name, scalar.get(name, "*fp32")) for name in names if name not in CONSTANTS}
     aligned = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
     constants = {names.index(name): value for name, value in CONSTANTS.items() if name in names}
     if triton.__version__ < "3":

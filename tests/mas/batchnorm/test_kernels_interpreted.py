@@ -61,6 +61,37 @@ def test_statistics_outputs_and_gradients_are_those_of_each_group(kernels, sizes
     assert rows[..., 3 + channels :].isnan().all()
 
 
+@pytest.mark.parametrize(("silu", "adds", "first"), [(True, True, None), (False, True, 0), (True, False, 2)])
+@pytest.mark.parametrize(("sizes", "channels", "side"), [((3, 1, 2), 5, 7), ((1, 4), 70, 3)])
+def test_a_residual_a_slice_and_what_is_beside_it(kernels, sizes, channels, side, silu, adds, first):
+    torch.manual_seed(0)
+    x, residual, slope = torch.randn(3, sum(sizes), channels, side, side)
+    x, residual = (each.contiguous(memory_format=torch.channels_last).requires_grad_() for each in (x, residual))
+    weight, bias = torch.randn(2, channels)
+    leaves = x, weight.requires_grad_(), bias.requires_grad_(), *[residual] * adds
+    rows = torch.empty(2, len(sizes), channels)
+    wide = torch.full((len(x), side, side, channels + 5), 7.0).permute(0, 3, 1, 2)
+    out, tail = kernels.batch_norm_into(
+        x, weight, bias, *rows, sizes, 1e-3, silu, residual if adds else None, wide.data[:, 3 : 3 + channels], first
+    )
+    plain, _ = kernels.batch_norm(x, weight, bias, *rows, sizes, 1e-3, silu)
+    wanted = plain + residual if adds else plain
+    assert torch.equal(out, wanted)
+    assert torch.equal(wide[:, 3 : 3 + channels], wanted)
+    assert (wide[:, :3] == 7).all()
+    assert (wide[:, 3 + channels :] == 7).all()
+    results, slopes = [out], [slope]
+    if first is not None:
+        assert torch.equal(tail, wanted[:, first:])
+        assert tail.is_contiguous(memory_format=torch.channels_last)
+        results.append(tail), slopes.append(torch.randn_like(tail))
+        slope = slope.clone()
+        slope[:, first:] += slopes[1]
+    found = torch.autograd.grad(results, leaves, slopes)
+    for one, other in zip(found, torch.autograd.grad(wanted, leaves, slope), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_deterministic_mode_fills_nothing(kernels, monkeypatch):
     """PyTorch's default in this mode is a launch and a pass over memory for every new tensor."""
     mode, fills, launch = torch.utils.deterministic, [], launch_grid.launch

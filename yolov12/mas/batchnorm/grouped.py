@@ -22,45 +22,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Protocol
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov12.mas.batchnorm import fused as fused_kernels
+from yolov12.mas.batchnorm.joined import Join, Slot, adds_up, is_watched
+from yolov12.mas.batchnorm.plain import momentum_of, normalize, normalize_again
+from yolov12.mas.batchnorm.protocol import Again, Kernels
 from yolov12.mas.batchnorm.ungrouped import UngroupedBatchNorm, is_plain
-from yolov12.mas.modules import overridden
+from yolov12.mas.modules import has_global_hooks, has_hooks, overridden
 
 __all__ = ["GroupedBatchNorm", "Kernels"]
-
-Again = Callable[[Tensor], Tensor]
-"""Function that computes the output of a BatchNorm again from its input."""
 
 # Each layer's part of a row starts at a multiple of this many values, so at a multiple of 16 bytes. At other addresses
 # cuDNN's BatchNorm fails ("misaligned address"), after a layer of 51 channels for example.
 _ALIGNED = 4
-
-
-class Kernels(Protocol):
-    """Functions that normalise several groups in one call and can apply SiLU, such as `batchnorm.fused`."""
-
-    def applies(self, x: Tensor, weight: Tensor, means: Tensor) -> bool:
-        """Return whether the kernels support these tensors; see `batchnorm.fused.applies`."""
-
-    def batch_norm(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        means: Tensor,
-        variances: Tensor,
-        sizes: Sequence[int],
-        eps: float,
-        silu: bool = False,
-    ) -> tuple[Tensor, Again]:
-        """Normalise the groups; see `batchnorm.fused.batch_norm`."""
 
 
 class GroupedBatchNorm:
@@ -87,18 +66,22 @@ class GroupedBatchNorm:
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._model, self._kernels = model, kernels
+        self._into: Any = getattr(kernels, "batch_norm_into", None)
+        self._writes_into: Callable[[torch.device], bool] = getattr(kernels, "writes_into", lambda device: False)
         self._pairs = {norm: act for norm, act in (activations or {}).items() if type(act) is nn.SiLU}
         # The pairs of this batch: those without a hook that would see the tensor between BatchNorm and activation.
         self._activations: dict[nn.Module, nn.Module] = {}
         self.fused = 0
         """Number of calls in this batch that ran BatchNorm and activation as one operation."""
+        self.joins = self._may_join = False
+        """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
         self._siblings: dict[nn.Module, tuple[nn.Module | None, ...]] = {}
         self._all: list[_BatchNorm] = []
         self.find_layers()
         self._ungrouped = UngroupedBatchNorm(model, log)
         self._layers: list[_BatchNorm] = []
-        self._forwards: list[Callable[[Tensor], Tensor]] = []
+        self._forwards: list[_Forward] = []
         self._columns: list[slice] = []  # one per layer: its channels in the statistics
         # Statistics of all groups: one row per group, with the channels of all layers side by side. `_views` has the
         # same memory as one view per group and layer.
@@ -117,26 +100,27 @@ class GroupedBatchNorm:
 
     def find_layers(self) -> None:
         """Look for the layers again, as modules of the model were replaced."""
+        self._modules = list(self._model.modules())
         siblings = {
             child: tuple(module._modules.values())
-            for module in self._model.modules()
+            for module in self._modules
             for child in module._modules.values()
             if child is not None
         }
         if before := self._siblings:  # beside what was replaced, an activation may follow another layer now
             self._pairs = {norm: act for norm, act in self._pairs.items() if before.get(norm) == siblings.get(norm)}
         self._siblings = siblings
-        self._all = [layer for layer in self._model.modules() if isinstance(layer, _BatchNorm)]
+        self._all = [layer for layer in self._modules if isinstance(layer, _BatchNorm)]
 
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and clear the statistics of the previous batch."""
-        self._activations = {norm: act for norm, act in self._pairs.items() if not _has_hooks(norm, act)}
+        self._activations = {norm: act for norm, act in self._pairs.items() if not is_watched(norm, act)}
         self.fused = 0
         in_use = [layer for layer in self._all if layer.training or layer.running_mean is None]
         layers = [layer for layer in in_use if is_plain(layer)]
         self._ungrouped.begin([layer for layer in in_use if not is_plain(layer)])
         if layers != self._layers:
-            self._forwards = [partial(self._forward, index, layer) for index, layer in enumerate(layers)]
+            self._forwards = [_Forward(self, index, layer) for index, layer in enumerate(layers)]
             widths = [-(-layer.num_features // _ALIGNED) * _ALIGNED for layer in layers]
             starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
             self._columns = [slice(at, at + layer.num_features) for at, layer in zip(starts, layers, strict=True)]
@@ -150,6 +134,8 @@ class GroupedBatchNorm:
         # here.
         self._means.zero_()
         self._variances.zero_()
+        has_any_hooks = has_global_hooks() or any(map(has_hooks, self._modules))
+        self._may_join = self._writes_into(self._means.device) and not has_any_hooks
         self._called.clear()
 
     @contextmanager
@@ -166,7 +152,7 @@ class GroupedBatchNorm:
             RuntimeError: An activation was not applied to the output of its BatchNorm, or a layer got a number of
                 images that is not a multiple of the micro-batch's.
         """
-        self._groups, self._first = groups, first
+        self._groups, self._first, self.joins = groups, first, self._may_join
         self._reserve(first + len(groups))
         forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
         for activation in {*self._activations.values()}:
@@ -208,7 +194,7 @@ class GroupedBatchNorm:
         called = [(index, layer) for index, layer in called if layer.training and layer.track_running_stats]
         counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
         kept = [(index, layer) for index, layer in called if layer.running_mean is not None]
-        momenta = [_momentum(layer, groups) for _, layer in kept]
+        momenta = [momentum_of(layer, groups) for _, layer in kept]
         # An allocation may fail, and this runs again: so everything is allocated before anything is changed.
         moves = []
         for average in averages if kept else ():
@@ -236,6 +222,49 @@ class GroupedBatchNorm:
         """Return each layer's part of rows of statistics, along the last dimension."""
         return tuple(rows[..., columns] for columns in self._columns)
 
+    def joined(
+        self,
+        index: int,
+        layer: _BatchNorm,
+        x: Tensor,
+        silu: bool,
+        residual: Tensor | None,
+        join: Join | Slot | None,
+        first: int | None,
+    ) -> Tensor | None:
+        """Run a layer and its activation, add a residual, and write the result to a concatenation.
+
+        Args:
+            index: Index of the layer.
+            layer: The layer.
+            x: Its input.
+            silu: Whether SiLU follows the layer.
+            residual: Tensor to add; None for none.
+            join: Concatenation whose next part is the result; None for none.
+            first: First channel that has other uses than the concatenation; None if there are none.
+
+        Returns:
+            The channels from `first` on, or all of them; None if the kernels do not support this call.
+        """
+        if not self.joins or silu > (layer in self._activations):
+            return None
+        self._check_activated()
+        sizes = self._sizes(layer, x)
+        if not self._suits_kernels(layer, x, sizes) or (residual is not None and not adds_up(x, residual)):
+            return None
+        self._called.add(index)
+        self.fused += silu
+        means, variances = self._rows(index)
+        part = join.place(x.shape, x) if join is not None else None
+        out, tail = self._into(
+            x, layer.weight, layer.bias, means, variances, sizes, layer.eps, silu, residual, part,
+            first if part is not None else None,
+        )  # fmt: skip
+        if join is not None:
+            join.add(out, in_place=part is not None)
+        result: Tensor = tail if tail is not None else out[:, first:] if first else out
+        return result
+
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._check_activated()
         layer._check_input_dim(x)
@@ -245,8 +274,7 @@ class GroupedBatchNorm:
         again: Again
         if (fused or len(sizes) > 1) and self._suits_kernels(layer, x, sizes):
             weight, bias = layer.weight, layer.bias
-            rows = slice(self._first, self._first + len(self._groups))
-            means, variances = (each[rows, self._columns[index]] for each in (self._means, self._variances))
+            means, variances = self._rows(index)
             out, again = self._kernels.batch_norm(x, weight, bias, means, variances, sizes, layer.eps, fused)
             if fused:
                 self._activated, self.fused = out, self.fused + 1
@@ -254,12 +282,17 @@ class GroupedBatchNorm:
             views = self._views[self._first : self._first + len(sizes)]
             statistics = [(means_of[index], variances_of[index]) for means_of, variances_of in views]
             parts = [x] if len(sizes) == 1 else x.split(sizes)
-            outs = [_normalize(part, layer, *rows) for part, rows in zip(parts, statistics, strict=True)]
+            outs = [normalize(part, layer, *rows) for part, rows in zip(parts, statistics, strict=True)]
             out = outs[0] if len(outs) == 1 else torch.cat(outs)
-            again = partial(_normalize_again, layer, sizes, statistics)
+            again = partial(normalize_again, layer, sizes, statistics)
         if self.listener is not None:
             self.listener(layer, out, x, again)
         return out
+
+    def _rows(self, index: int) -> list[Tensor]:
+        """Return where the kernels write means and variances of a layer's groups."""
+        rows = slice(self._first, self._first + len(self._groups))
+        return [each[rows, self._columns[index]] for each in (self._means, self._variances)]
 
     def _sizes(self, layer: _BatchNorm, x: Tensor) -> list[int]:
         """Return the images in each group as this layer sees them.
@@ -301,47 +334,11 @@ class GroupedBatchNorm:
             raise RuntimeError("an activation was not applied to the output of the BatchNorm that it is said to follow")
 
 
-def _has_hooks(norm: nn.Module, activation: nn.Module) -> bool:
-    return any(
-        (
-            norm._forward_hooks, norm._backward_hooks, norm._backward_pre_hooks,
-            activation._forward_pre_hooks, activation._forward_hooks,
-            activation._backward_hooks, activation._backward_pre_hooks,
-        )
-    )  # fmt: skip
+class _Forward:
+    """Forward pass of a layer in groups. Blocks ask it whether it can do more than that, see `joined`."""
 
+    def __init__(self, norms: GroupedBatchNorm, index: int, layer: _BatchNorm) -> None:
+        self._forward, self.joined = partial(norms._forward, index, layer), partial(norms.joined, index, layer)
 
-def _momentum(layer: _BatchNorm, groups: int) -> float:
-    """Return the weight of groups that are not counted yet; without a momentum, all groups weigh the same."""
-    if layer.momentum is not None:
-        momentum = float(layer.momentum)
-        return momentum if groups == 1 else 1.0 - (1.0 - momentum) ** groups  # of one group, to the last bit
-    return 0.0 if layer.num_batches_tracked is None else groups / (float(layer.num_batches_tracked) + groups)
-
-
-def _normalize_again(
-    layer: _BatchNorm, sizes: Sequence[int], statistics: Sequence[tuple[Tensor, Tensor]], x: Tensor
-) -> Tensor:
-    """Compute the output of `_forward` again, from the statistics that it stored."""
-    if len(sizes) == 1:
-        return _with_statistics(x, layer, *statistics[0])
-    out = torch.empty_like(x)
-    for part, into, (mean, variance) in zip(x.split(sizes), out.split(sizes), statistics, strict=True):
-        into.copy_(_with_statistics(part, layer, mean, variance))
-    return out
-
-
-def _with_statistics(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
-    values = x.numel() // x.shape[1]
-    biased = variance * ((values - 1) / values)
-    return F.batch_norm(x, mean, biased, layer.weight, layer.bias, False, 0.0, layer.eps)
-
-
-def _normalize(x: Tensor, layer: _BatchNorm, mean: Tensor, variance: Tensor) -> Tensor:
-    """Normalise with PyTorch's BatchNorm. A momentum of 1 writes the statistics of `x` to `mean` and `variance`."""
-    out = F.batch_norm(x, mean, variance, layer.weight, layer.bias, True, 1.0, layer.eps)
-    if len(x) == 1 and not x.is_cuda and out.requires_grad:
-        # On the CPU, PyTorch 2.3 reads the gradient of a single image with the strides of its input. The result is
-        # wrong, and no error is raised. A contiguous gradient avoids this.
-        out.register_hook(Tensor.contiguous)
-    return out
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._forward(x)

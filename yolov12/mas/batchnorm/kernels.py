@@ -6,6 +6,9 @@ axis 1 take turns: they read neighbouring blocks of rows at the same time, and g
 
 The number of channels and strides are given in units of `unit` values. The compiler then knows that they can be divided
 by it, and loads several values at once, without another kernel for each number of channels.
+
+An output that is a slice of a concatenation can have a copy outside of it, the tail, which begins at channel `first`.
+Both have a gradient then, and the kernels add them up.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import triton.language as tl
 
 __all__ = ["gradient", "gradient_sums", "normalize", "statistics"]
 
-_jit = triton.jit(do_not_specialize=["pixels", "units", "grad_units", "groups", "splits", "stride"])
+_NUMBERS = ["out_units", "grad_units", "tail_units", "first_units", "residual_units"]
+_jit = triton.jit(do_not_specialize=["pixels", "units", "groups", "splits", "stride", *_NUMBERS])
 
 
 _PTX = tl.constexpr(torch.version.hip is None)
@@ -52,6 +56,24 @@ def _group(ends, pixels):
     group = tl.program_id(2)
     first = tl.load(ends + group).to(tl.int64) * pixels
     return first, tl.load(ends + group + 1).to(tl.int64) * pixels - first
+
+
+@triton.jit
+def _channels(statistics, weight, bias, channels, groups, channel_block: tl.constexpr):
+    """Return this program's channels, which of them exist, their place in statistics of its group, and their values."""
+    c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
+    ok = c < channels
+    of = tl.program_id(2) * channels + c
+    mean = tl.load(statistics + of, mask=ok, other=0.0)
+    deviation = tl.load(statistics + groups * channels + of, mask=ok, other=0.0)
+    scale = deviation * tl.load(weight + c, mask=ok, other=0.0)
+    return c, ok, of, mean, deviation, scale, tl.load(bias + c, mask=ok, other=0.0)
+
+
+@triton.jit
+def _place(tensor, row, r, c, stride):
+    """Return the addresses of a block of values: channels `c` of rows `row + r`."""
+    return tensor + row * stride + (r[:, None] * stride + c[None, :])
 
 
 @triton.jit
@@ -150,51 +172,69 @@ def normalize(
     weight,
     bias,
     out,
+    tail,
+    residual,
     ends,
+    out_units,
+    tail_units,
+    first_units,
+    residual_units,
     pixels,
     units,
     groups,
     splits,
     silu: tl.constexpr,
+    has_tail: tl.constexpr,
+    adds: tl.constexpr,
     unit: tl.constexpr,
     row_block: tl.constexpr,
     channel_block: tl.constexpr,
 ):
-    """Normalise, scale, shift and activate."""
+    """Normalise, scale, shift and activate; then add the residual."""
     channels = units * unit
     first, count = _group(ends, pixels)
-    c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
-    ok = c < channels
-    of = tl.program_id(2) * channels + c
-    mean = tl.load(statistics + of, mask=ok, other=0.0)
-    scale = tl.load(statistics + groups * channels + of, mask=ok, other=0.0) * tl.load(weight + c, mask=ok, other=0.0)
-    shift = tl.load(bias + c, mask=ok, other=0.0)
+    c, ok, _of, mean, _deviation, scale, shift = _channels(statistics, weight, bias, channels, groups, channel_block)
     r = tl.arange(0, row_block)
-    at = r[:, None] * channels + c[None, :]
     for start in range(tl.program_id(1).to(tl.int64) * row_block, count, splits * row_block):
+        row = first + start
         inside = (r < tl.minimum(count - start, row_block).to(tl.int32))[:, None] & ok[None, :]
-        base = (first + start) * channels
-        value = tl.load(x + base + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(_place(x, row, r, c, channels), mask=inside, other=0.0).to(tl.float32)
         value = (value - mean[None, :]) * scale[None, :] + shift[None, :]
         if silu:
             value *= _sigmoid(value)
-        tl.store(out + base + at, value.to(out.dtype.element_ty), mask=inside)
+        if adds:
+            value += tl.load(_place(residual, row, r, c, residual_units * unit), mask=inside, other=0.0).to(tl.float32)
+        value = value.to(out.dtype.element_ty)
+        tl.store(_place(out, row, r, c, out_units * unit), value, mask=inside)
+        if has_tail:
+            after = c - first_units * unit
+            tl.store(_place(tail, row, r, after, tail_units * unit), value, mask=inside & (after >= 0)[None, :])
 
 
 @triton.jit
-def _slope(slope, off, scale, shift, silu: tl.constexpr):
-    """Return the gradient of the scaled value, from that of the output and the value less the mean."""
+def _slope(
+    x, grad, tail, mean, scale, shift, row, r, c, inside, channels, stride, tail_stride, first,
+    silu: tl.constexpr, has_tail: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of a block of scaled values, and the values of x less the mean."""
+    slope = tl.load(_place(grad, row, r, c, stride), mask=inside, other=0.0).to(tl.float32)
+    if has_tail:
+        after = c - first
+        there = inside & (after >= 0)[None, :]
+        slope += tl.load(_place(tail, row, r, after, tail_stride), mask=there, other=0.0).to(tl.float32)
+    off = tl.load(_place(x, row, r, c, channels), mask=inside, other=0.0).to(tl.float32) - mean[None, :]
     if silu:
         scaled = off * scale[None, :] + shift[None, :]
         sigmoid = _sigmoid(scaled)
         slope *= sigmoid * (1.0 + scaled * (1.0 - sigmoid))
-    return slope
+    return slope, off
 
 
 @_jit
 def gradient_sums(
     x,
     grad,
+    tail,
     statistics,
     weight,
     bias,
@@ -203,11 +243,14 @@ def gradient_sums(
     partial,
     counters,
     grad_units,
+    tail_units,
+    first_units,
     pixels,
     units,
     groups,
     splits,
     silu: tl.constexpr,
+    has_tail: tl.constexpr,
     unit: tl.constexpr,
     row_block: tl.constexpr,
     channel_block: tl.constexpr,
@@ -216,26 +259,18 @@ def gradient_sums(
     """Sum up the gradient, and the gradient times the normalised value, over each group."""
     channels = units * unit
     first, count = _group(ends, pixels)
-    c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
-    ok = c < channels
-    of = tl.program_id(2) * channels + c
-    mean = tl.load(statistics + of, mask=ok, other=0.0)
-    deviation = tl.load(statistics + groups * channels + of, mask=ok, other=0.0)
-    scale = deviation * tl.load(weight + c, mask=ok, other=0.0)
-    shift = tl.load(bias + c, mask=ok, other=0.0)
+    c, ok, of, mean, deviation, scale, shift = _channels(statistics, weight, bias, channels, groups, channel_block)
     plain = tl.zeros((row_block, channel_block), tl.float32)
     times = tl.zeros((row_block, channel_block), tl.float32)
     r = tl.arange(0, row_block)
     for start in range(tl.program_id(1).to(tl.int64) * (row_block * unroll), count, splits * (row_block * unroll)):
         left = tl.minimum(count - start, row_block * unroll).to(tl.int32)
         for part in tl.static_range(unroll):
-            row = first + start + part * row_block
             inside = (part * row_block + r < left)[:, None] & ok[None, :]
-            place = r[:, None] * (grad_units * unit) + c[None, :]
-            slope = tl.load(grad + row * (grad_units * unit) + place, mask=inside, other=0.0).to(tl.float32)
-            off = tl.load(x + row * channels + r[:, None] * channels + c[None, :], mask=inside, other=0.0)
-            off = off.to(tl.float32) - mean[None, :]
-            slope = _slope(slope, off, scale, shift, silu)
+            slope, off = _slope(
+                x, grad, tail, mean, scale, shift, first + start + part * row_block, r, c, inside,
+                channels, grad_units * unit, tail_units * unit, first_units * unit, silu, has_tail,
+            )  # fmt: skip
             plain += slope
             times += slope * off
     if _is_last(partial, counters, tl.sum(plain, 0), tl.sum(times, 0) * deviation, c, ok, channels, groups, splits):
@@ -248,6 +283,7 @@ def gradient_sums(
 def gradient(
     x,
     grad,
+    tail,
     statistics,
     weight,
     bias,
@@ -257,19 +293,22 @@ def gradient(
     of_bias,
     ends,
     grad_units,
+    tail_units,
+    first_units,
     pixels,
     units,
     groups,
     splits,
     silu: tl.constexpr,
+    has_tail: tl.constexpr,
     unit: tl.constexpr,
     row_block: tl.constexpr,
     channel_block: tl.constexpr,
 ):
     """Compute the gradient of x, and sum up those of weight and bias over all groups."""
     channels = units * unit
-    c = tl.program_id(0) * channel_block + tl.arange(0, channel_block)
-    ok = c < channels
+    first, count = _group(ends, pixels)
+    c, ok, of, mean, deviation, scale, shift = _channels(statistics, weight, bias, channels, groups, channel_block)
     if (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
         plain = tl.zeros((channel_block,), tl.float32)
         times = tl.zeros((channel_block,), tl.float32)
@@ -278,22 +317,15 @@ def gradient(
             times += tl.load(sums + (groups + group) * channels + c, mask=ok, other=0.0)
         tl.store(of_bias + c, plain.to(of_bias.dtype.element_ty), mask=ok)
         tl.store(of_weight + c, times.to(of_weight.dtype.element_ty), mask=ok)
-    first, count = _group(ends, pixels)
-    of = tl.program_id(2) * channels + c
-    mean = tl.load(statistics + of, mask=ok, other=0.0)
-    deviation = tl.load(statistics + groups * channels + of, mask=ok, other=0.0)
-    scale = deviation * tl.load(weight + c, mask=ok, other=0.0)
-    shift = tl.load(bias + c, mask=ok, other=0.0)
     plain = tl.load(sums + of, mask=ok, other=0.0) / count * scale
     times = tl.load(sums + groups * channels + of, mask=ok, other=0.0) / count * deviation * scale
     r = tl.arange(0, row_block)
     for start in range(tl.program_id(1).to(tl.int64) * row_block, count, splits * row_block):
         row = first + start
         inside = (r < tl.minimum(count - start, row_block).to(tl.int32))[:, None] & ok[None, :]
-        place = r[:, None] * (grad_units * unit) + c[None, :]
-        slope = tl.load(grad + row * (grad_units * unit) + place, mask=inside, other=0.0).to(tl.float32)
-        at = r[:, None] * channels + c[None, :]
-        off = tl.load(x + row * channels + at, mask=inside, other=0.0).to(tl.float32) - mean[None, :]
-        slope = _slope(slope, off, scale, shift, silu)
+        slope, off = _slope(
+            x, grad, tail, mean, scale, shift, row, r, c, inside,
+            channels, grad_units * unit, tail_units * unit, first_units * unit, silu, has_tail,
+        )  # fmt: skip
         slope = slope * scale[None, :] - plain[None, :] - off * times[None, :]
-        tl.store(out + row * channels + at, slope.to(out.dtype.element_ty), mask=inside)
+        tl.store(_place(out, row, r, c, channels), slope.to(out.dtype.element_ty), mask=inside)

@@ -83,6 +83,7 @@ class Checkpointing:
         if not plan.modes:
             yield
             return
+        self._norms.joins = False  # until the backward pass has ended, which runs layers again
         outputs = Outputs()
         with ExitStack() as stack:
             if plan.names(REBUILD):
@@ -119,7 +120,7 @@ class Checkpointing:
             # An in-place activation overwrites its input, and its caller may rely on that.
             if not getattr(module, "inplace", False)
         }
-        self._norms.listener = normalized
+        self._norms.listener, self._norms.joins = normalized, False
         try:
             with overridden(forwards):
                 yield

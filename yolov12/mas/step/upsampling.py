@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from yolov12.mas.batchnorm.fused import row_stride
-from yolov12.mas.modules import overridden
+from yolov12.mas.batchnorm.joined import Slot
+from yolov12.mas.modules import has_global_hooks, has_hooks, overridden
 from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
 
 try:
@@ -59,25 +59,19 @@ class Upsampling:
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and whether there are hooks."""
         self._layers: list[nn.Upsample] = []
-        if self._upsamplings and not _global_hooks() and not any(map(self._may_see, self._modules)):
+        if self._upsamplings and not has_global_hooks() and not any(map(self._may_see, self._modules)):
             layers = [layer for layer in self._upsamplings if layer.mode == "nearest"]
             self._layers = [layer for layer in layers if "forward" not in vars(layer)]  # or it is the user's own
 
     def _may_see(self, module: nn.Module) -> bool:
         """Return whether code of the user's own may look at what goes into a module."""
-        return _has_hooks(module) or not (module in self._above or _is_known(module.forward))
+        return has_hooks(module) or not (module in self._above or _is_known(module.forward))
 
     @contextmanager
     def within(self) -> Iterator[None]:
         """Give the layers their other forward pass while one micro-batch runs forward and backward."""
-        with overridden({layer: partial(_upsample, layer, layer.forward) for layer in self._layers}):
+        with overridden({layer: _Forward(layer, layer.forward) for layer in self._layers}):
             yield
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _is_known(forward: Any) -> bool:
@@ -87,24 +81,34 @@ def _is_known(forward: Any) -> bool:
     return str(getattr(forward, "__module__", "")).startswith(_KNOWN)
 
 
-def _global_hooks() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+class _Forward:
+    """Forward pass of a layer in the type of its input."""
 
+    def __init__(self, layer: nn.Upsample, forward: Callable[[Tensor], Tensor]) -> None:
+        self._layer, self._forward = layer, forward
 
-def _upsample(layer: nn.Upsample, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if x.dtype not in _HALF:
-        return forward(x)
-    factor = layer.scale_factor
-    if layer.size is None and isinstance(factor, float) and factor in (2.0, 3.0, 4.0) and _applies(x):
-        out: Tensor = _Nearest.apply(x, int(factor))  # type: ignore[no-untyped-call]
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype not in _HALF:
+            return self._forward(x)
+        if factor := self._factor(x):
+            out: Tensor = _Nearest.apply(x, factor)  # type: ignore[no-untyped-call]
+            return out
+        with torch.autocast(x.device.type, enabled=False):
+            return self._forward(x)
+
+    def part_of(self, slot: Slot, x: Tensor) -> Tensor:
+        """Run the layer, and make its output a part of a concatenation."""
+        factor = self._factor(x)
+        part = slot.place(_large(x, factor), x) if factor else None
+        out: Tensor = self(x) if part is None else _Nearest.apply(x, factor, (part,))  # type: ignore[no-untyped-call]
+        slot.add(out, in_place=part is not None)
         return out
-    with torch.autocast(x.device.type, enabled=False):
-        return forward(x)
+
+    def _factor(self, x: Tensor) -> int:
+        """Return the factor by which the kernels enlarge `x`; 0 if they do not apply."""
+        factor = self._layer.scale_factor
+        known = self._layer.size is None and isinstance(factor, float) and factor in (2.0, 3.0, 4.0)
+        return int(factor) if known and x.dtype in _HALF and _applies(x) else 0  # type: ignore[arg-type]
 
 
 def _applies(x: Tensor) -> bool:
@@ -128,27 +132,29 @@ def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
 class _Nearest(torch.autograd.Function):
     @staticmethod
     @unfilled
-    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: int, slices: tuple[Tensor, ...] = ()) -> Tensor:
         ctx.factor = factor
-        return _enlarged(x, factor)
+        return _enlarged(x, factor, *slices)
 
     @staticmethod
     @unfilled
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("upsampling in half precision cannot be differentiated twice")
-        return _shrunk(grad, ctx.factor), None
+        return _shrunk(grad, ctx.factor), None, None
 
 
-def _enlarged(x: Tensor, factor: int) -> Tensor:
+def _large(x: Tensor, factor: int) -> tuple[int, int, int, int]:
     images, channels, height, width = x.shape
-    out = torch.empty(
-        (images, channels, height * factor, width * factor),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    _run(kernels.enlarge, (x, out), x.shape, factor, ())
+    return images, channels, height * factor, width * factor
+
+
+def _enlarged(x: Tensor, factor: int, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty(_large(x, factor), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    stride = row_stride(out)
+    assert stride is not None
+    _run(kernels.enlarge, (x, out), x.shape, factor, (stride,))
     return out
 
 

@@ -31,6 +31,7 @@ def enlarge(
     out,
     pixels,
     width,
+    row_units,
     units,
     unit: tl.constexpr,
     factor: tl.constexpr,
@@ -44,7 +45,7 @@ def enlarge(
     for y in tl.static_range(factor):
         for x_ in tl.static_range(factor):
             at = large + (y * (width * factor) + x_)
-            tl.store(out + at[:, None] * channels + c[None, :], value, mask=inside)
+            tl.store(out + at[:, None] * (row_units * unit) + c[None, :], value, mask=inside)
 
 
 @_jit

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from yolov12.training.adapter.users_code import is_ultralytics
+from yolov12.training.adapter.users_code import is_ultralytics, module_of
 
 __all__ = ["is_stock", "joins_outputs", "why_not_split"]
 
@@ -35,9 +35,16 @@ def joins_outputs(model: nn.Module) -> bool:
 
 
 def is_stock(owner: Any, name: str) -> bool:
-    """Return whether a method is Ultralytics' own: in every class that defines it, and not set on the object."""
-    methods = [vars(kind)[name] for kind in type(owner).__mro__ if name in vars(kind)]
+    """Return whether a method is Ultralytics' own: in every class that defines it, and not set on the object.
+
+    What this package puts around such a method, see `seams`, does not count.
+    """
+    methods = [_without_seam(vars(kind)[name]) for kind in type(owner).__mro__ if name in vars(kind)]
     return name not in vars(owner) and all(map(is_ultralytics, methods))
+
+
+def _without_seam(method: Any) -> Any:
+    return getattr(method, "__wrapped__", method) if module_of(method).startswith("yolov12.") else method
 
 
 def _is_one_of(model: nn.Module, names: tuple[str, ...]) -> bool:
