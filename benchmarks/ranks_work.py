@@ -128,7 +128,9 @@ class _InGroups:
             raise RuntimeError(failure.message)
         return [self._groups[at : at + self._together] for at in range(0, len(self._groups), self._together)]
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
+    def done(
+        self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
+    ) -> None:
         """Ignore the measurement, see `step.Planner`."""
 
 

@@ -74,7 +74,9 @@ class Ours:
 class _Noted(BatchPlanner):
     sizes: tuple[int, ...] = ()
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
+    def done(
+        self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
+    ) -> None:
         super().done(start, stop, allocated_bytes, peak_bytes)
         self.sizes = (*self.sizes, stop - start)
 
@@ -118,7 +120,9 @@ class Sized:
         each = max(self._images // card.group, 1)
         return [groups[index : index + each] for index in range(0, len(groups), each)]
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
+    def done(
+        self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
+    ) -> None:
         """Learn nothing, see `step.Planner`."""
 
     def learn(self, batch: Batch) -> None:

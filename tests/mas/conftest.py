@@ -98,7 +98,9 @@ class Scripted:
             del left[:count]
         return plan
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
+    def done(
+        self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
+    ) -> None:
         pass
 
 

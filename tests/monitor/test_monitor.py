@@ -24,7 +24,7 @@ from yolov12.monitor.view import render
 
 NAMES = [column.name for column in COLUMNS]
 HEADER = ",".join(NAMES) + "\n"
-NEWER = "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,"
+NEWER = "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,replayed,"
 """Columns that files of earlier versions do not have."""
 
 
@@ -47,6 +47,7 @@ def line(step, events="", *, size=64, peak=900, budget=1000, images=64):
         500.0,
         128.0,
         *[""] * 6,
+        0,
         events,
     ]
     return ",".join(map(str, values)) + "\n"
@@ -206,7 +207,7 @@ def test_of_a_long_run_the_latest_steps_and_the_tightest_are_kept(tmp_path):
 
 def test_a_run_that_began_with_an_earlier_version_is_followed(tmp_path):
     """A resumed run continues its file, which has no columns for power and temperature."""
-    old = line(1).replace("128.0,,,,,,,", "128.0,")
+    old = line(1).replace("128.0,,,,,,,0,", "128.0,")
     (tmp_path / "memory.csv").write_text(HEADER.replace(NEWER, "") + old)
     follower = Follower(tmp_path)
     follower.read()

@@ -94,6 +94,14 @@ ARGUMENTS: tuple[Argument, ...] = (
         ENGINE,
     ),
     Argument(
+        "cuda_graphs",
+        False,
+        "True or False",
+        "On a GPU, replay the kernels of small micro-batches as CUDA graphs, where the GPU would wait for the CPU to "
+        "launch them one by one; off by default, as it has not been measured in whole trainings.",
+        ENGINE,
+    ),
+    Argument(
         "recipe",
         True,
         "True or False",

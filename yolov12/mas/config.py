@@ -42,6 +42,8 @@ class Config:
     """Names of layers that are never rebuilt or recomputed, see `checkpointing.layers.candidates`. Users write
     `disable_mas_layers`."""
 
+    cuda_graphs: bool = DEFAULTS["cuda_graphs"]
+    """True to replay small micro-batches as CUDA graphs where that is faster, see `step.graphs.replays`."""
     exact: bool = DEFAULTS["exact"]
     """True for the exact gradient of a loss with several normalisers, whose split batches then run their forward pass
     twice, see `task.Loss`; False to weight its parts by their numbers of images."""
@@ -91,6 +93,7 @@ class Config:
             bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),
             micro_batch=_count("micro_batch", values["micro_batch"], "a number of images, or leave it out"),
             disabled_layers=_names(values["disable_mas_layers"]),
+            cuda_graphs=bool(values["cuda_graphs"]),
             exact=bool(values["exact"]),
         )
 

@@ -31,6 +31,7 @@ from yolov12.mas.scheduling.planner import NO_ADVICE, WAIT_S, Advice, BatchPlann
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step.first_update import Undo, survive_first_update
+from yolov12.mas.step.graphs.replays import graphs_for
 from yolov12.mas.step.result import Result
 from yolov12.mas.step.retry import Retry
 from yolov12.mas.step.step import Step
@@ -105,9 +106,11 @@ class Engine:
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
         )
         found = candidates(model, layers, self.config.disabled_layers)
+        graphs = graphs_for(device, self._planner.room) if self.config.cuda_graphs else None
         self._step = Step(
-            model, task, self.meter, backward, found, activations, ranks, log, exact=self.config.exact, note=self.note
-        )
+            model, task, self.meter, backward, found, activations, ranks, log,
+            exact=self.config.exact, note=self.note, graphs=graphs,
+        )  # fmt: skip
         self._calibration = Calibration(
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )
@@ -192,7 +195,7 @@ class Engine:
 
     def _run(self, batch: Any, share: Share | None, patience_s: float, stop_requested: Callable[[], bool]) -> Result:
         # A task may have to preprocess an image on the device to know its size.
-        work = Retry(self.meter.release, self.note)(lambda: self._task.workload(batch))
+        work = Retry(self._step.replays.release, self.note)(lambda: self._task.workload(batch))
         share = share or Share(work.images)
         self._work = work
         self._calibration.begin(batch, work, share, patience_s)
@@ -202,9 +205,7 @@ class Engine:
         ran = self._step.run(batch, work.images, self._planner, share, status)
         report = self._planner.complete()
         plan = str(self._step.plans[report.level])
-        self._records.add(
-            DoneBatch(work, report, ran.micro_batches, ran.watch, ran.ahead, share.is_padding, fits, plan)
-        )
+        self._records.add(DoneBatch(work, report, ran, share.is_padding, fits, plan))
         self.latest = replace(
             ran,
             level=report.level,
@@ -240,12 +241,16 @@ class Engine:
         if optimizer.state or self._updates >= _SKIPPED_UPDATES:
             (update or plain)()
         else:
-            failures = survive_first_update(update or plain, optimizer, self.meter.release, remember, self.note)
+            failures = survive_first_update(update or plain, optimizer, self._step.replays.release, remember, self.note)
         self._updates += 1
         if self._ranks.size > 1 and self._updates % _CHECK_EVERY == 0:
             self._keep_replicas_alike()
         if self._records.pending:
             self._records.updated(epoch, ("out-of-memory in the optimizer",) * failures)
+
+    def make_room(self) -> None:
+        """Return memory that a validation may need: that of CUDA graphs, unless it is small."""
+        self._step.replays.make_room()
 
     def _keep_replicas_alike(self) -> None:
         model = self._step.model
@@ -292,6 +297,7 @@ class Engine:
         Returns:
             The summary of the run; None without a journal.
         """
+        self._step.replays.drop()
         self.lift_limit()
         return self._records.close(updates_expected, is_exact=is_exact, bn_group=self.bn_group)
 

@@ -40,6 +40,8 @@ class Failure:
     """Message of the allocator or the library."""
     peak_bytes: int
     """Peak of allocated memory until the failure."""
+    lacked_memory: bool = True
+    """False if a pass was not the one that its CUDA graph had captured."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

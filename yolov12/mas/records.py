@@ -11,9 +11,10 @@ from yolov12.mas.data_times import DataTimes
 from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.mas.journal.explanation import DID_NOT_FIT, SHARE_DID_NOT_FIT
 from yolov12.mas.journal.journal import Journal, Row, Summary
-from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.memory.reading import Meter
 from yolov12.mas.scheduling.planner import BatchReport
 from yolov12.mas.scheduling.time_model import SpeedModel
+from yolov12.mas.step.result import Result
 from yolov12.mas.task import Workload
 
 __all__ = ["DoneBatch", "Records"]
@@ -27,12 +28,8 @@ class DoneBatch:
     """Properties of the batch."""
     report: BatchReport
     """Plan of the batch, and the memory it took."""
-    micro_batches: tuple[int, ...]
-    """Number of images in each micro-batch."""
-    watch: Stopwatch
-    """Measures the time of this process's own work."""
-    ahead: Stopwatch | None
-    """Measures the pass without gradients, which is part of that time; None if there was none."""
+    ran: Result
+    """What the step returned: micro-batches, and stopwatches of its own work."""
     is_padding: bool
     """True for a padding image, see `task.Share.is_padding`."""
     fits: bool
@@ -92,7 +89,7 @@ class Records:
         """Add a batch that was run; its gradient waits for the next update."""
         self._done.append(done)
         work, events = done.work, done.report.events
-        is_whole = len(done.micro_batches) == 1 and not done.report.level
+        is_whole = len(done.ran.micro_batches) == 1 and not done.report.level
         failed = any(event.startswith("out-of-memory") for event in events)
         # A batch may also be split because the user wants it, or because its size has not been tried yet.
         if not is_whole and work.images > self._unfit and (failed or not done.fits):
@@ -123,7 +120,7 @@ class Records:
             step=self.journal.next_step + len(self._rows) if self.journal is not None else self._rows_made,
             epoch=epoch,
             images=sum(done.work.images for done in self._done if not done.is_padding),
-            micro_batches=tuple(size for done in self._done for size in done.micro_batches),
+            micro_batches=tuple(size for done in self._done for size in done.ran.micro_batches),
             plan=self._done[-1].plan,
             image_size=f"{works[-1].height}x{works[-1].width}",
             max_boxes=max(work.most_boxes for work in works),
@@ -136,6 +133,7 @@ class Records:
             decode_ms=_sum([times.decode_ms for times in self._loaded]),
             augment_ms=_sum([times.augment_ms for times in self._loaded]),
             period_ms=self._period_ms(epoch),
+            replayed=sum(done.ran.replayed for done in self._done),
             events=(*self._notes, *(event for report in reports for event in report.events), *events),
         )
         self._notes.clear()
@@ -187,13 +185,13 @@ class Records:
         """Write the rows whose times are known, in order; with `final`, all rows."""
         while self._rows:
             row, batches, loaded = self._rows[0]
-            times = [done.watch.elapsed_ms() for done in batches]
+            times = [done.ran.watch.elapsed_ms() for done in batches]
             step_ms, wait_ms = _sum(times), _sum([each.wait.elapsed_ms() for each in loaded])
             if (step_ms is None or (wait_ms is None and loaded)) and not final:
                 return
             del self._rows[0]
             for done, time_ms in zip(batches, times, strict=True):
-                if time_ms is not None and done.report.undisturbed:
+                if time_ms is not None and done.report.undisturbed and not done.ran.has_captured:
                     self._learn(done, time_ms)
             if self.journal is not None:
                 self.journal.busy(self._meter.busy_percent())
@@ -213,11 +211,11 @@ class Records:
 
     def _learn(self, done: DoneBatch, ms: float) -> None:
         work, level = done.work, done.report.level
-        usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.micro_batches)
+        usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.ran.micro_batches)
         if usual and self._shares and not done.is_padding:
             self._status = RankStatus(max(work.images, self._images_as_fast(done)), ms)
-        ahead_ms = (done.ahead.elapsed_ms() or 0.0) if done.ahead is not None else 0.0
-        self.speed.observe(done.micro_batches, work.height, work.width, level, ms - ahead_ms, ahead_ms)
+        ahead_ms = (done.ran.ahead.elapsed_ms() or 0.0) if done.ran.ahead is not None else 0.0
+        self.speed.observe(done.ran.micro_batches, work.height, work.width, level, ms - ahead_ms, ahead_ms)
 
     def _images_as_fast(self, done: DoneBatch) -> int:
         """Number of images that would have taken no longer, in micro-batches as large as host time and memory allow.
@@ -231,7 +229,7 @@ class Records:
             max(2 * images, group), work, level=last, reading=report.reading, budget_bytes=report.budget_bytes
         ):
             images = max(2 * images, group)
-        return min(images, int(flat)) * len(done.micro_batches)
+        return min(images, int(flat)) * len(done.ran.micro_batches)
 
 
 def _sum(times_ms: Sequence[float | None]) -> float | None:

@@ -111,10 +111,16 @@ class TensorTask:
     Args:
         loss: Called with the model and the tensors of a part; returns a `Loss`, or a mean over the part's images.
         floor: Smallest normaliser, see `Task.floor`.
+        may_replay: True if the function neither keeps nor changes what the model returns. On a GPU, small micro-batches
+            may then be replayed as CUDA graphs, which use the memory of the model's outputs again.
     """
 
-    def __init__(self, loss: Callable[..., Loss | Tensor], floor: float = 0.0) -> None:
-        self._loss, self.floor = loss, floor
+    def __init__(self, loss: Callable[..., Loss | Tensor], floor: float = 0.0, *, may_replay: bool = False) -> None:
+        self._loss, self.floor, self._may_replay = loss, floor, may_replay
+
+    def may_replay(self, model: nn.Module) -> bool:
+        """Return whether micro-batches may be replayed as CUDA graphs; a task without this method says no."""
+        return self._may_replay
 
     def workload(self, batch: Sequence[Tensor]) -> Workload:
         """Take the last two dimensions of the first tensor as height and width; for sequences, the length as height."""

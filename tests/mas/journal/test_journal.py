@@ -13,9 +13,9 @@ MIB = 2**20
 HEADER = (
     "step,epoch,images,micro_batches,plan,image_size,max_boxes,"
     "predicted_mib,peak_mib,reserved_mib,free_mib,budget_mib,step_ms,images_per_s,"
-    "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,events"
+    "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,replayed,events"
 )
-NEWER = "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,"
+NEWER = "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,replayed,"
 """Columns that files of earlier versions do not have."""
 
 
@@ -65,9 +65,9 @@ def test_a_step_is_a_line(tmp_path):
     )
     assert lines(tmp_path) == [
         HEADER,
-        "1,1,96,64 32,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,500.0,192.0,40.0,30.0,20.0,,,,"
+        "1,1,96,64 32,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,500.0,192.0,40.0,30.0,20.0,,,,0,"
         "out-of-memory at 128; shrunk 128 to 64",
-        "2,1,128,64 64,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,,,,,,600.0,,,",
+        "2,1,128,64 64,,640x640,31,7070.0,7000.0,7100.0,900.1,7400.0,,,,,,600.0,,,0,",
     ]
 
 
@@ -147,9 +147,7 @@ def test_power_and_temperature_are_summarised_where_they_are_known(tmp_path):
 
 
 def test_a_file_of_an_earlier_version_keeps_its_columns(tmp_path):
-    old = HEADER.replace("reserved_mib", "held_mib").replace(
-        "data_wait_ms,decode_ms,augment_ms,period_ms,power_w,temperature_c,", ""
-    )
+    old = HEADER.replace("reserved_mib", "held_mib").replace(NEWER, "")
     (tmp_path / "memory.csv").write_text(f"{old}\n1,1,64,64,,640x640,31,1.0,2.0,3.0,4.0,5.0,6.0,7.0,grew 1 to 2\n")
     summary = write(tmp_path, [replace(row(2, epoch=2), power_w=20.0)], resume=True)
     assert lines(tmp_path)[0] == old

@@ -19,7 +19,7 @@ def row(step, events="", *, images=64, size=64, peak=900, budget=1000, pixels=64
     """Return a row of memory.csv; `size` is the largest micro-batch."""
     parts = " ".join(str(min(size, images - start)) for start in range(0, images, size))
     values = [step, 1 + step // 50, images, parts, plan, f"{pixels}x{pixels}", 9]
-    values += [peak, peak, peak, 100, budget, 500.0, 128.0, *[""] * 6, events]
+    values += [peak, peak, peak, 100, budget, 500.0, 128.0, *[""] * 6, 0, events]
     return dict(zip(FIELDS, map(str, values), strict=True))
 
 

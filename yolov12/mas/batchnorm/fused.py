@@ -159,7 +159,7 @@ def row_stride(x: Tensor) -> int | None:
 _Grids = tuple[LaunchGrid, LaunchGrid]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.cache  # a captured CUDA graph uses their scratch memory
 def _grids(channels: int, pixels: int, sizes: tuple[int, ...], device: torch.device) -> _Grids:
     """Return the grids of kernels that compute sums, and of the others."""
     return LaunchGrid(channels, pixels, sizes, device, _SUMS), LaunchGrid(channels, pixels, sizes, device, _EACH)

@@ -32,6 +32,7 @@ from yolov12.mas.batchnorm import fused as fused_kernels
 from yolov12.mas.batchnorm.joined import Join, Slot, adds_up, is_watched
 from yolov12.mas.batchnorm.plain import momentum_of, normalize, normalize_again
 from yolov12.mas.batchnorm.protocol import Again, Kernels
+from yolov12.mas.batchnorm.statistics import Statistics
 from yolov12.mas.batchnorm.ungrouped import UngroupedBatchNorm, is_plain
 from yolov12.mas.modules import has_global_hooks, has_hooks, overridden
 
@@ -71,8 +72,6 @@ class GroupedBatchNorm:
         self._pairs = {norm: act for norm, act in (activations or {}).items() if type(act) is nn.SiLU}
         # The pairs of this batch: those without a hook that would see the tensor between BatchNorm and activation.
         self._activations: dict[nn.Module, nn.Module] = {}
-        self.fused = 0
-        """Number of calls in this batch that ran BatchNorm and activation as one operation."""
         self.joins = self._may_join = False
         """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
@@ -82,16 +81,16 @@ class GroupedBatchNorm:
         self._ungrouped = UngroupedBatchNorm(model, log)
         self._layers: list[_BatchNorm] = []
         self._forwards: list[_Forward] = []
-        self._columns: list[slice] = []  # one per layer: its channels in the statistics
-        # Statistics of all groups: one row per group, with the channels of all layers side by side. `_views` has the
-        # same memory as one view per group and layer.
-        self._means = self._variances = torch.empty(0, 0)
-        self._views: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        self._statistics = Statistics((), torch.empty(0, 0))
         self._groups: Sequence[int] = ()
         self._first = 0
-        self._called: set[int] = set()
         self.listener: Callable[[nn.Module, Tensor, Tensor, Again], None] | None = None
         """Is called with each layer, its output, its input, and a function that computes the output again."""
+
+    @property
+    def fused(self) -> int:
+        """Number of calls in this batch that ran BatchNorm and activation as one operation."""
+        return self._statistics.fused
 
     @property
     def ungrouped(self) -> Sequence[_BatchNorm]:
@@ -115,7 +114,6 @@ class GroupedBatchNorm:
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and clear the statistics of the previous batch."""
         self._activations = {norm: act for norm, act in self._pairs.items() if not is_watched(norm, act)}
-        self.fused = 0
         in_use = [layer for layer in self._all if layer.training or layer.running_mean is None]
         layers = [layer for layer in in_use if is_plain(layer)]
         self._ungrouped.begin([layer for layer in in_use if not is_plain(layer)])
@@ -123,20 +121,16 @@ class GroupedBatchNorm:
             self._forwards = [_Forward(self, index, layer) for index, layer in enumerate(layers)]
             widths = [-(-layer.num_features // _ALIGNED) * _ALIGNED for layer in layers]
             starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
-            self._columns = [slice(at, at + layer.num_features) for at, layer in zip(starts, layers, strict=True)]
+            columns = [slice(at, at + layer.num_features) for at, layer in zip(starts, layers, strict=True)]
             tensors = [
                 tensor for layer in layers for tensor in (layer.running_mean, layer.weight) if tensor is not None
             ]
             like = next(iter([*tensors, *self._model.parameters()]), torch.empty(0))
-            self._means, self._variances = (like.new_zeros(0, sum(widths)) for _ in range(2))
-            self._layers, self._views = layers, []  # only now, as an allocation may have failed
-        # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that, so the rows are cleared
-        # here.
-        self._means.zero_()
-        self._variances.zero_()
+            self._statistics = Statistics(columns, like.new_zeros(0, sum(widths)))
+            self._layers = layers  # only now, as an allocation may have failed
+        self._statistics.clear()
         has_any_hooks = has_global_hooks() or any(map(has_hooks, self._modules))
-        self._may_join = self._writes_into(self._means.device) and not has_any_hooks
-        self._called.clear()
+        self._may_join = self._writes_into(self._statistics.means.device) and not has_any_hooks
 
     @contextmanager
     def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
@@ -153,7 +147,7 @@ class GroupedBatchNorm:
                 images that is not a multiple of the micro-batch's.
         """
         self._groups, self._first, self.joins = groups, first, self._may_join
-        self._reserve(first + len(groups))
+        self._statistics.reserve(first + len(groups))
         forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
         for activation in {*self._activations.values()}:
             forwards[activation] = partial(self._activate, activation.forward)
@@ -163,6 +157,33 @@ class GroupedBatchNorm:
                 self._check_activated()
         finally:
             self._activated = None
+
+    def drafts(self) -> Statistics:
+        """Return empty statistics for `aside`."""
+        return self._statistics.empty()
+
+    @contextmanager
+    def aside(self, drafts: Statistics) -> Iterator[None]:
+        """Write the statistics of passes in this context to drafts, and leave those of the batch as they are.
+
+        Args:
+            drafts: Receives the statistics. Its memory stays the same from the second pass on.
+        """
+        own = self._statistics, self._groups, self._first
+        self._statistics = drafts
+        try:
+            yield
+        finally:
+            self._statistics, self._groups, self._first = own
+
+    def adopt(self, drafts: Statistics, first: int) -> None:
+        """Take the statistics of drafts for those of a micro-batch, see `within`, whose groups the drafts have.
+
+        Args:
+            drafts: Statistics of the latest pass.
+            first: Number of groups of the batch that come before the micro-batch.
+        """
+        self._statistics.adopt(drafts, first)
 
     def averages(self, groups: Sequence[int], images: int) -> list[Tensor]:
         """Return this rank's contribution to the batch's statistics, to be summed over all ranks.
@@ -175,13 +196,7 @@ class GroupedBatchNorm:
             Weighted sums of means and of variances, each of shape (channels of all layers, each number
             padded to a multiple of four,); empty without layers.
         """
-        if not self._layers:
-            return []
-        weights, rows = [size / images for size in groups], slice(len(groups))
-        return [
-            torch.stack(torch._foreach_mul(list(each[rows].unbind()), weights)).sum(0)
-            for each in (self._means, self._variances)
-        ]
+        return self._statistics.averages(groups, images) if self._layers else []
 
     def commit(self, averages: Sequence[Tensor], groups: int) -> None:
         """Finish a batch: update the running statistics.
@@ -190,7 +205,7 @@ class GroupedBatchNorm:
             averages: What `averages` returned, summed over all ranks.
             groups: Number of groups in the batch, over all ranks.
         """
-        called = [(index, self._layers[index]) for index in sorted(self._called)]
+        called = [(index, self._layers[index]) for index in sorted(self._statistics.called)]
         called = [(index, layer) for index, layer in called if layer.training and layer.track_running_stats]
         counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
         kept = [(index, layer) for index, layer in called if layer.running_mean is not None]
@@ -198,7 +213,7 @@ class GroupedBatchNorm:
         # An allocation may fail, and this runs again: so everything is allocated before anything is changed.
         moves = []
         for average in averages if kept else ():
-            mean = self._by_layer(average)
+            mean = self._statistics.by_layer(average)
             moves.append(torch._foreach_mul([mean[index] for index, _ in kept], momenta))
         self._ungrouped.commit()
         if counts:
@@ -207,20 +222,6 @@ class GroupedBatchNorm:
             running: list[Tensor] = [getattr(layer, name) for _, layer in kept]
             torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
             torch._foreach_add_(running, list(move))
-
-    def _reserve(self, rows: int) -> None:
-        if not self._layers or len(self._means) >= rows:
-            return
-        more = self._means.new_zeros(rows - len(self._means), self._means.shape[1])
-        self._means, self._variances = torch.cat((self._means, more)), torch.cat((self._variances, more))
-        self._views = [
-            (self._by_layer(mean), self._by_layer(variance))
-            for mean, variance in zip(self._means, self._variances, strict=True)
-        ]
-
-    def _by_layer(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return each layer's part of rows of statistics, along the last dimension."""
-        return tuple(rows[..., columns] for columns in self._columns)
 
     def joined(
         self,
@@ -252,9 +253,9 @@ class GroupedBatchNorm:
         sizes = self._sizes(layer, x)
         if not self._suits_kernels(layer, x, sizes) or (residual is not None and not adds_up(x, residual)):
             return None
-        self._called.add(index)
-        self.fused += silu
-        means, variances = self._rows(index)
+        self._statistics.called.add(index)
+        self._statistics.fused += silu
+        means, variances = self._statistics.of_layer(index, self._first, len(self._groups))
         part = join.place(x.shape, x) if join is not None else None
         out, tail = self._into(
             x, layer.weight, layer.bias, means, variances, sizes, layer.eps, silu, residual, part,
@@ -268,18 +269,19 @@ class GroupedBatchNorm:
     def _forward(self, index: int, layer: _BatchNorm, x: Tensor) -> Tensor:
         self._check_activated()
         layer._check_input_dim(x)
-        self._called.add(index)
+        self._statistics.called.add(index)
         sizes = self._sizes(layer, x)
         fused = layer in self._activations
         again: Again
         if (fused or len(sizes) > 1) and self._suits_kernels(layer, x, sizes):
             weight, bias = layer.weight, layer.bias
-            means, variances = self._rows(index)
+            means, variances = self._statistics.of_layer(index, self._first, len(self._groups))
             out, again = self._kernels.batch_norm(x, weight, bias, means, variances, sizes, layer.eps, fused)
             if fused:
-                self._activated, self.fused = out, self.fused + 1
+                self._activated = out
+                self._statistics.fused += 1
         else:
-            views = self._views[self._first : self._first + len(sizes)]
+            views = self._statistics.views[self._first : self._first + len(sizes)]
             statistics = [(means_of[index], variances_of[index]) for means_of, variances_of in views]
             parts = [x] if len(sizes) == 1 else x.split(sizes)
             outs = [normalize(part, layer, *rows) for part, rows in zip(parts, statistics, strict=True)]
@@ -288,11 +290,6 @@ class GroupedBatchNorm:
         if self.listener is not None:
             self.listener(layer, out, x, again)
         return out
-
-    def _rows(self, index: int) -> list[Tensor]:
-        """Return where the kernels write means and variances of a layer's groups."""
-        rows = slice(self._first, self._first + len(self._groups))
-        return [each[rows, self._columns[index]] for each in (self._means, self._variances)]
 
     def _sizes(self, layer: _BatchNorm, x: Tensor) -> list[int]:
         """Return the images in each group as this layer sees them.
@@ -314,7 +311,7 @@ class GroupedBatchNorm:
         return (
             layer.weight is not None
             and layer.bias is not None
-            and self._kernels.applies(x, layer.weight, self._means)
+            and self._kernels.applies(x, layer.weight, self._statistics.means)
             and x.shape[1] == layer.num_features
             and min(sizes) * x.shape[2] * x.shape[3] > 1
         )

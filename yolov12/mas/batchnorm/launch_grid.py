@@ -107,7 +107,7 @@ class LaunchGrid:
         return scratch
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # a captured CUDA graph reads the tensor
 def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """Return the end of each group in images, after a leading zero. Cached, as the copy waits for the device."""
     return torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)

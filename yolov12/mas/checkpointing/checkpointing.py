@@ -147,8 +147,10 @@ class Checkpointing:
                 self._norms.forget_activated()
             return result
 
-        # `checkpoint` saves the random state of the device that its argument is on.
-        return checkpoint(run, torch.empty(0, device=self._device), use_reentrant=False)
+        # `checkpoint` saves the random state of the device that its argument is on. During a capture it cannot be read,
+        # and the network is known to draw no random numbers.
+        draws = self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        return checkpoint(run, torch.empty(0, device=self._device), use_reentrant=False, preserve_rng_state=draws)
 
 
 class _Input:

@@ -21,7 +21,7 @@ from torch import Tensor
 from yolov12.errors import DoesNotFitError, RankError
 from yolov12.mas.distributed.watchdog import Watchdog
 
-__all__ = ["ALONE", "NO_NEWS", "ProcessRanks", "RankStatus", "Ranks", "exchange_names"]
+__all__ = ["ALONE", "NO_NEWS", "ProcessRanks", "RankStatus", "Ranks", "exchange_names", "telling"]
 
 BUCKET_BYTES = 32 * 2**20
 """Size of the flat buffer in which gradients are summed, or less if they are smaller. It exists before ranks agree."""
@@ -128,6 +128,24 @@ class _Alone:
 
 ALONE: Ranks = _Alone()
 """Ranks of a training in one process."""
+
+
+@contextmanager
+def telling(ranks: Ranks, status: RankStatus, unless: type[Exception]) -> Iterator[None]:
+    """Report an error of this rank to the others before it is raised.
+
+    Args:
+        ranks: Processes that share each batch.
+        status: Report of this rank.
+        unless: Error that is not reported, as all ranks raise it.
+    """
+    try:
+        yield
+    except unless:
+        raise
+    except BaseException as error:
+        ranks.agree(status, error)
+        raise
 
 
 def exchange_names() -> list[str]:

@@ -86,11 +86,14 @@ COLUMNS: tuple[Column, ...] = (
         "empty where nothing measures them.",
     ),
     Column("temperature_c", "°C", "Temperature of the GPU."),
+    Column("replayed", "micro-batches", "Micro-batches that were replayed as CUDA graphs, see `cuda_graphs`."),
     Column("events", "", "What happened in this step, separated by `; `. See below."),
 )
 """In the order of the file."""
 
-NEW_COLUMNS = frozenset({"power_w", "temperature_c", "data_wait_ms", "decode_ms", "augment_ms", "period_ms"})
+NEW_COLUMNS = frozenset(
+    {"power_w", "temperature_c", "data_wait_ms", "decode_ms", "augment_ms", "period_ms", "replayed"}
+)
 """Columns that a file of an earlier version does not have, even if a resumed run continues it."""
 
 EVENTS: Mapping[str, str] = {
@@ -103,6 +106,8 @@ EVENTS: Mapping[str, str] = {
     "out-of-memory in a copy": "The next micro-batch could not be copied to the device ahead. It was copied later.",
     "out-of-memory in a warm-up": "An allocation failed in a warm-up, or while layers were profiled. Fewer images were "
     "tried, or another plan.",
+    "out-of-memory in a capture": "An allocation failed while a CUDA graph was captured. Micro-batches of "
+    "that size run without a graph.",
     "retried N": "The failed micro-batch of N images ran again unchanged, and succeeded.",
     "shrunk A to B": "Micro-batches became smaller: from A to B images.",
     "grew A to B": "Micro-batches became larger: from A to B images.",

@@ -90,6 +90,8 @@ class Row:
     """Power in watts; None if nothing measures it. See `Sensors`."""
     temperature_c: float | None = None
     """Temperature of the GPU in degrees Celsius; None if nothing measures it."""
+    replayed: int = 0
+    """Number of micro-batches that were replayed as CUDA graphs."""
 
     def as_csv(self) -> tuple[str | int, ...]:
         """Return the values of `COLUMNS` in MiB, milliseconds and images/s, with one decimal; empty if unknown."""
@@ -102,6 +104,7 @@ class Row:
             "" if self.step_ms is None else f"{self.step_ms:.1f}",
             f"{self.images / self.step_ms * 1000:.1f}" if self.step_ms else "",
             *("" if value is None else f"{value:.1f}" for value in measured),
+            self.replayed,
             "; ".join(self.events),
         )
 

@@ -201,10 +201,17 @@ class BatchPlanner:
         )
         return self._accept(decision, sizes, group) if decision.fits else None
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
+    def room(self, start: int, stop: int) -> tuple[int, int]:
+        """Return what a micro-batch needs at most above the allocated memory, and the budget, in bytes."""
+        return self.cost.upper(self._features(start, stop, self.level))[1], self.budget_bytes
+
+    def done(
+        self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
+    ) -> None:
         """Learn from a micro-batch that ran, see `step.Planner.done`."""
         if peak_bytes is not None:
-            self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
+            if not is_replay:
+                self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
             self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self.speed.ran(stop - start, self._work.height, self._work.width)
         self._waited_s = self._told_s = 0  # only a successful micro-batch ends a wait

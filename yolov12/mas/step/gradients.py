@@ -26,8 +26,16 @@ def give(parameters: Sequence[nn.Parameter], gradients: Gradients) -> None:
         parameter.grad = gradient
 
 
-def add(total: Gradients, more: Gradients) -> Gradients:
-    """Add gradients and return the sums; tensors of `total` are changed in place, and None counts as zero."""
+def add(total: Gradients, more: Gradients, *, is_lent: bool = False) -> Gradients:
+    """Add gradients and return the sums; tensors of `total` are changed in place, and None counts as zero.
+
+    Args:
+        total: Gradients so far.
+        more: Gradients to add.
+        is_lent: True if the tensors of `more` will be overwritten, so that the sums must not consist of them.
+    """
+    if is_lent:  # before anything is changed, as an allocation may fail
+        more = [b.clone() if a is None and b is not None else b for a, b in zip(total, more, strict=True)]
     both = [(a, b) for a, b in zip(total, more, strict=True) if a is not None and b is not None]
     if both:
         torch._foreach_add_([a for a, _ in both], [b for _, b in both])

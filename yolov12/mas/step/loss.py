@@ -101,13 +101,14 @@ class Total:
             raise UnknownNormalisersError
         return (value if loss.factors is None else value * loss.factors(value.detach(), normaliser)).sum()
 
-    def add(self, loss: Loss, images: int, new: gradients.Gradients | None = None) -> None:
+    def add(self, loss: Loss, images: int, new: gradients.Gradients | None = None, *, is_lent: bool = False) -> None:
         """Add a finished part.
 
         Args:
             loss: Loss of the part.
             images: Number of images in the part.
             new: Gradients of the part; None to add its loss alone.
+            is_lent: True if the next part overwrites these gradients.
         """
         items = {name: item.detach() for name, item in loss.items.items()}
         value, normaliser = self._value(loss, images).detach(), self._normaliser(loss, images)
@@ -115,8 +116,8 @@ class Total:
             self._factors = loss.factors
         elif loss.has_terms:
             items = {name: self._own_factors(loss, item).sum() for name, item in items.items()}
-        if new is not None:  # from here on nothing is allocated
-            self._gradients = new if self._gradients is None else gradients.add(self._gradients, new)
+        if new is not None:  # after this, nothing is allocated
+            self._gradients = gradients.add(self._gradients or [None] * len(new), new, is_lent=is_lent)
         self._parts.append(_Part(normaliser, value, items))
 
     def sum_over(self, ranks: Ranks, retry: Retry, *, is_padding: bool = False) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Protocol
 
 from yolov12.mas.oom import Failure
 
-__all__ = ["MicroBatches", "Planner"]
+__all__ = ["MicroBatches", "Planner", "groups_of"]
 
 MicroBatches = Sequence[tuple[int, ...]]
 """For each micro-batch, the numbers of images in its BatchNorm groups."""
@@ -33,7 +34,9 @@ class Planner(Protocol):
             DoesNotFitError: No smaller split is left to try.
         """
 
-    def done(self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None) -> None:
+    def done(
+        self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
+    ) -> None:
         """Learn from a micro-batch that ran.
 
         Args:
@@ -41,4 +44,11 @@ class Planner(Protocol):
             stop: Image after the last.
             allocated_bytes: Allocated bytes before the micro-batch.
             peak_bytes: Peak of allocated bytes while it ran; None for a pass without gradients, which needs less.
+            is_replay: True if a CUDA graph was replayed, whose memory was allocated before: the peak tells nothing
+                about the size.
         """
+
+
+def groups_of(plan: MicroBatches) -> list[int]:
+    """Return the sizes of all BatchNorm groups of a plan."""
+    return list(chain.from_iterable(plan))

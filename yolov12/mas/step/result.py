@@ -29,6 +29,10 @@ class Result:
     """Time of the pass without gradients, which is part of `watch`; None if there was none."""
     statuses: Sequence[RankStatus] = ()
     """Reports of all ranks."""
+    replayed: int = 0
+    """Number of micro-batches that ran here as CUDA graphs."""
+    has_captured: bool = False
+    """True if a CUDA graph was captured, which took time."""
     level: int = 0
     """Index of the checkpoint plan of the last micro-batch. The engine fills in this field and those below."""
     predicted_bytes: int = 0

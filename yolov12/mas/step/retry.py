@@ -7,10 +7,10 @@ from typing import TypeVar
 
 from yolov12.mas.oom import is_out_of_memory
 
-__all__ = ["BESIDE", "IN_A_COPY", "IN_A_WARM_UP", "Note", "Retry", "no_note"]
+__all__ = ["BESIDE", "IN_A_CAPTURE", "IN_A_COPY", "IN_A_WARM_UP", "Note", "Retry", "no_note"]
 
-BESIDE, IN_A_COPY, IN_A_WARM_UP = (
-    f"out-of-memory {where}" for where in ("between micro-batches", "in a copy", "in a warm-up")
+BESIDE, IN_A_COPY, IN_A_WARM_UP, IN_A_CAPTURE = (
+    f"out-of-memory {where}" for where in ("between micro-batches", "in a copy", "in a warm-up", "in a capture")
 )
 """Events of failed allocations outside of micro-batches, see `journal.columns.EVENTS`."""
 _ATTEMPTS = 3

@@ -29,6 +29,16 @@ class RandomState:
         self._python, self._numpy, self._torch = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         self._on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
+    def is_current(self) -> bool:
+        """Return whether nothing was drawn since."""
+        now = RandomState(self._device)
+        return (
+            self._python == now._python
+            and all(map(np.array_equal, self._numpy, now._numpy))
+            and torch.equal(self._torch, now._torch)
+            and (self._on_device is now._on_device or torch.equal(self._on_device, now._on_device))  # type: ignore[arg-type]
+        )
+
     def restore(self) -> None:
         """Set the generators back to these states."""
         random.setstate(self._python)

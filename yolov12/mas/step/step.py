@@ -14,9 +14,8 @@ The gradient is that of the whole batch at once, however the batch was split and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from itertools import chain
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,13 +24,15 @@ from torch import Tensor, nn
 from yolov12.errors import ConfigError
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
-from yolov12.mas.distributed.ranks import ALONE, NO_NEWS, Ranks, RankStatus
+from yolov12.mas.distributed.ranks import ALONE, NO_NEWS, Ranks, RankStatus, telling
 from yolov12.mas.memory.reading import Meter
 from yolov12.mas.modules import Structure
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
+from yolov12.mas.step.graphs.network import NotReplayableError
+from yolov12.mas.step.graphs.replays import Graphs, Replays
 from yolov12.mas.step.loss import Total, UnknownNormalisersError
-from yolov12.mas.step.planner import MicroBatches, Planner
+from yolov12.mas.step.planner import MicroBatches, Planner, groups_of
 from yolov12.mas.step.prefetch import Prefetch
 from yolov12.mas.step.result import Result
 from yolov12.mas.step.retry import IN_A_WARM_UP, Note, Retry, no_note
@@ -59,6 +60,7 @@ class Step:
         log: Called with lines for the user.
         exact: False to weight the parts of a loss with several normalisers by their numbers of images.
         note: Called with an event for each failed allocation outside of micro-batches.
+        graphs: For replays of small micro-batches as CUDA graphs, see `graphs.replays`; None for none.
     """
 
     def __init__(
@@ -74,9 +76,10 @@ class Step:
         *,
         exact: bool = True,
         note: Note = no_note,
+        graphs: Graphs | None = None,
     ) -> None:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
-        self._note, self._retry = note, Retry(meter.release, note)
+        self._note = note
         self.notes_tries = True  # False while `try_out` repeats what has failed before
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
         self._structure = Structure(model)
@@ -84,6 +87,8 @@ class Step:
         self._norms = GroupedBatchNorm(model, activations, log=log)
         self._upsampling = Upsampling(model)
         self.checkpointing = Checkpointing(model, layers or {}, self._norms)
+        self.replays = Replays(model, task, self._norms, self._upsampling, self.checkpointing, meter, graphs, log, note)
+        self._retry = Retry(self.replays.release, note)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """Checkpoint plans. The level of a planner is an index into them."""
         self._ranks = ranks
@@ -140,7 +145,7 @@ class Step:
         looks_ahead, ahead = self._exact and self._has_terms, None
         ahead_watch = self._meter.stopwatch() if looks_ahead else None
         try:
-            with self._telling(NO_NEWS if looks_ahead else status):
+            with telling(self._ranks, NO_NEWS if looks_ahead else status, UnknownNormalisersError):
                 plan = planner.plan(0, None)
                 if looks_ahead:
                     plan, ahead = self._look_ahead(parts, images, plan, planner, share, restarts=restarts)
@@ -153,7 +158,7 @@ class Step:
             total = Total(
                 share.batch_images, self._task.floor, self._per_image, ahead=ahead, exact=exact, is_shared=is_shared
             )
-            with self._telling(status):
+            with telling(self._ranks, status, UnknownNormalisersError):
                 restarts = restarts and not is_shared  # other ranks would not begin again
                 ran, groups_done = self._run_share(parts, images, plan, planner, total, restarts=restarts)
                 watch.stop()
@@ -168,7 +173,10 @@ class Step:
                 torch._foreach_zero_(summed)
             self._ranks.sum(summed)
             loss, items = self._retry(total.loss), self._retry(total.items)
-            result = Result(loss, items, tuple(ran), watch, ahead_watch if ahead else None, statuses)
+            result = Result(
+                loss, items, tuple(ran), watch, ahead_watch if ahead else None, statuses,
+                replayed=self.replays.count, has_captured=self.replays.has_captured,
+            )  # fmt: skip
             self._per_image = None if self._has_terms else self._retry(lambda: total.normaliser() / share.batch_images)
             self._retry(lambda: self._norms.commit(statistics, sum(each.groups for each in statuses)))
         except BaseException:
@@ -189,22 +197,12 @@ class Step:
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
         self._norms.begin()
         self._upsampling.begin()
+        self.replays.begin(self._parameters)
         if self._norms.ungrouped and self._ranks.size > 1:
             raise ConfigError(
                 f"{type(self._norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "
                 "share a batch: train in one, or with mas=False"
             )
-
-    @contextmanager
-    def _telling(self, status: RankStatus) -> Iterator[None]:
-        """Report an error of this rank to the others before it is raised."""
-        try:
-            yield
-        except UnknownNormalisersError:  # which all ranks raise
-            raise
-        except BaseException as error:
-            self._ranks.agree(status, error)
-            raise
 
     def _run_share(
         self, parts: Prefetch, images: int, plan: MicroBatches, planner: Planner, total: Total, *, restarts: bool
@@ -212,24 +210,29 @@ class Step:
         """Run this rank's share; return the sizes of its micro-batches and of their BatchNorm groups."""
         ran: list[int] = []
         groups_done: list[int] = []
-        groups_ahead = _flat(plan)
+        groups_ahead = groups_of(plan)
         with_gradients = torch.is_grad_enabled()
         start, failure = 0, None
         while start < images:
             if failure is not None:
                 plan = planner.plan(start, failure)
-                if restarts and total.ahead is not None and _flat(plan) != groups_ahead[len(groups_done) :]:
+                if restarts and total.ahead is not None and groups_of(plan) != groups_ahead[len(groups_done) :]:
                     raise UnknownNormalisersError
             failure = None
             for index, groups in enumerate(plan):
                 stop = start + sum(groups)
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
-                allocated_bytes = self._meter.mark()
-                layers = self.checkpointing.within(self.plans[planner.level] if with_gradients else KEEP_ALL)
-                failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, layers)
+                layers = self.plans[planner.level] if with_gradients else KEEP_ALL
+                while True:
+                    allocated_bytes = self.replays.prepare(groups, layers, start, stop)
+                    around = self.checkpointing.within(layers)
+                    failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, around)
+                    if failure is None or not self.replays.give_way(failure):
+                        break
                 if failure is not None:
                     break
-                planner.done(start, stop, allocated_bytes, self._meter.peak_bytes() if with_gradients else None)
+                peak_bytes = self.replays.idle_bytes + self._meter.peak_bytes() if with_gradients else None
+                planner.done(start, stop, allocated_bytes, peak_bytes, self.replays.is_replay)
                 groups_done += groups
                 ran.append(stop - start)
                 start = stop
@@ -266,7 +269,7 @@ class Step:
                 states[0].restore()
                 self._norms.begin()
                 plan = planner.plan(0, None)  # there was a failure
-                if _flat(plan) == groups:
+                if groups_of(plan) == groups:
                     break
             return plan, ahead if self._has_terms else None
         finally:
@@ -322,7 +325,7 @@ class Step:
             part = parts.get(start, stop)
             if following > stop:
                 parts.prefetch(stop, following)
-            with self._norms.within(groups, first_group), self._upsampling.within():
+            with self._norms.within(groups, first_group), self._upsampling.within(), self.replays.within(first_group):
                 with layers:
                     loss = self._task.loss(self.model, part)
                 self._has_terms = loss.has_terms
@@ -330,11 +333,11 @@ class Step:
                     # A backward pass uses the dtypes of its forward pass.
                     with torch.autocast(self._device.type, enabled=False):
                         self._backward(total.scaled(loss, stop - start))
-                total.add(loss, stop - start, gradients.take(self._parameters))
+                total.add(loss, stop - start, gradients.take(self._parameters), is_lent=self.replays.is_replay)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not (is_out_of_memory(error) or isinstance(error, NotReplayableError)):
                 raise
-            failure = Failure(stop - start, str(error), self._meter.peak_bytes())
+            failure = Failure(stop - start, str(error), self._meter.peak_bytes(), is_out_of_memory(error))
         else:
             return None
         # This stands outside of the `except` block, whose traceback kept every tensor of the failed attempt.
@@ -344,7 +347,3 @@ class Step:
         state.restore()
         self._meter.release()
         return failure
-
-
-def _flat(plan: MicroBatches) -> list[int]:
-    return list(chain.from_iterable(plan))

@@ -22,7 +22,7 @@ from yolov12.training.adapter.images import half_type, scaled
 from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
 from yolov12.training.adapter.unsynchronised import Given, expects_kernels, labels_of, running
-from yolov12.training.adapter.users_code import module_of
+from yolov12.training.adapter.users_code import forward_of, module_of
 
 __all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "is_exact", "knows_call", "knows_loss"]
 __all__ += ["note_on_split"]
@@ -56,7 +56,7 @@ def knows_loss(model: Any) -> bool:
 
 def knows_call(model: Any) -> bool:
     """Return whether calling a model with a batch gives that loss: its `forward` is Ultralytics' own."""
-    return not _is_own(model, "forward")
+    return module_of(forward_of(model)) == _MODELS
 
 
 def _is_own(model: Any, name: str) -> bool:
@@ -155,6 +155,10 @@ class DetectionTask:
         """True if the batch at hand has been through `preprocess`."""
         self.facts: dict[str, TensorFacts | str] = {}
         """Key → facts of the batch after preprocessing, as far as its parts tell them; see `LogicalBatch.describe`."""
+
+    def may_replay(self, model: nn.Module) -> bool:
+        """Return whether the loss is Ultralytics' own, which neither keeps nor changes what the network returns."""
+        return knows_call(model) and knows_loss(model)
 
     def splits(self, batch: Mapping[str, Any]) -> bool:
         """Return whether a batch has images, and objects of which it is known to which image they belong."""

@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
 from yolov12.training.adapter.known import is_stock
-from yolov12.training.adapter.users_code import is_ultralytics, module_of
+from yolov12.training.adapter.users_code import forward_of, is_ultralytics
 
 try:
     from yolov12.training.adapter import image_kernel
@@ -100,7 +100,7 @@ def _goes_to_convolution(model: nn.Module) -> bool:
     return (
         type(convolution) is nn.Conv2d
         and convolution.weight.is_contiguous(memory_format=torch.channels_last)  # else the user wants another layout
-        and is_ultralytics(_forward_of(first))
+        and is_ultralytics(forward_of(first))
         and "forward" not in vars(convolution)
         and type(first).__name__ == "Conv"
         and all(is_stock(model, name) for name in ("predict", "_predict_once"))
@@ -108,11 +108,3 @@ def _goes_to_convolution(model: nn.Module) -> bool:
         and not torch_module._global_forward_pre_hooks
         and not torch_module._global_forward_hooks
     )
-
-
-def _forward_of(module: nn.Module) -> Any:
-    """Return the forward pass of a module, without what the engine does around it, see `mas.modules.overridden`."""
-    forward = module.forward
-    while isinstance(forward, functools.partial) and module_of(forward.func).startswith("yolov12."):
-        forward = forward.args[-1]
-    return forward

@@ -296,6 +296,7 @@ class TrainerAdapter:
             )
 
     def _validate(self) -> Any:
+        self._engine.make_room()
         # With a world size of 1, Ultralytics does not average the losses over ranks. validation.py combines them.
         size, self._trainer.world_size = self._trainer.world_size, 1
         try:

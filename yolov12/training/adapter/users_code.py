@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from yolov12.errors import ConfigError
 from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.logical_batch import LogicalBatch
 
-__all__ = ["Notices", "check_split", "is_ultralytics", "module_of", "show_whole"]
+__all__ = ["Notices", "check_split", "forward_of", "is_ultralytics", "module_of", "show_whole"]
 
 
 def is_ultralytics(function: Any) -> bool:
@@ -27,6 +29,14 @@ def module_of(value: Any) -> str:
     """Return the module of the code of a function, a method, a class, or an object's class."""
     names = getattr(getattr(value, "__func__", value), "__globals__", None)
     return str(names["__name__"] if names else getattr(value, "__module__", None) or type(value).__module__)
+
+
+def forward_of(module: nn.Module) -> Any:
+    """Return the forward pass of a module, without what the engine does around it, see `mas.modules.overridden`."""
+    forward = module.forward
+    while isinstance(forward, functools.partial) and module_of(forward.func).startswith("yolov12."):
+        forward = forward.args[-1]
+    return forward
 
 
 class Notices:

@@ -1,0 +1,76 @@
+"""Statistics that BatchNorm layers write while they run in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Statistics"]
+
+
+class Statistics:
+    """Means and variances of groups: one row per group, with the channels of all layers side by side.
+
+    Args:
+        columns: Channels of each layer in a row.
+        rows: Tensor of no rows, (0, channels of all layers), of the type and on the device of the statistics.
+    """
+
+    def __init__(self, columns: Sequence[slice], rows: Tensor) -> None:
+        self._columns = columns
+        self.means, self.variances = rows, rows.clone()
+        self.views: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] = []
+        """The same memory as one view per group and layer."""
+        self.called: set[int] = set()
+        """Indices of the layers that were called."""
+        self.fused = 0
+        """Number of calls that ran BatchNorm and activation as one operation."""
+
+    def empty(self) -> Statistics:
+        """Return statistics of the same layers without rows."""
+        return Statistics(self._columns, self.means[:0])
+
+    def clear(self) -> None:
+        """Begin a batch."""
+        # A momentum of 1 multiplies the old value by zero. Infinity or NaN would survive that.
+        self.means.zero_()
+        self.variances.zero_()
+        self.called.clear()
+        self.fused = 0
+
+    def reserve(self, rows: int) -> None:
+        """Make room for a number of groups. The memory stays the same unless it has to grow."""
+        if not self._columns or len(self.means) >= rows:
+            return
+        more = self.means.new_zeros(rows - len(self.means), self.means.shape[1])
+        self.means, self.variances = torch.cat((self.means, more)), torch.cat((self.variances, more))
+        self.views = [
+            (self.by_layer(mean), self.by_layer(variance))
+            for mean, variance in zip(self.means, self.variances, strict=True)
+        ]
+
+    def by_layer(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Return each layer's part of rows of statistics, along the last dimension."""
+        return tuple(rows[..., columns] for columns in self._columns)
+
+    def of_layer(self, index: int, first: int, groups: int) -> list[Tensor]:
+        """Return means and variances of a layer, (groups, channels) each, from a group on."""
+        rows = slice(first, first + groups)
+        return [each[rows, self._columns[index]] for each in (self.means, self.variances)]
+
+    def adopt(self, others: Statistics, first: int) -> None:
+        """Take over the statistics of other groups, as the rows from `first` on."""
+        rows = slice(first, first + len(others.means))
+        torch._foreach_copy_([self.means[rows], self.variances[rows]], [others.means, others.variances])
+        self.called |= others.called
+        self.fused += others.fused
+
+    def averages(self, groups: Sequence[int], images: int) -> list[Tensor]:
+        """Return weighted sums of means and of variances, see `GroupedBatchNorm.averages`."""
+        weights, rows = [size / images for size in groups], slice(len(groups))
+        return [
+            torch.stack(torch._foreach_mul(list(each[rows].unbind()), weights)).sum(0)
+            for each in (self.means, self.variances)
+        ]

@@ -1,0 +1,349 @@
+"""Replays of small micro-batches as CUDA graphs, where the host is what is waited for.
+
+A micro-batch of a detector launches thousands of kernels. If it has few images, the host takes longer to launch them
+than the GPU to run them. A CUDA graph launches all of them at once. The network's forward and backward pass are
+captured, the loss between them is not: it runs as usual.
+
+A size (micro-batch, image size, checkpoint plan, settings) is captured after it has run a few times, and only if memory
+suffices. It stays captured if it is measured to be faster. Graphs hold memory that PyTorch's allocator counts as
+reserved, but not as allocated. Decisions do not see it, so it has to give way: all graphs are dropped before a
+micro-batch would not fit beside them, and after any failure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.checkpointing.checkpointing import Checkpointing, Plan
+from yolov12.mas.memory.reading import Meter, Stopwatch
+from yolov12.mas.modules import overridden
+from yolov12.mas.oom import Failure, is_out_of_memory
+from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, watched
+from yolov12.mas.step.graphs.recorder import Recorder, recorder_for
+from yolov12.mas.step.graphs.watch import ModelWatch, settings
+from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
+from yolov12.mas.step.upsampling import Upsampling
+from yolov12.mas.task import Task
+
+__all__ = ["Graphs", "Replays", "graphs_for"]
+
+_RUNS = 3
+"""Number of times that a size runs before it is captured, and after that before it is judged."""
+_FASTER = 0.95
+"""Largest time of a replay, relative to that without a graph, for which a size stays captured."""
+_CAPTURE = 1.25
+"""Bytes that a capture may need, relative to those of the micro-batch."""
+_MISSES = 3
+"""Number of passes unlike the captured one after which a size is not captured any more."""
+_SIZES = 64
+"""Most sizes that are watched."""
+_PAUSE_BATCHES = 16
+"""Batches without captures after graphs had to give way; twice as many after every further time."""
+_SMALL = 0.05
+"""Fraction of the budget up to which graphs need not give way to a validation."""
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What replays need to know."""
+
+    recorder: Recorder
+    """Captures networks."""
+    room: Callable[[int, int], tuple[int, int]]
+    """Called with the first image of a micro-batch and the one after its last; returns the bytes that it needs at
+    most above what is allocated, and the budget in bytes."""
+
+
+def graphs_for(device: torch.device, room: Callable[[int, int], tuple[int, int]]) -> Graphs | None:
+    """Return what replays need on a device; None if it has no CUDA graphs.
+
+    Args:
+        device: Device of the model.
+        room: See `Graphs.room`.
+    """
+    recorder = recorder_for(device)
+    return None if recorder is None else Graphs(recorder, room)
+
+
+@dataclass
+class _Size:
+    """What is known of one size of micro-batch."""
+
+    runs: int = 0
+    """Number of times that it ran as usual and alike."""
+    wanted: dict[int, Example] = field(default_factory=dict)
+    """Index of each output tensor that got a gradient → form of the gradient."""
+    usual: list[Stopwatch] = field(default_factory=list)
+    replays: list[Stopwatch] = field(default_factory=list)
+    usual_ms: float = math.inf
+    context: Context = field(default_factory=copy_context)
+    """Context variables of the latest pass as usual, such as the layout of predictions that the loss asks for."""
+    network: GraphedNetwork | None = None
+    is_faster: bool = False
+    is_refused: bool = False
+    misses: int = 0
+
+
+class Replays:
+    """Decides which micro-batches are replayed, and replaces the model's forward pass meanwhile.
+
+    Args:
+        model: Model; its network is a call with one tensor.
+        task: Computes the loss. Nothing is replayed unless its `may_replay` returns True, see `task.TensorTask`.
+        norms: BatchNorm layers of the model.
+        upsampling: Upsampling layers of the model.
+        checkpointing: Applies checkpoint plans.
+        meter: Meter of the device.
+        graphs: None to replay nothing.
+        log: Called with a line for the user if a capture fails.
+        note: Called with an event for each failed allocation in a capture, or in a micro-batch beside graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        norms: GroupedBatchNorm,
+        upsampling: Upsampling,
+        checkpointing: Checkpointing,
+        meter: Meter,
+        graphs: Graphs | None,
+        log: Callable[[str], None],
+        note: Note = no_note,
+    ) -> None:
+        self._model, self._norms, self._upsampling, self._checkpointing = model, norms, upsampling, checkpointing
+        self._meter, self._graphs, self._log, self._note = meter, graphs, log, note
+        self._may_replay: Callable[[nn.Module], bool] = getattr(task, "may_replay", lambda model: False)
+        self._watch = ModelWatch(model)
+        self._sizes: dict[tuple[Any, ...], dict[Example, _Size]] = {}
+        self.idle_bytes = 0
+        """Bytes of the graphs that count as reserved, and not as allocated."""
+        self.count = 0
+        """Number of micro-batches of this batch that were replayed."""
+        self.has_captured = False
+        """True if this batch captured a graph, so that its time is not representative."""
+        self.is_replay = False
+        """True if the latest micro-batch was replayed: its gradients are in memory that the next one overwrites."""
+        self._is_active = self._fits = False
+        self._key: tuple[Any, ...] | None = None
+        self._pause = self._times_given_way = self._first_group = self._calls = 0
+        self._size: _Size | None = None  # of the micro-batch that runs
+        self._seen: dict[int, Example] = {}  # its output tensors that got gradients, and the forms of these
+
+    def begin(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Begin a batch: drop all graphs if anything of the model has changed, or would be missed.
+
+        Args:
+            parameters: Parameters that get gradients.
+        """
+        self.count, self.has_captured, self.is_replay, self._key = 0, False, False, None
+        self._is_active = False
+        if self._graphs is None:
+            return
+        self._pause = max(self._pause - 1, 0)
+        self._parameters = parameters
+        if self._watch.changed():
+            self.drop()
+            self._sizes.clear()
+        self._is_active = not self._watch.why_not() and not self._norms.ungrouped and self._may_replay(self._model)
+        if not self._is_active:
+            self.drop()
+        self._settings = settings()
+
+    def prepare(self, groups: Sequence[int], plan: Plan, start: int, stop: int) -> int:
+        """Decide how the next micro-batch runs, capture its network if it is time to, and reset the meter's peak.
+
+        Args:
+            groups: Numbers of images in its BatchNorm groups.
+            plan: Its checkpoint plan.
+            start: First image.
+            stop: Image after the last.
+
+        Returns:
+            Bytes that are allocated now, and those of the graphs.
+        """
+        self._key, self._fits, self.is_replay = None, False, False
+        if self._is_active and torch.is_grad_enabled():
+            self._decide(tuple(groups), plan, start, stop)
+        return self._meter.mark() + self.idle_bytes
+
+    def _decide(self, groups: tuple[int, ...], plan: Plan, start: int, stop: int) -> None:
+        assert self._graphs is not None
+        self._key = (groups, plan, self._settings)
+        sizes = self._sizes.setdefault(self._key, {})
+        for size in sizes.values():
+            self._judge(size)
+        if any(size.is_refused and size.network is not None for size in sizes.values()):
+            self.drop()  # the memory of the pool is freed only with all graphs
+        needed_bytes, budget_bytes = self._graphs.room(start, stop)
+        spare_bytes = budget_bytes - self._meter.mark() - self.idle_bytes
+        for example, size in list(sizes.items()):
+            if self._is_due(size) and needed_bytes * _CAPTURE <= spare_bytes:
+                self._capture(example, size, groups, plan)
+                spare_bytes = budget_bytes - self._meter.mark() - self.idle_bytes
+        networks = [size.network for size in sizes.values() if size.network is not None]
+        # While a network is replayed, only the loss needs memory.
+        self._fits = all(needed_bytes - network.kept_bytes <= spare_bytes for network in networks)
+        if self.idle_bytes and needed_bytes > spare_bytes and not (networks and self._fits):
+            self.give_way()
+
+    @contextmanager
+    def within(self, first_group: int) -> Iterator[None]:
+        """Replay the network, or watch it, while the micro-batch of `prepare` runs forward and backward.
+
+        Args:
+            first_group: Number of BatchNorm groups of the batch that come before the micro-batch.
+        """
+        self.is_replay = False
+        if self._key is None:
+            yield
+            return
+        self._first_group, self._calls, self._size = first_group, 0, None
+        self._seen = {}
+        watch = self._meter.stopwatch()
+        with overridden({self._model: partial(self._call, self._model.forward)}):
+            yield
+        watch.stop()
+        if self._size is not None:
+            self._learn(self._size, watch)
+
+    def give_way(self, failure: Failure | None = None) -> bool:
+        """Drop all graphs for a while, as a micro-batch failed or does not fit beside them.
+
+        Args:
+            failure: The failure; None if it is predicted that the micro-batch does not fit.
+
+        Returns:
+            True if there were any, so that a micro-batch that failed may run again unchanged.
+        """
+        if not any(size.network for sizes in self._sizes.values() for size in sizes.values()):
+            return False
+        if self.is_replay and self._size is not None:
+            self._size.misses += 1
+            self._size.is_refused = self._size.misses >= _MISSES
+        self._pause = _PAUSE_BATCHES << min(self._times_given_way, 8)
+        self._times_given_way += 1
+        if failure is not None and failure.lacked_memory:
+            self._note(f"out-of-memory at {failure.images}")
+        self.drop()
+        return True
+
+    def release(self) -> None:
+        """Return memory to the device: that of the graphs, and the allocator's cache."""
+        self.drop()
+        self._meter.release()
+
+    def drop(self) -> None:
+        """Drop all graphs and return their memory to the device. Sizes that were faster are captured again."""
+        held = [size for sizes in self._sizes.values() for size in sizes.values() if size.network is not None]
+        for size in held:
+            size.network = None
+            size.replays.clear()
+        if held or self.idle_bytes:
+            self._release()
+
+    def make_room(self) -> None:
+        """Drop the graphs before a validation, unless they are small."""
+        if self._graphs is not None and self.idle_bytes > _SMALL * self._meter.read().reachable_bytes:
+            self.drop()
+
+    def _release(self) -> None:
+        assert self._graphs is not None
+        self._graphs.recorder.release()
+        self.idle_bytes = 0
+
+    def _is_due(self, size: _Size) -> bool:
+        is_known = size.runs >= _RUNS and size.usual_ms < math.inf and bool(size.wanted)
+        return is_known and size.network is None and not size.is_refused and not self._pause
+
+    def _judge(self, size: _Size) -> None:
+        """Look at the times that are known by now; refuse a network that is no faster than without a graph."""
+        usual = [watch.elapsed_ms() for watch in size.usual]
+        size.usual_ms = min([size.usual_ms, *(ms for ms in usual if ms is not None)])
+        size.usual = [watch for watch, ms in zip(size.usual, usual, strict=True) if ms is None]
+        replays = [ms for ms in (watch.elapsed_ms() for watch in size.replays) if ms is not None]
+        if size.network is None or size.is_faster or len(replays) < _RUNS:
+            return
+        size.is_faster = min(replays) <= _FASTER * size.usual_ms
+        size.is_refused = not size.is_faster
+        size.replays.clear()
+
+    def _capture(self, example: Example, size: _Size, groups: tuple[int, ...], plan: Plan) -> None:
+        """Capture a network. Whatever fails, the size runs as usual from then on."""
+        assert self._graphs is not None
+        self.has_captured = True
+        self._meter.release(thorough=False)
+        try:
+            size.network = self._graphed(self._graphs.recorder, example, size, groups, plan)
+            self.idle_bytes += size.network.idle_bytes
+            return
+        except Exception as error:  # what is not an error without a graph shows itself again then
+            size.is_refused = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason}")
+            if is_out_of_memory(error):
+                self._note(IN_A_CAPTURE)
+        # This stands outside of the `except` block, whose traceback kept the tensors of the capture.
+        self.drop()
+        self._release()
+
+    def _graphed(
+        self, recorder: Recorder, example: Example, size: _Size, groups: tuple[int, ...], plan: Plan
+    ) -> GraphedNetwork:
+        drafts = self._norms.drafts()
+
+        @contextmanager
+        def passes() -> Iterator[None]:
+            with self._norms.aside(drafts), self._norms.within(groups, 0), self._upsampling.within():
+                yield
+
+        around = Around(passes, lambda: self._checkpointing.within(plan), drafts)
+        forward = partial(size.context.run, self._model.forward)
+        return GraphedNetwork(forward, around, example, self._parameters, size.wanted, recorder, self._meter)
+
+    def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Stand in place of the model's forward pass."""
+        if len(args) != 1 or kwargs or type(args[0]) is not Tensor or self._key is None:
+            return forward(*args, **kwargs)
+        x: Tensor = args[0]
+        example, sizes = Example.of(x), self._sizes[self._key]
+        self._calls += 1
+        if example not in sizes and sum(map(len, self._sizes.values())) < _SIZES:
+            sizes[example] = _Size()
+        size = self._size = sizes.get(example)
+        if size is None:
+            return forward(x)
+        if x.requires_grad or self._calls > 1:
+            size.is_refused = True
+        if size.network is None or size.is_refused or not self._fits:
+            size.context = copy_context()
+            found = forward(x)
+            try:
+                return found if size.is_refused else watched(found, self._seen)
+            except NotReplayableError:
+                size.is_refused = True
+                return found
+        self.is_replay = True
+        found = size.network(x)
+        self._norms.adopt(size.network.drafts, self._first_group)
+        return found
+
+    def _learn(self, size: _Size, watch: Stopwatch) -> None:
+        if self.is_replay:
+            self.count += 1
+            if not size.is_faster:
+                size.replays.append(watch)
+            return
+        size.runs = size.runs + 1 if self._seen.keys() == size.wanted.keys() else 1
+        size.wanted = self._seen
+        size.usual = [*size.usual, watch][-_RUNS:]
