@@ -31,7 +31,7 @@ MOST_SECONDS = 3.0
 KINDS = {
     "BatchNorm": r"^_?(statistics|normalize|gradient_sums|gradient)$|batch_?norm|bn_(fw|bw)",
     "upsampling": r"upsample|^(enlarge|gather)$",
-    "image": r"^scale$",
+    "image": r"^(scale|render)$",
     "attention": r"flash|fmha|attention",
     "concatenation": r"CatArray",
     "convolution": r"conv|cudnn|xmma|cutlass|gemm|wgrad|dgrad|fprop|nhwc|nchw|nvjet|gemv",

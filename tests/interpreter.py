@@ -33,7 +33,7 @@ class Language:
 
     float32, int64, constexpr = torch.float32, torch.int64, object()
     program, grid = (0, 0, 0), (1, 1, 1)
-    int32, static_range = torch.int32, range
+    int32, uint8, static_range = torch.int32, torch.uint8, range
     where, sigmoid, arange, sqrt = torch.where, torch.sigmoid, torch.arange, torch.sqrt
     exp, log, abs = torch.exp, torch.log, torch.abs
 

@@ -24,13 +24,16 @@ from yolov12.mas.batchnorm import kernels
 from yolov12.mas.step import upsampling_kernels
 from yolov12.models import loss_kernels, matching_kernels
 from yolov12.training.adapter import image_kernel
+from yolov12.training.data import render_kernel
 
 TYPES = {"eps": "fp32", "ends": "*i32", "counters": "*i32", "images": "*u8", "taken": "*u8"}
+TYPES |= {"numbers": "*i32", "buffer": "*u8"}
 TYPES |= dict.fromkeys(("x", "grad", "out", "tail", "residual", "scores", "boxes"), "*fp16")
 TYPES |= dict.fromkeys(("anchor_of", "rectangles", "spans", "takers", "pair_of", "box"), "*i32")
-NUMBERS = "pixels", "width", "groups", "splits", "stride", "units", "anchors", "classes"
+NUMBERS = "pixels", "width", "groups", "splits", "stride", "units", "anchors", "classes", "base", "height"
 CONSTANTS = {"silu": True, "unit": 16, "row_block": 16, "channel_block": 64, "unroll": 4, "factor": 2}
 CONSTANTS |= {"channels": 3, "block": 4096, "bins": 16, "most": 10, "tile": 16, "has_tail": True, "adds": True}
+CONSTANTS |= {"is_planar": False, "pixel_block": 512}
 
 def ptx(kernel, capability):
     names = list(kernel.arg_names)
@@ -55,7 +58,8 @@ def ptx(kernel, capability):
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
-modules = [kernels, upsampling_kernels, image_kernel] if sys.argv[2] == "layers" else [loss_kernels, matching_kernels]
+layers = [kernels, upsampling_kernels, image_kernel, render_kernel]
+modules = layers if sys.argv[2] == "layers" else [loss_kernels, matching_kernels]
 if sys.argv[2] == "loss":
     TYPES["grad"], CONSTANTS["block"] = "*fp32", 128
 found = {name: ptx(getattr(module, name), int(sys.argv[1])) for module in modules for name in module.__all__}
@@ -103,8 +107,10 @@ def test_kernels_compile(driver, capability, tmp_path):
     ptx = compiled("layers", capability, driver, tmp_path)
     for name, code in ptx.items():
         lines = code.splitlines()
-        # 16 bytes at a time
-        assert any(("st.global.v4" if name == "scale" else "ld.global.v4") in line for line in lines), name
+        # 16 bytes at a time; rendering reads single bytes, from anywhere
+        assert name == "render" or any(
+            ("st.global.v4" if name == "scale" else "ld.global.v4") in line for line in lines
+        ), name
         atomics = [index for index, line in enumerate(lines) if "atom.global.gpu.acq_rel" in line]
         if name not in ("statistics", "gradient_sums"):
             assert not atomics

@@ -13,40 +13,16 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from ultralytics.cfg import get_cfg
 from ultralytics.data import augment
-from ultralytics.data.build import build_dataloader, build_yolo_dataset
+from ultralytics.data.build import build_dataloader
 from ultralytics.data.dataset import YOLODataset
-from ultralytics.data.utils import check_det_dataset
 
+from tests.training.data.datasets import ARGUMENTS, dataset_of
 from yolov12.training.data.loader import ResumableLoader
 from yolov12.training.data.pixels import Recipe
 from yolov12.training.data.random_state import random_state
 from yolov12.training.data.recipes import Later, samples
 from yolov12.training.data.rendering import Rendering
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
-
-SIZES = [(64, 64), (47, 81), (90, 33), (130, 200), (30, 30), (64, 48)]
-
-
-@pytest.fixture(scope="module")
-def yamls(tmp_path_factory, trainings):
-    """Data set of each task, with images of many sizes."""
-    folder = tmp_path_factory.mktemp("data")
-    return {
-        task: trainings.draw_data(folder / task, task, SIZES if task == "detect" else SIZES[:3])
-        for task in ("detect", "segment", "pose", "obb")
-    }
-
-
-def dataset_of(yaml, task="detect", channels=3, **arguments):
-    cfg = get_cfg(overrides={"imgsz": 64, "task": task, **arguments})
-    data = {**check_det_dataset(yaml), "channels": channels}
-    return build_yolo_dataset(cfg, data["train"], 4, data)
-
-
-@pytest.fixture(scope="module")
-def data_sets(yamls):
-    """Data sets in color and in grey."""
-    return {channels: dataset_of(yamls["detect"], channels=channels, cache="ram") for channels in (3, 1)}
 
 
 def both(dataset, indices, seed=0):
@@ -76,27 +52,6 @@ def assert_same(one, other):
     assert state["python"] == state_after["python"]
     assert torch.equal(state["numpy"][1], state_after["numpy"][1])
     assert torch.equal(state["torch"], state_after["torch"])
-
-
-PROBABILITY = st.sampled_from([0.0, 0.5, 1.0])
-ARGUMENTS = st.fixed_dictionaries(
-    {
-        "mosaic": PROBABILITY,
-        "mixup": PROBABILITY,
-        "cutmix": st.sampled_from([0.0, 0.0, 0.5]),
-        "degrees": st.sampled_from([0.0, 0.0, 30.0, 180.0]),
-        "shear": st.sampled_from([0.0, 0.0, 20.0]),
-        "perspective": st.sampled_from([0.0, 0.0, 0.001]),
-        "scale": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-        "translate": st.sampled_from([0.0, 0.1, 0.9, 1.0]),
-        "hsv_h": st.sampled_from([0.0, 0.015, 0.5, 1.0]),
-        "hsv_s": st.sampled_from([0.0, 0.7, 1.0]),
-        "hsv_v": st.sampled_from([0.0, 0.4, 1.0]),
-        "fliplr": PROBABILITY,
-        "flipud": PROBABILITY,
-        "bgr": PROBABILITY,
-    }
-)
 
 
 @settings(max_examples=settings.default.max_examples * 2)

@@ -23,12 +23,15 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Blend", "Canvas", "Image", "Recipe", "Renderer", "Tile", "Warp"]
+__all__ = ["BACKGROUND", "Array", "Blend", "Canvas", "Image", "Recipe", "Rectangle", "Renderer", "Tile", "Warp"]
+__all__ += ["area_of", "color_tables", "overlap"]
 
 Array: TypeAlias = npt.NDArray[np.uint8]
-_Rectangle: TypeAlias = tuple[int, int, int, int]  # left, top, right and bottom
+Rectangle: TypeAlias = tuple[int, int, int, int]
+"""Left and upper edge, and the first column and row beyond it."""
 
-_BACKGROUND = 114
+BACKGROUND = 114
+"""Grey of what no image covers."""
 _MARGIN = 2  # pixels beyond the area of a warp that interpolation may read
 _FARTHEST = 1e6  # pixels from which on the area of a warp is not computed: OpenCV's coordinates may overflow
 _ROWS = 32  # rows that are blended at once, so that their floats stay in the cache
@@ -45,7 +48,7 @@ class Tile:
     left: int
     top: int
     """First column and row of the image that are shown."""
-    place: _Rectangle
+    place: Rectangle
     """Place on the canvas."""
 
 
@@ -60,7 +63,7 @@ class Canvas:
     """Upper left, upper right, lower left and lower right tile."""
 
     @property
-    def cells(self) -> tuple[_Rectangle, ...]:
+    def cells(self) -> tuple[Rectangle, ...]:
         """Parts of the canvas, one for each tile."""
         (x, y), side = self.center, self.side
         return (0, 0, x, y), (x, 0, side, y), (0, y, x, side), (x, y, side, side)
@@ -183,29 +186,29 @@ class Renderer:
         if isinstance(source, Canvas):
             tops, bottoms = [tile.place[1] for tile in source.tiles], [tile.place[3] for tile in source.tiles]
             rows = min(tops), max(bottoms)
-            source = self._canvas(source, _area(warp, source.side))
+            source = self._canvas(source, area_of(warp, source.side, source.side))
         else:
             rows = 0, len(source)
         first, last = _rows(warp, *rows)
         size = warp.size[0], last + 1
         made = self._array(name, (warp.size[1], warp.size[0], source.shape[2]))
-        grey = (_BACKGROUND,) * 4
+        grey = (BACKGROUND,) * 4
         if warp.is_perspective:
             cv2.warpPerspective(source, warp.matrix, dsize=size, dst=made[: last + 1], borderValue=grey)
         else:
             cv2.warpAffine(source, warp.matrix[:2], dsize=size, dst=made[: last + 1], borderValue=grey)
         return made, first, last
 
-    def _canvas(self, canvas: Canvas, area: _Rectangle) -> Array:
+    def _canvas(self, canvas: Canvas, area: Rectangle) -> Array:
         """Return a canvas that is painted in an area."""
         result = self._array("canvas", (canvas.side, canvas.side, canvas.channels))
         for tile, cell in zip(canvas.tiles, canvas.cells, strict=True):
-            left, top, right, bottom = _overlap(cell, area)
-            x1, y1, x2, y2 = _overlap(tile.place, (left, top, right, bottom))
+            left, top, right, bottom = overlap(cell, area)
+            x1, y1, x2, y2 = overlap(tile.place, (left, top, right, bottom))
             x, y = tile.left - tile.place[0], tile.top - tile.place[1]
             result[y1:y2, x1:x2] = tile.image[y1 + y : y2 + y, x1 + x : x2 + x]
-            result[top:y1, left:right] = result[y2:bottom, left:right] = _BACKGROUND
-            result[y1:y2, left:x1] = result[y1:y2, x2:right] = _BACKGROUND
+            result[top:y1, left:right] = result[y2:bottom, left:right] = BACKGROUND
+            result[y1:y2, left:x1] = result[y1:y2, x2:right] = BACKGROUND
         return result
 
     def _blended(self, blend: Blend, name: str) -> Array:
@@ -221,14 +224,23 @@ class Renderer:
         cv2.cvtColor(image, cv2.COLOR_BGR2HSV, dst=hsv)
         planes = [self._array(name, image.shape[:2]) for name in ("hue", "saturation", "value")]
         cv2.split(hsv, planes)
-        ramp = np.arange(256.0)
-        _look_up(planes[0], ((ramp + gains[0] * 180) % 180).astype(np.uint8))
-        saturation = np.clip(ramp * (gains[1] + 1), 0, 255).astype(np.uint8)
-        saturation[0] = 0  # white and grey stay what they are
-        _look_up(planes[1], saturation, gains[1] + 1)
-        _look_up(planes[2], np.clip(ramp * (gains[2] + 1), 0, 255).astype(np.uint8), gains[2] + 1)
+        for plane, table, factor in zip(planes, color_tables(gains), (None, gains[1] + 1, gains[2] + 1), strict=True):
+            _look_up(plane, table, factor)
         cv2.merge(planes, dst=hsv)
         cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR, dst=image)
+
+
+def color_tables(gains: Sequence[float]) -> tuple[Array, Array, Array]:
+    """Return new hues, saturations and values, each for the 256 old ones.
+
+    Args:
+        gains: See `Recipe`.
+    """
+    ramp = np.arange(256.0)
+    hue = ((ramp + gains[0] * 180) % 180).astype(np.uint8)
+    saturation, value = (np.clip(ramp * (gain + 1), 0, 255).astype(np.uint8) for gain in gains[1:])
+    saturation[0] = 0  # white and grey stay what they are
+    return hue, saturation, value
 
 
 def _look_up(plane: Array, table: Array, factor: float | None = None) -> None:
@@ -250,9 +262,15 @@ def _look_up(plane: Array, table: Array, factor: float | None = None) -> None:
     cv2.LUT(plane, table, dst=plane)
 
 
-def _area(warp: Warp, side: int) -> _Rectangle:
-    """Return the area of a canvas that a warp reads."""
-    everything = (0, 0, side, side)
+def area_of(warp: Warp, width: int, height: int) -> Rectangle:
+    """Return the area of a source that a warp reads.
+
+    Args:
+        warp: The warp.
+        width: Width of the source.
+        height: Height of the source.
+    """
+    everything = (0, 0, width, height)
     (a, b, x), (c, d, y), _ = warp.matrix.tolist()
     determinant = a * d - b * c
     if warp.is_perspective or not determinant:
@@ -264,7 +282,7 @@ def _area(warp: Warp, side: int) -> _Rectangle:
         return everything
     first = math.floor(min(columns)) - _MARGIN, math.floor(min(rows)) - _MARGIN
     last = math.ceil(max(columns)) + _MARGIN, math.ceil(max(rows)) + _MARGIN
-    return _overlap((*first, *last), everything)
+    return overlap((*first, *last), everything)
 
 
 def _rows(warp: Warp, top: int, bottom: int) -> tuple[int, int]:
@@ -286,7 +304,12 @@ def _rows(warp: Warp, top: int, bottom: int) -> tuple[int, int]:
     return min(first, last), last
 
 
-def _overlap(one: _Rectangle, other: _Rectangle) -> _Rectangle:
-    """Return the common part of two rectangles. If there is none, it is an empty rectangle at an edge of the other."""
+def overlap(one: Rectangle, other: Rectangle) -> Rectangle:
+    """Return the common part of two rectangles.
+
+    Args:
+        one: A rectangle.
+        other: A rectangle. If they have no common part, the result is empty and at an edge of this one.
+    """
     left, top = min(max(one[0], other[0]), other[2]), min(max(one[1], other[1]), other[3])
     return left, top, max(min(one[2], other[2]), left), max(min(one[3], other[3]), top)
