@@ -125,6 +125,14 @@ ARGUMENTS: tuple[Argument, ...] = (
         DATA,
     ),
     Argument(
+        "augment_on",
+        "host",
+        "host, device or auto",
+        "Augment images in the loader's workers (host), on the device (device), or on the GPU after an epoch that "
+        "waited for data for a tenth of its time or more (auto).",
+        DATA,
+    ),
+    Argument(
         "mas_min_imgsz",
         None,
         "pixels, as in 320; None: half of imgsz",

@@ -18,6 +18,7 @@ BAD = [
     ("bn_group=2.5", "bn_group=2.5 is not a number: give auto"),
     ("micro_batch=0", "micro_batch=0: give a number of images"),
     ("micro_batch=2 bn_group=4", "micro_batch=2 is smaller than bn_group=4"),
+    ("augment_on=gpu", "augment_on=gpu: give one of host, device, auto"),
     ("disable_mas_layers=backbone.4,,neck.2", "disable_mas_layers=backbone.4,,neck.2: give names of layers"),
 ]
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import DEFAULT_CFG
 
@@ -12,6 +13,10 @@ from yolov12.mas.checkpointing.checkpointing import Checkpointing
 from yolov12.mas.modules import overridden
 from yolov12.training.adapter import images as module
 from yolov12.training.adapter.detection import DetectionTask
+from yolov12.training.data import device_rendering
+from yolov12.training.data.device_rendering import PackedTensor
+from yolov12.training.data.packing import PackedImages, pack
+from yolov12.training.data.pixels import Renderer
 
 pytest.importorskip("triton")
 
@@ -63,17 +68,39 @@ def test_every_value_is_that_of_stock_in_half_precision(on_cpu, dtype):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_model_gets_half_precision_and_users_see_fp32(on_cpu, model, monkeypatch):
+def packed(images):
+    return PackedTensor.of(pack(list(images), Renderer(), lambda shape: torch.empty(shape, dtype=torch.uint8)))
+
+
+@pytest.mark.parametrize("are_packed", [False, True])
+def test_the_model_gets_half_precision_and_users_see_fp32(on_cpu, model, monkeypatch, are_packed):
     task, seen = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True, only_scales=True), []
     whole = batch()
+    images = whole["img"]
+    if are_packed:
+        whole["img"] = packed(images)
     task.workload(whole)
     predict = type(model).predict.__get__(model)
     monkeypatch.setattr(type(model), "predict", lambda self, x, **kwargs: (seen.append(x), predict(x.float()))[1])
     monkeypatch.setattr(module, "is_stock", lambda owner, name: True)
     task.loss(model, task.part(whole, 0, 2))
-    assert seen[0].dtype == torch.bfloat16
+    assert torch.equal(seen[0], (images / 255).bfloat16())
     assert task.facts["img"].dtype == torch.float32
     assert task.facts["img"].shape == whole["img"].shape
+
+
+def test_packed_images_travel_packed_and_the_size_of_a_batch_needs_none_of_them(monkeypatch):
+    """Ultralytics' preprocessing draws a size, for `multi_scale`."""
+    monkeypatch.setattr(device_rendering, "rendered", lambda images: pytest.fail("rendered"))
+    task = DetectionTask(
+        lambda part: {"img": interpolate(part["img"].float(), 48)}, multi_scale=True, overlapping_masks=True
+    )
+    whole = batch(4)
+    whole["img"] = packed(whole["img"])
+    assert task.workload(whole).height == 48
+    part = task.part(whole, 1, 3)
+    assert isinstance(part["img"], PackedImages)
+    assert task.opened(part)["img"].shape == (2, 3, 32, 32)
 
 
 def hooked(model):

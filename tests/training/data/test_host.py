@@ -14,7 +14,7 @@ from ultralytics.utils import LOGGER, plotting
 
 from yolov12.mas.memory.host import HostMemory
 from yolov12.training.data import host
-from yolov12.training.data.host import AHEAD, affordable_workers, limit_prefetch, limit_workers
+from yolov12.training.data.host import AHEAD, affordable_workers, has_room_for_packed, limit_prefetch, limit_workers
 
 MIB, GIB = 2**20, 2**30
 
@@ -70,6 +70,17 @@ def test_a_small_host_reduces_the_workers_with_a_warning(tmp_path, warnings, mon
     limit_workers(trainer, a_host(tmp_path, 16 * GIB), shm=str(tmp_path / "none"))
     assert trainer.args.workers == 2
     assert "the host has 16,384 MiB available: going on with workers=2" in warnings[0]
+
+
+def test_packed_images_may_need_twice_as_much(tmp_path, warnings, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    memory, none = a_host(tmp_path, 16 * GIB), str(tmp_path / "none")
+    trainer = a_trainer(augment_on="device")
+    limit_workers(trainer, memory, shm=none)
+    assert trainer.args.workers == 1
+    for workers, expected in ((1, True), (2, False)):
+        trainer.train_loader = SimpleNamespace(num_workers=workers)
+        assert has_room_for_packed(trainer, memory, none) == expected
 
 
 def test_with_enough_memory_nothing_changes(tmp_path, warnings):

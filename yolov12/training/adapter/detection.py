@@ -23,6 +23,8 @@ from yolov12.training.adapter.logical_batch import SAME, UNKNOWN
 from yolov12.training.adapter.loss_terms import has_one_normaliser, has_terms, loss_of_terms
 from yolov12.training.adapter.unsynchronised import Given, expects_kernels, labels_of, running
 from yolov12.training.adapter.users_code import forward_of, module_of
+from yolov12.training.data.device_rendering import PackedTensor
+from yolov12.training.data.packing import PackedImages
 
 __all__ = ["BOXES", "DetectionTask", "criterion_of", "drawing_from", "is_exact", "knows_call", "knows_loss"]
 __all__ += ["note_on_split"]
@@ -206,16 +208,15 @@ class DetectionTask:
                 if belongs in places:
                     part[key] = entries(part[key], places[belongs])
             part["batch_idx"] = part["batch_idx"] - start
-        nests = {key: Nest(value) for key, value in part.items() if is_nest(value)}
+        nests: dict[str, Any] = {key: Nest(value) for key, value in part.items() if is_nest(value)}
+        if isinstance(part["img"], PackedTensor):
+            nests["img"] = part["img"].packed  # copied to the device as it is
         return {**part, **nests, BOXES: self._boxes[start:stop], _LABELS: labels_of(part)}
 
     @staticmethod
     def opened(part: Mapping[str, Any]) -> dict[str, Any]:
         """Return a part as an ordinary batch."""
-        ours = (BOXES, _LABELS)
-        return {
-            key: value.value if isinstance(value, Nest) else value for key, value in part.items() if key not in ours
-        }
+        return {key: _opened(value) for key, value in part.items() if key not in (BOXES, _LABELS)}
 
     def loss(self, model: nn.Module, part: dict[str, Any]) -> Loss:
         """Preprocess a part and run the model's loss on it, see `mas.Task`."""
@@ -243,7 +244,7 @@ class DetectionTask:
         if dtype is None:
             found: dict[str, Any] = self.preprocess(part)
             return found
-        return {**self.preprocess({**part, "img": images[:0]}), "img": scaled(images, dtype)}
+        return {**self.preprocess({**part, "img": torch.empty(0, device=images.device)}), "img": scaled(images, dtype)}
 
     def measured(
         self, model: nn.Module, boxes: Sequence[int], run: Callable[[], Any], given: Given | None = None
@@ -299,5 +300,13 @@ def drawing_from(state: Any) -> Iterator[None]:
         random.setstate(now)
 
 
+def _opened(value: Any) -> Any:
+    if isinstance(value, PackedImages):
+        return PackedTensor.of(value)
+    return value.value if isinstance(value, Nest) else value
+
+
 def _copy(value: Any) -> Any:
+    if isinstance(value, PackedTensor):  # Ultralytics' own preprocessing, which alone gets them, looks at the size
+        return torch.zeros(value.shape, dtype=value.dtype)
     return value.clone() if isinstance(value, Tensor) else value

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
 from yolov12.training.adapter.known import is_stock
 from yolov12.training.adapter.users_code import forward_of, is_ultralytics
+from yolov12.training.data.device_rendering import PackedTensor, has_kernel, rendered
 
 try:
     from yolov12.training.adapter import image_kernel
@@ -43,9 +44,11 @@ def scaled(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return images with values from 0 to 1 in channels_last.
 
     Args:
-        images: (images, channels, height, width) with values from 0 to 255, uint8.
+        images: (images, channels, height, width) with values from 0 to 255, uint8. Packed ones are rendered.
         dtype: Type of the result, fp16 or bf16.
     """
+    if isinstance(images, PackedTensor):
+        return rendered(images.packed, dtype)
     count, channels, height, width = images.shape
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     pixels = height * width
@@ -62,6 +65,8 @@ def scaled(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _applies(images: Any) -> bool:
+    if isinstance(images, PackedTensor):
+        return has_kernel(images.device)
     return (
         isinstance(images, Tensor)
         and images.is_cuda

@@ -33,9 +33,11 @@ from yolov12.training.adapter.detection import (
 from yolov12.training.adapter.display import Display
 from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
+from yolov12.training.adapter.plotting import drawn
 from yolov12.training.adapter.sharing import share_batches
 from yolov12.training.adapter.users_code import Notices, check_split, is_ultralytics, show_whole
 from yolov12.training.adapter.validation import over_limit
+from yolov12.training.data.augmentation import chosen, note_host
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.data.sharing import SHARE, Sharing
@@ -47,8 +49,6 @@ from yolov12.training.run.options import Interval
 from yolov12.training.run.run_state import RunSaver
 
 __all__ = ["SAVER", "TrainerAdapter"]
-
-_DRAWN = 16  # number of images of a batch that Ultralytics plots
 
 SAVER = "yolov12_saver"
 """Name of the trainer's attribute that holds its `RunSaver`."""
@@ -104,6 +104,7 @@ class TrainerAdapter:
         trainer, engine, ranks = self._trainer, self._engine, self._ranks
         if not resumable(trainer.train_loader):
             if ranks.size == 1:
+                note_host(trainer.args.augment_on, "the loader is your own")
                 return
             raise ConfigError("a loader of your own cannot be shared among processes: train in one, or with mas=False")
         if ranks.size > 1:
@@ -117,7 +118,8 @@ class TrainerAdapter:
             stopwatch=engine.meter.stopwatch,
             epoch=trainer.start_epoch,
         )
-        trainer.train_loader = self._loader = loader.take_over()
+        augmentation = chosen(trainer, self._knows_preprocess)
+        trainer.train_loader = self._loader = loader.take_over(augmentation)
         self._choose_workers = WorkersControl(trainer, loader, ranks, engine.note).epoch_ends
         self._interruption = Interruption()
         interval = Interval.parse(trainer.args.save_every)
@@ -330,16 +332,12 @@ class TrainerAdapter:
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif SKIPPED not in batch.host:
-            self._stock_plot(self._drawn(batch), ni)
-
-    def _drawn(self, batch: LogicalBatch) -> dict[str, Any]:
-        """Return the batch to plot. Ultralytics' own function draws only 16 images, and accepts them on the host."""
-        if batch.is_seen or not self._stock_plot.__module__.startswith("ultralytics."):
-            return batch.shown()
-        if self._knows_preprocess and not self._trainer.args.multi_scale:
-            return batch.host
-        part = self._task.opened(self._task.part(batch.host, 0, min(_DRAWN, len(batch.host["img"]))))
-        return self._preprocess_again(self._task.draw, part)  # type: ignore[no-any-return]
+            if batch.is_seen or not self._stock_plot.__module__.startswith("ultralytics."):
+                self._stock_plot(batch.shown(), ni)
+                return
+            only_scales = self._knows_preprocess and not self._trainer.args.multi_scale
+            again = None if only_scales else partial(self._preprocess_again, self._task.draw)
+            self._stock_plot(drawn(batch.host, self._task, again), ni)
 
     def _finish(self) -> None:
         from ultralytics.utils import LOGGER

@@ -21,9 +21,10 @@ from typing import Any
 from yolov12.mas.config import Config
 from yolov12.mas.memory.host import HostMemory
 from yolov12.mas.memory.meter import meter_for, shares_memory
+from yolov12.training.data.packing import MOST
 
-__all__ = ["AHEAD", "affordable_workers", "cache_fits", "cache_room_bytes", "data_room", "is_cached", "limit_prefetch"]
-__all__ += ["limit_workers", "plot_fewer_images", "room_for_workers"]
+__all__ = ["AHEAD", "affordable_workers", "cache_fits", "cache_room_bytes", "data_room", "has_room_for_packed"]
+__all__ += ["is_cached", "limit_prefetch", "limit_workers", "plot_fewer_images", "room_for_workers"]
 
 # A worker must not collect the garbage that it has from its parent: the tensors of a GPU in it would end the worker.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -156,7 +157,21 @@ def limit_workers(trainer: Any, memory: HostMemory | None = None, shm: str = "/d
     args.workers = fewer
 
 
-def room_for_workers(trainer: Any, workers: int, memory: HostMemory, shm: str = "/dev/shm") -> int:
+def has_room_for_packed(trainer: Any, memory: HostMemory | None = None, shm: str = "/dev/shm") -> bool:
+    """Return whether the batches of a training's workers also fit into memory as packed images, see `packing`.
+
+    Args:
+        trainer: Ultralytics trainer with a training loader.
+        memory: Reader of the host's memory.
+        shm: Folder of the shared memory through which workers pass batches.
+    """
+    workers = int(trainer.train_loader.num_workers)
+    return workers <= room_for_workers(trainer, workers, memory or HostMemory(), shm, are_packed=True)
+
+
+def room_for_workers(
+    trainer: Any, workers: int, memory: HostMemory, shm: str = "/dev/shm", *, are_packed: bool = False
+) -> int:
     """Return how many of the workers would fit into memory now.
 
     Args:
@@ -164,23 +179,26 @@ def room_for_workers(trainer: Any, workers: int, memory: HostMemory, shm: str = 
         workers: Number of workers.
         memory: Reader of the host's memory.
         shm: Folder of the shared memory through which workers pass batches.
+        are_packed: True if they pass packed images, as they do with `augment_on=device` in any case.
     """
     room = _room_of(trainer, memory)
-    batch_bytes, kept_bytes = _worker_bytes(trainer, room)
+    batch_bytes, kept_bytes = _worker_bytes(trainer, room, are_packed=are_packed)
     free_bytes, fraction = room.free_bytes, room.fraction
     return affordable_workers(
         workers, batch_bytes, _free_bytes(shm), free_bytes, fraction=fraction, kept_bytes=kept_bytes
     )
 
 
-def _worker_bytes(trainer: Any, room: _DataRoom) -> tuple[int, int]:
+def _worker_bytes(trainer: Any, room: _DataRoom, *, are_packed: bool = False) -> tuple[int, int]:
     """Return the bytes of a batch, and of the images that each worker keeps if they count, on this machine."""
+    are_packed = are_packed or getattr(trainer.args, "augment_on", "host") == "device"
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that share this machine's memory
     image_bytes = 3 * trainer.args.imgsz**2
     batch_bytes = int(trainer.batch_size) // max(trainer.world_size, 1) * here * image_bytes
+    passed_bytes = int(MOST * batch_bytes) if are_packed else batch_bytes
     if not room.is_shared or is_cached(trainer.args):
-        return batch_bytes, 0
-    return batch_bytes, min(_KEPT_BATCHES * batch_bytes, _KEPT_IMAGES * here * image_bytes)
+        return passed_bytes, 0
+    return passed_bytes, min(_KEPT_BATCHES * batch_bytes, _KEPT_IMAGES * here * image_bytes)
 
 
 def limit_prefetch(trainer: Any) -> None:

@@ -23,7 +23,9 @@ from torch.utils.data import RandomSampler, SequentialSampler
 from yolov12.mas.data_times import DataTimes
 from yolov12.mas.memory.reading import ClockStopwatch, Stopwatch
 from yolov12.training.data.arrangement import arranged
+from yolov12.training.data.augmentation import Augmentation
 from yolov12.training.data.load_clock import LoadClock
+from yolov12.training.data.packing import MOST
 from yolov12.training.data.places import Order, Start, boxes_of, seeded
 from yolov12.training.data.random_state import without_trace
 from yolov12.training.data.rendering import Loaded, Rendering, give_recipes
@@ -94,6 +96,7 @@ class ResumableLoader:
         if sharing is not None:
             self._order.split = sharing.split
         self._collate = _Collate(loader.collate_fn, arrange)
+        self._augmentation = self._collate.stock.augmentation
         self._data = data_of(loader)
         self._begun: Start | None = None  # the epoch of the latest batch
         self._taken = len(loader)  # batches of this epoch that were returned: at first as if all were
@@ -115,10 +118,17 @@ class ResumableLoader:
         self.seed: int | None = None
         """Seed of the training loop's latest batch, for what is drawn once for all its images; None before it."""
 
-    def take_over(self) -> ResumableLoader:
-        """Replace the loader's sampler and collate function by those of this object."""
+    def take_over(self, augmentation: Augmentation | None = None) -> ResumableLoader:
+        """Replace the loader's sampler and collate function by those of this object.
+
+        Args:
+            augmentation: Decides where images are augmented; None for the host.
+        """
+        if augmentation is not None:
+            self._augmentation = self._collate.stock.augmentation = augmentation
         self._loader.batch_sampler.sampler, self._loader.collate_fn = self._order, self._collate
-        self._collate.stock.shared = shared_images(self._loader, self._image_size)
+        most = MOST if self._augmentation.may_pack else 1.0
+        self._collate.stock.shared = shared_images(self._loader, self._image_size, most)
         give_recipes(self._loader.dataset)
         self._collate.clock.watch(self._loader.dataset)
         self.pace.begin(self.ahead(self._loader.num_workers))
@@ -138,14 +148,11 @@ class ResumableLoader:
         self.skipped = skip
         for _ in range(skip):
             self.position += 1
-            yield {
-                "img": torch.zeros(0, 3, self._image_size, self._image_size),
-                "cls": torch.zeros(0, 1),
-                SKIPPED: True,
-            }
+            images = torch.zeros(0, 3, self._image_size, self._image_size)
+            yield {"img": images, "cls": torch.zeros(0, 1), SKIPPED: True}
         self._go_on()
         for _ in range(len(self) - skip):
-            batch, self.times = self._take()
+            batch, self.times = self._augmentation.next(self._take)
             self.position += 1
             self.pace.took(self.times.wait, is_first=self.position == 1)
             assert self._begun is not None
@@ -153,11 +160,13 @@ class ResumableLoader:
             if self._sharing is not None:
                 batch[SHARE] = self._sharing.taken()
             yield batch
+        self._augmentation.epoch_ends()
 
     def _for_user(self) -> Iterator[Any]:
         aside = self._aside()
         for _ in range(len(self)):
-            yield next(aside) if self._is_repeating or self._sharing is not None else self._take()[0]
+            batch = next(aside) if self._is_repeating or self._sharing is not None else self._take()[0]
+            yield self._augmentation.received(batch, rendered=True)
 
     def _take(self) -> tuple[Any, DataTimes]:
         self._go_on()
@@ -238,6 +247,7 @@ class ResumableLoader:
             "order": self._begun.generator,
             "epoch": self._begun.epoch,
             "taken": self._taken,
+            "augments_on_device": self._augmentation.is_on_device,
             "resolution_steps": self._sharing.state_dict() if self._sharing is not None else [],
         }
 
@@ -252,6 +262,7 @@ class ResumableLoader:
             True if augmentation continues with the same random draws, and False for a file of an older version.
         """
         self._skip, self._then, self._is_repeating = state["position"], then, True
+        self._augmentation.resume(on_device=state.get("augments_on_device", False))
         taken = state.get("taken", state["position"])  # older files do not count users' batches
         self._order.begin = self._begun = Start(state["order"], state.get("epoch", 0), taken)
         if self._sharing is not None:

@@ -1,8 +1,8 @@
 """Batches of rendered images.
 
 Samples of a known data set have recipes instead of images (see `recipes`). When a batch is collated, each image is
-rendered into its place. In a worker, this place is in shared memory, so that the batch goes to the training without
-another copy (see `shared_images`).
+rendered into its place, or what it is made of is packed for the device (see `augmentation`). In a worker, this place is
+in shared memory, so that the batch goes to the training without another copy (see `shared_images`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from yolov12.training.adapter.users_code import is_ultralytics, module_of
+from yolov12.training.data.augmentation import Augmentation
+from yolov12.training.data.packing import pack
 from yolov12.training.data.pixels import Recipe, Renderer
 from yolov12.training.data.places import Placed, seeded
 from yolov12.training.data.recipes import samples
@@ -65,7 +67,7 @@ class _Samples:
 
 
 class Rendering:
-    """Collate function that renders images before, or instead of, stacking them.
+    """Collate function that renders images before, or instead of, stacking them, or packs them.
 
     Args:
         collate: Collate function of the loader, which gets whole samples if it is the user's own.
@@ -76,6 +78,9 @@ class Rendering:
         self._renderer = Renderer()
         self.shared: SharedImages | None = None
         """Places of workers for their images; None if each batch gets new shared memory."""
+        self._own: Tensor | None = None  # this worker's place, if the batch at hand is written there
+        self.augmentation = Augmentation()
+        """Decides whether images are rendered here or packed for the device."""
 
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         """Collate samples, whose images may be recipes."""
@@ -85,15 +90,26 @@ class Rendering:
         are_bytes = all(isinstance(image, Recipe) or image.dtype == torch.uint8 for image in images)
         if not (self._is_known and are_bytes and len({tuple(image.shape) for image in images}) == 1):
             return self._collate([self._whole(sample) for sample in samples])
-        shape = (len(images), *images[0].shape)
-        own_place = self.shared.empty(shape) if self.shared is not None else None
-        stacked = _empty(shape) if own_place is None else own_place
+        # An empty image keeps the place of the key among the keys of the batch.
+        batch = self._collate([{**sample, "img": torch.empty(0, dtype=torch.uint8)} for sample in samples])
+        if self.augmentation.is_on_device and images[0].shape[0] in (1, 3):
+            packed = pack(images, self._renderer, self._place)
+            batch["img"] = packed._replace(pixels=self._passed(packed.pixels))
+            return batch
+        stacked = self._place((len(images), *images[0].shape))
         for place, image in zip(stacked, images, strict=True):
             self._fill(place, image)
-        # An empty image keeps the place of the key among the keys of the batch.
-        batch = self._collate([{**sample, "img": stacked[0, :0, :0, :0]} for sample in samples])
-        batch["img"] = stacked if own_place is None or self.shared is None else self.shared.passed(stacked)
+        batch["img"] = self._passed(stacked)
         return batch
+
+    def _place(self, shape: tuple[int, ...]) -> Tensor:
+        """Return memory for the images of a batch: the place of this worker, if it is free, or new memory."""
+        self._own = self.shared.empty(shape) if self.shared is not None else None
+        return _empty(shape) if self._own is None else self._own
+
+    def _passed(self, images: Tensor) -> Any:
+        """Return what is sent to the training process instead of images in the result of `_place`."""
+        return images if self._own is None or self.shared is None else self.shared.passed(images)
 
     def _whole(self, sample: Any) -> Any:
         if not isinstance(sample["img"], Recipe):

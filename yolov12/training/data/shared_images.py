@@ -28,12 +28,13 @@ _numbers = itertools.count()
 _known: weakref.WeakValueDictionary[int, SharedImages] = weakref.WeakValueDictionary()
 
 
-def shared_images(loader: Any, image_size: int) -> SharedImages | None:
+def shared_images(loader: Any, image_size: int, most: float = 1.0) -> SharedImages | None:
     """Return the places for the batches of a loader.
 
     Args:
         loader: Loader that has not started its workers.
         image_size: Height and width of the largest images, in pixels.
+        most: Largest size of a batch, in sizes of its images. Packed images may be larger.
 
     Returns:
         The places; None if the batches are not copied into pinned memory, or if workers do not inherit memory.
@@ -42,7 +43,7 @@ def shared_images(loader: Any, image_size: int) -> SharedImages | None:
     forks = loader.multiprocessing_context is None and multiprocessing.get_start_method() == "fork"
     if not (pins and forks and loader.num_workers):
         return None
-    return SharedImages(loader.num_workers, loader.batch_size * 3 * image_size**2)
+    return SharedImages(loader.num_workers, int(most * loader.batch_size * 3 * image_size**2))
 
 
 class SharedImages:

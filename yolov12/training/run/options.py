@@ -17,6 +17,7 @@ OPTIONS: Mapping[str, Any] = defaults(RUN, DATA)
 """Defaults of the arguments of a run and of its data layer, by the names that users write."""
 
 _MODES = ("auto", "eager", "off")
+_PLACES = ("host", "device", "auto")
 
 _SECONDS = {"s": 1.0, "sec": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE)
@@ -30,13 +31,15 @@ def check_data_arguments(arguments: Mapping[str, Any]) -> None:
             `cls_remap`.
 
     Raises:
-        ConfigError: `mas_data` is not a mode, `mas_min_imgsz` is not a size, `auto_workers` is not a switch,
-            `replay_fraction` is not a fraction, `rename` is not a dictionary of names, or `replay` or `rename` does not
-            go with another argument.
+        ConfigError: `mas_data` or `augment_on` is not a mode, `mas_min_imgsz` is not a size, `auto_workers` is not a
+            switch, `replay_fraction` is not a fraction, `rename` is not a dictionary of names, or `replay` or `rename`
+            does not go with another argument.
     """
     mode, smallest = arguments["mas_data"], arguments["mas_min_imgsz"]
     if mode not in _MODES:
         raise ConfigError(f"mas_data={mode}: give one of {', '.join(_MODES)}")
+    if (place := arguments["augment_on"]) not in _PLACES:
+        raise ConfigError(f"augment_on={place}: give one of {', '.join(_PLACES)}")
     if smallest is not None and not (isinstance(smallest, int) and smallest >= 1):
         raise ConfigError(f"mas_min_imgsz={smallest}: give pixels, as in 320, or leave it out for half of imgsz")
     if (automatic := arguments["auto_workers"]) not in (None, True, False):
