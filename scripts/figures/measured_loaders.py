@@ -1,4 +1,4 @@
-"""Batches on their way from workers, and the number of workers, in docs/reference/measurements.md."""
+"""Loaders by worker, by their number and by device in docs/reference/measurements.md and docs/explanation/data.md."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from scripts.figures.measured_steps import HOW, measured
-from scripts.figures.pages import Passage, result, say, sentence, setting, table
+from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 SOURCES = {"files": "JPEG files", "ram": "`cache=ram`"}
 
@@ -99,3 +99,22 @@ def speeds(source: str, workers: int) -> list[float]:
     """
     rows = result("workers")["loaders"]["rows"]
     return [row["images_per_s"] for row in rows if (row["source"], row["workers"]) == (source, workers)]
+
+
+@measured("Augmentation on the device: the work of the host")
+def augmentation() -> Iterator[Passage]:
+    """Yield the passages on augmentation on the device."""
+    found = result("augmentation")
+    yield setting("a batch of 16 is complete on the host", HOW)
+    yield setting("the median of 20 pairs of batches", HOW)
+    lines = []
+    for source, words in (("ram", "`cache=ram`, mosaic"), ("files", "JPEG files, mosaic")):
+        row = found["cpu"][source]
+        lines.append([words, *(say("{:.2f}", row[key]) for key in ("host_cpu_ms", "device_cpu_ms", "ratio"))])
+    yield table("| | `augment_on=host` | `augment_on=device` | ratio |", lines)
+
+
+@section("docs/explanation/data.md", "Pixels on the device", is_whole=False)
+def packed() -> Iterator[Passage]:
+    """Yield the size of packed images."""
+    yield setting("this buffer is 1.1 times as large as the images", "`packed_size` of augmentation.json on a GPU")
