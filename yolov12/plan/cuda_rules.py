@@ -189,22 +189,68 @@ class FusedBatchNorm:
             The output, and a function that allocates the output again, as rebuilding does.
         """
         statistics = torch.empty(2, len(sizes), x.shape[1])
-        out: Tensor = _FusedBatchNorm.apply(x, weight, bias, statistics)  # type: ignore[no-untyped-call]
+        out: Tensor = _FusedBatchNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, None, statistics, (), None
+        )
         return out, torch.empty_like
+
+    @staticmethod
+    def writes_into(device: torch.device) -> bool:
+        """Return True, as on a GPU."""
+        return True
+
+    @staticmethod
+    def batch_norm_into(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        means: Tensor,
+        variances: Tensor,
+        sizes: Sequence[int],
+        eps: float,
+        silu: bool = False,
+        residual: Tensor | None = None,
+        part: Tensor | None = None,
+        first: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Allocate the tensors of one call. The arguments are those of the fused kernels.
+
+        Returns:
+            The output, and its copy from channel `first` on.
+        """
+        statistics = torch.empty(2, len(sizes), x.shape[1])
+        slices = () if part is None else (part,)
+        found = _FusedBatchNorm.apply(  # type: ignore[no-untyped-call]
+            x, weight, bias, residual, statistics, slices, first
+        )
+        return found if first is not None else (found, None)
 
 
 class _FusedBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        statistics: Tensor,
+        slices: tuple[Tensor, ...],
+        first: int | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, bias, statistics)
-        return torch.empty_like(x)
+        ctx.adds = residual is not None
+        out = slices[0] if slices else torch.empty_like(x)
+        return out if first is None else (out, torch.empty_like(x[:, first:], memory_format=torch.channels_last))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, of_tail: Tensor | None = None) -> Any:
         x, weight, bias, statistics = ctx.saved_tensors
+        if ctx.adds and of_tail is not None:
+            grad = torch.empty_like(x)
         if row_stride(grad) is None:
             grad = grad.contiguous(memory_format=torch.channels_last)
         sums = torch.empty_like(statistics)
         gradients = tuple(torch.empty_like(each) for each in (x, weight, bias))
         del sums
-        return *gradients, None
+        return *gradients, grad if ctx.adds else None, None, None, None
