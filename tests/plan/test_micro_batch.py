@@ -11,6 +11,7 @@ from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.models import detection_loss
 from yolov12.models.assigner import in_slices
 from yolov12.models.layer_names import layer_names
 from yolov12.plan import cuda_rules, loss_bytes
@@ -64,6 +65,11 @@ def test_weights_have_one_copy_in_half_precision(fake_model, tracer):
 def test_freezing_and_layout_are_those_of_a_training(fake_model):
     frozen = [name for name, parameter in fake_model.model.named_parameters() if not parameter.requires_grad]
     assert frozen == ["model.21.dfl.conv.weight"]
+
+
+def test_bytes_of_the_loss_do_not_depend_on_what_ran_before(fake_model):
+    detection_loss._anchors.cache_clear()
+    assert loss_bytes.loss_bytes(fake_model, 64, 5, True) == loss_bytes.loss_bytes(fake_model, 64, 5, True)
 
 
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/checkpointing.json").read_text())
