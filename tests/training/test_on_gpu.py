@@ -41,7 +41,7 @@ def test_an_interrupted_run_goes_on_with_the_same_images_and_weights(trainings, 
 
 
 def test_images_from_the_device_are_those_of_the_host(trainings, tmp_path):
-    """In half precision, the kernel makes the input of the first convolution."""
+    """Hooks see the images here, so that they are rendered as bytes, as for any code that looks at them."""
     settings = {**ON_GPU, "bn_group": 8, "amp": True, "epochs": 1, "mixup": 0.3, "degrees": 10.0}
     host, device = (trainings.train(tmp_path, **settings, augment_on=where) for where in ("host", "device"))
     count = BATCHES * 8  # images; there may be a few more in a warm-up
