@@ -122,9 +122,10 @@ class CudaRecorder:
     def _recover(self) -> None:
         """Leave the state of capture in the allocator and the random generator, as an invalid capture does not.
 
-        PyTorch raises the error of CUDA before it does so (aten/src/ATen/cuda/CUDAGraph.cpp, `capture_end`).
+        PyTorch raises the error of CUDA before it does so, and the graph then keeps its pool for ever
+        (aten/src/ATen/cuda/CUDAGraph.cpp, `capture_end` and `reset`).
         """
-        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool"):
+        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool", "_cuda_releasePool"):
             if (end := getattr(torch._C, name, None)) is not None:
                 with suppress(RuntimeError, TypeError):  # they are not part of the documented interface
                     end(self._device.index, self._pool)
