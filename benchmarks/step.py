@@ -8,6 +8,8 @@ Every variant runs in a process of its own. All of them stay alive and take turn
 the forward pass, the loss and the backward pass of 256 images in micro-batches of one size, YOLO12 at 640 in fp16,
 without data loading and without the optimizer. Stock runs the same micro-batches one after the other. A profile of one
 step then shows which kernels take the time. On a CPU, times are CPU times, in fp32, and operations stand for kernels.
+`--graphs` adds the engine with CUDA graphs, in micro-batches of 32 at most. `--deterministic` is the mode of
+Ultralytics' trainings.
 """
 
 from __future__ import annotations
@@ -26,12 +28,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MOST_GRAPHED = 32
+"""Largest micro-batch of the variant with CUDA graphs."""
 MOST_SECONDS = 3.0
 """Seconds after which a variant's turn ends, from the second step on."""
 KINDS = {
     "BatchNorm": r"^_?(statistics|normalize|gradient_sums|gradient)$|batch_?norm|bn_(fw|bw)",
     "upsampling": r"upsample|^(enlarge|gather)$",
     "image": r"^(scale|render)$",
+    "loss": r"^(corners_of|pair_values|take|resolve|won|(box|entropy)_gradient|box_loss|entropy)$",
     "attention": r"flash|fmha|attention",
     "concatenation": r"CatArray",
     "convolution": r"conv|cudnn|xmma|cutlass|gemm|wgrad|dgrad|fprop|nhwc|nchw|nvjet|gemv",
@@ -114,12 +119,15 @@ class Child:
             self.engines[micro_batch] = mas.Engine(
                 self.model,
                 self.task,
-                mas.Config(micro_batch=micro_batch, bn_group=min(micro_batch, 32)),
+                mas.Config(micro_batch=micro_batch, bn_group=min(micro_batch, 32), **self._settings()),
                 backward=lambda loss: self.scaler.scale(loss).backward(),
                 activations=activations(self.model),
                 log=lambda line: print(line, file=sys.stderr, flush=True),
             )
         return self.engines[micro_batch]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"cuda_graphs": True} if self.variant == "graphs" else {}  # an earlier commit may not know it
 
     def _profile(self, micro_batch: int) -> dict[str, Any]:
         from torch.autograd import DeviceType
@@ -160,9 +168,11 @@ class Variant:
             ),
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             **({"YOLOV12_AUTOPATCH": "0"} if name == "stock" else {}),
+            **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if options.deterministic else {}),
         }
         command = [sys.executable, __file__, "--child", name, "--cfg", options.cfg]
         command += ["--images", str(options.images), "--size", str(options.size), "--device", options.device]
+        command += ["--deterministic"] if options.deterministic else []
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -192,6 +202,11 @@ def serve(options: argparse.Namespace) -> None:
         del sys.path[0]
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
+        if options.deterministic:  # as Ultralytics' init_seeds does
+            import torch
+
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.deterministic = True
         child = Child(options.child, options.cfg, options.images, options.size, options.device)
         for line in sys.stdin:
             answers.write(json.dumps(child.answer(json.loads(line))) + "\n")
@@ -212,6 +227,8 @@ def main() -> int:
     parser.add_argument("--no-stock", action="store_true")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="few small images, to try the benchmark")
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -223,10 +240,16 @@ def main() -> int:
     from benchmarks.common import report  # an earlier commit, which a child runs, may lack it
 
     now = HERE.parent
-    folders = {"before": options.before, "now": now, "stock": None if options.no_stock else now}
-    variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
+    folders = {
+        "before": options.before,
+        "now": now,
+        "graphs": now if options.graphs else None,
+        "stock": None if options.no_stock else now,
+    }
+    all_variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
     result = report.Report(options.out, options.device, rows=[], profiles={})
     for micro_batch in options.micro_batches:
+        variants = [each for each in all_variants if each.name != "graphs" or micro_batch <= MOST_GRAPHED]
         for variant in variants:
             variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them
         for round_ in range(options.rounds):
@@ -249,10 +272,10 @@ def main() -> int:
             told = {key: value for key, value in found.items() if key != "longest_ms"}
             print(micro_batch, variant.name, told, flush=True)
             result.write()
-    result["ratios"] = ratios(result["rows"])
-    print(json.dumps(result["ratios"], indent=1))
-    result.write()
-    for variant in variants:
+        result["ratios"] = ratios(result["rows"])
+        print(json.dumps([each for each in result["ratios"] if each["micro_batch"] == micro_batch]), flush=True)
+        result.write()
+    for variant in all_variants:
         variant.end()
     return 0
 

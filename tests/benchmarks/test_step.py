@@ -21,6 +21,7 @@ RESULT = json.loads((Path(HERE) / "results" / "step.json").read_text("utf-8"))
         ("gather", "upsampling"),
         ("scale", "image"),
         ("render", "image"),
+        ("entropy_gradient", "loss"),
         ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::", "concatenation"),
         ("sm90_xmma_dgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolution"),
         ("Memcpy HtoD (Pinned -> Device)", "copy"),
