@@ -113,17 +113,12 @@ class MicroBatchTracer:
         """
         recorder = Recorder(self._fake_model.model, self._layers, self._checkpointing)
         images, no_watch = IMAGES[0], partial(ClockStopwatch, lambda: 0.0)
-        with self._fake_model.mode, _HighestPeak() as trace:
+        with self._fake_model.mode, ByteTrace() as trace:
             self._run(images, recorder.saved_tensors(no_watch))
-            recorder_bytes = trace.highest_bytes = trace.mark()  # the recorder keeps the tensors that it has seen
-            around = recorder.times_and_peaks(no_watch, trace)
-            kept_bytes = self._run(images, around, lambda: trace.allocated_bytes)
+            self._run(images, recorder.times_and_peaks(no_watch, trace))
             # The copies of weights do not grow with the images; the images of the next micro-batch do.
             beside_bytes = _pixels(images, self._imgsz).nbytes - self.half_weights_bytes
             found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes(), beside_bytes)
-            trace.mark()
-            # The recorder's pass is also the trace without checkpointing.
-            self._traces[KEEP_ALL, images] = kept_bytes - recorder_bytes, trace.highest_bytes - recorder_bytes
         times = self._times(roofline, images)
 
         def of_image(time: Time, factor: float = 1.0) -> Time:
@@ -172,16 +167,6 @@ class MicroBatchTracer:
         for parameter in model.parameters():
             parameter.grad = None
         return measured
-
-
-class _HighestPeak(ByteTrace):
-    """Keeps the highest peak across all calls of `mark`."""
-
-    highest_bytes = 0
-
-    def mark(self) -> int:
-        self.highest_bytes = max(self.highest_bytes, self.peak_bytes())
-        return super().mark()
 
 
 def _pixels(images: int, imgsz: int) -> Tensor:
