@@ -21,6 +21,7 @@ from yolov12.mas.memory.reading import ClockStopwatch
 from yolov12.mas.profiling.observations import WholePasses
 from yolov12.mas.profiling.profile import Profile, Time
 from yolov12.mas.profiling.recorder import Recorder
+from yolov12.mas.profiling.solver import peak_bytes
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.models.activations import activations
 from yolov12.models.layer_names import layer_names
@@ -120,6 +121,7 @@ class MicroBatchTracer:
             beside_bytes = _pixels(images, self._imgsz).nbytes - self.half_weights_bytes
             found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes(), beside_bytes)
         times = self._times(roofline, images)
+        joined_bytes = peak_bytes(found, KEEP_ALL) - self.linear_bytes().peak.bytes_per_image
 
         def of_image(time: Time, factor: float = 1.0) -> Time:
             return Time(factor * time.host_ms / images, time.device_ms / images)
@@ -136,6 +138,7 @@ class MicroBatchTracer:
             ),
             # A backward pass takes about twice the time of a forward pass.
             total=Time(3 * of_image(times.whole[""]).host_ms, 3 * of_image(times.whole[""]).device_ms),
+            joined_bytes=max(joined_bytes, 0.0),
         )
 
     def _times(self, roofline: Roofline, images: int) -> LayerTimes:

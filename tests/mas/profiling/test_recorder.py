@@ -1,18 +1,25 @@
 """Bytes that a profile predicts for a layer, compared with the bytes of tensors in a real pass."""
 
 import gc
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from yolov12 import mas
+from yolov12.mas.batchnorm import fused
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.checkpointing.layers import candidates, outermost
 from yolov12.mas.memory.reading import ClockStopwatch
+from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.profiling.recorder import Recorder
 from yolov12.mas.profiling.solver import ladder, peak_bytes
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.profiling.warmup import profile
+from yolov12.models.activations import activations
+from yolov12.models.layer_names import layer_names
+from yolov12.plan.cuda_rules import FusedBatchNorm
 
 IMAGES = 4
 SMALL = 2**16  # BatchNorm statistics and the loss
@@ -132,3 +139,31 @@ def test_all_kept_is_the_highest_peak(profiled):
     _, _, found = profiled
     everything = Plan(tuple((stage.name, RECOMPUTE) for stage in found.stages()))
     assert peak_bytes(found, everything) < 0.6 * peak_bytes(found, KEEP_ALL)
+
+
+class CardMeter(ReplayMeter):
+    """Counts tensors as the allocator of a GPU would."""
+
+    def __init__(self, trace):
+        super().__init__(2**40, [0])
+        self.mark, self.peak_bytes = trace.mark, trace.peak_bytes
+
+    def stopwatch(self):
+        return ClockStopwatch(lambda: 1e3 * time.perf_counter())
+
+
+def test_joined_blocks_lower_the_peak_without_a_plan(tools, monkeypatch):
+    """Only without a plan, BatchNorm adds residuals and writes concatenations. Here, its kernels only allocate."""
+    for name in ("applies", "batch_norm", "batch_norm_into", "writes_into"):
+        monkeypatch.setattr(fused, name, getattr(FusedBatchNorm, name))
+    model = tools.build("detect", "yolov12n.yaml").to(memory_format=torch.channels_last).train()
+    task = mas.TensorTask(lambda model, x: sum(model(x)[name].sum() for name in ("boxes", "scores")))
+    batch = (torch.zeros(IMAGES, 3, 96, 96).to(memory_format=torch.channels_last),)
+    options = {"layers": layer_names(model), "activations": activations(model)}
+    with ByteTrace() as trace:
+        meter = CardMeter(trace)
+        engine = mas.Engine(model, task, mas.Config(bn_group=IMAGES), meter=meter, **options)
+        found = profile(engine._step, meter, engine._calibration.layers, batch, IMAGES)
+    assert found.joined_bytes > 0
+    apart = replace(found, joined_bytes=0.0)
+    assert peak_bytes(found, KEEP_ALL) == pytest.approx(peak_bytes(apart, KEEP_ALL) - found.joined_bytes)

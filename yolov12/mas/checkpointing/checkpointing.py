@@ -83,7 +83,7 @@ class Checkpointing:
         if not plan.modes:
             yield
             return
-        self._norms.joins = False  # until the backward pass has ended, which runs layers again
+        self.join_nothing()  # until the backward pass has ended, which runs layers again
         outputs = Outputs()
         with ExitStack() as stack:
             if plan.names(REBUILD):
@@ -97,6 +97,10 @@ class Checkpointing:
             stack.enter_context(overridden(forwards))
             stack.callback(outputs.forget)
             yield
+
+    def join_nothing(self) -> None:
+        """Run the layers of this micro-batch one by one, as within a plan; see `GroupedBatchNorm.joins`."""
+        self._norms.joins = False
 
     @contextmanager
     def remembering(self, outputs: Outputs, wanted: Callable[[], bool]) -> Iterator[None]:
@@ -120,7 +124,8 @@ class Checkpointing:
             # An in-place activation overwrites its input, and its caller may rely on that.
             if not getattr(module, "inplace", False)
         }
-        self._norms.listener, self._norms.joins = normalized, False
+        self._norms.listener = normalized
+        self.join_nothing()
         try:
             with overridden(forwards):
                 yield

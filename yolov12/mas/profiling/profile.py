@@ -54,6 +54,9 @@ class Profile:
     """Peak bytes of the backward pass of each outermost layer, above what this layer and the layers before it keep."""
     total: Time
     """Time of the forward and backward pass of the whole model and loss, with everything kept."""
+    joined_bytes: float = 0.0
+    """Bytes by which the peak without a checkpoint plan is lower than the layers tell: then, BatchNorm also adds
+    residuals and writes concatenations, see `batchnorm.grouped.GroupedBatchNorm.joins`."""
 
     def fraction_of_time(self, time: Time) -> float:
         """Return a time as a fraction of the total: the mean of the fractions of host time and of device time."""

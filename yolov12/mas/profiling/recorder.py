@@ -117,6 +117,7 @@ class Recorder:
             meter: Reads the peaks.
         """
         self._marks.clear()
+        self._checkpointing.join_nothing()
         self.allocated_bytes = meter.mark()
 
         def reached(stage: int, earlier: list[int], _: Tensor) -> None:
@@ -148,6 +149,14 @@ class Recorder:
         yield
         watch.stop()
         into[name] = Timer(1e3 * (time.perf_counter() - begin), watch)
+
+    def highest_bytes(self, last_peak_bytes: int) -> int:
+        """Return the peak of the second pass.
+
+        Args:
+            last_peak_bytes: See `profile`.
+        """
+        return max([last_peak_bytes, *(peak for _, peak in self._marks)])
 
     def profile(self, images: int, whole: WholePasses, last_peak_bytes: int, beside_bytes: int = 0) -> Profile:
         """Combine the observations of both passes.

@@ -66,7 +66,7 @@ class _Choice:
 def peak_bytes(profile: Profile, plan: Plan) -> float:
     """Return the bytes of one image in the highest phase of a plan."""
     programme = _Programme(profile)
-    return float(programme.phases(programme.chosen(plan)).max())
+    return programme.level(programme.chosen(plan)).peak_bytes
 
 
 def solve(profile: Profile, most_bytes: float) -> LadderLevel | None:
@@ -142,9 +142,12 @@ class _Programme:
 
     def level(self, chosen: _Array) -> LadderLevel:
         modes = tuple((c.layer.name, c.mode) for c, x in zip(self._choices, chosen, strict=True) if x)
-        return LadderLevel(Plan(modes), float(self.phases(chosen).max()), 1.0 + float(self._times @ chosen))
+        peak = float(self.phases(chosen).max()) - (0.0 if modes else self._profile.joined_bytes)
+        return LadderLevel(Plan(modes), peak, 1.0 + float(self._times @ chosen))
 
     def least_time(self, most_bytes: float) -> LadderLevel | None:
+        if self._profile.joined_bytes and (keep := self.level(self.chosen(KEEP_ALL))).peak_bytes <= most_bytes:
+            return keep
         chosen = self._optimise(self._times, self._grows, most_bytes - self._fixed)
         if chosen is not None:
             return self.level(chosen)

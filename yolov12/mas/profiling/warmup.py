@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -127,21 +128,26 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
         last_peak_bytes = peaks.peak_bytes()
     if isinstance(failure, Failure):
         return failure
-    times = []
+    times, keep_bytes = [], math.inf
     for mode in (None, REBUILD, RECOMPUTE):
         plan = Plan(tuple((name, mode) for name in recorder.flexible())) if mode else KEEP_ALL
         best_ms = math.inf
         for _ in range(2):
             watch = meter.stopwatch()
-            failure = step.try_out(batch, 0, images, step.checkpointing.within(plan))
+            outcome = step.try_out(batch, 0, images, step.checkpointing.within(plan))
             watch.stop()
-            if isinstance(failure, Failure):
-                return failure
+            if isinstance(outcome, Failure):
+                return outcome
+            if mode is None:
+                keep_bytes = min(keep_bytes, outcome[1] - outcome[0])
             while (time_ms := watch.elapsed_ms()) is None:  # the device is still at work
                 time.sleep(1e-3)
             best_ms = min(best_ms, time_ms)
         times.append(best_ms)
     images_bytes = recorder.allocated_bytes - before_bytes
-    if meter.kind != "host":  # while a micro-batch runs, the images of the next one are copied to the device
-        images_bytes *= 2
-    return recorder.profile(images, WholePasses(*times), last_peak_bytes, images_bytes)
+    if meter.kind == "host":
+        return recorder.profile(images, WholePasses(*times), last_peak_bytes, images_bytes)
+    # While a micro-batch runs, the images of the next one are copied to the device.
+    found = recorder.profile(images, WholePasses(*times), last_peak_bytes, 2 * images_bytes)
+    joined_bytes = recorder.highest_bytes(last_peak_bytes) - before_bytes - keep_bytes
+    return replace(found, joined_bytes=max(joined_bytes, 0.0) / images)
