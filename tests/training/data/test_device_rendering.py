@@ -82,19 +82,48 @@ def test_finished_images_travel_with_recipes_and_parts_are_parts(data_sets):
     assert half.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_tensor_is_rendered_when_it_is_used_and_in_parts(data_sets, monkeypatch):
+def test_a_tensor_is_rendered_once_when_it_is_used(data_sets, monkeypatch):
     packed = pack(mixed(data_sets), Renderer(), empty)
     whole, counts = rendered(packed), []
     monkeypatch.setattr(device_rendering, "rendered", lambda part: counts.append(len(part.numbers)) or rendered(part))
     images = PackedTensor.of(packed)
-    part = images[2:5]
+    part = images.part(2, 5)
     assert (images.shape, len(part), part.dtype, counts) == (whole.shape, 3, torch.uint8, [])
     assert torch.equal(part.float(), whole[2:5].float())
     assert torch.equal(images[-1].float(), whole[-1].float())
-    assert counts == [3, 1]
     assert torch.equal(images[::2], whole[::2])
-    assert torch.equal(images[:2], whole[:2])
-    assert counts == [3, 1, 9, 2]
+    assert counts == [3, 9]
+
+
+def test_changes_of_images_are_kept(data_sets):
+    """Code around the loader may write on images, and on views of them, as on any tensor."""
+    packed = pack(mixed(data_sets), Renderer(), empty)
+    images, expected = PackedTensor.of(packed), rendered(packed)
+    for each in (images, expected):
+        each[0].zero_()
+        each[1:3][:, :, :8] = 0
+        image = each[4]
+        image[:, 5:9] = 255
+        each[5] //= 2
+    assert torch.equal(images.part(0, 6), expected[:6])
+    assert torch.equal(images, expected)
+
+
+def test_readers_on_the_host_get_images_if_the_device_has_no_memory_left(data_sets, monkeypatch):
+    """They are outside of the engine's micro-batches, where nothing tries again."""
+    packed, tries = pack(mixed(data_sets), Renderer(), empty), []
+    whole = rendered(packed)
+
+    def full(part):
+        tries.append(len(part.numbers))
+        if len(tries) == 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+        return rendered(part)
+
+    monkeypatch.setattr(device_rendering, "rendered", full)
+    monkeypatch.setattr(device_rendering, "_AT_ONCE", 4)
+    assert torch.equal(device_rendering._rendered_for_host(packed, torch.device("cpu")), whole)
+    assert tries == [4, 4, 4, 1]
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from yolov12.training.data.device_rendering import PackedTensor
+
 __all__ = ["Belongs", "Nest", "Values", "entries", "is_nest"]
 
 
@@ -68,6 +70,8 @@ def entries(value: Any, which: slice | Tensor) -> Any:
         value: Tensor, array, list or tuple.
         which: A slice, or the indices of the entries on the host.
     """
+    if isinstance(which, slice) and isinstance(value, PackedTensor):
+        return value.part(which.start, which.stop)
     if isinstance(which, slice) or isinstance(value, Tensor):
         return value[which]
     if isinstance(value, np.ndarray):

@@ -209,7 +209,7 @@ class DetectionTask:
                     part[key] = entries(part[key], places[belongs])
             part["batch_idx"] = part["batch_idx"] - start
         nests: dict[str, Any] = {key: Nest(value) for key, value in part.items() if is_nest(value)}
-        if isinstance(part["img"], PackedTensor):
+        if isinstance(part["img"], PackedTensor) and not part["img"].is_rendered:
             nests["img"] = part["img"].packed  # copied to the device as it is
         return {**part, **nests, BOXES: self._boxes[start:stop], _LABELS: labels_of(part)}
 

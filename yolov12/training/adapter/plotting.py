@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from yolov12.training.adapter.batch_values import entries
 from yolov12.training.adapter.deferred_tensor import made
 from yolov12.training.adapter.detection import DetectionTask
 
@@ -25,5 +26,6 @@ def drawn(
     """
     count = min(_DRAWN, len(host["img"]))
     if preprocess is None:
-        return {**host, "img": made(host["img"][:count])}  # rendered here, and not in the thread that plots
+        # Rendered here, and not in the thread that plots.
+        return {**host, "img": made(entries(host["img"], slice(0, count)))}
     return preprocess(task.opened(task.part(host, 0, count)))

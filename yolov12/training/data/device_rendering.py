@@ -12,8 +12,9 @@ import functools
 import torch
 from torch import Tensor
 
+from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.triton_launch import compiles, launch
-from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts
+from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts, made
 from yolov12.training.data import packing
 from yolov12.training.data.packing import PackedImages
 from yolov12.training.data.pixels import BACKGROUND
@@ -26,6 +27,7 @@ except ImportError:  # PyTorch supports platforms that Triton does not
 __all__ = ["PackedTensor", "has_kernel", "rendered"]
 
 _BLOCK, _WARPS = 512, 4
+_AT_ONCE = 16  # images that are rendered at once for readers on the host, outside of the engine's micro-batches
 
 
 def rendered(packed: PackedImages, dtype: torch.dtype | None = None) -> Tensor:
@@ -52,10 +54,7 @@ def has_kernel(device: torch.device) -> bool:
 
 
 class PackedTensor(DeferredTensor):
-    """Images of uint8 that are rendered when their values are used; slices of them are not rendered before.
-
-    Use `PackedTensor.of`.
-    """
+    """Images of uint8 that are rendered, all of them, when the values of some are used. Use `PackedTensor.of`."""
 
     packed: PackedImages
 
@@ -64,21 +63,39 @@ class PackedTensor(DeferredTensor):
         """Return images that are not rendered yet, on the device of the packed ones."""
         place, device = packed.pixels.device, packed.device or packed.pixels.device
         shape = torch.Size((len(packed.numbers), *packed.shape))
-
-        def make() -> Tensor:
-            moved = packed._replace(pixels=packed.pixels.to(device), numbers=packed.numbers.to(device))
-            return rendered(moved).to(place)
-
-        def pick(index: int | slice) -> Tensor:
-            if isinstance(index, int):
-                index = range(shape[0])[index]
-                return PackedTensor.of(packed.part(index, index + 1)).view(packed.shape)
-            start, stop, step = index.indices(shape[0])
-            return PackedTensor.of(packed.part(start, max(start, stop))) if step == 1 else make()[index]
-
-        tensor = PackedTensor(TensorFacts(shape, torch.uint8, place), make, pick)
+        make = rendered if device == place else functools.partial(_rendered_for_host, device=device)
+        tensor = PackedTensor(TensorFacts(shape, torch.uint8, place), functools.partial(make, packed))
         tensor.packed = packed
         return tensor
+
+    @property
+    def is_rendered(self) -> bool:
+        """True if somebody has used the values, and may have changed them."""
+        return self._value is not None
+
+    def part(self, start: int, stop: int) -> Tensor:
+        """Return images `start` to `stop`, which are still packed if nobody has used the values.
+
+        Args:
+            start: First image.
+            stop: Image after the last.
+        """
+        return made(self)[start:stop] if self.is_rendered else PackedTensor.of(self.packed.part(start, stop))
+
+
+def _rendered_for_host(packed: PackedImages, device: torch.device) -> Tensor:
+    """Return images on the host that a device renders, or the host if the device has no memory left."""
+    out = torch.empty((len(packed.numbers), *packed.shape), dtype=torch.uint8)
+    for start in range(0, len(out), _AT_ONCE):
+        part = packed.part(start, min(start + _AT_ONCE, len(out)))
+        try:
+            moved = part._replace(pixels=part.pixels.to(device), numbers=part.numbers.to(device))
+            out[start : start + _AT_ONCE] = rendered(moved)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            out[start : start + _AT_ONCE] = rendered(part)
+    return out
 
 
 def _with_kernel(packed: PackedImages, dtype: torch.dtype | None) -> Tensor:
