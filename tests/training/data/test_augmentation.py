@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ultralytics.cfg import get_cfg
+from ultralytics.data.augment import Albumentations
 from ultralytics.data.build import build_dataloader
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
@@ -13,6 +14,7 @@ from ultralytics.utils.torch_utils import init_seeds
 from tests.training.data.datasets import assert_alike, dataset_of
 from yolov12.training.adapter.deferred_tensor import made
 from yolov12.training.data import augmentation as module
+from yolov12.training.data import recipes
 from yolov12.training.data.augmentation import Augmentation, chosen
 from yolov12.training.data.device_rendering import PackedTensor
 from yolov12.training.data.loader import ResumableLoader
@@ -193,8 +195,47 @@ def test_the_host_augments_what_the_device_cannot_and_says_so(yamls, said):
     trainer = a_trainer(yamls, "device")
     trainer.train_loader.collate_fn = lambda samples: samples
     assert not chosen(trainer, True).is_on_device
+    trainer = a_trainer(yamls, "device")
+    trainer.train_loader.dataset.transforms.append(lambda labels: labels)
+    assert not chosen(trainer, True).is_on_device
+    trainer = a_trainer(yamls, "device")
+    found = recipes._flat(trainer.train_loader.dataset.transforms)
+    next(each for each in found if isinstance(each, Albumentations)).transform = object()
+    assert not chosen(trainer, True).is_on_device
+    assert not chosen(a_trainer(yamls, "device", channels=4), True).is_on_device
     assert because() == [
-        "its data set or a transform is not the one that Ultralytics makes",
+        "the device does not support rect=True",
         "preprocess_batch is your own",
         "collate_fn is your own",
+        "the data set or a transform is not the one that Ultralytics makes",
+        "the device does not support Albumentations",
+        "the device does not support images with 4 channels",
     ]
+
+
+def test_a_batch_that_the_host_augmented_after_all_is_noted_once(yamls, said):
+    """A callback may change the transforms at any time."""
+    asked, auto = Augmentation("device", CPU), Augmentation("auto", CPU)
+    auto.resume(on_device=True)  # batches may have been loaded ahead
+    for augmentation in (asked, asked, auto, Augmentation()):
+        augmentation.received({"img": torch.zeros(1, 3, 8, 8, dtype=torch.uint8)})
+    (line,) = said
+    assert line.startswith("augment_on=device: images are augmented on the host, as no transform or image of a batch")
+
+
+def test_the_device_would_help_a_training_that_could_use_it(yamls, monkeypatch):
+    monkeypatch.setattr(module, "has_kernel", lambda device: True)
+    monkeypatch.setattr(module, "shares_memory", lambda device: False)
+    monkeypatch.setattr(module, "has_room_for_packed", lambda trainer: True)
+
+    def would_help(mode, device="cuda", knows_preprocess=True, **arguments):
+        return chosen(a_trainer(yamls, mode, device, **arguments), knows_preprocess).would_help()
+
+    assert would_help("host")
+    assert not would_help("host", device="cpu")
+    assert not would_help("host", knows_preprocess=False)
+    assert not would_help("host", rect=True)
+    assert not would_help("device")
+    assert not would_help("auto")
+    monkeypatch.setattr(module, "has_kernel", lambda device: False)
+    assert not would_help("host")

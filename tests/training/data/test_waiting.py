@@ -49,13 +49,18 @@ def test_warm_ups_and_the_first_updates_of_epochs_do_not_count():
 
 
 def a_training(
-    monkeypatch, cores=32, free_bytes=GIB, device="cuda", images=600, workers=8, world_size=1, fitting=99, **args
+    monkeypatch, cores=32, free_bytes=GIB, device="cuda", workers=8, world_size=1, fitting=99, packed=0, **args
 ):
     monkeypatch.setattr(waiting, "cores_of_rank", lambda trainer: cores // trainer.world_size)
     monkeypatch.setattr(waiting, "cache_room_bytes", lambda trainer, memory: free_bytes)
-    monkeypatch.setattr(waiting, "room_for_workers", lambda trainer, workers, memory: min(workers, fitting))
+
+    def room_for_workers(trainer, workers, memory, *, are_packed=False):
+        return min(workers, packed if are_packed else fitting)
+
+    monkeypatch.setattr(waiting, "room_for_workers", room_for_workers)
+    augmentation = SimpleNamespace(would_help=lambda: packed > 0)
     data_set = SimpleNamespace(labels=[{"shape": (480, 640)}, {"shape": (2000, 1000)}, {}] * 200)
-    loader = SimpleNamespace(num_workers=workers, dataset=data_set)
+    loader = SimpleNamespace(num_workers=workers, dataset=data_set, augmentation=augmentation)
     return SimpleNamespace(
         args=SimpleNamespace(**{"cache": False, "imgsz": 640, "auto_workers": False, **args}),
         device=torch.device(device),
@@ -84,9 +89,11 @@ def test_the_advice_fits_the_machine(monkeypatch):
     assert (
         told(a_training(monkeypatch, workers=0, fitting=2)) == begin + "more workers (workers=2), cache=ram (527 MiB)"
     )
+    assert told(a_training(monkeypatch, cache="ram", cores=16, packed=8)) == begin + "augment_on=device"
     nothing = "the loader needs more CPU cores, or less augmentation"
     assert told(a_training(monkeypatch, fitting=8, cache=True)) == begin + nothing
     assert told(a_training(monkeypatch, imgsz=[640, 640])) == begin + nothing
+    assert told(a_training(monkeypatch, fitting=8, cache=True, packed=7)) == begin + nothing, "they have no room"
     assert "the GPUs waited" in told(a_training(monkeypatch, world_size=2))
     assert "workers=" not in told(a_training(monkeypatch, cores=18, world_size=2))
     on_cpu = told(a_training(monkeypatch, device="cpu", workers=0))

@@ -21,7 +21,7 @@ from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.data.device_rendering import PackedTensor, has_kernel
 from yolov12.training.data.host import has_room_for_packed
 from yolov12.training.data.packing import PackedImages
-from yolov12.training.data.recipes import is_known
+from yolov12.training.data.recipes import only_on_host
 
 __all__ = ["WAIT_FRACTION", "Augmentation", "chosen", "note_host"]
 
@@ -47,6 +47,7 @@ class Augmentation:
     ) -> None:
         self._device, self._why_host = device, why_host
         self._may_change = mode == "auto"
+        self._may_notice = mode == "device" and not why_host
         # Workers read it for each batch.
         self._shared = RawValue(ctypes.c_bool, mode == "device" and not why_host) if mode != "host" else None
         self._skip, self._batches = skip, 0
@@ -62,6 +63,13 @@ class Augmentation:
     def may_pack(self) -> bool:
         """True if batches of this training may be augmented on the device, now or later."""
         return self._shared is not None and not self._why_host
+
+    def would_help(self) -> bool:
+        """Return whether a training that augments on the host could augment on its GPU instead."""
+        device = self._device
+        if self._shared is not None or self._why_host or device is None or device.type != "cuda":
+            return False
+        return not shares_memory(device) and has_kernel(device)
 
     def resume(self, *, on_device: bool) -> None:
         """Go on where an interrupted run augmented its images, in mode `auto`."""
@@ -94,6 +102,9 @@ class Augmentation:
         """
         images = batch.get("img") if isinstance(batch, dict) else None
         if not isinstance(images, PackedImages):
+            if self._may_notice:
+                self._may_notice = False
+                note_host("device", "no transform or image of a batch is one that the device supports")
             return batch
         tensor = PackedTensor.of(images._replace(device=self._device))
         return {**batch, "img": made(tensor) if rendered else tensor}
@@ -128,17 +139,16 @@ def chosen(trainer: Any, knows_preprocess: bool) -> Augmentation:
         knows_preprocess: True if its `preprocess_batch` is Ultralytics' own.
     """
     mode, device, loader = trainer.args.augment_on, trainer.device, trainer.train_loader
-    if mode == "host" or (mode == "auto" and device.type != "cuda"):
-        return Augmentation()
-    why = ""
-    if not is_known(loader.dataset):
-        why = "its data set or a transform is not the one that Ultralytics makes"
-    elif not (knows_preprocess and is_ultralytics(loader.collate_fn)):
+    why = only_on_host(loader.dataset)
+    if not why and not (knows_preprocess and is_ultralytics(loader.collate_fn)):
         why = f"{'collate_fn' if knows_preprocess else 'preprocess_batch'} is your own"
-    elif mode == "auto" and shares_memory(device):
-        why = "the device has no memory of its own"
-    elif mode == "auto" and not has_room_for_packed(trainer):
-        why = "the memory of the host, or /dev/shm, has no room for that"
+    if mode == "host" or (mode == "auto" and device.type != "cuda"):
+        return Augmentation("host", device, why)
+    if not why and mode == "auto":
+        if shares_memory(device):
+            why = "the device has no memory of its own"
+        elif not has_room_for_packed(trainer):
+            why = "the memory of the host, or /dev/shm, has no room for that"
     if why:
         note_host(mode, why)
     return Augmentation(mode, device, why, skip=(loader.prefetch_factor or 0) * loader.num_workers)

@@ -233,6 +233,11 @@ class ResumableLoader:
         self.pace.begin(self.ahead(self._loader.num_workers))
 
     @property
+    def augmentation(self) -> Augmentation:
+        """Decides where images are augmented."""
+        return self._augmentation
+
+    @property
     def is_last(self) -> bool:
         """True if the latest batch is the last of its epoch."""
         return self.position == len(self)

@@ -24,7 +24,7 @@ from yolov12.training.data.boxes import formatted, joined
 from yolov12.training.data.pixels import Array, Blend, Canvas, Image, Recipe, Renderer, Tile, Warp
 from yolov12.training.data.places import Later, Placed, by_place
 
-__all__ = ["Later", "is_known", "samples"]
+__all__ = ["Later", "is_known", "only_on_host", "samples"]
 
 _IMAGE = "yolov12_image"  # key of labels: the image that their empty image stands for
 _OTHERS = ("semantic_mask", "depth", "rect_shape", "texts")  # keys of labels that other tasks have
@@ -75,6 +75,29 @@ def is_known(dataset: Any) -> bool:
         and found[2].n == 4
         and found[7].transform is None  # Albumentations are not installed, so that nothing is drawn for them
     )
+
+
+def only_on_host(dataset: Any) -> str:
+    """Return why the images of a data set have no recipes; empty if they have.
+
+    Args:
+        dataset: Data set of a training loader.
+    """
+    from ultralytics.data.augment import Albumentations
+    from ultralytics.data.dataset import YOLODataset
+
+    refused = ""
+    if is_known(dataset):
+        refused = "" if dataset.channels in (1, 3) else f"images with {dataset.channels} channels"
+    elif getattr(dataset, "rect", False):
+        refused = "rect=True"
+    elif isinstance(dataset, YOLODataset) and any(
+        isinstance(each, Albumentations) and each.transform is not None for each in _flat(dataset.transforms)
+    ):
+        refused = "Albumentations"
+    else:
+        return "the data set or a transform is not the one that Ultralytics makes"
+    return f"the device does not support {refused}" if refused else ""
 
 
 def _flat(transform: Any) -> Iterator[Any]:

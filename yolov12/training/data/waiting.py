@@ -37,6 +37,7 @@ def waited_for_data(trainer: Any, loader: Any, summary: Summary, memory: HostMem
     memory, ways = memory or HostMemory(), []
     if isinstance(trainer.args.imgsz, int):
         ways = [*_more_workers(trainer, loader, memory), *_cached_images(trainer, loader, summary, memory)]
+        ways += _on_device(trainer, loader, memory)
     advice = ", ".join(ways) or "the loader needs more CPU cores, or less augmentation"
     return f"\ndata: the {who} waited for data {percent:.0f} % of the time: {advice}"
 
@@ -53,6 +54,12 @@ def _more_workers(trainer: Any, loader: Any, memory: HostMemory) -> list[str]:
         return []
     fitting = room_for_workers(trainer, most, memory)
     return [f"more workers (workers={fitting})"] if fitting > loader.num_workers else []
+
+
+def _on_device(trainer: Any, loader: Any, memory: HostMemory) -> list[str]:
+    """Advise augmentation on the device if it is possible, and if packed images have room."""
+    fits = room_for_workers(trainer, loader.num_workers, memory, are_packed=True) >= loader.num_workers
+    return ["augment_on=device"] if fits and loader.augmentation.would_help() else []
 
 
 def _cached_images(trainer: Any, loader: Any, summary: Summary, memory: HostMemory) -> list[str]:
