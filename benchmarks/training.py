@@ -153,10 +153,14 @@ def _now(trainer: Any) -> float:
 
 def _take_out(loader: Any) -> int:
     """Take batches out of a loader until one has to be waited for, and return their number."""
+
+    # Ultralytics' loader goes on where another iterator has ended. An iterator of this package would render packed
+    # images, which takes time in which workers load.
+    take = getattr(loader, "_take", lambda: next(iter(loader)))
     count, took_s = 0, 0.0
     while loader.num_workers and took_s < WAITED_S:
         begin = time.perf_counter()
-        next(iter(loader))  # Ultralytics' loader goes on where another iterator has ended
+        take()
         took_s = time.perf_counter() - begin
         count += 1
     return count

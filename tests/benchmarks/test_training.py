@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import training
 from benchmarks.common.processes import environment
+from yolov12.training.data.loader import ResumableLoader
 
 
 class _Clock:
@@ -62,6 +63,24 @@ def test_no_batch_that_was_prefetched_before_is_measured(monkeypatch):
     result = measurement.result
     assert (result["first_epoch_s"], result["taken_out"], result["batches"]) == (3.0, 4, 2)
     assert (result["seconds"], result["images_per_s"], result["wait_percent"]) == (4.0, 2.0, 25.0)
+
+
+def test_images_that_the_device_augments_are_not_rendered_when_they_are_taken_out(monkeypatch):
+    """Else the first of the prefetched batches would count as waited for, and all others would be measured."""
+    clock = _Clock()
+    monkeypatch.setattr(training, "time", clock)
+
+    class Packed(_Loader):
+        def _take(self):
+            return next(super().__iter__())
+
+        def __iter__(self):
+            for batch in super().__iter__():
+                self._clock.s += 0.1
+                yield batch
+
+    assert training._take_out(Packed(clock, prefetched=5)) == 6
+    assert callable(ResumableLoader._take)
 
 
 def test_ratios_compare_both_trainings_of_one_round():
