@@ -141,7 +141,6 @@ def epoch(augmentation, monkeypatch, wait, work, batches=20):
 
 
 def test_auto_moves_to_the_device_after_an_epoch_that_waited(monkeypatch, said):
-    monkeypatch.setattr(module, "has_kernel", lambda device: True)
     augmentation = Augmentation("auto", CPU, skip=8)
     epoch(augmentation, monkeypatch, wait=9.0, work=1.0, batches=8)  # these are skipped
     epoch(augmentation, monkeypatch, wait=0.1, work=9.9)
@@ -164,15 +163,23 @@ def test_a_resumed_run_augments_where_it_did(mode, why, expected):
     assert augmentation.is_on_device == expected
 
 
-@pytest.mark.parametrize(("why", "reason"), [("it rains", "it rains"), ("", "its kernel does not run here")])
-def test_auto_says_once_why_it_cannot(monkeypatch, said, why, reason):
-    monkeypatch.setattr(module, "has_kernel", lambda device: False)
-    augmentation = Augmentation("auto", CPU, why)
+@pytest.mark.parametrize(("batches", "epochs"), [(24, 1), (12, 2), (6, 5)])
+def test_auto_measures_small_data_sets_over_several_epochs(monkeypatch, batches, epochs):
+    """With 8 workers that load two batches ahead, the wait for the first 16 batches tells nothing."""
+    augmentation = Augmentation("auto", CPU, skip=8 * 2)
+    for number in range(epochs):
+        assert not augmentation.is_on_device, number
+        epoch(augmentation, monkeypatch, wait=1.0, work=1.0, batches=batches)
+    assert augmentation.is_on_device
+
+
+def test_auto_says_once_why_it_cannot(monkeypatch, said):
+    augmentation = Augmentation("auto", CPU, "it rains")
     for _ in range(2):
         epoch(augmentation, monkeypatch, wait=1.0, work=1.0)
     assert not augmentation.is_on_device
     (line,) = said
-    assert line.endswith(f"images would be augmented on the device, but {reason}")
+    assert line.endswith("images would be augmented on the device, but it rains")
 
 
 def a_trainer(yamls, mode, device="cpu", **arguments):
@@ -239,3 +246,12 @@ def test_the_device_would_help_a_training_that_could_use_it(yamls, monkeypatch):
     assert not would_help("auto")
     monkeypatch.setattr(module, "has_kernel", lambda device: False)
     assert not would_help("host")
+
+
+def test_without_the_kernel_auto_stays_on_the_host_and_device_is_slow(yamls, monkeypatch, said):
+    for name, value in (("has_kernel", False), ("shares_memory", False), ("has_room_for_packed", True)):
+        monkeypatch.setattr(module, name, lambda _, value=value: value)
+    assert not chosen(a_trainer(yamls, "auto", "cuda"), True).may_pack
+    assert chosen(a_trainer(yamls, "device", "cuda"), True).is_on_device
+    found = [line for line in said if line.startswith("augment_on")]
+    assert found == ["augment_on=device: PyTorch renders the images, slowly, as the kernel does not run here"]

@@ -122,8 +122,6 @@ class Augmentation:
             return
         self._may_change = False
         line = f"loader: the training waited for data {fraction:.0%} of the time: "
-        if not self._why_host and self._device is not None and not has_kernel(self._device):
-            self._why_host = "its kernel does not run here"
         if self._why_host:
             LOGGER.info(f"{line}images would be augmented on the device, but {self._why_host}")
             return
@@ -138,6 +136,8 @@ def chosen(trainer: Any, knows_preprocess: bool) -> Augmentation:
         trainer: Ultralytics trainer.
         knows_preprocess: True if its `preprocess_batch` is Ultralytics' own.
     """
+    from ultralytics.utils import LOGGER
+
     mode, device, loader = trainer.args.augment_on, trainer.device, trainer.train_loader
     why = only_on_host(loader.dataset)
     if not why and not (knows_preprocess and is_ultralytics(loader.collate_fn)):
@@ -149,8 +149,12 @@ def chosen(trainer: Any, knows_preprocess: bool) -> Augmentation:
             why = "the device has no memory of its own"
         elif not has_room_for_packed(trainer):
             why = "the memory of the host, or /dev/shm, has no room for that"
+        elif not has_kernel(device):
+            why = "its kernel does not run here"
     if why:
         note_host(mode, why)
+    elif device.type == "cuda" and not has_kernel(device):
+        LOGGER.info("augment_on=device: PyTorch renders the images, slowly, as the kernel does not run here")
     return Augmentation(mode, device, why, skip=(loader.prefetch_factor or 0) * loader.num_workers)
 
 

@@ -63,7 +63,8 @@ class PackedTensor(DeferredTensor):
         """Return images that are not rendered yet, on the device of the packed ones."""
         place, device = packed.pixels.device, packed.device or packed.pixels.device
         shape = torch.Size((len(packed.numbers), *packed.shape))
-        make = rendered if device == place else functools.partial(_rendered_for_host, device=device)
+        is_there = place.type == device.type
+        make = rendered if is_there else functools.partial(_rendered_for_host, device=device)
         tensor = PackedTensor(TensorFacts(shape, torch.uint8, place), functools.partial(make, packed))
         tensor.packed = packed
         return tensor
