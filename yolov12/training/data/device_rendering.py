@@ -1,8 +1,8 @@
 """Rendering of packed images on any device: a Triton kernel, or the same arithmetic in PyTorch.
 
-With OpenCV 4, mosaic, warp and mixup are those of the host to the bit. OpenCV 5 interpolates with floats, from which a
-pixel differs by at most 1. So do those that change their colours, as OpenCV comes back from hue, saturation and value
-with floats. What an earlier step rounds in another way may be amplified by the gains of later ones.
+With OpenCV 4, mosaic, warp and mixup give the bytes of the host. OpenCV 5 interpolates with floats, so a value may
+differ by 1. With either, a value may differ by 1 where colours change, because OpenCV converts hue, saturation and
+value back with floats. The gains of colours may amplify a difference of an earlier step.
 """
 
 from __future__ import annotations
