@@ -182,10 +182,10 @@ def test_auto_says_once_why_it_cannot(monkeypatch, said):
     assert line.endswith("images would be augmented on the device, but it rains")
 
 
-def a_trainer(yamls, mode, device="cpu", **arguments):
-    dataset = dataset_of(yamls["detect"], **arguments)
+def a_trainer(yamls, mode, device="cpu", task="detect", **arguments):
+    dataset = dataset_of(yamls[task], task, **arguments)
     loader = build_dataloader(dataset, 4, 0, device="cpu")
-    args = SimpleNamespace(augment_on=mode, imgsz=64)
+    args = SimpleNamespace(augment_on=mode, imgsz=64, **arguments)
     return SimpleNamespace(args=args, device=torch.device(device), train_loader=loader, batch_size=4, world_size=1)
 
 
@@ -218,6 +218,20 @@ def test_the_host_augments_what_the_device_cannot_and_says_so(yamls, said):
         "the device does not support Albumentations",
         "the device does not support images with 4 channels",
     ]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "expected"),
+    [
+        ("detect", {"copy_paste": 0.5, "mosaic": 1.0}, []),
+        ("segment", {"copy_paste": 0.5, "cutmix": 0.0}, ["copy_paste"]),
+        ("detect", {"perspective": 1e-4, "cutmix": 0.5}, ["perspective, cutmix"]),
+    ],
+)
+def test_what_the_host_renders_for_some_images_is_said(yamls, said, task, arguments, expected):
+    assert chosen(a_trainer(yamls, "device", task=task, **arguments), True).is_on_device
+    lines = [line for line in said if line.startswith("augment_on")]
+    assert lines == [f"augment_on=device: images with {names} are rendered on the host" for names in expected]
 
 
 def test_a_batch_that_the_host_augmented_after_all_is_noted_once(yamls, said):

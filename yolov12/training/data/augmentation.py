@@ -153,9 +153,19 @@ def chosen(trainer: Any, knows_preprocess: bool) -> Augmentation:
             why = "its kernel does not run here"
     if why:
         note_host(mode, why)
-    elif device.type == "cuda" and not has_kernel(device):
-        LOGGER.info("augment_on=device: PyTorch renders the images, slowly, as the kernel does not run here")
+    elif mode == "device":
+        if device.type == "cuda" and not has_kernel(device):
+            LOGGER.info("augment_on=device: PyTorch renders the images, slowly, as the kernel does not run here")
+        if names := _rendered_on_host(trainer.args, loader.dataset):
+            LOGGER.info(f"augment_on=device: images with {', '.join(names)} are rendered on the host")
     return Augmentation(mode, device, why, skip=(loader.prefetch_factor or 0) * loader.num_workers)
+
+
+def _rendered_on_host(args: Any, dataset: Any) -> list[str]:
+    """Return the arguments in use whose effect on an image has no recipe."""
+    names = [name for name in ("perspective", "cutmix") if getattr(args, name, 0)]
+    pastes = getattr(args, "copy_paste", 0) and any(len(label["segments"]) for label in dataset.labels)
+    return [*names, *["copy_paste"] * bool(pastes)]
 
 
 def note_host(mode: str, why: str) -> None:
