@@ -24,7 +24,7 @@ from yolov12.training.data.boxes import formatted, joined
 from yolov12.training.data.pixels import Array, Blend, Canvas, Image, Recipe, Renderer, Tile, Warp
 from yolov12.training.data.places import Later, Placed, by_place
 
-__all__ = ["Later", "is_known", "only_on_host", "samples"]
+__all__ = ["Later", "only_on_host", "samples"]
 
 _IMAGE = "yolov12_image"  # key of labels: the image that their empty image stands for
 _OTHERS = ("semantic_mask", "depth", "rect_shape", "texts")  # keys of labels that other tasks have
@@ -43,11 +43,11 @@ def samples(dataset: Any, indices: Sequence[int]) -> list[Any]:
         indices: Indices of the samples. If they are `Later`, and the data set and its transforms are known, a sample
             has a `Recipe` in the place of its image. If they are `Placed`, each is drawn by its place.
     """
-    load = _Recipes(dataset).sample if isinstance(indices, Later) and is_known(dataset) else dataset.__getitem__
+    load = _Recipes(dataset).sample if isinstance(indices, Later) and _is_known(dataset) else dataset.__getitem__
     return by_place(dataset, indices, load) if isinstance(indices, Placed) else [load(index) for index in indices]
 
 
-def is_known(dataset: Any) -> bool:
+def _is_known(dataset: Any) -> bool:
     """Return whether a data set makes its samples with code of Ultralytics, from transforms in their usual order.
 
     Args:
@@ -87,7 +87,7 @@ def only_on_host(dataset: Any) -> str:
     from ultralytics.data.dataset import YOLODataset
 
     refused = ""
-    if is_known(dataset):
+    if _is_known(dataset):
         refused = "" if dataset.channels in (1, 3) else f"images with {dataset.channels} channels"
     elif getattr(dataset, "rect", False):
         refused = "rect=True"
