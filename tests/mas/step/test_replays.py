@@ -93,8 +93,17 @@ class Head(nn.Module):
     def forward(self, x):
         rest = [self.two(x), self.unused(x)]
         return {"deep": x, "one": self.one(x), "rest": rest, "size": 4, "plain": x.detach() * 2}
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.kept = [self.weight]  # as PyTorch's recurrent layers do
+
+    def forward(self, x):
+        return x * self.kept[0]
 """
-SPACE = {"__name__": "torch.made", "nn": nn}
+SPACE = {"__name__": "torch.made", "nn": nn, "torch": torch}
 exec(SOURCE, SPACE)  # so that its code counts as known
 
 
@@ -214,6 +223,31 @@ def test_a_detector_of_ultralytics_is_replayed(tools):
     torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=0)
 
 
+def last_nodes(outputs):
+    """Return the nodes at which the backward pass of some tensors ends."""
+    found, left = set(), [each.grad_fn for each in outputs]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [each for each, _ in node.next_functions]
+    return {node for node in found if node.name() == "torch::autograd::AccumulateGrad"}
+
+
+def test_a_capture_ends_at_nodes_of_its_own(monkeypatch):
+    """Autograd would run a parameter's node on the default stream, which must not wait for a capture."""
+    trainer, ends, grad = Trainer(plans=PLANS), [], torch.autograd.grad
+    held = last_nodes([parameter.expand_as(parameter) for parameter in trainer.model.parameters()])
+    monkeypatch.setattr(torch.autograd, "grad", lambda outputs, *args, **more: (
+        ends.append(last_nodes(outputs)), grad(outputs, *args, **more)
+    )[1])  # fmt: skip
+    for _ in range(3):
+        trainer.run((2,), (2,), level=1)
+    assert trainer.replayed == 2
+    assert ends
+    assert all(nodes and not nodes & held for nodes in ends)
+
+
 CHANGES = {
     "attribute": (lambda trainer, model: setattr(model[0][1], "eps", 0.1), True),
     "frozen": (lambda trainer, model: model[1].two.weight.requires_grad_(False), True),
@@ -262,7 +296,12 @@ def test_global_hooks_and_observers_see_each_pass():
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"), [(nn.Dropout(0.5), "it draws random numbers"), (nn.Identity(), "out of memory")]
+    ("layer", "reason"),
+    [
+        (nn.Dropout(0.5), "it draws random numbers (in __init__"),
+        (nn.Identity(), "out of memory (in record"),
+        (SPACE["Scale"](), "parameters that PyTorch does not list (in _backward"),
+    ],
 )
 def test_a_size_that_cannot_be_captured_runs_as_usual_for_good(layer, reason):
     trainer = Trainer(layer)

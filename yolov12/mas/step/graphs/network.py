@@ -6,26 +6,31 @@ hands out the outputs; the backward pass does the same with their gradients. Bet
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from yolov12.mas.batchnorm.statistics import Statistics
 from yolov12.mas.memory.reading import Meter
 from yolov12.mas.modules import each_tensor
+from yolov12.mas.step.graphs.leaves import Leaves
 from yolov12.mas.step.graphs.recorder import Recorder, Tensors
 from yolov12.mas.step.snapshots import RandomState
 
-__all__ = ["Around", "Example", "GraphedNetwork", "NotReplayableError", "tensors_in", "watched"]
+__all__ = ["Around", "Example", "GraphedNetwork", "NotReplayableError", "reason_of", "tensors_in", "watched"]
 
 _PLAIN = (str, int, float, bool, type(None))
 _OFF = 0.02
 """Largest relative difference of a replay from the pass before the capture. Half precision and sums in another order
 give 1e-3; anything that was not captured gives 1."""
+
+_FUNCTIONS = 4
+"""Most functions that a message names."""
 
 
 class NotReplayableError(Exception):
@@ -75,17 +80,17 @@ class GraphedNetwork:
 
     Args:
         network: Forward pass of the model.
-        around: Contexts of its passes.
+        around: Contexts of its passes; inside of them, the model uses the leaves.
         example: Form of its input.
-        parameters: Parameters that get gradients.
+        leaves: Parameters that get gradients, and what stands for them in the capture.
         wanted: Index of each output tensor that gets a gradient from the loss → form of the gradient. In another form,
             sums over it would be rounded differently.
         recorder: Records the passes.
         meter: Meter of the device.
 
     Raises:
-        NotReplayableError: The network draws random numbers, its outputs are not tensors in plain containers, or a
-            replay differs.
+        NotReplayableError: The network draws random numbers, its outputs are not tensors in plain containers, it uses
+            other parameters than the leaves, or a replay differs.
         RuntimeError: The network cannot be captured, or there is not enough memory.
     """
 
@@ -94,12 +99,12 @@ class GraphedNetwork:
         network: Callable[[Tensor], Any],
         around: Around,
         example: Example,
-        parameters: Sequence[nn.Parameter],
+        leaves: Leaves,
         wanted: Mapping[int, Example],
         recorder: Recorder,
         meter: Meter,
     ) -> None:
-        self._network, self._around, self._parameters = network, around, list(parameters)
+        self._network, self._around, self._leaves = network, around, leaves
         self.drafts, self.wanted, self._device = around.drafts, sorted(wanted), example.device
         self.differentiable: list[bool] = []
         """For each output tensor, whether it depends on the parameters."""
@@ -139,7 +144,7 @@ class GraphedNetwork:
             Outputs of the network. The next pass overwrites them, and the gradients that their backward pass gives to
             the parameters.
         """
-        with_graph = iter(_Replay.apply(self, x, *self._parameters))  # type: ignore[no-untyped-call]
+        with_graph = iter(_Replay.apply(self, x, *self._leaves.parameters))  # type: ignore[no-untyped-call]
         flat = iter(
             [
                 next(with_graph) if differentiable else out
@@ -183,7 +188,11 @@ class GraphedNetwork:
         # A backward pass uses the dtypes of its forward pass.
         with self._around.passes(), torch.autocast(self._device.type, enabled=False):
             wanted = [live[index] for index in self.wanted]
-            return list(torch.autograd.grad(wanted, self._parameters, self._grads, allow_unused=True))
+            leaves, parameters = self._leaves.leaves, self._leaves.parameters
+            found = torch.autograd.grad(wanted, [*leaves, *parameters], self._grads, allow_unused=True)
+        if any(gradient is not None for gradient in found[len(leaves) :]):
+            raise NotReplayableError("a layer has parameters that PyTorch does not list")
+        return list(found[: len(leaves)])
 
 
 class _Replay(torch.autograd.Function):
@@ -206,6 +215,13 @@ class _Replay(torch.autograd.Function):
         found = network.gradients([given[index] for index in network.wanted])
         # Detached, so that autograd takes them for gradients as they are, and does not copy each.
         return None, None, *(None if each is None else each.detach() for each in found)
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error says in its first line, and the functions in which it was raised, the innermost first."""
+    told = (str(error).strip() or type(error).__name__).splitlines()[0]
+    functions = [frame.name for frame in traceback.extract_tb(error.__traceback__)][: -_FUNCTIONS - 1 : -1]
+    return f"{told} (in {' < '.join(functions)})"
 
 
 def tensors_in(nest: Any) -> list[Tensor]:

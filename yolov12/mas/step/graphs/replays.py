@@ -28,7 +28,8 @@ from yolov12.mas.checkpointing.checkpointing import Checkpointing, Plan
 from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.modules import overridden
 from yolov12.mas.oom import Failure, is_out_of_memory
-from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, watched
+from yolov12.mas.step.graphs.leaves import Leaves
+from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, reason_of, watched
 from yolov12.mas.step.graphs.recorder import Recorder, recorder_for
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
 from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
@@ -289,8 +290,7 @@ class Replays:
             return
         except Exception as error:  # what is not an error without a graph shows itself again then
             size.is_refused = True
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason}")
+            self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason_of(error)}")
             if is_out_of_memory(error):
                 self._note(IN_A_CAPTURE)
         # This stands outside of the `except` block, whose traceback kept the tensors of the capture.
@@ -300,16 +300,17 @@ class Replays:
     def _graphed(
         self, recorder: Recorder, example: Example, size: _Size, groups: tuple[int, ...], plan: Plan
     ) -> GraphedNetwork:
-        drafts = self._norms.drafts()
+        drafts, leaves = self._norms.drafts(), Leaves(self._model, self._parameters)
 
         @contextmanager
         def passes() -> Iterator[None]:
-            with self._norms.aside(drafts), self._norms.within(groups, 0), self._upsampling.within():
+            norms = self._norms
+            with leaves.within(), norms.aside(drafts), norms.within(groups, 0), self._upsampling.within():
                 yield
 
         around = Around(passes, lambda: self._checkpointing.within(plan), drafts)
         forward = partial(size.context.run, self._model.forward)
-        return GraphedNetwork(forward, around, example, self._parameters, size.wanted, recorder, self._meter)
+        return GraphedNetwork(forward, around, example, leaves, size.wanted, recorder, self._meter)
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in place of the model's forward pass."""
