@@ -31,7 +31,7 @@ SIZES = [(4, 4), (4, 2), (4, 4), (4, 2), (4, 4)]
 def whatever_the_times(monkeypatch):
     """Keep graphs that are no faster, as other processes may use the card; log errors as a whole."""
     monkeypatch.setattr(replays, "_FASTER", 1e9)
-    monkeypatch.setattr(replays, "_line", lambda error: "".join(traceback.format_exception(error)))
+    monkeypatch.setattr(replays, "reason_of", lambda error: "".join(traceback.format_exception(error)))
     print(
         torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), torch.cuda.memory.get_allocator_backend()
     )
@@ -215,7 +215,7 @@ def test_a_failed_allocation_in_a_replayed_micro_batch(tools):
     assert off(state(step)[0], state(usual)[0]) < 1e-3
 
 
-def test_an_engine_replays_small_micro_batches_and_counts_them():
+def test_an_engine_replays_small_micro_batches_and_counts_them(strict):
     def loss(model, x):
         return model(x).float().square().mean()
 

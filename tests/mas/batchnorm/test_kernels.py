@@ -108,7 +108,7 @@ def test_a_residual_a_slice_and_what_is_beside_it(channels, first, adds, dtype):
     wanted = plain + residual if adds else plain
     results = [out] if first is None else [out, tail]
     slopes = [torch.randn_like(each) for each in results]
-    slope = slopes[0].float()
+    slope = slopes[0].float().clone()  # in fp32, `float` returns the tensor itself
     if first is not None:
         assert off(tail, wanted[:, first:]) < 1e-3
         slope[:, first:] += slopes[1]
