@@ -6,8 +6,9 @@
 
 Every variant runs in a process of its own. All of them stay alive and take turns on the card: A B C A B C. A step is
 the forward pass, the loss and the backward pass of 256 images in micro-batches of one size, YOLO12 at 640 in fp16,
-without data loading and without the optimizer. Stock runs the same micro-batches one after the other. A profile of one
-step then shows which kernels take the time. On a CPU, times are CPU times, in fp32, and operations stand for kernels.
+without data loading and without the optimizer. Stock runs the same micro-batches one after the other. When all times
+are known, a profile of one step shows which kernels take the time. On a CPU, times are CPU times, in fp32, and
+operations stand for kernels.
 `--graphs` adds the engine with CUDA graphs, in micro-batches of 32 at most. `--deterministic` is the mode of
 Ultralytics' trainings.
 """
@@ -248,8 +249,12 @@ def main() -> int:
     }
     all_variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
     result = report.Report(options.out, options.device, rows=[], profiles={})
+
+    def variants_of(micro_batch: int) -> list[Variant]:
+        return [each for each in all_variants if each.name != "graphs" or micro_batch <= MOST_GRAPHED]
+
     for micro_batch in options.micro_batches:
-        variants = [each for each in all_variants if each.name != "graphs" or micro_batch <= MOST_GRAPHED]
+        variants = variants_of(micro_batch)
         for variant in variants:
             variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them
         for round_ in range(options.rounds):
@@ -266,15 +271,17 @@ def main() -> int:
                 result["rows"].append(row)
                 print(micro_batch, round_, variant.name, f"{rate:.0f} images/s", found, flush=True)
                 result.write()
-        for variant in variants if micro_batch in options.profiles else ():
+        result["ratios"] = ratios(result["rows"])
+        print(json.dumps([each for each in result["ratios"] if each["micro_batch"] == micro_batch]), flush=True)
+        result.write()
+    # After all times: once a process has profiled, CUPTI stays attached to it, and every launch takes longer.
+    for micro_batch in (each for each in options.micro_batches if each in options.profiles):
+        for variant in variants_of(micro_batch):
             found = variant.ask(micro_batch=micro_batch, profile=True)
             result["profiles"][f"{variant.name} {micro_batch}"] = found
             told = {key: value for key, value in found.items() if key != "longest_ms"}
             print(micro_batch, variant.name, told, flush=True)
             result.write()
-        result["ratios"] = ratios(result["rows"])
-        print(json.dumps([each for each in result["ratios"] if each["micro_batch"] == micro_batch]), flush=True)
-        result.write()
     for variant in all_variants:
         variant.end()
     return 0
