@@ -144,7 +144,7 @@ def _decide(
     cost: _TracedCostModel, fixed: FixedMemory, ladder: Ladder, wanted: Requirements, group: int, total: Time
 ) -> tuple[Decision, tuple[int, ...], int]:
     # The number of operations that the host launches does not depend on the number of images.
-    host_ms, megapixels = total.host_ms * IMAGES[0], wanted.imgsz**2 / 1e6
+    host_ms, megapixels = total.host_ms * IMAGES[1], wanted.imgsz**2 / 1e6
     speed = SpeedModel(ladder.levels, (host_ms, total.device_ms / megapixels))
 
     def state(sizes: tuple[int, ...]) -> State:

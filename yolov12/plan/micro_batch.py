@@ -113,7 +113,7 @@ class MicroBatchTracer:
             Bytes and milliseconds per image of each layer and of the whole model.
         """
         recorder = Recorder(self._fake_model.model, self._layers, self._checkpointing)
-        images, no_watch = IMAGES[0], partial(ClockStopwatch, lambda: 0.0)
+        images, no_watch = IMAGES[1], partial(ClockStopwatch, lambda: 0.0)
         with self._fake_model.mode, ByteTrace() as trace:
             self._run(images, recorder.saved_tensors(no_watch))
             self._run(images, recorder.times_and_peaks(no_watch, trace))
@@ -121,7 +121,8 @@ class MicroBatchTracer:
             beside_bytes = _pixels(images, self._imgsz).nbytes - self.half_weights_bytes
             found = recorder.profile(images, WholePasses(1.0, 1.0, 1.0), trace.peak_bytes(), beside_bytes)
         times = self._times(roofline, images)
-        joined_bytes = peak_bytes(found, KEEP_ALL) - self.linear_bytes().peak.bytes_per_image
+        # With as many images as the profile, so that both have the same bytes that do not grow with the images.
+        keep_bytes = (self.trace(images)[1] - self.half_weights_bytes) / images
 
         def of_image(time: Time, factor: float = 1.0) -> Time:
             return Time(factor * time.host_ms / images, time.device_ms / images)
@@ -138,7 +139,7 @@ class MicroBatchTracer:
             ),
             # A backward pass takes about twice the time of a forward pass.
             total=Time(3 * of_image(times.whole[""]).host_ms, 3 * of_image(times.whole[""]).device_ms),
-            joined_bytes=max(joined_bytes, 0.0),
+            joined_bytes=max(peak_bytes(found, KEEP_ALL) - keep_bytes, 0.0),
         )
 
     def _times(self, roofline: Roofline, images: int) -> LayerTimes:

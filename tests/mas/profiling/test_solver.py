@@ -30,14 +30,16 @@ def profiles(draw):
                     kept_bytes=size,
                     recompute_frees_bytes=size * draw(st.sampled_from([0.5, 0.8, 1.0])),
                     rebuild_frees_bytes=rebuilt,
-                    result_bytes=rebuilt * draw(st.sampled_from([0.0, 0.5])),
+                    result_bytes=(result := rebuilt * draw(st.sampled_from([0.0, 0.5]))),
+                    held_bytes=result + (rebuilt - result) * draw(st.sampled_from([0.0, 0.5])),
+                    largest_rebuilt_bytes=rebuilt * draw(st.sampled_from([0.3, 1.0])),
                     recompute=Time(draw(number), draw(number)),
                     rebuild=Time(draw(number) / 4, draw(number) / 4),
                 )
             )
     stages = 1 + max(layer.stage for layer in layers)
     extra = tuple(draw(number) for _ in range(stages))
-    return Profile(tuple(layers), draw(number), extra, Time(100.0, 80.0))
+    return Profile(tuple(layers), draw(number), draw(number), extra, Time(100.0, 80.0))
 
 
 def all_plans(profile):
@@ -57,18 +59,19 @@ def slow(profile, plan):
 def highest_phase(profile, plan):
     """Compute the peak independently of the solver, by going through the passes."""
     modes = dict(plan.modes)
-    left, again, result = {}, {}, 0
+    left, again, held_longer, result = {}, {}, 0, 0
     for layer in profile.layers:
         freed = {REBUILD: layer.rebuild_frees_bytes, RECOMPUTE: layer.recompute_frees_bytes}.get(
             modes.get(layer.name), 0
         )
         left[layer.stage] = left.get(layer.stage, 0) + (layer.kept_bytes if layer.inside is None else 0) - freed
         if modes.get(layer.name) == REBUILD:
-            result += layer.result_bytes
-        if modes.get(layer.name) == RECOMPUTE:
+            held_longer, result = held_longer + layer.held_bytes, result + layer.result_bytes
+            freed = layer.largest_rebuilt_bytes
+        if modes.get(layer.name):
             again[layer.stage] = max(again.get(layer.stage, 0), freed)
     held = sum(left.values())
-    highest = held + profile.loss_extra_bytes + result
+    highest = held + max(profile.forward_extra_bytes + held_longer, profile.loss_extra_bytes + result)
     for stage in sorted(left, reverse=True):
         highest = max(highest, held + again.get(stage, 0) + profile.stage_extra_bytes[stage])
         held -= left[stage]
@@ -106,8 +109,8 @@ def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
 
 
 def test_nothing_to_choose():
-    layer = LayerCost("0", None, 0, 100.0, 0.0, 0.0, 0.0, Time(1.0, 1.0), Time(0.0, 0.0))
-    profile = Profile((layer,), 5.0, (10.0,), Time(10.0, 10.0))
+    layer = LayerCost("0", None, 0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0, Time(1.0, 1.0), Time(0.0, 0.0))
+    profile = Profile((layer,), 5.0, 5.0, (10.0,), Time(10.0, 10.0))
     assert [level.plan for level in ladder(profile)] == [KEEP_ALL]
     assert solve(profile, 100.0) is None
     assert solve(profile, 110.0).plan == KEEP_ALL
@@ -116,9 +119,9 @@ def test_nothing_to_choose():
 @pytest.mark.parametrize("also_without_presolve", [False, True])
 def test_plans_when_the_solver_fails(also_without_presolve, monkeypatch):
     """HiGHS ends with "Solve error" for a few ladders in a hundred, which says nothing about the plans there are."""
-    first = LayerCost("0", None, 0, 100.0, 80.0, 30.0, 0.0, Time(3.0, 3.0), Time(1.0, 1.0))
-    second = LayerCost("1", None, 1, 60.0, 50.0, 20.0, 0.0, Time(2.0, 2.0), Time(0.5, 0.5))
-    profile = Profile((first, second), 5.0, (20.0, 40.0), Time(10.0, 10.0))
+    first = LayerCost("0", None, 0, 100.0, 80.0, 30.0, 0.0, 0.0, 10.0, Time(3.0, 3.0), Time(1.0, 1.0))
+    second = LayerCost("1", None, 1, 60.0, 50.0, 20.0, 0.0, 0.0, 10.0, Time(2.0, 2.0), Time(0.5, 0.5))
+    profile = Profile((first, second), 5.0, 5.0, (20.0, 40.0), Time(10.0, 10.0))
     limits = 200.0, 195.0, 160.0, 135.0, 90.0
     best = [solve(profile, limit) for limit in limits]
     levels = ladder(profile)

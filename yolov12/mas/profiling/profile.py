@@ -36,6 +36,11 @@ class LayerCost:
     result_bytes: float
     """Bytes of `rebuild_frees_bytes` that are part of the model's result, which is in memory until the loss is known.
     Ultralytics' models return the feature maps that their head reads."""
+    held_bytes: float
+    """Bytes of `rebuild_frees_bytes` that are in memory until the forward pass ends: the code of the model refers to
+    them. Ultralytics' models refer to the feature maps that a later layer reads."""
+    largest_rebuilt_bytes: float
+    """Bytes of the largest of the outputs that can be rebuilt. In the backward pass of the layer, one is in memory."""
     recompute: Time
     """Additional time if the layer is recomputed."""
     rebuild: Time
@@ -48,6 +53,8 @@ class Profile:
 
     layers: tuple[LayerCost, ...]
     """Costs of layers; outer layers come before the layers inside them."""
+    forward_extra_bytes: float
+    """Peak bytes of the forward pass, above everything that is kept when it ends."""
     loss_extra_bytes: float
     """Peak bytes of the loss, above everything that is kept when it runs."""
     stage_extra_bytes: tuple[float, ...]

@@ -51,10 +51,6 @@ class Recorder:
         self._layers, self._checkpointing = layers, checkpointing
         self._shapes = {parameter.shape for parameter in model.parameters()}
         self._owned = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self._gradient_bytes = {
-            name: sum(p.numel() * p.element_size() for p in layer.parameters() if p.requires_grad)
-            for name, layer in layers.items()
-        }
         self._inside = _nesting(layers)
         self._stages = [name for name, outer in self._inside.items() if outer is None]
         self.stack: list[str] = []
@@ -64,6 +60,8 @@ class Recorder:
         # Inputs and outputs of layers, kept allocated so that their addresses stay unique.
         self._alive: list[Tensor] = []
         self._rebuildable: dict[int, tuple[str, ...]] = {}
+        self._held: set[int] = set()
+        """Outputs that can be rebuilt and that the code of the model refers to when its last layer ends."""
         self._fixed: set[str] = set()
         """Layers that must keep everything, because their result depends on how often or in which order they run."""
         self._model = model
@@ -72,6 +70,7 @@ class Recorder:
         self._forward: dict[str, Timer] = {}
         self._rebuilds: dict[str, Timer] = {}
         self._marks: list[tuple[int, int]] = []  # (stage, peak bytes before its gradient arrived)
+        self._forward_peak_bytes = self._gradient_bytes = 0
         self.allocated_bytes = 0
         """Allocated bytes when the second pass began; its images are on the device then."""
 
@@ -83,10 +82,11 @@ class Recorder:
             stopwatch: Starts a stopwatch of the device.
         """
         outputs = _RecordedOutputs(self)
+        run = partial(self._run_layer, outputs)
         with (
             self._checkpointing.remembering(outputs, lambda: True),
             torch.autograd.graph.saved_tensors_hooks(self._record_saved, lambda tensor: tensor),
-            overridden({layer: partial(self._run_layer, name, layer.forward) for name, layer in self._layers.items()}),
+            overridden({layer: partial(run, name, layer.forward) for name, layer in self._layers.items()}),
         ):
             versions = self._versions()
             yield
@@ -119,6 +119,10 @@ class Recorder:
         self._marks.clear()
         self._checkpointing.join_nothing()
         self.allocated_bytes = meter.mark()
+        for parameter in self._model.parameters():  # all from the start, so that every phase has the same gradients
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._gradient_bytes = meter.mark() - self.allocated_bytes
 
         def reached(stage: int, earlier: list[int], _: Tensor) -> None:
             if not earlier:  # the backward pass of a layer begins with the first gradient of any of its outputs
@@ -132,6 +136,7 @@ class Recorder:
                 hook = partial(reached, self._stages.index(name), [])
                 each_tensor(result, lambda tensor: tensor.register_hook(hook) if tensor.requires_grad else None)
                 if name == self._stages[-1]:
+                    self._forward_peak_bytes = meter.peak_bytes()
                     meter.mark()
             return result
 
@@ -150,14 +155,6 @@ class Recorder:
         watch.stop()
         into[name] = Timer(1e3 * (time.perf_counter() - begin), watch)
 
-    def highest_bytes(self, last_peak_bytes: int) -> int:
-        """Return the peak of the second pass.
-
-        Args:
-            last_peak_bytes: See `profile`.
-        """
-        return max([last_peak_bytes, *(peak for _, peak in self._marks)])
-
     def profile(self, images: int, whole: WholePasses, last_peak_bytes: int, beside_bytes: int = 0) -> Profile:
         """Combine the observations of both passes.
 
@@ -170,7 +167,7 @@ class Recorder:
         made_in = {key: self._stage_of(key, saved) for key, saved in self._saved.items()}
         layers = tuple(self._layer_cost(name, images, made_in) for name in self._layers if name in self._calls)
         stages = [layer for layer in layers if layer.inside is None]
-        loss, extra = self._extra_bytes(stages, images, last_peak_bytes, beside_bytes)
+        forward, loss, extra = self._extra_bytes(stages, images, last_peak_bytes, beside_bytes)
         # A backward pass takes about as long as two forward passes.
         device_ms = min(3 * sum(stage.recompute.device_ms for stage in stages), whole.keep_ms / images)
         total = Time(whole.keep_ms / images, device_ms or whole.keep_ms / images)
@@ -186,9 +183,11 @@ class Recorder:
             replace(layer, rebuild=_scaled(layer.rebuild, rebuilt), recompute=_scaled(layer.recompute, recomputed))
             for layer in layers
         )
-        return Profile(scaled, loss, extra, total)
+        return Profile(scaled, forward, loss, extra, total)
 
-    def _run_layer(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_layer(
+        self, outputs: _RecordedOutputs, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if name in self._calls:
             self._fixed.add(name)
         first = len(self._alive)
@@ -200,6 +199,8 @@ class Recorder:
         finally:
             self.stack.pop()
         call.outputs = self._keep_alive(result)
+        if name == self._stages[-1]:
+            self._held = outputs.alive()
         return result
 
     def _versions(self) -> list[tuple[nn.Module, Tensor, int]]:
@@ -267,6 +268,8 @@ class Recorder:
             recompute_frees_bytes=per_image(freed) - kept_input_bytes / images,
             rebuild_frees_bytes=per_image(rebuilt),
             result_bytes=per_image([key for key in rebuilt if key in result]),
+            held_bytes=per_image([key for key in rebuilt if key in self._held]),
+            largest_rebuilt_bytes=max((per_image([key]) for key in rebuilt), default=0.0),
             recompute=self._time(self._forward, name, images),
             rebuild=self._time(self._rebuilds, name, images),
         )
@@ -292,7 +295,7 @@ class Recorder:
 
     def _extra_bytes(
         self, stages: Sequence[LayerCost], images: int, last_peak_bytes: int, beside_bytes: int
-    ) -> tuple[float, tuple[float, ...]]:
+    ) -> tuple[float, float, tuple[float, ...]]:
         kept = {stage.stage: stage.kept_bytes for stage in stages}
         # When a gradient reaches a layer, the backward pass of the layers after it ends and its own begins.
         peaks: dict[int, int] = {}
@@ -302,14 +305,12 @@ class Recorder:
             running = stage
         peaks[running] = max(peaks.get(running, 0), last_peak_bytes)
 
-        def above(stage: int) -> float:
-            if stage not in peaks:
-                return 0.0
+        def above(stage: int, peak_bytes: int) -> float:
             there = sum(size for index, size in kept.items() if index <= stage) * images
-            gradients = sum(self._gradient_bytes[self._stages[index]] for index in kept if index >= stage)
-            return max(0.0, peaks[stage] + beside_bytes - self.allocated_bytes - there - gradients) / images
+            return max(0.0, peak_bytes - self.allocated_bytes - self._gradient_bytes + beside_bytes - there) / images
 
-        return above(len(self._stages)), tuple(above(index) for index in range(len(self._stages)))
+        *extra, loss = (above(stage, peaks.get(stage, 0)) for stage in range(len(self._stages) + 1))
+        return above(len(self._stages), self._forward_peak_bytes), loss, tuple(extra)
 
 
 class _RecordedOutputs(Outputs):
@@ -327,6 +328,9 @@ class _RecordedOutputs(Outputs):
     def add(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
         super().add(tensor, again)
         self.made[_storage(tensor)] = tuple(self._recorder.stack), self.find(tensor), tensor.detach()
+
+    def alive(self) -> set[int]:
+        return {key for key, (tensor, *_) in self._by_storage.items() if tensor() is not None}
 
 
 def _nesting(layers: Mapping[str, nn.Module]) -> dict[str, str | None]:

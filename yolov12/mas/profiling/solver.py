@@ -1,9 +1,10 @@
 """Chooses checkpoint plans: the least time for the memory that must be freed, solved exactly as an integer programme.
 
-A training step has several phases, and the peak of a plan is the memory of its highest phase. One phase is the loss:
-everything that the plan keeps is in memory, and the result of the model. The other phases are the backward passes of
-the outermost layers. In the phase of a layer, the tensors that this layer and the layers before it keep are in memory,
-together with the tensors that the layer recomputes.
+A training step has several phases, and the peak of a plan is the memory of its highest phase. At the end of the
+forward pass, everything that the plan keeps is in memory, and all tensors that the code of the model still refers to.
+In the loss, only the result of the model is left of the latter. The other phases are the backward passes of the
+outermost layers. In the phase of a layer, the tensors that this layer and the layers before it keep are in memory,
+together with the tensors that the layer recomputes, or the one that it rebuilds.
 
 The bytes of each phase are a linear function of the choices, which are the layers to rebuild or recompute. The solver
 looks for the fastest plan whose phases all stay below a number of bytes. This is a knapsack problem with a few more
@@ -55,8 +56,19 @@ class _Choice:
         return self.layer.recompute_frees_bytes if self.mode == RECOMPUTE else self.layer.rebuild_frees_bytes
 
     @property
-    def frees_for_loss_bytes(self) -> float:
-        return self.frees_bytes - (self.layer.result_bytes if self.mode == REBUILD else 0.0)
+    def in_forward_bytes(self) -> float:
+        """Change of the bytes at the end of the forward pass."""
+        return (self.layer.held_bytes if self.mode == REBUILD else 0.0) - self.frees_bytes
+
+    @property
+    def in_loss_bytes(self) -> float:
+        """Change of the bytes in the loss."""
+        return (self.layer.result_bytes if self.mode == REBUILD else 0.0) - self.frees_bytes
+
+    @property
+    def again_bytes(self) -> float:
+        """Bytes of `frees_bytes` that are in memory again while the layer is rebuilt or recomputed."""
+        return self.frees_bytes if self.mode == RECOMPUTE else self.layer.largest_rebuilt_bytes
 
     @property
     def time(self) -> Time:
@@ -107,15 +119,15 @@ class _Programme:
             if (choice := _Choice(layer, mode)).frees_bytes > (least_bytes if layer.inside else 0)
         ]
         self._times = np.array([profile.fraction_of_time(choice.time) for choice in self._choices])
-        # Bytes of the phases: fixed + grows @ chosen, with one row per phase. The first row is the loss. Each stage (an
-        # outermost layer) has one row, and another row for each layer in it that may be recomputed.
+        # Bytes of the phases: fixed + grows @ chosen, with one row per phase. The first rows are the end of the forward
+        # pass and the loss. Each stage (an outermost layer) has one row, and another row for each choice in it.
         stages = profile.stages()
         kept = np.cumsum([stage.kept_bytes for stage in stages])
-        fixed = [kept[-1] + profile.loss_extra_bytes]
-        rows = [[-choice.frees_for_loss_bytes for choice in self._choices]]
+        fixed = [kept[-1] + profile.forward_extra_bytes, kept[-1] + profile.loss_extra_bytes]
+        rows = [[each.in_forward_bytes for each in self._choices], [each.in_loss_bytes for each in self._choices]]
         for index, stage in enumerate(stages):
             extra = kept[index] + profile.stage_extra_bytes[stage.stage]
-            inside = [i for i, c in enumerate(self._choices) if c.layer.stage == stage.stage and c.mode == RECOMPUTE]
+            inside = [index for index, choice in enumerate(self._choices) if choice.layer.stage == stage.stage]
             for again in (None, *inside):
                 fixed.append(extra)
                 rows.append(self._changes(stage.stage, again))
@@ -126,10 +138,10 @@ class _Programme:
 
         Args:
             stage: Index of the stage.
-            again: Index of a choice whose layer is being recomputed in this phase. This choice then frees nothing.
+            again: Index of a choice whose layer is being rebuilt or recomputed in this phase.
         """
         return [
-            -choice.frees_bytes * (choice.layer.stage <= stage) + choice.frees_bytes * (index == again)
+            -choice.frees_bytes * (choice.layer.stage <= stage) + choice.again_bytes * (index == again)
             for index, choice in enumerate(self._choices)
         ]
 

@@ -18,6 +18,7 @@ from yolov12.mas.oom import Failure
 from yolov12.mas.profiling.observations import WholePasses
 from yolov12.mas.profiling.profile import Profile
 from yolov12.mas.profiling.recorder import Recorder
+from yolov12.mas.profiling.solver import peak_bytes
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
@@ -149,5 +150,5 @@ def _profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: A
         return recorder.profile(images, WholePasses(*times), last_peak_bytes, images_bytes)
     # While a micro-batch runs, the images of the next one are copied to the device.
     found = recorder.profile(images, WholePasses(*times), last_peak_bytes, 2 * images_bytes)
-    joined_bytes = recorder.highest_bytes(last_peak_bytes) - before_bytes - keep_bytes
-    return replace(found, joined_bytes=max(joined_bytes, 0.0) / images)
+    joined_bytes = peak_bytes(found, KEEP_ALL) - (keep_bytes + images_bytes) / images
+    return replace(found, joined_bytes=max(joined_bytes, 0.0))
