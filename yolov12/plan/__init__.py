@@ -15,6 +15,7 @@ The exit status is 0 if all models fit, else 1.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -22,6 +23,8 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from yolov12.plan.arguments import Request
     from yolov12.plan.report import Report
 
@@ -71,7 +74,23 @@ def _reports(request: Request) -> list[Report]:
 
 
 def _report(name: str, request: Request) -> Report:
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print while they load; stdout is for the plan
+    with _stdout_to_stderr():
         from yolov12.plan.report import make_report
 
         return make_report(name, request)
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Send to stderr what libraries print: stdout is for the plan. SciPy's solver prints from C++ now and then."""
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        flush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
