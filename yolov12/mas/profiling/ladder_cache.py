@@ -17,7 +17,7 @@ from yolov12.mas.task import Workload
 __all__ = ["LadderCache"]
 
 # Version of the files and of the profiles behind them. A higher number invalidates all stored ladders.
-_FORMAT = 4
+_FORMAT = 5
 
 
 class LadderCache:
