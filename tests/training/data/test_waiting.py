@@ -89,7 +89,7 @@ def test_the_advice_fits_the_machine(monkeypatch):
     assert (
         told(a_training(monkeypatch, workers=0, fitting=2)) == begin + "more workers (workers=2), cache=ram (527 MiB)"
     )
-    assert told(a_training(monkeypatch, cache="ram", cores=16, packed=8)) == begin + "augment_on=device"
+    assert told(a_training(monkeypatch, cache="ram", cores=9, packed=8)) == begin + "augment_on=device"
     nothing = "the loader needs more CPU cores, or less augmentation"
     assert told(a_training(monkeypatch, fitting=8, cache=True)) == begin + nothing
     assert told(a_training(monkeypatch, imgsz=[640, 640])) == begin + nothing
