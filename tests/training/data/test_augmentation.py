@@ -14,10 +14,12 @@ from ultralytics.utils.torch_utils import init_seeds
 from tests.training.data.datasets import assert_alike, dataset_of
 from yolov12.training.adapter.deferred_tensor import made
 from yolov12.training.data import augmentation as module
+from yolov12.training.data import loader as loader_module
 from yolov12.training.data import recipes
 from yolov12.training.data.augmentation import Augmentation, chosen
 from yolov12.training.data.device_rendering import PackedTensor
 from yolov12.training.data.loader import ResumableLoader
+from yolov12.training.data.packing import MOST
 from yolov12.training.data.places import Later
 from yolov12.training.data.recipes import samples
 from yolov12.training.data.rendering import Rendering
@@ -69,6 +71,20 @@ def test_batches_are_the_same_also_after_a_resume_and_without_mosaic(yamls, work
         found.append([*batches, next(iter(again))])
         again.close()
     assert_all_same(*found)
+
+
+def test_after_a_change_of_workers_too_in_places_of_the_same_size(yamls, monkeypatch):
+    sizes, found = [], []
+    monkeypatch.setattr(loader_module, "shared_images", lambda loader, image_size, most: sizes.append(most))
+    host, loader = (loader_of(yamls, mode, workers=2) for mode in ("host", "device"))
+    for batch in loader:
+        found.append(batch)
+        if len(found) == 3:
+            loader.restart(1, 3)
+    assert_all_same(list(host), found)
+    assert sizes == [1.0, MOST, MOST]
+    for each in (host, loader):
+        each.close()
 
 
 def test_ranks_load_the_same(yamls):

@@ -14,6 +14,7 @@ from ultralytics.cfg import get_cfg
 from yolov12.errors import ConfigError
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.training.data import workers
+from yolov12.training.data.augmentation import Augmentation
 from yolov12.training.data.loader import ResumableLoader
 from yolov12.training.data.workers import Pace, PaceClock, Verdict, WorkersControl, judge, more_workers
 from yolov12.training.run import setup
@@ -88,6 +89,7 @@ class Loader:
         self.num_workers, self._batch_ms, self._device_ms, self._batches = number, batch_ms, device_ms, batches
         self.restarts, self.is_known = [], True
         self.skipped = self.resets = 0
+        self.augmentation = Augmentation()
         self.pace = SimpleNamespace(begin=lambda ahead: None, pace=self._pace)
 
     def _pace(self, batches):
@@ -114,7 +116,7 @@ def a_control(
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(workers, "chooses_by_place", lambda dataset: dataset != "the user's own")
-    monkeypatch.setattr(workers, "room_for_workers", lambda trainer, most, memory: min(most, fitting))
+    monkeypatch.setattr(workers, "room_for_workers", lambda trainer, most, memory, **packed: min(most, fitting))
     given = SimpleNamespace(**{"auto_workers": True, "close_mosaic": 0, "workers": number, **args})
     trainer = SimpleNamespace(args=given, epochs=20, epoch=0, device=GPU, batch_size=64)
     loader, events = Loader(number, batch_ms, device_ms, batches), []

@@ -127,8 +127,7 @@ class ResumableLoader:
         if augmentation is not None:
             self._augmentation = self._collate.stock.augmentation = augmentation
         self._loader.batch_sampler.sampler, self._loader.collate_fn = self._order, self._collate
-        most = MOST if self._augmentation.may_pack else 1.0
-        self._collate.stock.shared = shared_images(self._loader, self._image_size, most)
+        self._make_places()
         give_recipes(self._loader.dataset)
         self._collate.clock.watch(self._loader.dataset)
         self.pace.begin(self.ahead(self._loader.num_workers))
@@ -152,9 +151,9 @@ class ResumableLoader:
             yield {"img": images, "cls": torch.zeros(0, 1), SKIPPED: True}
         self._go_on()
         for _ in range(len(self) - skip):
-            batch, self.times = self._augmentation.next(self._take)
-            self.position += 1
-            self.pace.took(self.times.wait, is_first=self.position == 1)
+            batch, times = self._augmentation.next(self._take)
+            self.position, self.times = self.position + 1, times
+            self.pace.took(times.wait, is_first=self.position == 1)
             assert self._begun is not None
             self.seed = self._order.seed(self._begun._replace(batch=self._taken - 1))
             if self._sharing is not None:
@@ -216,8 +215,13 @@ class ResumableLoader:
         """
         self._loader.reset()
         self._loader.num_workers = workers
-        self._collate.stock.shared = shared_images(self._loader, self._image_size)
+        self._make_places()
         self._draw_again(self._taken, ahead)
+
+    def _make_places(self) -> None:
+        """Make places for the batches of workers that have not started."""
+        most = MOST if self._augmentation.may_pack else 1.0
+        self._collate.stock.shared = shared_images(self._loader, self._image_size, most)
 
     def _draw_again(self, taken: int, ahead: int | None) -> None:
         """Begin after a batch of the latest epoch with the next iterator."""

@@ -281,7 +281,8 @@ class WorkersControl:
         now, most = int(self._loader.num_workers), min(cores_of_rank(self._trainer) - 1, len(self._loader))
         if not now or most <= now:
             return now
-        return room_for_workers(self._trainer, most, HostMemory())
+        are_packed = self._loader.augmentation.may_pack
+        return room_for_workers(self._trainer, most, HostMemory(), are_packed=are_packed)
 
     def _back(self, trial: _Trial, why: str) -> None:
         self._is_settled = True
