@@ -60,7 +60,8 @@ def batch_for(boxes, seed=0, largest=0.5, device="cpu", places=None):
         "cls": torch.randint(0, CLASSES, (total, 1), generator=draw).float(),
         "bboxes": bboxes,
     }
-    return {key: value.to(device) for key, value in batch.items()}, Labels(batch["batch_idx"], batch["bboxes"])
+    labels = Labels(batch["batch_idx"], batch["bboxes"], batch["cls"])
+    return {key: value.to(device) for key, value in batch.items()}, labels
 
 
 def predictions_for(images, seed=0, height=96, width=64, device="cpu", dtype=torch.float32):

@@ -38,7 +38,8 @@ def test_peak_of_a_micro_batch(recompute):
     norms = GroupedBatchNorm(model, activations(model))
     checkpointing = Checkpointing(model, candidates(model, layer_names(model)), norms)
     host = _boxes(IMAGES, BOXES, 80, torch.Generator().manual_seed(0))
-    boxes, labels = {key: value.cuda() for key, value in host.items()}, Labels(host["batch_idx"], host["bboxes"])
+    boxes = {key: value.cuda() for key, value in host.items()}
+    labels = Labels(host["batch_idx"], host["bboxes"], host["cls"])
     criterion = model.init_criterion()
     for _ in range(2):  # the first pass allocates the workspaces of libraries
         model.zero_grad()

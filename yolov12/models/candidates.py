@@ -29,6 +29,12 @@ class Labels:
     """Index of the image of each box, (boxes,)."""
     boxes: Tensor
     """Centre, width and height of each box as fractions of the image, (boxes, 4)."""
+    classes: Tensor
+    """Class of each box, (boxes,) or (boxes, 1)."""
+
+    def has_classes_of(self, count: int) -> bool:
+        """Return whether all boxes have one of so many classes."""
+        return bool(((self.classes >= 0) & (self.classes < count)).all())
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def _measured_bytes(fake_model: FakeModel, imgsz: int, boxes: int, amp: bool, im
 
 
 def _run(criterion: Any, predictions: dict[str, Any], batch: dict[str, Tensor]) -> Tensor:
-    labels = Labels(batch["batch_idx"], batch["bboxes"])
+    labels = Labels(batch["batch_idx"], batch["bboxes"], batch["cls"])
     return detection_loss(criterion, predictions, labels, batch["cls"], lambda *_: None)[0]
 
 

@@ -1,5 +1,7 @@
 """Which losses run without synchronisation: Ultralytics' own detection loss, as long as nobody has changed a part."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
@@ -153,6 +155,16 @@ def test_labels_that_a_user_changes_count(model, calls, change):
     torch.testing.assert_close(loss.value, wanted, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", [-1.0, 2.0, float("nan")])
+def test_classes_that_the_model_does_not_have_are_left_to_stock(model, calls, kind):
+    """Stock raises an error for most of them. A kernel would read memory that belongs to something else."""
+    given = batch()
+    given["cls"][0] = kind
+    with suppress(IndexError):
+        loss_of(model, given)
+    assert not calls
+
+
 def _part(given):
     task = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True)
     task.workload(given)
@@ -186,6 +198,11 @@ def _function(module, name="bbox_iou"):
     return change
 
 
+def _function_of_torch(model, monkeypatch):
+    monkeypatch.setattr(tal, "xyxy2xywh", nn.functional.softplus)
+    monkeypatch.setattr(loss_module, "xywh2xyxy", nn.functional.relu)
+
+
 def _class_weights(model, monkeypatch):
     model.criterion.class_weights = torch.ones(1, 1, 2)
 
@@ -202,7 +219,17 @@ def _hook(model, monkeypatch):
     model.criterion.bbox_loss.register_forward_hook(lambda module, inputs, output: None)
 
 
-CHANGES = [_subclass, _part_of_the_loss, _method, _assigner, _class_weights, _positive_weight, _second_choice, _hook]
+CHANGES = [
+    _subclass,
+    _part_of_the_loss,
+    _method,
+    _assigner,
+    _function_of_torch,
+    _class_weights,
+    _positive_weight,
+    _second_choice,
+    _hook,
+]
 CHANGES += [
     _function(loss_module),
     _function(tal),

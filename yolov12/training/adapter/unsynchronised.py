@@ -80,10 +80,11 @@ def labels_of(part: Mapping[str, Any]) -> Labels | None:
     """Return the labels of a part on the host; None if they are not there, or have another form than Ultralytics'."""
     image_of, boxes, classes = (part.get(key) for key in ("batch_idx", "bboxes", "cls"))
     tensors = isinstance(image_of, Tensor) and isinstance(boxes, Tensor) and isinstance(classes, Tensor)
-    if not tensors or not image_of.device.type == boxes.device.type == "cpu":  # type: ignore[union-attr]
+    if not tensors or not image_of.device.type == boxes.device.type == classes.device.type == "cpu":  # type: ignore[union-attr]
         return None
     fits = boxes.shape == (len(image_of), 4) and classes.numel() == len(image_of)  # type: ignore[union-attr,arg-type]
-    return Labels(image_of, boxes) if fits and boxes.dtype == torch.get_default_dtype() else None  # type: ignore
+    is_known = fits and boxes.dtype == torch.get_default_dtype()  # type: ignore[union-attr]
+    return Labels(image_of, boxes, classes) if is_known else None  # type: ignore[arg-type]
 
 
 def replaces(criterion: Any) -> bool:
@@ -144,7 +145,8 @@ def running(criterion: Any, given: Given | None) -> Iterator[list[Tensor]]:
 
     def loss(predictions: Mapping[str, Any], batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         labels = given.labels(batch)
-        if labels is None or not _is_due(criterion, predictions):
+        # A kernel cannot raise an error, as Ultralytics' loss does for a class that the model does not have.
+        if labels is None or not labels.has_classes_of(criterion.nc) or not _is_due(criterion, predictions):
             with in_slices(criterion.assigner) as found:
                 result: tuple[Tensor, dict[str, Tensor]] = stock(predictions, batch)
             sums.extend(found)
@@ -190,9 +192,9 @@ def _is_pinned(functions: tuple[Any, ...]) -> bool:
 def _digest(functions: tuple[Any, ...]) -> str:
     found = hashlib.sha256()
     for function in functions:
-        if module_of(function).startswith("torch."):  # a decorator
-            function = function.__wrapped__
         try:
+            if module_of(function).startswith("torch."):  # a decorator
+                function = function.__wrapped__
             found.update(inspect.getsource(function.__code__).encode())
         except (AttributeError, OSError):
             return ""
