@@ -106,8 +106,9 @@ class Interpreted:
         def launch(*arguments, num_warps):
             arguments = [Pointer(each) if isinstance(each, torch.Tensor) else each for each in arguments]
             self._language.grid = grid
-            for self._language.program in itertools.product(*map(range, grid)):
-                self._function(*arguments)
+            with torch.no_grad():  # autograd does not see what a kernel reads and writes
+                for self._language.program in itertools.product(*map(range, grid)):
+                    self._function(*arguments)
 
         return launch
 

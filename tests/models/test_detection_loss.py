@@ -152,13 +152,39 @@ def test_in_double_precision_only_rounding_is_left(monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_loss_that_is_not_a_number_stays_one():
-    for key in ("boxes", "scores"):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_loss_that_is_not_a_number_stays_one(request, kernels):
+    """Stock's is none as well for a score that has overflowed, whose softplus is 0."""
+    if kernels:
+        request.getfixturevalue("on_cpu")
+    for key, broken, at in (("boxes", math.nan, ...), ("scores", math.nan, ...), ("scores", -math.inf, (0, 1, 2))):
         values = predictions_for(2)
-        values[key] = (values[key].detach() * math.nan).requires_grad_()
+        values[key] = values[key].detach()
+        values[key][at] = broken
         batch, labels = batch_for([3, 4])
-        loss, _, _ = detection_loss(criterion_for(), values, labels, batch["cls"])
-        assert loss.isnan().any()
+        for loss in (
+            detection_loss(criterion_for(), values, labels, batch["cls"])[0],
+            criterion_for()(values, batch)[0],
+        ):
+            assert loss.isnan().any(), (key, broken)
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_predictions_outside_of_all_boxes_may_be_anything(request, kernels):
+    """A list of matched anchors that is filled up with others gives them no weight."""
+    if kernels:
+        request.getfixturevalue("on_cpu")
+    batch, labels = batch_for([3])
+    labels.boxes.copy_(torch.tensor([0.75, 0.75, 0.2, 0.2]))
+    values = predictions_for(1)
+    values["boxes"] = values["boxes"].detach()
+    values["boxes"][..., :8] = math.nan  # the first row
+    values["boxes"].requires_grad_()
+    loss, _, _ = detection_loss(criterion_for(), values, labels, batch["cls"])
+    wanted, _ = without_ties(criterion_for())(values, batch)
+    assert torch.allclose(loss, wanted, rtol=2e-5)
+    (gradient,) = torch.autograd.grad(loss.sum(), values["boxes"])
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.gpu

@@ -101,6 +101,7 @@ def _loss(
     image = torch.div(at, scores.shape[2], rounding_mode="floor")
     anchor = at - image * scores.shape[2]
     distances: Tensor = _Columns.apply(predictions["boxes"], image, anchor)  # type: ignore[no-untyped-call]
+    distances = distances.where(matches.is_match[at, None], 0)  # a weight of zero does not hide NaN
     of_boxes, of_distances = criterion.bbox_loss(
         distances,
         criterion.bbox_decode(points[anchor], distances[None])[0],
@@ -200,8 +201,11 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(scores, targets, classes)
         dtype = _exact(scores.dtype)
         chosen = scores.gather(1, classes).to(dtype)
-        # From its threshold on, softplus is linear.
-        first, *rest = [F.softplus(each.to(dtype), threshold=40).sum() for each in _parts(scores)]
+        nothing = chosen.new_zeros(())
+        first, *rest = [
+            F.binary_cross_entropy_with_logits(each.to(dtype), nothing.expand_as(each), reduction="sum")
+            for each in _parts(scores)
+        ]
         return sum(rest, first) - (chosen * targets).sum()
 
     @staticmethod

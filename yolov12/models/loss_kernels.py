@@ -260,7 +260,8 @@ def entropy(scores, score, box, kinds, partial, anchors, classes, tile: tl.const
         inside = (index < classes) & (at[None, :] < anchors)
         rows = image.to(tl.int64) * classes + index
         value = tl.load(scores + rows * anchors + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        loss = _softplus(value) - tl.where(index == kind, value * target, 0.0)
+        # The product is also computed for a target of 0: a score of −inf makes Ultralytics' loss NaN.
+        loss = _softplus(value) - value * tl.where(index == kind, target, 0.0)
         total += tl.where(inside, loss, 0.0)
     programs = tl.num_programs(0) * tl.num_programs(1)
     tl.store(partial + programs + image * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
