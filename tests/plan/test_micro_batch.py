@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from ultralytics.nn.tasks import DetectionModel
 
+from yolov12.errors import ConfigError
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.models import detection_loss
-from yolov12.models.assigner import in_slices
 from yolov12.models.layer_names import layer_names
 from yolov12.plan import cuda_rules, loss_bytes
 from yolov12.plan.estimate import estimate
@@ -40,6 +40,28 @@ def test_a_fake_micro_batch_takes_the_memory_of_a_real_one(fake_model):
         fake_bytes, real_bytes = (MicroBatchTracer(each, 64, boxes=5).trace(2, plan) for each in (fake_model, real))
         # Real kernels keep a few small tensors, such as statistics, that fake kernels do not.
         assert fake_bytes == pytest.approx(real_bytes, rel=0.01)
+
+
+def test_a_model_without_distributions_of_distances_has_ultralytics_loss(fake_model):
+    """Its tables have an entry for each box and anchor."""
+    criterion = fake_model.criterion
+    plain = SimpleNamespace(
+        criterion=type(criterion)(
+            SimpleNamespace(
+                parameters=lambda: iter([torch.empty(0)]),
+                args=criterion.hyp,
+                model=[SimpleNamespace(stride=criterion.stride, nc=criterion.nc, reg_max=1)],
+            )
+        ),
+        strides=fake_model.strides,
+    )
+    anchors = sum((128 // stride) ** 2 for stride in fake_model.strides)
+    assert loss_bytes.loss_bytes(plain, 128, 60, amp=True).bytes_per_image > 4 * 60 * anchors
+
+
+def test_models_with_two_heads_are_refused():
+    with pytest.raises(ConfigError, match="has two heads"):
+        load("yolov10n.yaml")
 
 
 def test_bytes_are_linear_in_images(tracer):
@@ -78,12 +100,6 @@ def test_bytes_of_the_loss_do_not_depend_on_what_ran_before(fake_model):
 MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks/results/checkpointing.json").read_text())
 
 
-def _stocks_loss(criterion, predictions, batch):
-    images = len(predictions["scores"])
-    with in_slices(criterion.assigner, torch.bincount(batch["batch_idx"].long(), minlength=images).tolist()):
-        return criterion(predictions, batch)[0]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [part for part in MEASURED if part.startswith("ours-")])
 def test_peaks_that_were_measured_on_a_card(part, deep, monkeypatch):
@@ -92,7 +108,7 @@ def test_peaks_that_were_measured_on_a_card(part, deep, monkeypatch):
     The engine ran Ultralytics' own loss then, which keeps target scores and copies of the predictions, and additions
     and concatenations as operations of their own.
     """
-    monkeypatch.setattr(loss_bytes, "_run", _stocks_loss)
+    monkeypatch.setattr(loss_bytes, "_run", loss_bytes._stocks_loss)
     monkeypatch.setattr(cuda_rules.FusedBatchNorm, "writes_into", staticmethod(lambda device: False))
     fake_model = load(f"yolo12{part[-1]}.yaml")
     assert len(MEASURED[part]) >= 3

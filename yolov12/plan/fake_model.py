@@ -65,9 +65,10 @@ def load(name: str, classes: int | None = None) -> FakeModel:
         The fake model.
 
     Raises:
-        ConfigError: The file does not describe a detection model.
+        ConfigError: The file does not describe a detection model with one head.
     """
     from ultralytics.nn.tasks import DetectionModel
+    from ultralytics.utils.loss import v8DetectionLoss
 
     from yolov12 import YOLO
 
@@ -77,7 +78,10 @@ def load(name: str, classes: int | None = None) -> FakeModel:
             raise ConfigError(f"model={name} is a {type(model).__name__}: plans are made for detection models")
         if classes is not None and classes != model.yaml["nc"]:
             model = DetectionModel(dict(model.yaml), nc=classes, verbose=False)
-    return FakeModel(model.float())
+    fake_model = FakeModel(model.float())
+    if type(fake_model.criterion) is not v8DetectionLoss:
+        raise ConfigError(f"model={name} has two heads: plans are made for models with one")
+    return fake_model
 
 
 class _Uninitialised(TorchFunctionMode):

@@ -1,8 +1,9 @@
 """Measures the memory of the detection loss by allocating its tensors on the CPU.
 
 Their sizes depend on the values of boxes, so fake tensors cannot be used. The loss runs for 2 and for 4 images, on
-random predictions and boxes, without the kernels that fill in values on a GPU. The size of each of its tensors is
-proportional to the number of images, so two measurements give a linear function.
+random predictions and boxes, without the kernels that fill in values on a GPU. Ultralytics' own loss runs for a model
+without distributions of distances, as in a training. The size of each tensor is proportional to the number of images,
+so two measurements give a linear function.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from yolov12.mas.profiling.trace import ByteTrace
+from yolov12.models.assigner import in_slices
 from yolov12.models.candidates import Labels
 from yolov12.models.detection_loss import detection_loss
 from yolov12.plan.cuda_rules import HALF, cuda_rules
@@ -86,8 +88,17 @@ def _measured_bytes(fake_model: FakeModel, imgsz: int, boxes: int, amp: bool, im
 
 
 def _run(criterion: Any, predictions: dict[str, Any], batch: dict[str, Tensor]) -> Tensor:
+    if not criterion.use_dfl:
+        return _stocks_loss(criterion, predictions, batch)
     labels = Labels(batch["batch_idx"], batch["bboxes"], batch["cls"])
     return detection_loss(criterion, predictions, labels, batch["cls"], lambda *_: None)[0]
+
+
+def _stocks_loss(criterion: Any, predictions: dict[str, Any], batch: dict[str, Tensor]) -> Tensor:
+    counts = torch.bincount(batch["batch_idx"].long(), minlength=len(predictions["scores"])).tolist()
+    with in_slices(criterion.assigner, counts):
+        loss: Tensor = criterion(predictions, batch)[0]
+    return loss
 
 
 def _boxes(images: int, most: int, classes: int, draw: torch.Generator) -> dict[str, Tensor]:
