@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.utils.loss import v8DetectionLoss
 
+from yolov12.mas import triton_launch
 from yolov12.models import detection_loss as detection_loss_module
 from yolov12.models import fused_loss
 from yolov12.models.candidates import Labels
@@ -136,6 +137,25 @@ def on_cpu(monkeypatch):
 def test_kernels_compute_the_same(on_cpu, boxes, largest, places):
     ours, stock = both(criterion_for(), without_ties(criterion_for()), boxes, largest=largest, places=places)
     assert_same(ours, stock, 2e-5)
+
+
+def test_deterministic_mode_fills_nothing(on_cpu):
+    """PyTorch's default in this mode is a launch and a pass over memory for every new tensor."""
+    mode, fills = torch.utils.deterministic, []
+
+    def look_and_launch(*arguments):
+        fills.append(mode.fill_uninitialized_memory)
+        triton_launch.launch(*arguments)
+
+    (batch, labels), values = batch_for([3, 1]), predictions_for(2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        loss, _, _ = detection_loss(criterion_for(), values, labels, batch["cls"], look_and_launch)
+        loss.sum().backward()
+        assert mode.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert fills == [False] * 9
 
 
 def test_in_double_precision_only_rounding_is_left(monkeypatch):

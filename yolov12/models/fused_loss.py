@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from yolov12.mas.triton_launch import compiles, launch
+from yolov12.mas.triton_launch import compiles, launch, unfilled
 from yolov12.models.candidates import Rectangles, split_images, to_device
 
 try:
@@ -92,6 +92,7 @@ class _Fields(NamedTuple):
         return self[3:6]
 
 
+@unfilled
 def fused_terms(
     criterion: Any,
     predictions: Mapping[str, Any],
@@ -193,6 +194,7 @@ def _sums(boxes: Tensor, scores: Tensor, fields: _Fields) -> Tensor:
     return partial.sum(1)
 
 
+@unfilled
 def _gradients(boxes: Tensor, scores: Tensor, fields: _Fields, grad: Tensor) -> tuple[Tensor, Tensor]:
     images, classes, anchors = scores.shape
     grid = -(-anchors // _BLOCK), images, 1
