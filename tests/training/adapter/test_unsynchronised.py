@@ -12,6 +12,7 @@ from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 
 from yolov12.mas import Config, Engine
 from yolov12.mas.modules import each_tensor
+from yolov12.models import candidates, detection_loss
 from yolov12.training.adapter import unsynchronised
 from yolov12.training.adapter.detection import DetectionTask, criterion_of
 from yolov12.training.adapter.unsynchronised import replaces
@@ -120,6 +121,30 @@ def test_the_gradient_is_the_same_for_every_split(model, calls):
     assert len(calls) >= 1 + 2 + 4
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() <= 2e-5 * gradients[0].norm()
+
+
+def test_a_failed_allocation_in_the_loss_changes_nothing(model, calls, monkeypatch):
+    given, gradients, to_device = batch(4), [], candidates.to_device
+    for failing in range(5):
+        copies = iter(range(99))
+
+        def copy(*args, copies=copies, failing=failing):
+            if next(copies) == failing - 1:
+                raise MemoryError
+            return to_device(*args)
+
+        for module in (candidates, detection_loss):
+            monkeypatch.setattr(module, "to_device", copy)
+        detection_loss._anchors.cache_clear()
+        task = DetectionTask(preprocess, multi_scale=False, overlapping_masks=True)
+        with Engine(model, task, Config(micro_batch=4, bn_group=2)) as engine:
+            engine.step(given)
+        assert "loss" not in vars(criterion_of(model))
+        gradients.append(torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None]))
+        model.zero_grad()
+        assert next(copies) > failing
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() <= 1e-5 * gradients[0].norm()
 
 
 @pytest.mark.parametrize("task", ["obb", "segment", "pose"])
