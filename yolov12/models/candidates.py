@@ -46,11 +46,6 @@ class Levels:
     strides: tuple[float, ...]
     """Side of a cell of each level in pixels."""
 
-    @property
-    def anchors(self) -> int:
-        """Number of anchors of an image."""
-        return sum(height * width for height, width in self.sizes)
-
     def is_exact(self, dtype: torch.dtype) -> bool:
         """Return whether all points of anchors are exact numbers of a type, and so do not depend on how it rounds."""
         largest = max(max(size) for size in self.sizes)
@@ -80,7 +75,6 @@ class Rectangles:
     """
 
     def __init__(self, labels: Labels, levels: Levels, least_side: float) -> None:
-        self.levels = levels
         boxes = labels.boxes.numpy()
         image_of = labels.image_of.numpy().astype(np.int64)
         height, width = (side * levels.strides[0] for side in levels.sizes[0])
@@ -110,11 +104,11 @@ class Rectangles:
         )
         self.of_box = areas.sum(1)
         """Number of pairs of each box, (boxes,)."""
-        self.images_of_boxes = image_of
+        self._image_of = image_of
 
     def of_images(self, images: int) -> list[int]:
         """Return the number of pairs of each image."""
-        return np.bincount(self.images_of_boxes, self.of_box, images).astype(np.int64).tolist()  # type: ignore[no-any-return]
+        return np.bincount(self._image_of, self.of_box, images).astype(np.int64).tolist()  # type: ignore[no-any-return]
 
     def pairs(self, images: slice, device: torch.device) -> Pairs:
         """Make the pairs of some images on the device, without waiting for it.
