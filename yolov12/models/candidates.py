@@ -33,7 +33,11 @@ class Labels:
     """Class of each box, (boxes,) or (boxes, 1)."""
 
     def has_classes_of(self, count: int) -> bool:
-        """Return whether all boxes have one of so many classes."""
+        """Return whether all classes are numbers from 0 to `count` − 1.
+
+        Args:
+            count: Number of classes of the model.
+        """
         return bool(((self.classes >= 0) & (self.classes < count)).all())
 
 
