@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from ultralytics.nn.modules.head import Detect
 
 from yolov12.models.predictions import anchors_first
@@ -38,11 +39,14 @@ def test_values_and_gradients_are_ultralytics_own():
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("change", ["subclass", "hook", "evaluation", "outside"])
-def test_whoever_may_see_predictions_gets_ultralytics_layout(change):
+@pytest.mark.parametrize("change", ["subclass", "hook", "hook on all modules", "evaluation", "outside"])
+def test_whoever_may_see_predictions_gets_ultralytics_layout(change, monkeypatch):
     detect, seen = head(OwnDetect if change == "subclass" else Detect), []
     if change == "hook":
         detect.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    if change == "hook on all modules":
+        hooks = nn.modules.module._global_forward_hooks
+        monkeypatch.setitem(hooks, 0, lambda module, inputs, out: seen.append(out) if module is detect else None)
     if change == "evaluation":
         detect.stride = torch.tensor([8.0, 16.0])
         detect.eval()
@@ -51,4 +55,4 @@ def test_whoever_may_see_predictions_gets_ultralytics_layout(change):
     predictions = out[1] if change == "evaluation" else out
     assert predictions["boxes"].is_contiguous()
     assert predictions["scores"].is_contiguous()
-    assert bool(seen) is (change == "hook")
+    assert bool(seen) is ("hook" in change)

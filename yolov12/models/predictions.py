@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 __all__ = ["anchors_first", "forward_head"]
 
@@ -48,7 +49,8 @@ def forward_head(stock: Callable[..., Any]) -> Callable[..., Any]:
         # A compiler cannot trace what follows, and the engine runs no compiled model.
         if torch.compiler.is_compiling() or not _anchors_first.get() or not self.training:
             return stock(self, x, box_head, cls_head)
-        is_seen = self._forward_hooks or not type(self).__module__.startswith("ultralytics.")
+        is_hooked = self._forward_hooks or torch_module._global_forward_hooks
+        is_seen = is_hooked or not type(self).__module__.startswith("ultralytics.")
         if is_seen or box_head is None or cls_head is None:
             return stock(self, x, box_head, cls_head)
         boxes, scores = ([head(each) for head, each in zip(heads, x, strict=False)] for heads in (box_head, cls_head))
