@@ -228,6 +228,12 @@ def _function_of_torch(model, monkeypatch):
     monkeypatch.setattr(loss_module, "xywh2xyxy", nn.functional.relu)
 
 
+def _decorator_of_torch(model, monkeypatch):
+    assigner = tal.TaskAlignedAssigner
+    in_its_own_precision = torch.autocast("cpu", enabled=False)
+    monkeypatch.setattr(assigner, "get_box_metrics", in_its_own_precision(assigner.get_box_metrics))
+
+
 def _class_weights(model, monkeypatch):
     model.criterion.class_weights = torch.ones(1, 1, 2)
 
@@ -250,6 +256,7 @@ CHANGES = [
     _method,
     _assigner,
     _function_of_torch,
+    _decorator_of_torch,
     _class_weights,
     _positive_weight,
     _second_choice,
