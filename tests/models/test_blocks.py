@@ -102,7 +102,7 @@ class Run:
         upsampled = Upsampling(model)
         checkpointing = Checkpointing(model, candidates(model), norms)
         x = x.clone(memory_format=torch.channels_last).requires_grad_()
-        groups = (2, 1) if len(x) == 3 else (len(x),)
+        groups = (2, len(x) - 2)
         with norms.within(groups, 0), upsampled.within(), checkpointing.within(plan):
             self.out = model(x)
             if isinstance(self.out, dict):

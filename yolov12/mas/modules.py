@@ -1,7 +1,7 @@
 """Helpers for modules and their inputs.
 
-They are a temporary forward pass, looks whether modules were replaced or have hooks, and a map over tensors in nested
-containers.
+They are a temporary forward pass, looks whether modules were replaced, have hooks or code of the user's own, and a map
+over tensors in nested containers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["Structure", "each_tensor", "has_global_hooks", "has_hooks", "overridden"]
+__all__ = ["Structure", "each_tensor", "has_global_hooks", "has_hooks", "module_of", "overridden"]
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 """Most frequent types in batches; `each_tensor` returns them unchanged at once."""
@@ -57,6 +57,15 @@ def has_global_hooks() -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def module_of(value: Any) -> str:
+    """Return the module of the code of a function, a method, a class, or an object's class.
+
+    A function of the user's may bear the name and the module of the one that it replaces, as with `functools.wraps`.
+    """
+    names = getattr(getattr(value, "__func__", value), "__globals__", None)
+    return str(names["__name__"] if names else getattr(value, "__module__", None) or type(value).__module__)
 
 
 class Structure:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from ultralytics.nn.modules import Conv
 
+from yolov12.mas.modules import module_of
+
 __all__ = ["activations"]
 
 
@@ -17,6 +19,8 @@ def activations(model: nn.Module) -> dict[nn.Module, nn.Module]:
     Returns:
         BatchNorm → its activation.
     """
+    if not module_of(Conv.forward).startswith("ultralytics."):
+        return {}
     blocks = [part for part in model.modules() if isinstance(part, Conv) and type(part).forward is Conv.forward]
     # `fuse()` removes the BatchNorm of a block and replaces the block's `forward`.
     return {block.bn: block.act for block in blocks if "forward" not in vars(block) and hasattr(block, "bn")}

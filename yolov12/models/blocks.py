@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = ["a2c2f_forward", "ablock_forward", "bottleneck_forward", "c2f_forward", "c3_forward"]
-__all__ += ["joins", "new_join", "normalized", "part"]
+__all__ += ["is_code_of", "joins", "new_join", "normalized", "part"]
 
 _Stock = Callable[[Any, Tensor], Tensor]
 
@@ -115,14 +115,27 @@ def _joined(block: Any) -> Any:
         return None
     if type(block) is not _kinds()["Conv"] or "forward" in vars(block):
         return None
-    if not type(block).forward.__module__.startswith("ultralytics."):  # its class was changed
+    if not is_code_of("ultralytics.", type(block).forward):  # its class was changed
         return None
     parts: dict[str, Any] = block._modules
-    if type(parts["act"]) not in (nn.SiLU, nn.Identity):
+    act = parts.get("act")
+    if type(act) not in (nn.SiLU, nn.Identity) or (type(act) is nn.Identity and "forward" in vars(act)):
         return None
     forward = vars(parts["bn"]).get("forward") if "bn" in parts else None
     joined = getattr(forward, "joined", None)
     return joined if joined is not None and joined.func.__self__.joins else None
+
+
+def is_code_of(package: str, function: Any) -> bool:
+    """Return whether a function is a package's own code, and not a user's with the same name.
+
+    Args:
+        package: Name of the package with a dot after it.
+        function: The function.
+    """
+    from yolov12.mas.modules import module_of
+
+    return module_of(function).startswith(package)
 
 
 @functools.cache
@@ -141,8 +154,8 @@ def new_join(channels: int) -> Any:
 
 
 def _join(block: Any) -> Any:
-    """Return a concatenation for the input of a convolution block."""
-    return new_join(block.conv.in_channels)
+    """Return a concatenation for the input of a convolution block; of no channels if their number is not known."""
+    return new_join(getattr(block.conv, "in_channels", 0))
 
 
 def part(block: Any, x: Tensor, join: Any, first: int | None) -> Tensor:
@@ -158,7 +171,8 @@ def part(block: Any, x: Tensor, join: Any, first: int | None) -> Tensor:
     """
     kind, kinds = type(block), _kinds()
     if "forward" in vars(block):  # the engine's own, or a user's
-        if kind is nn.Upsample and hasattr(vars(block)["forward"], "part_of"):
+        # If others read its output, too, it gets a tensor of its own: a layer may write on the concatenation.
+        if first is None and kind is nn.Upsample and hasattr(vars(block)["forward"], "part_of"):
             return vars(block)["forward"].part_of(join, x)  # type: ignore[no-any-return]
     elif kind is nn.Sequential and len(block):
         *before, last = block
@@ -167,7 +181,7 @@ def part(block: Any, x: Tensor, join: Any, first: int | None) -> Tensor:
         return part(last, x, join, first)
     elif kind is kinds["Conv"]:
         return normalized(block, x, join=join, first=first)
-    elif not kind.forward.__module__.startswith("yolov12."):  # a block of another kind, or its class was changed
+    elif not is_code_of("yolov12.", kind.forward):  # a block of another kind, or its class was changed
         pass
     elif kind is kinds["Bottleneck"]:
         return _bottleneck(block, x, join, first)
@@ -193,7 +207,9 @@ def _can_chain(block: Any) -> bool:
 def _c2f(block: Any, x: Tensor, join: Any = None, first: int | None = None) -> Tensor:
     """Run C2f, C3k2 or A2C2f: a chain of blocks, all of whose outputs are concatenated."""
     inner, last = _join(block.cv2), len(block.m) - 1
-    x = normalized(block.cv1, x, join=inner, first=getattr(block, "c", 0))  # A2C2f has one part, not two
+    # C2f continues with the second half of the channels, A2C2f with all.
+    half = -(-block.cv1.bn.num_features // 2) if hasattr(block, "c") else 0
+    x = normalized(block.cv1, x, join=inner, first=half)
     for index, each in enumerate(block.m):
         x = part(each, x, inner, first=0 if index < last else None)
     return normalized(block.cv2, inner.result(), join=join, first=first)
@@ -212,7 +228,7 @@ def _bottleneck(block: Any, x: Tensor, join: Any = None, first: int | None = Non
 
 def _ablock(block: Any, x: Tensor, join: Any = None, first: int | None = None) -> Tensor:
     kind = type(block.attn)
-    is_ours = kind is _kinds()["AAttn"] and kind.forward.__module__.startswith("yolov12.")
+    is_ours = kind is _kinds()["AAttn"] and is_code_of("yolov12.", kind.forward)
     if is_ours and "forward" not in vars(block.attn):
         from yolov12.models.layouts import add_attention
 

@@ -63,7 +63,7 @@ def _run(layers: Any, saved: Sequence[int], places: dict[int, tuple[int, int, in
             x = part(layer, given[0], slot, None if read[index] == [target] else 0)
         else:
             x = layer(given[0] if isinstance(layer.f, int) else given)
-        outs.append(x if index in saved else None)
+        outs.append(x if layer.i in saved else None)
     return x
 
 
@@ -72,7 +72,7 @@ def _reads(layers: Any) -> list[list[int]]:
     found: list[list[int]] = [[] for _ in layers]
     for index, layer in enumerate(layers):
         for source in [layer.f] if isinstance(layer.f, int) else layer.f:
-            if (at := index - 1 if source == -1 else source) >= 0:
+            if (at := index + source if source < 0 else source) >= 0:
                 found[at].append(index)
     return found
 
@@ -87,7 +87,7 @@ def _places(layers: Any) -> dict[int, tuple[int, int, int]]:
     widths: list[int | None] = []
     for index, layer in enumerate(layers):
         sources = [layer.f] if isinstance(layer.f, int) else layer.f
-        sources = [index - 1 if source == -1 else source for source in sources]
+        sources = [index + source if source < 0 else source for source in sources]
         width = _width(layer)
         if isinstance(layer, nn.Upsample):
             width = widths[sources[0]] if sources[0] >= 0 else None
@@ -104,7 +104,10 @@ def _places(layers: Any) -> dict[int, tuple[int, int, int]]:
 def _is_concatenation(layer: Any) -> bool:
     from ultralytics.nn.modules.conv import Concat
 
-    return type(layer) is Concat and layer.d == 1 and "forward" not in vars(layer)
+    from yolov12.models.blocks import is_code_of
+
+    is_stock = type(layer) is Concat and is_code_of("ultralytics.", Concat.forward)
+    return is_stock and layer.d == 1 and "forward" not in vars(layer)
 
 
 def _width(layer: Any) -> int | None:

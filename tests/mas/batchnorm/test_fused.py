@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import set_checkpoint_early_stop
+from ultralytics.nn.modules import Conv
 from ultralytics.nn.tasks import DetectionModel
 
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
@@ -199,6 +200,38 @@ def test_a_pair_of_which_one_was_replaced_is_left_alone(place):
         torch.testing.assert_close(model.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("change", ["activation", "class of activations", "forward", "class", "parent"])
+def test_a_pair_that_runs_in_code_of_the_users_own_is_left_alone(change, monkeypatch):
+    """Code that was put there after the engine was created counts, too."""
+
+    class Twice(Block):
+        def forward(self, x):
+            out = self.bn(self.conv(x))
+            return out + self.act(out)
+
+    model = nn.Sequential(Block(4))
+    model[0].act = nn.SiLU()
+    norms = GroupedBatchNorm(model, {model[0].bn: model[0].act}, Kernels())
+    if change == "activation":
+        model[0].act.forward = torch.relu
+    if change == "class of activations":
+        monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: torch.relu(x))
+    if change == "forward":
+        model[0].forward = Twice.forward.__get__(model[0])
+    if change == "class":
+        model[0].__class__ = Twice
+    if change == "parent":
+        before, model[0] = model[0], Twice(4)
+        model[0]._modules.update(before._modules)
+        norms.find_layers()
+    norms.begin()
+    x = torch.randn(4, 4, 5, 5)
+    with norms.within((4,), 0):
+        out = model(x)
+    assert norms.fused == 0
+    torch.testing.assert_close(out, model(x))
+
+
 def test_images_that_are_no_whole_groups():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())
     norms = GroupedBatchNorm(model, {model[0]: model[1]}, Kernels())
@@ -254,3 +287,12 @@ def test_layers_of_ultralytics(cfg):
         assert fused == sum(type(activation) is nn.SiLU for activation in pairs.values()) * bool(kernels)
     assert (found[0] - found[1]).norm() <= 1e-9 * found[1].norm()
     assert not activations(model.fuse())
+
+
+def test_convolutions_whose_class_was_changed_are_left_alone(monkeypatch):
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        return out + self.act(out)
+
+    monkeypatch.setattr(Conv, "forward", forward)
+    assert not activations(nn.Sequential(Conv(4, 4)))

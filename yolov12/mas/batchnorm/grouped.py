@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from yolov12.mas.batchnorm import fused as fused_kernels
-from yolov12.mas.batchnorm.joined import Join, Slot, adds_up, is_watched
+from yolov12.mas.batchnorm.joined import Join, Slot, adds_up
+from yolov12.mas.batchnorm.pairs import Pairs
 from yolov12.mas.batchnorm.plain import momentum_of, normalize, normalize_again
 from yolov12.mas.batchnorm.protocol import Again, Kernels
 from yolov12.mas.batchnorm.statistics import Statistics
@@ -69,13 +70,11 @@ class GroupedBatchNorm:
         self._model, self._kernels = model, kernels
         self._into: Any = getattr(kernels, "batch_norm_into", None)
         self._writes_into: Callable[[torch.device], bool] = getattr(kernels, "writes_into", lambda device: False)
-        self._pairs = {norm: act for norm, act in (activations or {}).items() if type(act) is nn.SiLU}
-        # The pairs of this batch: those without a hook that would see the tensor between BatchNorm and activation.
+        self._pairs = Pairs(activations or {})
         self._activations: dict[nn.Module, nn.Module] = {}
         self.joins = self._may_join = False
         """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
-        self._siblings: dict[nn.Module, tuple[nn.Module | None, ...]] = {}
         self._all: list[_BatchNorm] = []
         self.find_layers()
         self._ungrouped = UngroupedBatchNorm(model, log)
@@ -100,20 +99,12 @@ class GroupedBatchNorm:
     def find_layers(self) -> None:
         """Look for the layers again, as modules of the model were replaced."""
         self._modules = list(self._model.modules())
-        siblings = {
-            child: tuple(module._modules.values())
-            for module in self._modules
-            for child in module._modules.values()
-            if child is not None
-        }
-        if before := self._siblings:  # beside what was replaced, an activation may follow another layer now
-            self._pairs = {norm: act for norm, act in self._pairs.items() if before.get(norm) == siblings.get(norm)}
-        self._siblings = siblings
+        self._pairs.find(self._modules)
         self._all = [layer for layer in self._modules if isinstance(layer, _BatchNorm)]
 
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and clear the statistics of the previous batch."""
-        self._activations = {norm: act for norm, act in self._pairs.items() if not is_watched(norm, act)}
+        self._activations = self._pairs.unwatched()
         in_use = [layer for layer in self._all if layer.training or layer.running_mean is None]
         layers = [layer for layer in in_use if is_plain(layer)]
         self._ungrouped.begin([layer for layer in in_use if not is_plain(layer)])
@@ -262,7 +253,7 @@ class GroupedBatchNorm:
             first if part is not None else None,
         )  # fmt: skip
         if join is not None:
-            join.add(out, in_place=part is not None)
+            join.add(out, in_place=part is not None, copy=tail)
         result: Tensor = tail if tail is not None else out[:, first:] if first else out
         return result
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from yolov12.errors import ConfigError
+from yolov12.mas.modules import module_of
 from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.logical_batch import LogicalBatch
@@ -23,12 +24,6 @@ def is_ultralytics(function: Any) -> bool:
     A function of the user's may bear the name and the module of the one that it replaces, as with `functools.wraps`.
     """
     return module_of(function).startswith("ultralytics.")
-
-
-def module_of(value: Any) -> str:
-    """Return the module of the code of a function, a method, a class, or an object's class."""
-    names = getattr(getattr(value, "__func__", value), "__globals__", None)
-    return str(names["__name__"] if names else getattr(value, "__module__", None) or type(value).__module__)
 
 
 def forward_of(module: nn.Module) -> Any:
