@@ -1,5 +1,7 @@
 """Nearest upsampling in the type of its input."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,9 +49,21 @@ def test_half_precision_stays_and_values_are_those_of_fp32():
 
 
 @pytest.mark.parametrize(
-    "change", ["mode", "hook", "hook behind", "global hook", "forward", "precision", "own layer", "own forward"]
+    "change",
+    [
+        "mode",
+        "hook",
+        "hook behind",
+        "global hook",
+        "forward",
+        "class",
+        "precision",
+        "own layer",
+        "own forward",
+        "own class",
+    ],
 )
-def test_other_layers_are_left_alone(change):
+def test_other_layers_are_left_alone(change, monkeypatch):
     model = Neck()
     if change == "mode":
         model.up = nn.Upsample(scale_factor=2, mode="bilinear")
@@ -59,6 +73,12 @@ def test_other_layers_are_left_alone(change):
         model.last.register_forward_pre_hook(lambda module, values: None)
     if change == "forward":
         model.up.forward = lambda x: F.interpolate(x, scale_factor=2.0)
+    if change == "class":
+        monkeypatch.setattr(nn.Upsample, "forward", lambda layer, x: 2 * F.interpolate(x.float(), scale_factor=2.0))
+    if change == "own class":
+        stock = nn.Conv2d.forward
+        own = functools.wraps(stock)(lambda layer, x: stock(layer, x).square())
+        monkeypatch.setattr(nn.Conv2d, "forward", own)
     if change == "own layer":
         model.last = Squares(7, 2, 1)
     if change == "own forward":

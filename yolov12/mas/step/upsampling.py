@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.batchnorm.joined import Slot
-from yolov12.mas.modules import has_global_hooks, has_hooks, overridden
+from yolov12.mas.modules import has_global_hooks, has_hooks, module_of, overridden
 from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
 
 try:
@@ -54,7 +54,8 @@ class Upsampling:
         self._modules = list(self._model.modules())
         self._upsamplings = [module for module in self._modules if type(module) is nn.Upsample]
         found = set(self._upsamplings)
-        self._above = {module for module in self._modules if not found.isdisjoint(module.modules())}
+        above = (module for module in self._modules if module not in found)
+        self._above = {module for module in above if not found.isdisjoint(module.modules())}
 
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and whether there are hooks."""
@@ -76,9 +77,9 @@ class Upsampling:
 
 def _is_known(forward: Any) -> bool:
     """Return whether a forward pass is of a library whose modules take any floating-point type."""
-    while isinstance(forward, partial) and forward.func.__module__.startswith("yolov12."):
+    while isinstance(forward, partial) and module_of(forward.func).startswith("yolov12."):
         forward = forward.args[-1]  # what the engine does around it, see `overridden`
-    return str(getattr(forward, "__module__", "")).startswith(_KNOWN)
+    return module_of(forward).startswith(_KNOWN)
 
 
 class _Forward:
