@@ -122,8 +122,7 @@ def _joined(block: Any) -> Any:
     if type(act) not in (nn.SiLU, nn.Identity) or (type(act) is nn.Identity and "forward" in vars(act)):
         return None
     forward = vars(parts["bn"]).get("forward") if "bn" in parts else None
-    joined = getattr(forward, "joined", None)
-    return joined if joined is not None and joined.func.__self__.joins else None
+    return forward.joined if getattr(forward, "joins", False) else None  # type: ignore[union-attr]
 
 
 def is_code_of(package: str, function: Any) -> bool:

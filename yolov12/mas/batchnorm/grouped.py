@@ -326,7 +326,13 @@ class _Forward:
     """Forward pass of a layer in groups. Blocks ask it whether it can do more than that, see `joined`."""
 
     def __init__(self, norms: GroupedBatchNorm, index: int, layer: _BatchNorm) -> None:
+        self._norms = norms
         self._forward, self.joined = partial(norms._forward, index, layer), partial(norms.joined, index, layer)
+
+    @property
+    def joins(self) -> bool:
+        """True if `joined` may run the layer, see `GroupedBatchNorm.joins`."""
+        return self._norms.joins
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._forward(x)
