@@ -332,7 +332,7 @@ class TrainerAdapter:
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif SKIPPED not in batch.host:
-            if batch.is_seen or not self._stock_plot.__module__.startswith("ultralytics."):
+            if batch.is_seen or not is_ultralytics(self._stock_plot):
                 self._stock_plot(batch.shown(), ni)
                 return
             only_scales = self._knows_preprocess and not self._trainer.args.multi_scale
