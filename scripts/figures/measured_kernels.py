@@ -54,7 +54,7 @@ def step() -> Iterator[Passage]:
     found = result("step")
     yield setting("the backward pass of 256 images, YOLO12-S at 640 in fp16, BatchNorm groups of 32", HOW)
     yield setting("*Before* is commit 43d3971", HOW)
-    yield setting("*Now* is commit eff5ed3", HOW)
+    yield setting("*Now* is commit 8810290", HOW)
     yield setting("The run was ended after 260 s, so there are two rounds at 8", HOW)
     order = ("before", "now", "stock")
 
@@ -132,7 +132,6 @@ def _kernels() -> Passage:
 @measured("Not measured")
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
-    yield setting("run on an H200 (58 tests)", "a run of tests, whose output was not kept")
     yield setting("The step of X at 16 GiB", "a label")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
