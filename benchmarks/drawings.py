@@ -52,7 +52,7 @@ def inspection(
         seed: Seed of the boards.
         hard: True for the harder ones.
     """
-    from yolov12.demo.board import class_names
+    from yolov12.demo.board import CLASS_NAMES
 
     file = folder / "data.yaml"
     if file.exists():
@@ -62,7 +62,7 @@ def inspection(
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
         with multiprocessing.Pool(min(64, os.cpu_count() or 1)) as pool:
             pool.map(functools.partial(_inspection_of, folder, split, imgsz, seed, hard), indices)
-    names = "\n".join(f"  {index}: {name}" for index, name in enumerate(class_names(False)))
+    names = "\n".join(f"  {index}: {name}" for index, name in enumerate(CLASS_NAMES))
     train = "- images/train\n" * repeat
     file.write_text(f"path: {folder.absolute()}\ntrain:\n{train}val: images/val\nnames:\n{names}\n")
     return str(file)

@@ -122,11 +122,11 @@ def _none(*_: Any) -> None:
     return None
 
 
-def _places(loader: Any, image_size: int) -> Any:
+def _places(loader: Any, image_size: int, most: float) -> Any:
     """Return places for workers without a GPU, too."""
     from yolov12.training.data.shared_images import SharedImages
 
-    return SharedImages(loader.num_workers, loader.batch_size * 3 * image_size**2)
+    return SharedImages(loader.num_workers, int(most * loader.batch_size * 3 * image_size**2))
 
 
 def _copied(images: Any) -> Any:
