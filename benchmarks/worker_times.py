@@ -1,4 +1,4 @@
-"""Where the time of loader workers goes: settings of a loader, and counters of its processes from Linux."""
+"""The time of loader workers, by where it goes: settings of a loader, and counters of its processes from Linux."""
 
 from __future__ import annotations
 

@@ -36,4 +36,4 @@ def main(files: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else "give files: git ls-files -z '*.py' | xargs -0 python " + __file__)

@@ -1,4 +1,4 @@
-"""Which losses run without synchronisation: Ultralytics' own detection loss, as long as nobody has changed a part."""
+"""Losses that run without synchronisation: Ultralytics' own for detection, as long as nobody has changed a part."""
 
 from contextlib import suppress
 

@@ -1,4 +1,4 @@
-"""Where the images of a training are augmented: in the loader's workers, or on the device.
+"""The place where the images of a training are augmented: in the loader's workers, or on the device.
 
 On the device, a worker draws the same random numbers and computes the same boxes, but sends the parts of decoded images
 that a batch is made of (see `packing`). The device renders them in the memory of the micro-batch that needs them. So
