@@ -221,6 +221,24 @@ def test_a_trial_ends_where_mosaic_is_closed(monkeypatch, caplog):
     )
 
 
+@pytest.mark.parametrize(("moves", "expected"), [(1, [8, 8, 8, 10, 10]), (2, [8, 8, 12, 8, 10])])
+def test_paces_before_and_after_images_moved_to_the_device_are_not_compared(monkeypatch, moves, expected):
+    """`augment_on=auto` moves them at the end of an epoch. On the device 10 workers are enough, on the host 20."""
+    work_ms = [1000]
+    control, trainer, loader, _ = a_control(monkeypatch, lambda number: work_ms[0] / number)
+    loader.augmentation = SimpleNamespace(is_on_device=False, may_pack=True)
+    found, begun = [], []
+    loader.pace.begin = begun.append
+    for trainer.epoch in range(5):
+        found.append(loader.num_workers)
+        loader.augmentation.is_on_device = trainer.epoch >= moves
+        control.epoch_ends()
+        if trainer.epoch == moves:
+            work_ms[0] = 500
+            assert moves == 2 or begun[-1] == loader.ahead(8), "those that are loaded ahead are still of the host"
+    assert found == expected
+
+
 class Lockstep:
     """Ranks in threads, which call the same methods in the same order."""
 

@@ -220,6 +220,7 @@ class WorkersControl:
         self._trainer, self._loader, self._ranks, self._note = trainer, loader, ranks, note
         self._trial: _Trial | None = None
         self._is_warm = False  # the first epoch is slower: files are not cached, and cuDNN looks for kernels
+        self._is_on_device = loader.augmentation.is_on_device
         # With other data sets, images depend on the workers, and a run that is repeated would see others.
         self._is_settled = not ranks.all(bool(trainer.args.auto_workers) and chooses_by_place(loader.dataset))
 
@@ -228,9 +229,13 @@ class WorkersControl:
         loader, trial = self._loader, self._trial
         if self._is_settled:
             return
-        if not self._is_warm:
+        moved = self._have_images_moved()
+        if not self._is_warm or (moved and trial is None):
             self._is_warm = not loader.skipped
-            loader.pace.begin(0)
+            loader.pace.begin(loader.ahead(loader.num_workers) if moved else 0)  # those ahead are still of the host
+            return
+        if trial is not None and moved:
+            self._back(trial, "cannot be compared, as images are augmented on the device now", for_good=False)
             return
         if trial is not None and not self._ranks.all(loader.resets == trial.resets):
             self._back(trial, "cannot be compared, as the data has changed")  # without mosaic, batches are others
@@ -248,6 +253,11 @@ class WorkersControl:
         loader.pace.begin(0)
         if verdict is Verdict.MORE:
             self._try_more(pace)
+
+    def _have_images_moved(self) -> bool:
+        """Return whether images of any rank are augmented elsewhere than an epoch ago, see `augment_on=auto`."""
+        before, self._is_on_device = self._is_on_device, self._loader.augmentation.is_on_device
+        return not self._ranks.all(before == self._is_on_device)
 
     def _pace(self) -> Pace | None:
         """Return the pace of the slowest rank, and the longest wait: other ranks wait for it in collectives."""
@@ -284,8 +294,8 @@ class WorkersControl:
         are_packed = self._loader.augmentation.may_pack
         return room_for_workers(self._trainer, most, HostMemory(), are_packed=are_packed)
 
-    def _back(self, trial: _Trial, why: str) -> None:
-        self._is_settled = True
+    def _back(self, trial: _Trial, why: str, *, for_good: bool = True) -> None:
+        self._is_settled, self._trial = for_good, None
         self._say(f"{_named(self._loader.num_workers, trial.workers)} {why}: going back")
         self._change(trial.workers)
 
