@@ -82,8 +82,7 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
 
 
 def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, overrides: dict[str, Any]) -> None:
-    defaults = {**DEFAULTS, **OPTIONS}
-    ours = {key: value for key, value in overrides.items() if key in defaults}
+    ours = {key: value for key, value in overrides.items() if key in DEFAULTS or key in OPTIONS}
     try:
         stock_check_resume(trainer, {key: value for key, value in overrides.items() if key not in ours})
     except FileNotFoundError as error:
@@ -98,9 +97,6 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
             trainer.args.save_dir = str(weights_folder.parent)
         else:
             _stay_among_the_runs(trainer.args)
-    for key, default in defaults.items():
-        if not hasattr(trainer.args, key):  # the run began with plain Ultralytics
-            setattr(trainer.args, key, default)
     kept = {"bn_group", "recipe", "replay", "replay_fraction", "rename"} | ({"mas"} if trainer.args.mas else set())
     for key, value in ours.items():
         moved = key == "replay" and value is not None and trainer.args.replay is not None  # as data= may be elsewhere
