@@ -163,6 +163,7 @@ def test_auto_moves_to_the_device_after_an_epoch_that_waited(monkeypatch, said):
     assert not augmentation.is_on_device
     epoch(augmentation, monkeypatch, wait=1.0, work=1.0)
     assert augmentation.is_on_device
+    assert augmentation.has_moved
     epoch(augmentation, monkeypatch, wait=1.0, work=1.0)
     (line,) = said
     assert (
@@ -177,6 +178,7 @@ def test_a_resumed_run_augments_where_it_did(mode, why, expected):
     assert not augmentation.is_on_device
     augmentation.resume(on_device=True)
     assert augmentation.is_on_device == expected
+    assert not augmentation.has_moved, "this is no event"
 
 
 @pytest.mark.parametrize(("batches", "epochs"), [(24, 1), (12, 2), (6, 5)])

@@ -225,18 +225,26 @@ def test_a_trial_ends_where_mosaic_is_closed(monkeypatch, caplog):
 def test_paces_before_and_after_images_moved_to_the_device_are_not_compared(monkeypatch, moves, expected):
     """`augment_on=auto` moves them at the end of an epoch. On the device 10 workers are enough, on the host 20."""
     work_ms = [1000]
-    control, trainer, loader, _ = a_control(monkeypatch, lambda number: work_ms[0] / number)
-    loader.augmentation = SimpleNamespace(is_on_device=False, may_pack=True)
+    control, trainer, loader, events = a_control(monkeypatch, lambda number: work_ms[0] / number)
+    loader.augmentation = SimpleNamespace(has_moved=False, may_pack=True)
     found, begun = [], []
     loader.pace.begin = begun.append
     for trainer.epoch in range(5):
         found.append(loader.num_workers)
-        loader.augmentation.is_on_device = trainer.epoch >= moves
+        loader.augmentation.has_moved = trainer.epoch >= moves
         control.epoch_ends()
         if trainer.epoch == moves:
             work_ms[0] = 500
             assert moves == 2 or begun[-1] == loader.ahead(8), "those that are loaded ahead are still of the host"
     assert found == expected
+    assert events.count("augmentation to the device") == 1
+
+
+def test_a_move_to_the_device_is_in_the_journal_also_where_the_number_stays(monkeypatch):
+    control, trainer, loader, events = a_control(monkeypatch, scaling, auto_workers=False)
+    loader.augmentation = SimpleNamespace(has_moved=True)
+    assert numbers(control, trainer, loader) == [8] * 20
+    assert events == ["augmentation to the device"]
 
 
 class Lockstep:

@@ -117,6 +117,7 @@ EVENTS: Mapping[str, str] = {
     "waited N s for room": "The same, before images were made smaller.",
     "image size A to B": "The data layer changed the image size from A to B pixels.",
     "workers A to B": "From here on, B workers load the data instead of A, see `auto_workers`.",
+    "augmentation to the device": "From here on, images are augmented on the device, see `augment_on=auto`.",
     "out-of-memory in the optimizer": "The first update ran out of memory. It was undone and ran again.",
     "over the limit of N MiB": "The peak, with what workers held, was above `mem_limit`: nothing enforces it on a CPU.",
     "resumed": "The run was resumed before this step, from the end of an epoch.",

@@ -52,6 +52,8 @@ class Augmentation:
         self._shared = RawValue(ctypes.c_bool, mode == "device" and not why_host) if mode != "host" else None
         self._skip, self._batches = skip, 0
         self._waited_s = self._worked_s = 0.0
+        self.has_moved = False
+        """True if `epoch_ends` has gone to the device."""
         self._left = 0.0  # time at which the training got the latest batch; 0 at the beginning of an epoch
 
     @property
@@ -125,7 +127,7 @@ class Augmentation:
         if self._why_host:
             LOGGER.info(f"{line}images would be augmented on the device, but {self._why_host}")
             return
-        self._shared.value = True  # type: ignore[union-attr]
+        self._shared.value = self.has_moved = True  # type: ignore[union-attr]
         LOGGER.info(f"{line}images are augmented on the device from now on")
 
 

@@ -220,16 +220,19 @@ class WorkersControl:
         self._trainer, self._loader, self._ranks, self._note = trainer, loader, ranks, note
         self._trial: _Trial | None = None
         self._is_warm = False  # the first epoch is slower: files are not cached, and cuDNN looks for kernels
-        self._is_on_device = loader.augmentation.is_on_device
+        self._has_moved = False  # images, to the device
         # With other data sets, images depend on the workers, and a run that is repeated would see others.
         self._is_settled = not ranks.all(bool(trainer.args.auto_workers) and chooses_by_place(loader.dataset))
 
     def epoch_ends(self) -> None:
         """Choose the number for the next epoch. All ranks call this together."""
         loader, trial = self._loader, self._trial
+        moved, self._has_moved = loader.augmentation.has_moved != self._has_moved, loader.augmentation.has_moved
+        if moved:
+            self._note("augmentation to the device")
         if self._is_settled:
             return
-        moved = self._have_images_moved()
+        moved = not self._ranks.all(not moved)
         if not self._is_warm or (moved and trial is None):
             self._is_warm = not loader.skipped
             loader.pace.begin(loader.ahead(loader.num_workers) if moved else 0)  # those ahead are still of the host
@@ -253,11 +256,6 @@ class WorkersControl:
         loader.pace.begin(0)
         if verdict is Verdict.MORE:
             self._try_more(pace)
-
-    def _have_images_moved(self) -> bool:
-        """Return whether images of any rank are augmented elsewhere than an epoch ago, see `augment_on=auto`."""
-        before, self._is_on_device = self._is_on_device, self._loader.augmentation.is_on_device
-        return not self._ranks.all(before == self._is_on_device)
 
     def _pace(self) -> Pace | None:
         """Return the pace of the slowest rank, and the longest wait: other ranks wait for it in collectives."""
