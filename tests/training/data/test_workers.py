@@ -118,7 +118,7 @@ def a_control(
     monkeypatch.setattr(workers, "chooses_by_place", lambda dataset: dataset != "the user's own")
     monkeypatch.setattr(workers, "room_for_workers", lambda trainer, most, memory, **packed: min(most, fitting))
     given = SimpleNamespace(**{"auto_workers": True, "close_mosaic": 0, "workers": number, **args})
-    trainer = SimpleNamespace(args=given, epochs=20, epoch=0, device=GPU, batch_size=64)
+    trainer = SimpleNamespace(args=given, epochs=20, epoch=0, device=GPU, batch_size=64, stop=False)
     loader, events = Loader(number, batch_ms, device_ms, batches), []
     loader.dataset = dataset
     control = partial(WorkersControl, trainer, loader, ranks, events.append)
@@ -204,6 +204,15 @@ def test_there_is_no_trial_that_could_not_be_judged_before_the_end_or_before_mos
     trainer.epoch = last
     control.epoch_ends()
     assert loader.num_workers == 12
+
+
+def test_a_training_that_was_stopped_in_mid_epoch_begins_no_trial(monkeypatch):
+    """Ultralytics ends its epoch in the usual way, as when `time` is over."""
+    control, trainer, loader, events = a_control(monkeypatch, scaling)
+    control.epoch_ends()
+    trainer.stop = True
+    control.epoch_ends()
+    assert (loader.restarts, events) == ([], [])
 
 
 def test_a_trial_ends_where_mosaic_is_closed(monkeypatch, caplog):

@@ -254,7 +254,7 @@ class WorkersControl:
         if trial is not None:
             self._trainer.args.workers, self._trial = loader.num_workers, None  # a resumed run begins with it
         loader.pace.begin(0)
-        if verdict is Verdict.MORE:
+        if verdict is Verdict.MORE and not self._ranks.all(bool(self._trainer.stop)):
             self._try_more(pace)
 
     def _pace(self) -> Pace | None:
