@@ -1,4 +1,4 @@
-"""Number of loader workers: why more of them may be slower, and a training that chooses it against 8 workers.
+"""Number of loader workers: what limits their speed, and a training that chooses it against 8 workers.
 
     python -m benchmarks workers --out benchmarks/results/workers.json --seconds 235      (one H200 with 16 cores)
     python -m benchmarks workers --out part.json --only processes loaders
