@@ -452,6 +452,25 @@ def test_a_loss_that_calls_the_model_twice_or_keeps_its_outputs_is_not_replayed(
             assert trainer.replayed == 0, change
 
 
+def test_a_batch_of_nan_leaves_no_trace_in_the_statistics_of_later_ones():
+    """Ultralytics restores weights and statistics after one. The memory of graphs keeps what it saw."""
+    trainer = captured()
+    trainer.step.run((torch.full((4, 3, 4, 4), torch.nan, dtype=torch.float64),), 4, Planner([(2,), (2,)]))
+    assert trainer.model[0][1].running_mean.isnan().all()
+    trainer.model.load_state_dict(trainer.plain.state_dict())
+    for parameter in (*trainer.model.parameters(), *trainer.plain.parameters()):
+        parameter.grad = None
+    trainer.run((2,), (2,))
+    assert trainer.replayed == 2
+
+
+def test_a_warm_up_has_the_memory_of_graphs():
+    trainer = captured()
+    trainer.step.try_out((torch.randn(2, 3, 4, 4, dtype=torch.float64),), 0, 2)
+    assert trainer.recorder.released == 1
+    assert trainer.run((2,), (2,)).replayed == 2  # captured again at once
+
+
 def test_graphs_are_dropped_before_a_validation_unless_they_are_small():
     trainer = captured()
     trainer.step.replays.make_room()

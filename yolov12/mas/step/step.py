@@ -294,6 +294,7 @@ class Step:
             Allocated bytes before the images and at their peak, or the failed allocation.
         """
         self._retry(self._begin)
+        self.replays.drop()
         before = gradients.take(self._parameters)
         parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last), self._note)
         states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))

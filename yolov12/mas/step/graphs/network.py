@@ -175,7 +175,7 @@ class GraphedNetwork:
         return self._gradients
 
     def _forward(self) -> list[Tensor]:
-        self.drafts.fused = 0
+        self.drafts.clear()  # of NaN, for example, which a momentum of 1 would keep
         with self._around.passes(), self._around.forward(), torch.enable_grad(), _without_weight_cache():
             tree = self._network(self._x)
         self._live = tensors_in(tree)
