@@ -98,7 +98,7 @@ class Run:
         model.zero_grad()
         norms = GroupedBatchNorm(model, activations(model))
         norms.begin()
-        norms._may_join = norms._may_join and not apart
+        norms.may_join = norms.may_join and not apart
         upsampled = Upsampling(model)
         checkpointing = Checkpointing(model, candidates(model), norms)
         x = x.clone(memory_format=torch.channels_last).requires_grad_()

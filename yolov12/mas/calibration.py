@@ -217,7 +217,10 @@ class Calibration:
         return self.ladder is None or (guessed and self._planner.budget_bytes > 2 * self._guess_budget_bytes)
 
     def _make_ladder(self, batch: Any, work: Workload) -> None:
-        key = self._cache.key(self._step.model, list(self.layers), work, self._device, self._step.fused)
+        norms = self._step.norms
+        key = self._cache.key(
+            self._step.model, list(self.layers), work, self._device, fused=norms.fused, joins=norms.may_join
+        )
         ladder = self._cache.get(key)
         if ladder is None:
             images = min(self._planner.cost.largest, work.images, PROFILE_IMAGES)

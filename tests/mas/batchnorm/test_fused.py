@@ -112,6 +112,7 @@ def test_gradients_and_statistics_are_those_of_two_operations(plan, groups, froz
     for name, buffer in others.items():
         torch.testing.assert_close(buffers[name], buffer, rtol=1e-12, atol=1e-12)
     assert (groups, True) in fused.kernels.calls
+    assert fused.norms.fused == 2 - frozen  # layers, also if some ran again
     assert (groups, True) not in apart.kernels.calls
 
 

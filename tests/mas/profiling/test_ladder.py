@@ -174,6 +174,10 @@ def test_a_ladder_is_made_once_for_the_same_training(whole, tmp_path, monkeypatc
     monkeypatch.undo()
     Run(limit, cache=tmp_path / "plans", disabled_layers=("5",))  # other layers have another ladder
     assert len(list((tmp_path / "plans").iterdir())) == 2
+    monkeypatch.setattr("yolov12.mas.batchnorm.fused.writes_into", lambda device: True)
+    Run(limit, cache=tmp_path / "plans")  # blocks that are joined need less memory without a plan
+    assert len(list((tmp_path / "plans").iterdir())) == 3
+    monkeypatch.undo()
     file.write_text("{")  # an unreadable ladder is made again
     assert Run(limit, cache=tmp_path / "plans").engine._step.plans[0] == KEEP_ALL
     assert len(Ladder.from_state_dict(json.loads(file.read_text())).plans) > 3

@@ -72,8 +72,9 @@ class GroupedBatchNorm:
         self._writes_into: Callable[[torch.device], bool] = getattr(kernels, "writes_into", lambda device: False)
         self._pairs = Pairs(activations or {})
         self._activations: dict[nn.Module, nn.Module] = {}
-        self.joins = self._may_join = False
-        """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`."""
+        self.joins = self.may_join = False
+        """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`: `joins` in
+        this micro-batch, `may_join` in a micro-batch of this batch that keeps everything."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
         self._all: list[_BatchNorm] = []
         self.find_layers()
@@ -88,8 +89,8 @@ class GroupedBatchNorm:
 
     @property
     def fused(self) -> int:
-        """Number of calls in this batch that ran BatchNorm and activation as one operation."""
-        return self._statistics.fused
+        """Number of layers that ran in one operation with their activation in this batch."""
+        return len(self._statistics.fused)
 
     @property
     def ungrouped(self) -> Sequence[_BatchNorm]:
@@ -121,7 +122,7 @@ class GroupedBatchNorm:
             self._layers = layers  # only now, as an allocation may have failed
         self._statistics.clear()
         has_any_hooks = has_global_hooks() or any(map(has_hooks, self._modules))
-        self._may_join = self._writes_into(self._statistics.means.device) and not has_any_hooks
+        self.may_join = self._writes_into(self._statistics.means.device) and not has_any_hooks
 
     @contextmanager
     def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
@@ -137,7 +138,7 @@ class GroupedBatchNorm:
             RuntimeError: An activation was not applied to the output of its BatchNorm, or a layer got a number of
                 images that is not a multiple of the micro-batch's.
         """
-        self._groups, self._first, self.joins = groups, first, self._may_join
+        self._groups, self._first, self.joins = groups, first, self.may_join
         self._statistics.reserve(first + len(groups))
         forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
         for activation in {*self._activations.values()}:
@@ -245,7 +246,8 @@ class GroupedBatchNorm:
         if not self._suits_kernels(layer, x, sizes) or (residual is not None and not adds_up(x, residual)):
             return None
         self._statistics.called.add(index)
-        self._statistics.fused += silu
+        if silu:
+            self._statistics.fused.add(index)
         means, variances = self._statistics.of_layer(index, self._first, len(self._groups))
         part = join.place(x.shape, x) if join is not None else None
         out, tail = self._into(
@@ -270,7 +272,7 @@ class GroupedBatchNorm:
             out, again = self._kernels.batch_norm(x, weight, bias, means, variances, sizes, layer.eps, fused)
             if fused:
                 self._activated = out
-                self._statistics.fused += 1
+                self._statistics.fused.add(index)
         else:
             views = self._statistics.views[self._first : self._first + len(sizes)]
             statistics = [(means_of[index], variances_of[index]) for means_of, variances_of in views]

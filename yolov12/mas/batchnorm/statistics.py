@@ -25,8 +25,8 @@ class Statistics:
         """The same memory as one view per group and layer."""
         self.called: set[int] = set()
         """Indices of the layers that were called."""
-        self.fused = 0
-        """Number of calls that ran BatchNorm and activation as one operation."""
+        self.fused: set[int] = set()
+        """Indices of the layers that ran in one operation with their activation."""
 
     def empty(self) -> Statistics:
         """Return statistics of the same layers without rows."""
@@ -38,7 +38,7 @@ class Statistics:
         self.means.zero_()
         self.variances.zero_()
         self.called.clear()
-        self.fused = 0
+        self.fused.clear()
 
     def reserve(self, rows: int) -> None:
         """Make room for a number of groups. The memory stays the same unless it has to grow."""
@@ -65,7 +65,7 @@ class Statistics:
         rows = slice(first, first + len(others.means))
         torch._foreach_copy_([self.means[rows], self.variances[rows]], [others.means, others.variances])
         self.called |= others.called
-        self.fused += others.fused
+        self.fused |= others.fused
 
     def averages(self, groups: Sequence[int], images: int) -> list[Tensor]:
         """Return weighted sums of means and of variances, see `GroupedBatchNorm.averages`."""

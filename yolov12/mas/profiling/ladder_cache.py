@@ -52,7 +52,7 @@ class LadderCache:
         return self._folder / f"{key}.json"
 
     @staticmethod
-    def key(model: nn.Module, layers: list[str], work: Workload, device: str, fused: int = 0) -> str:
+    def key(model: nn.Module, layers: list[str], work: Workload, device: str, *, fused: int, joins: bool) -> str:
         """Return the key of a model on a device: 24 hexadecimal digits.
 
         The key depends on the model's configuration, the image size, the device, the PyTorch version, and settings such
@@ -64,9 +64,10 @@ class LadderCache:
             work: Workload of any batch; only its height and width count.
             device: Name of the device.
             fused: Number of BatchNorm layers that run as one operation with their activation.
+            joins: Whether BatchNorm also adds residuals and writes concatenations where everything is kept.
         """
         settings = torch.__version__, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
         trained = [(name, part.requires_grad, str(part.dtype)) for name, part in model.named_parameters()]
         modes = [module.training for module in model.modules()]
-        told = [_FORMAT, trained, modes, model, layers, work.height, work.width, device, settings, fused]
+        told = [_FORMAT, trained, modes, model, layers, work.height, work.width, device, settings, fused, joins]
         return hashlib.sha256("\n".join(map(str, told)).encode()).hexdigest()[:24]

@@ -84,10 +84,11 @@ class Step:
         self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
         self._structure = Structure(model)
         self._device = self._all[0].device
-        self._norms = GroupedBatchNorm(model, activations, log=log)
+        self.norms = GroupedBatchNorm(model, activations, log=log)
+        """BatchNorm layers of the model."""
         self._upsampling = Upsampling(model)
-        self.checkpointing = Checkpointing(model, layers or {}, self._norms)
-        self.replays = Replays(model, task, self._norms, self._upsampling, self.checkpointing, meter, graphs, log, note)
+        self.checkpointing = Checkpointing(model, layers or {}, self.norms)
+        self.replays = Replays(model, task, self.norms, self._upsampling, self.checkpointing, meter, graphs, log, note)
         self._retry = Retry(self.replays.release, note)
         self.plans: tuple[Plan, ...] = (KEEP_ALL,)
         """Checkpoint plans. The level of a planner is an index into them."""
@@ -95,11 +96,6 @@ class Step:
         self._parameters: list[nn.Parameter] = []
         self._per_image: Tensor | None = None  # normaliser per image of the previous batch
         self._exact, self._has_terms = exact, False  # whether the latest loss had several normalisers
-
-    @property
-    def fused(self) -> int:
-        """Number of BatchNorm layers that the latest batch ran in one operation with their activation."""
-        return self._norms.fused
 
     def run(
         self,
@@ -162,7 +158,7 @@ class Step:
                 restarts = restarts and not is_shared  # other ranks would not begin again
                 ran, groups_done = self._run_share(parts, images, plan, planner, total, restarts=restarts)
                 watch.stop()
-                statistics = self._retry(lambda: self._norms.averages(groups_done, share.batch_images))
+                statistics = self._retry(lambda: self.norms.averages(groups_done, share.batch_images))
                 # Reserved now, while a failed allocation still concerns only this rank.
                 self._retry(lambda: self._ranks.reserve([*self._parameters, *statistics]))
             statuses = self._ranks.agree(status.after(groups=0 if share.is_padding else len(groups_done)))
@@ -178,7 +174,7 @@ class Step:
                 replayed=self.replays.count, has_captured=self.replays.has_captured,
             )  # fmt: skip
             self._per_image = None if self._has_terms else self._retry(lambda: total.normaliser() / share.batch_images)
-            self._retry(lambda: self._norms.commit(statistics, sum(each.groups for each in statuses)))
+            self._retry(lambda: self.norms.commit(statistics, sum(each.groups for each in statuses)))
         except BaseException:
             parts.drop()
             gradients.give(self._parameters, before)
@@ -191,16 +187,16 @@ class Step:
         """Look at the model as it is now: users may have replaced layers, frozen or switched them."""
         if self._structure.changed():
             self._all = list(self.model.parameters())
-            self._norms.find_layers()
+            self.norms.find_layers()
             self._upsampling.find_layers()
             self.checkpointing.find_activations()
         self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
-        self._norms.begin()
+        self.norms.begin()
         self._upsampling.begin()
         self.replays.begin(self._parameters)
-        if self._norms.ungrouped and self._ranks.size > 1:
+        if self.norms.ungrouped and self._ranks.size > 1:
             raise ConfigError(
-                f"{type(self._norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "
+                f"{type(self.norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "
                 "share a batch: train in one, or with mas=False"
             )
 
@@ -267,7 +263,7 @@ class Step:
                 if not self._has_terms or ran == [sum(groups) for groups in plan]:
                     break
                 states[0].restore()
-                self._norms.begin()
+                self.norms.begin()
                 plan = planner.plan(0, None)  # there was a failure
                 if groups_of(plan) == groups:
                     break
@@ -276,7 +272,7 @@ class Step:
             parts.drop()
             for state in states:
                 state.restore()
-            self._norms.begin()  # a layer that does not run in groups goes on from its latest statistics
+            self.norms.begin()  # a layer that does not run in groups goes on from its latest statistics
             torch.clear_autocast_cache()  # its copies of weights were made without gradients
 
     def try_out(
@@ -326,7 +322,7 @@ class Step:
             part = parts.get(start, stop)
             if following > stop:
                 parts.prefetch(stop, following)
-            with self._norms.within(groups, first_group), self._upsampling.within(), self.replays.within(first_group):
+            with self.norms.within(groups, first_group), self._upsampling.within(), self.replays.within(first_group):
                 with layers:
                     loss = self._task.loss(self.model, part)
                 self._has_terms = loss.has_terms
