@@ -23,7 +23,7 @@ from yolov12.mas.distributed.replicas import checksum
 from yolov12.mas.journal.journal import Journal, Summary
 from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.memory.reading import Meter
-from yolov12.mas.profiling.ladder import Ladder
+from yolov12.mas.profiling.ladder import FORMAT, Ladder
 from yolov12.mas.records import DoneBatch, Records
 from yolov12.mas.room import Room
 from yolov12.mas.scheduling.peak_model import CostModel, Features
@@ -317,6 +317,7 @@ class Engine:
         ladder = self._calibration.ladder
         return {
             "device": self._device_name,
+            "format": FORMAT,
             "ladder": ladder.state_dict() if ladder and not ladder.guessed else None,
             "cost": self._planner.cost.state_dict(),
             "speed": self._planner.speed.state_dict(),
@@ -327,7 +328,7 @@ class Engine:
         """Restore the result of `state_dict`, unless it was learned on another device or by another version."""
         planner, calibration = self._planner, self._calibration
         try:
-            if state["device"] != self._device_name:
+            if (state["device"], state.get("format")) != (self._device_name, FORMAT):
                 return
             ladder = Ladder.from_state_dict(state["ladder"]) if state["ladder"] else None
             history = History(**state["history"])

@@ -21,7 +21,11 @@ from yolov12.mas.profiling.warmup import profile
 from yolov12.mas.scheduling.peak_model import Level
 from yolov12.mas.step.step import Step
 
-__all__ = ["Ladder", "ladder_of", "make_ladder"]
+__all__ = ["FORMAT", "Ladder", "ladder_of", "make_ladder"]
+
+FORMAT = 5
+"""Version of stored ladders and of the profiles behind them. With a higher number, none of an earlier version is used:
+neither one in a cache nor one in the state of an engine."""
 
 # Used if not even one image could be profiled: the effect of recomputing all layers of YOLO12-S
 # (docs/reference/measurements.md).

@@ -11,13 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from yolov12.mas.profiling.ladder import Ladder
+from yolov12.mas.profiling.ladder import FORMAT, Ladder
 from yolov12.mas.task import Workload
 
 __all__ = ["LadderCache"]
-
-# Version of the files and of the profiles behind them. A higher number invalidates all stored ladders.
-_FORMAT = 5
 
 
 class LadderCache:
@@ -69,5 +66,5 @@ class LadderCache:
         settings = torch.__version__, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
         trained = [(name, part.requires_grad, str(part.dtype)) for name, part in model.named_parameters()]
         modes = [module.training for module in model.modules()]
-        told = [_FORMAT, trained, modes, model, layers, work.height, work.width, device, settings, fused, joins]
+        told = [FORMAT, trained, modes, model, layers, work.height, work.width, device, settings, fused, joins]
         return hashlib.sha256("\n".join(map(str, told)).encode()).hexdigest()[:24]
