@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.batchnorm.statistics import Statistics
 from yolov12.mas.scheduling.groups import split_groups
 
 
@@ -249,3 +250,14 @@ def test_model_without_batchnorm():
     with norms.within((2, 2), 0):
         model(torch.ones(4, 3))
     norms.commit(norms.averages((2, 2), 4), 2)
+
+
+def test_room_for_many_groups_is_made_a_few_times():
+    """Each time takes a second for 256 groups of a detector, as there is a view of each group and layer."""
+    statistics = Statistics([slice(0, 3)], torch.zeros(0, 4))
+    made = []
+    for groups in range(1, 257):
+        statistics.reserve(groups)
+        made.append(statistics.views)
+        assert len(statistics.views) >= groups
+    assert len({id(views) for views in made}) <= 9

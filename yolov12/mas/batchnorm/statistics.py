@@ -44,6 +44,7 @@ class Statistics:
         """Make room for a number of groups. The memory stays the same unless it has to grow."""
         if not self._columns or len(self.means) >= rows:
             return
+        rows = max(rows, 2 * len(self.means))  # views are made anew, which takes long for many groups
         more = self.means.new_zeros(rows - len(self.means), self.means.shape[1])
         self.means, self.variances = torch.cat((self.means, more)), torch.cat((self.variances, more))
         self.views = [
