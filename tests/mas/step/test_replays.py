@@ -15,6 +15,7 @@ from ultralytics.cfg import get_cfg
 
 from benchmarks.common.allocations import FailingAllocations
 from yolov12.mas import Config, Engine
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.journal.journal import Journal, read_rows
 from yolov12.mas.memory.replay import ReplayMeter
@@ -246,6 +247,23 @@ def test_a_capture_ends_at_nodes_of_its_own(monkeypatch):
     assert trainer.replayed == 2
     assert ends
     assert all(nodes and not nodes & held for nodes in ends)
+
+
+def test_layers_that_run_again_in_a_capture_are_not_joined(monkeypatch):
+    """They run as in the forward pass, which joins nothing within a plan."""
+    monkeypatch.setattr("yolov12.mas.batchnorm.fused.writes_into", lambda device: True)
+    usual, joins = GroupedBatchNorm._forward, []
+    monkeypatch.setattr(
+        GroupedBatchNorm, "_forward", lambda norms, *args: (joins.append(norms.joins), usual(norms, *args))[1]
+    )
+    trainer = Trainer(plans=PLANS)
+    for _ in range(3):
+        trainer.run((2,), (2,), level=1)
+    assert trainer.replayed == 2
+    assert joins
+    assert not any(joins)
+    trainer.run((2,), (2,), level=0)
+    assert any(joins)
 
 
 CHANGES = {
