@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.common import report
 from benchmarks.drawings import photographs
-from benchmarks.loader import endless
+from benchmarks.loader import cpu_times, endless
 
 SOURCES: dict[str, dict[str, Any]] = {"ram": {"cache": "ram"}, "files": {}}
 MODES = ("host", "device")
@@ -74,16 +74,8 @@ def work(data: dict[str, Any], batches: int, **arguments: Any) -> dict[str, floa
         stock = build_dataloader(build_yolo_dataset(cfg, data["train"], 16, data), 16, 0, device="cpu")
         made = ResumableLoader(stock, cfg.imgsz).take_over(Augmentation(mode, torch.device("cpu")))
         loaders.append(endless(made))
-    cpu_ms: list[list[float]] = [[], []]
-    for number in range(batches + 1):
-        for side, each in enumerate(loaders):
-            begin = time.process_time()
-            images = len(next(each)["im_file"])
-            if number:  # the first batch fills buffers
-                cpu_ms[side].append(1000 * (time.process_time() - begin) / images)
-    ratios = [host / device for host, device in zip(*cpu_ms, strict=True)]
-    host, device = map(statistics.median, cpu_ms)
-    return {"host_cpu_ms": host, "device_cpu_ms": device, "ratio": statistics.median(ratios)}
+    host, device, ratio = cpu_times(*loaders, batches)
+    return {"host_cpu_ms": host, "device_cpu_ms": device, "ratio": ratio}
 
 
 def speed(dataset: Any, mode: str, device: Any, options: argparse.Namespace) -> dict[str, float]:

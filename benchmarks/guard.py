@@ -50,13 +50,13 @@ def step(device: str, rounds: int) -> Found:
     """Yield the ratios of a step: of a GPU with the largest micro-batch that fits twice, and of a common one."""
     from benchmarks.step import Variant
 
-    settings = argparse.Namespace(cfg="yolo12n.yaml", images=16, size=64, device=device)
+    settings: dict[str, Any] = {"cfg": "yolo12n.yaml", "images": 16, "size": 64}
     at_once = small = 2
     if device == "cuda":
         at_once = _most_at_once()
         small = min(COMMON_AT_ONCE, at_once)
-        settings = argparse.Namespace(cfg="yolo12s.yaml", images=2 * at_once, size=640, device=device)
-    variants = {name: Variant(name, ROOT, settings) for name in ("stock", "now")}
+        settings = {"cfg": "yolo12s.yaml", "images": 2 * at_once, "size": 640}
+    variants = {name: Variant(name, ROOT, device=device, **settings) for name in ("stock", "now")}
 
     def answers(rounds: int, warm_up: int = 0, **request: Any) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         runs = {name: functools.partial(variant.ask, **request) for name, variant in variants.items()}

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
-from benchmarks.common import report
+from benchmarks.common import report, rounds
 from benchmarks.drawings import photographs
 from benchmarks.worker_times import Setting, endless, with_setting
 
@@ -85,17 +85,32 @@ def in_turn(data: dict[str, Any], batches: int, **arguments: Any) -> dict[str, A
         batches: Number of batches that are measured.
         arguments: Arguments of the training.
     """
-    loaders = [endless(loader(data, ours, 0, **arguments)) for ours in (False, True)]
-    cpu_ms: list[list[float]] = [[], []]
-    for number in range(batches + 1):
-        for side, each in enumerate(loaders):
-            begin = time.process_time()
-            images = len(next(each)["img"])
-            if number:  # the first batch fills buffers
-                cpu_ms[side].append(1000 * (time.process_time() - begin) / images)
-    ratios = [stock / ours for stock, ours in zip(*cpu_ms, strict=True)]
-    stock_ms, ours_ms = map(statistics.median, cpu_ms)
-    return {"stock_cpu_ms": stock_ms, "ours_cpu_ms": ours_ms, "ratio": statistics.median(ratios)}
+    stock, ours = (endless(loader(data, ours, 0, **arguments)) for ours in (False, True))
+    stock_ms, ours_ms, ratio = cpu_times(stock, ours, batches)
+    return {"stock_cpu_ms": stock_ms, "ours_cpu_ms": ours_ms, "ratio": ratio}
+
+
+def cpu_times(one: Iterator[Any], other: Iterator[Any], batches: int) -> tuple[float, float, float]:
+    """Load batches of two loaders in turn.
+
+    Args:
+        one: Loader without an end that works in this process.
+        other: Another one.
+        batches: Number of batches of each that are measured, after one that fills buffers.
+
+    Returns:
+        CPU time of an image in milliseconds with either loader, and their ratio. All are medians.
+    """
+
+    def cpu_ms(loader: Iterator[Any]) -> float:
+        begin = time.process_time()
+        images = len(next(loader)["im_file"])
+        return 1000 * (time.process_time() - begin) / images
+
+    runs = {"one": functools.partial(cpu_ms, one), "other": functools.partial(cpu_ms, other)}
+    found = rounds.in_turn(runs, batches, warm_up=1)
+    ratio = rounds.median_ratio(found["one"], found["other"])
+    return statistics.median(found["one"]), statistics.median(found["other"]), ratio
 
 
 def with_workers(data: dict[str, Any], workers: int, rounds: int, batches: int, **arguments: Any) -> dict[str, Any]:

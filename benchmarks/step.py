@@ -158,9 +158,21 @@ class Child:
 
 
 class Variant:
-    """A child process."""
+    """A child process.
 
-    def __init__(self, name: str, folder: Path, options: argparse.Namespace) -> None:
+    Args:
+        name: `stock`, or another name for this package.
+        folder: Checkout whose code it runs.
+        cfg: Yaml of the model.
+        images: Number of images in a step.
+        size: Height and width of the images in pixels.
+        device: `cuda` or `cpu`.
+        deterministic: True for PyTorch's deterministic mode.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, *, cfg: str, images: int, size: int, device: str, deterministic: bool = False
+    ) -> None:
         self.name = name
         environment = {
             **os.environ,
@@ -169,11 +181,11 @@ class Variant:
             ),
             "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
             **({"YOLOV12_AUTOPATCH": "0"} if name == "stock" else {}),
-            **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if options.deterministic else {}),
+            **({"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {}),
         }
-        command = [sys.executable, __file__, "--child", name, "--cfg", options.cfg]
-        command += ["--images", str(options.images), "--size", str(options.size), "--device", options.device]
-        command += ["--deterministic"] if options.deterministic else []
+        command = [sys.executable, __file__, "--child", name, "--cfg", cfg]
+        command += ["--images", str(images), "--size", str(size), "--device", device]
+        command += ["--deterministic"] if deterministic else []
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -247,7 +259,8 @@ def main() -> int:
         "graphs": now if options.graphs else None,
         "stock": None if options.no_stock else now,
     }
-    all_variants = [Variant(name, folder, options) for name, folder in folders.items() if folder is not None]
+    settings = {name: getattr(options, name) for name in ("cfg", "images", "size", "device", "deterministic")}
+    all_variants = [Variant(name, folder, **settings) for name, folder in folders.items() if folder is not None]
     result = report.Report(options.out, options.device, rows=[], profiles={})
 
     def variants_of(micro_batch: int) -> list[Variant]:

@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from benchmarks import checkpointing, guard
+from benchmarks import checkpointing, guard, step
 from benchmarks.common.processes import environment
 from benchmarks.guard_ratios import MOST_TOLERANCE, Comparison, Ratio, reference_for
 
@@ -135,6 +136,18 @@ def test_the_limit_is_measured_by_a_part_of_checkpointing(who, monkeypatch):
     monkeypatch.setitem(checkpointing.PARTS, f"{who}-s", part)
     assert guard.limited(who) == {"images_per_s": 1.0}
     assert given[0]["scope"].limits == (guard.LIMIT_GIB,)
+
+
+def test_a_step_is_measured_by_the_processes_of_step(monkeypatch):
+    def ask(variant, **request):
+        time = 2.0 if variant.name == "stock" else 1.0
+        return {"launches": 10 * time} if request.get("profile") else {"ms": [time]}
+
+    monkeypatch.setattr(step.subprocess, "Popen", lambda command, **_: SimpleNamespace(args=command))
+    monkeypatch.setattr(step.Variant, "ask", ask)
+    monkeypatch.setattr(step.Variant, "end", lambda variant: None)
+    found = guard.measure("step", "cpu", 2)
+    assert [ratio["rounds"] for ratio in found.values()] == [[2.0, 2.0], [2.0, 2.0]]
 
 
 def test_a_part_yields_ratios_by_name():
