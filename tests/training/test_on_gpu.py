@@ -67,7 +67,7 @@ def test_images_get_smaller_under_a_limit_that_is_refused_otherwise(run_python, 
 
     refused, limit_mib = [], SMALLEST_MIB
     while (off := train("off", limit_mib, mas_data="off", exist_ok=True)).returncode:
-        named = re.search(r"give a mem_limit (?:of|above) ([\d,]+) MiB", off.stderr)
+        named = re.search(r"a mem_limit (?:of|above) ([\d,]+) MiB", off.stderr)
         assert named is not None, off.stderr[-3000:]
         assert len(refused) < 5
         refused.append(limit_mib)

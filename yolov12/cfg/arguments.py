@@ -95,10 +95,10 @@ ARGUMENTS: tuple[Argument, ...] = (
     ),
     Argument(
         "cuda_graphs",
-        False,
+        True,
         "True or False",
         "On a GPU, replay the kernels of small micro-batches as CUDA graphs, where the GPU would wait for the CPU to "
-        "launch them one by one; off by default, as it has not been measured in whole trainings.",
+        "launch them one by one.",
         ENGINE,
     ),
     Argument(
