@@ -126,7 +126,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     ),
     Argument(
         "augment_on",
-        "host",
+        "auto",
         "host, device or auto",
         "Augment images in the loader's workers (host), on the device (device), or on the GPU after an epoch that "
         "waited for data for a tenth of its time or more (auto).",
