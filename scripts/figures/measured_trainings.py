@@ -302,14 +302,15 @@ def line() -> Iterator[Passage]:
     yield sentence("The watch trains {} epochs in batches of {} images", asked["epochs"], asked["batch"])
     yield sentence("`replay_fraction={}`, under a limit of 32 GiB", asked["replay_fraction"])
     assert told["limit_mib"] == 32 * 1024
-    assert not told["promoted"]
+    assert told["promoted"]
+    assert all(found["holds"].values())
     assert not plain["table"]["would_be_promoted"]
     yield table(
         "| | AP of the old classes before | after | AP of the new classes | promoted |",
         [
             [name, *(say("{:.3f}", row[key]) for key in ("old_before", "old_after", "new_after")), promoted]
             for name, row, promoted in (
-                ("`yolov12 watch`", table_of["watch"], "no"),
+                ("`yolov12 watch`", table_of["watch"], "yes"),
                 ("the same training without `replay` and undisturbed", table_of["plain"], "it would not be"),
             )
         ],
@@ -318,11 +319,15 @@ def line() -> Iterator[Passage]:
     connector, forgotten = (
         next(row for row in each["classes"] if row["name"] == "connector") for each in table_of.values()
     )
-    yield sentence("`connector` fell from {:.3f} to {:.3f}", connector["serving"], connector["candidate"])
-    yield sentence("more than the margin of {} that was set", asked["margin"])
-    yield sentence("The aim of 0.5 for the new classes was missed by {:.3f}", 0.5 - told["table"]["new_after"])
-    yield setting("The benchmark now has 50 epochs", "its settings")
+    fall = max(told["table"]["classes"], key=lambda row: (row["serving"] or 0) - row["candidate"])
+    assert fall is connector
+    yield sentence("The `margin` by which a class may fall is {}", asked["margin"])
+    yield sentence("from {:.3f} to {:.3f}", connector["serving"], connector["candidate"])
     yield sentence("There, `connector` fell to {:.3f}", forgotten["candidate"])
+    yield setting(
+        "30 epochs with `replay_fraction=0.4` ended with 0.498 for the new classes, and `connector` fell by 0.053",
+        "an earlier run, whose file was replaced, as the page says",
+    )
     yield sentence("The kill cost {:.1f} s", told["seconds_lost_to_the_kill"])
     yield sentence("The training went on {} updates before", told["killed_after_update"] - told["resumed_at_update"])
     yield sentence("made all {} updates", told["updates"])
