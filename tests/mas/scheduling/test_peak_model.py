@@ -260,6 +260,22 @@ def test_plan_that_was_seen_at_one_size_tells_of_the_others():
         assert cost.predict(under(images, 2)) == pytest.approx(needs(under(images, 2)), rel=0.03)
 
 
+@given(
+    noise=st.lists(st.floats(0, 5e-3), min_size=5, max_size=5),
+    boxes=st.lists(st.integers(150, 298), min_size=3, max_size=3),
+)
+def test_plan_of_the_warm_up_is_predicted_from_one_that_has_run_nearer(noise, boxes):
+    """As on a GPU with 24 GiB: 8 images kept everything, then 64 and 128 recomputed. The prediction was half of it."""
+    cost = CostModel([Level(1.0, 1.0), Level(0.9, 1.02)])
+    shapes = [(64, 10_300e6), (64, 10_300e6), (64, 10_300e6), (128, 20_370e6), (128, 20_370e6)]
+    cost.observe(under(8, 0, 250), 1_390_000_000)
+    for (images, needed), less, most in zip(shapes, noise, [*boxes, 300, 325], strict=True):
+        cost.observe(under(images, 1, most), int(needed * (1 - less)))
+    predicted, upper = cost.upper(under(128, 0, 325))
+    assert upper >= 22_900_000_000
+    assert predicted <= 24_500_000_000
+
+
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_crowd_under_a_plan_that_has_seen_none(level):
     """The tables of the loss have the same size under all plans. What one plan has learned is safe for the others."""

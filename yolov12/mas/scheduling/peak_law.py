@@ -13,6 +13,7 @@ each size also has a correction: the median of its residuals.
 
 from __future__ import annotations
 
+import math
 from statistics import median
 from typing import Any
 
@@ -67,6 +68,14 @@ class PeakLaw:
         """Most boxes of an image in any observation."""
         return self._most_boxes
 
+    def distance(self, size: Size) -> float:
+        """Return how far a size is from the nearest one observed: 0 if it was, 1 for twice or half of its pixels.
+
+        It is infinite before the first observation.
+        """
+        pixels = math.prod(size)
+        return min((abs(math.log2(math.prod(each) / pixels)) for each in self._seen), default=math.inf)
+
     def latest(self) -> tuple[Size, int] | None:
         """Return size and boxes of the last observation; None before the first."""
         size = next(reversed(self._seen), None)
@@ -85,7 +94,8 @@ class PeakLaw:
             boxes: Boxes of the image that has most.
             ratio: Activation bytes of the plan to predict for, divided by those of the plan of this law. The tables of
                 the assignment have the same size under all plans. If the other plan keeps less, the tables may
-                determine the peak at fewer boxes. The result is high enough even if every box adds to the peak.
+                determine the peak at fewer boxes. The result is high enough even if every box adds to the peak. If it
+                keeps more, the constant part counts as activations: a fit to few sizes cannot tell them apart.
             bytes_per_box: Value of the property `bytes_per_box` that other plans have learned. It is used for boxes
                 beyond the most boxes observed under this plan.
         """
@@ -93,11 +103,12 @@ class PeakLaw:
         c0, c1, c2 = self._line
         per_box = pixels * max(c2, bytes_per_box) / 1e2
         beyond = max(boxes - self._most_boxes, 0) * per_box
-        rising = c1 * pixels * max(ratio, 1.0) + c2 * tables + beyond
+        more = max(ratio, 1.0)
+        rising = c1 * pixels * more + c2 * tables + beyond
         if ratio < 1.0:
             rising = min(rising, c1 * pixels * ratio + boxes * per_box)
         correction = self._corrections.get(size, 0.0)
-        return c0 * fixed + rising + (correction if ratio == 1.0 else max(correction, 0.0))
+        return c0 * fixed * more + rising + (correction if ratio == 1.0 else max(correction, 0.0))
 
     def observe(self, size: Size, boxes: int, needed_bytes: int) -> None:
         """Learn the bytes that a micro-batch needed above the memory allocated before it."""

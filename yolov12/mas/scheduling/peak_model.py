@@ -3,7 +3,8 @@
 Each plan (`Level`) learns its own law (peak_law.py), because recomputation moves the peak to another part of the pass.
 A plan that has not run yet uses the law of the nearest plan that has run, with activations scaled by the ratio of the
 two plans' fractions. A plan that has run with a single size does the same for other sizes, with the law of a plan that
-has run with several sizes, and scales the result to its own measurement.
+has run with several sizes. If one of these is near its own, it scales the result to its own measurement. If not, the
+plan that has run nearer to the size in question tells its bytes alone.
 
 A failed allocation gives a lower bound for the peak of its shape. It may also be a false alarm or fragmentation, so the
 bound fades: it is constant for a few batches, and then its excess over the law is halved again and again. After
@@ -31,6 +32,8 @@ _SPREAD_FURTHER = 0.5
 # With more than this times the most boxes observed, a shape counts as not observed.
 _FURTHEST = 2.0
 _SPREAD_MOST = 0.5
+# Distance (`PeakLaw.distance`) up to which a law counts as known. A law of 64 and 128 images says nothing about 8.
+_NEAR = 1.0
 # Half-life after a first failure. Together with the hold, a false alarm is gone after about ten batches.
 _HALF_LIFE_BATCHES = 4
 _HALF_LIFE_MOST = 4096
@@ -226,13 +229,16 @@ class CostModel:
         law, boxes, per_box = self._laws[features.level], features.boxes, self._bytes_per_box
         if law.sizes > 1 or len(self._laws) == 1 or law.seen(features.size):
             return law.expected_bytes(features.size, boxes, 1.0, per_box)
-        level = self._nearest(features.level, sizes=2 if law.sizes else 1)
+        level, latest = self._nearest(features.level, sizes=2 if law.sizes else 1), law.latest()
         if level is None:
             return law.expected_bytes(features.size, boxes, 1.0, per_box)
-        ratio = self.levels[features.level].fraction / self.levels[level].fraction
-        expected = self._laws[level].expected_bytes(features.size, boxes, ratio, per_box)
-        if (latest := law.latest()) is not None:
-            there = self._laws[level].expected_bytes(*latest, ratio, per_box)
+        other, ratio = self._laws[level], self.levels[features.level].fraction / self.levels[level].fraction
+        is_anchored = latest is not None and other.distance(latest[0]) <= _NEAR
+        if not is_anchored and law.distance(features.size) < other.distance(features.size):
+            return law.expected_bytes(features.size, boxes, 1.0, per_box)
+        expected = other.expected_bytes(features.size, boxes, ratio, per_box)
+        if latest is not None and is_anchored:
+            there = other.expected_bytes(*latest, ratio, per_box)
             expected *= law.expected_bytes(*latest) / there if there > 0 else 1.0
         return expected
 
