@@ -21,6 +21,7 @@ choose is given as arguments: AdamW with a learning rate that does not depend on
     stock256   Ultralytics with batch=256 and no limit, as on a card that is large enough
     nbs256     Ultralytics at its largest batch with nbs=256, so with as many images in an update as `256`
     256lr      `256` with the usual scaling for Adam: the learning rate times the square root of 256 / nbs
+    device     `256` with images that are augmented on the device; in all others, they are augmented on the host
 
 On a GPU, models start from one base model of their size, which Ultralytics has trained for a short time on other
 boards, and images have 320 pixels under a limit of 4 GiB, which is as much for a pixel as 16 GiB at 640. Many
@@ -170,7 +171,8 @@ class Accuracy:
             arguments["lr0"] *= math.sqrt(settings.large / settings.nbs)
         if not is_stock:
             limit = {"mem_limit": f"{settings.limit_gib:g}GiB"} if settings.limit_gib else {"micro_batch": stock_batch}
-            arguments |= {"recipe": False, **limit}
+            place = "device" if variant == "device" else "host"
+            arguments |= {"recipe": False, "augment_on": place, **limit}
         if trial:
             arguments |= {"epochs": 1, "val": False, "save": False}
             name["batch"] = stock_batch

@@ -29,6 +29,7 @@ STYLES: dict[str, tuple[str, Any]] = {
     "neighbour": ("#D55E00", (0, (2, 1))),
     "nbs256": ("#009E73", (0, (4, 1, 1, 1))),
     "256lr": ("#CC79A7", (0, (1, 1))),
+    "device": ("#F0E442", (0, (5, 1, 1, 1, 1, 1))),
 }
 """Colour and dashes of each variant."""
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-VARIANTS = ("stock", "256", "neighbour", "stock256", "nbs256", "same", "256lr")
+VARIANTS = ("stock", "256", "neighbour", "stock256", "nbs256", "same", "256lr", "device")
 STOCK = ("stock", "stock256", "nbs256")
-LARGE = ("256", "neighbour", "stock256", "256lr")
+LARGE = ("256", "neighbour", "stock256", "256lr", "device")
 CONTEXT_GIB = 1.0
 """Memory of a process on a GPU besides that of PyTorch's allocator."""
 NEIGHBOUR = (0.0, 0.4)

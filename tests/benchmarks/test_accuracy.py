@@ -26,16 +26,17 @@ def test_variants_differ_in_batch_and_limit_and_in_nothing_else_unnamed(tmp_path
     assert {variant for variant, each in jobs.items() if each.is_stock} == {"stock", "stock256", "nbs256"}
     assert {variant: each["batch"] for variant, each in given.items()} == {
         **dict.fromkeys(("stock", "nbs256", "same"), 32),
-        **dict.fromkeys(("256", "256lr", "neighbour", "stock256"), 256),
+        **dict.fromkeys(("256", "256lr", "neighbour", "stock256", "device"), 256),
     }
     assert [variant for variant, each in given.items() if each["nbs"] != 64] == ["nbs256"]
     assert given["256lr"]["lr0"] == 2 * given["256"]["lr0"]
     limited = {variant for variant, each in jobs.items() if each.call["limit_gib"] == 4}
     assert limited == {"stock", "nbs256"}
     assert {variant for variant, each in given.items() if each.get("mem_limit") == "4GiB"} == {
-        "same", "256", "256lr", "neighbour",
+        "same", "256", "256lr", "neighbour", "device",
     }  # fmt: skip
-    varied = {"batch", "nbs", "lr0", "mem_limit", "recipe", "name"}
+    assert [variant for variant, each in given.items() if each.get("augment_on") == "device"] == ["device"]
+    varied = {"batch", "nbs", "lr0", "mem_limit", "recipe", "augment_on", "name"}
     assert len({json.dumps({k: v for k, v in each.items() if k not in varied}) for each in given.values()}) == 1
 
 
