@@ -251,6 +251,46 @@ def checkpointing() -> Iterator[Passage]:
     yield sentence("At 4 GiB, it had settled on groups of {}", found["ours-x"][4]["bn_group"])
 
 
+@measured("The same on an H200")
+def limits() -> Iterator[Passage]:
+    """Yield the passages on images/s at four limits, with and without CUDA graphs."""
+    found = result("limits_h200")
+    plain, graphs = (
+        {name: {row["limit_gib"]: row for row in rows} for name, rows in found[key].items()}
+        for key in ("without_graphs", "with_graphs")
+    )
+    yield setting("all of them update the weights once for 256 images", HOW)
+    header = "| limit, GiB | ours | Ultralytics 8.4.190 | all layers recomputed | ours ÷ stock | ours ÷ all "
+    for scale in "sx":
+        lines = []
+        for gib in (4, 8, 16, 80):
+            rows = [plain[f"{who}-{scale}"].get(gib) for who in ("ours", "stock", "all")]
+            made_alike(gib, *filter(None, rows))
+            speeds = [
+                say("{:,.0f} (at {})", row["images_per_s"], row.get("batch", row.get("micro_batch"))) if row else ""
+                for row in (*rows, graphs[f"ours-{scale}"][gib])
+            ]
+            ours, *others = rows
+            ratios = [say("{:.2f}", ours["images_per_s"] / each["images_per_s"]) if ours else "" for each in others]
+            lines.append([str(gib), *speeds[:3], *ratios, speeds[3]])
+        yield table(f"{header}| with CUDA graphs, another machine |", lines, after=f"YOLO12-{scale.upper()}:\n\n")
+    yield setting("S at 8 GiB ran 32 images at once as graphs. At 4 GiB, and for X at 4, 8 and 16 GiB", HOW)
+    small, whole = plain["ours-x"][8], plain["all-x"][8]
+    assert small["images_per_s"] < whole["images_per_s"]
+    yield setting("At 8 GiB, X is slower", "a label")
+    yield sentence("It runs {} images at once in BatchNorm groups of {}", small["micro_batch"], small["bn_group"])
+    yield sentence("the other variant runs {} and", whole["batch"])
+    over = plain["ours-s"][16]["images_per_s"] / plain["stock-s"][16]["images_per_s"]
+    own = plain["ours-x"][16]["images_per_s"] / plain["ours-x"][80]["images_per_s"]
+    yield sentence("at 16 GiB, S has {:.2f} times the speed of stock", over)
+    yield sentence("X reaches {:.2f} of its own speed at 80 GiB", own)
+    yield setting("(target 2.5)", "a target")
+    yield setting("(target 0.8)", "a target")
+    at_once = [plain["ours-x"][gib]["micro_batch"] for gib in (16, 80)]
+    yield sentence("runs {} images at once in place of {}", *at_once)
+    yield setting("At 4 GiB, there was no time left for X", "a label")
+
+
 def made_alike(limit: object, *rows: dict[str, Any]) -> None:
     """Refuse to compare rows of checkpointing.json that were measured on other cards, or at other commits.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from statistics import fmean
 from typing import Any
 
 from scripts.figures.cards import IS_COMPLETE, README, readme_rows
@@ -29,8 +28,11 @@ LABELS = {
         "YOLO12-X 训练步，640，batch 256，BatchNorm 每组 16 张，显存限制 8 GiB，图像/秒"
     ),
     **(README if IS_COMPLETE else _DENSE),
-    "one training step of YOLO12-S at batch 128, images/s": "YOLO12-S 单个训练步，batch 128，图像/秒",
-    "memory peak of this step, MiB": "该训练步的显存峰值，MiB",
+    "whole training of YOLO12-N from JPEG files, 640, batch 128, 8 workers, images/s": (
+        "从 JPEG 文件完整训练 YOLO12-N，640，batch 128，8 个 worker，图像/秒"
+    ),
+    "the same, YOLO12-S": "同上，YOLO12-S",
+    "the same, YOLO12-M": "同上，YOLO12-M",
     "training on four GPUs, batch 512, images in memory and not augmented, images/s": (
         "四卡训练，batch 512，图像在内存中且不做增强，图像/秒"
     ),
@@ -58,11 +60,11 @@ def devices(measured_on: Mapping[str, Any]) -> dict[str, str]:
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
     """Yield each row of the table: the card, the name of the JSON file, and the figures, this package's first."""
-    curves, dense, memory = result("checkpointing"), result("dense"), result("memory")
+    curves, dense, memory = result("limits_h200")["without_graphs"], result("dense"), result("memory")
     for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 8)):
         each = [{row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock")]
         made_alike(gib, *each)
-        yield each[0]["device"], "checkpointing", [say("{:,.0f}", row["images_per_s"]) for row in each]
+        yield each[0]["device"], "limits_h200", [say("{:,.0f}", row["images_per_s"]) for row in each]
     if IS_COMPLETE:
         device = result("cards")["measured_on"]["t4"]["device"]
         yield from ((device, "cards", figures) for figures in readme_rows(result("cards")))
@@ -70,11 +72,10 @@ def _rows() -> Iterator[tuple[str, str, list[str]]]:
         for key in ("images_per_s", "peak_sd_mib"):
             both = dense["dense"]["ours"], dense["dense"]["stock"][0]
             yield dense["measured_on"]["dense"]["device"], "dense", [say("{:,.0f}", row[key]) for row in both]
-    attention = result("attention")
-    steps = [row for row in attention["steps"] if not row["deterministic"]]
-    for key in ("images_per_s", "peak_mib"):
-        means = (fmean(row[key] for row in steps if row["variant"] == who) for who in ("sdpa", "stock"))
-        yield attention["device"], "attention", [say("{:,.0f}", mean) for mean in means]
+    whole = result("training")
+    for scale in "nsm":
+        row_of = {row["variant"]: row for row in whole["rows"] if row["model"] == scale}
+        yield whole["device"], "training", [say("{:,.0f}", row_of[who]["images_per_s"]) for who in ("ours", "stock")]
     ranks = result("ranks_four")
     assert augmentation(ranks["speed"]) == "not augmented", "the label of the row says otherwise"
     four = {row["who"]: row["images_per_s"] for row in ranks["speed"]["rows"] if row["gpus"] == 4}
@@ -109,8 +110,8 @@ def figures() -> Iterator[Passage]:
     yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
     if not IS_COMPLETE:
         yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
-    (small,) = (row for row in result("checkpointing")["ours-x"] if row["limit_gib"] == 8)
-    assert {event for step in small["steps"] for event in step["events"]} == {"groups of 16"}
+    (small,) = (row for row in result("limits_h200")["without_graphs"]["ours-x"] if row["limit_gib"] == 8)
+    assert (small["bn_group"], small["steps_in_smaller_groups"]) == (16, 0)
 
 
 @section(CHINESE, "测量数据")
