@@ -118,7 +118,7 @@ def test_header_cards_and_links_of_the_readme_are_compared():
     for now, wrong in (
         ("| this package | Ultralytics | card", "| Ultralytics | this package | card"),
         ("| H200, [", "| H100, ["),
-        ("results/attention.json", "results/memory.json"),
+        ("results/training.json", "results/memory.json"),
     ):
         assert now in text
         assert any("card, data" in problem for problem in check("README.md", text.replace(now, wrong, 1), [of_page])[0])
