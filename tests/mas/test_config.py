@@ -57,6 +57,7 @@ def test_group(name, value, group):
         ("mem_limit", -5),
         ("mem_limit", True),
         ("mem_limit", "16 apples"),
+        ("cuda_graphs", "maybe"),
         ("mem_safety_ratio", 0.95),
         ("mem_safety_ratio", -0.1),
         ("mem_safety_ratio", "a tenth"),

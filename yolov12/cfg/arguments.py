@@ -95,8 +95,8 @@ ARGUMENTS: tuple[Argument, ...] = (
     ),
     Argument(
         "cuda_graphs",
-        True,
-        "True or False",
+        None,
+        "True or False; None: True with PyTorch 2.11 or later",
         "On a GPU, replay the kernels of small micro-batches as CUDA graphs, where the GPU would wait for the CPU to "
         "launch them one by one.",
         ENGINE,

@@ -42,8 +42,9 @@ class Config:
     """Names of layers that are never rebuilt or recomputed, see `checkpointing.layers.candidates`. Users write
     `disable_mas_layers`."""
 
-    cuda_graphs: bool = DEFAULTS["cuda_graphs"]
-    """True to replay small micro-batches as CUDA graphs where that is faster, see `step.graphs.replays`."""
+    cuda_graphs: bool | None = DEFAULTS["cuda_graphs"]
+    """True to replay small micro-batches as CUDA graphs where that is faster, see `step.graphs.replays`; None: True
+    with PyTorch 2.11 or later."""
     exact: bool = DEFAULTS["exact"]
     """True for the exact gradient of a loss with several normalisers, whose split batches then run their forward pass
     twice, see `task.Loss`; False to weight its parts by their numbers of images."""
@@ -93,7 +94,7 @@ class Config:
             bn_group=_count("bn_group", values["bn_group"], "auto, a number of images, or 0 to use the micro-batch"),
             micro_batch=_count("micro_batch", values["micro_batch"], "a number of images, or leave it out"),
             disabled_layers=_names(values["disable_mas_layers"]),
-            cuda_graphs=bool(values["cuda_graphs"]),
+            cuda_graphs=_switch("cuda_graphs", values["cuda_graphs"]),
             exact=bool(values["exact"]),
         )
 
@@ -105,6 +106,12 @@ def _names(value: Any) -> tuple[str, ...]:
     if not all(names) and names != ("",):
         raise ConfigError(f"disable_mas_layers={value}: give names of layers, as in ['backbone.4','neck.2']")
     return names if all(names) else ()
+
+
+def _switch(name: str, value: Any) -> bool | None:
+    if value not in (None, True, False):
+        raise ConfigError(f"{name}={value}: give True or False, or leave it out")
+    return None if value is None else bool(value)
 
 
 def _count(name: str, value: Any, wanted: str) -> int | None:

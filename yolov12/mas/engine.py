@@ -106,7 +106,7 @@ class Engine:
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
         )
         found = candidates(model, layers, self.config.disabled_layers)
-        graphs = graphs_for(device, self._planner.room) if self.config.cuda_graphs else None
+        graphs = graphs_for(device, self._planner.room, self.config.cuda_graphs)
         self._step = Step(
             model, task, self.meter, backward, found, activations, ranks, log,
             exact=self.config.exact, note=self.note, graphs=graphs,
@@ -249,7 +249,7 @@ class Engine:
             self._records.updated(epoch, ("out-of-memory in the optimizer",) * failures)
 
     def make_room(self) -> None:
-        """Return memory that a validation may need: that of CUDA graphs, unless it is small."""
+        """Return memory that a validation may need: that of CUDA graphs, unless there is as much beside them."""
         self._step.replays.make_room()
 
     def _keep_replicas_alike(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 from ultralytics.cfg import get_cfg
 
 from benchmarks.common.allocations import FailingAllocations
@@ -19,7 +20,8 @@ from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.journal.journal import Journal, read_rows
 from yolov12.mas.memory.replay import ReplayMeter
-from yolov12.mas.step.graphs.replays import Graphs
+from yolov12.mas.step.graphs import replays
+from yolov12.mas.step.graphs.replays import Graphs, graphs_for
 from yolov12.mas.step.retry import IN_A_CAPTURE
 from yolov12.mas.step.step import Step
 from yolov12.mas.task import TensorTask
@@ -489,21 +491,40 @@ def test_a_warm_up_has_the_memory_of_graphs():
     assert trainer.run((2,), (2,)).replayed == 2  # captured again at once
 
 
-def test_graphs_are_dropped_before_a_validation_unless_they_are_small():
+def test_graphs_are_dropped_before_a_validation_unless_there_is_as_much_memory_beside_them():
+    """A capture takes seconds, and a validation does not need more than a micro-batch."""
     trainer = captured()
+    reading = trainer.meter.read()
+    free_bytes = reading.reachable_bytes - reading.allocated_bytes
+    trainer.step.replays.idle_bytes = free_bytes // 2
     trainer.step.replays.make_room()
     assert trainer.run((2,), (2,)).replayed == 2
-    trainer.step.replays.idle_bytes = 2**40
+    trainer.step.replays.idle_bytes = free_bytes // 2 + 1
     trainer.step.replays.make_room()
     assert trainer.recorder.released == 1
     assert trainer.run((2,), (2,)).replayed == 2  # captured again at once
 
 
-@pytest.mark.parametrize("arguments", [{}, {"cuda_graphs": True}])
+@pytest.mark.parametrize(
+    ("version", "wanted", "has_graphs"),
+    [("2.3.1+cu121", None, False), ("2.11.0+cu130", None, True), ("2.15.0", None, True), ("2.3.1", True, True),
+     ("2.15.0", False, False)],
+)  # fmt: skip
+def test_graphs_are_on_with_versions_of_pytorch_that_were_measured(monkeypatch, version, wanted, has_graphs):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(replays, "recorder_for", lambda device: AgainRecorder(None))
+    found = graphs_for(torch.device("cuda"), lambda start, stop: (0, 0), wanted)
+    assert (found is not None) is has_graphs
+
+
+@pytest.mark.parametrize("arguments", [{}, {"cuda_graphs": True}, {"cuda_graphs": False}])
 def test_an_engine_replays_if_it_is_asked_to(monkeypatch, tmp_path, arguments):
     made = []
 
-    def graphs_for(device, room):
+    def graphs_for(device, room, wanted):
+        assert wanted is arguments.get("cuda_graphs")
+        if not wanted:
+            return None
         made.append(AgainRecorder(meter))
         return Graphs(made[0], room)
 
@@ -518,5 +539,6 @@ def test_an_engine_replays_if_it_is_asked_to(monkeypatch, tmp_path, arguments):
             engine.step((torch.randn(6, 3, 5, 5),))
             engine.update(optimizer)
     replayed = [int(row["replayed"]) for row in read_rows(tmp_path / "memory.csv")]
-    assert replayed == ([0, 3, 3, 3] if arguments else [0, 0, 0, 0])
-    assert [recorder.released > 0 for recorder in made] == [True] * len(arguments)
+    wanted = arguments.get("cuda_graphs", False)
+    assert replayed == ([0, 3, 3, 3] if wanted else [0, 0, 0, 0])
+    assert [recorder.released > 0 for recorder in made] == [True] * wanted

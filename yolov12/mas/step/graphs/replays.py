@@ -42,16 +42,11 @@ _RUNS = 3
 """Number of times that a size runs before it is captured, and after that before it is judged."""
 _FASTER = 0.95
 """Largest time of a replay, relative to that without a graph, for which a size stays captured."""
-_CAPTURE = 1.25
-"""Bytes that a capture may need, relative to those of the micro-batch."""
-_MISSES = 3
-"""Number of passes unlike the captured one after which a size is not captured any more."""
-_SIZES = 64
-"""Most sizes that are watched."""
-_PAUSE_BATCHES = 16
-"""Batches without captures after graphs had to give way; twice as many after every further time."""
-_SMALL = 0.05
-"""Fraction of the budget up to which graphs need not give way to a validation."""
+_CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro-batch
+_MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
+_SIZES = 64  # most sizes that are watched
+_PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
+_MEASURED_WITH = (2, 11)  # earliest version of PyTorch with which graphs were measured
 
 
 @dataclass(frozen=True)
@@ -65,14 +60,18 @@ class Graphs:
     most above what is allocated, and the budget in bytes."""
 
 
-def graphs_for(device: torch.device, room: Callable[[int, int], tuple[int, int]]) -> Graphs | None:
-    """Return what replays need on a device; None if it has no CUDA graphs.
+def graphs_for(
+    device: torch.device, room: Callable[[int, int], tuple[int, int]], wanted: bool | None = None
+) -> Graphs | None:
+    """Return what replays need on a device; None if it has no CUDA graphs, or if they are not wanted.
 
     Args:
         device: Device of the model.
         room: See `Graphs.room`.
+        wanted: None for True if PyTorch is one of the versions with which graphs were measured.
     """
-    recorder = recorder_for(device)
+    is_wanted = torch.__version__ >= _MEASURED_WITH if wanted is None else wanted
+    recorder = recorder_for(device) if is_wanted else None
     return None if recorder is None else Graphs(recorder, room)
 
 
@@ -254,8 +253,9 @@ class Replays:
             self._release()
 
     def make_room(self) -> None:
-        """Drop the graphs before a validation, unless they are small."""
-        if self._graphs is not None and self.idle_bytes > _SMALL * self._meter.read().reachable_bytes:
+        """Drop the graphs before a validation, unless there is as much memory beside them."""
+        reading = self._meter.read()
+        if self.idle_bytes and 2 * self.idle_bytes > reading.reachable_bytes - reading.allocated_bytes:
             self.drop()
 
     def _release(self) -> None:
