@@ -13,13 +13,13 @@ import torch
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolov12.errors import ConfigError
-from yolov12.files import AtomicPath
+from yolov12.files import AtomicPath, lock
 from yolov12.mas import Engine
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.training.run import run_state
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
-from yolov12.training.run.resume import latest_interrupted
+from yolov12.training.run.resume import begun, latest_interrupted
 
 
 @pytest.fixture
@@ -179,6 +179,30 @@ def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrup
     anew = trainings.train(bn_group=8, resume="auto", **name, **trainings.TINY)
     assert anew.folder.name == "line-4"
     assert "starting anew" in anew.log
+
+
+def test_auto_begins_anew_in_the_folder_of_a_run_that_was_killed_before_its_first_checkpoint(trainings, tmp_path):
+    """So the weights are where the same command, which a supervisor repeats, has always put them."""
+    name = {"project": tmp_path, "name": "line"}
+
+    def leave(folder, *files):
+        (folder / "weights").mkdir(parents=True)
+        for file in files:
+            (folder / file).write_text("")
+
+    leave(tmp_path / "line", "args.yaml", "memory.csv", "weights/best.pt")  # somebody's weights
+    leave(tmp_path / "line-2", "args.yaml")  # a run of stock Ultralytics in its first epoch, which has no lock
+    leave(tmp_path / "line-3", "args.yaml", "memory.csv")
+    held = lock(tmp_path / "line-3" / "weights")
+    assert begun(name, "detect") is None
+    held.release()
+    leave(tmp_path / "line2", "args.yaml", "memory.csv")
+    assert begun(name, "detect") == tmp_path / "line-3"
+    words = {**trainings.TINY, **name, "epochs": 1, "bn_group": 8, "resume": "auto"}
+    anew = trainings.train(**words)
+    assert anew.folder.name == "line-3"
+    assert len(anew.results) == 1
+    assert trainings.train(**words).folder.name == "line-4"
 
 
 def test_auto_finds_a_run_whose_folder_was_moved(trainings, interrupted, tmp_path):

@@ -12,7 +12,10 @@ from yolov12.files import is_locked
 from yolov12.models import weights
 from yolov12.training.run.run_state import FILE
 
-__all__ = ["interrupted", "latest_interrupted"]
+__all__ = ["begun", "interrupted", "latest_interrupted"]
+
+_BEGUN = {".lock", "args.yaml", "classes.csv", "labels.jpg", "memory.csv"}
+"""Files that a run of this package writes before its first checkpoint."""
 
 
 def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:
@@ -25,16 +28,38 @@ def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:
     Returns:
         None if there is no such run.
     """
+    newest_first = sorted(_found(arguments, task, "weights/last.pt"), key=_changed, reverse=True)
+    return next((last for last in newest_first if interrupted(last) and not is_locked(last.parent)), None)
+
+
+def begun(arguments: Mapping[str, Any], task: str) -> Path | None:
+    """Return the folder of a run that these arguments started and that ended before it saved anything.
+
+    Args:
+        arguments: Training arguments; `project`, `name` and `save_dir` are used.
+        task: Ultralytics' name of the task, such as `detect`.
+
+    Returns:
+        The first such folder; None if there is none. One that a process trains in does not count.
+    """
+    folders = sorted(file.parent for file in _found(arguments, task, "memory.csv"))
+    for folder in folders:
+        names = {file.name for file in folder.rglob("*") if not file.is_dir()}
+        weights_folder = folder / "weights"
+        if "args.yaml" in names and names <= _BEGUN and weights_folder.is_dir() and not is_locked(weights_folder):
+            return folder
+    return None
+
+
+def _found(arguments: Mapping[str, Any], task: str, file: str) -> list[Path]:
+    """Return a file of all runs of a name, without those of runs whose names only begin alike."""
     from ultralytics.cfg import get_save_dir
 
     names = {key: arguments.get(key) for key in ("project", "name", "save_dir")}
     folder = get_save_dir(SimpleNamespace(**names, task=task, mode="train", exist_ok=True))
     numbered = re.compile(re.escape(folder.name) + r"(-\d+)?")
-    found = [
-        last for last in folder.parent.glob("*/weights/last.pt") if numbered.fullmatch(last.parent.parent.name)
-    ]  # without runs whose names only begin alike
-    newest_first = sorted(found, key=_changed, reverse=True)
-    return next((last for last in newest_first if interrupted(last) and not is_locked(last.parent)), None)
+    found = folder.parent.glob(f"*/{file}")
+    return [each for each in found if numbered.fullmatch(each.relative_to(folder.parent).parts[0])]
 
 
 def interrupted(last: Path) -> bool:

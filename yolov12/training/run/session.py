@@ -16,7 +16,7 @@ from yolov12.training.run import run_folder
 from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
 from yolov12.training.run.preflight import check_training_arguments
 from yolov12.training.run.recipes import recipe_for
-from yolov12.training.run.resume import latest_interrupted
+from yolov12.training.run.resume import begun, latest_interrupted
 from yolov12.training.run.run_state import FILE
 
 __all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
@@ -168,15 +168,17 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return {**arguments, "resume": str(path)}
     if str(resume).lower() != "auto":
         return arguments
-    last = latest_interrupted({**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}, model.task)
+    given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
+    last = latest_interrupted(given, model.task)
     if last is None:
         LOGGER.info("resume=auto: no run of this project and name was interrupted: starting anew")
-        return {**arguments, "resume": False}
+        folder = None if given.get("save_dir") or given.get("exist_ok") else begun(given, model.task)
+        return {**arguments, "resume": False, **({"save_dir": str(folder)} if folder is not None else {})}
     LOGGER.info(f"resume=auto: going on with {last}")
     model._load(str(last))
     # The run itself determines its folder and name.
-    given = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok", "save_dir")}
-    return {**given, "resume": str(last)}
+    kept = {key: value for key, value in arguments.items() if key not in ("project", "name", "exist_ok", "save_dir")}
+    return {**kept, "resume": str(last)}
 
 
 def _defaults() -> dict[str, Any]:
