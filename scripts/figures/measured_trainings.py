@@ -293,6 +293,13 @@ def accuracy() -> Iterator[Passage]:
     yield sentence("four times as high with a batch of {} and `nbs=16`", large)
     yield sentence("a quarter of that of the batch of {}", large)
     yield sentence("It makes {} updates in place of {}, as", updates["nbs256"], updates["256"])
+    places = {row["variant"]: row for row in result("accuracy_places")["table"]}
+    yield setting("with `--only 256 device --seeds 0 1 2`, the training with `batch=64`", HOW)
+    yield sentence(
+        "ends at {:.3f}, {:.3f} and {:.3f} with images from the host, and at {:.3f}, {:.3f} and {:.3f} with images",
+        *(places["256"]["map"] + places["device"]["map"]),
+    )
+    assert abs(places["256"]["mean"] - places["device"]["mean"]) < min(row["sd"] for row in places.values())
 
 
 @measured("Whole trainings")
