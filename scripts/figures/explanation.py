@@ -129,10 +129,10 @@ def graphs() -> Iterator[Passage]:
     speed: dict[tuple[str, int], list[float]] = {}
     for row in result("step")["rows"]:
         speed.setdefault((row["variant"], row["micro_batch"]), []).append(row["images_per_s"])
-    gains = [
-        min(a / b for a, b in zip(speed["graphs", micro], speed["now", micro], strict=True)) for micro in (32, 8)
-    ]
-    words = "in micro-batches of 32 images became at least {:.1f} times as fast, and one in micro-batches of 8 at least "
+    gains = [min(a / b for a, b in zip(speed["graphs", micro], speed["now", micro], strict=True)) for micro in (32, 8)]
+    words = (
+        "in micro-batches of 32 images became at least {:.1f} times as fast, and one in micro-batches of 8 at least "
+    )
     yield sentence(f"{words}{{:.1f}} times", *gains)
 
 

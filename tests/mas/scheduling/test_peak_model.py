@@ -265,7 +265,7 @@ def test_plan_that_was_seen_at_one_size_tells_of_the_others():
     boxes=st.lists(st.integers(150, 298), min_size=3, max_size=3),
 )
 def test_plan_of_the_warm_up_is_predicted_from_one_that_has_run_nearer(noise, boxes):
-    """As on a GPU with 24 GiB: 8 images kept everything, then 64 and 128 recomputed. The prediction was half of it."""
+    """A run under 24 GiB did this: 8 images kept everything, 64 and 128 recomputed. It predicted half of the peak."""
     cost = CostModel([Level(1.0, 1.0), Level(0.9, 1.02)])
     shapes = [(64, 10_300e6), (64, 10_300e6), (64, 10_300e6), (128, 20_370e6), (128, 20_370e6)]
     cost.observe(under(8, 0, 250), 1_390_000_000)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import Checkpointing, Plan
@@ -38,15 +39,14 @@ from yolov12.mas.task import Task
 
 __all__ = ["Graphs", "Replays", "graphs_for"]
 
-_RUNS = 3
-"""Number of times that a size runs before it is captured, and after that before it is judged."""
+_RUNS = 3  # times that a size runs before it is captured, and after that before it is judged
 _FASTER = 0.95
 """Largest time of a replay, relative to that without a graph, for which a size stays captured."""
 _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro-batch
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
-_MEASURED_WITH = (2, 11)  # earliest version of PyTorch with which graphs were measured
+_MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def graphs_for(
         room: See `Graphs.room`.
         wanted: None for True if PyTorch is one of the versions with which graphs were measured.
     """
-    is_wanted = torch.__version__ >= _MEASURED_WITH if wanted is None else wanted
+    is_wanted = TorchVersion(torch.__version__) >= _MEASURED_WITH if wanted is None else wanted
     recorder = recorder_for(device) if is_wanted else None
     return None if recorder is None else Graphs(recorder, room)
 
