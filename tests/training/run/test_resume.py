@@ -192,7 +192,7 @@ def test_auto_begins_anew_in_the_folder_of_a_run_that_was_killed_before_its_firs
 
     leave(tmp_path / "line", "args.yaml", "memory.csv", "weights/best.pt")  # somebody's weights
     leave(tmp_path / "line-2", "args.yaml")  # a run of stock Ultralytics in its first epoch, which has no lock
-    leave(tmp_path / "line-3", "args.yaml", "memory.csv")
+    leave(tmp_path / "line-3", "args.yaml", "memory.csv", "weights/state.pt")  # killed before it wrote last.pt
     held = lock(tmp_path / "line-3" / "weights")
     assert begun(name, "detect") is None
     held.release()

@@ -14,8 +14,8 @@ from yolov12.training.run.run_state import FILE
 
 __all__ = ["begun", "interrupted", "latest_interrupted"]
 
-_BEGUN = {".lock", "args.yaml", "classes.csv", "labels.jpg", "memory.csv"}
-"""Files that a run of this package writes before its first checkpoint."""
+_BEGUN = {".lock", "args.yaml", "classes.csv", "labels.jpg", "memory.csv", FILE}
+"""Files that a run of this package writes before its first checkpoint. A state without a checkpoint is of no use."""
 
 
 def latest_interrupted(arguments: Mapping[str, Any], task: str) -> Path | None:

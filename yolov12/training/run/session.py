@@ -173,7 +173,10 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     if last is None:
         LOGGER.info("resume=auto: no run of this project and name was interrupted: starting anew")
         folder = None if given.get("save_dir") or given.get("exist_ok") else begun(given, model.task)
-        return {**arguments, "resume": False, **({"save_dir": str(folder)} if folder is not None else {})}
+        if folder is None:
+            return {**arguments, "resume": False}
+        (folder / "weights" / FILE).unlink(missing_ok=True)
+        return {**arguments, "resume": False, "save_dir": str(folder)}
     LOGGER.info(f"resume=auto: going on with {last}")
     model._load(str(last))
     # The run itself determines its folder and name.
