@@ -615,6 +615,15 @@ class HeardRanks:
     least = all
 
 
+@pytest.mark.parametrize(("ranks", "wanted"), [(ALONE, None), (HeardRanks(), False)])
+def test_several_processes_replay_graphs_only_if_they_are_asked_to(monkeypatch, ranks, wanted):
+    asked = []
+    monkeypatch.setattr("yolov12.mas.engine.graphs_for", lambda device, room, wanted: asked.append(wanted))
+    World(ranks=ranks, bn_group=4, micro_batch=4)
+    World(ranks=ranks, bn_group=4, micro_batch=4, cuda_graphs=True)
+    assert asked == [wanted, True]
+
+
 def test_other_ranks_are_told_each_time_once():
     """With two batches in an update, no new time is known before the second."""
     ranks = HeardRanks()

@@ -96,7 +96,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     Argument(
         "cuda_graphs",
         None,
-        "True or False; None: True with PyTorch 2.11 or later",
+        "True or False; None: True with PyTorch 2.11 or later in one process",
         "On a GPU, replay the kernels of small micro-batches as CUDA graphs, where the GPU would wait for the CPU to "
         "launch them one by one.",
         ENGINE,

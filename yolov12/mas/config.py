@@ -44,7 +44,7 @@ class Config:
 
     cuda_graphs: bool | None = DEFAULTS["cuda_graphs"]
     """True to replay small micro-batches as CUDA graphs where that is faster, see `step.graphs.replays`; None: True
-    with PyTorch 2.11 or later."""
+    with PyTorch 2.11 or later, in a training of one process."""
     exact: bool = DEFAULTS["exact"]
     """True for the exact gradient of a loss with several normalisers, whose split batches then run their forward pass
     twice, see `task.Loss`; False to weight its parts by their numbers of images."""

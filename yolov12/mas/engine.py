@@ -106,7 +106,8 @@ class Engine:
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
         )
         found = candidates(model, layers, self.config.disabled_layers)
-        graphs = graphs_for(device, self._planner.room, self.config.cuda_graphs)
+        is_untried = self.config.cuda_graphs is None and ranks.size > 1
+        graphs = graphs_for(device, self._planner.room, False if is_untried else self.config.cuda_graphs)
         self._step = Step(
             model, task, self.meter, backward, found, activations, ranks, log,
             exact=self.config.exact, note=self.note, graphs=graphs,
