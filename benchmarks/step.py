@@ -9,7 +9,7 @@ the forward pass, the loss and the backward pass of 256 images in micro-batches 
 without data loading and without the optimizer. Stock runs the same micro-batches one after the other. When all times
 are known, a profile of one step shows which kernels take the time. On a CPU, times are CPU times, in fp32, and
 operations stand for kernels.
-`--graphs` adds the engine with CUDA graphs, in micro-batches of 32 at most. `--deterministic` is the mode of
+`--graphs` adds the engine with CUDA graphs, and the others run without. `--deterministic` is the mode of
 Ultralytics' trainings.
 """
 
@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-MOST_GRAPHED = 32
-"""Largest micro-batch of the variant with CUDA graphs."""
 MOST_SECONDS = 3.0
 """Seconds after which a variant's turn ends, from the second step on."""
 KINDS = {
@@ -80,8 +78,10 @@ class Child:
             seconds.append(self._now() - begin)
         found: dict[str, Any] = {"ms": [round(1e3 * each, 2) for each in seconds]}
         if self.is_on_gpu:
-            peak_bytes = torch.cuda.max_memory_allocated() - self.resident_bytes
-            found["mb_per_image"] = peak_bytes / micro_batch / 1e6
+            peak_bytes = torch.cuda.max_memory_allocated()
+            if self.variant == "graphs":  # the memory of graphs is reserved, not allocated
+                peak_bytes = self.engines[micro_batch].latest.peak_bytes
+            found["mb_per_image"] = (peak_bytes - self.resident_bytes) / micro_batch / 1e6
         return found
 
     def _now(self) -> float:
@@ -128,7 +128,8 @@ class Child:
         return self.engines[micro_batch]
 
     def _settings(self) -> dict[str, Any]:
-        return {"cuda_graphs": True} if self.variant == "graphs" else {}  # an earlier commit may not know it
+        # An earlier commit may not know it.
+        return {} if self.variant == "before" else {"cuda_graphs": self.variant == "graphs"}
 
     def _profile(self, micro_batch: int) -> dict[str, Any]:
         from torch.autograd import DeviceType
@@ -260,14 +261,10 @@ def main() -> int:
         "stock": None if options.no_stock else now,
     }
     settings = {name: getattr(options, name) for name in ("cfg", "images", "size", "device", "deterministic")}
-    all_variants = [Variant(name, folder, **settings) for name, folder in folders.items() if folder is not None]
+    variants = [Variant(name, folder, **settings) for name, folder in folders.items() if folder is not None]
     result = report.Report(options.out, options.device, rows=[], profiles={})
 
-    def variants_of(micro_batch: int) -> list[Variant]:
-        return [each for each in all_variants if each.name != "graphs" or micro_batch <= MOST_GRAPHED]
-
     for micro_batch in options.micro_batches:
-        variants = variants_of(micro_batch)
         for variant in variants:
             variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them
         for round_ in range(options.rounds):
@@ -289,13 +286,13 @@ def main() -> int:
         result.write()
     # After all times: once a process has profiled, CUPTI stays attached to it, and every launch takes longer.
     for micro_batch in (each for each in options.micro_batches if each in options.profiles):
-        for variant in variants_of(micro_batch):
+        for variant in variants:
             found = variant.ask(micro_batch=micro_batch, profile=True)
             result["profiles"][f"{variant.name} {micro_batch}"] = found
             told = {key: value for key, value in found.items() if key != "longest_ms"}
             print(micro_batch, variant.name, told, flush=True)
             result.write()
-    for variant in all_variants:
+    for variant in variants:
         variant.end()
     return 0
 
