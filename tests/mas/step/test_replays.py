@@ -497,10 +497,10 @@ def test_graphs_are_dropped_before_a_validation_unless_there_is_as_much_memory_b
     reading = trainer.meter.read()
     free_bytes = reading.reachable_bytes - reading.allocated_bytes
     trainer.step.replays.idle_bytes = free_bytes // 2
-    trainer.step.replays.make_room()
+    assert trainer.step.replays.make_room() == free_bytes // 2
     assert trainer.run((2,), (2,)).replayed == 2
     trainer.step.replays.idle_bytes = free_bytes // 2 + 1
-    trainer.step.replays.make_room()
+    assert trainer.step.replays.make_room() == 0
     assert trainer.recorder.released == 1
     assert trainer.run((2,), (2,)).replayed == 2  # captured again at once
 

@@ -150,8 +150,7 @@ class Replays:
         self._is_active = False
         if self._graphs is None:
             return
-        self._pause = max(self._pause - 1, 0)
-        self._parameters = parameters
+        self._pause, self._parameters = max(self._pause - 1, 0), parameters
         if self._watch.changed():
             self.drop()
             self._sizes.clear()
@@ -252,11 +251,12 @@ class Replays:
         if held or self.idle_bytes:
             self._release()
 
-    def make_room(self) -> None:
-        """Drop the graphs before a validation, unless there is as much memory beside them."""
+    def make_room(self) -> int:
+        """Drop the graphs before a validation, unless there is as much memory beside them; return what they keep."""
         reading = self._meter.read()
         if self.idle_bytes and 2 * self.idle_bytes > reading.reachable_bytes - reading.allocated_bytes:
             self.drop()
+        return self.idle_bytes
 
     def _release(self) -> None:
         assert self._graphs is not None
