@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.common.processes import environment
-from benchmarks.step import HERE, kind_of, ratios
+from benchmarks.step import HERE, Child, kind_of, ratios
 
 RESULT = json.loads((Path(HERE) / "results" / "step.json").read_text("utf-8"))
 
@@ -40,6 +40,14 @@ def test_ratios_compare_variants_of_one_round():
         for round_, variant, rate in ((0, "now", 30.0), (0, "stock", 20.0), (1, "now", 10.0))
     ]
     assert ratios(rows) == [{"micro_batch": 8, "round": 0, "over": "stock", "ratio": 1.5}]
+
+
+@pytest.mark.parametrize("variant", ["before", "now", "graphs"])
+def test_only_one_variant_has_graphs(variant):
+    """They are on by default with some versions of PyTorch."""
+    child = object.__new__(Child)
+    child.variant = variant
+    assert child._settings() == {"cuda_graphs": variant == "graphs"}
 
 
 @pytest.mark.deep
