@@ -213,8 +213,11 @@ def saving() -> Iterator[Passage]:
 @explained("docs/design.md", "Budgets")
 def design() -> Iterator[Passage]:
     """Yield each budget, what was measured, and whether the budget is met."""
-    found, dense_, memory = result("checkpointing"), result("dense")["dense"], result("memory")
-    at = {(who, row["limit_gib"]): row["images_per_s"] for who in ("ours", "stock") for row in found[f"{who}-s"]}
+    found, dense_, memory = result("limits_h200"), result("dense")["dense"], result("memory")
+    plain, graphs = found["without_graphs"], found["with_graphs"]
+    at = {(who, row["limit_gib"]): row["images_per_s"] for who in ("ours", "stock") for row in plain[f"{who}-s"]}
+    replayed = {row["limit_gib"]: row["images_per_s"] for row in graphs["ours-s"]}
+    ahead = min(row["ratio"] for row in result("training")["ratios"])
     ours, stock = dense_["ours"], dense_["stock"][0]
     off = [
         100 * abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1)
@@ -226,7 +229,7 @@ def design() -> Iterator[Passage]:
     cost = max(row["engine_over_bare"] for row in memory["overhead"])
     failures = pressed["summary"]["out_of_memories"] + (pressed["exit_status"] != 0)
     speed, dense_speed = at["ours", 16] / at["stock", 16], ours["images_per_s"] / stock["images_per_s"]
-    kept, spread = at["ours", 16] / at["ours", 80], ours["peak_sd_mib"] / stock["peak_sd_mib"]
+    kept, spread = replayed[16] / replayed[80], ours["peak_sd_mib"] / stock["peak_sd_mib"]
     rows = [
         ("16 GiB: at least 2 times the images/s of stock at its largest stable batch", "{:.2f}", speed, speed >= 2),
         ("the same on label-dense data: at least 2.5 times", "{:.2f}", dense_speed, dense_speed >= 2.5),
@@ -235,8 +238,8 @@ def design() -> Iterator[Passage]:
         ("predicted peak: at most 3 % off, in every step", "{:.1f} %", max(off), max(off) <= 3),
         ("standard deviation of the peak of a step: at most 0.1 of stock's", "{:.3f}", spread, spread <= 0.1),
         ("no failure while another process takes and releases up to 40 % of the card", "{}", failures, failures == 0),
+        ("whole trainings from image files ahead of stock on the same machine", "{:.2f} times", ahead, ahead > 1),
     ]
     cells = [[budget, say(form, value), "yes" if met else "no"] for budget, form, value, met in rows]
-    cells[-1][1] += say(", with up to {:.0f} %", taken)
-    cells.append(["whole trainings from image files ahead of stock on the same machine", "not measured", "open"])
+    cells[-2][1] += say(", with up to {:.0f} %", taken)
     yield table("| budget | measured | met |", cells)

@@ -117,6 +117,6 @@ def augmentation() -> Iterator[Passage]:
 @section("docs/explanation/data.md", "Pixels on the device", is_whole=False)
 def packed() -> Iterator[Passage]:
     """Yield the size of packed images."""
-    ratios = [row["ratio"] for row in result("training")["ratios"]]
-    yield sentence("from JPEG files were {:.1f}, {:.1f} and {:.1f} times as fast as Ultralytics'", *ratios)
+    ratios = {row["model"]: row["ratio"] for row in result("training")["ratios"]}
+    yield sentence("first epoch, were {:.1f} and {:.1f} times as fast as Ultralytics'", ratios["n"], ratios["s"])
     yield setting("this buffer is 1.1 times as large as the images", "`packed_size` of augmentation.json on a GPU")
