@@ -147,5 +147,5 @@ def not_measured() -> Iterator[Passage]:
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
     yield setting("In 2.3.1 and 2.11, the operators", "versions")
     yield setting("compute capability below 8.0", "a product's limit")
-    yield setting("or with PyTorch before 2.11", "versions")
+    yield setting("another version of PyTorch than 2.11", "versions")
     yield setting("turbo and v1.0", "names")
