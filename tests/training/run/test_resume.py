@@ -1,6 +1,7 @@
 """Saving and resuming runs: when a run is saved, which run `resume=auto` continues, and files that cannot be used."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,23 +185,43 @@ def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrup
 def test_auto_begins_anew_in_the_folder_of_a_run_that_was_killed_before_its_first_checkpoint(trainings, tmp_path):
     """So the weights are where the same command, which a supervisor repeats, has always put them."""
     name = {"project": tmp_path, "name": "line"}
+    third = tmp_path / "line-3"
 
     def leave(folder, *files):
         (folder / "weights").mkdir(parents=True)
         for file in files:
             (folder / file).write_text("")
 
+    def as_killed(trainer):
+        """Copy the folder, and what a kill may leave besides. The copy of the lock is held by nobody."""
+        copy = tmp_path / "killed" / str(len(killed))
+        killed.append(copy)
+        shutil.copytree(trainer.save_dir, copy)
+        if len(killed) == 2:
+            for file in ("train_batch0.jpg", "memory.rank1.csv", "weights/state.pt", "weights/last.pt.unfinished"):
+                (copy / file).touch()
+            raise KeyboardInterrupt
+
     leave(tmp_path / "line", "args.yaml", "memory.csv", "weights/best.pt")  # somebody's weights
-    leave(tmp_path / "line-2", "args.yaml")  # a run of stock Ultralytics in its first epoch, which has no lock
-    leave(tmp_path / "line-3", "args.yaml", "memory.csv", "weights/state.pt")  # killed before it wrote last.pt
-    held = lock(tmp_path / "line-3" / "weights")
-    assert begun(name, "detect") is None
-    held.release()
+    leave(tmp_path / "line-2", "args.yaml", "train_batch0.jpg")  # a run of stock Ultralytics, which has no lock
     leave(tmp_path / "line2", "args.yaml", "memory.csv")
-    assert begun(name, "detect") == tmp_path / "line-3"
+    killed = []
+    moments = [(event, as_killed) for event in ("on_pretrain_routine_start", "on_train_batch_end")]
+    trainings.train(tmp_path / "other", bn_group=8, plots=True, callbacks=moments, raises=KeyboardInterrupt)
+    for copy in killed:
+        assert begun(name, "detect") is None
+        copy.rename(third)
+        held = lock(third / "weights")
+        assert begun(name, "detect") is None
+        held.release()
+        (third / "weights" / ".lock").touch()  # a kill does not delete it
+        assert begun(name, "detect") == third
+        if copy is not killed[-1]:
+            third.rename(copy)
     words = {**trainings.TINY, **name, "epochs": 1, "bn_group": 8, "resume": "auto"}
     anew = trainings.train(**words)
-    assert anew.folder.name == "line-3"
+    assert anew.folder == third
+    assert f"starting anew in {third}" in anew.log
     assert len(anew.results) == 1
     assert trainings.train(**words).folder.name == "line-4"
 

@@ -14,7 +14,10 @@ from yolov12.training.run.run_state import FILE
 
 __all__ = ["begun", "interrupted", "latest_interrupted"]
 
-_BEGUN = {".lock", "args.yaml", "classes.csv", "labels.jpg", "memory.csv", FILE}
+_BEGUN = re.compile(
+    rf"\.lock|args\.yaml|classes\.csv|labels\.jpg|memory(\.rank\d+)?\.csv|train_batch\d+\.jpg"
+    rf"|{re.escape(FILE)}(\.unfinished)?|last\.pt\.unfinished"
+)
 """Files that a run of this package writes before its first checkpoint. A state without a checkpoint is of no use."""
 
 
@@ -42,11 +45,11 @@ def begun(arguments: Mapping[str, Any], task: str) -> Path | None:
     Returns:
         The first such folder; None if there is none. One that a process trains in does not count.
     """
-    folders = sorted(file.parent for file in _found(arguments, task, "memory.csv"))
-    for folder in folders:
+    for weights_folder in sorted(_found(arguments, task, "weights")):
+        folder = weights_folder.parent
         names = {file.name for file in folder.rglob("*") if not file.is_dir()}
-        weights_folder = folder / "weights"
-        if "args.yaml" in names and names <= _BEGUN and weights_folder.is_dir() and not is_locked(weights_folder):
+        is_ours = not names.isdisjoint({".lock", "memory.csv"})  # Ultralytics writes neither
+        if is_ours and all(map(_BEGUN.fullmatch, names)) and not is_locked(weights_folder):
             return folder
     return None
 

@@ -171,10 +171,12 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
     last = latest_interrupted(given, model.task)
     if last is None:
-        LOGGER.info("resume=auto: no run of this project and name was interrupted: starting anew")
         folder = None if given.get("save_dir") or given.get("exist_ok") else begun(given, model.task)
+        line = "resume=auto: no run of this project and name was interrupted: starting anew"
         if folder is None:
+            LOGGER.info(line)
             return {**arguments, "resume": False}
+        LOGGER.info(f"{line} in {folder}")
         (folder / "weights" / FILE).unlink(missing_ok=True)
         return {**arguments, "resume": False, "save_dir": str(folder)}
     LOGGER.info(f"resume=auto: going on with {last}")
