@@ -17,7 +17,7 @@ from yolov12.errors import ConfigError
 from yolov12.files import AtomicPath, lock
 from yolov12.mas import Engine
 from yolov12.mas.distributed.ranks import ALONE
-from yolov12.training.run import run_state
+from yolov12.training.run import run_state, session
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 from yolov12.training.run.resume import begun, latest_interrupted
@@ -218,6 +218,10 @@ def test_auto_begins_anew_in_the_folder_of_a_run_that_was_killed_before_its_firs
         assert begun(name, "detect") == third
         if copy is not killed[-1]:
             third.rename(copy)
+    model = SimpleNamespace(task="detect", overrides={}, ckpt=None, ckpt_path=None)
+    for choice in ({"mas": False}, {"exist_ok": True}, {"save_dir": str(tmp_path / "own")}):  # without MAS: no lock
+        given = {**name, **choice, "resume": "auto"}
+        assert session._resolve_resume(model, given) == {**given, "resume": False}
     words = {**trainings.TINY, **name, "epochs": 1, "bn_group": 8, "resume": "auto"}
     anew = trainings.train(**words)
     assert anew.folder == third

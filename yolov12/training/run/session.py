@@ -171,7 +171,9 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     given = {**(_from_file(arguments.get("cfg")) or model.overrides), **arguments}
     last = latest_interrupted(given, model.task)
     if last is None:
-        folder = None if given.get("save_dir") or given.get("exist_ok") else begun(given, model.task)
+        # A run without the engine takes no lock, so the next one could not tell that it is alive.
+        may_take = given.get("mas", True) and not (given.get("save_dir") or given.get("exist_ok"))
+        folder = begun(given, model.task) if may_take else None
         line = "resume=auto: no run of this project and name was interrupted: starting anew"
         if folder is None:
             LOGGER.info(line)
