@@ -174,13 +174,10 @@ def _resolve_resume(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         # A run without the engine takes no lock, so the next one could not tell that it is alive.
         may_take = given.get("mas", True) and not (given.get("save_dir") or given.get("exist_ok"))
         folder = begun(given, model.task) if may_take else None
+        where = {} if folder is None else {"save_dir": str(folder)}
         line = "resume=auto: no run of this project and name was interrupted: starting anew"
-        if folder is None:
-            LOGGER.info(line)
-            return {**arguments, "resume": False}
-        LOGGER.info(f"{line} in {folder}")
-        (folder / "weights" / FILE).unlink(missing_ok=True)
-        return {**arguments, "resume": False, "save_dir": str(folder)}
+        LOGGER.info(" in ".join([line, *where.values()]))
+        return {**arguments, "resume": False, **where}
     LOGGER.info(f"resume=auto: going on with {last}")
     model._load(str(last))
     # The run itself determines its folder and name.
