@@ -103,7 +103,7 @@ def test_the_end_of_a_training_names_only_files_that_exist(capsys, monkeypatch, 
 @pytest.mark.parametrize(
     ("given", "model", "expected"),
     [
-        ({"device": "cpu"}, "yolov12n-demo.pt", {"data": "demo", "batch": 64, "mem_limit": "1.8GiB"}),
+        ({"device": "cpu"}, "yolov12n-demo.pt", {"data": "demo", "batch": 64, "mem_limit": "1.9GiB"}),
         ({"batch": 8, "mem_limit": "3GiB", "device": "cpu"}, "yolov12n-demo.pt", {"batch": 8, "mem_limit": "3GiB"}),
         ({"model": "yolov12x.pt", "device": "cpu"}, "yolov12x.pt", {"batch": 64, "mem_limit": None}),
         ({"imgsz": 1280, "device": "cpu"}, "yolov12n-demo.pt", {"imgsz": 1280, "mem_limit": None}),
