@@ -40,8 +40,7 @@ from yolov12.mas.task import Task
 __all__ = ["Graphs", "Replays", "graphs_for"]
 
 _RUNS = 3  # times that a size runs before it is captured, and after that before it is judged
-_FASTER = 0.95
-"""Largest time of a replay, relative to that without a graph, for which a size stays captured."""
+_FASTER = 0.95  # largest time of a replay, relative to that without a graph, for which a size stays captured
 _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro-batch
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
@@ -253,9 +252,10 @@ class Replays:
 
     def make_room(self) -> int:
         """Drop the graphs before a validation, unless there is as much memory beside them; return what they keep."""
-        reading = self._meter.read()
-        if self.idle_bytes and 2 * self.idle_bytes > reading.reachable_bytes - reading.allocated_bytes:
-            self.drop()
+        if self.idle_bytes:
+            reading = self._meter.read()
+            if 2 * self.idle_bytes > reading.reachable_bytes - reading.allocated_bytes:
+                self.drop()
         return self.idle_bytes
 
     def _release(self) -> None:
