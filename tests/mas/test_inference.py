@@ -51,13 +51,6 @@ def test_shrinks_when_others_come_and_grows_back():
     assert card.slices.failures == 0
 
 
-def test_memory_that_graphs_hold_is_not_used():
-    card = Card(room=40)
-    card.slices.held_bytes = 20 * IMAGE
-    assert card.run(64) == [1, 8, 14, 14, 14, 13]
-    assert card.slices.failures == 0
-
-
 def test_a_failed_slice_runs_again_with_half_the_images():
     card = Card(room=100)
     card.run(32)

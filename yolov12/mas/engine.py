@@ -249,9 +249,9 @@ class Engine:
         if self._records.pending:
             self._records.updated(epoch, ("out-of-memory in the optimizer",) * failures)
 
-    def make_room(self) -> int:
-        """Return memory that a validation may need, unless there is enough; return the bytes that CUDA graphs keep."""
-        return self._step.replays.make_room()
+    def make_room(self) -> None:
+        """Return memory that a validation may need: that of CUDA graphs, unless it is small."""
+        self._step.replays.make_room()
 
     def _keep_replicas_alike(self) -> None:
         model = self._step.model

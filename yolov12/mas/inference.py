@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from yolov12.mas.config import Config
-from yolov12.mas.memory.reading import Meter, Reading
+from yolov12.mas.memory.reading import Meter
 from yolov12.mas.oom import does_not_fit, is_out_of_memory, tried_to_allocate
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 
@@ -33,8 +33,6 @@ class Slices:
         """Highest peak so far, also of slices that failed."""
         self.failures = 0
         """Number of allocations that have failed so far."""
-        self.held_bytes = 0
-        """Bytes that this process has reserved and cannot use for work, such as those of a training's CUDA graphs."""
 
     @property
     def over_limit(self) -> str:
@@ -93,7 +91,8 @@ class Slices:
         if self._config.micro_batch is not None:
             return min(self._config.micro_batch, images)
         most = min(_LARGEST_STEP * self._largest, images) or 1
-        room_bytes = self._budget_bytes(reading := self.meter.read()) - reading.allocated_bytes
+        reading = self.meter.read()
+        room_bytes = reading.budget_bytes(self._config.safety_ratio) - reading.allocated_bytes
         for parts in range(-(-images // most), images + 1):
             count = -(-images // parts)
             if not self._cost.largest or self._cost.upper(Features(count, height, width, 0))[1] <= room_bytes:
@@ -104,7 +103,8 @@ class Slices:
         needed_bytes = self.meter.peak_bytes() + tried_to_allocate(failure)
         self.failures += 1
         self.meter.release()
-        budget_bytes = self._budget_bytes(reading := self.meter.read())
+        reading = self.meter.read()
+        budget_bytes = reading.budget_bytes(self._config.safety_ratio)
         if features.images == 1:
             ways = ["smaller images", "a smaller model", "a larger device"]
             if self._config.limit is not None:
@@ -113,6 +113,3 @@ class Slices:
             raise does_not_fit(needed_bytes, budget_bytes, reading.free_bytes, ways)
         if self._cost.largest:
             self._cost.observe_failure(features, budget_bytes - reading.allocated_bytes)
-
-    def _budget_bytes(self, reading: Reading) -> int:
-        return max(reading.budget_bytes(self._config.safety_ratio) - self.held_bytes, 0)

@@ -9,8 +9,6 @@ import torch
 from ultralytics import YOLO
 
 from yolov12.errors import ConfigError, DoesNotFitError
-from yolov12.mas import Engine
-from yolov12.training.adapter.prediction import SLICES
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +179,3 @@ def test_other_tasks(trainings, task_models, tmp_path, task, sizes):
         results.append((metrics.results_dict, max(size for size in sizes)))
     assert results[0][0] == results[1][0]
     assert [largest for _, largest in results] == [8, 3]
-
-
-def test_a_validation_leaves_out_the_memory_that_graphs_keep(trainings, tmp_path, monkeypatch):
-    held = []
-    monkeypatch.setattr(Engine, "make_room", lambda engine: 12345)
-
-    def see(validator):
-        if validator.training:  # not when the best weights are validated, after the training
-            held.append(getattr(validator, SLICES).held_bytes)
-
-    trainings.train(tmp_path, epochs=1, val=True, callbacks=[("on_val_batch_end", see)])
-    assert set(held) == {12345}

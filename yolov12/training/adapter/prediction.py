@@ -14,12 +14,10 @@ from yolov12.mas.inference import Slices
 from yolov12.mas.memory.meter import meter_for
 from yolov12.training.adapter.known import joins_outputs
 
-__all__ = ["HELD", "SLICES", "joined", "predict", "settings_of", "slices_of", "tell_once"]
+__all__ = ["SLICES", "joined", "predict", "settings_of", "slices_of", "tell_once"]
 
 SLICES = "_yolov12_slices"
 """Attribute of validators and predictors: their `Slices`, as the next call uses what was learned."""
-HELD = "_yolov12_held_bytes"
-"""Attribute of a training's validator: see `Slices.held_bytes`."""
 _TOLD = "_yolov12_told"  # attribute of validators and predictors: what the log last said of them
 
 
@@ -73,7 +71,6 @@ def slices_of(owner: Any, device: torch.device) -> Slices | None:
         config = Config.parse(settings_of(owner))
         setattr(owner, SLICES, Slices(config, meter_for(device, config.limit, config.safety_ratio)))
     slices: Slices = getattr(owner, SLICES)
-    slices.held_bytes = getattr(owner, HELD, 0)
     return slices
 
 

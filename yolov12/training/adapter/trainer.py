@@ -36,7 +36,7 @@ from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.adapter.plotting import drawn
 from yolov12.training.adapter.sharing import share_batches
 from yolov12.training.adapter.users_code import Notices, check_split, is_ultralytics, show_whole
-from yolov12.training.adapter.validation import HELD, over_limit
+from yolov12.training.adapter.validation import over_limit
 from yolov12.training.data.augmentation import chosen, note_host
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
 from yolov12.training.data.resolution import ResolutionControl
@@ -298,8 +298,7 @@ class TrainerAdapter:
             )
 
     def _validate(self) -> Any:
-        if (validator := self._trainer.validator) is not None:
-            setattr(validator, HELD, self._engine.make_room())
+        self._engine.make_room()
         # With a world size of 1, Ultralytics does not average the losses over ranks. validation.py combines them.
         size, self._trainer.world_size = self._trainer.world_size, 1
         try:

@@ -37,10 +37,10 @@ from yolov12.mas.task import Loss
 from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts
 from yolov12.training.adapter.detection import BOXES, DetectionTask, knows_loss
 from yolov12.training.adapter.known import is_stock, why_not_split
-from yolov12.training.adapter.prediction import HELD, SLICES, joined, settings_of, slices_of, tell_once
+from yolov12.training.adapter.prediction import SLICES, joined, settings_of, slices_of, tell_once
 from yolov12.training.run import preflight, process_group
 
-__all__ = ["HELD", "over_limit", "validate"]
+__all__ = ["over_limit", "validate"]
 
 _UNSPLIT = "validation runs as Ultralytics runs it"
 _TRAINS = "_yolov12_trains"  # attribute of a validator that a trainer has called, True

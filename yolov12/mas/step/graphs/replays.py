@@ -45,6 +45,7 @@ _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
+_SMALL = 0.05  # fraction of the budget up to which graphs need not give way to a validation
 _MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
 
 
@@ -149,7 +150,8 @@ class Replays:
         self._is_active = False
         if self._graphs is None:
             return
-        self._pause, self._parameters = max(self._pause - 1, 0), parameters
+        self._pause = max(self._pause - 1, 0)
+        self._parameters = parameters
         if self._watch.changed():
             self.drop()
             self._sizes.clear()
@@ -250,13 +252,10 @@ class Replays:
         if held or self.idle_bytes:
             self._release()
 
-    def make_room(self) -> int:
-        """Drop the graphs before a validation, unless there is as much memory beside them; return what they keep."""
-        if self.idle_bytes:
-            reading = self._meter.read()
-            if 2 * self.idle_bytes > reading.reachable_bytes - reading.allocated_bytes:
-                self.drop()
-        return self.idle_bytes
+    def make_room(self) -> None:
+        """Drop the graphs before a validation, unless they are small."""
+        if self._graphs is not None and self.idle_bytes > _SMALL * self._meter.read().reachable_bytes:
+            self.drop()
 
     def _release(self) -> None:
         assert self._graphs is not None
