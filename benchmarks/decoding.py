@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from benchmarks.common import report, rounds
 from benchmarks.drawings import photographs
+from yolov12.mas.memory.cgroups import usable_cores
 
 IMAGES, ROUNDS, BATCH = 1024, 5, 128
 SMALL = {"images": 8, "rounds": 1}
@@ -62,7 +62,7 @@ def decoders(files: Sequence[Any], pool: Any, device: str) -> dict[str, Callable
     torch.set_num_threads(1)
     found: dict[str, Callable[[], object]] = {
         "opencv": lambda: opencv(files),
-        "opencv, all cores": lambda: pool.map(_decode_mine, range(os.cpu_count() or 1), chunksize=1),
+        "opencv, all cores": lambda: pool.map(_decode_mine, range(usable_cores()), chunksize=1),
         "torchvision": functools.partial(torchvision, "cpu"),
     }
     return found | ({"nvjpeg": functools.partial(torchvision, "cuda")} if device == "cuda" else {})
@@ -95,7 +95,7 @@ def _keep(files: Sequence[Any]) -> None:
 
 
 def _decode_mine(process: int) -> None:
-    opencv(_mine[process :: os.cpu_count() or 1])
+    opencv(_mine[process :: usable_cores()])
 
 
 def measure(images: int, count: int, device: str) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def measure(images: int, count: int, device: str) -> dict[str, Any]:
 
     folder = Path(photographs(images)).parent / "images"
     files = [np.fromfile(file, dtype=np.uint8) for file in sorted(folder.iterdir())]
-    with multiprocessing.get_context("fork").Pool(initializer=_keep, initargs=(files,)) as pool:
+    with multiprocessing.get_context("fork").Pool(usable_cores(), initializer=_keep, initargs=(files,)) as pool:
         runs = {name: _timed(run, images) for name, run in decoders(files, pool, device).items()}
         speeds = rounds.in_turn(runs, count, warm_up=1)
     devices = {"torchvision": "cpu", **({"nvjpeg": "cuda"} if device == "cuda" else {})}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from benchmarks.common import report
 from benchmarks.dense_runs import Clock, Training, check_reason, is_stable, told
 from benchmarks.dense_trainings import BATCH, OURS
+from yolov12.mas.memory.cgroups import usable_cores
 
 ROWS = ("stock", "ours", "autobatch", "halving", "all")
 TRY_EPOCHS = 2
@@ -101,12 +101,12 @@ class Comparison:
         if self.refuse_above or not torch.cuda.is_available():
             return 2
         fit = int(0.9 * torch.cuda.mem_get_info()[1] / 2**20 / self.memory["total_mib"])
-        return max(1, min(MOST_AT_ONCE, fit, (os.cpu_count() or 1) // 4))
+        return max(1, min(MOST_AT_ONCE, fit, usable_cores() // 4))
 
     def _try(self, who: str, batches: Iterable[int]) -> list[dict[str, Any]]:
         """Run short trainings together, each until memory is short for the first time."""
         epochs = min(TRY_EPOCHS, self.epochs)
-        workers = min(self.arguments["workers"], max((os.cpu_count() or 1) // self._at_once() - 1, 0))
+        workers = min(self.arguments["workers"], max(usable_cores() // self._at_once() - 1, 0))
         runs = {batch: self._start(who, batch, epochs=epochs, workers=workers, until_failure=True) for batch in batches}
         try:
             found = {batch: run.result(self.clock) for batch, run in runs.items()}
