@@ -193,6 +193,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
                     "s": round(time.perf_counter() - start, 4),
                     "predicted_mib": latest.predicted_bytes / 2**20,
                     "peak_mib": latest.peak_bytes / 2**20,
+                    "replayed": result.replayed,
                     "events": latest.events,
                 }
             )
@@ -209,6 +210,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
             "images_per_s_all": images * len(steps) / sum(step["s"] for step in steps),
             "peak_mib": max(step["peak_mib"] for step in last),
             "failures": sum("out-of-memory" in event for step in steps for event in step["events"]),
+            "replayed": result.replayed,
             "pairs_tried": _tried(steps),
             "seconds": round(time.perf_counter() - begin, 1),
             "ladder": [[level.fraction, level.slow] for level in engine._planner.cost.levels],

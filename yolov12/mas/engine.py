@@ -112,6 +112,7 @@ class Engine:
             model, task, self.meter, backward, found, activations, ranks, log,
             exact=self.config.exact, note=self.note, graphs=graphs,
         )  # fmt: skip
+        self._planner.replay_room.graphs = self._step.replays if graphs else None
         self._calibration = Calibration(
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )

@@ -191,7 +191,7 @@ class Records:
                 return
             del self._rows[0]
             for done, time_ms in zip(batches, times, strict=True):
-                if time_ms is not None and done.report.undisturbed and not done.ran.has_captured:
+                if time_ms is not None and done.report.undisturbed:
                     self._learn(done, time_ms)
             if self.journal is not None:
                 self.journal.busy(self._meter.busy_percent())
@@ -210,12 +210,17 @@ class Records:
                     self.journal = None
 
     def _learn(self, done: DoneBatch, ms: float) -> None:
-        work, level = done.work, done.report.level
-        usual = all(self.speed.seen(size, work.height, work.width, level) for size in done.ran.micro_batches)
+        work, level, ran = done.work, done.report.level, done.ran
+        for images, usual_ms in ran.usual_ms.items():
+            self.speed.observe_micro_batch(images, work.height, work.width, level, usual_ms)
+        if ran.has_captured or (ran.waits_for_capture and ran.replayed):
+            return
+        replays = done.report.replays and not ran.waits_for_capture
+        usual = all(self.speed.seen(size, work.height, work.width, level, replays) for size in ran.micro_batches)
         if usual and self._shares and not done.is_padding:
             self._status = RankStatus(max(work.images, self._images_as_fast(done)), ms)
-        ahead_ms = (done.ran.ahead.elapsed_ms() or 0.0) if done.ran.ahead is not None else 0.0
-        self.speed.observe(done.ran.micro_batches, work.height, work.width, level, ms - ahead_ms, ahead_ms)
+        ahead_ms = (ran.ahead.elapsed_ms() or 0.0) if ran.ahead is not None else 0.0
+        self.speed.observe(ran.micro_batches, work.height, work.width, level, ms - ahead_ms, ahead_ms, replays=replays)
 
     def _images_as_fast(self, done: DoneBatch) -> int:
         """Number of images that would have taken no longer, in micro-batches as large as host time and memory allow.

@@ -6,6 +6,7 @@ problems, an alternative is called an arm.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -25,8 +26,12 @@ __all__ = [
     "features_of",
     "split_micro_batches",
 ]
-__all__ += ["safe_arms", "under_ceiling", "upper_bytes"]
+__all__ += ["REPLAY_BYTES", "has_room", "safe_arms", "under_ceiling", "upper_bytes"]
 
+REPLAY_BYTES = 1.25
+"""Bytes that the capture of a CUDA graph needs at first, relative to those of the micro-batch with their margin."""
+_HELD_BYTES = 1.16  # the same for a graph that is there; it was 1.16 times what the micro-batch used, on an H200
+_CAST_BYTES = 0.5  # copies of weights in half precision that autocast keeps for a batch, relative to the gradients
 # Least ratio between the numbers of micro-batches of two splits. Splits that are closer are nearly the same.
 _NEXT_SPLIT = 1.25
 
@@ -56,6 +61,8 @@ class History:
     """Milliseconds lost so far against the best arm of the sizes that have run."""
     new_regret_ms: float = 0.0
     """Milliseconds lost so far against the best arm with a new size, if that arm takes only its optimistic time."""
+    replays: bool = False
+    """True if the arm in use leaves room for a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,9 @@ class State:
     """
     fixed: int | None = None
     """Micro-batch size that the user has set, whatever is predicted; None if it is chosen here."""
+    replay_bytes: float = 0.0
+    """Bytes that a CUDA graph of a micro-batch needs, relative to those of the micro-batch with their margin, see
+    `REPLAY_BYTES`; 0 if there are no graphs now."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,10 @@ class Arm:
     """Optimistic milliseconds of the batch."""
     new_sizes: int
     """Number of micro-batch sizes for which libraries have no kernels yet."""
+    replays: bool = False
+    """True if its micro-batches are replayed as CUDA graphs, for which it leaves room."""
+    room_bytes: int = 0
+    """Predicted peak with its margin, including the capture of a graph if `replays`."""
 
 
 def even_splits(groups: Sequence[Group], *, every: bool = False, most: int | None = None) -> Iterator[BatchSplit]:
@@ -165,6 +179,8 @@ def safe_arms(
 ) -> list[Arm]:
     """Return each split with the first plan under which it fits. Later plans recompute more, so they are not faster.
 
+    If CUDA graphs are possible, each split is also returned with the first plan that leaves room for one.
+
     Args:
         state: Groups, memory and ceiling.
         cost: Model of memory.
@@ -174,19 +190,66 @@ def safe_arms(
     """
     arms = []
     for split in splits:
-        low, high = 0, len(cost.levels)
-        # Binary search for the first level that is under the ceiling and fits. Both improve with the level.
-        while low < high:
-            level = (low + high) // 2
-            fits = under_ceiling(state, cost, split, level) and upper_bytes(state, cost, split, level) <= budget_bytes
-            low, high = (low, level) if fits else (level + 1, high)
-        if low < len(cost.levels):
-            arms.append(arm_of(state, cost, speed, split, low))
+        level = _first_level(state, cost, split, budget_bytes)
+        if level == len(cost.levels):
+            continue
+        replays = has_room(state, cost, split, level, budget_bytes)
+        arms.append(arm_of(state, cost, speed, split, level, replays=replays))
+        if state.replay_bytes and not replays:
+            level = _first_level(state, cost, split, budget_bytes, level + 1, replays=True)
+            if level < len(cost.levels):
+                arms.append(arm_of(state, cost, speed, split, level, replays=True))
     return arms
 
 
-def arm_of(state: State, cost: CostModel, speed: SpeedModel, split: BatchSplit, level: int) -> Arm:
-    """Return the memory and time of a split under a plan."""
+def _first_level(
+    state: State, cost: CostModel, split: BatchSplit, budget_bytes: float, low: int = 0, *, replays: bool = False
+) -> int:
+    """Return the first level from `low` on that is under the ceiling and fits; the number of levels for none."""
+    high = len(cost.levels)
+    while low < high:  # binary search, as both improve with the level
+        level = (low + high) // 2
+        fits = under_ceiling(state, cost, split, level) and upper_bytes(state, cost, split, level) <= budget_bytes
+        fits = fits and (not replays or has_room(state, cost, split, level, budget_bytes))
+        low, high = (low, level) if fits else (level + 1, high)
+    return low
+
+
+def has_room(
+    state: State, cost: CostModel, split: BatchSplit, level: int, budget_bytes: float, most_boxes: int | None = None
+) -> bool:
+    """Return whether a split under a plan leaves room for a CUDA graph of its micro-batches.
+
+    Args:
+        state: Memory that is allocated already, and whether graphs are possible.
+        cost: Model of memory.
+        split: Split into micro-batches.
+        level: Checkpoint plan.
+        budget_bytes: Upper limit.
+        most_boxes: If given, predict as if no image had more boxes than this.
+    """
+    return bool(state.replay_bytes) and _room_bytes(state, cost, split, level, most_boxes) <= budget_bytes
+
+
+def _room_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, most_boxes: int | None = None) -> int:
+    """Return the peak of the capture with margin, beside gradients and copies of weights of earlier micro-batches.
+
+    The usual runs before need less, and so do replays, which hold the graph and need memory for the loss. If
+    there are several sizes, the last one runs as usual beside the graphs of the others.
+    """
+    history = state.history
+    in_use = history.replays and (split.largest, level) == (history.images, history.level)
+    factor = (state.replay_bytes - (REPLAY_BYTES - _HELD_BYTES) * in_use) + (len(split.fullest) > 1)
+    upper = max(upper for _, upper in (cost.upper(each) for each in features_of(state, split, level, most_boxes)))
+    copies_bytes = 0 if len(split.counts) == 1 else _CAST_BYTES * state.gradient_bytes
+    return math.ceil(_allocated_bytes(state, split) + copies_bytes + factor * upper)
+
+
+def arm_of(
+    state: State, cost: CostModel, speed: SpeedModel, split: BatchSplit, level: int, *, replays: bool = False
+) -> Arm:
+    """Return the memory and time of a split under a plan, as CUDA graphs if `replays`."""
+    uppers_bytes = upper_bytes(state, cost, split, level)
     where = state.height, state.width
     times = [(split.sizes.count(images), images) for images, _ in split.fullest]
     ahead = speed.with_ahead(len(split.counts))
@@ -195,10 +258,12 @@ def arm_of(state: State, cost: CostModel, speed: SpeedModel, split: BatchSplit, 
         level,
         peak_bytes=_allocated_bytes(state, split)
         + max(cost.predict(each) for each in features_of(state, split, level)),
-        upper_bytes=upper_bytes(state, cost, split, level),
-        ms=ahead * sum(count * speed.expected_ms(images, *where, level) for count, images in times),
-        best_ms=ahead * sum(count * speed.optimistic_ms(images, *where, level) for count, images in times),
+        upper_bytes=uppers_bytes,
+        ms=ahead * sum(count * speed.expected_ms(images, *where, level, replays) for count, images in times),
+        best_ms=ahead * sum(count * speed.optimistic_ms(images, *where, level, replays) for count, images in times),
         new_sizes=sum(not speed.warm(images, *where) for _, images in times),
+        replays=replays,
+        room_bytes=_room_bytes(state, cost, split, level) if replays else uppers_bytes,
     )
 
 

@@ -14,6 +14,7 @@ from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.groups import decide_groups
 from yolov12.mas.scheduling.peak_model import SPREAD_UNSEEN, CostModel, Features
+from yolov12.mas.scheduling.replay_room import ReplayRoom
 from yolov12.mas.scheduling.scheduler import Decision, Group, History, State
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.task import Workload
@@ -58,6 +59,8 @@ class BatchReport:
     """Events of the batch, as the journal names them."""
     undisturbed: bool
     """True if the batch ran as first planned and like the previous batch, so that its time is representative."""
+    replays: bool = False
+    """True if the batch ran as decided with room for a CUDA graph."""
 
 
 class BatchPlanner:
@@ -91,6 +94,7 @@ class BatchPlanner:
     ) -> None:
         self.cost, self.speed, self.gradient_bytes = cost, speed, gradient_bytes
         self.sleep = sleep
+        self.replay_room = ReplayRoom()
         self.history = self._completed = History()
         """State that the latest decision passes on to the next one."""
         self.level = 0
@@ -147,6 +151,7 @@ class BatchPlanner:
             reading=self.reading,
             events=tuple(self.events),
             undisturbed=self.undisturbed,
+            replays=self.replay_room.completed(),
         )
 
     @property
@@ -248,12 +253,13 @@ class BatchPlanner:
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
             self._meter.release()  # other processes may need the memory that this one no longer uses
         if before.images and (after.images, after.level) != (before.images, before.level):
+            self.replay_room.moved()
             # A change releases and allocates memory, so the time of this batch is not representative. For a new size,
             # this time is small compared with the search for kernels.
             self.undisturbed = self.undisturbed and not self.speed.warm(
                 after.images, self._work.height, self._work.width
             )
-        self.history, self.level = after, decision.level
+        self.history, self.level, self.replay_room.expected = after, decision.level, decision.replays
         # Micro-batches that ran before a failure had a predicted peak, too.
         self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         ends = accumulate(decision.micro_batches)
@@ -330,6 +336,7 @@ class BatchPlanner:
             history=self.history,
             ceiling=self._ceiling,
             fixed=self._config.micro_batch,
+            replay_bytes=self.replay_room.bytes() if self._ceiling is None else 0.0,
         )
 
     def _features(self, start: int, stop: int, level: int) -> Features:

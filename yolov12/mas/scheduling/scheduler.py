@@ -14,6 +14,9 @@ into equal micro-batches of whole groups, together with a checkpoint plan. Rewar
   when staying has lost as much as the price. The total is then at most twice what a scheduler that knows the future
   would pay.
 
+Small micro-batches may be replayed as CUDA graphs, where the host is what is waited for. A graph holds memory, so an
+arm may leave room for one: fewer images, or a plan that keeps less. It is an arm like the others, with its own times.
+
 A choice that no longer fits is left at once, without a price. A batch that is split only because of one crowded image
 does not change the size used for the next batch.
 """
@@ -31,6 +34,7 @@ from yolov12.mas.scheduling.candidates import (
     arm_of,
     even_splits,
     features_of,
+    has_room,
     safe_arms,
     split_micro_batches,
     under_ceiling,
@@ -67,6 +71,8 @@ class Decision:
     """True if peak plus margin is inside the budget and under the ceiling; otherwise each micro-batch is one group."""
     history: History
     """History for the next state."""
+    replays: bool = False
+    """True if the micro-batches are expected to be replayed as CUDA graphs, sooner or later."""
 
 
 def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
@@ -91,7 +97,8 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
         is_far = split.largest > most
         arms += safe_arms(state, cost, speed, [split], state.budget_bytes / (_BEYOND if is_far else 1.0))
         plain = [arm for arm in arms if arm.level == 0]
-        if usual is not None and plain and (len(plain) > 1 or not plain[0].new_sizes):
+        is_replayed = not state.replay_bytes or any(arm.replays for arm in plain)
+        if usual is not None and plain and is_replayed and (len(plain) > 1 or not plain[0].new_sizes):
             break  # smaller micro-batches take longer and recompute no less
     assert usual is not None
     if not arms:
@@ -100,19 +107,23 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
     if not history.images:  # over a long run, the price of a first size does not count
         first = _fastest(arms, [arm.ms for arm in arms])
         held_back = first.split.largest < images and _LARGEST_STEP * first.split.largest > most
-        return _decision(first, History(0 if held_back else first.split.largest, first.level))
-    stay = arm_of(state, cost, speed, usual, min(history.level, last))
+        return _decision(first, History(0 if held_back else first.split.largest, first.level, replays=first.replays))
+    level = min(history.level, last)
+    replays = has_room(state, cost, usual, level, state.budget_bytes)
+    stay = arm_of(state, cost, speed, usual, level, replays=replays)
     if stay.upper_bytes > state.budget_bytes or not under_ceiling(state, cost, usual, stay.level):
         known = [arm for arm in arms if not arm.new_sizes] or arms
         chosen = _fastest(known, [arm.best_ms for arm in known])
         if state.ceiling is None and (images < history.images or _fits_but_for_crowds(state, cost, stay)):
             return _decision(chosen, history)
-        return _decision(chosen, replace(history, images=chosen.split.largest, level=chosen.level, regret_ms=0.0))
+        return _decision(chosen, _moved(history, chosen))
     if state.ceiling is not None or images < history.images:
         return _decision(stay, history)
+    if history.replays and not replays and has_room(state, cost, usual, level, state.budget_bytes, _usual_boxes(state)):
+        return _decision(stay, history)  # a crowded image changes nothing for the next batch
     roomy_bytes = max(state.budget_bytes * (1 - ROOM_TO_GROW), stay.upper_bytes)
-    tight = [arm.split for arm in arms if arm.upper_bytes > roomy_bytes]
-    roomy = [arm for arm in arms if arm.upper_bytes <= roomy_bytes]
+    tight = [arm.split for arm in arms if arm.room_bytes > roomy_bytes]
+    roomy = [arm for arm in arms if arm.room_bytes <= roomy_bytes]
     roomy += safe_arms(state, cost, speed, tight, roomy_bytes)
     return _stay_or_move(history, stay, roomy, speed.new_size_ms)
 
@@ -131,15 +142,20 @@ def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms:
     better = _EQUAL * known.best_ms < stay.best_ms
     history = replace(
         history,
+        replays=stay.replays,
         regret_ms=history.regret_ms + (stay.best_ms - known.best_ms) * better,
         new_regret_ms=history.new_regret_ms + (max(stay.ms - new.best_ms, 0.0) if new is not stay else 0.0),
     )
     if better and history.regret_ms >= price_ms:
-        return _decision(known, replace(history, images=known.split.largest, level=known.level, regret_ms=0.0))
+        return _decision(known, _moved(history, known))
     new_price_ms = price_ms + (new.new_sizes - stay.new_sizes) * new_size_ms
     if new is not stay and new.best_ms < stay.ms and history.new_regret_ms >= new_price_ms:
-        return _decision(new, History(new.split.largest, new.level))
+        return _decision(new, History(new.split.largest, new.level, replays=new.replays))
     return _decision(stay, history)
+
+
+def _moved(history: History, arm: Arm) -> History:
+    return replace(history, images=arm.split.largest, level=arm.level, replays=arm.replays, regret_ms=0.0)
 
 
 def _at_best(arms: Sequence[Arm], default: Arm) -> Arm:
@@ -161,9 +177,12 @@ def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int)
 
 def _fits_but_for_crowds(state: State, cost: CostModel, arm: Arm) -> bool:
     """Return whether an arm would be safe if the images with most boxes had only as many as those of most groups."""
-    usual = sorted(group.boxes for group in state.groups)[len(state.groups) // 2]
-    return upper_bytes(state, cost, arm.split, arm.level, usual) <= state.budget_bytes
+    return upper_bytes(state, cost, arm.split, arm.level, _usual_boxes(state)) <= state.budget_bytes
+
+
+def _usual_boxes(state: State) -> int:
+    return sorted(group.boxes for group in state.groups)[len(state.groups) // 2]
 
 
 def _decision(arm: Arm, history: History, *, fits: bool = True) -> Decision:
-    return Decision(arm.split.counts, arm.level, arm.peak_bytes, fits, history)
+    return Decision(arm.split.counts, arm.level, arm.peak_bytes, fits, history, arm.replays)

@@ -80,6 +80,21 @@ class SpeedLaw:
                     least.append(last_ms + slope * (pixels - last_pixels))
         return expected, min(max(least), expected)
 
+    def device_least_ms(self, pixels: float) -> float:
+        """Return the least milliseconds of the device for a number of megapixels, however fast kernels are launched.
+
+        It is 0 as long as launches may have been the bottleneck for all measured sizes.
+        """
+        if self.profiled:
+            return self.device_ms * pixels
+        slopes = [
+            (more_ms - ms) / (more - there)
+            for there, ms in self.points
+            for more, more_ms in self.points
+            if there * _APART <= more
+        ]
+        return max([0.0, *slopes]) * pixels
+
 
 def megapixels(size: Size) -> float:
     """Return the megapixels of a micro-batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -33,6 +33,10 @@ class Result:
     """Number of micro-batches that ran here as CUDA graphs."""
     has_captured: bool = False
     """True if a CUDA graph was captured, which took time."""
+    waits_for_capture: bool = False
+    """True if a micro-batch ran as usual and is going to be captured, so that later batches take less time."""
+    usual_ms: Mapping[int, float] = field(default_factory=dict)
+    """Images in each micro-batch that was captured → milliseconds without a graph."""
     level: int = 0
     """Index of the checkpoint plan of the last micro-batch. The engine fills in this field and those below."""
     predicted_bytes: int = 0

@@ -172,6 +172,7 @@ class Step:
             result = Result(
                 loss, items, tuple(ran), watch, ahead_watch if ahead else None, statuses,
                 replayed=self.replays.count, has_captured=self.replays.has_captured,
+                waits_for_capture=self.replays.waits, usual_ms=self.replays.usual_ms,
             )  # fmt: skip
             self._per_image = None if self._has_terms else self._retry(lambda: total.normaliser() / share.batch_images)
             self._retry(lambda: self.norms.commit(statistics, sum(each.groups for each in statuses)))

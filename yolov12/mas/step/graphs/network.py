@@ -239,12 +239,13 @@ def tensors_in(nest: Any) -> list[Tensor]:
     return [tensor for part in (nest.values() if type(nest) is dict else nest) for tensor in tensors_in(part)]
 
 
-def watched(nest: Any, seen: dict[int, Example]) -> Any:
+def watched(nest: Any, seen: dict[int, Example], after_loss: Callable[[], None] = lambda: None) -> Any:
     """Return outputs of a network that note which of their tensors get gradients from the loss.
 
     Args:
         nest: Outputs of the network, see `tensors_in`.
         seen: Receives the indices of these tensors and the forms of their gradients in the backward pass.
+        after_loss: Called when the backward pass of the loss has ended and that of the network begins.
 
     Raises:
         NotReplayableError: There are other objects than tensors, which may hold tensors as well.
@@ -252,7 +253,8 @@ def watched(nest: Any, seen: dict[int, Example]) -> Any:
     tensors = tensors_in(nest)
     chosen = [index for index, each in enumerate(tensors) if each.requires_grad]
     if chosen:
-        for index, each in zip(chosen, _Watch.apply(seen, chosen, *(tensors[i] for i in chosen)), strict=True):  # type: ignore[no-untyped-call]
+        found = _Watch.apply(seen, after_loss, chosen, *(tensors[i] for i in chosen))  # type: ignore[no-untyped-call]
+        for index, each in zip(chosen, found, strict=True):
             tensors[index] = each
     rest = iter(tensors)
     return each_tensor(nest, lambda _: next(rest))
@@ -265,8 +267,10 @@ class _Watch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, seen: dict[int, Example], indices: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.seen, ctx.indices = seen, indices
+    def forward(
+        ctx: Any, seen: dict[int, Example], after_loss: Callable[[], None], indices: list[int], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.seen, ctx.after_loss, ctx.indices = seen, after_loss, indices
         ctx.set_materialize_grads(False)
         return tensors
 
@@ -274,7 +278,8 @@ class _Watch(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = ((index, grad) for index, grad in zip(ctx.indices, grads, strict=True) if grad is not None)
         ctx.seen.update((index, Example.of(grad)) for index, grad in found)
-        return None, None, *grads
+        ctx.after_loss()
+        return None, None, None, *grads
 
 
 @contextmanager

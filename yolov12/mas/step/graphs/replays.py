@@ -12,11 +12,10 @@ micro-batch would not fit beside them, and after any failure.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +31,7 @@ from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step.graphs.leaves import Leaves
 from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, reason_of, watched
 from yolov12.mas.step.graphs.recorder import Recorder, recorder_for
+from yolov12.mas.step.graphs.size import RUNS, Size
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
 from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
 from yolov12.mas.step.upsampling import Upsampling
@@ -39,12 +39,11 @@ from yolov12.mas.task import Task
 
 __all__ = ["Graphs", "Replays", "graphs_for"]
 
-_RUNS = 3  # times that a size runs before it is captured, and after that before it is judged
-_FASTER = 0.95  # largest time of a replay, relative to that without a graph, for which a size stays captured
 _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro-batch
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
+_HOPELESS = 2  # sizes that cannot be captured, if no other was faster, after which none is expected to be
 _SMALL = 0.05  # fraction of the budget up to which graphs need not give way to a validation
 _MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
 
@@ -73,25 +72,6 @@ def graphs_for(
     is_wanted = TorchVersion(torch.__version__) >= _MEASURED_WITH if wanted is None else wanted
     recorder = recorder_for(device) if is_wanted else None
     return None if recorder is None else Graphs(recorder, room)
-
-
-@dataclass
-class _Size:
-    """What is known of one size of micro-batch."""
-
-    runs: int = 0
-    """Number of times that it ran as usual and alike."""
-    wanted: dict[int, Example] = field(default_factory=dict)
-    """Index of each output tensor that got a gradient → form of the gradient."""
-    usual: list[Stopwatch] = field(default_factory=list)
-    replays: list[Stopwatch] = field(default_factory=list)
-    usual_ms: float = math.inf
-    context: Context = field(default_factory=copy_context)
-    """Context variables of the latest pass as usual, such as the layout of predictions that the loss asks for."""
-    network: GraphedNetwork | None = None
-    is_faster: bool = False
-    is_refused: bool = False
-    misses: int = 0
 
 
 class Replays:
@@ -125,19 +105,24 @@ class Replays:
         self._meter, self._graphs, self._log, self._note = meter, graphs, log, note
         self._may_replay: Callable[[nn.Module], bool] = getattr(task, "may_replay", lambda model: False)
         self._watch = ModelWatch(model)
-        self._sizes: dict[tuple[Any, ...], dict[Example, _Size]] = {}
+        self._sizes: dict[tuple[Any, ...], dict[Example, Size]] = {}
         self.idle_bytes = 0
         """Bytes of the graphs that count as reserved, and not as allocated."""
         self.count = 0
         """Number of micro-batches of this batch that were replayed."""
         self.has_captured = False
         """True if this batch captured a graph, so that its time is not representative."""
+        self.waits = False
+        """True if a micro-batch of this batch ran as usual, and is going to be captured."""
+        self.usual_ms: dict[int, float] = {}
+        """Images in each micro-batch that was captured in this batch → milliseconds without a graph."""
         self.is_replay = False
         """True if the latest micro-batch was replayed: its gradients are in memory that the next one overwrites."""
-        self._is_active = self._fits = False
+        self._is_active = self._fits = self._lacked_room = False
         self._key: tuple[Any, ...] | None = None
-        self._pause = self._times_given_way = self._first_group = self._calls = 0
-        self._size: _Size | None = None  # of the micro-batch that runs
+        self._pause = self._times_given_way = self._first_group = self._calls = self._served = 0
+        self._size: Size | None = None  # of the micro-batch that runs
+        self._has_room, self._needed_bytes, self._allocated_bytes = False, 0, 0  # of it, before it
         self._seen: dict[int, Example] = {}  # its output tensors that got gradients, and the forms of these
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -147,7 +132,7 @@ class Replays:
             parameters: Parameters that get gradients.
         """
         self.count, self.has_captured, self.is_replay, self._key = 0, False, False, None
-        self._is_active = False
+        self._is_active, self.waits, self._lacked_room, self.usual_ms = False, False, False, {}
         if self._graphs is None:
             return
         self._pause = max(self._pause - 1, 0)
@@ -159,6 +144,19 @@ class Replays:
         if not self._is_active:
             self.drop()
         self._settings = settings()
+
+    @property
+    def possible(self) -> bool:
+        """True if micro-batches of this batch may be replayed, should there be room for their graphs."""
+        sizes = [size for sizes in self._sizes.values() for size in sizes.values()]
+        failed = sum(size.is_refused and not size.replayed for size in sizes)
+        is_hopeless = failed >= _HOPELESS and not any(size.is_faster for size in sizes)
+        return self._is_active and not self._pause and not is_hopeless
+
+    @property
+    def lacks_room(self) -> bool:
+        """True if none of this batch was replayed, as there was no room for a graph."""
+        return self._lacked_room and not self.count
 
     def prepare(self, groups: Sequence[int], plan: Plan, start: int, stop: int) -> int:
         """Decide how the next micro-batch runs, capture its network if it is time to, and reset the meter's peak.
@@ -175,27 +173,39 @@ class Replays:
         self._key, self._fits, self.is_replay = None, False, False
         if self._is_active and torch.is_grad_enabled():
             self._decide(tuple(groups), plan, start, stop)
-        return self._meter.mark() + self.idle_bytes
+        self._allocated_bytes = self._meter.mark()
+        return self._allocated_bytes + self.idle_bytes
 
     def _decide(self, groups: tuple[int, ...], plan: Plan, start: int, stop: int) -> None:
         assert self._graphs is not None
         self._key = (groups, plan, self._settings)
         sizes = self._sizes.setdefault(self._key, {})
         for size in sizes.values():
-            self._judge(size)
+            size.judge()
         if any(size.is_refused and size.network is not None for size in sizes.values()):
             self.drop()  # the memory of the pool is freed only with all graphs
         needed_bytes, budget_bytes = self._graphs.room(start, stop)
-        spare_bytes = budget_bytes - self._meter.mark() - self.idle_bytes
+        self._needed_bytes, spare_bytes = needed_bytes, self._spare_bytes(budget_bytes)
+        self._has_room = needed_bytes * _CAPTURE <= spare_bytes
         for example, size in list(sizes.items()):
-            if self._is_due(size) and needed_bytes * _CAPTURE <= spare_bytes:
+            has_room = max(needed_bytes * _CAPTURE, size.held_bytes) <= spare_bytes
+            self._has_room &= has_room
+            if has_room and size.is_due and not self._pause:
+                before_bytes = spare_bytes
                 self._capture(example, size, groups, plan)
-                spare_bytes = budget_bytes - self._meter.mark() - self.idle_bytes
-        networks = [size.network for size in sizes.values() if size.network is not None]
-        # While a network is replayed, only the loss needs memory.
-        self._fits = all(needed_bytes - network.kept_bytes <= spare_bytes for network in networks)
-        if self.idle_bytes and needed_bytes > spare_bytes and not (networks and self._fits):
+                spare_bytes = self._spare_bytes(budget_bytes)
+                if not size.fits(needed_bytes, before_bytes, spare_bytes):
+                    self.drop()
+                    self._has_room, spare_bytes = False, self._spare_bytes(budget_bytes)
+        held = [size for size in sizes.values() if size.network is not None]
+        self._fits = all(size.beside_bytes(needed_bytes) <= spare_bytes for size in held)
+        if self.idle_bytes and needed_bytes > spare_bytes and not (held and self._fits):
+            if self._served >= _PAUSE_BATCHES:
+                self.drop()  # they have paid for themselves
             self.give_way()
+
+    def _spare_bytes(self, budget_bytes: int) -> int:
+        return budget_bytes - self._meter.mark() - self.idle_bytes
 
     @contextmanager
     def within(self, first_group: int) -> Iterator[None]:
@@ -208,8 +218,7 @@ class Replays:
         if self._key is None:
             yield
             return
-        self._first_group, self._calls, self._size = first_group, 0, None
-        self._seen = {}
+        self._first_group, self._calls, self._size, self._seen = first_group, 0, None, {}
         watch = self._meter.stopwatch()
         with overridden({self._model: partial(self._call, self._model.forward)}):
             yield
@@ -249,6 +258,7 @@ class Replays:
         for size in held:
             size.network = None
             size.replays.clear()
+        self._served = 0
         if held or self.idle_bytes:
             self._release()
 
@@ -262,26 +272,11 @@ class Replays:
         self._graphs.recorder.release()
         self.idle_bytes = 0
 
-    def _is_due(self, size: _Size) -> bool:
-        is_known = size.runs >= _RUNS and size.usual_ms < math.inf and bool(size.wanted)
-        return is_known and size.network is None and not size.is_refused and not self._pause
-
-    def _judge(self, size: _Size) -> None:
-        """Look at the times that are known by now; refuse a network that is no faster than without a graph."""
-        usual = [watch.elapsed_ms() for watch in size.usual]
-        size.usual_ms = min([size.usual_ms, *(ms for ms in usual if ms is not None)])
-        size.usual = [watch for watch, ms in zip(size.usual, usual, strict=True) if ms is None]
-        replays = [ms for ms in (watch.elapsed_ms() for watch in size.replays) if ms is not None]
-        if size.network is None or size.is_faster or len(replays) < _RUNS:
-            return
-        size.is_faster = min(replays) <= _FASTER * size.usual_ms
-        size.is_refused = not size.is_faster
-        size.replays.clear()
-
-    def _capture(self, example: Example, size: _Size, groups: tuple[int, ...], plan: Plan) -> None:
+    def _capture(self, example: Example, size: Size, groups: tuple[int, ...], plan: Plan) -> None:
         """Capture a network. Whatever fails, the size runs as usual from then on."""
         assert self._graphs is not None
-        self.has_captured = True
+        self.has_captured, size.waited = True, 0
+        self.usual_ms[sum(groups)] = size.usual_ms
         self._meter.release(thorough=False)
         try:
             size.network = self._graphed(self._graphs.recorder, example, size, groups, plan)
@@ -297,7 +292,7 @@ class Replays:
         self._release()
 
     def _graphed(
-        self, recorder: Recorder, example: Example, size: _Size, groups: tuple[int, ...], plan: Plan
+        self, recorder: Recorder, example: Example, size: Size, groups: tuple[int, ...], plan: Plan
     ) -> GraphedNetwork:
         drafts, leaves = self._norms.drafts(), Leaves(self._model, self._parameters)
 
@@ -319,17 +314,17 @@ class Replays:
         example, sizes = Example.of(x), self._sizes[self._key]
         self._calls += 1
         if example not in sizes and sum(map(len, self._sizes.values())) < _SIZES:
-            sizes[example] = _Size()
+            sizes[example] = Size()
         size = self._size = sizes.get(example)
         if size is None:
             return forward(x)
         if x.requires_grad or self._calls > 1:
             size.is_refused = True
         if size.network is None or size.is_refused or not self._fits:
-            size.context = copy_context()
+            size.context, after_loss = copy_context(), size.loss_meter(self._meter, self._allocated_bytes)
             found = forward(x)
             try:
-                return found if size.is_refused else watched(found, self._seen)
+                return found if size.is_refused else watched(found, self._seen, after_loss(self._needed_bytes))
             except NotReplayableError:
                 size.is_refused = True
                 return found
@@ -338,12 +333,18 @@ class Replays:
         self._norms.adopt(size.network.drafts, self._first_group)
         return found
 
-    def _learn(self, size: _Size, watch: Stopwatch) -> None:
+    def _learn(self, size: Size, watch: Stopwatch) -> None:
         if self.is_replay:
+            self._served += not self.count
             self.count += 1
+            size.replayed = True
             if not size.is_faster:
                 size.replays.append(watch)
             return
+        size.waited += 1
+        if not self._pause and size.waits:
+            self.waits |= self._has_room
+            self._lacked_room |= not self._has_room
         size.runs = size.runs + 1 if self._seen.keys() == size.wanted.keys() else 1
         size.wanted = self._seen
-        size.usual = [*size.usual, watch][-_RUNS:]
+        size.usual = [*size.usual, watch][-RUNS:]
