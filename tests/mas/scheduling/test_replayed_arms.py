@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -42,6 +42,7 @@ class Device:
     """Bytes of a capture, relative to those of the micro-batch."""
     has_graphs: bool = True
     possible: bool = True
+    static_bytes: int = 0
     lacks_room: bool = False
     runs: dict = field(default_factory=dict)
     held: set = field(default_factory=set)
@@ -86,13 +87,13 @@ class Device:
             needed, key = self.needed_bytes(size, level), (size, level)
             pool = max((POOL * self.needed_bytes(*each) for each in self.held), default=0)
             upper, budget = planner.room(start, start + size)
-            if self.can_capture and key not in self.held | self.refused and self.runs.get(key, 0) >= 3:
-                if max(REPLAY_BYTES, self.needs) * upper <= budget - live - pool:
-                    captured, ms = True, ms + 3 * self.usual_ms(*key)
-                    self.over.append(live + pool + 1.25 * needed - budget)
-                    told[size] = self.usual_ms(*key)
-                    (self.held if self.works else self.refused).add(key)
-                    pool = max((POOL * self.needed_bytes(*each) for each in self.held), default=0)
+            is_due = self.can_capture and key not in self.held | self.refused and self.runs.get(key, 0) >= 3
+            if is_due and max(REPLAY_BYTES, self.needs) * upper <= budget - live - pool:
+                captured, ms = True, ms + 3 * self.usual_ms(*key)
+                self.over.append(live + pool + 1.25 * needed - budget)
+                told[size] = self.usual_ms(*key)
+                (self.held if self.works else self.refused).add(key)
+                pool = max((POOL * self.needed_bytes(*each) for each in self.held), default=0)
             if key in self.held:
                 self.replayed, ms = self.replayed + 1, ms + min(self.replay_ms(*key), self.usual_ms(*key))
                 peak = live + pool + LOSS * needed
@@ -146,11 +147,135 @@ def trained(batches=60, **options):
 
 @pytest.mark.parametrize("limit_mib", [4096, 8192, 16384])
 def test_a_launch_bound_device_ends_in_graphs_at_once(limit_mib):
-    without, usual_ms = trained(limit_mib=limit_mib, has_graphs=False)
+    usual, usual_ms = trained(limit_mib=limit_mib, has_graphs=False)
     device, ms = trained(limit_mib=limit_mib)
+    images, level, _ = usual.arms[-1]
+    live_mib, needed_mib = 950 + 236, usual.needed_bytes(images, level) / MIB
+    assert live_mib + REPLAY_BYTES * needed_mib > 0.9 * limit_mib  # no graph has room under the usual arm
     assert device.arms[-1][2]
-    assert ms[-1] < 0.7 * usual_ms[-1]
-    assert ms[-1] <= 1.15 * device.best_ms(replays=True)
+    assert ms[-1] < 0.75 * usual_ms[-1]
+    assert ms[-1] <= 1.1 * device.best_ms(replays=True)
     assert [replayed for *_, replayed in device.arms[:4]].count(True) >= 2
     assert max(device.over) <= 0
 
+
+devices = st.fixed_dictionaries(
+    {
+        "limit_mib": st.integers(3800, 40_000),
+        "launch_ms": st.floats(1.0, 400.0),
+        "image_ms": st.floats(0.5, 20.0),
+        "image_mib": st.integers(150, 800),
+        "new_size_ms": st.sampled_from([0.0, 2000.0]),
+    }
+)
+
+
+@settings(max_examples=12)
+@given(options=devices)
+def test_the_faster_of_graphs_and_usual_runs_wins_within_the_budget(options):
+    device, ms = trained(60, **options)
+    best_ms, usual_ms = (device.best_ms(replays=replays) for replays in (True, False))
+    if best_ms < 0.7 * usual_ms:
+        assert device.arms[-1][2]
+    elif usual_ms < 0.85 * best_ms:
+        assert not device.arms[-1][2]
+    # As without graphs, a size that has not run is not tried for a gain that does not pay for it.
+    assert min(ms[-20:]) <= 1.25 * min(best_ms, usual_ms)
+    assert max(device.over) <= 0
+
+
+@settings(max_examples=12)
+@given(options=devices, needs=st.sampled_from([1.25, 1.4]), works=st.booleans())
+def test_captures_that_do_not_succeed_cost_little_and_end(options, needs, works):
+    device, ms = trained(60, **options, works=works and needs > 1.25, needs=needs)
+    assert len(set(device.arms[-15:])) == 1
+    _, usual_ms = trained(60, **options, has_graphs=False)
+    if not device.arms[-1][2]:
+        assert ms[-1] <= 1.1 * usual_ms[-1]
+    assert sum(ms) <= 1.1 * sum(usual_ms)
+
+
+def test_a_graph_that_needs_more_than_expected_gets_more_room():
+    device, _ = trained(needs=1.45, limit_mib=4096)
+    assert device.arms[-1][2]
+    assert device.arms[-1][1] > trained(limit_mib=4096)[0].arms[-1][1]
+
+
+@settings(max_examples=12)
+@given(options=devices)
+def test_decisions_without_graphs_are_those_of_a_run_that_has_none(options):
+    never = Device(**options, has_graphs=False)
+    paused = Device(**options, possible=False)
+    for _ in range(60):
+        assert never.batch() == paused.batch()
+        assert never.planner.history == paused.planner.history
+    assert never.speed.state_dict() == paused.speed.state_dict()
+    assert not paused.speed.state_dict()["replays"]
+    assert not paused.planner.history.replays
+
+
+def test_graphs_that_pause_leave_the_usual_arm_and_come_back():
+    device, _ = trained(limit_mib=4096)
+    usual, _ = trained(limit_mib=4096, has_graphs=False)
+    device.possible = False
+    device.drop()
+    for _ in range(5):
+        device.batch()
+    assert device.arms[-1] == usual.arms[-1]
+    device.possible = True
+    for _ in range(4):
+        device.batch()
+    assert device.arms[-1][2]
+
+
+def test_a_run_goes_on_with_the_state_of_an_older_one():
+    device, _ = trained(limit_mib=4096, has_graphs=False)
+    state, history = device.speed.state_dict(), asdict(device.planner.completed_history)
+    del state["replays"], history["replays"]
+    again = Device(limit_mib=4096)
+    again.speed.load_state_dict(state)
+    again.planner.resume(device.planner.cost, again.speed, History(**history))
+    for _ in range(4):
+        again.batch()
+    assert again.arms[-1][2]
+    third = SpeedModel(LADDER)
+    third.load_state_dict(again.speed.state_dict())
+    images, level, _ = again.arms[-1]
+    for replays in (False, True):
+        assert third.expected_ms(images, 640, 640, level, replays) == again.speed.expected_ms(
+            images, 640, 640, level, replays
+        )
+    assert third.seen(images, 640, 640, level, replays=True)
+
+
+def test_what_graphs_hold_is_not_counted_twice():
+    device, _ = trained(limit_mib=4096)
+    arm = device.arms[-1]
+    device.static_bytes = 600 * MIB
+    device.meter.allocated_bytes += device.static_bytes
+    device.batch()
+    assert device.arms[-1] == arm
+
+
+def test_room_for_what_the_optimizer_will_allocate():
+    cost, speed = CostModel(LADDER), SpeedModel(LADDER)
+    for _ in range(3):
+        cost.observe(Features(8, 640, 640, 10), 1000 * MIB)
+    speed.observe_micro_batch(8, 640, 640, 0, 100.0)
+    now = State((Group(8, 10),) * 4, 640, 640, 1400 * MIB, 0, 0, History(8), replay_bytes=REPLAY_BYTES)
+    assert (decide(now, cost, speed).level, decide(now, cost, speed).replays) == (0, True)
+    later = replace(now, later_bytes=300 * MIB)
+    assert (decide(later, cost, speed).level > 0, decide(later, cost, speed).replays) == (True, True)
+
+
+def test_a_crowded_image_changes_nothing_for_the_next_batch():
+    cost, speed = CostModel(LADDER[:1]), SpeedModel()
+    for boxes in (10, 100, 200, 300):
+        for _ in range(3):
+            cost.observe(Features(8, 640, 640, boxes), (1000 + boxes) * MIB)
+    speed.observe_micro_batch(8, 640, 640, 0, 100.0)
+    groups = (Group(8, 10),) * 4
+    now = State(groups, 640, 640, 1400 * MIB, 0, 0, History(8, replays=True), replay_bytes=REPLAY_BYTES)
+    assert decide(now, cost, speed).replays
+    crowded = decide(replace(now, groups=(Group(8, 300), *groups[1:])), cost, speed)
+    assert (crowded.replays, crowded.history, crowded.fits) == (False, now.history, True)

@@ -31,7 +31,9 @@ __all__ += ["REPLAY_BYTES", "has_room", "safe_arms", "under_ceiling", "upper_byt
 REPLAY_BYTES = 1.25
 """Bytes that the capture of a CUDA graph needs at first, relative to those of the micro-batch with their margin."""
 _HELD_BYTES = 1.16  # the same for a graph that is there; it was 1.16 times what the micro-batch used, on an H200
-_CAST_BYTES = 0.5  # copies of weights in half precision that autocast keeps for a batch, relative to the gradients
+# Bytes beside a capture, relative to the gradients: copies of weights in half precision that autocast keeps for a
+# batch, and gradients with which those of the first replay are compared, as far as the above does not include them.
+_COPIES_BYTES = 1.0
 # Least ratio between the numbers of micro-batches of two splits. Splits that are closer are nearly the same.
 _NEXT_SPLIT = 1.25
 
@@ -93,6 +95,8 @@ class State:
     replay_bytes: float = 0.0
     """Bytes that a CUDA graph of a micro-batch needs, relative to those of the micro-batch with their margin, see
     `REPLAY_BYTES`; 0 if there are no graphs now."""
+    later_bytes: int = 0
+    """Bytes that are going to be allocated beside graphs, such as the optimizer's state."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +245,9 @@ def _room_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, mo
     in_use = history.replays and (split.largest, level) == (history.images, history.level)
     factor = (state.replay_bytes - (REPLAY_BYTES - _HELD_BYTES) * in_use) + (len(split.fullest) > 1)
     upper = max(upper for _, upper in (cost.upper(each) for each in features_of(state, split, level, most_boxes)))
-    copies_bytes = 0 if len(split.counts) == 1 else _CAST_BYTES * state.gradient_bytes
-    return math.ceil(_allocated_bytes(state, split) + copies_bytes + factor * upper)
+    beside_bytes = _allocated_bytes(state, split) + state.later_bytes
+    copies_bytes = 0 if len(split.counts) == 1 else _COPIES_BYTES * state.gradient_bytes
+    return math.ceil(beside_bytes + copies_bytes + factor * upper)
 
 
 def arm_of(

@@ -325,18 +325,19 @@ class BatchPlanner:
 
     def _state(self, start: int, sizes: tuple[int, ...]) -> State:
         ends = [start + end for end in accumulate(sizes)]
-        boxes = self._work.boxes
+        boxes, replay_bytes = self._work.boxes, self.replay_room.bytes() if self._ceiling is None else 0.0
         return State(
             groups=tuple(Group(size, max(boxes[end - size : end])) for size, end in zip(sizes, ends, strict=True)),
             height=self._work.height,
             width=self._work.width,
             budget_bytes=self.budget_bytes,
-            allocated_bytes=self.reading.allocated_bytes,
+            allocated_bytes=self.reading.allocated_bytes - self.replay_room.static_bytes(),
             gradient_bytes=0 if start else self.gradient_bytes,
             history=self.history,
             ceiling=self._ceiling,
             fixed=self._config.micro_batch,
-            replay_bytes=self.replay_room.bytes() if self._ceiling is None else 0.0,
+            replay_bytes=replay_bytes,
+            later_bytes=self.optimizer_bytes if replay_bytes else 0,
         )
 
     def _features(self, start: int, stop: int, level: int) -> Features:

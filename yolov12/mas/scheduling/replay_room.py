@@ -23,6 +23,10 @@ class Graphs(Protocol):
     def lacks_room(self) -> bool:
         """True if none of this batch was replayed, as there was no room for a graph."""
 
+    @property
+    def static_bytes(self) -> int:
+        """Bytes of the graphs that count as allocated. Decisions leave them out, as graphs give way."""
+
     def drop(self) -> None:
         """Drop all graphs and return their memory to the device."""
 
@@ -40,6 +44,10 @@ class ReplayRoom:
     def bytes(self) -> float:
         """Return bytes relative to those of a micro-batch, see `State.replay_bytes`; 0 if there are no graphs now."""
         return self._bytes if self.graphs is not None and self.graphs.possible else 0.0
+
+    def static_bytes(self) -> int:
+        """Return the bytes of graphs that count as allocated now."""
+        return self.graphs.static_bytes if self.graphs is not None else 0
 
     def moved(self) -> None:
         """Drop the graphs of another size or plan, as they would be in the way of the new one."""

@@ -130,6 +130,10 @@ class GraphedNetwork:
         self._gradients, self._replay_backward = recorder.record(self._backward)
         self.idle_bytes = max(_unused_bytes(meter) - unused_bytes, 0)
         """Bytes of the pool that count as reserved, not as allocated."""
+        self.static_bytes = max(meter.mark() - allocated_bytes, 0) + sum(
+            each.nbytes for each in (self._x, *self._grads)
+        )
+        """Bytes that count as allocated as long as the graphs are there."""
         found: tuple[Tensors, ...] = (list(self.outputs(self._x)), self.gradients(self._grads), [self.drafts.means])
         if any(_difference(a, b) > _OFF for a, b in zip(found, expected, strict=True)):
             raise NotReplayableError("a replay differs")

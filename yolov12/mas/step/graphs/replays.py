@@ -31,7 +31,7 @@ from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step.graphs.leaves import Leaves
 from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, reason_of, watched
 from yolov12.mas.step.graphs.recorder import Recorder, recorder_for
-from yolov12.mas.step.graphs.size import RUNS, Size
+from yolov12.mas.step.graphs.size import RUNS, Size, is_hopeless
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
 from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
 from yolov12.mas.step.upsampling import Upsampling
@@ -43,7 +43,6 @@ _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
-_HOPELESS = 2  # sizes that cannot be captured, if no other was faster, after which none is expected to be
 _SMALL = 0.05  # fraction of the budget up to which graphs need not give way to a validation
 _MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
 
@@ -108,6 +107,8 @@ class Replays:
         self._sizes: dict[tuple[Any, ...], dict[Example, Size]] = {}
         self.idle_bytes = 0
         """Bytes of the graphs that count as reserved, and not as allocated."""
+        self.static_bytes = 0
+        """Bytes of the graphs that count as allocated."""
         self.count = 0
         """Number of micro-batches of this batch that were replayed."""
         self.has_captured = False
@@ -148,10 +149,7 @@ class Replays:
     @property
     def possible(self) -> bool:
         """True if micro-batches of this batch may be replayed, should there be room for their graphs."""
-        sizes = [size for sizes in self._sizes.values() for size in sizes.values()]
-        failed = sum(size.is_refused and not size.replayed for size in sizes)
-        is_hopeless = failed >= _HOPELESS and not any(size.is_faster for size in sizes)
-        return self._is_active and not self._pause and not is_hopeless
+        return self._is_active and not self._pause and not is_hopeless(self._sizes.values())
 
     @property
     def lacks_room(self) -> bool:
@@ -270,7 +268,7 @@ class Replays:
     def _release(self) -> None:
         assert self._graphs is not None
         self._graphs.recorder.release()
-        self.idle_bytes = 0
+        self.idle_bytes = self.static_bytes = 0
 
     def _capture(self, example: Example, size: Size, groups: tuple[int, ...], plan: Plan) -> None:
         """Capture a network. Whatever fails, the size runs as usual from then on."""
@@ -281,6 +279,7 @@ class Replays:
         try:
             size.network = self._graphed(self._graphs.recorder, example, size, groups, plan)
             self.idle_bytes += size.network.idle_bytes
+            self.static_bytes += size.network.static_bytes
             return
         except Exception as error:  # what is not an error without a graph shows itself again then
             size.is_refused = True

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.step.graphs.network import Example, GraphedNetwork
 
-__all__ = ["RUNS", "Size"]
+__all__ = ["RUNS", "Size", "is_hopeless"]
 
 RUNS = 3
 """Number of times that a size runs before it is captured, and after that before it is judged."""
 _FASTER = 0.95  # largest time of a replay, relative to that without a graph, for which a size stays captured
 _PATIENCE = 16  # runs as usual after which a size that could be captured is not expected to be any more
+_HOPELESS = 2  # sizes that cannot be captured, if no other was faster, after which none is expected to be
 _LOSS = 1.25  # bytes that the loss may need, relative to the most that were measured
 
 
@@ -122,3 +123,10 @@ class Size:
         self.is_faster = min(replays) <= _FASTER * self.usual_ms
         self.is_refused = not self.is_faster
         self.replays.clear()
+
+
+def is_hopeless(sizes: Iterable[Mapping[Example, Size]]) -> bool:
+    """Return whether some sizes could not be captured and none was faster, so that others will not be either."""
+    every = [size for each in sizes for size in each.values()]
+    failed = sum(size.is_refused and not size.replayed for size in every)
+    return failed >= _HOPELESS and not any(size.is_faster for size in every)
