@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from yolov12.mas.config import Config
 from yolov12.mas.memory.replay import ReplayMeter
@@ -86,9 +85,10 @@ class Device:
             live = (self.allocated_mib + (self.gradient_mib if start else 0)) * MIB
             needed, key = self.needed_bytes(size, level), (size, level)
             pool = max((POOL * self.needed_bytes(*each) for each in self.held), default=0)
-            upper, budget = planner.room(start, start + size)
+            upper, room = planner.room(start, start + size)
+            budget = planner.budget_bytes
             is_due = self.can_capture and key not in self.held | self.refused and self.runs.get(key, 0) >= 3
-            if is_due and max(REPLAY_BYTES, self.needs) * upper <= budget - live - pool:
+            if is_due and max(REPLAY_BYTES, self.needs) * upper <= room - live - pool:
                 captured, ms = True, ms + 3 * self.usual_ms(*key)
                 self.over.append(live + pool + 1.25 * needed - budget)
                 told[size] = self.usual_ms(*key)
@@ -104,7 +104,7 @@ class Device:
                 ms, self.runs[key] = ms + self.usual_ms(*key), self.runs.get(key, 0) + 1
                 peak = live + pool + needed
                 if self.can_capture and key not in self.refused:
-                    has_room = max(REPLAY_BYTES, self.needs) * upper <= budget - live - pool
+                    has_room = max(REPLAY_BYTES, self.needs) * upper <= room - live - pool
                     waits, self.lacks_room = waits or has_room, self.lacks_room or not has_room
             if size not in self.known:
                 self.known.add(size)
@@ -159,19 +159,18 @@ def test_a_launch_bound_device_ends_in_graphs_at_once(limit_mib):
     assert max(device.over) <= 0
 
 
-devices = st.fixed_dictionaries(
-    {
-        "limit_mib": st.integers(3800, 40_000),
-        "launch_ms": st.floats(1.0, 400.0),
-        "image_ms": st.floats(0.5, 20.0),
-        "image_mib": st.integers(150, 800),
-        "new_size_ms": st.sampled_from([0.0, 2000.0]),
+def drawn(seed):
+    draw = random.Random(seed)
+    return {
+        "limit_mib": draw.randint(3800, 40_000),
+        "launch_ms": draw.uniform(1.0, 400.0),
+        "image_ms": draw.uniform(0.5, 20.0),
+        "image_mib": draw.randint(150, 800),
+        "new_size_ms": draw.choice([0.0, 2000.0]),
     }
-)
 
 
-@settings(max_examples=12)
-@given(options=devices)
+@pytest.mark.parametrize("options", map(drawn, range(12)))
 def test_the_faster_of_graphs_and_usual_runs_wins_within_the_budget(options):
     device, ms = trained(60, **options)
     best_ms, usual_ms = (device.best_ms(replays=replays) for replays in (True, False))
@@ -184,25 +183,27 @@ def test_the_faster_of_graphs_and_usual_runs_wins_within_the_budget(options):
     assert max(device.over) <= 0
 
 
-@settings(max_examples=12)
-@given(options=devices, needs=st.sampled_from([1.25, 1.4]), works=st.booleans())
-def test_captures_that_do_not_succeed_cost_little_and_end(options, needs, works):
-    device, ms = trained(60, **options, works=works and needs > 1.25, needs=needs)
-    assert len(set(device.arms[-15:])) == 1
-    _, usual_ms = trained(60, **options, has_graphs=False)
-    if not device.arms[-1][2]:
-        assert ms[-1] <= 1.1 * usual_ms[-1]
-    assert sum(ms) <= 1.1 * sum(usual_ms)
+@pytest.mark.parametrize("options", map(drawn, range(12)))
+def test_captures_that_do_not_succeed_cost_little_and_end(options):
+    device, ms = trained(150, **options, works=False)
+    usual, usual_ms = trained(150, **options, has_graphs=False)
+    assert not device.replayed
+    assert min(ms[-20:]) <= 1.1 * min(usual_ms[-20:])
+    assert sum(ms) <= 1.15 * sum(usual_ms)
+    moves, usual_moves = (
+        sum(before != after for before, after in zip(each.arms, each.arms[1:], strict=False))
+        for each in (device, usual)
+    )
+    assert moves <= usual_moves + 8
 
 
 def test_a_graph_that_needs_more_than_expected_gets_more_room():
-    device, _ = trained(needs=1.45, limit_mib=4096)
+    device, _ = trained(needs=1.6, limit_mib=4096)
     assert device.arms[-1][2]
     assert device.arms[-1][1] > trained(limit_mib=4096)[0].arms[-1][1]
 
 
-@settings(max_examples=12)
-@given(options=devices)
+@pytest.mark.parametrize("options", map(drawn, range(12)))
 def test_decisions_without_graphs_are_those_of_a_run_that_has_none(options):
     never = Device(**options, has_graphs=False)
     paused = Device(**options, possible=False)

@@ -357,6 +357,66 @@ def test_a_graph_that_is_no_faster_is_dropped():
     assert captured().run((2,), (2,)).replayed == 2
 
 
+def test_a_result_tells_whether_a_later_batch_will_be_replayed():
+    trainer = Trainer()
+    first, second, third = (trainer.run((2,), (2,)) for _ in range(3))
+    assert [each.waits_for_capture for each in (first, second, third)] == [True, True, False]
+    assert [dict(each.usual_ms) for each in (first, second, third)] == [{}, {2: 5.0}, {}]
+    assert trainer.step.replays.possible
+    slow = captured(slow_replay=True)
+    assert not [slow.run((2,), (2,)) for _ in range(3)][-1].waits_for_capture  # it was refused
+    assert slow.step.replays.possible
+
+
+def test_a_result_does_not_wait_for_what_does_not_come():
+    trainer = Trainer(limit_bytes=12 * MIB)
+    assert not trainer.run((2,), (2,)).waits_for_capture
+    assert trainer.step.replays.lacks_room
+    other = Trainer()
+    other.step._task._may_replay = False
+    assert not other.run((2,), (2,)).waits_for_capture
+    assert not other.step.replays.possible
+    assert not other.step.replays.lacks_room
+
+
+def test_no_graphs_are_possible_after_captures_of_two_sizes_have_failed():
+    trainer = Trainer()
+    trainer.recorder.error = RuntimeError("this cannot be captured")
+    for count, possible in ((2, True), (1, False)):
+        for _ in range(3):
+            trainer.run((count,), (count,))
+        assert trainer.step.replays.possible is possible
+
+
+def test_a_graph_beside_which_the_loss_has_no_room_is_not_captured_again():
+    trainer = Trainer(limit_bytes=13 * MIB)
+    trainer.recorder.pool_bytes = 6 * MIB  # of each pass
+    size = []
+    trainer.on_loss = lambda: size.append(trainer.step.replays._size)
+    trainer.run((2,), (2,))
+    trainer.run((2,))
+    size[-1].loss_bytes = 2 * MIB
+    for _ in range(3):
+        trainer.run((2,), (2,))
+        assert (trainer.replayed, trainer.step.replays.lacks_room) == (0, True)
+    assert trainer.recorder.recorded == 2
+    trainer.limit_bytes = 15 * MIB
+    assert trainer.run((2,), (2,)).replayed == 2
+
+
+def test_graphs_that_have_served_give_way_without_a_pause():
+    trainer = captured(limit_bytes=24 * MIB)
+    trainer.step.replays.idle_bytes = 10 * MIB
+    for _ in range(16):
+        trainer.run((2,), (2,))
+    trainer.needed_bytes = 15 * MIB
+    assert trainer.run((1,), (1,)).replayed == 0
+    assert trainer.recorder.released == 1
+    trainer.needed_bytes = 10 * MIB
+    trainer.run((2,), (2,))
+    assert trainer.replayed == 2
+
+
 def test_an_error_of_a_capture_does_not_hide_one_of_the_network():
     trainer = captured()
     with pytest.raises(RuntimeError, match="expected input"):
@@ -538,3 +598,33 @@ def test_an_engine_replays_if_it_is_asked_to(monkeypatch, tmp_path, arguments):
     wanted = arguments.get("cuda_graphs", False)
     assert replayed == ([0, 3, 3, 3] if wanted else [0, 0, 0, 0])
     assert [recorder.released > 0 for recorder in made] == [True] * wanted
+
+
+def test_an_engine_leaves_room_for_a_graph_where_that_is_faster(monkeypatch):
+    """Four images fit, but no graph of them. Two at once launch as much, and have room for one."""
+    meter = Meter(2**40, [0], allocated_bytes=MIB, limit=500 * MIB)
+    made = []
+
+    def graphs_for(device, room, wanted):
+        made.append(AgainRecorder(meter))
+        return Graphs(made[-1], room)
+
+    monkeypatch.setattr("yolov12.mas.engine.graphs_for", graphs_for)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU())
+
+    def loss(model, x):
+        out, is_replay = model(x), engine._step.replays.is_replay
+        meter.use(int((0.05 if is_replay else 1.0) * len(x) * 100 * MIB))
+        meter.tick(2.0 * len(x) if is_replay else 50.0)
+        return out.square().mean()
+
+    task, config = TensorTask(loss, may_replay=True), replace(Config.parse({"mem_limit": "500MiB"}), bn_group=1)
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    with Engine(model, task, config, meter=meter, layers={}) as engine:
+        engine._planner.speed.new_size_ms = 0.0
+        for _ in range(30):
+            found.append(engine.step((torch.randn(8, 3, 5, 5),)))
+            engine.update(optimizer)
+    print([(each.micro_batches, each.replayed) for each in found])
+    assert found[-1].replayed == len(found[-1].micro_batches) > 2
+    assert all(each.peak_bytes <= each.budget_bytes for each in found)

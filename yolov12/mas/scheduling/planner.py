@@ -207,8 +207,9 @@ class BatchPlanner:
         return self._accept(decision, sizes, group) if decision.fits else None
 
     def room(self, start: int, stop: int) -> tuple[int, int]:
-        """Return what a micro-batch needs at most above the allocated memory, and the budget, in bytes."""
-        return self.cost.upper(self._features(start, stop, self.level))[1], self.budget_bytes
+        """Return what a micro-batch needs above the allocated memory, and the budget beside gradients, in bytes."""
+        later_bytes = self.gradient_bytes if start == 0 and stop < self._work.images else 0  # graphs stay beside them
+        return self.cost.upper(self._features(start, stop, self.level))[1], self.budget_bytes - later_bytes
 
     def done(
         self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
