@@ -170,7 +170,14 @@ def drawn(seed):
     }
 
 
-@pytest.mark.parametrize("options", map(drawn, range(12)))
+def test_gradients_of_earlier_micro_batches_stay_beside_a_graph():
+    """Before the first micro-batch there are none, but its graph stays for the next."""
+    options = {"limit_mib": 4449, "launch_ms": 117.0, "image_ms": 16.0, "image_mib": 655}
+    device, _ = trained(8, **options)
+    assert max(device.over) <= 0
+
+
+@pytest.mark.parametrize("options", [drawn(seed) for seed in range(12)])
 def test_the_faster_of_graphs_and_usual_runs_wins_within_the_budget(options):
     device, ms = trained(60, **options)
     best_ms, usual_ms = (device.best_ms(replays=replays) for replays in (True, False))
@@ -183,7 +190,7 @@ def test_the_faster_of_graphs_and_usual_runs_wins_within_the_budget(options):
     assert max(device.over) <= 0
 
 
-@pytest.mark.parametrize("options", map(drawn, range(12)))
+@pytest.mark.parametrize("options", [drawn(seed) for seed in range(12)])
 def test_captures_that_do_not_succeed_cost_little_and_end(options):
     device, ms = trained(150, **options, works=False)
     usual, usual_ms = trained(150, **options, has_graphs=False)
@@ -198,12 +205,12 @@ def test_captures_that_do_not_succeed_cost_little_and_end(options):
 
 
 def test_a_graph_that_needs_more_than_expected_gets_more_room():
-    device, _ = trained(needs=1.6, limit_mib=4096)
+    device, _ = trained(needs=1.5, limit_mib=5000)
     assert device.arms[-1][2]
-    assert device.arms[-1][1] > trained(limit_mib=4096)[0].arms[-1][1]
+    assert device.arms[-1][1] > trained(limit_mib=5000)[0].arms[-1][1]
 
 
-@pytest.mark.parametrize("options", map(drawn, range(12)))
+@pytest.mark.parametrize("options", [drawn(seed) for seed in range(12)])
 def test_decisions_without_graphs_are_those_of_a_run_that_has_none(options):
     never = Device(**options, has_graphs=False)
     paused = Device(**options, possible=False)

@@ -404,6 +404,19 @@ def test_a_graph_beside_which_the_loss_has_no_room_is_not_captured_again():
     assert trainer.run((2,), (2,)).replayed == 2
 
 
+def test_the_memory_of_the_loss_is_measured_in_usual_runs():
+    """Under a plan that recomputes, the network needs most in its backward pass, which is part of the graph."""
+    trainer, sizes = Trainer(limit_bytes=13 * MIB), []
+    trainer.recorder.pool_bytes = 4 * MIB  # of each pass; beside them, there is no room for what a usual run needs
+    trainer.on_loss = lambda: (trainer.meter.use(3 * MIB), sizes.append(trainer.step.replays._size))
+    for _ in range(3):
+        trainer.run((2,), (2,))
+    assert sizes[0].loss_bytes == 3 * MIB
+    assert trainer.replayed == 2
+    trainer.needed_bytes = 11.3 * MIB  # the loss may need as much more
+    assert trainer.run((2,), (2,)).replayed == 0
+
+
 def test_graphs_that_have_served_give_way_without_a_pause():
     trainer = captured(limit_bytes=24 * MIB)
     trainer.step.replays.idle_bytes = 10 * MIB
@@ -625,6 +638,5 @@ def test_an_engine_leaves_room_for_a_graph_where_that_is_faster(monkeypatch):
         for _ in range(30):
             found.append(engine.step((torch.randn(8, 3, 5, 5),)))
             engine.update(optimizer)
-    print([(each.micro_batches, each.replayed) for each in found])
     assert found[-1].replayed == len(found[-1].micro_batches) > 2
     assert all(each.peak_bytes <= each.budget_bytes for each in found)
