@@ -261,8 +261,21 @@ def test_what_graphs_hold_is_not_counted_twice():
     arm = device.arms[-1]
     device.static_bytes = 600 * MIB
     device.meter.allocated_bytes += device.static_bytes
-    device.batch()
-    assert device.arms[-1] == arm
+    for _ in range(6):
+        device.batch()
+        assert device.arms[-1] == arm
+        assert device.planner.history.replays
+
+
+def test_a_move_drops_the_graphs_of_the_arm_before(monkeypatch):
+    device, _ = trained(limit_mib=5000)
+    dropped, level = [], device.arms[-1][1]
+    monkeypatch.setattr(Device, "drop", lambda device: dropped.append(device.planner.level))
+    for limit_mib, moves in ((5000, 0), (4000, 1)):
+        device.meter._limited_bytes = limit_mib * MIB
+        device.planner.begin(Workload(640, 640, (10,) * 256), 8)
+        device.planner.plan(0, None)
+        assert dropped == [level] * moves
 
 
 def test_room_for_what_the_optimizer_will_allocate():
