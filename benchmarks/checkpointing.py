@@ -45,7 +45,10 @@ NOMINAL_BATCH = 64
 SETTLED = 40
 """Number of steps with the same decision after which the controller counts as settled."""
 PATIENCE = 3
-"""Factor by which `ours` may run longer at the first limit, until it has tried two pairs of size and plan."""
+"""Factor by which `ours` may run longer, until it has tried two pairs of size and plan at the first limit, and until
+enough steps in succession were alike."""
+ALIKE = 5
+"""Number of steps in succession whose median is the speed of `ours`."""
 PEAKS_GIB = (16, 24, 8)
 """Limits in GiB for a scale of which only peaks are measured."""
 
@@ -167,7 +170,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
     needs = functools.partial(optimizer_bytes, training.optimizer, training.model)
     for gib in scope.reached():
         training.release()
-        begin = time.perf_counter()
+        begin = tried = time.perf_counter()
         engine = model.engine(
             training.model,
             training.task,
@@ -179,7 +182,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
             log=lambda line: print(line, flush=True),
         )
         steps: list[dict[str, Any]] = []
-        while not _enough(steps, gib, time.perf_counter() - begin, scope):
+        while not _enough(steps, gib, time.perf_counter() - tried, scope):
             start = time.perf_counter()
             with training.autocast():
                 result = engine.step(training.batch)
@@ -197,7 +200,9 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
                     "events": latest.events,
                 }
             )
-        last = [step for step in steps[1:] if _steady(step, steps[-1])][-5:] or steps[-1:]
+            if len(steps) == 1:  # kernels are compiled in the first one
+                tried = time.perf_counter()
+        last = _alike(steps)[-ALIKE:] or steps[-1:]
         images = training.images
         row = {
             "limit_gib": gib,
@@ -223,11 +228,11 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
 
 
 def _enough(steps: list[dict[str, Any]], gib: int, seconds: float, scope: Scope) -> bool:
-    """Return whether `ours` has run long enough at a limit."""
+    """Return whether `ours` has run long enough at a limit, of which the first step does not count."""
     if len(steps) < 4:
         return False
-    patience = PATIENCE if gib == FIRST_GIB and _tried(steps) < 2 else 1
-    return _settled(steps) or seconds > patience * scope.limit_s or time.time() > scope.until
+    is_unknown = (gib == FIRST_GIB and _tried(steps) < 2) or len(_alike(steps)) < ALIKE
+    return _settled(steps) or seconds > (PATIENCE if is_unknown else 1) * scope.limit_s or time.time() > scope.until
 
 
 def _tried(steps: list[dict[str, Any]]) -> int:
@@ -239,10 +244,15 @@ def _settled(steps: list[dict[str, Any]]) -> bool:
     return len(steps) >= SETTLED and _tried(steps[-SETTLED:]) == 1
 
 
-def _steady(step: dict[str, Any], last: dict[str, Any]) -> bool:
-    """Return whether a step ran with the same decision as the last step, without a change in it."""
-    alike = all(step[key] == last[key] for key in ("micro_batch", "level"))
-    return alike and not any(event.startswith(("grew", "shrunk", "plan")) for event in step["events"])
+def _alike(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last steps in succession that ran in the same way, without those that changed something."""
+    found: list[dict[str, Any]] = []
+    for step in reversed(steps[1:]):
+        alike = all(step[key] == steps[-1][key] for key in ("micro_batch", "level", "replayed"))
+        if not alike or any(event.startswith(("grew", "shrunk", "plan")) for event in step["events"]):
+            break
+        found.insert(0, step)
+    return found
 
 
 PARTS: dict[str, Callable[[Scope], Iterator[dict[str, Any]]]] = {

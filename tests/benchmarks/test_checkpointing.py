@@ -38,11 +38,23 @@ def test_all_variants_update_as_often_per_image(monkeypatch):
 def test_the_first_limit_comes_first_and_goes_on_until_two_pairs_were_tried():
     assert LIMITS_GIB[0] == FIRST_GIB == 16
     scope = Scope(limit_s=10.0)
-    steps = [{"micro_batch": 32, "level": 0}] * 4
+    steps = [step(32)] * 6
     assert checkpointing._enough(steps, 8, 11.0, scope)
     assert not checkpointing._enough(steps, 16, 11.0, scope)
     assert checkpointing._enough(steps, 16, 31.0, scope)
-    assert checkpointing._enough([*steps, {"micro_batch": 64, "level": 0}], 16, 11.0, scope)
+    assert checkpointing._enough([step(64), *steps], 16, 11.0, scope)
+
+
+def test_a_speed_is_that_of_steps_that_ran_in_the_same_way():
+    scope = Scope(limit_s=10.0)
+    steps = [*[step(32)] * 9, step(64, events=("grew 32 to 64",)), *[step(64)] * 3, step(64, replayed=1)]
+    assert checkpointing._alike([*steps, step(64, replayed=4), step(64, replayed=4)]) == [step(64, replayed=4)] * 2
+    assert not checkpointing._enough(steps, 8, 11.0, scope)
+    assert checkpointing._enough([*steps, *[step(64, replayed=4)] * 5], 8, 11.0, scope)
+
+
+def step(micro_batch, replayed=0, events=()):
+    return {"micro_batch": micro_batch, "level": 0, "replayed": replayed, "events": events}
 
 
 def test_time_that_is_over_leaves_out_limits_and_missing_ones_are_measured_later():

@@ -12,7 +12,7 @@ from yolov12 import mas
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.memory.meter import meter_for
-from yolov12.mas.step.graphs import replays
+from yolov12.mas.step.graphs import replays, size
 from yolov12.mas.step.graphs.recorder import CudaRecorder
 from yolov12.mas.step.graphs.replays import Graphs
 from yolov12.mas.step.step import Step
@@ -30,7 +30,7 @@ SIZES = [(4, 4), (4, 2), (4, 4), (4, 2), (4, 4)]
 @pytest.fixture(autouse=True)
 def whatever_the_times(monkeypatch):
     """Keep graphs that are no faster, as other processes may use the card; log errors as a whole."""
-    monkeypatch.setattr(replays, "_FASTER", 1e9)
+    monkeypatch.setattr(size, "_FASTER", 1e9)
     monkeypatch.setattr(replays, "reason_of", lambda error: "".join(traceback.format_exception(error)))
     print(
         torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), torch.cuda.memory.get_allocator_backend()

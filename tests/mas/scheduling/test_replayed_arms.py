@@ -278,6 +278,13 @@ def test_a_move_drops_the_graphs_of_the_arm_before(monkeypatch):
         assert dropped == [level] * moves
 
 
+def test_the_graph_of_a_first_size_that_was_held_back_leaves_room_for_the_next():
+    device, _ = trained(2, limit_mib=24_000, launch_ms=5.0, image_mib=180, new_size_ms=0.0)
+    first, second = (arm[:2] for arm in device.arms)
+    assert first != second
+    assert device.held == {second}
+
+
 def test_room_for_what_the_optimizer_will_allocate():
     cost, speed = CostModel(LADDER), SpeedModel(LADDER)
     for _ in range(3):

@@ -253,8 +253,10 @@ class BatchPlanner:
             self.events.append(f"plan {self.level} to {decision.level}")
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
             self._meter.release()  # other processes may need the memory that this one no longer uses
-        if before.images and (after.images, after.level) != (before.images, before.level):
+        stays = (after.images, after.level) == (before.images, before.level)
+        if not (before.images and stays):  # a first size that is held back may differ from that of the next batch
             self.replay_room.moved()
+        if before.images and not stays:
             # A change releases and allocates memory, so the time of this batch is not representative. For a new size,
             # this time is small compared with the search for kernels.
             self.undisturbed = self.undisturbed and not self.speed.warm(
