@@ -268,7 +268,7 @@ def main() -> int:
 
     for micro_batch in options.micro_batches:
         for variant in variants:
-            variant.ask(micro_batch=micro_batch, steps=3)  # compiles kernels, and searches them
+            variant.ask(micro_batch=micro_batch, steps=5)  # compiles kernels, searches them, and captures graphs
         for round_ in range(options.rounds):
             for variant in variants:
                 found = variant.ask(micro_batch=micro_batch, steps=options.steps)

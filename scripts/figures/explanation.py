@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from statistics import mean
 
 from scripts.figures.measured_loaders import speeds
-from scripts.figures.measured_steps import averaging_table
+from scripts.figures.measured_steps import averaging_table, limits_of
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 explained = functools.partial(section, is_whole=False)
@@ -213,10 +213,9 @@ def saving() -> Iterator[Passage]:
 @explained("docs/design.md", "Budgets")
 def design() -> Iterator[Passage]:
     """Yield each budget, what was measured, and whether the budget is met."""
-    found, dense_, memory = result("limits_h200"), result("dense")["dense"], result("memory")
-    plain, graphs = found["without_graphs"], found["with_graphs"]
-    at = {(who, row["limit_gib"]): row["images_per_s"] for who in ("ours", "stock") for row in plain[f"{who}-s"]}
-    replayed = {row["limit_gib"]: row["images_per_s"] for row in graphs["ours-s"]}
+    dense_, memory = result("dense")["dense"], result("memory")
+    curve = [(who, each["gib"], each[who]) for each in limits_of("s") for who in ("ours", "stock")]
+    at = {(who, gib): row["images_per_s"] for who, gib, row in curve}
     ahead = min(row["ratio"] for row in result("training")["ratios"])
     ours, stock = dense_["ours"], dense_["stock"][0]
     off = [
@@ -229,7 +228,7 @@ def design() -> Iterator[Passage]:
     cost = max(row["engine_over_bare"] for row in memory["overhead"])
     failures = pressed["summary"]["out_of_memories"] + (pressed["exit_status"] != 0)
     speed, dense_speed = at["ours", 16] / at["stock", 16], ours["images_per_s"] / stock["images_per_s"]
-    kept, spread = replayed[16] / replayed[80], ours["peak_sd_mib"] / stock["peak_sd_mib"]
+    kept, spread = at["ours", 16] / at["ours", 80], ours["peak_sd_mib"] / stock["peak_sd_mib"]
     rows = [
         ("16 GiB: at least 2 times the images/s of stock at its largest stable batch", "{:.2f}", speed, speed >= 2),
         ("the same on label-dense data: at least 2.5 times", "{:.2f}", dense_speed, dense_speed >= 2.5),

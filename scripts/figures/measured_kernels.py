@@ -54,14 +54,18 @@ def step() -> Iterator[Passage]:
     found = result("step")
     yield setting("the backward pass of 256 images, YOLO12-S at 640 in fp16, BatchNorm groups of 32", HOW)
     yield setting("*Before* is commit 43d3971", HOW)
-    yield setting("*Now* is commit 20d06e7", HOW)
+    yield setting("three other cards and 48 other cores", HOW)
+    yield sentence("*Now* is commit {}", found["commit"])
     order = ("before", "now", "stock")
 
     def rows(micro: int, variant: str) -> list[dict[str, Any]]:
         return [row for row in found["rows"] if (row["micro_batch"], row["variant"]) == (micro, variant)]
 
+    def both(micro: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        return rows(micro, "graphs"), rows(micro, "before")
+
     def over(micro: int, variant: str, other: str) -> str:
-        pairs = zip(rows(micro, variant), rows(micro, other), strict=False)  # at 128, there are none with graphs
+        pairs = zip(rows(micro, variant), rows(micro, other), strict=True)
         return list_of("{:.2f}", (a["images_per_s"] / b["images_per_s"] for a, b in pairs))
 
     lines = []
@@ -79,14 +83,18 @@ def step() -> Iterator[Passage]:
     yield setting(
         "1.35, 1.6 and 2 times *before* with micro-batches of 128, 32 and 8, and 180 MB an image at 128", "targets"
     )
-    for micro, target in ((32, 1.6), (8, 2)):
-        pairs_ = zip(rows(micro, "graphs"), rows(micro, "before"), strict=True)
-        assert all(a["images_per_s"] >= target * b["images_per_s"] for a, b in pairs_)
+    met = {
+        micro: [a["images_per_s"] >= target * b["images_per_s"] for a, b in zip(*both(micro), strict=True)]
+        for micro, target in ((128, 1.35), (32, 1.6), (8, 2))
+    }
+    assert all(met[32] + met[8])
     yield setting("those of 32 and 8 are met", HOW)
+    assert met[128] == [False, True, False]
+    yield setting("That of 128 is met in one of two rounds", HOW)
+    assert rows(128, "graphs")[0]["ms"][0] > 10 * rows(128, "graphs")[1]["ms"][0]
     busy = [found["profiles"][f"{name} 128"]["busy_ms"] for name in ("now", "before")]
     yield sentence("the GPU is busy for {:.0f} ms in place of {:.0f} ms", *busy)
     yield sentence("allows a ratio of {:.2f}", busy[1] / busy[0])
-    yield setting("At 128, where graphs", "a label")
     bytes_mb = rows(128, "now")[0]["mb_per_image"]
     yield sentence("An image takes {:.0f} MB, {:.0f} % more than the target", bytes_mb, 100 * (bytes_mb / 180 - 1))
     profile = found["profiles"]["now 32"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.figures.cards import IS_COMPLETE, README, readme_rows
 from scripts.figures.exports import augmentation
-from scripts.figures.measured_steps import HOW, made_alike, prediction_errors, sizes
+from scripts.figures.measured_steps import HOW, limits_of, made_alike, prediction_errors, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -24,8 +24,8 @@ LABELS = {
     ),
     "the same, 16 GiB": "同上，16 GiB",
     "the same, 80 GiB": "同上，80 GiB",
-    "training steps of YOLO12-X, 640, batch 256 in BatchNorm groups of 16, limit of 8 GiB, images/s": (
-        "YOLO12-X 训练步，640，batch 256，BatchNorm 每组 16 张，显存限制 8 GiB，图像/秒"
+    "training steps of YOLO12-X, 640, batch 256, limit of 16 GiB, images/s": (
+        "YOLO12-X 训练步，640，batch 256，显存限制 16 GiB，图像/秒"
     ),
     **(README if IS_COMPLETE else _DENSE),
     "whole training of YOLO12-N from JPEG files, 640, batch 128, 8 workers, images/s": (
@@ -60,9 +60,10 @@ def devices(measured_on: Mapping[str, Any]) -> dict[str, str]:
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
     """Yield each row of the table: the card, the name of the JSON file, and the figures, this package's first."""
-    curves, dense, memory = result("limits_h200")["without_graphs"], result("dense"), result("memory")
-    for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 8)):
-        each = [{row["limit_gib"]: row for row in curves[f"{who}-{scale}"]}[gib] for who in ("ours", "stock")]
+    dense, memory = result("dense"), result("memory")
+    for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 16)):
+        (at,) = (each for each in limits_of(scale) if each["gib"] == gib)
+        each = [at[who] for who in ("ours", "stock")]
         made_alike(gib, *each)
         yield each[0]["device"], "limits_h200", [say("{:,.0f}", row["images_per_s"]) for row in each]
     if IS_COMPLETE:
@@ -110,8 +111,8 @@ def figures() -> Iterator[Passage]:
     yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
     if not IS_COMPLETE:
         yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
-    (small,) = (row for row in result("limits_h200")["without_graphs"]["ours-x"] if row["limit_gib"] == 8)
-    assert (small["bn_group"], small["steps_in_smaller_groups"]) == (16, 0)
+    used = [each["ours"] for scale in "sx" for each in limits_of(scale) if each["gib"] in (4, 16, 80)]
+    assert all(row["steps_in_smaller_groups"] == 0 for row in used)
 
 
 @section(CHINESE, "测量数据")
