@@ -114,6 +114,32 @@ def augmentation() -> Iterator[Passage]:
     yield table("| | `augment_on=host` | `augment_on=device` | ratio |", lines)
 
 
+@measured("Decoding JPEG files")
+def decoding() -> Iterator[Passage]:
+    """Yield the passages on decoders."""
+    found = result("decoding")
+    speeds_ = {name: median(each) for name, each in found["images_per_s"].items()}
+    yield sentence("on {} cores and one", found["cores"])
+    yield sentence("{:,} drawn images", found["images"])
+    yield sentence("JPEG files of {:.0f} kB", found["mean_bytes"] / 1e3)
+    yield setting("decoded five", HOW)
+    names = {
+        "opencv": "OpenCV, one thread",
+        "opencv, all cores": "OpenCV, a process on each core",
+        "torchvision": "torchvision, one thread",
+        "nvjpeg": "nvJPEG",
+    }
+    lines = []
+    for key, name in names.items():
+        off = found["difference"].get(key)
+        differs = [say("{:.0f} %", off["percent_beyond_2"]), say("{:.1f}", off["mean"])] if off else ["", ""]
+        lines.append([name, say("{:,.0f}", speeds_[key]), *differs])
+    differences = "values that differ from OpenCV's by more than 2 | mean difference, of 255"
+    yield table(f"| | images/s, median | {differences} |", lines)
+    ratio = speeds_["nvjpeg"] / speeds_["opencv, all cores"]
+    yield sentence("nvJPEG decodes {:.1f} times as many images a second as all cores", ratio)
+
+
 @section("docs/explanation/data.md", "Pixels on the device", is_whole=False)
 def packed() -> Iterator[Passage]:
     """Yield the size of packed images."""
