@@ -6,6 +6,7 @@ take the place of those of dense.json.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -85,6 +86,28 @@ def passages(found: Mapping[str, Any]) -> Iterator[Passage]:
     yield table(SEARCH, _search(cards))
 
 
+def remarks(found: Mapping[str, Any]) -> Iterator[Passage]:
+    """Yield the passages below the tables.
+
+    Args:
+        found: Content of cards.json.
+    """
+    yield sentence("images in memory, {} workers", found["t4"]["arguments"]["workers"])
+    t4 = found["t4"]
+    ours, stock = (t4["rows"][who] for who in ("ours", "stock"))
+    yield sentence(
+        "takes {:.0f} s with this package and {:.0f} s with Ultralytics", ours["epoch_s"][0], stock["epoch_s"][0]
+    )
+    later = [statistics.median(run["epoch_s"][1:]) for run in (ours, stock)]
+    yield sentence("The epochs after it take {:.1f} s and {:.1f} s", *later)
+    yield sentence("is {:.2f} times as fast", t4["summary"]["images_per_s_all_over_stock"])
+    yield setting("the target of 3", "a target")
+    replayed = [int(row["replayed"]) for row in journal(ours)]
+    assert sizes(journal(ours)[0])[0] == 32
+    assert replayed[0] > 0 == sum(replayed[1:])
+    yield setting("the first step's 32 images", HOW)
+
+
 def _measured(cards: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
     for label, card in cards.items():
         for row, name in ROWS.items():
@@ -131,7 +154,7 @@ def readme_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 if EXISTS:
-    measured(HEADING)(lambda: passages(result("cards")))
+    measured(HEADING)(lambda: (*passages(result("cards")), *remarks(result("cards"))))
 IS_COMPLETE = EXISTS and all(
     {"ours", "stock"} <= result("cards").get(name, {}).get("rows", {}).keys() for name in CARDS
 )

@@ -59,6 +59,17 @@ def endurance() -> Iterator[Passage]:
     )
     assert ours["out_of_memories"] > ours["retries"] == 0, "the text says that all ran again in smaller micro-batches"
     yield sentence("Micro-batches had {} to {} images", ours["micro_batch_min"], ours["micro_batch_max"])
+    on_gpu = result("endurance_gpu")
+    run = on_gpu["neighbour"]["ours"]
+    yield sentence("with `batch={}` beside", run["batch"])
+    yield sentence("holds up to {:.0f} % of the card, another part after", 100 * run["most_of_card"])
+    yield sentence("after each {:.3f} s", run["seconds_between_changes"])
+    yield sentence("It made {} of {} updates, while", run["updates"], run["updates_expected"])
+    yield sentence("process made {:,} changes", run["changes_made"])
+    assert (run["out_of_memories"], run["images_lost"], run["exit_status"]) == (0, 0, 0)
+    yield sentence("It ran {} to {} images at once", run["micro_batch_min"], run["micro_batch_max"])
+    stocks = on_gpu["failures"]["stock"]
+    yield sentence("ended {} of {} trainings of stock on that card", stocks["runs_that_ended"], stocks["runs"])
     theirs, ours = kills["stock"], kills["ours"]
     yield sentence("A training has {} updates of 8 images in ten epochs", ours["updates_of_a_training"])
     yield setting("updates of 8 images", HOW)

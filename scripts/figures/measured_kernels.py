@@ -150,7 +150,6 @@ def _kernels() -> Passage:
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
     yield setting("131 of 132 passed with it on an H200", "the section on the smoke suite")
-    yield setting("The step with CUDA graphs at 128 images", "a label")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
     yield setting("In 2.3.1 and 2.11, the operators", "versions")

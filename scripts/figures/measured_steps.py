@@ -299,18 +299,17 @@ def limits() -> Iterator[Passage]:
             speeds = [_speed(at["ours"]), _speed(at["stock"]), ratio, at["machine"]]
             lines.append([str(at["gib"]), *speeds, _speed(at["all"]), at["all_at"]])
             assert at["all"] is None or at["ours"]["images_per_s"] > at["all"]["images_per_s"]
-            assert scale == "x" and at["gib"] == 4 or at["gib"] >= 24 or at["ours"]["replayed"]
+            assert (scale, at["gib"]) == ("x", 4) or at["gib"] >= 24 or at["ours"]["replayed"]
         yield table(header, lines, after=f"YOLO12-{scale.upper()}:\n\n")
     yield sentence(
-        "S had {:.0f} images/s at 4 GiB, {:.0f} at 8 and {:.0f} at 16, and X had {:.0f} at 8 GiB and {:.0f} at 16. Below",
+        "S had {:.0f} images/s at 4 GiB, {:.0f} at 8 and {:.0f} at 16, and X had {:.0f} at 8 GiB and {:.0f} at 16. "
+        "Below",
         *(plain["ours-s"][gib]["images_per_s"] for gib in (4, 8, 16)),
         *(plain["ours-x"][gib]["images_per_s"] for gib in (8, 16)),
     )
     yield setting("Below 24 GiB, all rows of ours but one", HOW)
     yield setting("At 4 GiB, the capture for X", "a label")
-    stock = {
-        machine: {row["limit_gib"]: row["images_per_s"] for row in found[machine]["stock-s"]} for machine in "abc"
-    }
+    stock = {machine: {row["limit_gib"]: row["images_per_s"] for row in found[machine]["stock-s"]} for machine in "abc"}
     yield sentence(
         "at 12 GiB, stock had {:.0f} images/s on *b* and {:.0f} on *c*. So the ratios at 4 and 8 GiB",
         *(stock[machine][12] for machine in "bc"),

@@ -302,6 +302,64 @@ def accuracy() -> Iterator[Passage]:
     assert abs(places["256"]["mean"] - places["device"]["mean"]) < min(row["sd"] for row in places.values())
 
 
+@measured("Accuracy of trainings on a GPU")
+def accuracy_on_gpu() -> Iterator[Passage]:
+    """Yield the passages on mAP of trainings with stock's batch, with 256, and beside a neighbour."""
+    found = result("accuracy")["gpu"]
+    settings, runs = found["settings"], found["runs"]
+    yield sentence("on {:,} boards of {} pixels (`demo`)", settings["images"], settings["imgsz"])
+    yield sentence("or {:,} that are harder", settings["images"] // 2)
+    seen = settings["images"] * settings["passes"]
+    yield sentence("{:,} images in {} epochs", seen, settings["epochs"])
+    yield sentence("under a limit of {:.0f} GiB for each training", settings["limit_gib"])
+    batches = {row["model"]: row["batch"] for row in found["stock_batch"]}
+    assert all(batches[row["model"]] == row["batch"] for row in found["stock_batch"])
+    yield sentence("{} for N and {} for S", batches["n"], batches["s"])
+    yield sentence("on {} other boards", settings["val"])
+    yield setting("The time of 900 seconds", "an option of the command")
+    names = {"stock": "Ultralytics", "same": "this package", "256": "`batch=256`", "neighbour": "and a neighbour"}
+    rows = {(row["data"], row["model"], row["variant"]): row for row in found["table"]}
+    updates = {(run["data"], run["model"], run["variant"]): run["updates"] for run in runs}
+    lines, same, large, beside = [], [], [], []
+    for data in ("demo", "hard"):
+        for model in "ns":
+            for variant, name in names.items():
+                key = data, model, variant
+                if key not in rows:
+                    continue
+                row, against = rows[key], rows[key].get("against_stock", {})
+                difference = say("{difference:+.3f} ± {interval:.3f}", **against) if against else ""
+                maps = list_of("{:.3f}", row["map"])
+                label = f"{data}, {model.upper()}, {name}"
+                lines.append([label, say("{:,}", updates[key]), maps, say("{:.3f}", row["mean"]), difference])
+                if variant == "same":
+                    same.append(abs(against["difference"]) < against["interval"])
+                elif variant != "stock":
+                    large.append(-against["difference"])
+                if variant == "neighbour":
+                    beside.append(abs(row["mean"] - rows[data, model, "256"]["mean"]))
+    yield table(
+        "| data, model, variant | updates | mAP50-95 of each seed | mean | to Ultralytics, 95 % confidence |", lines
+    )
+    assert len(same) == 4
+    assert all(same)
+    yield setting("all four differences", HOW)
+    yield sentence("by {:.2f} to {:.2f}. It makes", min(large), max(large))
+    yield sentence("It makes {} updates", updates["demo", "n", "256"])
+    yield setting("chosen for 64 images", "nbs")
+    yield sentence("in place of {} or {:,}", updates["demo", "s", "stock"], updates["demo", "n", "stock"])
+    assert all(max(run["map"][-2:]) == max(run["map"]) for run in runs)  # still get better
+    (taken,) = found["neighbour_mib"]
+    yield sentence("took up to {:.0f} GiB", taken["most"] / 1024)
+    pressed = [run["engine"] for run in runs if run["variant"] == "neighbour"]
+    assert len(pressed) == 6
+    budgets = [each["budget_min_mib"] / 1024 for each in pressed]
+    yield sentence("as little as {:.1f} to {:.1f} GiB", min(budgets), max(budgets))
+    assert sum(each["out_of_memories"] for each in pressed) == 5
+    assert not any(each["images_lost"] for each in pressed)
+    yield sentence("within {:.3f} of those without", max(beside))
+
+
 @measured("Whole trainings")
 def trainings() -> Iterator[Passage]:
     """Yield the passages on whole trainings, Ultralytics' and this package's in turn."""
