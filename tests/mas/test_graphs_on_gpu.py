@@ -13,8 +13,7 @@ from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE
 from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.step.graphs import replays, size
-from yolov12.mas.step.graphs.recorder import CudaRecorder
-from yolov12.mas.step.graphs.replays import Graphs
+from yolov12.mas.step.graphs.recorder import CudaRecorder, Graphs
 from yolov12.mas.step.step import Step
 from yolov12.models.activations import activations
 from yolov12.training.adapter.detection import DetectionTask

@@ -31,7 +31,7 @@ from yolov12.mas.scheduling.planner import NO_ADVICE, WAIT_S, Advice, BatchPlann
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step.first_update import Undo, survive_first_update
-from yolov12.mas.step.graphs.replays import graphs_for
+from yolov12.mas.step.graphs.recorder import graphs_for
 from yolov12.mas.step.result import Result
 from yolov12.mas.step.retry import Retry
 from yolov12.mas.step.step import Step

@@ -20,8 +20,8 @@ from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.journal.journal import Journal, read_rows
 from yolov12.mas.memory.replay import ReplayMeter
-from yolov12.mas.step.graphs import replays
-from yolov12.mas.step.graphs.replays import Graphs, graphs_for
+from yolov12.mas.step.graphs import recorder
+from yolov12.mas.step.graphs.recorder import Graphs, graphs_for
 from yolov12.mas.step.retry import IN_A_CAPTURE
 from yolov12.mas.step.step import Step
 from yolov12.mas.task import TensorTask
@@ -581,7 +581,7 @@ def test_graphs_are_dropped_before_a_validation_unless_they_are_small():
 )  # fmt: skip
 def test_graphs_are_on_with_versions_of_pytorch_that_were_measured(monkeypatch, version, wanted, has_graphs):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    monkeypatch.setattr(replays, "recorder_for", lambda device: AgainRecorder(None))
+    monkeypatch.setattr(recorder, "recorder_for", lambda device: AgainRecorder(None))
     found = graphs_for(torch.device("cuda"), lambda start, stop: (0, 0), wanted)
     assert (found is not None) is has_graphs
 

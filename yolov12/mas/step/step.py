@@ -30,7 +30,8 @@ from yolov12.mas.modules import Structure
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step import gradients
 from yolov12.mas.step.graphs.network import NotReplayableError
-from yolov12.mas.step.graphs.replays import Graphs, Replays
+from yolov12.mas.step.graphs.recorder import Graphs
+from yolov12.mas.step.graphs.replays import Replays
 from yolov12.mas.step.loss import Total, UnknownNormalisersError
 from yolov12.mas.step.planner import MicroBatches, Planner, groups_of
 from yolov12.mas.step.prefetch import Prefetch

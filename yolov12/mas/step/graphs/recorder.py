@@ -6,12 +6,16 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
-__all__ = ["CudaRecorder", "Recorder", "Tensors", "recorder_for"]
+__all__ = ["CudaRecorder", "Graphs", "Recorder", "Tensors", "graphs_for", "recorder_for"]
+
+_MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
 
 Tensors = list[Tensor | None]
 Found = TypeVar("Found", list[Tensor], Tensors)
@@ -47,6 +51,32 @@ def recorder_for(device: torch.device) -> Recorder | None:
         device: Device of the model.
     """
     return CudaRecorder(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What replays need to know."""
+
+    recorder: Recorder
+    """Captures networks."""
+    room: Callable[[int, int], tuple[int, int]]
+    """Called with the first image of a micro-batch and the one after its last; returns the bytes that it needs at
+    most above what is allocated, and the budget in bytes."""
+
+
+def graphs_for(
+    device: torch.device, room: Callable[[int, int], tuple[int, int]], wanted: bool | None = None
+) -> Graphs | None:
+    """Return what replays need on a device; None if it has no CUDA graphs, or if they are not wanted.
+
+    Args:
+        device: Device of the model.
+        room: See `Graphs.room`.
+        wanted: None for True if PyTorch is one of the versions with which graphs were measured.
+    """
+    is_wanted = TorchVersion(torch.__version__) >= _MEASURED_WITH if wanted is None else wanted
+    recorder = recorder_for(device) if is_wanted else None
+    return None if recorder is None else Graphs(recorder, room)
 
 
 class CudaRecorder:

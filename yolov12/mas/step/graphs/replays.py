@@ -15,13 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import Checkpointing, Plan
@@ -30,47 +28,20 @@ from yolov12.mas.modules import overridden
 from yolov12.mas.oom import Failure, is_out_of_memory
 from yolov12.mas.step.graphs.leaves import Leaves
 from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, reason_of, watched
-from yolov12.mas.step.graphs.recorder import Recorder, recorder_for
+from yolov12.mas.step.graphs.recorder import Graphs, Recorder
 from yolov12.mas.step.graphs.size import RUNS, Size, is_hopeless
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
 from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.mas.task import Task
 
-__all__ = ["Graphs", "Replays", "graphs_for"]
+__all__ = ["Replays"]
 
 _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro-batch
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
 _SMALL = 0.05  # fraction of the budget up to which graphs need not give way to a validation
-_MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
-
-
-@dataclass(frozen=True)
-class Graphs:
-    """What replays need to know."""
-
-    recorder: Recorder
-    """Captures networks."""
-    room: Callable[[int, int], tuple[int, int]]
-    """Called with the first image of a micro-batch and the one after its last; returns the bytes that it needs at
-    most above what is allocated, and the budget in bytes."""
-
-
-def graphs_for(
-    device: torch.device, room: Callable[[int, int], tuple[int, int]], wanted: bool | None = None
-) -> Graphs | None:
-    """Return what replays need on a device; None if it has no CUDA graphs, or if they are not wanted.
-
-    Args:
-        device: Device of the model.
-        room: See `Graphs.room`.
-        wanted: None for True if PyTorch is one of the versions with which graphs were measured.
-    """
-    is_wanted = TorchVersion(torch.__version__) >= _MEASURED_WITH if wanted is None else wanted
-    recorder = recorder_for(device) if is_wanted else None
-    return None if recorder is None else Graphs(recorder, room)
 
 
 class Replays:
