@@ -12,6 +12,7 @@ from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.scheduling.candidates import REPLAY_BYTES, Group, History, State
 from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
 from yolov12.mas.scheduling.planner import BatchPlanner
+from yolov12.mas.scheduling.replay_room import ReplayRoom
 from yolov12.mas.scheduling.scheduler import decide
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.task import Workload
@@ -208,6 +209,14 @@ def test_a_graph_that_needs_more_than_expected_gets_more_room():
     device, _ = trained(needs=1.5, limit_mib=5000)
     assert device.arms[-1][2]
     assert device.arms[-1][1] > trained(limit_mib=5000)[0].arms[-1][1]
+
+
+def test_more_room_is_left_until_there_is_no_more_to_try():
+    room = ReplayRoom()
+    room.graphs, room.expected = Device(limit_mib=5000, lacks_room=True), True
+    found = [room.completed() for _ in range(20)]
+    assert found == sorted(found)  # then the arm keeps the times that it took
+    assert (found[0], found[-1], room.bytes()) == (False, True, 2.5)
 
 
 @pytest.mark.parametrize("options", [drawn(seed) for seed in range(12)])

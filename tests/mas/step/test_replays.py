@@ -70,6 +70,16 @@ class Meter(ReplayMeter):
         return replace(reading, reserved_bytes=reading.allocated_bytes + self.cached_bytes)
 
 
+class Unknown:
+    """A stopwatch whose time does not become known."""
+
+    def stop(self):
+        pass
+
+    def elapsed_ms(self):
+        return None
+
+
 class Planner:
     """Gives each batch the next of some plans, the last again and again."""
 
@@ -428,6 +438,42 @@ def test_graphs_that_have_served_give_way_without_a_pause():
     trainer.needed_bytes = 10 * MIB
     trainer.run((2,), (2,))
     assert trainer.replayed == 2
+
+
+def test_a_batch_before_which_graphs_gave_way_does_not_show_how_fast_replays_are():
+    trainer = captured(limit_bytes=24 * MIB)
+    trainer.step.replays.idle_bytes = 10 * MIB
+    trainer.needed_bytes = 15 * MIB
+    result = trainer.run((1,), (1,))
+    assert (result.replayed, result.waits_for_capture) == (0, True)
+    assert not trainer.step.replays.possible
+
+
+def test_room_that_other_graphs_have_is_not_lacking():
+    """The last batch of an epoch may be smaller. Decisions need not leave more room for the graphs of others."""
+    trainer = captured(limit_bytes=24 * MIB)
+    trainer.step.replays.idle_bytes = 12 * MIB
+    result = trainer.run((1,), (1,))
+    assert (result.replayed, result.waits_for_capture) == (0, True)
+    assert not trainer.step.replays.lacks_room
+    both = trainer.run((2,), (1,))
+    assert (both.replayed, both.waits_for_capture) == (1, False)  # this batch runs like this
+
+
+def test_a_lack_of_room_is_told_as_long_as_there_is_one():
+    trainer = Trainer(limit_bytes=12 * MIB)
+    for _ in range(20):
+        trainer.run((2,), (2,))
+        assert trainer.step.replays.lacks_room
+    trainer.limit_bytes = 2**40
+    assert trainer.run((2,), (2,)).replayed == 2
+
+
+def test_a_size_that_has_room_and_is_not_captured_is_not_waited_for():
+    trainer = Trainer()
+    trainer.meter.stopwatch = lambda: Unknown()
+    found = [trainer.run((2,), (2,)).waits_for_capture for _ in range(12)]
+    assert found == [True] * 8 + [False] * 4
 
 
 def test_an_error_of_a_capture_does_not_hide_one_of_the_network():

@@ -56,7 +56,8 @@ class ReplayRoom:
 
     def completed(self) -> bool:
         """End a batch; return whether it ran in graphs, or as it does where graphs were expected."""
-        if self.expected and self.graphs is not None and self.graphs.lacks_room:
+        lacked_room = self.expected and self.graphs is not None and self.graphs.lacks_room
+        if lacked_room and self._bytes < _MOST:
             self._bytes = min(self._bytes + _MORE, _MOST)
             return False
         return self.expected

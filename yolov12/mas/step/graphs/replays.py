@@ -30,6 +30,7 @@ from yolov12.mas.step.graphs.leaves import Leaves
 from yolov12.mas.step.graphs.network import Around, Example, GraphedNetwork, NotReplayableError, reason_of, watched
 from yolov12.mas.step.graphs.recorder import Graphs, Recorder
 from yolov12.mas.step.graphs.size import RUNS, Size, is_hopeless
+from yolov12.mas.step.graphs.waiting import Waiting
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
 from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
 from yolov12.mas.step.upsampling import Upsampling
@@ -84,17 +85,18 @@ class Replays:
         """Number of micro-batches of this batch that were replayed."""
         self.has_captured = False
         """True if this batch captured a graph, so that its time is not representative."""
-        self.waits = False
-        """True if a micro-batch of this batch ran as usual, and is going to be captured."""
         self.usual_ms: dict[int, float] = {}
         """Images in each micro-batch that was captured in this batch → milliseconds without a graph."""
         self.is_replay = False
         """True if the latest micro-batch was replayed: its gradients are in memory that the next one overwrites."""
-        self._is_active = self._fits = self._lacked_room = False
+        self._is_active = self._fits = False
+        self._waiting = Waiting()
         self._key: tuple[Any, ...] | None = None
-        self._pause = self._times_given_way = self._first_group = self._calls = self._served = 0
+        self._pause = self._times_given_way = self._first_group = self._calls = 0
+        self._served = 0  # batches that the graphs were replayed in
         self._size: Size | None = None  # of the micro-batch that runs
         self._has_room, self._needed_bytes, self._allocated_bytes = False, 0, 0  # of it, before it
+        self._is_alone = True  # whether there were no graphs before it
         self._seen: dict[int, Example] = {}  # its output tensors that got gradients, and the forms of these
 
     def begin(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -104,7 +106,7 @@ class Replays:
             parameters: Parameters that get gradients.
         """
         self.count, self.has_captured, self.is_replay, self._key = 0, False, False, None
-        self._is_active, self.waits, self._lacked_room, self.usual_ms = False, False, False, {}
+        self._is_active, self._waiting, self.usual_ms = False, Waiting(), {}
         if self._graphs is None:
             return
         self._pause = max(self._pause - 1, 0)
@@ -123,9 +125,14 @@ class Replays:
         return self._is_active and not self._pause and not is_hopeless(self._sizes.values())
 
     @property
+    def waits(self) -> bool:
+        """True if a micro-batch of this batch ran as usual, and is going to be captured."""
+        return self._waiting.for_capture or (self._waiting.for_others and not self.count)
+
+    @property
     def lacks_room(self) -> bool:
         """True if none of this batch was replayed, as there was no room for a graph."""
-        return self._lacked_room and not self.count
+        return self._waiting.for_room and not self.count
 
     def prepare(self, groups: Sequence[int], plan: Plan, start: int, stop: int) -> int:
         """Decide how the next micro-batch runs, capture its network if it is time to, and reset the meter's peak.
@@ -153,6 +160,7 @@ class Replays:
             size.judge()
         if any(size.is_refused and size.network is not None for size in sizes.values()):
             self.drop()  # the memory of the pool is freed only with all graphs
+        self._is_alone = not self._held()
         needed_bytes, budget_bytes = self._graphs.room(start, stop)
         self._needed_bytes, spare_bytes = needed_bytes, self._spare_bytes(budget_bytes)
         self._has_room = needed_bytes * _CAPTURE <= spare_bytes
@@ -170,7 +178,7 @@ class Replays:
         self._fits = all(size.beside_bytes(needed_bytes) <= spare_bytes for size in held)
         if self.idle_bytes and needed_bytes > spare_bytes and not (held and self._fits):
             if self._served >= _PAUSE_BATCHES:
-                self.drop()  # they have paid for themselves
+                self.drop()
             self.give_way()
 
     def _spare_bytes(self, budget_bytes: int) -> int:
@@ -204,7 +212,7 @@ class Replays:
         Returns:
             True if there were any, so that a micro-batch that failed may run again unchanged.
         """
-        if not any(size.network for sizes in self._sizes.values() for size in sizes.values()):
+        if not self._held():
             return False
         if self.is_replay and self._size is not None:
             self._size.misses += 1
@@ -223,11 +231,10 @@ class Replays:
 
     def drop(self) -> None:
         """Drop all graphs and return their memory to the device. Sizes that were faster are captured again."""
-        held = [size for sizes in self._sizes.values() for size in sizes.values() if size.network is not None]
-        for size in held:
+        self._served = 0
+        for size in (held := self._held()):
             size.network = None
             size.replays.clear()
-        self._served = 0
         if held or self.idle_bytes:
             self._release()
 
@@ -235,6 +242,9 @@ class Replays:
         """Drop the graphs before a validation, unless they are small."""
         if self._graphs is not None and self.idle_bytes > _SMALL * self._meter.read().reachable_bytes:
             self.drop()
+
+    def _held(self) -> list[Size]:
+        return [size for sizes in self._sizes.values() for size in sizes.values() if size.network is not None]
 
     def _release(self) -> None:
         assert self._graphs is not None
@@ -311,10 +321,8 @@ class Replays:
             if not size.is_faster:
                 size.replays.append(watch)
             return
-        size.waited += 1
-        if not self._pause and size.waits:
-            self.waits |= self._has_room
-            self._lacked_room |= not self._has_room
+        room = {"has_room": self._has_room, "is_alone": self._is_alone}
+        self._waiting.ran_as_usual(size, **room, is_paused=self._pause > 0)
         size.runs = size.runs + 1 if self._seen.keys() == size.wanted.keys() else 1
         size.wanted = self._seen
         size.usual = [*size.usual, watch][-RUNS:]

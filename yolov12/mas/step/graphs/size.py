@@ -15,7 +15,7 @@ __all__ = ["RUNS", "Size", "is_hopeless"]
 RUNS = 3
 """Number of times that a size runs before it is captured, and after that before it is judged."""
 _FASTER = 0.95  # largest time of a replay, relative to that without a graph, for which a size stays captured
-_PATIENCE = 16  # runs as usual after which a size that could be captured is not expected to be any more
+_PATIENCE = 16  # runs as usual after which a size that has room for a graph is not expected to be captured any more
 _HOPELESS = 2  # sizes that cannot be captured, if no other was faster, after which none is expected to be
 _LOSS = 1.25  # bytes that the loss may need, relative to the most that were measured
 
@@ -42,7 +42,7 @@ class Size:
     replayed: bool = False
     misses: int = 0
     waited: int = 0
-    """Number of runs as usual since the last capture."""
+    """Number of runs as usual since the last capture, although there was room for one."""
     loss_bytes: int | None = None
     """Most bytes of the input, and of the loss beyond those at the end of the forward pass; None if unknown."""
     upper_bytes: int = 0
@@ -57,9 +57,9 @@ class Size:
         return is_known and self.network is None and not self.is_refused
 
     @property
-    def waits(self) -> bool:
-        """Whether it is going to be captured if there is room."""
-        return self.network is None and not self.is_refused and self.waited <= _PATIENCE
+    def is_patient(self) -> bool:
+        """Whether it is still expected to be captured, as it has not run in vain for long."""
+        return self.waited <= _PATIENCE
 
     def beside_bytes(self, needed_bytes: int) -> int:
         """Return the bytes that are needed beside the graph while it is replayed: only the loss needs memory.
