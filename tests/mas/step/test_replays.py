@@ -440,6 +440,20 @@ def test_graphs_that_have_served_give_way_without_a_pause():
     assert trainer.replayed == 2
 
 
+def test_graphs_that_have_saved_more_than_captures_take_give_way_without_a_pause():
+    """Epochs may be short. Their last batch is smaller, and may have no room beside the graphs."""
+    trainer = captured(limit_bytes=24 * MIB)
+    for _ in range(3):
+        for _ in range(6):
+            trainer.run((2,), (2,))
+        assert trainer.replayed == 2
+        trainer.step.replays.idle_bytes = 10 * MIB
+        trainer.needed_bytes = 15 * MIB
+        assert trainer.run((1,)).waits_for_capture
+        assert not trainer.step.replays.lacks_room
+        trainer.needed_bytes = 10 * MIB
+
+
 def test_a_batch_before_which_graphs_gave_way_does_not_show_how_fast_replays_are():
     trainer = captured(limit_bytes=24 * MIB)
     trainer.step.replays.idle_bytes = 10 * MIB

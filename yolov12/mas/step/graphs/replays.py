@@ -42,6 +42,9 @@ _CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
+# Usual runs whose time graphs have saved before they give way without a pause. A capture took as long as 3 to 8 of them
+# on an H200.
+_PAID = 8.0
 _SMALL = 0.05  # fraction of the budget up to which graphs need not give way to a validation
 
 
@@ -93,7 +96,7 @@ class Replays:
         self._waiting = Waiting()
         self._key: tuple[Any, ...] | None = None
         self._pause = self._times_given_way = self._first_group = self._calls = 0
-        self._served = 0  # batches that the graphs were replayed in
+        self._saved = 0.0  # usual runs whose time the graphs have saved
         self._size: Size | None = None  # of the micro-batch that runs
         self._has_room, self._needed_bytes, self._allocated_bytes = False, 0, 0  # of it, before it
         self._is_alone = True  # whether there were no graphs before it
@@ -177,7 +180,7 @@ class Replays:
         held = [size for size in sizes.values() if size.network is not None]
         self._fits = all(size.beside_bytes(needed_bytes) <= spare_bytes for size in held)
         if self.idle_bytes and needed_bytes > spare_bytes and not (held and self._fits):
-            if self._served >= _PAUSE_BATCHES:
+            if self._saved >= _PAID:
                 self.drop()
             self.give_way()
 
@@ -231,7 +234,7 @@ class Replays:
 
     def drop(self) -> None:
         """Drop all graphs and return their memory to the device. Sizes that were faster are captured again."""
-        self._served = 0
+        self._saved = 0.0
         for size in (held := self._held()):
             size.network = None
             size.replays.clear()
@@ -315,7 +318,7 @@ class Replays:
 
     def _learn(self, size: Size, watch: Stopwatch) -> None:
         if self.is_replay:
-            self._served += not self.count
+            self._saved += size.saved
             self.count += 1
             size.replayed = True
             if not size.is_faster:

@@ -41,6 +41,8 @@ class Size:
     is_refused: bool = False
     replayed: bool = False
     misses: int = 0
+    saved: float = 0.0
+    """Fraction of the usual time that a replay saves; 0 until it is known."""
     waited: int = 0
     """Number of runs as usual since the last capture, although there was room for one."""
     loss_bytes: int | None = None
@@ -121,6 +123,7 @@ class Size:
         if self.network is None or self.is_faster or len(replays) < RUNS:
             return
         self.is_faster = min(replays) <= _FASTER * self.usual_ms
+        self.saved = max(1.0 - min(replays) / self.usual_ms, 0.0) if self.usual_ms else 0.0
         self.is_refused = not self.is_faster
         self.replays.clear()
 
