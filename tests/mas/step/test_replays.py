@@ -483,6 +483,21 @@ def test_a_lack_of_room_is_told_as_long_as_there_is_one():
     assert trainer.run((2,), (2,)).replayed == 2
 
 
+def test_a_capture_that_ran_out_of_memory_lacked_room():
+    """So decisions leave more for one, and do not take the size for one that graphs do not make faster."""
+    trainer = Trainer(limit_bytes=20 * MIB)
+    trainer.recorder.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    for _ in range(20):
+        result = trainer.run((2,), (2,))
+    assert (result.waits_for_capture, trainer.step.replays.lacks_room) == (False, True)
+    assert trainer.notes == [IN_A_CAPTURE]
+    trainer.recorder.error = None
+    trainer.limit_bytes = 24 * MIB
+    assert trainer.run((2,), (2,)).replayed == 0
+    trainer.limit_bytes = 25 * MIB
+    assert trainer.run((2,), (2,)).replayed == 2
+
+
 def test_a_size_that_has_room_and_is_not_captured_is_not_waited_for():
     trainer = Trainer()
     trainer.meter.stopwatch = lambda: Unknown()

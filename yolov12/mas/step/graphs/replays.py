@@ -12,6 +12,7 @@ micro-batch would not fit beside them, and after any failure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -172,7 +173,7 @@ class Replays:
             self._has_room &= has_room
             if has_room and size.is_due and not self._pause:
                 before_bytes = spare_bytes
-                self._capture(example, size, groups, plan)
+                self._capture(example, size, groups, plan, spare_bytes)
                 spare_bytes = self._spare_bytes(budget_bytes)
                 if not size.fits(needed_bytes, before_bytes, spare_bytes):
                     self.drop()
@@ -254,8 +255,8 @@ class Replays:
         self._graphs.recorder.release()
         self.idle_bytes = self.static_bytes = 0
 
-    def _capture(self, example: Example, size: Size, groups: tuple[int, ...], plan: Plan) -> None:
-        """Capture a network. Whatever fails, the size runs as usual from then on."""
+    def _capture(self, example: Example, size: Size, groups: tuple[int, ...], plan: Plan, spare_bytes: int) -> None:
+        """Capture a network. Whatever fails, the size runs as usual from then on, or until there is much more room."""
         assert self._graphs is not None
         self.has_captured, size.waited = True, 0
         self.usual_ms[sum(groups)] = size.usual_ms
@@ -266,10 +267,12 @@ class Replays:
             self.static_bytes += size.network.static_bytes
             return
         except Exception as error:  # what is not an error without a graph shows itself again then
-            size.is_refused = True
             self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason_of(error)}")
             if is_out_of_memory(error):
                 self._note(IN_A_CAPTURE)
+                size.held_bytes, self._has_room = math.ceil(_CAPTURE * spare_bytes), False
+            else:
+                size.is_refused = True
         # This stands outside of the `except` block, whose traceback kept the tensors of the capture.
         self.drop()
         self._release()

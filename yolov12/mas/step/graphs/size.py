@@ -50,7 +50,8 @@ class Size:
     upper_bytes: int = 0
     """Bytes that were predicted for the micro-batch, with margin, when that was measured."""
     held_bytes: int = 0
-    """Bytes that a graph and the loss need, if a graph had too few; 0 otherwise. It is not captured with fewer."""
+    """Bytes that a graph and the loss need, or seem to need, if a graph had too few; 0 otherwise. It is not captured
+    with fewer."""
 
     @property
     def is_due(self) -> bool:
