@@ -11,7 +11,7 @@ from yolov12.mas.config import Config
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.scheduling.candidates import REPLAY_BYTES, Group, History, State
 from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
-from yolov12.mas.scheduling.planner import BatchPlanner
+from yolov12.mas.scheduling.planner import BatchPlanner, BatchReport
 from yolov12.mas.scheduling.replay_room import ReplayRoom
 from yolov12.mas.scheduling.scheduler import decide
 from yolov12.mas.scheduling.time_model import SpeedModel
@@ -50,6 +50,7 @@ class Device:
     over: list = field(default_factory=list)
     sizes: tuple = ()
     replayed: int = 0
+    report: BatchReport | None = None
 
     def __post_init__(self):
         self.meter = ReplayMeter(2**40, [0], self.allocated_mib * MIB, limit=self.limit_mib * MIB)
@@ -114,7 +115,7 @@ class Device:
             planner.done(start, start + size, int(live), int(peak), key in self.held)
             start += size
         self.lacks_room = self.lacks_room and not self.replayed
-        report = planner.complete()
+        report = self.report = planner.complete()
         if report.undisturbed:
             for size, usual_ms in told.items():
                 self.speed.observe_micro_batch(size, 640, 640, report.level, usual_ms)
@@ -214,7 +215,7 @@ def test_a_graph_that_needs_more_than_expected_gets_more_room():
 def test_more_room_is_left_until_there_is_no_more_to_try():
     room = ReplayRoom()
     room.graphs, room.expected = Device(limit_mib=5000, lacks_room=True), True
-    found = [room.completed() for _ in range(20)]
+    found = [room.completed(0, undisturbed=True) for _ in range(20)]
     assert found == sorted(found)  # then the arm keeps the times that it took
     assert (found[0], found[-1], room.bytes()) == (False, True, 2.5)
 
@@ -263,6 +264,16 @@ def test_a_run_goes_on_with_the_state_of_an_older_one():
             images, 640, 640, level, replays
         )
     assert third.seen(images, 640, 640, level, replays=True)
+
+
+@pytest.mark.parametrize("limit_mib", [4096, 16384])
+def test_the_predicted_peak_of_replays_has_the_graph_in_it(limit_mib):
+    device, _ = trained(8, limit_mib=limit_mib)
+    for _ in range(20):
+        device.batch()
+        if device.replayed == 256 // device.arms[-1][0] and device.arms[-1] == device.arms[-2]:
+            assert device.report.predicted_bytes == pytest.approx(device.report.peak_bytes, rel=0.005)
+    assert device.arms[-1] == device.arms[-2]
 
 
 def test_what_graphs_hold_is_not_counted_twice():

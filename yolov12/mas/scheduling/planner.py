@@ -151,7 +151,7 @@ class BatchPlanner:
             reading=self.reading,
             events=tuple(self.events),
             undisturbed=self.undisturbed,
-            replays=self.replay_room.completed(),
+            replays=self.replay_room.completed(self.peak_bytes, undisturbed=self.undisturbed),
         )
 
     @property
@@ -215,6 +215,7 @@ class BatchPlanner:
         self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
     ) -> None:
         """Learn from a micro-batch that ran, see `step.Planner.done`."""
+        self.replay_room.only_replays &= is_replay
         if peak_bytes is not None:
             if not is_replay:
                 self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
@@ -262,11 +263,12 @@ class BatchPlanner:
             self.undisturbed = self.undisturbed and not self.speed.warm(
                 after.images, self._work.height, self._work.width
             )
-        self.history, self.level, self.replay_room.expected = after, decision.level, decision.replays
-        # Micro-batches that ran before a failure had a predicted peak, too.
-        self.predicted_bytes = max(decision.predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
+        self.history, self.level = after, decision.level
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
+        predicted_bytes = self.replay_room.expect(decision, max(map(sum, plan)) * self._work.height * self._work.width)
+        # Micro-batches that ran before a failure had a predicted peak, too.
+        self.predicted_bytes = max(predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         return plan if self._group else [(sum(groups),) for groups in plan]
 
     def _weight(self, images: int, level: int) -> float:

@@ -1,10 +1,11 @@
-"""Room for CUDA graphs: whether decisions count on them, and how many bytes they leave for them."""
+"""Room for CUDA graphs: whether decisions count on them, how many bytes they leave for them, and the bytes taken."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 from yolov12.mas.scheduling.candidates import REPLAY_BYTES
+from yolov12.mas.scheduling.scheduler import Decision
 
 __all__ = ["Graphs", "ReplayRoom"]
 
@@ -32,7 +33,7 @@ class Graphs(Protocol):
 
 
 class ReplayRoom:
-    """Bytes that a decision leaves for a graph. They get more if a graph had no room in them."""
+    """Bytes that a decision leaves for a graph, and those that it takes. More are left if a graph had no room."""
 
     def __init__(self) -> None:
         self.graphs: Graphs | None = None
@@ -40,6 +41,11 @@ class ReplayRoom:
         self.expected = False
         """True if the latest decision left room for a graph."""
         self._bytes = REPLAY_BYTES
+        self.only_replays = True
+        """True if all micro-batches that have run since the latest decision were replayed."""
+        # (pixels, level) → bytes of the peak of replays above the predicted peak of usual runs.
+        self._above_bytes: dict[tuple[int, int], int] = {}
+        self._arm, self._usual_bytes = (0, 0), 0
 
     def bytes(self) -> float:
         """Return bytes relative to those of a micro-batch, see `State.replay_bytes`; 0 if there are no graphs now."""
@@ -54,8 +60,26 @@ class ReplayRoom:
         if self.graphs is not None:
             self.graphs.drop()
 
-    def completed(self) -> bool:
-        """End a batch; return whether it ran in graphs, or as it does where graphs were expected."""
+    def expect(self, decision: Decision, pixels: int) -> int:
+        """Begin to follow a decision; return its predicted peak, with the graph if the bytes of that are known.
+
+        Args:
+            decision: The decision.
+            pixels: Pixels of its largest micro-batch.
+        """
+        self.expected, self._arm, self.only_replays = decision.replays, (pixels, decision.level), True
+        self._usual_bytes = decision.predicted_bytes
+        return self._usual_bytes + (self._above_bytes.get(self._arm, 0) if self.expected else 0)
+
+    def completed(self, peak_bytes: int, *, undisturbed: bool) -> bool:
+        """End a batch; return whether it ran in graphs, or as it does where graphs were expected.
+
+        Args:
+            peak_bytes: Its peak.
+            undisturbed: False if it did not run as first planned.
+        """
+        if self.expected and self.only_replays and undisturbed:
+            self._above_bytes[self._arm] = peak_bytes - self._usual_bytes
         lacked_room = self.expected and self.graphs is not None and self.graphs.lacks_room
         if lacked_room and self._bytes < _MOST:
             self._bytes = min(self._bytes + _MORE, _MOST)
