@@ -325,7 +325,7 @@ def limits() -> Iterator[Passage]:
     own = plain["ours-x"][16]["images_per_s"] / plain["ours-x"][80]["images_per_s"]
     yield sentence("(target 0.8; without graphs it was {:.2f})", own)
     steps = [step for part in ("ours-s", "ours-x") for row in found["c"][part] for step in row["steps"]]
-    off = {replays: [] for replays in (False, True)}
+    off: dict[bool, list[float]] = {False: [], True: []}
     for step in steps:
         off[step["replayed"] > 0].append(100 * (1 - step["predicted_mib"] / step["peak_mib"]))
     yield sentence("those of steps without graphs are off by at most {:.1f} %", max(map(abs, off[False])))
