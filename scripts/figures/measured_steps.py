@@ -286,7 +286,10 @@ def limits() -> Iterator[Passage]:
     found = result("limits_h200")
     plain = {name: {row["limit_gib"]: row for row in rows} for name, rows in found["a"].items()}
     yield setting("all of them update the weights once for 256 images", HOW)
-    for machine, words in (("b", "other cards, and ours was commit {}"), ("c", "On *c*, ours was commit {}")):
+    for machine, words in (
+        ("b", "other cards, and ours was commit {}; these"),
+        ("c", "On *c*, ours was commit {}, in which"),
+    ):
         (commit,) = {row["commit"] for scale in "sx" for row in found[machine][f"ours-{scale}"]}
         yield sentence(words, commit)
     for machine, part, gib in itertools.product("bc", "sx", (4, 8, 12, 16, 24, 40, 80)):
