@@ -108,7 +108,9 @@ def test_a_run_in_several_processes_ends_as_in_one(start, settings, weights, alo
     for row, wanted in zip(results(found[0]["folder"]), results(alone["folder"]), strict=True):
         for name, value in wanted.items():
             if name != "time" and not name.startswith("memory/"):
-                assert row[name] == pytest.approx(value, rel=2e-3, abs=2e-3), name
+                # Ranks validate in smaller batches, and Ultralytics divides the loss of each by its own objects.
+                rel = 5e-3 if name.startswith("val/") else 2e-3
+                assert row[name] == pytest.approx(value, rel=rel, abs=2e-3), name
 
 
 @pytest.mark.parametrize("stop", ["[]", pytest.param("[4]", marks=pytest.mark.deep)])
