@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 
-from yolov12.mas.config import Config
+from yolov12.mas.config import CAPTURE_BYTES, Config
 from yolov12.mas.memory.replay import ReplayMeter
-from yolov12.mas.scheduling.candidates import REPLAY_BYTES, Group, History, State
+from yolov12.mas.scheduling.candidates import Group, History, State
 from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
 from yolov12.mas.scheduling.planner import BatchPlanner, BatchReport
 from yolov12.mas.scheduling.replay_room import ReplayRoom
@@ -90,7 +90,7 @@ class Device:
             upper, room = planner.room(start, start + size)
             budget = planner.budget_bytes
             is_due = self.can_capture and key not in self.held | self.refused and self.runs.get(key, 0) >= 3
-            if is_due and max(REPLAY_BYTES, self.needs) * upper <= room - live - pool:
+            if is_due and max(CAPTURE_BYTES, self.needs) * upper <= room - live - pool:
                 captured, ms = True, ms + 3 * self.usual_ms(*key)
                 self.over.append(live + pool + 1.25 * needed - budget)
                 told[size] = self.usual_ms(*key)
@@ -106,7 +106,7 @@ class Device:
                 ms, self.runs[key] = ms + self.usual_ms(*key), self.runs.get(key, 0) + 1
                 peak = live + pool + needed
                 if self.can_capture and key not in self.refused:
-                    has_room = max(REPLAY_BYTES, self.needs) * upper <= room - live - pool
+                    has_room = max(CAPTURE_BYTES, self.needs) * upper <= room - live - pool
                     waits, self.lacks_room = waits or has_room, self.lacks_room or not has_room
             if size not in self.known:
                 self.known.add(size)
@@ -135,7 +135,7 @@ class Device:
         for size in (8, 16, 32, 64, 128, 256):
             for level in range(len(LADDER)):
                 live = (self.allocated_mib + 1.5 * self.gradient_mib) * MIB
-                factor = REPLAY_BYTES if replays else 1.0
+                factor = CAPTURE_BYTES if replays else 1.0
                 if live + factor * 1.02 * self.needed_bytes(size, level) <= budget:
                     ms = self.replay_ms(size, level) if replays else self.usual_ms(size, level)
                     found.append(256 // size * ms)
@@ -153,7 +153,7 @@ def test_a_launch_bound_device_ends_in_graphs_at_once(limit_mib):
     device, ms = trained(limit_mib=limit_mib)
     images, level, _ = usual.arms[-1]
     live_mib, needed_mib = 950 + 236, usual.needed_bytes(images, level) / MIB
-    assert live_mib + REPLAY_BYTES * needed_mib > 0.9 * limit_mib  # no graph has room under the usual arm
+    assert live_mib + CAPTURE_BYTES * needed_mib > 0.9 * limit_mib  # no graph has room under the usual arm
     assert device.arms[-1][2]
     assert ms[-1] < 0.75 * usual_ms[-1]
     assert ms[-1] <= 1.1 * device.best_ms(replays=True)
@@ -310,7 +310,7 @@ def test_room_for_what_the_optimizer_will_allocate():
     for _ in range(3):
         cost.observe(Features(8, 640, 640, 10), 1000 * MIB)
     speed.observe_micro_batch(8, 640, 640, 0, 100.0)
-    now = State((Group(8, 10),) * 4, 640, 640, 1400 * MIB, 0, 0, History(8), replay_bytes=REPLAY_BYTES)
+    now = State((Group(8, 10),) * 4, 640, 640, 1400 * MIB, 0, 0, History(8), replay_bytes=CAPTURE_BYTES)
     assert (decide(now, cost, speed).level, decide(now, cost, speed).replays) == (0, True)
     later = replace(now, later_bytes=300 * MIB)
     assert (decide(later, cost, speed).level > 0, decide(later, cost, speed).replays) == (True, True)
@@ -323,7 +323,7 @@ def test_a_crowded_image_changes_nothing_for_the_next_batch():
             cost.observe(Features(8, 640, 640, boxes), (1000 + boxes) * MIB)
     speed.observe_micro_batch(8, 640, 640, 0, 100.0)
     groups = (Group(8, 10),) * 4
-    now = State(groups, 640, 640, 1400 * MIB, 0, 0, History(8, replays=True), replay_bytes=REPLAY_BYTES)
+    now = State(groups, 640, 640, 1400 * MIB, 0, 0, History(8, replays=True), replay_bytes=CAPTURE_BYTES)
     assert decide(now, cost, speed).replays
     crowded = decide(replace(now, groups=(Group(8, 300), *groups[1:])), cost, speed)
     assert (crowded.replays, crowded.history, crowded.fits) == (False, now.history, True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from yolov12.mas.config import CAPTURE_BYTES
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
 
@@ -26,10 +27,8 @@ __all__ = [
     "features_of",
     "split_micro_batches",
 ]
-__all__ += ["REPLAY_BYTES", "has_room", "safe_arms", "under_ceiling", "upper_bytes"]
+__all__ += ["has_room", "safe_arms", "under_ceiling", "upper_bytes"]
 
-REPLAY_BYTES = 1.25
-"""Bytes that the capture of a CUDA graph needs at first, relative to those of the micro-batch with their margin."""
 _HELD_BYTES = 1.16  # the same for a graph that is there; it was 1.16 times what the micro-batch used, on an H200
 # Bytes beside a capture, relative to the gradients: copies of weights in half precision that autocast keeps for a
 # batch, and gradients with which those of the first replay are compared, as far as the above does not include them.
@@ -94,7 +93,7 @@ class State:
     """Micro-batch size that the user has set, whatever is predicted; None if it is chosen here."""
     replay_bytes: float = 0.0
     """Bytes that a CUDA graph of a micro-batch needs, relative to those of the micro-batch with their margin, see
-    `REPLAY_BYTES`; 0 if there are no graphs now."""
+    `CAPTURE_BYTES`; 0 if there are no graphs now."""
     later_bytes: int = 0
     """Bytes that are going to be allocated beside graphs, such as the optimizer's state."""
 
@@ -243,7 +242,7 @@ def _room_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, mo
     """
     history = state.history
     in_use = history.replays and (split.largest, level) == (history.images, history.level)
-    factor = (state.replay_bytes - (REPLAY_BYTES - _HELD_BYTES) * in_use) + (len(split.fullest) > 1)
+    factor = (state.replay_bytes - (CAPTURE_BYTES - _HELD_BYTES) * in_use) + (len(split.fullest) > 1)
     upper = max(upper for _, upper in (cost.upper(each) for each in features_of(state, split, level, most_boxes)))
     beside_bytes = _allocated_bytes(state, split) + state.later_bytes
     copies_bytes = 0 if len(split.counts) == 1 else _COPIES_BYTES * state.gradient_bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from yolov12.mas.scheduling.candidates import REPLAY_BYTES
+from yolov12.mas.config import CAPTURE_BYTES
 from yolov12.mas.scheduling.scheduler import Decision
 
 __all__ = ["Graphs", "ReplayRoom"]
@@ -40,7 +40,7 @@ class ReplayRoom:
         """Graphs of the run; None if there are none."""
         self.expected = False
         """True if the latest decision left room for a graph."""
-        self._bytes = REPLAY_BYTES
+        self._bytes = CAPTURE_BYTES
         self.only_replays = True
         """True if all micro-batches that have run since the latest decision were replayed."""
         # (pixels, level) → bytes of the peak of replays above the predicted peak of usual runs.

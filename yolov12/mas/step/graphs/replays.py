@@ -6,7 +6,7 @@ captured, the loss between them is not: it runs as usual.
 
 A size (micro-batch, image size, checkpoint plan, settings) is captured after it has run a few times, and only if memory
 suffices. It stays captured if it is measured to be faster. Graphs hold memory that PyTorch's allocator counts as
-reserved, but not as allocated. Decisions do not see it, so it has to give way: all graphs are dropped before a
+reserved, but not as allocated. Decisions may leave room for it, and it gives way: all graphs are dropped before a
 micro-batch would not fit beside them, and after any failure.
 """
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import Checkpointing, Plan
+from yolov12.mas.config import CAPTURE_BYTES
 from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.modules import overridden
 from yolov12.mas.oom import Failure, is_out_of_memory
@@ -39,7 +40,6 @@ from yolov12.mas.task import Task
 
 __all__ = ["Replays"]
 
-_CAPTURE = 1.25  # bytes that a capture may need, relative to those of the micro-batch
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
 _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
@@ -167,9 +167,9 @@ class Replays:
         self._is_alone = not self._held()
         needed_bytes, budget_bytes = self._graphs.room(start, stop)
         self._needed_bytes, spare_bytes = needed_bytes, self._spare_bytes(budget_bytes)
-        self._has_room = needed_bytes * _CAPTURE <= spare_bytes
+        self._has_room = needed_bytes * CAPTURE_BYTES <= spare_bytes
         for example, size in list(sizes.items()):
-            has_room = max(needed_bytes * _CAPTURE, size.held_bytes) <= spare_bytes
+            has_room = max(needed_bytes * CAPTURE_BYTES, size.held_bytes) <= spare_bytes
             self._has_room &= has_room
             if has_room and size.is_due and not self._pause:
                 before_bytes = spare_bytes
@@ -183,7 +183,8 @@ class Replays:
         if self.idle_bytes and needed_bytes > spare_bytes and not (held and self._fits):
             if self._saved >= _PAID:
                 self.drop()
-            self.give_way()
+            else:
+                self.give_way()
 
     def _spare_bytes(self, budget_bytes: int) -> int:
         return budget_bytes - self._meter.mark() - self.idle_bytes
@@ -270,7 +271,7 @@ class Replays:
             self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason_of(error)}")
             if is_out_of_memory(error):
                 self._note(IN_A_CAPTURE)
-                size.held_bytes, self._has_room = math.ceil(_CAPTURE * spare_bytes), False
+                size.held_bytes, self._has_room = math.ceil(CAPTURE_BYTES * spare_bytes), False
             else:
                 size.is_refused = True
         # This stands outside of the `except` block, whose traceback kept the tensors of the capture.
