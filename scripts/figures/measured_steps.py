@@ -13,6 +13,8 @@ from scripts.figures.pages import Passage, result, say, section, sentence, setti
 measured = functools.partial(section, "docs/reference/measurements.md")
 HOW = "how it was measured"
 LIMITS = (4, 8, 12, 16, 24, 40, 80)
+SETTLED = 40
+CURVES = "| limit, GiB | ours | Ultralytics 8.4.190 | all layers recomputed | ours ÷ stock | ours ÷ all |"
 
 
 def list_of(template: str, values: Iterable[Any]) -> str:
@@ -227,13 +229,9 @@ def checkpointing() -> Iterator[Passage]:
     for scale, gib in itertools.product("sx", LIMITS):
         ours, stock, whole = (found[f"{who}-{scale}"][gib] for who in ("ours", "stock", "all"))
         made_alike(gib, ours, stock, whole)
-        cells = [(ours, "micro_batch"), (stock, "batch"), (whole, "batch")]
-        speeds = [say("{:.0f} (at {})", row["images_per_s"], row[key]) for row, key in cells]
-        ratios = [say("{:.2f}", ours["images_per_s"] / each["images_per_s"]) for each in (stock, whole)]
-        tables[scale].append([str(gib), *speeds, *ratios])
-    header = "| limit, GiB | ours | Ultralytics 8.4.190 | all layers recomputed | ours ÷ stock | ours ÷ all |"
+        tables[scale].append(_cells({"gib": gib, "ours": ours, "stock": stock, "all": whole}))
     for scale, rows in tables.items():
-        yield table(header, rows, after=f"YOLO12-{scale.upper()}:\n\n")
+        yield table(CURVES, rows, after=f"YOLO12-{scale.upper()}:\n\n")
     for scale, after in (("s", ". The speed of the host"), ("x", ". At 8 GiB, every step")):
         curve = found[f"ours-{scale}"]
         made_alike("16 and 80", curve[16], curve[80])
@@ -252,92 +250,144 @@ def checkpointing() -> Iterator[Passage]:
 
 
 def limits_of(scale: str) -> list[dict[str, Any]]:
-    """Return what limits_h200.json says of each limit: speeds, where they were measured, and the ratio if it is alike.
+    """Return the rows of limits_h200.json at each limit: `gib`, `ours`, `stock` and `all`, None if not measured.
 
     Args:
         scale: `s` or `x`.
     """
     found = result("limits_h200")
-    at = {
-        (machine, part, row["limit_gib"]): row
-        for machine in "abc"
-        for part, rows in found[machine].items()
-        for row in rows
-    }
-    limits = []
-    for gib in (4, 8, 12, 16, 24, 40, 80):
-        both = [each for each in "cb" if all((each, f"{who}-{scale}", gib) in at for who in ("ours", "stock"))]
-        place = next(iter(both), next(each for each in "cb" if (each, f"ours-{scale}", gib) in at))
-        made = {"gib": gib, "machine": place, "ours": at[place, f"ours-{scale}", gib]}
-        made["stock"] = at.get((place, f"stock-{scale}", gib))
-        made["all_at"] = next((each for each in "cba" if (each, f"all-{scale}", gib) in at), "")
-        made["all"] = at.get((made["all_at"], f"all-{scale}", gib))
-        limits.append(made)
-    return limits
+    at = {who: {row["limit_gib"]: row for row in found[f"{who}-{scale}"]} for who in ("ours", "stock", "all")}
+    return [{"gib": gib, **{who: rows.get(gib) for who, rows in at.items()}} for gib in LIMITS]
+
+
+def _cells(at: dict[str, Any]) -> list[str]:
+    """Return the cells of a line of `CURVES`."""
+    ours, others = at["ours"], (at["stock"], at["all"])
+    speeds = [_speed(row) for row in (ours, *others)]
+    ratios = [say("{:.2f}", ratio(ours, row)) if ours else "" for row in others]
+    return [str(at["gib"]), *speeds, *ratios]
 
 
 def _speed(row: dict[str, Any] | None) -> str:
     return say("{:,.0f} (at {})", row["images_per_s"], row.get("batch", row.get("micro_batch"))) if row else ""
 
 
+def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
+    """Return how many times as fast a row is as another one."""
+    return row["images_per_s"] / base["images_per_s"]
+
+
 @measured("The same on an H200")
 def limits() -> Iterator[Passage]:
     """Yield the passages on images/s at seven limits."""
     found = result("limits_h200")
-    plain = {name: {row["limit_gib"]: row for row in rows} for name, rows in found["a"].items()}
+    curves = {scale: {at["gib"]: at for at in limits_of(scale)} for scale in "sx"}
+    every = [at for curve in curves.values() for at in curve.values()]
+    rows = [at[who] for at in every for who in ("ours", "stock", "all") if at[who]]
+    ours = {scale: {gib: at["ours"] for gib, at in curve.items() if at["ours"]} for scale, curve in curves.items()}
+    assert [(scale, gib) for scale in "sx" for gib in LIMITS if gib not in ours[scale]] == [("x", 4)]
+    made_alike("all", *rows)
+    assert all(row["images_per_update"] == 256 for row in rows)
+    assert not any(row["failures"] or row["steps_in_smaller_groups"] for row in rows if "steps" in row)
+    yield sentence("at commit {}, on one host", found["commit"])
     yield setting("all of them update the weights once for 256 images", HOW)
-    for machine, words in (
-        ("b", "other cards, and ours was commit {}; these"),
-        ("c", "On *c*, ours was commit {}, in which"),
-    ):
-        (commit,) = {row["commit"] for scale in "sx" for row in found[machine][f"ours-{scale}"]}
-        yield sentence(words, commit)
-    for machine, part, gib in itertools.product("bc", "sx", (4, 8, 12, 16, 24, 40, 80)):
-        for who in ("ours", "stock", "all"):
-            rows = [row for row in found[machine].get(f"{who}-{part}", ()) if row["limit_gib"] == gib]
-            assert all(row["images_per_update"] == 256 for row in rows)
-    names = "all layers recomputed | its machine"
-    header = f"| limit, GiB | ours | Ultralytics 8.4.190 | ours ÷ stock | machine | {names} |"
-    for scale in "sx":
-        lines = []
-        for at in limits_of(scale):
-            ratio = say("{:.2f}", at["ours"]["images_per_s"] / at["stock"]["images_per_s"]) if at["stock"] else ""
-            speeds = [_speed(at["ours"]), _speed(at["stock"]), ratio, at["machine"]]
-            lines.append([str(at["gib"]), *speeds, _speed(at["all"]), at["all_at"]])
-            assert at["all"] is None or at["ours"]["images_per_s"] > at["all"]["images_per_s"]
-            assert (scale, at["gib"]) == ("x", 4) or at["gib"] >= 24 or at["ours"]["replayed"]
-        yield table(header, lines, after=f"YOLO12-{scale.upper()}:\n\n")
-    yield sentence(
-        "S had {:.0f} images/s at 4 GiB, {:.0f} at 8 and {:.0f} at 16, and X had {:.0f} at 8 GiB and {:.0f} at 16. "
-        "Below",
-        *(plain["ours-s"][gib]["images_per_s"] for gib in (4, 8, 16)),
-        *(plain["ours-x"][gib]["images_per_s"] for gib in (8, 16)),
-    )
-    yield setting("Below 24 GiB, all rows of ours but one", HOW)
-    yield setting("At 4 GiB, the capture for X", "a label")
-    stock = {machine: {row["limit_gib"]: row["images_per_s"] for row in found[machine]["stock-s"]} for machine in "abc"}
-    yield sentence(
-        "at 12 GiB, stock had {:.0f} images/s on *b* and {:.0f} on *c*. So the ratios at 4 and 8 GiB",
-        *(stock[machine][12] for machine in "bc"),
-    )
-    yield sentence("on *a*, stock had {:.0f} and {:.0f} images/s", stock["a"][4], stock["a"][8])
-    yield setting("at 4 GiB for X by little", "a label")
-    small = next(at for at in limits_of("s") if at["gib"] == 16)
-    over = small["ours"]["images_per_s"] / small["stock"]["images_per_s"]
+    lengths = [len(row["steps"]) for scale in "sx" for row in ours[scale].values()]
+    yield setting("(25 to 75 seconds after the first step)", HOW)
+    yield sentence("which were {} to {} steps", min(lengths), max(lengths))
+    assert [gib for gib, row in ours["x"].items() if _settled(row["steps"])] == [16]
+    yield setting("it had settled only at 16 GiB", "a limit")
+    groups = {(scale, gib): row["bn_group"] for scale in "sx" for gib, row in ours[scale].items()}
+    small = groups.pop(("x", 8))
+    yield sentence("groups had {} images in ours, and {} for X at 8 GiB", *set(groups.values()), small)
+    for scale, curve in curves.items():
+        yield table(CURVES, map(_cells, curve.values()), after=f"YOLO12-{scale.upper()}:\n\n")
+    over, share = ratio(ours["s"][16], curves["s"][16]["stock"]), ratio(ours["x"][16], ours["x"][80])
+    assert over >= 2.5
+    assert share < 0.8
     yield sentence("at 16 GiB, S has {:.2f} times the speed of stock", over)
-    large = {row["limit_gib"]: row["images_per_s"] for row in found["c"]["ours-x"]}
-    yield sentence("X reaches {:.2f} of its own speed at 80 GiB", large[16] / large[80])
-    yield setting("(target 2.5)", "a target")
-    own = plain["ours-x"][16]["images_per_s"] / plain["ours-x"][80]["images_per_s"]
-    yield sentence("(target 0.8; without graphs it was {:.2f})", own)
-    steps = [step for part in ("ours-s", "ours-x") for row in found["c"][part] for step in row["steps"]]
-    off: dict[bool, list[float]] = {False: [], True: []}
-    for step in steps:
-        off[step["replayed"] > 0].append(100 * (1 - step["predicted_mib"] / step["peak_mib"]))
-    yield sentence("those of steps without graphs are off by at most {:.1f} %", max(map(abs, off[False])))
-    yield sentence("Those of steps with graphs were up to {:.0f} % too low", max(off[True]))
-    yield setting("X at 12, 24 and 40 GiB with stock", "limits")
-    yield setting("for S at 40 GiB", "a limit")
+    yield setting("(target 2.5: met)", "a target")
+    yield sentence("X reaches {:.2f} of its own speed at 80 GiB", share)
+    yield setting("(target 0.8: missed)", "a target")
+    for who, words in (
+        ("stock", "Ours is {:.2f} to {:.2f} times as fast as stock"),
+        ("all", "and {:.2f} to {:.2f} times as fast as all layers recomputed"),
+    ):
+        ratios = [ratio(at["ours"], at[who]) for at in every if at["ours"]]
+        assert min(ratios) > 1
+        yield sentence(words, min(ratios), max(ratios))
+    yield from _hosts(found["earlier"], curves["s"])
+    yield from _endings(found["earlier"], ours)
+    yield from _predictions([row["steps"] for scale in "sx" for row in ours[scale].values()])
+
+
+def _settled(steps: list[dict[str, Any]]) -> bool:
+    """Return whether the last steps had one pair of micro-batch size and plan, as `checkpointing.SETTLED` has it."""
+    return len(steps) >= SETTLED and len({(step["micro_batch"], step["level"]) for step in steps[-SETTLED:]}) == 1
+
+
+def _hosts(earlier: dict[str, list[dict[str, Any]]], curve: dict[int, dict[str, Any]]) -> Iterator[Passage]:
+    """Yield the passages on stock's speed in earlier runs."""
+    ours, stock = ({row["limit_gib"]: row for row in earlier[f"{who}-s"]} for who in ("ours", "stock"))
+    made_alike("12 and 16", *(rows[gib] for rows in (ours, stock) for gib in (12, 16)))
+    yield sentence(
+        "stock had {:.0f} images/s at 8 GiB (commit {}; {:.0f} here)",
+        *(stock[8]["images_per_s"], stock[8]["commit"], curve[8]["stock"]["images_per_s"]),
+    )
+    yield sentence(
+        "{:.0f} at 12 GiB (commit {}; {:.0f} here)",
+        *(stock[12]["images_per_s"], stock[12]["commit"], curve[12]["stock"]["images_per_s"]),
+    )
+    yield sentence(
+        "{:.0f} at 16 GiB (same commit; {:.0f} here)",
+        *(stock[16]["images_per_s"], curve[16]["stock"]["images_per_s"]),
+    )
+    yield sentence(
+        "In the run of {}, ours was {:.2f} times as fast as stock at 12 GiB and {:.2f} times at 16",
+        *(stock[12]["commit"], *(ratio(ours[gib], stock[gib]) for gib in (12, 16))),
+    )
+
+
+def _endings(earlier: dict[str, list[dict[str, Any]]], ours: dict[str, dict[int, dict[str, Any]]]) -> Iterator[Passage]:
+    """Yield the passages on graphs, and on the pairs of micro-batch size and plan that the controller ended with."""
+    (before,) = (row for row in earlier["ours-s"] if row["limit_gib"] == 40)
+    (small,) = earlier["ours-x"]
+    slow, less = ours["s"][40], ours["s"][24]
+    assert slow["plan"]["recompute"]
+    assert not any(before["plan"].values())
+    assert before["replayed"]
+    assert slow["images_per_s"] < less["images_per_s"]
+    yield setting("**S is slower at 40 GiB than at 24:**", "limits")
+    yield sentence(
+        "it ended with micro-batches of {} and a checkpoint plan, at {:,.0f} images/s instead of {:,.0f}",
+        *(slow["micro_batch"], slow["images_per_s"], less["images_per_s"]),
+    )
+    yield sentence(
+        "earlier run (commit {}), it had ended with micro-batches of {} without a plan, as graphs, at {:,.0f} images/s",
+        *(before["commit"], before["micro_batch"], before["images_per_s"]),
+    )
+    replayed = {scale: [gib for gib, row in rows.items() if row["replayed"]] for scale, rows in ours.items()}
+    assert replayed == {"s": [4, 8, 12, 16, 24], "x": [8, 12, 16, 24, 40]}
+    yield setting("for S from 4 to 24 GiB and for X from 8 to 40 GiB", "limits at which the data has replays")
+    yield setting("**X at 4 GiB was not measured:**", "a limit")
+    yield sentence(
+        "Commit {} had {:.0f} images/s there, in micro-batches of {} without graphs",
+        *(small["commit"], small["images_per_s"], small["micro_batch"]),
+    )
+    assert small["replayed"] == 0
+
+
+def _predictions(runs: Iterable[list[dict[str, Any]]]) -> Iterator[Passage]:
+    """Yield the passages on predicted peaks: of steps like the two before, and of the others."""
+    alike: list[float] = []
+    other: list[float] = []
+    for steps in runs:
+        ways = [tuple(step[key] for key in ("micro_batch", "level", "replayed")) for step in steps]
+        for index, step in enumerate(steps):
+            is_alike = index >= 2 and len(set(ways[index - 2 : index + 1])) == 1
+            (alike if is_alike else other).append(100 * (step["predicted_mib"] / step["peak_mib"] - 1))
+    yield sentence("are off by at most {:.1f} %", max(map(abs, alike)))
+    yield sentence("The others are up to {:.0f} % too low", -min(other))
+    yield sentence("or up to {:.0f} % too high", max(other))
 
 
 def made_alike(limit: object, *rows: dict[str, Any]) -> None:
