@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from yolov12.mas import compile_ahead
 from yolov12.mas.oom import is_out_of_memory
 
 try:
@@ -17,7 +18,7 @@ try:
 except ImportError:  # PyTorch supports platforms that Triton does not
     triton = None
 
-__all__ = ["UNIT", "compiles", "launch", "stream", "unfilled", "unit_of"]
+__all__ = ["UNIT", "compiles", "launch", "launches_on", "stream", "unfilled", "unit_of"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -45,12 +46,15 @@ def launch(
     Args:
         kernel: Kernel whose arguments are the following three groups in order.
         grid: Number of programs along each axis.
-        tensors: Tensors. Only the type of the first may vary between launches.
+        tensors: Tensors. Only the type of the first may vary between launches. With meta tensors, the launch is only
+            noted, see `compile_ahead.noted`.
         numbers: Numbers on which the kernel is not specialised.
         constants: Compile-time constants.
         warps: Number of warps of a program.
     """
     device = tensors[0].device
+    if device.type == "meta":
+        return compile_ahead.note(kernel, tensors, numbers, constants, warps)
     if torch.cuda.current_device() != device.index:
         with torch.cuda.device(device):
             return launch(kernel, grid, tensors, numbers, constants, warps)
@@ -64,6 +68,7 @@ def launch(
             *addresses, *numbers, *constants,
         )  # fmt: skip
         return None
+    compile_ahead.wait_for(kernel, tensors[0].dtype, constants)
     found = kernel[grid](*tensors, *numbers, *constants, num_warps=warps)
     if _HANDS_OUT_KERNELS and aligned:
         _compiled[key] = found
@@ -91,8 +96,15 @@ def compiles(run: Callable[[], object], otherwise: str | None = None) -> bool:
     return True
 
 
+def launches_on(device: torch.device) -> bool:
+    """Return whether `launch` takes tensors of a device."""
+    return device.type in ("cuda", "meta")
+
+
 def stream(device: torch.device) -> int:
-    """Return the address of the device's current stream."""
+    """Return the address of the device's current stream; 0 for meta tensors, see `launch`."""
+    if device.type == "meta":
+        return 0
     if _HANDS_OUT_KERNELS:  # Triton's own way; several times faster than a stream object
         return int(triton.runtime.driver.active.get_current_stream(device.index))
     return int(torch.cuda.current_stream(device).cuda_stream)

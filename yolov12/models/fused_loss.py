@@ -22,7 +22,7 @@ try:
 except ImportError:  # PyTorch supports platforms that Triton does not
     loss_kernels = matching_kernels = None  # type: ignore[assignment]
 
-__all__ = ["fused_terms", "supports"]
+__all__ = ["fused_terms", "note", "supports"]
 
 _BLOCK, _TILE = 128, 16  # anchors and classes that a program takes at once
 _PAIRS = 256  # pairs that a program takes at once
@@ -55,6 +55,12 @@ def supports(criterion: Any, predictions: Any) -> bool:
 @functools.cache
 def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     return loss_kernels is not None and compiles(lambda: _try(device, dtype))
+
+
+def note(dtype: torch.dtype) -> None:
+    """Note the kernels of the loss for predictions of a type, see `compile_ahead.noted`."""
+    if loss_kernels is not None:
+        _try(torch.device("meta"), dtype)
 
 
 def _try(device: torch.device, dtype: torch.dtype) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from yolov12.mas.batchnorm.launch_grid import LaunchGrid, Tuning
-from yolov12.mas.triton_launch import compiles, unfilled
+from yolov12.mas.triton_launch import compiles, launches_on, unfilled
 
 try:
     from yolov12.mas.batchnorm import kernels
@@ -34,21 +34,22 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Chosen among 15 and 11 variants, by their speed at the shapes of YOLO12-S on an H200.
 _SUMS = Tuning(values=1024, channels=64, warps=4, unroll=4, programs=4)
 _EACH = Tuning(values=2048, channels=128, warps=4)
+_CHANNELS = 64
 
 
 def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:
     """Return whether the kernels can normalise a tensor with these parameters and statistics.
 
     They can if `x` is a 4-dimensional channels_last tensor of fp16, bf16 or fp32 on a CUDA device for which Triton
-    compiles, and `weight` and `means` are fp32.
+    compiles, and `weight` and `means` are fp32. On the meta device, see `triton_launch.launch`, Triton is not asked.
     """
     return (
-        x.is_cuda
+        launches_on(x.device)
         and x.dtype in _DTYPES
         and weight.dtype == means.dtype == torch.float32
         and x.ndim == 4
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _compiles(x.device, x.dtype)
+        and (x.is_meta or _compiles(x.device, x.dtype))
     )
 
 
@@ -56,11 +57,12 @@ def applies(x: Tensor, weight: Tensor, means: Tensor) -> bool:
 def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     if kernels is None:
         return False
-    x, ones = torch.zeros(2, 1, 1, 1, device=device, dtype=dtype), torch.ones(1, device=device)
-    grids, rows = _grids(1, 1, (1, 1), device), torch.zeros(2, 2, 1, device=device)
+    # With the channels of kernels that most models need, too, as each takes time to compile.
+    x, ones = torch.zeros(2, _CHANNELS, 1, 1, device=device, dtype=dtype), torch.ones(_CHANNELS, device=device)
+    grids, rows = _grids(_CHANNELS, 1, (1, 1), device), torch.zeros(2, 2, _CHANNELS, device=device)
 
     def run() -> None:
-        grids[0].launch(kernels.statistics, (x, rows, *rows.clone()), (1, 1.0))
+        grids[0].launch(kernels.statistics, (x, rows, *rows.clone()), (_CHANNELS, 1.0))
         _normalized(grids, rows, ones, ones, True, x)
         _gradients(grids, True, x, x, None, rows, ones, ones)
 
@@ -138,7 +140,7 @@ def batch_norm_into(
 
 def writes_into(device: torch.device) -> bool:
     """Return whether `batch_norm_into` may apply to tensors of a device."""
-    return kernels is not None and device.type == "cuda"
+    return kernels is not None and launches_on(device)
 
 
 def row_stride(x: Tensor) -> int | None:

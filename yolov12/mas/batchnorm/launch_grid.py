@@ -40,7 +40,7 @@ class LaunchGrid:
         channels: Number of channels.
         pixels: Number of pixels of an image.
         sizes: Number of images in each group.
-        device: CUDA device.
+        device: CUDA device; or the meta device, see `triton_launch.launch`.
         tuning: Size of the programs.
     """
 
@@ -52,7 +52,7 @@ class LaunchGrid:
         row_block = tuning.values // channel_block
         channel_blocks = -(-channels // channel_block)
         splits = min(-(-max(sizes) * pixels // (row_block * (tuning.unroll or 1))), _MOST_PROGRAMS)
-        if tuning.programs is not None:
+        if tuning.programs is not None and device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             # Rounded down, as programs beyond those that run at once would double the time.
             splits = max(1, min(splits, tuning.programs * processors // (channel_blocks * len(sizes))))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.batchnorm.joined import Slot
 from yolov12.mas.modules import has_global_hooks, has_hooks, module_of, overridden
-from yolov12.mas.triton_launch import compiles, launch, unfilled, unit_of
+from yolov12.mas.triton_launch import compiles, launch, launches_on, unfilled, unit_of
 
 try:
     from yolov12.mas.step import upsampling_kernels as kernels
@@ -114,11 +114,11 @@ class _Forward:
 
 def _applies(x: Tensor) -> bool:
     return (
-        x.is_cuda
+        launches_on(x.device)
         and x.ndim == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _compiles(x.device, x.dtype)
+        and (x.is_meta or _compiles(x.device, x.dtype))
     )
 
 
@@ -126,7 +126,7 @@ def _applies(x: Tensor) -> bool:
 def _compiles(device: torch.device, dtype: torch.dtype) -> bool:
     if kernels is None:
         return False
-    x = torch.zeros(1, 16, 1, 1, device=device, dtype=dtype)
+    x = torch.zeros(1, _CHANNELS, 1, 1, device=device, dtype=dtype)  # for kernels that most models need, too
     return compiles(lambda: _shrunk(_enlarged(x, 2), 2))  # BatchNorm's kernels, which come first, log the reason
 
 

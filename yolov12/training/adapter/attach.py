@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from yolov12.errors import YOLOv12Error
-from yolov12.mas import Advice, Config, Engine, Journal
+from yolov12.mas import Advice, Config, Engine, Journal, compile_ahead
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.distributed.ranks import ALONE, Ranks
 from yolov12.models.activations import activations
@@ -169,6 +169,7 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
             raise blamed from error
         raise
     finally:
+        compile_ahead.end()
         if (saver := getattr(trainer, SAVER, None)) is not None:
             saver.end()
         if (engine := getattr(trainer, _ENGINE, None)) is not None:

@@ -82,7 +82,7 @@ def _applies(images: Any) -> bool:
 def _compiles(device: torch.device) -> bool:
     if image_kernel is None:
         return False
-    pixels = torch.zeros(1, 3, 1, 1, device=device, dtype=torch.uint8)
+    pixels = torch.zeros(1, 3, 4, 4, device=device, dtype=torch.uint8)  # for the kernel that most sizes need
     return compiles(lambda: scaled(pixels, torch.float16))  # BatchNorm's kernels log the reason
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from yolov12 import files, own_files
 from yolov12.training.adapter import attach as adapter
+from yolov12.training.adapter import kernels_ahead
 from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.classes import head, table
 from yolov12.training.data import host, replay, workers
@@ -107,7 +108,8 @@ def setup_train(stock: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
 def build_loaders(stock: Callable[..., None], trainer: Any, /) -> None:
     """Run Ultralytics' `BaseTrainer._build_train_pipeline` with as many workers as the memory of the host allows.
 
-    Only here, the batch of `batch=-1` or `batch=0.7` and the image size of a list are known.
+    Meanwhile, other processes begin to compile kernels. Only here, the batch of `batch=-1` or `batch=0.7` and the image
+    size of a list are known.
 
     Args:
         stock: Ultralytics' own method.
@@ -115,6 +117,7 @@ def build_loaders(stock: Callable[..., None], trainer: Any, /) -> None:
     """
     if trainer.args.mas:
         host.limit_workers(trainer)
+        kernels_ahead.begin(trainer)
     with replay.mixed(trainer), host.data_room(trainer) if trainer.args.mas else nullcontext():
         process_group.build_loaders(stock, trainer)
 

@@ -1,0 +1,112 @@
+"""Compiles Triton kernels for `compile_ahead`, in a process that uses neither PyTorch nor the GPU.
+
+PyTorch would take seconds and 300 MB in each of these processes, and a CUDA context memory of the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+__all__ = ["main"]
+
+_PATIENCE_S = 300
+"""The process ends after this time, so that nobody waits for a compiler that hangs."""
+_NICE = 5
+
+
+class _Type:
+    """Stands in for a `torch.dtype`, of which Triton reads only the name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = f"torch.{name}"
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+class _Tensor:
+    """Stands in for an aligned tensor."""
+
+    def __init__(self, dtype: _Type) -> None:
+        self.dtype = dtype
+
+    @staticmethod
+    def data_ptr() -> int:
+        """Return an address that is a multiple of 16."""
+        return 0
+
+    @staticmethod
+    def ptr_range() -> int:
+        """Return a number of bytes below 2 GiB."""
+        return 0
+
+
+class _Driver:
+    """Tells Triton for which card to compile. Anything else is asked of Triton's own driver for CUDA."""
+
+    binary_ext, CUDA, backend, utils = "cubin", 0, 0, None
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        """Return the card."""
+        return self._target
+
+    @staticmethod
+    def get_current_device() -> int:
+        """Return the number of the card, which does not matter here."""
+        return 0
+
+    @staticmethod
+    def get_current_stream(device: int) -> int:
+        """Return the stream for a launch that does not happen."""
+        return device
+
+
+def main() -> None:
+    """Compile the kernels that are given on the standard input, and write a line after each."""
+    signal.alarm(_PATIENCE_S)
+    with contextlib.suppress(OSError):
+        os.nice(_NICE)
+    given = json.load(sys.stdin)
+    # The kernels' modules ask whether PyTorch is for ROCm, for which nothing is compiled ahead.
+    stand_in: Any = SimpleNamespace(version=SimpleNamespace(hip=None))
+    sys.modules.setdefault("torch", stand_in)
+    _use_card(given["capability"])
+    types: dict[str, _Type] = {}
+    for module, name, names, numbers, constants, warps in given["kernels"]:
+        kernel = getattr(importlib.import_module(module), name)
+        tensors = [_Tensor(types.setdefault(each, _Type(each))) for each in names]
+        compiled = kernel.run(*tensors, *numbers, *constants, num_warps=warps, grid=(1, 1, 1), warmup=True)
+        _make_launcher(compiled)
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def _use_card(capability: int) -> None:
+    import triton
+    from triton.runtime import driver
+
+    if int(triton.__version__.split(".")[0]) < 3:
+        driver._obj = _Driver(("cuda", capability))
+    else:
+        from triton.backends.compiler import GPUTarget
+
+        driver.set_active(_Driver(GPUTarget("cuda", capability, 32)))
+
+
+def _make_launcher(compiled: Any) -> None:
+    """Compile the C code that launches a kernel. Triton 2 has done it."""
+    with contextlib.suppress(ImportError):
+        from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
+
+        CudaUtils()
+        CudaLauncher(compiled.src, compiled.metadata)

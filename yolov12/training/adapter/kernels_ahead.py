@@ -1,0 +1,98 @@
+"""The Triton kernels of a training, found by a run on meta tensors, which have shapes and no data."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from yolov12.mas import compile_ahead
+from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
+from yolov12.mas.compile_ahead import Wanted
+from yolov12.mas.modules import each_tensor, has_global_hooks, has_hooks, module_of
+from yolov12.mas.step.upsampling import Upsampling
+from yolov12.models import fused_loss
+from yolov12.models.activations import activations
+from yolov12.training.adapter.attach import why_not
+from yolov12.training.adapter.detection import knows_loss
+from yolov12.training.adapter.images import scaled
+
+__all__ = ["begin", "wanted"]
+
+_META = torch.device("meta")
+_GROUPS = (2, 2)  # of images: with one group, some layers do without the kernels
+_SIDE = 64
+_KNOWN = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
+
+
+def begin(trainer: Any) -> None:
+    """Begin to compile a training's kernels in other processes, on the first rank of a machine.
+
+    Args:
+        trainer: Ultralytics trainer whose model is on its device.
+    """
+    from ultralytics.utils.torch_utils import unwrap_model
+
+    if trainer.device.type != "cuda" or torch.version.hip is not None or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    model: nn.Module = unwrap_model(trainer.model)
+    if why_not(trainer, model) is not None or has_global_hooks():
+        return
+    if any(has_hooks(module) or not _is_known(module) for module in model.modules()):
+        return  # code of the user's own would see the meta tensors
+    try:
+        kernels = wanted(model, torch.float16 if trainer.amp else torch.float32)
+    except Exception as error:  # a module of Ultralytics' that cannot do without data
+        logging.getLogger("yolov12.mas").debug("kernels are compiled at their first launch: %s", error)
+    else:
+        compile_ahead.begin(kernels, trainer.device)
+
+
+def _is_known(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and module_of(module.forward).startswith(_KNOWN)
+
+
+def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
+    """Return the kernels that a model of Ultralytics' and yolov12's own code needs, in the order of their first use.
+
+    Args:
+        model: The model, which stays as it is.
+        dtype: Type of images and activations.
+    """
+    twin = _on_meta(model, dtype)
+    norms, upsampling = GroupedBatchNorm(twin, activations(twin)), Upsampling(twin)
+    channels = next(layer.in_channels for layer in twin.modules() if isinstance(layer, nn.Conv2d))
+    images = torch.empty(sum(_GROUPS), channels, _SIDE, _SIDE, dtype=torch.uint8, device=_META)
+    with compile_ahead.noted() as found:
+        for joins in (True, False):  # checkpoint plans keep layers from writing to concatenations
+            norms.begin()
+            with norms.within(_GROUPS, 0, joins=joins), upsampling.within():
+                out = twin(scaled(images, dtype))
+                torch.stack([each.float().sum() for each in _tensors(out)]).sum().backward()
+            if joins and knows_loss(model):
+                fused_loss.note(dtype)
+    return list(found.values())
+
+
+def _on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a model on the meta device, with the types that autocast would give to operands."""
+    norms = {id(part) for layer in model.modules() if isinstance(layer, _BatchNorm) for part in layer.parameters()}
+    memo: dict[int, Any] = {}  # what stands for tensors in the copy, so that no data is copied
+    for part in model.parameters():
+        kind = part.dtype if id(part) in norms or not part.is_floating_point() else dtype
+        memo[id(part)] = nn.Parameter(torch.empty_like(part, dtype=kind, device=_META), part.requires_grad)
+    memo |= {id(part): torch.empty_like(part, device=_META) for part in model.buffers()}
+    twin = copy.deepcopy(model, memo).train()
+    return twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def _tensors(nest: Any) -> Iterator[Tensor]:
+    found: list[Tensor] = []
+    each_tensor(nest, found.append)
+    return (each for each in found if each.requires_grad)
