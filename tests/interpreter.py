@@ -100,7 +100,8 @@ class Interpreted:
     """Kernel whose programs run one after the other: `kernel[grid](...)`, as with Triton."""
 
     def __init__(self, function, language):
-        self._function, self._language = function, language
+        self.fn = self._function = function
+        self._language = language
 
     def __getitem__(self, grid):
         def launch(*arguments, num_warps):

@@ -28,7 +28,9 @@ ROOMS = {
     "task": set(),
     "oom": set(),
     "modules": set(),
-    "triton_launch": {"oom"},
+    "triton_launch": {"oom", "compile_ahead"},
+    "compile_ahead": {"memory"},
+    "compile_worker": set(),
 }
 PURE = (
     "scheduling/scheduler",

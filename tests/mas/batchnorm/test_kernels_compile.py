@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-
-# After compiling a kernel, Triton 2 loads a launcher, which is linked to the CUDA driver. This stand-in has its
-# symbols.
-DRIVER = """cuLaunchKernel cuLaunchKernelEx cuGetErrorString cuPointerGetAttribute cuCtxGetCurrent cuCtxSetCurrent
-    cuDeviceGet cuDevicePrimaryCtxRetain"""
 
 SCRIPT = """
 import json, sys
@@ -67,26 +61,10 @@ json.dump(found, sys.stdout)
 """
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory):
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("Triton needs a C compiler")
-    folder = tmp_path_factory.mktemp("driver")
-    code = "".join(f"int {name}(void) {{ return 0; }}" for name in DRIVER.split())
-    (folder / "driver.c").write_text(code)
-    library = folder / "libcuda.so.1"
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "driver.c"]
-    subprocess.run(command, check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
-    return folder
-
-
 def compiled(kernels, capability, driver, folder):
     """Return the PTX of each kernel for a card."""
     environment = {
-        **os.environ, "LD_LIBRARY_PATH": str(driver), "TRITON_LIBCUDA_PATH": str(driver),
-        "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[3]),
+        **os.environ, **driver, "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(Path(__file__).parents[3]),
     }  # fmt: skip
     command = [sys.executable, "-c", SCRIPT, str(capability), kernels]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)

@@ -20,7 +20,6 @@ from yolov12.mas.step.upsampling import Upsampling
 from yolov12.models import fused_loss
 from yolov12.models.activations import activations
 from yolov12.training.adapter.attach import why_not
-from yolov12.training.adapter.detection import knows_loss
 from yolov12.training.adapter.images import scaled
 
 __all__ = ["begin", "wanted"]
@@ -65,6 +64,8 @@ def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
         model: The model, which stays as it is.
         dtype: Type of images and activations.
     """
+    from ultralytics.nn.tasks import DetectionModel
+
     twin = _on_meta(model, dtype)
     norms, upsampling = GroupedBatchNorm(twin, activations(twin)), Upsampling(twin)
     channels = next(layer.in_channels for layer in twin.modules() if isinstance(layer, nn.Conv2d))
@@ -75,7 +76,7 @@ def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
             with norms.within(_GROUPS, 0, joins=joins), upsampling.within():
                 out = twin(scaled(images, dtype))
                 torch.stack([each.float().sum() for each in _tensors(out)]).sum().backward()
-            if joins and knows_loss(model):
+            if joins and type(model) is DetectionModel:
                 fused_loss.note(dtype)
     return list(found.values())
 

@@ -1,0 +1,117 @@
+"""Kernels that other processes compile: what they leave in Triton's cache, and who waits for whom."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import astuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from yolov12.mas import compile_ahead
+from yolov12.mas.compile_ahead import Wanted
+from yolov12.mas.step import upsampling, upsampling_kernels
+
+CARD = torch.device("cuda", 0)
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch, driver):
+    """Return an empty cache of Triton's. Whatever a test has begun ends with it."""
+    for name, value in {**driver, "TRITON_CACHE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    yield tmp_path
+    compile_ahead.end()
+
+
+def kernels():
+    """Return the two kernels of nearest upsampling, as noted on meta tensors."""
+    x = torch.zeros(1, 128, 2, 2, dtype=HALF, device="meta").to(memory_format=torch.channels_last)
+    with compile_ahead.noted() as found:
+        upsampling._shrunk(upsampling._enlarged(x, 2), 2)
+        upsampling._enlarged(x, 2)
+    return list(found.values())
+
+
+def names(cache):
+    return sorted(path.stem for path in cache.rglob("*.cubin"))
+
+
+def wait_for(wanted):
+    compile_ahead.wait_for(getattr(upsampling_kernels, wanted.name), HALF, wanted.constants)
+
+
+def test_launches_on_meta_tensors_are_noted_once_and_in_order():
+    assert [each.name for each in kernels()] == ["enlarge", "gather"]
+    assert {each.types for each in kernels()} == {("float16", "float16")}
+
+
+def test_kernels_are_in_the_cache_once_they_were_waited_for(cache):
+    enlarge, gather = kernels()
+    compile_ahead.begin([enlarge, gather], CARD)
+    wait_for(enlarge)
+    assert "enlarge" in names(cache)
+    wait_for(gather)
+    assert names(cache) == ["enlarge", "gather"]
+
+
+def test_kernels_that_are_in_the_cache_need_no_process(cache, monkeypatch):
+    wanted = kernels()
+    compile_ahead.begin(wanted, CARD)
+    for each in wanted:
+        wait_for(each)
+    compile_ahead.end()
+    compile_ahead.begin(wanted, CARD)
+    assert compile_ahead._processes is None
+    compile_ahead.begin(wanted[:1], CARD)
+    assert compile_ahead._processes is not None, "nobody has noted that this one is there"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    compile_ahead.begin(wanted, CARD)
+    assert compile_ahead._processes is not None, "another card needs other code"
+
+
+def test_nobody_waits_for_a_process_that_has_ended(cache):
+    enlarge, gather = kernels()
+    missing = Wanted(gather.module, "missing", gather.types, gather.numbers, gather.constants, gather.warps)
+    compile_ahead.begin([missing, enlarge], CARD)
+    for process in compile_ahead._processes._all:
+        process._process.wait()
+    wait_for(enlarge)
+    compile_ahead.end()
+    assert not list(cache.glob("yolov12-*")), "the cache is not complete"
+
+
+def test_the_end_leaves_no_process(cache):
+    compile_ahead.begin(kernels(), CARD)
+    processes = [each._process for each in compile_ahead._processes._all]
+    begin = time.monotonic()
+    compile_ahead.end()
+    assert all(process.poll() is not None for process in processes)
+    assert time.monotonic() - begin < 5
+    assert not list(cache.glob("yolov12-*"))
+
+
+def test_a_launch_waits_for_its_kernel(monkeypatch):
+    from tests.interpreter import run_on_cpu
+
+    told = []
+    run_on_cpu(monkeypatch, upsampling_kernels)
+    monkeypatch.setattr(compile_ahead, "wait_for", lambda kernel, *rest: told.append((kernel.fn.__name__, *rest)))
+    (wanted,) = [each for each in kernels() if each.name == "enlarge"]
+    x = torch.ones(1, 128, 2, 2, dtype=torch.float32).to(memory_format=torch.channels_last)
+    assert upsampling._enlarged(x, 2).sum() == 4 * 128 * 4
+    assert told == [("enlarge", torch.float32, wanted.constants)]
+
+
+def test_a_process_imports_no_pytorch(cache):
+    """It would take seconds, 300 MB in each process, and memory of the GPU for a context."""
+    code = "import sys; from yolov12.mas.compile_worker import main; main(); print(hasattr(sys.modules['torch'], 'nn'))"
+    given = json.dumps({"capability": 90, "kernels": [astuple(each) for each in kernels()]})
+    run = subprocess.run([sys.executable, "-c", code], input=given, text=True, capture_output=True, check=True)
+    assert run.stdout.split() == ["False"]
+    assert names(cache) == ["enlarge", "gather"]

@@ -1,0 +1,145 @@
+"""The kernels that are compiled ahead are those that a training launches, and no user's code sees the look for them."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from tests.models.test_blocks import Run, device, made  # noqa: F401 (a fixture)
+from yolov12 import YOLO
+from yolov12.mas import compile_ahead
+from yolov12.mas.batchnorm import launch_grid
+from yolov12.mas.step import upsampling
+from yolov12.training.adapter import kernels_ahead
+
+GPU = SimpleNamespace(type="cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["c3k2", "a2c2f v1", "a2c2f turbo", "detector"])
+def test_a_training_launches_what_is_wanted(device, name, monkeypatch):  # noqa: F811
+    launched = set()
+
+    def noting(launch):
+        def run(kernel, grid, tensors, numbers, constants, warps):
+            if tensors[0].device.type == "cpu":
+                launched.add((kernel.fn.__name__, constants, warps))
+            launch(kernel, grid, tensors, numbers, constants, warps)
+
+        return run
+
+    for module in (launch_grid, upsampling):
+        monkeypatch.setattr(module, "launch", noting(module.launch))
+    model, x = made(name, device)
+    monkeypatch.setattr(kernels_ahead, "scaled", lambda images, dtype: torch.empty_like(x, device="meta"))
+    monkeypatch.setattr(kernels_ahead, "_GROUPS", (2, 1))
+    wanted = kernels_ahead.wanted(model, torch.float32)
+    for apart in (False, True):
+        Run(model, x, apart=apart)
+    assert launched == {(each.name, each.constants, each.warps) for each in wanted if ".mas." in each.module}
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Return what was begun for a trainer."""
+    kernels = []
+    monkeypatch.setattr(compile_ahead, "begin", lambda wanted, _: kernels.extend(wanted))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def begin(model, **other):
+        kernels.clear()
+        args = SimpleNamespace(mas=True, exact=True, quantize=None, task="detect")
+        monkeypatch.setattr(kernels_ahead, "why_not", lambda trainer, model: None)
+        kernels_ahead.begin(SimpleNamespace(device=GPU, model=model, amp=True, args=args, **other))
+        return len(kernels)
+
+    return begin
+
+
+def test_kernels_of_mixed_precision_are_found_on_the_gpu(begun, small_model):
+    model = YOLO(small_model).model
+    before = [tensor.clone() for tensor in model.state_dict().values()]
+    assert begun(model) > 20
+    assert all(map(torch.equal, before, model.state_dict().values()))
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+def own_forward(model):
+    model.model[1].forward = model.model[1].forward
+
+
+def own_module(model):
+    class Own(nn.SiLU):
+        def forward(self, x):
+            raise AssertionError
+
+    model.model[1].act = Own()
+
+
+def own_hook(model):
+    model.model[1].register_forward_hook(lambda *_: pytest.fail("seen"))
+
+
+@pytest.mark.parametrize("change", [own_forward, own_module, own_hook])
+def test_users_code_sees_nothing(begun, small_model, change):
+    model = YOLO(small_model).model
+    change(model)
+    assert begun(model) == 0
+
+
+def test_another_rank_of_the_machine_begins_nothing(begun, small_model, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert begun(YOLO(small_model).model) == 0
+
+
+def test_a_model_that_needs_data_is_left_alone(begun, small_model, monkeypatch):
+    from ultralytics.nn.modules.conv import Conv
+
+    monkeypatch.setattr(Conv, "forward", lambda self, x: self.act(self.bn(self.conv(x))) * x.mean().item())
+    monkeypatch.setattr(kernels_ahead, "_KNOWN", ("torch.", "ultralytics.", "yolov12.", "tests."))
+    assert begun(YOLO(small_model).model) == 0
+
+
+TRAINING = """
+import sys, pathlib, torch
+from yolov12 import YOLO
+from yolov12.mas import compile_ahead
+from yolov12.training.adapter import kernels_ahead
+
+cache, data = pathlib.Path(sys.argv[1]), sys.argv[2]
+there = []
+
+def begin(kernels, device):
+    stock(kernels, device)
+    for process in compile_ahead._processes._all:
+        for key in process._places:
+            process.wait_for(key)
+    there.extend(path for path in cache.rglob("*.cubin"))
+
+stock, compile_ahead.begin = compile_ahead.begin, begin
+YOLO("yolo12n.yaml").train(data=data, epochs=1, batch=8, imgsz=64, device=0, workers=0, plots=False, val=False,
+                           project=str(cache / "runs"), recipe=False, pretrained=False)
+new = set(cache.rglob("*.cubin")) - set(there)
+print("ahead", len(there), *sorted(path.stem for path in new))
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+def test_a_training_on_a_gpu_compiles_no_kernel_itself(tmp_path):
+    from benchmarks.drawings import noise
+
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", TRAINING, str(tmp_path), str(noise(16))]
+    run = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    word, count, *new = run.stdout.splitlines()[-1].split()
+    assert word == "ahead", run.stdout[-2000:]
+    assert int(count) > 30
+    assert not new
