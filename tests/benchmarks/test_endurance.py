@@ -20,6 +20,7 @@ def test_failures_are_counted_and_change_nothing(monkeypatch):
     assert found["updates"] == found["updates_expected"] == 4
     assert (found["images"], found["images_lost"]) == (found["wanted_images"], 0)
     assert found["largest_difference_of_weights"] < 1e-5
+    assert 0 < found["difference_by_a_rounding_error"] < 1e-5
     assert found["steps_in_smaller_groups"] == 0
 
 
