@@ -276,6 +276,18 @@ def test_a_warm_up_that_waits_for_memory_is_noted_once(monkeypatch):
     assert counts[0] == counts[1] > 0
 
 
+def tried_out(world, monkeypatch):
+    """Return a list to which each pass of the warm-up appends its number of images."""
+    sizes, try_out = [], world.engine._step.try_out
+
+    def counted(batch, start, stop, *contexts):
+        sizes.append(stop - start)
+        return try_out(batch, start, stop, *contexts)
+
+    monkeypatch.setattr(world.engine._step, "try_out", counted)
+    return sizes
+
+
 @pytest.mark.parametrize(
     ("world", "tried"),
     [
@@ -294,12 +306,9 @@ def test_a_warm_up_that_waits_for_memory_is_noted_once(monkeypatch):
     ],
 )
 def test_the_warm_up_begins_with_the_size_of_micro_batches(world, tried, monkeypatch):
-    world, ran, notes = World(**{"batch": 64, "room": 40, **world}), [], []
-    try_out = world.engine._step.try_out
+    world, notes = World(**{"batch": 64, "room": 40, **world}), []
+    ran = tried_out(world, monkeypatch)
     monkeypatch.setattr(world.engine._step, "_note", notes.append)
-    monkeypatch.setattr(
-        world.engine._step, "try_out", lambda batch, a, b, *around: ran.append(b - a) or try_out(batch, a, b, *around)
-    )
     events = world.step()
     assert list(dict.fromkeys(ran)) == tried
     assert notes == ["out-of-memory in a warm-up"] * sum(tried[-1] < size <= 8 for size in tried)
@@ -313,8 +322,7 @@ def test_the_warm_up_tries_no_group_that_could_harm_others_or_is_known_not_to_fi
     for world, tried in ((unheld, 8), (resumed, 8), (roomy, 32)):
         if world is not unheld:
             world.engine._planner.cost.observe(Features(4, 64, 64, 0), 4 * IMAGE)
-        ran = []
-        world.fail = lambda images, ran=ran: ran.append(images)
+        ran = tried_out(world, monkeypatch)
         world.step()
         assert ran[0] == tried
 
