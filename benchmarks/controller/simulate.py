@@ -174,6 +174,11 @@ class Run:
         self._warm: set[int] = set()
         self._levels = 0, 0  # micro-batch and checkpoint plan of the previous batch
 
+    def warm_up(self, images: int) -> float:
+        """Run some images before the first batch, so that libraries know this size; return the time in ms."""
+        self._warm.add(images)
+        return self.card.new_size_ms
+
     def boxes(self) -> tuple[int, ...]:
         """Draw the boxes of a batch: all images of a group have those of its fullest image."""
         chance, groups = self._chance, self.card.images // self.card.group

@@ -15,6 +15,7 @@ from yolov12.mas import Advice, Config, Engine, Journal, Loss, TensorTask, calib
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.scheduling.peak_model import Features
 from yolov12.mas.scheduling.planner import BatchPlanner
 
 MIB = 2**20
@@ -273,6 +274,57 @@ def test_a_warm_up_that_waits_for_memory_is_noted_once(monkeypatch):
         world.step()
         counts.append(notes.count("out-of-memory in a warm-up"))
     assert counts[0] == counts[1] > 0
+
+
+def tried_out(world, monkeypatch):
+    """Return a list to which each pass of the warm-up appends its number of images."""
+    sizes, try_out = [], world.engine._step.try_out
+
+    def counted(batch, start, stop, *contexts):
+        sizes.append(stop - start)
+        return try_out(batch, start, stop, *contexts)
+
+    monkeypatch.setattr(world.engine._step, "try_out", counted)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("world", "tried"),
+    [
+        ({}, [32]),
+        ({"room": 36}, [32]),
+        ({"room": 34}, [32, 8]),  # the card has room for 32 images, the budget has not
+        ({"room": 200, "limit": 34 * IMAGE}, [32, 8]),
+        ({"room": 100, "others": [66]}, [32, 8]),
+        ({"room": 3}, [32, 8, 4, 2]),
+        ({"bn_group": 16}, [16]),
+        ({"bn_group": 0}, [32]),
+        ({"bn_group": 4}, [8]),
+        ({"micro_batch": 16}, [16]),
+        ({"batch": 36}, [18]),  # its groups
+        ({"batch": 12}, [12]),
+    ],
+)
+def test_the_warm_up_begins_with_the_size_of_micro_batches(world, tried, monkeypatch):
+    world, notes = World(**{"batch": 64, "room": 40, **world}), []
+    ran = tried_out(world, monkeypatch)
+    monkeypatch.setattr(world.engine._step, "_note", notes.append)
+    events = world.step()
+    assert list(dict.fromkeys(ran)) == tried
+    assert notes == ["out-of-memory in a warm-up"] * sum(tried[-1] < size <= 8 for size in tried)
+    assert not [event for event in events if event.startswith("out-of-memory")]
+
+
+def test_the_warm_up_tries_no_group_that_could_harm_others_or_is_known_not_to_fit(monkeypatch):
+    """If the allocator is not held to the budget, a failure takes all that is free for a moment."""
+    unheld, resumed, roomy = World(batch=64, room=20), World(batch=64, room=20), World(batch=64)
+    monkeypatch.setattr(unheld.meter, "held_to", lambda most_bytes: None)
+    for world, tried in ((unheld, 8), (resumed, 8), (roomy, 32)):
+        if world is not unheld:
+            world.engine._planner.cost.observe(Features(4, 64, 64, 0), 4 * IMAGE)
+        ran = tried_out(world, monkeypatch)
+        world.step()
+        assert ran[0] == tried
 
 
 def test_group_is_one_that_fits_beside_what_the_warm_up_left(monkeypatch):

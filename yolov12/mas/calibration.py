@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,14 +203,33 @@ class Calibration:
         planner = self._planner
 
         def run(level: int) -> Failure | None:
-            kind, budget_bytes = self._meter.kind, planner.budget_bytes
-            return warm_up(self._step, kind, batch, work, planner.cost, planner.speed, level, budget_bytes=budget_bytes)
+            # Not even one image fits without a plan if a level is given, so that a group would not fit under one.
+            group, budget_bytes = 0 if level else self._group_to_try(work), planner.budget_bytes
+            return warm_up(
+                self._step, self._meter.kind, batch, work, planner.cost, planner.speed, level,
+                budget_bytes=budget_bytes, group=group, held=partial(self._meter.held_to, budget_bytes),
+            )  # fmt: skip
 
         failure = run(0)
         if failure is None or not self.layers:
             return failure
         self._make_ladder(batch, work)
         return run(len(self._step.plans) - 1)
+
+    def _group_to_try(self, work: Workload) -> int:
+        """Return how many images the warm-up tries first; 0 to begin with few.
+
+        A group is tried only where the allocator keeps to the budget, as nobody knows what its images need. In a run
+        that resumes, it is known.
+        """
+        group, is_known = self._first_group(work), self._planner.cost.largest > 0
+        may_try = self._meter.held_to(self._planner.budget_bytes) is not None
+        return group if may_try and (not is_known or self.fits(group, work)) else 0
+
+    def _first_group(self, work: Workload) -> int:
+        """Return the images of the largest BatchNorm group that a batch may run in, at most `GROUPS[0]`."""
+        most = min(self.bn_group or GROUPS[0], self._config.micro_batch or GROUPS[0], GROUPS[0])
+        return max(split_groups(work.images, most))
 
     def _wants_ladder(self) -> bool:
         """Return whether there is no ladder, or one that was guessed when there was much less memory than now."""
@@ -223,7 +243,9 @@ class Calibration:
         )
         ladder = self._cache.get(key)
         if ladder is None:
-            images = min(self._planner.cost.largest, work.images, PROFILE_IMAGES)
+            images, group = min(self._planner.cost.largest, work.images, PROFILE_IMAGES), self._first_group(work)
+            if self._planner.speed.warm(group, work.height, work.width) and self.fits(group, work):
+                images = group  # ten passes with more images take less time than a new size
             ladder = make_ladder(self._step, self._meter, self.layers, batch, images)
             if not ladder.guessed:
                 self._cache.put(key, ladder)

@@ -301,6 +301,25 @@ def test_a_limit_that_the_user_has_set_is_found_and_restored(card, monkeypatch):
     assert card.fractions == [(0.5, 0), (0.7, 0)]
 
 
+def test_a_card_is_held_to_some_bytes_for_a_while(card, monkeypatch):
+    """The limit that is in force must be known, as it is from PyTorch 2.8 on, or under a limit of this package."""
+    meter = meter_for(GPU)
+    assert meter.held_to(GIB) is None
+    limited = meter_for(GPU, 0.5)
+    with limited.limited():
+        for most_bytes, fraction in ((GIB, 1 / 8), (6 * GIB, 0.5)):
+            with meter.held_to(most_bytes):
+                assert card.fractions[-1] == (fraction, 0)
+            assert card.fractions[-1] == (0.5, 0)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.7, raising=False)
+    with meter.held_to(7 * GIB):
+        assert card.fractions[-1] == (0.7, 0)
+    assert card.fractions[-1] == (0.7, 0)
+    card.integrated = 1
+    assert meter_for(GPU).held_to(GIB) is None
+    assert meter_for(torch.device("cpu")).held_to(GIB) is None
+
+
 def test_own_context_is_not_others(card):
     own = SimpleNamespace(pid=os.getpid(), usedGpuMemory=2 * GIB + 300 * MIB)
     card.nvml["nvmlDeviceGetComputeRunningProcesses"] = [own, SimpleNamespace(pid=2**30, usedGpuMemory=None)]

@@ -12,7 +12,7 @@ from yolov12 import mas
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.reading import ClockStopwatch, Reading, Sensors
-from yolov12.mas.profiling.ladder import Ladder
+from yolov12.mas.profiling.ladder import Ladder, make_ladder
 from yolov12.mas.profiling.trace import ByteTrace
 from yolov12.mas.scheduling.peak_model import Level
 
@@ -45,6 +45,12 @@ class Card(ByteTrace):
 
     def limited(self):
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def held_to(self, most_bytes):
+        before, self.total_bytes = self.total_bytes, min(self.total_bytes, most_bytes)
+        yield
+        self.total_bytes = before
 
     def stopwatch(self):
         return ClockStopwatch(lambda: self.now_ms)
@@ -108,6 +114,20 @@ def test_a_group_that_does_not_fit_as_it_is_stays_whole_under_a_plan(whole):
     assert run.latest.peak_bytes <= run.latest.budget_bytes < 0.7 * whole.latest.peak_bytes
     assert (run.gradient - whole.gradient).norm() <= 1e-12 * whole.gradient.norm()
     assert not any("groups of" in event for event in run.events)
+
+
+@pytest.mark.parametrize(("share", "images"), [(0.95, 12), (0.7, 8)])
+def test_layers_are_profiled_with_images_that_libraries_know(whole, share, images, monkeypatch):
+    """A group of 12 images fits and a batch of 16 does not, or neither fits."""
+    profiled = []
+
+    def make(*arguments):
+        profiled.append(arguments[-1])
+        return make_ladder(*arguments)
+
+    monkeypatch.setattr("yolov12.mas.calibration.make_ladder", make)
+    Run(share * whole.latest.peak_bytes, bn_group=12)
+    assert profiled == [images]
 
 
 def test_predicted_peak_under_a_plan_is_what_it_takes(whole):

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 
 from yolov12 import mas
+from yolov12.mas.oom import Failure
+from yolov12.mas.profiling import warmup
 from yolov12.mas.profiling.ladder import make_ladder
-from yolov12.mas.profiling.warmup import warm_up
+from yolov12.mas.profiling.warmup import profile, warm_up
 from yolov12.mas.scheduling.peak_model import CostModel
 from yolov12.mas.scheduling.time_model import SpeedModel
+from yolov12.mas.step.snapshots import ModuleState
 
 
 class Noise(nn.Module):
@@ -85,6 +89,71 @@ def test_the_warm_up_runs_few_images_and_measures_the_fullest(kind, side_px, bud
     models = CostModel(), SpeedModel(new_size_ms=0.0)
     assert warm_up(engine._step, kind, batch, work, *models, budget_bytes=budget_bytes) is None
     assert ran == passes
+
+
+@pytest.mark.parametrize(
+    ("fits", "passes"),
+    [
+        (lambda first, images: True, [(0, 12), (0, 12), (4, 12)]),
+        (lambda first, images: images <= 8, [(0, 12), (0, 8), (0, 8), (8, 8)]),
+        # The image with most boxes needs more.
+        (lambda first, images: images <= 8 or first == 0, [(0, 12), (0, 12), (4, 12), (0, 8), (0, 8), (8, 8)]),
+        (lambda first, images: images <= 2, [(0, 12), (0, 8), (0, 4), (0, 2), (0, 2), (12, 2)]),
+    ],
+)
+def test_a_group_is_tried_first_and_nothing_tells_that_it_did_not_fit(fits, passes, monkeypatch):
+    """Micro-batches have its size later, so libraries need not look for kernels for another one."""
+    ran, held, notes = [], [], []
+
+    def forward(module, inputs):
+        first, images = int(inputs[0][0]), len(inputs[0])
+        ran.append((first, images))
+        assert bool(held) == (images > 8)  # what others have is safe
+        if not fits(first, images):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    @contextmanager
+    def hold():
+        held.append(True)
+        yield
+        held.clear()
+
+    def copy_state(model):
+        assert not held  # a failure of this would end the run
+        return ModuleState(model)
+
+    monkeypatch.setattr("yolov12.mas.step.step.ModuleState", copy_state)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten())
+    model.register_forward_pre_hook(forward)
+    task = mas.TensorTask(lambda model, x: model(x).square().mean())
+    engine, batch = mas.Engine(model, task, mas.Config()), (torch.arange(16.0).reshape(16, 1, 1, 1),)
+    engine._step._note = notes.append
+    work = replace(task.workload(batch), boxes=(1,) * 12 + (9,) + (1,) * 3)
+    cost, speed, learned = CostModel(), SpeedModel(new_size_ms=0.0), []
+    monkeypatch.setattr(cost, "observe", lambda features, needed_bytes: learned.append(features.images))
+    assert warm_up(engine._step, "cuda", batch, work, cost, speed, group=12, held=hold) is None
+    assert ran == passes
+    fitted = passes[-1][1]
+    assert learned == [fitted] * 2
+    assert [images for images in (12, 8, 4, 2) if speed.warm(images, 1, 1)] == [fitted]
+    assert notes == ["out-of-memory in a warm-up"] * sum(fitted < size for size in (8, 4))
+    assert engine._step.notes_tries
+    assert not held
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_profile_that_does_not_fit_goes_on_with_sizes_of_the_warm_up(monkeypatch):
+    ran, notes = [], []
+
+    def fail(step, meter, layers, batch, images):
+        ran.append((images, step.notes_tries))
+        return Failure(images, "CUDA out of memory", 0)
+
+    monkeypatch.setattr(warmup, "_profile", fail)
+    engine = mas.Engine(nn.Conv2d(1, 4, 1), mas.TensorTask(lambda model, x: model(x).mean()), mas.Config())
+    engine._step._note = notes.append
+    assert profile(engine._step, engine.meter, {}, (), 32) is None
+    assert ran == [(32, False), (8, True), (4, True), (2, True), (1, True)]
 
 
 def test_a_failed_attempt_draws_again_what_it_drew():

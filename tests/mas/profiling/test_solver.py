@@ -1,6 +1,7 @@
 """The solver's plan is the fastest of all possible plans."""
 
 import itertools
+import threading
 
 import pytest
 import scipy.optimize
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.profiling import solver
 from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 from yolov12.mas.profiling.solver import ladder, peak_bytes, solve
 
@@ -106,6 +108,40 @@ def test_ladder_goes_down_to_the_lowest_peak_there_is(profile):
     assert levels[-1].peak_bytes <= lowest / 0.99 * (1 + 1e-6) or levels[-1].peak_bytes == pytest.approx(
         lowest, rel=0.011
     )
+
+
+@settings(max_examples=settings.default.max_examples // 5)
+@given(profiles())
+def test_ladder_is_what_its_levels_are_one_by_one(profile):
+    levels, lowest = ladder(profile), solver._Programme(profile).lowest_peak()
+    found = [levels[0]]
+    for step in range(1, solver.LEVELS + 1):
+        most = levels[0].peak_bytes * (lowest / levels[0].peak_bytes) ** (step / solver.LEVELS)
+        level = solve(profile, most * (1 + 1e-9))
+        if level is not None and level.peak_bytes < 0.99 * found[-1].peak_bytes:
+            found.append(level)
+    assert levels == tuple(found)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(1, 1, 1), (2, 1, 2), (5, 1, 5), (64, 1, 10), (8, 4, 2), (2, 4, 1)]
+)
+def test_ladder_is_solved_on_all_cores_of_the_process(cores, ranks, threads, monkeypatch):
+    """Levels wait for one another here, as many as there should be threads."""
+    monkeypatch.setattr(solver, "usable_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    together, least_time = threading.Barrier(threads), solver._Programme.least_time
+
+    def waiting(programme, most_bytes):
+        together.wait(timeout=10)
+        return least_time(programme, most_bytes)
+
+    layer = LayerCost("0", None, 0, 100.0, 80.0, 30.0, 0.0, 0.0, 10.0, Time(3.0, 3.0), Time(1.0, 1.0))
+    profile = Profile((layer,), 5.0, 5.0, (20.0,), Time(10.0, 10.0))
+    levels = ladder(profile)
+    monkeypatch.setattr(solver._Programme, "least_time", waiting)
+    assert ladder(profile) == levels
+    assert solver._threads(solver.LEVELS) == threads
 
 
 def test_nothing_to_choose():

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["AllocatorLimit", "allocator_limited"]
+__all__ = ["AllocatorLimit", "allocator_limited", "known_fraction"]
 
 
 class AllocatorLimit:
@@ -32,6 +32,20 @@ class AllocatorLimit:
 _limits: dict[int, list[AllocatorLimit]] = {}  # device index → the limit found there, and those of open contexts
 
 
+def known_fraction(device: int) -> float | None:
+    """Return the limit of the allocator that is in force, as a fraction of the device's memory; None if it is unknown.
+
+    It is unknown before PyTorch 2.8 outside of all contexts: the user may have set one.
+
+    Args:
+        device: Index of the device.
+    """
+    if _limits.get(device):
+        return _limits[device][-1].fraction
+    read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return None if read is None else float(read(device))
+
+
 @contextmanager
 def allocator_limited(device: int, fraction: float) -> Iterator[AllocatorLimit]:
     """Limit the allocator. On exit, restore the limit of the open context that opened last, or the original limit.
@@ -44,8 +58,8 @@ def allocator_limited(device: int, fraction: float) -> Iterator[AllocatorLimit]:
     """
     limits = _limits.setdefault(device, [])
     if not limits:
-        read = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # PyTorch 2.3 cannot be asked
-        limits.append(AllocatorLimit(device, read(device) if read is not None else 1.0))
+        found = known_fraction(device)
+        limits.append(AllocatorLimit(device, 1.0 if found is None else found))
     mine = AllocatorLimit(device, fraction)
     limits.append(mine)
     torch.cuda.set_per_process_memory_fraction(fraction, device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from yolov12.mas.memory.allocator_limit import AllocatorLimit, allocator_limited
+from yolov12.mas.memory.allocator_limit import AllocatorLimit, allocator_limited, known_fraction
 from yolov12.mas.memory.host import HostMemory
 from yolov12.mas.memory.nvml import NvmlGpu, OnceASecond
 from yolov12.mas.memory.process_tree import ChildProcesses
@@ -126,6 +126,25 @@ class CudaMeter:
                 yield
             finally:
                 self._allocator_limit = before
+
+    def held_to(self, most_bytes: int) -> AbstractContextManager[None] | None:
+        """Return a context in which PyTorch's allocator is held to a number of bytes.
+
+        None on an integrated GPU, whose allocator `limited` holds. None also if the limit that is in force is unknown,
+        since it could not be restored: before PyTorch 2.8 without a limit.
+
+        Args:
+            most_bytes: Most reserved memory. A limit that is in force stays if it is lower.
+        """
+        fraction = known_fraction(self._device)
+        if self.kind == "integrated" or fraction is None:
+            return None
+        return self._held(min(fraction, most_bytes / torch.cuda.mem_get_info(self._device)[1]))
+
+    @contextmanager
+    def _held(self, fraction: float) -> Iterator[None]:
+        with allocator_limited(self._device, fraction):
+            yield
 
     def stopwatch(self) -> Stopwatch:
         """Start a stopwatch on the device's current stream."""

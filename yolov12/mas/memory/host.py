@@ -158,6 +158,9 @@ class HostMeter:
         """Return a context that does nothing: only the budget enforces a limit on the host."""
         return contextlib.nullcontext()
 
+    def held_to(self, most_bytes: int) -> None:
+        """Return None: nothing refuses memory on the host."""
+
     def stopwatch(self) -> Stopwatch:
         """Start a stopwatch."""
         return ClockStopwatch()

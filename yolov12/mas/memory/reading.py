@@ -113,6 +113,12 @@ class Meter(Protocol):
     def limited(self) -> AbstractContextManager[None]:
         """Return a context in which the process is held to the meter's limit, where something can enforce it."""
 
+    def held_to(self, most_bytes: int) -> AbstractContextManager[None] | None:
+        """Return a context in which more than `most_bytes` of reserved memory are refused; None if nothing refuses it.
+
+        Images that nobody knows the memory of can run in it: what they take is not missing for other processes.
+        """
+
     def busy_percent(self) -> float | None:
         """Return the percentage of the last sample period in which the GPU was busy; None if unknown."""
 

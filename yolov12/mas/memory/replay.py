@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -41,6 +42,7 @@ class ReplayMeter:
         self._step = 0
         self._peak_bytes = allocated_bytes
         self._now_ms = 0.0
+        self._most_bytes = math.inf
 
     def advance(self) -> None:
         """Go to the next step of the trace, or stay at the last."""
@@ -55,12 +57,12 @@ class ReplayMeter:
 
         Raises:
             torch.cuda.OutOfMemoryError: The memory does not fit beside this process' and other processes' memory, or it
-                exceeds the limit.
+                exceeds the limit or that of `held_to`.
         """
         peak_bytes = self.allocated_bytes + peak_bytes_above_allocated
         others_bytes, outside_bytes = self._held()
         room_bytes = min(self._card_bytes - others_bytes, self._limited_bytes) - outside_bytes
-        if peak_bytes > room_bytes:
+        if peak_bytes > min(room_bytes, self._most_bytes):
             raise torch.cuda.OutOfMemoryError(
                 f"CUDA out of memory. Tried to allocate {peak_bytes_above_allocated / 2**20:.2f} MiB. "
                 f"GPU 0 has {(room_bytes - self.allocated_bytes) / 2**20:.2f} MiB left for this process (replayed)."
@@ -97,6 +99,15 @@ class ReplayMeter:
     def limited(self) -> AbstractContextManager[None]:
         """Return a context that does nothing: tests decide what fits."""
         return nullcontext()
+
+    @contextmanager
+    def held_to(self, most_bytes: int) -> Iterator[None]:
+        """Return a context in which `use` refuses to go beyond a number of bytes."""
+        before, self._most_bytes = self._most_bytes, most_bytes
+        try:
+            yield
+        finally:
+            self._most_bytes = before
 
     def stopwatch(self) -> Stopwatch:
         """Start a stopwatch that uses the simulated clock."""

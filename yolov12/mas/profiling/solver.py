@@ -14,12 +14,15 @@ https://arxiv.org/abs/1910.02653) decides about every single operation instead, 
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, REBUILD, RECOMPUTE, Plan
+from yolov12.mas.memory.cgroups import usable_cores
 from yolov12.mas.profiling.profile import LayerCost, Profile, Time
 
 __all__ = ["LadderLevel", "ladder", "peak_bytes", "solve"]
@@ -89,6 +92,8 @@ def solve(profile: Profile, most_bytes: float) -> LadderLevel | None:
 def ladder(profile: Profile, levels: int = LEVELS) -> tuple[LadderLevel, ...]:
     """Return the ladder of a profile: level 0 keeps everything, and the last level has the lowest possible peak.
 
+    The levels are solved at the same time, on the cores that this process may use.
+
     Args:
         profile: Costs of the layers.
         levels: Most levels above level 0. From level to level, the peak falls by a constant factor. A level is left
@@ -100,12 +105,21 @@ def ladder(profile: Profile, levels: int = LEVELS) -> tuple[LadderLevel, ...]:
     if first.peak_bytes <= 0:
         return (first,)
     lowest = programme.lowest_peak()
-    for step in range(1, levels + 1):
-        target = first.peak_bytes * (lowest / first.peak_bytes) ** (step / levels)
-        level = programme.least_time(target * (1 + 1e-9))
+    targets = [first.peak_bytes * (lowest / first.peak_bytes) ** (step / levels) for step in range(1, levels + 1)]
+    with ThreadPoolExecutor(_threads(levels)) as pool:  # HiGHS runs without Python's global lock
+        solved = list(pool.map(lambda target: programme.least_time(target * (1 + 1e-9)), targets))
+    for level in solved:
         if level is not None and level.peak_bytes < 0.99 * found[-1].peak_bytes:
             found.append(level)
     return tuple(found)
+
+
+def _threads(levels: int) -> int:
+    """Return the number of levels to solve at once. Ranks on this machine share its cores, and each makes a ladder.
+
+    With more threads than cores, a level could reach the time limit of the solver.
+    """
+    return max(1, min(levels, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 class _Programme:

@@ -15,7 +15,7 @@ The gradient is that of the whole batch at once, however the batch was split and
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -278,8 +278,9 @@ class Step:
             torch.clear_autocast_cache()  # its copies of weights were made without gradients
 
     def try_out(
-        self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None
-    ) -> tuple[int, int] | Failure:
+        self, batch: Any, start: int, stop: int, around: AbstractContextManager[None] | None = None,
+        held: AbstractContextManager[None] | None = None,
+    ) -> tuple[int, int] | Failure:  # fmt: skip
         """Run images `start` to `stop` of a batch as one BatchNorm group, measure their memory and undo all effects.
 
         Args:
@@ -287,6 +288,7 @@ class Step:
             start: First image.
             stop: Image after the last.
             around: Context of the forward pass; by default that of the plan that keeps everything.
+            held: Context in which failed allocations are expected, around both passes.
 
         Returns:
             Allocated bytes before the images and at their peak, or the failed allocation.
@@ -298,9 +300,9 @@ class Step:
         states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
         try:
             allocated_bytes = self._meter.mark()
-            around = around or self.checkpointing.within(KEEP_ALL)
-            total = Total(stop, self._task.floor, exact=False)
-            failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
+            total, around = Total(stop, self._task.floor, exact=False), around or self.checkpointing.within(KEEP_ALL)
+            with held or nullcontext():
+                failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
             if failure is not None and self.notes_tries:
                 self._note(IN_A_WARM_UP)
             return failure or (allocated_bytes, self._meter.peak_bytes())
