@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from yolov12.mas import compile_ahead
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
@@ -70,7 +71,7 @@ def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
     norms, upsampling = GroupedBatchNorm(twin, activations(twin)), Upsampling(twin)
     channels = next(layer.in_channels for layer in twin.modules() if isinstance(layer, nn.Conv2d))
     images = torch.empty(sum(_GROUPS), channels, _SIDE, _SIDE, dtype=torch.uint8, device=_META)
-    with compile_ahead.noted() as found:
+    with compile_ahead.noted() as found, _LikeCuda():  # type: ignore[no-untyped-call]
         for joins in (True, False):  # checkpoint plans keep layers from writing to concatenations
             norms.begin()
             with norms.within(_GROUPS, 0, joins=joins), upsampling.within():
@@ -79,6 +80,23 @@ def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
             if joins and type(model) is DetectionModel:
                 fused_loss.note(dtype)
     return list(found.values())
+
+
+class _LikeCuda(TorchDispatchMode):
+    """Gives results of convolutions the layout that they have on CUDA. On the meta device, it depends on PyTorch."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return each_tensor(out, _channels_last) if func in _CONVOLUTIONS else out
+
+
+_CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def _on_meta(model: nn.Module, dtype: torch.dtype) -> nn.Module:
