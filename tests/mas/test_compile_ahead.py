@@ -75,15 +75,42 @@ def test_kernels_that_are_in_the_cache_need_no_process(cache, monkeypatch):
     assert compile_ahead._processes is not None, "another card needs other code"
 
 
-def test_nobody_waits_for_a_process_that_has_ended(cache):
+def missing(gather):
+    return Wanted(gather.module, "missing", gather.types, gather.numbers, gather.constants, gather.warps)
+
+
+def test_a_kernel_that_fails_leaves_the_others(cache):
     enlarge, gather = kernels()
-    missing = Wanted(gather.module, "missing", gather.types, gather.numbers, gather.constants, gather.warps)
-    compile_ahead.begin([missing, enlarge], CARD)
-    for process in compile_ahead._processes._all:
-        process._process.wait()
+    compile_ahead.begin([missing(gather), enlarge], CARD)
     wait_for(enlarge)
+    assert names(cache) == ["enlarge"]
     compile_ahead.end()
     assert not list(cache.glob("yolov12-*")), "the cache is not complete"
+
+
+def test_nobody_waits_for_a_process_that_has_ended(cache):
+    enlarge, gather = kernels()
+    compile_ahead.begin([enlarge, gather], CARD)
+    for process in compile_ahead._processes._all:
+        process._process.kill()
+    for each in (enlarge, gather):
+        wait_for(each)
+    compile_ahead.end()
+    assert not list(cache.glob("yolov12-*"))
+
+
+def test_what_a_compiler_prints_is_no_answer(cache, monkeypatch, tmp_path):
+    """ptxas writes where the process writes."""
+    enlarge, gather = kernels()
+    (tmp_path / "sitecustomize.py").write_text(
+        "import subprocess\nstock = subprocess.run\n"
+        "subprocess.run = lambda *a, **k: (stock(['echo', 'ptxas info'], close_fds=False), stock(*a, **k))[1]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    compile_ahead.begin([enlarge, gather], CARD)
+    wait_for(enlarge)
+    wait_for(gather)
+    assert names(cache) == ["enlarge", "gather"]
 
 
 def test_the_end_leaves_no_process(cache):
@@ -110,8 +137,10 @@ def test_a_launch_waits_for_its_kernel(monkeypatch):
 
 def test_a_process_imports_no_pytorch(cache):
     """It would take seconds, 300 MB in each process, and memory of the GPU for a context."""
-    code = "import sys; from yolov12.mas.compile_worker import main; main(); print(hasattr(sys.modules['torch'], 'nn'))"
+    code = (
+        "import sys; from yolov12.mas.compile_worker import main; main(); sys.exit(hasattr(sys.modules['torch'], 'nn'))"
+    )
     given = json.dumps({"capability": 90, "kernels": [astuple(each) for each in kernels()]})
     run = subprocess.run([sys.executable, "-c", code], input=given, text=True, capture_output=True, check=True)
-    assert run.stdout.split() == ["False"]
+    assert run.stdout == "1\n" * 2
     assert names(cache) == ["enlarge", "gather"]

@@ -84,7 +84,7 @@ def _type(dtype: torch.dtype) -> str:
 
 
 class _Process:
-    """A process that compiles kernels one after the other, and writes a line after each."""
+    """A process that compiles kernels one after the other, and writes a line after each, see `compile_worker.main`."""
 
     def __init__(self, kernels: list[Wanted], capability: int) -> None:
         self._process = subprocess.Popen(
@@ -95,24 +95,24 @@ class _Process:
             text=True,
         )
         self._places = {wanted.key: place for place, wanted in enumerate(kernels)}
-        self._done = 0
+        self._told: list[str] = []
         given = {"capability": capability, "kernels": [astuple(wanted) for wanted in kernels]}
         with contextlib.suppress(OSError), _pipe(self._process.stdin) as pipe:  # it may have ended already
             pipe.write(json.dumps(given))
 
     def wait_for(self, key: _Key) -> None:
-        """Wait until the process has compiled a kernel, or has ended."""
+        """Wait until the process is done with a kernel, or has ended."""
         place = self._places.get(key, -1)
-        while self._done <= place and _pipe(self._process.stdout).readline():
-            self._done += 1
+        while len(self._told) <= place and (line := _pipe(self._process.stdout).readline()):
+            self._told.append(line)
 
     def end(self) -> bool:
         """End the process. Return whether it has compiled all its kernels."""
         self._process.kill()
         with _pipe(self._process.stdout) as pipe:
-            self._done += sum(1 for _ in pipe)
+            self._told += pipe
         self._process.wait()
-        return self._done == len(self._places)
+        return self._told == ["1\n"] * len(self._places)
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
