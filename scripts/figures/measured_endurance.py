@@ -45,6 +45,7 @@ def endurance() -> Iterator[Passage]:
     assert stock["injected"] == stock["runs"]
     yield sentence("{} ended with it", stock["runs_that_ended"])
     yield sentence("{:,} of {:,} images were not trained on", stock["images_not_trained"], stock["images_wanted"])
+    yield from _failures_on_gpu(exact, trainings)
     ours = beside["ours"]
     assert ours["simulated"]
     yield setting("a simulated card of 16 GiB, on which an image takes 254 MiB and 9 ms", "the simulation")
@@ -68,8 +69,6 @@ def endurance() -> Iterator[Passage]:
     yield sentence("process made {:,} changes", run["changes_made"])
     assert (run["out_of_memories"], run["images_lost"], run["exit_status"]) == (0, 0, 0)
     yield sentence("It ran {} to {} images at once", run["micro_batch_min"], run["micro_batch_max"])
-    stocks = on_gpu["failures"]["stock"]
-    yield sentence("ended {} of {} trainings of stock on that card", stocks["runs_that_ended"], stocks["runs"])
     theirs, ours = kills["stock"], kills["ours"]
     yield sentence("A training has {} updates of 8 images in ten epochs", ours["updates_of_a_training"])
     yield setting("updates of 8 images", HOW)
@@ -84,6 +83,40 @@ def endurance() -> Iterator[Passage]:
         "| | ours | stock |", [[name, say("{:,}", ours[key]), say("{:,}", theirs[key])] for name, key in rows.items()]
     )
     yield sentence("the summaries of ours count {:,} images in the weights", ours["images_in_weights"])
+
+
+def _failures_on_gpu(*on_cpu: Mapping[str, Any]) -> Iterator[Passage]:
+    """Yield the passages on failed allocations on a GPU.
+
+    Args:
+        on_cpu: The same on the CPU.
+    """
+    found = result("endurance_gpu")
+    exact, stock = (found["failures"][who] for who in ("exact", "stock"))
+    head = found["measured_on"]["failures"]
+    options = head["command"].removeprefix("python -m benchmarks endurance --out endurance_gpu.json ")
+    yield sentence("torch 2.11.0, with `{}` at commit {}: steps", options, head["commit"])
+    assert (exact["model"], exact["dtype"], exact["updates"]) == ("yolov12n.yaml", "float64", exact["updates_expected"])
+    assert exact["injected"] == exact["counted"]
+    assert not any(exact[key] for key in ("runs_that_ended", "rounds_in_smaller_groups", "images_lost"))
+    yield setting("YOLOv12-N at 64 pixels, batches of 16 in BatchNorm groups of 2, in float64", HOW)
+    yield sentence("{} failures were injected in {} of {} steps", *(exact[key] for key in _STEPS))
+    yield sentence("All {} updates were made, with all {:,} images", exact["updates"], exact["images"])
+    compared = (exact["rounds_compared"], exact["steps_of_a_round"], exact["largest_difference_of_weights"])
+    yield sentence("In {} rounds of {} steps, the final weights end up to {:.2f} of the distance", *compared)
+    moved = exact["difference_by_a_rounding_error"]
+    assert moved > exact["largest_difference_of_weights"]
+    yield sentence("one weight changed by a rounding error ends {:.2f} of that distance away", moved)
+    yield sentence("One failed allocation ended {} of {} trainings of stock", stock["runs_that_ended"], stock["runs"])
+    untrained = (stock[key] for key in ("images_not_trained", "images_wanted"))
+    yield sentence("there: they did not train on {:,} of {:,} images", *untrained)
+    cpu = sum(each["injected"] for each in on_cpu)
+    together = cpu + exact["injected"]
+    assert together < 10_000
+    yield sentence("{:,} on the CPU and {} on the GPU, {:,} together, of the 10,000", cpu, exact["injected"], together)
+
+
+_STEPS = ("injected", "disturbed_steps", "updates")
 
 
 def _options(found: Mapping[str, Any], part: str) -> str:
