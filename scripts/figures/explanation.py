@@ -242,3 +242,10 @@ def design() -> Iterator[Passage]:
     cells = [[budget, say(form, value), "yes" if met else "no"] for budget, form, value, met in rows]
     cells[-2][1] += say(", with up to {:.0f} %", taken)
     yield table("| budget | measured | met |", cells)
+    ratios = [result("cards")[card]["summary"] for card in ("t4", "a10", "a100")]
+    speeds = [each["images_per_s_all_over_stock"] for each in ratios]
+    spreads = [each["peak_sd_mib_over_stock"] for each in ratios]
+    assert [speed >= 2.5 for speed in speeds] == [False] * 3
+    yield sentence("{:.2f}, {:.2f} and {:.2f} times as fast as stock over all epochs", *speeds)
+    assert [spread <= 0.1 for spread in spreads] == [True, True, False]
+    yield sentence("{:.3f}, {:.3f} and {:.3f} of stock's, which is met in the first two", *spreads)

@@ -6,17 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from scripts.figures.cards import IS_COMPLETE, README, readme_rows
+from scripts.figures.cards import README, readme_rows
 from scripts.figures.exports import augmentation
 from scripts.figures.measured_steps import HOW, limits_of, made_alike, prediction_errors, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
-_DENSE = {
-    "label-dense: YOLO12-S, second half of the epochs, limit of 16 GiB, 2 % of the images with 300 to 900 boxes, "
-    "images/s": ("标注密集：YOLO12-S，后一半 epoch，显存限制 16 GiB，2 % 的图像含 300 到 900 个框，图像/秒"),
-    "the same training: standard deviation of the memory peak of a step, MiB": "同一训练：每步显存峰值的标准差，MiB",
-}
 # First cell of each row in both languages, in the order of `_rows`.
 LABELS = {
     "training steps of YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": (
@@ -27,7 +22,7 @@ LABELS = {
     "training steps of YOLO12-X, 640, batch 256, limit of 16 GiB, images/s": (
         "YOLO12-X 训练步，640，batch 256，显存限制 16 GiB，图像/秒"
     ),
-    **(README if IS_COMPLETE else _DENSE),
+    **README,
     "whole training of YOLO12-N from JPEG files, 640, batch 128, 8 workers, images/s": (
         "从 JPEG 文件完整训练 YOLO12-N，640，batch 128，8 个 worker，图像/秒"
     ),
@@ -60,19 +55,14 @@ def devices(measured_on: Mapping[str, Any]) -> dict[str, str]:
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
     """Yield each row of the table: the card, the name of the JSON file, and the figures, this package's first."""
-    dense, memory = result("dense"), result("memory")
+    memory = result("memory")
     for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 16)):
         (at,) = (each for each in limits_of(scale) if each["gib"] == gib)
         each = [at[who] for who in ("ours", "stock")]
         made_alike(gib, *each)
         yield each[0]["device"], "limits_h200", [say("{:,.0f}", row["images_per_s"]) for row in each]
-    if IS_COMPLETE:
-        device = result("cards")["measured_on"]["t4"]["device"]
-        yield from ((device, "cards", figures) for figures in readme_rows(result("cards")))
-    else:
-        for key in ("images_per_s", "peak_sd_mib"):
-            both = dense["dense"]["ours"], dense["dense"]["stock"][0]
-            yield dense["measured_on"]["dense"]["device"], "dense", [say("{:,.0f}", row[key]) for row in both]
+    (device,) = {head["device"] for head in result("cards")["measured_on"].values()}
+    yield from ((device, "cards", figures) for figures in readme_rows(result("cards")))
     whole = result("training")
     for scale in "nsm":
         row_of = {row["variant"]: row for row in whole["rows"] if row["model"] == scale}
@@ -107,18 +97,14 @@ def _table(header: str, labels: Iterable[str], comma: str) -> Passage:
 
 @section(ENGLISH, "Figures")
 def figures() -> Iterator[Passage]:
-    """Yield the table, and the batch that was not searched for."""
+    """Yield the table."""
     yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
-    if not IS_COMPLETE:
-        yield sentence("on label-dense data with {}, which was not", result("dense")["dense"]["stock"][0]["batch"])
 
 
 @section(CHINESE, "测量数据")
 def chinese_figures() -> Iterator[Passage]:
-    """Yield the table, and the batch that was not searched for."""
+    """Yield the table."""
     yield _table("| | 本项目 | Ultralytics | 显卡，数据 |", LABELS.values(), "，")
-    if not IS_COMPLETE:
-        yield sentence("标注密集的数据上用 {}，没有搜索过", result("dense")["dense"]["stock"][0]["batch"])
     yield setting("指 8.4.190", "a version")
 
 
