@@ -43,13 +43,14 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=900.0, help="time for all parts together")
     parser.add_argument("--failures", type=int, default=10_000, help="failures to inject")
     parser.add_argument("--processes", type=int, default=1, help="processes at the same time, but for `neighbour`")
+    parser.add_argument("--seed", type=int, default=0, help="of the failures: another one draws others")
     parser.add_argument("--kills", type=int, default=100, help="kills of our trainings")
     options = parser.parse_args()
     os.environ.setdefault("YOLO_OFFLINE", "1")
     device, small = options.device, options.small
     wanted, killed, stock = (12, 2, 1) if small else (options.failures, options.kills, 20 if device == "cpu" else 6)
     parts: dict[str, Callable[[float], Pieces]] = {
-        "failures": lambda left: failures(device, left, wanted, stock, options.processes),
+        "failures": lambda left: failures(device, left, wanted, stock, options.processes, options.seed),
         "neighbour": lambda left: neighbour(device, left, HOURS / 100 if small else HOURS),
         "kills": lambda left: kills(left, killed, min(killed, 30), options.processes),
     }

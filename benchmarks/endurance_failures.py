@@ -315,7 +315,9 @@ class _OneFailure:
         self._is_entered = False
 
 
-def failures(device: str, seconds: float, wanted: int, stock_runs: int, processes: int) -> Iterator[dict[str, Any]]:
+def failures(
+    device: str, seconds: float, wanted: int, stock_runs: int, processes: int, seed: int = 0
+) -> Iterator[dict[str, Any]]:
     """Yield the content of the part, more of it each time.
 
     Args:
@@ -324,6 +326,7 @@ def failures(device: str, seconds: float, wanted: int, stock_runs: int, processe
         wanted: Failures to inject.
         stock_runs: Trainings of stock.
         processes: Processes at the same time.
+        seed: Seed of the first draws.
     """
     end, found = time.monotonic() + seconds, dict[str, Any]()
     settings: dict[str, Any] = {**TINY, "data": drawn(120 if device == "cpu" else 320), "epochs": 4, "device": device}
@@ -331,7 +334,7 @@ def failures(device: str, seconds: float, wanted: int, stock_runs: int, processe
     if device == "cuda":
         model, same = "yolov12n.yaml", "yolo12n.yaml"
         settings |= {"model": model, "imgsz": 320, "batch": 16, "nbs": 16, "bn_group": 4}
-    call = partial(shared_out, processes=processes, variables={"OMP_NUM_THREADS": "1"})
+    call = partial(shared_out, processes=processes, seed=seed, variables={"OMP_NUM_THREADS": "1"})
     arguments = {**settings, "model": same, "epochs": 2}
     found["stock"] = call("endurance_failures:stock", part="runs", amount=stock_runs, stock=True, **arguments)
     yield found

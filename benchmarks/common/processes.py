@@ -72,7 +72,9 @@ class Call:
         return json.loads(self._file.read_text())
 
 
-def shared_out(function: str, processes: int, part: str, amount: int, **arguments: Any) -> dict[str, Any]:
+def shared_out(
+    function: str, processes: int, part: str, amount: int, seed: int = 0, **arguments: Any
+) -> dict[str, Any]:
     """Call a function in several processes at once, each with its own `seed` and a share of the work.
 
     Args:
@@ -80,6 +82,7 @@ def shared_out(function: str, processes: int, part: str, amount: int, **argument
         processes: Number of processes.
         part: Argument of the function for its share of the amount.
         amount: Amount for all processes together.
+        seed: Seed of the first process.
         arguments: Further arguments of the function, or of `Call`.
 
     Returns:
@@ -87,7 +90,7 @@ def shared_out(function: str, processes: int, part: str, amount: int, **argument
         are alike.
     """
     each = -(-amount // processes)
-    calls = [Call(function, **{part: each, "seed": 1000 * number}, **arguments) for number in range(processes)]
+    calls = [Call(function, **{part: each, "seed": seed + 1000 * number}, **arguments) for number in range(processes)]
     return summed([call.result() for call in calls])
 
 
