@@ -110,10 +110,16 @@ def _failures_on_gpu(*on_cpu: Mapping[str, Any]) -> Iterator[Passage]:
     yield sentence("One failed allocation ended {} of {} trainings of stock", stock["runs_that_ended"], stock["runs"])
     untrained = (stock[key] for key in ("images_not_trained", "images_wanted"))
     yield sentence("there: they did not train on {:,} of {:,} images", *untrained)
-    cpu = sum(each["injected"] for each in on_cpu)
-    together = cpu + exact["injected"]
-    assert together < 10_000
-    yield sentence("{:,} on the CPU and {} on the GPU, {:,} together, of the 10,000", cpu, exact["injected"], together)
+    later = result("endurance_more")
+    more = [later["failures"][name] for name in ("exact", "trainings")]
+    assert all(each["injected"] == each["counted"] for each in more)
+    assert not any(each[key] for each in more for key in ("runs_that_ended", "rounds_in_smaller_groups", "images_lost"))
+    parts = (on_cpu, more, (exact,))
+    counts = [sum(each["injected"] for each in part) for part in parts]
+    assert sum(counts) >= 10_000
+    yield sentence("{:,} and {} on the CPU and {} on the GPU, {:,} together", *counts, sum(counts))
+    options = later["measured_on"]["failures"]["command"].split(" --device cpu ")[1]
+    yield sentence("the second run on the CPU, with `{}`, drew other failures", options)
 
 
 _STEPS = ("injected", "disturbed_steps", "updates")

@@ -146,21 +146,12 @@ def _kernels() -> Passage:
     return table("| kernels | 128, before | 128, now | 32, before | 32, now |", lines)
 
 
-def _failures() -> Iterator[dict[str, Any]]:
-    """Yield what was counted of failures that were injected into this package."""
-    for name in ("endurance", "endurance_gpu"):
-        yield from (found for who, found in result(name)["failures"].items() if who in ("exact", "trainings"))
-
-
 @measured("Not measured")
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
-    left = 10_000 - sum(found["injected"] for found in _failures())
-    yield sentence("the last {} of the 10,000 that were to be injected", left)
     yield setting("at commit 4016c79, they were cut off after 90 s", "a time limit, and the commit of its run")
     yield setting("At commit 4d19d9f, a test showed", "a commit")
     yield setting("mended afterwards (commit 95baad5)", "a commit")
-    yield setting("cut off after 120 s, before it ended, at commit 0ef2c87. At commit 4d19d9f, it", "a time limit")
     yield setting("131 of 132 passed with it on an H200", "the section on the smoke suite")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
