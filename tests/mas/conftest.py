@@ -29,10 +29,10 @@ from yolov12.mas.step.step import Step
 from yolov12.training.adapter.detection import DetectionTask, criterion_of
 
 GIB = 2**30
-# After compiling a kernel, Triton 2 loads a launcher, which is linked to the CUDA driver. This stand-in has its
-# symbols.
+# Triton loads launchers and helpers, which are linked to the CUDA driver. This stand-in has its symbols.
 DRIVER = """cuLaunchKernel cuLaunchKernelEx cuGetErrorString cuPointerGetAttribute cuCtxGetCurrent cuCtxSetCurrent
-    cuDeviceGet cuDevicePrimaryCtxRetain"""
+    cuDeviceGet cuDevicePrimaryCtxRetain cuCtxGetLimit cuCtxSetLimit cuDeviceGetAttribute cuFuncGetAttribute
+    cuFuncSetAttribute cuFuncSetCacheConfig cuModuleGetFunction cuModuleLoadData"""
 FAILURES: tuple[Callable[[], Exception], ...] = (
     lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
     lambda: RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import astuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ def cache(tmp_path, monkeypatch, driver):
     for name, value in {**driver, "TRITON_CACHE_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(is_integrated=False))
     yield tmp_path
     compile_ahead.end()
 
@@ -111,6 +113,45 @@ def test_what_a_compiler_prints_is_no_answer(cache, monkeypatch, tmp_path):
     wait_for(enlarge)
     wait_for(gather)
     assert names(cache) == ["enlarge", "gather"]
+
+
+def test_processes_that_have_begun_go_on_without_those_that_cannot(cache, monkeypatch):
+    first, second = kernels()
+    monkeypatch.setattr(compile_ahead, "usable_cores", lambda: 4)
+    begun, stock = [], subprocess.Popen
+
+    def begin(*args, **kwargs):
+        if begun:
+            raise BlockingIOError
+        begun.append(stock(*args, **kwargs))
+        return begun[0]
+
+    monkeypatch.setattr(compile_ahead.subprocess, "Popen", begin)
+    compile_ahead.begin([first, second], CARD)
+    wait_for(first)
+    wait_for(second)
+    assert names(cache) == [first.name]
+    compile_ahead.end()
+    assert not list(cache.glob("yolov12-*"))
+    assert begun[0].returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        (torch.version, "hip", "6.0"),
+        (sys, "executable", None),
+        (sys, "frozen", True),
+        (compile_ahead, "triton", None),
+        (torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=True)),
+    ],
+)
+def test_nothing_begins_where_it_cannot_help(monkeypatch, place, name, value):
+    assert compile_ahead.can_begin(CARD)
+    assert not compile_ahead.can_begin(torch.device("cpu"))
+    monkeypatch.setattr(place, name, value, raising=False)
+    compile_ahead.begin(kernels(), CARD)
+    assert compile_ahead._processes is None
 
 
 def test_the_end_leaves_no_process(cache):

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ try:
 except ImportError:  # PyTorch supports platforms that Triton does not
     triton = None
 
-__all__ = ["Wanted", "begin", "end", "note", "noted", "wait_for"]
+__all__ = ["Wanted", "begin", "can_begin", "end", "note", "noted", "wait_for"]
 
 _MOST_PROCESSES = 8
 _WORKER = "import sys; sys.path[:] = {path!r}; from yolov12.mas.compile_worker import main; main()"
@@ -88,11 +89,13 @@ class _Process:
 
     def __init__(self, kernels: list[Wanted], capability: int) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _WORKER.format(path=sys.path)],
+            [sys.executable, "-c", _WORKER.format(path=[str(folder) for folder in sys.path])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
         )
         self._places = {wanted.key: place for place, wanted in enumerate(kernels)}
         self._told: list[str] = []
@@ -107,8 +110,9 @@ class _Process:
             self._told.append(line)
 
     def end(self) -> bool:
-        """End the process. Return whether it has compiled all its kernels."""
-        self._process.kill()
+        """End the process and its compilers. Return whether it has compiled all its kernels."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         with _pipe(self._process.stdout) as pipe:
             self._told += pipe
         self._process.wait()
@@ -132,9 +136,14 @@ class _Processes:
     def __init__(self, kernels: list[Wanted], capability: int, mark: Path) -> None:
         count = max(1, min(usable_cores() // 2, _MOST_PROCESSES, len(kernels)))
         self._mark, self._of = mark, dict[_Key, _Process]()
-        self._all = []
+        self._all: list[_Process] = []
+        self._is_complete = True
         for index in range(count):
-            process = _Process(mine := kernels[index::count], capability)
+            try:
+                process = _Process(mine := kernels[index::count], capability)
+            except OSError:  # no memory or no permission for another process
+                self._is_complete = False
+                break
             self._all.append(process)
             self._of |= dict.fromkeys((wanted.key for wanted in mine), process)
 
@@ -144,7 +153,7 @@ class _Processes:
 
     def end(self) -> None:
         are_complete = [process.end() for process in self._all]
-        if all(are_complete):
+        if self._is_complete and all(are_complete):
             with contextlib.suppress(OSError):
                 self._mark.touch()
 
@@ -158,18 +167,37 @@ def begin(kernels: Iterable[Wanted], device: torch.device) -> None:
     Args:
         kernels: Kernels in the order in which they are needed.
         device: The device.
+
+    Raises:
+        OSError: Triton's cache cannot be looked at.
+        RuntimeError: The user has no home.
     """
     global _processes
     end()
     wanted = list({each.key: each for each in kernels}.values())
-    if triton is None or not wanted:
+    if not (wanted and can_begin(device)):
         return
     major, minor = torch.cuda.get_device_capability(device)
     mark = _mark(wanted, 10 * major + minor)
     if not mark.exists():
-        with contextlib.suppress(OSError):  # no memory or no permission for another process
-            _processes = _Processes(wanted, 10 * major + minor, mark)
-            atexit.register(end)
+        _processes = _Processes(wanted, 10 * major + minor, mark)
+        atexit.register(end)
+
+
+def can_begin(device: torch.device) -> bool:
+    """Return whether other processes can compile kernels for a device.
+
+    They do not on an integrated GPU: they would take its memory while the first decisions are made.
+    """
+    return (
+        triton is not None
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and not torch.cuda.get_device_properties(device).is_integrated
+        and bool(sys.executable)
+        and not getattr(sys, "frozen", False)  # then it is no interpreter
+        and hasattr(signal, "alarm")
+    )
 
 
 def wait_for(kernel: Any, dtype: torch.dtype, constants: tuple[int, ...]) -> None:

@@ -49,7 +49,7 @@ class _Tensor:
 
 
 class _Driver:
-    """Tells Triton for which card to compile. Anything else is asked of Triton's own driver for CUDA."""
+    """Tells Triton for which card to compile."""
 
     binary_ext, CUDA, backend, utils = "cubin", 0, 0, None
 
@@ -97,10 +97,9 @@ def main() -> None:
 
 
 def _use_card(capability: int) -> None:
-    import triton
     from triton.runtime import driver
 
-    if int(triton.__version__.split(".")[0]) < 3:
+    if _triton_version() < 3:
         driver._obj = _Driver(("cuda", capability))
     else:
         from triton.backends.compiler import GPUTarget
@@ -110,8 +109,14 @@ def _use_card(capability: int) -> None:
 
 def _make_launcher(compiled: Any) -> None:
     """Compile the C code that launches a kernel. Triton 2 has done it."""
-    with contextlib.suppress(ImportError):
+    if _triton_version() >= 3:
         from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
         CudaUtils()
         CudaLauncher(compiled.src, compiled.metadata)
+
+
+def _triton_version() -> int:
+    import triton
+
+    return int(triton.__version__.split(".")[0])

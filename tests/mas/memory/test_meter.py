@@ -315,6 +315,11 @@ def test_a_card_is_held_to_some_bytes_for_a_while(card, monkeypatch):
     with meter.held_to(7 * GIB):
         assert card.fractions[-1] == (0.7, 0)
     assert card.fractions[-1] == (0.7, 0)
+    # What cudaMallocAsync tells without a limit cannot be set.
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 2.3e8, raising=False)
+    with meter.held_to(4 * GIB):
+        assert card.fractions[-1] == (0.5, 0)
+    assert card.fractions[-1] == (1.0, 0)
     card.integrated = 1
     assert meter_for(GPU).held_to(GIB) is None
     assert meter_for(torch.device("cpu")).held_to(GIB) is None

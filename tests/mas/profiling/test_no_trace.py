@@ -142,7 +142,8 @@ def test_a_group_is_tried_first_and_nothing_tells_that_it_did_not_fit(fits, pass
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_profile_that_does_not_fit_goes_on_with_sizes_of_the_warm_up(monkeypatch):
+@pytest.mark.parametrize("most", [12, 32])
+def test_a_profile_that_does_not_fit_goes_on_with_sizes_of_the_warm_up(most, monkeypatch):
     ran, notes = [], []
 
     def fail(step, meter, layers, batch, images):
@@ -152,8 +153,8 @@ def test_a_profile_that_does_not_fit_goes_on_with_sizes_of_the_warm_up(monkeypat
     monkeypatch.setattr(warmup, "_profile", fail)
     engine = mas.Engine(nn.Conv2d(1, 4, 1), mas.TensorTask(lambda model, x: model(x).mean()), mas.Config())
     engine._step._note = notes.append
-    assert profile(engine._step, engine.meter, {}, (), 32) is None
-    assert ran == [(32, False), (8, True), (4, True), (2, True), (1, True)]
+    assert profile(engine._step, engine.meter, {}, (), most) is None
+    assert ran == [(most, False), (8, True), (4, True), (2, True), (1, True)]
 
 
 def test_a_failed_attempt_draws_again_what_it_drew():

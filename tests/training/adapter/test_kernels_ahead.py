@@ -11,6 +11,9 @@ from torch import nn
 
 pytest.importorskip("triton")
 
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.modules.conv import Conv
+
 from tests.models.test_blocks import Run, device, made  # noqa: F401 (a fixture)
 from yolov12 import YOLO
 from yolov12.mas import compile_ahead
@@ -47,16 +50,16 @@ def test_a_training_launches_what_is_wanted(device, name, monkeypatch):  # noqa:
 
 @pytest.fixture
 def begun(monkeypatch):
-    """Return what was begun for a trainer."""
+    """Return what was begun for a trainer, if its GPU were one for that."""
     kernels = []
     monkeypatch.setattr(compile_ahead, "begin", lambda wanted, _: kernels.extend(wanted))
+    monkeypatch.setattr(compile_ahead, "can_begin", lambda place: place is GPU)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
-    def begin(model, **other):
+    def begin(model, **changes):
         kernels.clear()
-        args = SimpleNamespace(mas=True, exact=True, quantize=None, task="detect")
-        monkeypatch.setattr(kernels_ahead, "why_not", lambda trainer, model: None)
-        kernels_ahead.begin(SimpleNamespace(device=GPU, model=model, amp=True, args=args, **other))
+        trainer = SimpleNamespace(device=GPU, model=model, amp=True, args=get_cfg(overrides=changes))
+        kernels_ahead.begin(trainer)
         return len(kernels)
 
     return begin
@@ -70,11 +73,27 @@ def test_kernels_of_mixed_precision_are_found_on_the_gpu(begun, small_model):
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
-def own_forward(model):
+def test_no_random_number_is_drawn(begun, small_model):
+    model, before = YOLO(small_model).model, torch.get_rng_state()
+    assert begun(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("changes", [{"mas": False}, {"compile": True}])
+def test_nothing_is_looked_for_where_the_engine_does_not_run(begun, small_model, changes):
+    assert begun(YOLO(small_model).model, **changes) == 0
+
+
+def test_nothing_is_looked_for_on_another_device(begun, small_model, monkeypatch):
+    monkeypatch.setattr(compile_ahead, "can_begin", lambda place: False)
+    assert begun(YOLO(small_model).model) == 0
+
+
+def own_forward(model, monkeypatch):
     model.model[1].forward = model.model[1].forward
 
 
-def own_module(model):
+def own_module(model, monkeypatch):
     class Own(nn.SiLU):
         def forward(self, x):
             raise AssertionError
@@ -82,15 +101,39 @@ def own_module(model):
     model.model[1].act = Own()
 
 
-def own_hook(model):
-    model.model[1].register_forward_hook(lambda *_: pytest.fail("seen"))
+def own_hook(model, monkeypatch):
+    model.model[1].register_forward_hook(seen)
 
 
-@pytest.mark.parametrize("change", [own_forward, own_module, own_hook])
-def test_users_code_sees_nothing(begun, small_model, change):
+def own_global_hook(model, monkeypatch):
+    handle = nn.modules.module.register_module_forward_hook(seen)
+    monkeypatch.setattr(model, "handle", handle, raising=False)
+
+
+def own_method(model, monkeypatch):
+    model.predict = seen
+
+
+def own_method_of_a_class(model, monkeypatch):
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", seen)
+
+
+def seen(*_):
+    pytest.fail("seen")
+
+
+CHANGES = [own_forward, own_module, own_hook, own_global_hook, own_method, own_method_of_a_class]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_users_code_sees_nothing(begun, small_model, change, monkeypatch):
     model = YOLO(small_model).model
-    change(model)
-    assert begun(model) == 0
+    change(model, monkeypatch)
+    try:
+        assert begun(model) == 0
+    finally:
+        if handle := vars(model).get("handle"):
+            handle.remove()
 
 
 def test_another_rank_of_the_machine_begins_nothing(begun, small_model, monkeypatch):
@@ -99,11 +142,38 @@ def test_another_rank_of_the_machine_begins_nothing(begun, small_model, monkeypa
 
 
 def test_a_model_that_needs_data_is_left_alone(begun, small_model, monkeypatch):
-    from ultralytics.nn.modules.conv import Conv
-
     monkeypatch.setattr(Conv, "forward", lambda self, x: self.act(self.bn(self.conv(x))) * x.mean().item())
     monkeypatch.setattr(kernels_ahead, "_KNOWN", ("torch.", "ultralytics.", "yolov12.", "tests."))
     assert begun(YOLO(small_model).model) == 0
+
+
+def test_a_cache_that_cannot_be_read_ends_no_training(begun, small_model, monkeypatch):
+    def refuse(wanted, place):
+        raise PermissionError
+
+    monkeypatch.setattr(compile_ahead, "begin", refuse)
+    assert begun(YOLO(small_model).model) == 0
+
+
+def test_convolutions_have_the_layout_of_cuda():
+    """On the meta device, newer versions of PyTorch give them another one."""
+    x = torch.empty(2, 16, 4, 4, device="meta").to(memory_format=torch.channels_last)
+    with kernels_ahead._LikeCuda():
+        y = nn.functional.conv2d(x.contiguous(), torch.empty(16, 16, 3, 3, device="meta"), padding=1)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_training_begins_before_its_data_is_read_and_ends_with_its_first_batch(
+    trainings, small_model, tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(
+        kernels_ahead, "begin", lambda trainer: told.append(("begin", hasattr(trainer, "train_loader")))
+    )
+    monkeypatch.setattr(compile_ahead, "end", lambda: told.append("end"))
+    trainings.train(tmp_path, small_model, epochs=1, callbacks=[("on_train_batch_end", lambda _: told.append("batch"))])
+    assert told[:3] == [("begin", False), "end", "batch"]
+    assert told[-1] == "end"
 
 
 TRAINING = """

@@ -43,7 +43,8 @@ def known_fraction(device: int) -> float | None:
     if _limits.get(device):
         return _limits[device][-1].fraction
     read = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return None if read is None else float(read(device))
+    # Without a limit, cudaMallocAsync's is a number that cannot be set.
+    return None if read is None else min(float(read(device)), 1.0)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def ladder(profile: Profile, levels: int = LEVELS) -> tuple[LadderLevel, ...]:
         return (first,)
     lowest = programme.lowest_peak()
     targets = [first.peak_bytes * (lowest / first.peak_bytes) ** (step / levels) for step in range(1, levels + 1)]
-    with ThreadPoolExecutor(_threads(levels)) as pool:  # HiGHS runs without Python's global lock
+    with ThreadPoolExecutor(_threads(levels)) as pool:  # SciPy from 1.15 on solves without Python's lock
         solved = list(pool.map(lambda target: programme.least_time(target * (1 + 1e-9)), targets))
     for level in solved:
         if level is not None and level.peak_bytes < 0.99 * found[-1].peak_bytes:

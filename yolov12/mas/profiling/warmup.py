@@ -144,7 +144,8 @@ def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: An
         meter.release()
         if not isinstance(found, Failure):
             return found
-        images = min(images // 2, PROFILE_IMAGES)  # a size that the warm-up tries, too
+        # Sizes that the warm-up tries, too.
+        images = PROFILE_IMAGES if images > PROFILE_IMAGES else images // 2
     return None
 
 

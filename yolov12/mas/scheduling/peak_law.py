@@ -199,7 +199,7 @@ def _best_line(
     tables = pixels * np.maximum(boxes - kinks[:, None], 0.0) / 1e2 / needed
     terms = np.concatenate([np.broadcast_to(flat, (len(kinks), *flat.shape)), tables[:, :, None]], axis=2)
     # With a single size, the constant part is unknown and is set to zero. For more images, the prediction is then too
-    # high, which is safe.
+    # high, which is safe. For fewer, it is too low, which `SPREAD_UNSEEN` covers down to about half of the size.
     first = 1 if len(np.unique(pixels)) == 1 else 0
     best = float("inf"), (0.0, float((1.0 / flat[:, 1]).mean()), 0.0), float(kinks[0])
     for columns in (range(first, 3), range(first, 2), range(1, 2)):

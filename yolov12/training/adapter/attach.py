@@ -169,12 +169,12 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
             raise blamed from error
         raise
     finally:
-        compile_ahead.end()
         if (saver := getattr(trainer, SAVER, None)) is not None:
             saver.end()
         if (engine := getattr(trainer, _ENGINE, None)) is not None:
             engine.lift_limit()  # an error or a signal ends a run without its teardown
         process_group.disband()
+        compile_ahead.end()
 
 
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:

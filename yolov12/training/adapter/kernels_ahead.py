@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ def begin(trainer: Any) -> None:
     """
     from ultralytics.utils.torch_utils import unwrap_model
 
-    if trainer.device.type != "cuda" or torch.version.hip is not None or os.environ.get("LOCAL_RANK", "0") != "0":
+    if os.environ.get("LOCAL_RANK", "0") != "0" or not compile_ahead.can_begin(trainer.device):
         return
     model: nn.Module = unwrap_model(trainer.model)
     if why_not(trainer, model) is not None or has_global_hooks():
@@ -47,15 +49,17 @@ def begin(trainer: Any) -> None:
     if any(has_hooks(module) or not _is_known(module) for module in model.modules()):
         return  # code of the user's own would see the meta tensors
     try:
-        kernels = wanted(model, torch.float16 if trainer.amp else torch.float32)
-    except Exception as error:  # a module of Ultralytics' that cannot do without data
+        compile_ahead.begin(wanted(model, torch.float16 if trainer.amp else torch.float32), trainer.device)
+    except Exception as error:  # a module of Ultralytics' that cannot do without data, no home, …
         logging.getLogger("yolov12.mas").debug("kernels are compiled at their first launch: %s", error)
-    else:
-        compile_ahead.begin(kernels, trainer.device)
 
 
 def _is_known(module: nn.Module) -> bool:
-    return "forward" not in vars(module) and module_of(module.forward).startswith(_KNOWN)
+    """Return whether all functions of a module are of PyTorch, Ultralytics or this package."""
+    own = [each for each in vars(module).values() if isinstance(each, (FunctionType, MethodType, functools.partial))]
+    kinds = type(module).__mro__[:-1]
+    stock = [each for kind in kinds for each in vars(kind).values() if isinstance(each, FunctionType)]
+    return "forward" not in vars(module) and all(module_of(each).startswith(_KNOWN) for each in (*own, *stock))
 
 
 def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from yolov12.mas import compile_ahead
 from yolov12.mas.task import Share
 from yolov12.training.adapter.deferred_tensor import DeferredTensor, TensorFacts, made
 
@@ -128,7 +129,9 @@ class LogicalBatch(dict[str, Any]):
         if self._was_run or not trains:
             return stock(self.shown())
         self._was_run = True
-        return self._engine(self)
+        found = self._engine(self)
+        compile_ahead.end()  # each kernel was launched
+        return found
 
     def shown(self) -> dict[str, Any]:
         """Return an ordinary dict with the content that stock would show."""
