@@ -5,7 +5,6 @@ PyTorch would take seconds and 300 MB in each of these processes, and a CUDA con
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -18,7 +17,6 @@ __all__ = ["main"]
 
 _PATIENCE_S = 300
 """The process ends after this time, so that nobody waits for a compiler that hangs."""
-_NICE = 5
 
 
 class _Type:
@@ -74,8 +72,6 @@ class _Driver:
 def main() -> None:
     """Compile the kernels that are given on the standard input, and write a line after each: 1, or 0 if it failed."""
     signal.alarm(_PATIENCE_S)
-    with contextlib.suppress(OSError):
-        os.nice(_NICE)
     given = json.load(sys.stdin)
     out = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what compilers print
