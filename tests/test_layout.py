@@ -29,7 +29,7 @@ ROOMS = {
     "oom": set(),
     "modules": set(),
     "triton_launch": {"oom", "compile_ahead"},
-    "compile_ahead": {"memory"},
+    "compile_ahead": {"memory", "compile_worker"},
     "compile_worker": set(),
 }
 PURE = (

@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from yolov12.mas.compile_worker import COMPILED, FAILED
 from yolov12.mas.memory.cgroups import usable_cores
 
 try:
@@ -98,7 +99,7 @@ class _Process:
             start_new_session=True,
         )
         self._places = {wanted.key: place for place, wanted in enumerate(kernels)}
-        self._told: list[str] = []
+        self._told: list[bool] = []
         given = {"capability": capability, "kernels": [astuple(wanted) for wanted in kernels]}
         with contextlib.suppress(OSError), _pipe(self._process.stdin) as pipe:  # it may have ended already
             pipe.write(json.dumps(given))
@@ -107,16 +108,22 @@ class _Process:
         """Wait until the process is done with a kernel, or has ended."""
         place = self._places.get(key, -1)
         while len(self._told) <= place and (line := _pipe(self._process.stdout).readline()):
-            self._told.append(line)
+            self._hear(line)
 
     def end(self) -> bool:
         """End the process and its compilers. Return whether it has compiled all its kernels."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         with _pipe(self._process.stdout) as pipe:
-            self._told += pipe
+            for line in pipe:
+                self._hear(line)
         self._process.wait()
-        return self._told == ["1\n"] * len(self._places)
+        return self._told == [True] * len(self._places)
+
+    def _hear(self, line: str) -> None:
+        """Note an answer. Whatever else is written when Python starts is none."""
+        if line.endswith((COMPILED, FAILED)):
+            self._told.append(line.endswith(COMPILED))
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:

@@ -13,7 +13,9 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["COMPILED", "FAILED", "main"]
+
+COMPILED, FAILED = "yolov12: compiled\n", "yolov12: failed\n"
 
 _PATIENCE_S = 300
 """The process ends after this time, so that nobody waits for a compiler that hangs."""
@@ -70,7 +72,7 @@ class _Driver:
 
 
 def main() -> None:
-    """Compile the kernels that are given on the standard input, and write a line after each: 1, or 0 if it failed."""
+    """Compile the kernels that are given on the standard input, and write `COMPILED` or `FAILED` after each."""
     signal.alarm(_PATIENCE_S)
     given = json.load(sys.stdin)
     out = os.dup(1)
@@ -87,9 +89,9 @@ def main() -> None:
             compiled = kernel.run(*tensors, *numbers, *constants, num_warps=warps, grid=(1, 1, 1), warmup=True)
             _make_launcher(compiled)
         except Exception:  # the first launch tells what is missing
-            os.write(out, b"0\n")
+            os.write(out, FAILED.encode())
         else:
-            os.write(out, b"1\n")
+            os.write(out, COMPILED.encode())
 
 
 def _use_card(capability: int) -> None:
