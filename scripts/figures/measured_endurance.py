@@ -118,6 +118,8 @@ def _failures_on_gpu(*on_cpu: Mapping[str, Any]) -> Iterator[Passage]:
     counts = [sum(each["injected"] for each in part) for part in parts]
     assert sum(counts) >= 10_000
     yield sentence("{:,} and {} on the CPU and {} on the GPU, {:,} together", *counts, sum(counts))
+    small = [more[0][key] for key in ("largest_difference_of_weights", "difference_by_a_rounding_error")]
+    yield sentence("{:.0e} in the second run there, in which the changed weight ends {:.0e} away", *small)
     options = later["measured_on"]["failures"]["command"].split(" --device cpu ")[1]
     yield sentence("the second run on the CPU, with `{}`, drew other failures", options)
 

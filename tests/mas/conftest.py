@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import shutil
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,10 +27,6 @@ from yolov12.mas.step.step import Step
 from yolov12.training.adapter.detection import DetectionTask, criterion_of
 
 GIB = 2**30
-# Triton loads launchers and helpers, which are linked to the CUDA driver. This stand-in has its symbols.
-DRIVER = """cuLaunchKernel cuLaunchKernelEx cuGetErrorString cuPointerGetAttribute cuCtxGetCurrent cuCtxSetCurrent
-    cuDeviceGet cuDevicePrimaryCtxRetain cuCtxGetLimit cuCtxSetLimit cuDeviceGetAttribute cuFuncGetAttribute
-    cuFuncSetAttribute cuFuncSetCacheConfig cuModuleGetFunction cuModuleLoadData"""
 FAILURES: tuple[Callable[[], Exception], ...] = (
     lambda: torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
     lambda: RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
@@ -348,19 +342,3 @@ def tools() -> SimpleNamespace:
         small_bench=small_bench,
         difference=difference,
     )
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory):
-    """Return the environment variables with which Triton links launchers to a stand-in for the CUDA driver."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("Triton needs a C compiler")
-    folder = tmp_path_factory.mktemp("driver")
-    code = "".join(f"int {name}(void) {{ return 0; }}" for name in DRIVER.split())
-    (folder / "driver.c").write_text(code)
-    library = folder / "libcuda.so.1"
-    command = [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "driver.c"]
-    subprocess.run(command, check=True)
-    (folder / "libcuda.so").symlink_to(library.name)
-    return {"LD_LIBRARY_PATH": str(folder), "TRITON_LIBCUDA_PATH": str(folder)}

@@ -1,108 +1,19 @@
 """The engine with a small convolutional model on a simulated card, on which an image takes 100 MiB."""
 
 import functools
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
+from tests.mas.world import IMAGE, World, assert_same_weights
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import Advice, Config, Engine, Journal, Loss, TensorTask, calibration
+from yolov12.mas import Config, Engine, Loss, TensorTask
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
-from yolov12.mas.scheduling.peak_model import Features
-from yolov12.mas.scheduling.planner import BatchPlanner
-
-MIB = 2**20
-IMAGE = 100 * MIB
-
-
-@pytest.fixture(autouse=True)
-def nobody_sleeps(monkeypatch):
-    """Fail a test if the engine waits for memory, which would never come back here."""
-    defaults = BatchPlanner.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "sleep", lambda seconds: pytest.fail("waits for other processes"))
-
-
-class World:
-    """Training on a card with memory for `room` images; other processes hold `others[step]` images in each step.
-
-    Loader workers of the training, which share the memory, hold `workers[step]` images.
-    """
-
-    def __init__(
-        self,
-        batch=16,
-        room=40,
-        others=(0,),
-        workers=(0,),
-        live=0,
-        folder=None,
-        ways_out=lambda share: ("amp=True",),
-        optimizer_images=0,
-        wait_ms=0,
-        ranks=ALONE,
-        **config,
-    ):
-        torch.manual_seed(0)
-        self.model = nn.Sequential(
-            nn.Conv2d(3, 4, 3, 4, bias=False), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(1024, 2)
-        ).double()
-        traces = ([int(images * IMAGE) for images in trace] for trace in (others, workers))
-        self.meter = ReplayMeter(room * IMAGE, next(traces), live, config.get("limit"), next(traces))
-        self.journal = Journal(folder) if folder else None
-        self.fail = lambda images: False
-        self.wait_ms = wait_ms  # time of every micro-batch, besides a millisecond per image
-        self.lines, self.sizes, self.batch = [], [], batch
-        self.options = {}  # arguments of every `Engine.step`
-        self.engine = Engine(
-            self.model,
-            TensorTask(self.loss),
-            Config(**config),
-            meter=self.meter,
-            journal=self.journal,
-            layers={},  # no checkpoint plan saves memory on this card
-            advice=Advice(ways_out, lambda: int(optimizer_images * IMAGE) if not self.sizes else 0),
-            ranks=ranks,
-            log=self.lines.append,
-        )
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.01)
-
-    def loss(self, model, x, y):
-        self.meter.use(len(x) * IMAGE)
-        self.meter.tick(len(x) + self.wait_ms)
-        if self.fail(len(x)):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
-        # A mean over the targets that count, like a mean over pixels that are not ignored.
-        counts = (y[:, 0] > -1).sum()
-        error = ((model(x) - y) ** 2)[y[:, 0] > -1].sum() / counts.clamp(min=1)
-        return Loss(error, counts, {"error": error})
-
-    def data(self, seed=0, images=None):
-        draw = torch.Generator().manual_seed(seed)
-        images = images or self.batch
-        return tuple(torch.randn(images, *shape, generator=draw, dtype=torch.float64) for shape in ((3, 64, 64), (2,)))
-
-    def step(self, seed=0, images=None):
-        result = self.engine.step(self.data(seed, images), **self.options)
-        self.engine.update(self.optimizer)
-        self.meter.advance()
-        self.sizes.append(max(result.micro_batches))
-        return list(result.events)
-
-    def run(self, steps):
-        return [self.step(index) for index in range(steps)]
-
-
-def assert_same_weights(one, other):
-    for name, value in one.model.state_dict().items():
-        # A batch's gradient is scaled once, by a factor in single precision: 6e-8.
-        torch.testing.assert_close(value, other.model.state_dict()[name], rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("pressure", [{"room": 60, "limit": 20 * IMAGE}, {"room": 30, "others": [10]}, {"room": 20}])
@@ -228,175 +139,6 @@ def test_nothing_fits():
     assert all(parameter.grad is None for parameter in world.model.parameters())
 
 
-@pytest.mark.parametrize("group", [0, None, 1, 4])
-def test_not_even_the_warm_up_fits(group):
-    world = World(bn_group=group)
-    world.fail = lambda images: True
-    with pytest.raises(DoesNotFitError):
-        world.step()
-
-
-@pytest.mark.parametrize(("room", "group"), [(100, 32), (40, 32), (30, 16), (12, 8), (6, 4), (3, 2), (1.5, 1)])
-def test_automatic_group_is_the_largest_that_fits(room, group):
-    world = World(batch=64, room=room)
-    events = world.step()
-    assert world.engine.bn_group == group
-    assert not [event for event in events if event.startswith(("groups", "out-of-memory"))]
-    assert any(f"BatchNorm sees {group} images" in line for line in world.lines)
-
-
-def test_group_is_one_that_fits_beside_the_optimizer():
-    """It is chosen before the first update, in which the optimizer makes its state."""
-    world = World(batch=64, room=40, optimizer_images=4)
-    events = [world.step()]
-    world.meter.allocated_bytes = int(4 * IMAGE)
-    events += world.run(4)
-    assert world.engine.bn_group == 16
-    assert not [event for each in events for event in each if event.startswith(("groups", "out-of-memory"))]
-
-
-def test_plans_are_made_before_a_group_is_chosen_that_fits_only_without_the_optimizer(monkeypatch):
-    """Under a plan, the larger group may fit beside the optimizer's state."""
-    groups = []
-    monkeypatch.setattr(calibration.Calibration, "_make_ladder", lambda made, *_: groups.append(made.bn_group))
-    World(batch=64, room=40, optimizer_images=4).step()
-    assert groups[0] is None
-
-
-def test_a_warm_up_that_waits_for_memory_is_noted_once(monkeypatch):
-    """It is tried again every second until another process releases its memory."""
-    once, often = World(room=40, others=[39.5, 0]), World(room=40, others=[39.5] * 30 + [0])
-    counts = []
-    for world in (once, often):
-        notes, advance = [], world.meter.advance
-        monkeypatch.setattr(world.engine._step, "_note", notes.append)
-        monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds, advance=advance: advance())
-        world.step()
-        counts.append(notes.count("out-of-memory in a warm-up"))
-    assert counts[0] == counts[1] > 0
-
-
-def tried_out(world, monkeypatch):
-    """Return a list to which each pass of the warm-up appends its number of images."""
-    sizes, try_out = [], world.engine._step.try_out
-
-    def counted(batch, start, stop, *contexts):
-        sizes.append(stop - start)
-        return try_out(batch, start, stop, *contexts)
-
-    monkeypatch.setattr(world.engine._step, "try_out", counted)
-    return sizes
-
-
-@pytest.mark.parametrize(
-    ("world", "tried"),
-    [
-        ({}, [32]),
-        ({"room": 36}, [32]),
-        ({"room": 34}, [32, 8]),  # the card has room for 32 images, the budget has not
-        ({"room": 200, "limit": 34 * IMAGE}, [32, 8]),
-        ({"room": 100, "others": [66]}, [32, 8]),
-        ({"room": 3}, [32, 8, 4, 2]),
-        ({"bn_group": 16}, [16]),
-        ({"bn_group": 0}, [32]),
-        ({"bn_group": 4}, [8]),
-        ({"micro_batch": 16}, [16]),
-        ({"batch": 36}, [18]),  # its groups
-        ({"batch": 12}, [12]),
-    ],
-)
-def test_the_warm_up_begins_with_the_size_of_micro_batches(world, tried, monkeypatch):
-    world, notes = World(**{"batch": 64, "room": 40, **world}), []
-    ran = tried_out(world, monkeypatch)
-    monkeypatch.setattr(world.engine._step, "_note", notes.append)
-    events = world.step()
-    assert list(dict.fromkeys(ran)) == tried
-    assert notes == ["out-of-memory in a warm-up"] * sum(tried[-1] < size <= 8 for size in tried)
-    assert not [event for event in events if event.startswith("out-of-memory")]
-
-
-def test_the_warm_up_tries_no_group_that_could_harm_others_or_is_known_not_to_fit(monkeypatch):
-    """If the allocator is not held to the budget, a failure takes all that is free for a moment."""
-    unheld, resumed, roomy = World(batch=64, room=20), World(batch=64, room=20), World(batch=64)
-    monkeypatch.setattr(unheld.meter, "held_to", lambda most_bytes: None)
-    for world, tried in ((unheld, 8), (resumed, 8), (roomy, 32)):
-        if world is not unheld:
-            world.engine._planner.cost.observe(Features(4, 64, 64, 0), 4 * IMAGE)
-        ran = tried_out(world, monkeypatch)
-        world.step()
-        assert ran[0] == tried
-
-
-def test_group_is_one_that_fits_beside_what_the_warm_up_left(monkeypatch):
-    """Half-precision copies of weights, and workspaces of libraries, are in memory after the warm-up."""
-    world = World(batch=64, room=40)
-
-    def warm_up(*args, **kwargs):
-        failure = calibration_warm_up(*args, **kwargs)
-        world.meter.allocated_bytes = int(4 * IMAGE)
-        return failure
-
-    calibration_warm_up = calibration.warm_up
-    monkeypatch.setattr(calibration, "warm_up", warm_up)
-    assert not [event for event in world.step() if event.startswith("groups")]
-    assert world.engine.bn_group == 16
-
-
-@pytest.mark.parametrize(
-    ("batch", "told"),
-    [
-        (64, "32 images at once (bn_group) in this run"),
-        (8, "8 images at once in this run (bn_group=32, 8 in a batch)"),
-        (36, "18 images at once in this run (bn_group=32, 36 in a batch)"),
-        (40, "32 or 8 images at once (bn_group) in this run"),
-    ],
-)
-def test_the_log_tells_how_many_images_batchnorm_really_sees(batch, told):
-    world = World(batch=batch, room=100)
-    world.step()
-    assert world.engine.bn_group == 32
-    assert [line for line in world.lines if "BatchNorm" in line] == [f"memory: BatchNorm sees {told}"]
-
-
-def test_a_group_larger_than_the_batch_need_not_fit():
-    world = World(batch=8, room=20, bn_group=32)
-    world.step()
-    assert world.lines == []
-
-
-def test_the_log_tells_the_group_once_though_the_first_batch_is_tried_in_several_sizes():
-    world, tried = World(), []
-    world.fail = lambda images: True
-
-    def smaller(batch):
-        tried.append(len(batch[0]))
-        return batch if len(tried) < 3 else None
-
-    world.options = {"smaller": smaller}
-    with pytest.raises(DoesNotFitError):
-        world.step()
-    assert len(tried) == 3
-    assert [line for line in world.lines if "BatchNorm" in line] == [
-        "memory: BatchNorm sees 1 images at once (bn_group) in this run; other processes hold 0 MiB"
-    ]
-
-
-def test_automatic_group_stays_when_memory_comes():
-    world = World(batch=64, room=100, others=[80, 80, 0], bn_group=None, wait_ms=2000)
-    world.run(12)
-    assert world.engine.bn_group == 8
-    assert world.sizes[-1] == 64
-
-
-def test_group_of_the_micro_batch():
-    whole, parts = World(bn_group=0), World(bn_group=0, room=10)
-    whole.step()
-    parts.step()
-    assert (whole.sizes, parts.sizes) == ([16], [8])
-    assert parts.model[1].num_batches_tracked == 2
-    assert not torch.allclose(parts.model[1].running_var, whole.model[1].running_var, rtol=1e-6)
-
-
 def test_fixed_micro_batch_is_kept_under_pressure():
     world = World(bn_group=2, micro_batch=4, others=[0, 0, 30, 0])
     world.run(20)
@@ -418,19 +160,6 @@ def test_later_batch_may_be_larger_than_the_first():
     world.step(images=2)
     events = world.step(images=64)
     assert not [event for event in events if event.startswith("groups")]
-
-
-def test_the_warm_up_leaves_no_trace():
-    one, other = World(bn_group=4), World(bn_group=4, micro_batch=16)  # the first warms up, the second does not
-    torch.manual_seed(1)
-    one.engine.step(one.data())
-    drawn = torch.rand(3)
-    torch.manual_seed(1)
-    other.engine.step(other.data())
-    assert torch.equal(torch.rand(3), drawn)
-    assert_same_weights(one, other)
-    for mine, theirs in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
 
 
 def test_loss_that_changes_its_images_in_place():
@@ -543,82 +272,6 @@ def test_plans_stay_inside_the_budget_of_a_random_trace(others, group, batch):
         assert latest.peak_bytes <= latest.budget_bytes
         assert not [event for event in events if event.startswith("out-of-memory")]
         assert sum(latest.micro_batches) == batch
-
-
-def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
-    """Other processes release memory after three seconds. Otherwise the whole run would use groups of one image."""
-    world = World(others=[40, 40, 40, 0])
-    monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds: world.meter.advance())
-    world.step()
-    assert world.engine.bn_group == 32
-    assert world.sizes == [16]
-
-
-@pytest.fixture
-def waiting(monkeypatch):
-    """Return a function that lets each second of waiting advance the trace by a step, and that returns the waits."""
-    slept = []
-
-    def prepare(world):
-        def sleep(seconds):
-            slept.append(seconds)
-            world.meter.advance()
-
-        monkeypatch.setattr(time, "sleep", sleep)
-        monkeypatch.setattr(world.engine._planner, "sleep", sleep)
-        return slept
-
-    return prepare
-
-
-@pytest.mark.parametrize(("later", "asked_after"), [(0, []), (35.3, [7])])
-def test_images_do_not_get_smaller_where_no_size_would_fit(waiting, tmp_path, later, asked_after):
-    """Others first leave no memory even for the weights. Then all is free, or for 4 s too little for one image."""
-    world = World(others=[0, 0, *[40] * 5, *[later] * 4, 0], live=IMAGE // 4, bn_group=1, folder=tmp_path)
-    world.run(2)
-    slept, asked = waiting(world), []
-    world.options["smaller"] = lambda batch: asked.append(len(slept)) or batch
-    world.step()
-    world.engine.close()
-    assert asked == asked_after
-    assert "s for room" in list(read_rows(tmp_path / "memory.csv"))[-1]["events"]
-
-
-def test_a_group_is_not_settled_while_there_is_no_room_for_any_image(waiting):
-    world = World(others=[40] * 12 + [0], live=IMAGE // 4)
-    world.options["smaller"] = lambda batch: pytest.fail("images get smaller")
-    waiting(world)
-    world.step()
-    assert (world.engine.bn_group, world.sizes) == (32, [16])
-
-
-def test_where_no_room_comes_the_run_ends_after_two_minutes_with_images_as_they_are(waiting):
-    world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
-    world.run(2)
-    slept = waiting(world)
-    world.options["smaller"] = lambda batch: pytest.fail("images get smaller")
-    with pytest.raises(DoesNotFitError):
-        world.step()
-    assert 120 <= len(slept) <= 125
-
-
-def test_a_wait_for_room_ends_when_the_process_is_asked_to_stop(waiting):
-    world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
-    world.run(2)
-    slept = waiting(world)
-    world.options["smaller"] = lambda batch: pytest.fail("images get smaller")
-    world.options["stop_requested"] = lambda: len(slept) > 6
-    with pytest.raises(SystemExit) as stop:
-        world.step()
-    assert (stop.value.code, len(slept)) == (143, 7)
-
-
-def test_nobody_waits_for_room_that_would_not_be_there_without_others_either(monkeypatch):
-    world = World(others=[0, 0, 1], bn_group=1)
-    world.run(2)
-    world.meter.allocated_bytes = 39 * IMAGE
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("waits"))
-    assert world.engine._room.wait(lambda: False)[1] == 0
 
 
 def test_a_layer_may_be_unfrozen_during_a_training():

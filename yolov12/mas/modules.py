@@ -15,7 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["Structure", "each_tensor", "has_global_hooks", "has_hooks", "module_of", "overridden"]
+__all__ = ["LIBRARIES", "Structure", "each_tensor", "has_global_hooks", "has_hooks", "module_of", "overridden"]
+
+LIBRARIES = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
+"""How the names of modules begin whose code is no user's, see `module_of`."""
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 """Most frequent types in batches; `each_tensor` returns them unchanged at once."""

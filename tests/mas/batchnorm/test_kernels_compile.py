@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.driver import stand_in
+
 pytest.importorskip("triton")
 
 SCRIPT = """
@@ -59,6 +61,11 @@ if sys.argv[2] == "loss":
 found = {name: ptx(getattr(module, name), int(sys.argv[1])) for module in modules for name in module.__all__}
 json.dump(found, sys.stdout)
 """
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    return stand_in(tmp_path_factory.mktemp("driver"))
 
 
 def compiled(kernels, capability, driver, folder):

@@ -143,7 +143,7 @@ def test_another_rank_of_the_machine_begins_nothing(begun, small_model, monkeypa
 
 def test_a_model_that_needs_data_is_left_alone(begun, small_model, monkeypatch):
     monkeypatch.setattr(Conv, "forward", lambda self, x: self.act(self.bn(self.conv(x))) * x.mean().item())
-    monkeypatch.setattr(kernels_ahead, "_KNOWN", ("torch.", "ultralytics.", "yolov12.", "tests."))
+    monkeypatch.setattr(kernels_ahead, "LIBRARIES", ("torch.", "ultralytics.", "yolov12.", "tests."))
     assert begun(YOLO(small_model).model) == 0
 
 

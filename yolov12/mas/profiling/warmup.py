@@ -35,7 +35,7 @@ for each new size."""
 _SMALL_PX = 128
 """Side of an image up to which the deepest layers of a detector, which see one pixel in 64, may see only one or two."""
 
-Held = Callable[[], AbstractContextManager[None] | None]
+_Held = Callable[[], AbstractContextManager[None] | None]
 
 
 def warm_up(
@@ -49,7 +49,7 @@ def warm_up(
     *,
     budget_bytes: float = math.inf,
     group: int = 0,
-    held: Held = nullcontext,
+    held: _Held = nullcontext,
 ) -> Failure | None:
     """Run a few images: once to load libraries, then to measure memory, also around the image with most boxes.
 
@@ -98,7 +98,7 @@ def _without_notes(step: Step) -> Iterator[None]:
 
 
 def _measure(
-    step: Step, kind: str, batch: Any, work: Workload, level: int, images: int, budget_bytes: float, held: Held
+    step: Step, kind: str, batch: Any, work: Workload, level: int, images: int, budget_bytes: float, held: _Held
 ) -> tuple[list[tuple[Features, int]], Failure | None]:
     """Return the bytes that images needed above the allocated ones, and the last allocation if it failed."""
     fullest = work.boxes.index(max(work.boxes))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.batchnorm.joined import Slot
-from yolov12.mas.modules import has_global_hooks, has_hooks, module_of, overridden
+from yolov12.mas.modules import LIBRARIES, has_global_hooks, has_hooks, module_of, overridden
 from yolov12.mas.triton_launch import compiles, launch, launches_on, unfilled, unit_of
 
 try:
@@ -30,7 +30,6 @@ except ImportError:  # PyTorch supports platforms that Triton does not
 __all__ = ["Upsampling"]
 
 _HALF = (torch.float16, torch.bfloat16)
-_KNOWN = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
 _VALUES, _CHANNELS, _WARPS = 2048, 128, 4  # of a program
 
 
@@ -79,7 +78,7 @@ def _is_known(forward: Any) -> bool:
     """Return whether a forward pass is of a library whose modules take any floating-point type."""
     while isinstance(forward, partial) and module_of(forward.func).startswith("yolov12."):
         forward = forward.args[-1]  # what the engine does around it, see `overridden`
-    return module_of(forward).startswith(_KNOWN)
+    return module_of(forward).startswith(LIBRARIES)
 
 
 class _Forward:

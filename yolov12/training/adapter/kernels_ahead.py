@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from yolov12.mas import compile_ahead
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.compile_ahead import Wanted
-from yolov12.mas.modules import each_tensor, has_global_hooks, has_hooks, module_of
+from yolov12.mas.modules import LIBRARIES, each_tensor, has_global_hooks, has_hooks, module_of
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.models import fused_loss
 from yolov12.models.activations import activations
@@ -30,7 +30,6 @@ __all__ = ["begin", "wanted"]
 _META = torch.device("meta")
 _GROUPS = (2, 2)  # of images: with one group, some layers do without the kernels
 _SIDE = 64
-_KNOWN = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
 
 
 def begin(trainer: Any) -> None:
@@ -59,7 +58,7 @@ def _is_known(module: nn.Module) -> bool:
     own = [each for each in vars(module).values() if isinstance(each, (FunctionType, MethodType, functools.partial))]
     kinds = type(module).__mro__[:-1]
     stock = [each for kind in kinds for each in vars(kind).values() if isinstance(each, FunctionType)]
-    return "forward" not in vars(module) and all(module_of(each).startswith(_KNOWN) for each in (*own, *stock))
+    return "forward" not in vars(module) and all(module_of(each).startswith(LIBRARIES) for each in (*own, *stock))
 
 
 def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:

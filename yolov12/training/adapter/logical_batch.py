@@ -130,7 +130,7 @@ class LogicalBatch(dict[str, Any]):
             return stock(self.shown())
         self._was_run = True
         found = self._engine(self)
-        compile_ahead.end()  # each kernel was launched
+        compile_ahead.end()  # what a batch needs was launched
         return found
 
     def shown(self) -> dict[str, Any]:
