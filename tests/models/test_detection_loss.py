@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from ultralytics.utils.loss import v8DetectionLoss
 
-from yolov12.mas import triton_launch
+from yolov12.mas import compile_ahead, triton_launch
 from yolov12.models import detection_loss as detection_loss_module
 from yolov12.models import fused_loss
 from yolov12.models.candidates import Labels
@@ -156,6 +156,24 @@ def test_deterministic_mode_fills_nothing(on_cpu):
     finally:
         torch.use_deterministic_algorithms(False)
     assert fills == [False] * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kernels_that_are_noted_are_those_that_a_loss_launches(on_cpu, dtype):
+    launched = set()
+
+    def note(kernel, grid, tensors, numbers, constants, warps):
+        types = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+        launched.add((kernel.fn.__name__, types, len(numbers), constants, warps))
+
+    (batch, labels), values = batch_for([3, 1]), predictions_for(2, dtype=dtype)
+    loss, _, _ = detection_loss(criterion_for(), values, labels, batch["cls"], note)
+    loss.sum().backward()
+    with compile_ahead.noted() as noted:
+        fused_loss.note(dtype)
+    assert launched == {
+        (each.name, each.types, len(each.numbers), each.constants, each.warps) for each in noted.values()
+    }
 
 
 def test_in_double_precision_only_rounding_is_left(monkeypatch):

@@ -30,22 +30,27 @@ def test_a_training_launches_what_is_wanted(device, name, monkeypatch):  # noqa:
     launched = set()
 
     def noting(launch):
-        def run(kernel, grid, tensors, numbers, constants, warps):
-            if tensors[0].device.type == "cpu":
-                launched.add((kernel.fn.__name__, constants, warps))
-            launch(kernel, grid, tensors, numbers, constants, warps)
+        def run(kernel, grid, tensors, *others):
+            if tensors[0].device.type == "meta":
+                return launch(kernel, grid, tensors, *others)
+            _, constants, warps = others
+            types = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+            launched.add((kernel.fn.__name__, types, constants, warps))
 
         return run
 
     for module in (launch_grid, upsampling):
         monkeypatch.setattr(module, "launch", noting(module.launch))
+    half = torch.bfloat16  # autocast on a CPU of PyTorch 2.3 knows no other type
+    monkeypatch.setattr(upsampling, "_HALF", (half,))
     model, x = made(name, device)
-    monkeypatch.setattr(kernels_ahead, "scaled", lambda images, dtype: torch.empty_like(x, device="meta"))
+    monkeypatch.setattr(kernels_ahead, "scaled", lambda images, dtype: torch.empty_like(x, dtype=dtype, device="meta"))
     monkeypatch.setattr(kernels_ahead, "_GROUPS", (2, 1))
-    wanted = kernels_ahead.wanted(model, torch.float32)
+    wanted = kernels_ahead.wanted(model, half)
     for apart in (False, True):
-        Run(model, x, apart=apart)
-    assert launched == {(each.name, each.constants, each.warps) for each in wanted if ".mas." in each.module}
+        with torch.autocast(device, half):
+            Run(model, x, apart=apart)
+    assert launched == {(each.name, each.types, each.constants, each.warps) for each in wanted if ".mas." in each.module}
 
 
 @pytest.fixture
