@@ -211,6 +211,17 @@ def test_a_layer_that_cannot_run_in_groups_runs_on_each_micro_batch(name):
         assert line.startswith(f"memory: 1 ({type(plain[1]).__name__}) is not PyTorch's own BatchNorm")
 
 
+def test_a_forward_pass_that_all_batchnorm_layers_have_instead_is_used(monkeypatch):
+    stock = nn.modules.batchnorm._BatchNorm.forward
+    monkeypatch.setattr(nn.modules.batchnorm._BatchNorm, "forward", lambda layer, x: 2 * stock(layer, x))
+    plain = a_model()
+    bench = Bench(copy.deepcopy(plain))
+    bench.run(images(4, 0), (4,))
+    loss_of(plain, images(4, 0)).backward()
+    assert_same(bench.model, plain)
+    assert "is not PyTorch's own BatchNorm" in bench.log[0]
+
+
 def test_several_ranks_cannot_share_such_a_layer():
     """Each rank would count other statistics, and layers that are synchronised would wait for each other."""
     ranks = SimpleNamespace(rank=0, size=2, alike=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from yolov12.mas.modules import overridden
+from yolov12.mas.modules import module_of, overridden
 
 __all__ = ["UngroupedBatchNorm", "is_plain"]
 
@@ -24,7 +24,8 @@ _Buffers = dict[str, Tensor | None]
 
 def is_plain(layer: _BatchNorm) -> bool:
     """Return whether the forward pass of a layer is that of PyTorch's BatchNorm."""
-    return type(layer).forward is _BatchNorm.forward and "forward" not in vars(layer)
+    forward = type(layer).forward
+    return forward is _BatchNorm.forward and module_of(forward).startswith("torch.") and "forward" not in vars(layer)
 
 
 class UngroupedBatchNorm:
