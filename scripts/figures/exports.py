@@ -94,7 +94,7 @@ def ranks() -> Iterator[Passage]:
     """Yield the passages on several GPUs."""
     two, four = result("ranks"), result("ranks_four")
     yield setting("YOLOv12-S at 640 in fp16", HOW)
-    yield setting("Speed of whole trainings with 128 images per GPU", HOW)
+    yield setting("Speed of trainings with 128 images per GPU", HOW)
     speed, earlier = _rates(four["speed"]), _rates(two["speed"])
     gpus = (1, 2, 4)
     lines = [

@@ -54,9 +54,7 @@ def attention() -> Iterator[Passage]:
     pairs = [steps(name, each, "images_per_s") for name in ("flash", "sdpa") for each in (False, True)]
     off = max(abs(a / b - 1) for a, b in zip(pairs[0] + pairs[1], pairs[2] + pairs[3], strict=True))
     yield sentence("they are within {:.1f} % of each other", 100 * off)
-    yield setting("compute capability 9.0", "a product's limit")
-    yield setting("only for head dimension 32", "a product's limit")
-    yield setting("It compiled 13 files in 7 minutes, on 2 cores with nvcc 13.0", "the build, which is no benchmark")
+    yield setting("only for head dimension 32 and compute capability 9.0", "the build")
     speeds = {name: [statistics.mean(steps(name, each, "images_per_s")) for each in (True, False)] for name in names}
     yield sentence(
         "Deterministic mode makes stock {:.0f} % slower, and this package {:.0f} % with PyTorch's attention and {:.0f} "
@@ -141,7 +139,7 @@ def memory() -> Iterator[Passage]:
     )
     yield sentence("The last loss was {:.0f}", disturbed["loss"][1])
     yield sentence("without failures, it was {:.0f}", calm["loss"][1])
-    yield from _overhead(found["overhead"], found["overhead_triton_launches_as_they_come"])
+    yield from _overhead(found["overhead"])
 
 
 def _limits(found: dict[str, Any]) -> Iterator[Passage]:
@@ -192,7 +190,7 @@ def _gradient(found: dict[str, Any]) -> Iterator[Passage]:
     yield setting("In float64, the tests allow 2e-5", "the bound of a test")
 
 
-def _overhead(found: list[dict[str, Any]], before: list[dict[str, Any]]) -> Iterator[Passage]:
+def _overhead(found: list[dict[str, Any]]) -> Iterator[Passage]:
     rows = {(row["micro_batch"], row["bn_group"]): row for row in found}
     order = ((256, 256), (256, 32), (128, 32), (64, 32), (32, 32))
     yield setting("A step has 256 images and consists of", HOW)
@@ -211,8 +209,6 @@ def _overhead(found: list[dict[str, Any]], before: list[dict[str, Any]]) -> Iter
     yield sentence(
         "The bare loop takes {:.0f} ms for 32 images, {:.0f} ms for 64 and {:.0f} ms for 128", *each.values()
     )
-    (slow,) = (row for row in before if (row["micro_batch"], row["bn_group"]) == (64, 32))
-    yield sentence("64 images in groups of 32 took {:.2f} times as long", slow["engine_over_bare"])
 
 
 @measured("Images a second against memory")
@@ -317,7 +313,10 @@ def limits() -> Iterator[Passage]:
         yield sentence(words, min(ratios), max(ratios))
     yield from _hosts(found["earlier"], curves["s"])
     yield from _endings(found["earlier"], ours)
-    yield from _predictions([row["steps"] for scale in "sx" for row in ours[scale].values()])
+    alike, other = graph_errors()
+    yield sentence("are off by at most {:.1f} %", max(map(abs, alike)))
+    yield sentence("The others are up to {:.0f} % too low", -min(other))
+    yield sentence("or up to {:.0f} % too high", max(other))
 
 
 def _settled(steps: list[dict[str, Any]]) -> bool:
@@ -376,18 +375,16 @@ def _endings(earlier: dict[str, list[dict[str, Any]]], ours: dict[str, dict[int,
     assert small["replayed"] == 0
 
 
-def _predictions(runs: Iterable[list[dict[str, Any]]]) -> Iterator[Passage]:
-    """Yield the passages on predicted peaks: of steps like the two before, and of the others."""
+def graph_errors() -> tuple[list[float], list[float]]:
+    """Return errors of predicted peaks in limits_h200.json in per cent, of steps like the two before and of others."""
     alike: list[float] = []
     other: list[float] = []
-    for steps in runs:
+    for steps in (at["ours"]["steps"] for scale in "sx" for at in limits_of(scale) if at["ours"]):
         ways = [tuple(step[key] for key in ("micro_batch", "level", "replayed")) for step in steps]
         for index, step in enumerate(steps):
             is_alike = index >= 2 and len(set(ways[index - 2 : index + 1])) == 1
             (alike if is_alike else other).append(100 * (step["predicted_mib"] / step["peak_mib"] - 1))
-    yield sentence("are off by at most {:.1f} %", max(map(abs, alike)))
-    yield sentence("The others are up to {:.0f} % too low", -min(other))
-    yield sentence("or up to {:.0f} % too high", max(other))
+    return alike, other
 
 
 def made_alike(limit: object, *rows: dict[str, Any]) -> None:

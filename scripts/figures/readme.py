@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.figures.cards import README, readme_rows
 from scripts.figures.exports import augmentation
-from scripts.figures.measured_steps import HOW, limits_of, made_alike, prediction_errors, sizes
+from scripts.figures.measured_steps import HOW, graph_errors, limits_of, made_alike, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -23,8 +23,8 @@ LABELS = {
         "YOLO12-X 训练步，640，batch 256，显存限制 16 GiB，图像/秒"
     ),
     **README,
-    "whole training of YOLO12-N from JPEG files, 640, batch 128, 8 workers, images/s": (
-        "从 JPEG 文件完整训练 YOLO12-N，640，batch 128，8 个 worker，图像/秒"
+    "training of YOLO12-N from JPEG files, 640, batch 128, 8 workers, from the second epoch on, images/s": (
+        "从 JPEG 文件训练 YOLO12-N，640，batch 128，8 个 worker，从第二个 epoch 起，图像/秒"
     ),
     "the same, YOLO12-S": "同上，YOLO12-S",
     "the same, YOLO12-M": "同上，YOLO12-M",
@@ -32,11 +32,11 @@ LABELS = {
         "四卡训练，batch 512，图像在内存中且不做增强，图像/秒"
     ),
     "updates made in 200 steps with 53 injected allocation failures": "200 步中注入 53 次分配失败，完成的参数更新次数",
-    "largest error of a predicted peak, four limits from 8 to 40 GiB: at the size of the step before, at another": (
-        "显存峰值预测的最大误差，8 到 40 GiB 的四种限制：大小与上一步相同时、不同时"
+    "largest error of a predicted peak, limits from 4 to 80 GiB: in steps like the two before, in others": (
+        "显存峰值预测的最大误差，4 到 80 GiB 的限制：与前两步运行方式相同时、其他时候"
     ),
-    "relative difference in fp32 between the gradients of two splits of one batch": (
-        "同一个 batch 按两种方式拆分，fp32 梯度的相对差"
+    "relative difference between the gradients of two splits of one batch: in fp32, in fp16 (the default)": (
+        "同一个 batch 按两种方式拆分，梯度的相对差：fp32、fp16（默认）"
     ),
     "exported graph of YOLOv12-M at 1280, memory of its tensors, MiB": (
         "导出的 YOLOv12-M（1280）计算图中张量的内存，MiB"
@@ -75,10 +75,10 @@ def _rows() -> Iterator[tuple[str, str, list[str]]]:
     cards, failures = devices(memory["measured_on"]), memory["failures"]["disturbed"]
     assert (failures["steps"], failures["failures_injected"], failures["images_lost"]) == (200, 53, 0)
     yield cards["failures"], "memory", [str(failures["updates"]), ""]
-    errors = [prediction_errors(limit["rows"]) for limit in memory["limits"].values()]
-    largest = ", ".join(say("{:.1f} %", max(map(max, kind))) for kind in zip(*errors, strict=True))
-    yield cards["limits"], "memory", [largest, ""]
-    yield cards["gradient"], "memory", [say("{:.1e}", memory["gradient"]["relative_difference"]["limit, fp32"]), ""]
+    alike, other = (max(map(abs, errors)) for errors in graph_errors())
+    yield result("limits_h200")["device"], "limits_h200", [say("{:.1f} %, {:.0f} %", alike, other), ""]
+    off = memory["gradient"]["relative_difference"]
+    yield cards["gradient"], "memory", [say("{:.1e}, {:.3f}", off["limit, fp32"], off["limit"]), ""]
     graphs = {
         row["share"]: row["planned_bytes"] / 2**20
         for row in result("export")["agree"]
