@@ -24,7 +24,6 @@ def predicted() -> Iterator[Passage]:
             name = f"YOLO12-{scale.upper()}, {row['limit_gib']} GiB"
             lines.append([name, str(row["micro_batch"]), *peaks, say("{:+.1f} %", row["off_percent"])])
     yield table("| | images at once | measured, MiB | predicted, MiB | error |", lines)
-    yield setting("With torch 2.14, the row of S with 12 GiB is 5.0 % off", "a prediction of another release, by hand")
     yield setting("holds predictions to 3 % of these figures", "the bound of a test")
 
 
@@ -70,7 +69,6 @@ def controller() -> Iterator[Passage]:
         ],
     )
     yield setting("The length of a run (50 traces) and of a trace (60 steps)", why)
-    yield setting("with runs of 20 traces, the total was 0.960", "an earlier comparison, whose file was not kept")
     yield sentence("The total is within {:.0f} % of the oracle", 5)
     assert ours["all"]["of_oracle"] >= 0.95
     assert min(kinds, key=lambda kind: ours[kind]["of_oracle"]) == _CARDS[0]
