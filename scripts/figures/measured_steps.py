@@ -445,11 +445,10 @@ def averaging() -> Iterator[Passage]:
     yield setting("two micro-batches of 4 and into eight of 1", HOW)
     yield setting("a sum of target scores below 1 by 1", "Ultralytics' rule")
     yield setting("the sums of the micro-batches are above 1", "Ultralytics' rule")
-    yield averaging_table()
 
 
 def averaging_table() -> Passage:
-    """Return the table of errors, which two pages have."""
+    """Return the table of errors in docs/explanation/exactness.md."""
     rows = {(row["steps_before"], row["micro_batch"], row["dtype"]): row for row in result("exactness")["rows"]}
     cells = []
     for steps, size in itertools.product((0, 150), (4, 1)):
