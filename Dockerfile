@@ -81,7 +81,7 @@ RUN python -m pip install --no-deps --no-build-isolation --no-index --no-cache-d
     ln -s /root/yolov12/docker/activate.sh /etc/profile.d/yolov12.sh && \
     echo '. /root/yolov12/docker/activate.sh' >>/etc/bash.bashrc
 LABEL org.opencontainers.image.title="yolov12" \
-      org.opencontainers.image.description="YOLOv12 on Ultralytics, with training that does not run out of GPU memory" \
+      org.opencontainers.image.description="YOLOv12 on Ultralytics, with training that adapts to the GPU memory that is free" \
       org.opencontainers.image.licenses="AGPL-3.0-only" \
       org.opencontainers.image.documentation="/root/yolov12/README.md" \
       org.opencontainers.image.version="$VERSION" \

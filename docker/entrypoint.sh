@@ -8,7 +8,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 show_help() {
   cat <<'HELP'
-yolov12: YOLOv12 with training that does not run out of GPU memory
+yolov12: YOLOv12 with training that adapts to the GPU memory that is free
 
   docker run --gpus all --shm-size=8g -v "$PWD:/work" -w /work IMAGE train data=coco.yaml batch=256
   docker run --gpus all IMAGE val|predict|export key=value...

@@ -1,4 +1,4 @@
-"""YOLOv12 on Ultralytics, with training that does not run out of GPU memory.
+"""YOLOv12 on Ultralytics, with training that adapts to the GPU memory that is free.
 
 from yolov12 import YOLO      # the same class as `from ultralytics import YOLO` in this environment
 """

@@ -109,7 +109,7 @@ def gradient() -> Iterator[Passage]:
 def freed() -> Iterator[Passage]:
     """Yield the error of predicted bytes."""
     worst = max(abs(row["off_percent"]) for row in result("checkpointing")["freed"])
-    yield sentence("the difference on an H100 was at most {:.2f} %", worst)
+    yield sentence("differed by at most {:.2f} % on an H100", worst)
 
 
 @explained("docs/explanation/engine.md", "What it writes")

@@ -38,7 +38,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         True,
         "True or False",
         "Let the memory-aware engine (memory-aware scheduling, MAS) run every batch in parts that fit into the free "
-        "memory; False is stock Ultralytics.",
+        "memory; with False, Ultralytics runs them.",
         ENGINE,
         ("train", "val", "predict", "export"),
     ),

@@ -1,7 +1,7 @@
 """The first run: what `yolov12 train` does without arguments, and what it says to try next.
 
 It teaches the weights that come with this package two new classes, with a batch that does not fit into the memory that
-it may use. On two CPU cores this takes one to two minutes.
+it may use. On two CPU cores this takes a few minutes.
 """
 
 from __future__ import annotations
