@@ -152,7 +152,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         "replay",
         None,
         "path of a data set yaml, or demo:...; None: no other data",
-        "Mix images of this older data set into the training, so that the model does not forget its classes; their "
+        "Mix images of this older data set into the training, so that the model forgets less of its classes; their "
         "labels get the class ids of data= by name.",
         DATA,
     ),
