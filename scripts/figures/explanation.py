@@ -237,6 +237,8 @@ def design() -> Iterator[Passage]:
     cells[-2][1] += say(", with up to {:.0f} %", taken)
     yield table("| budget | measured | met |", cells)
     yield sentence("predictions are at most {:.1f} % off", alike)
+    yield setting("[2.5 times stock at 16 GiB (met)", "a target")
+    yield setting("[3 times stock in the memory of a T4 (missed)", "a target")
     ratios = [result("cards")[card]["summary"] for card in ("t4", "a10", "a100")]
     speeds = [each["images_per_s_all_over_stock"] for each in ratios]
     spreads = [each["peak_sd_mib_over_stock"] for each in ratios]
