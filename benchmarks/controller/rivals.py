@@ -9,6 +9,7 @@ from benchmarks.controller.simulate import PEAK_SCATTER, SAFETY_RATIO, Batch, Ca
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
 from yolov12.mas.oom import Failure
+from yolov12.mas.scheduling.advice import Advice
 from yolov12.mas.scheduling.groups import split_groups
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.planner import BatchPlanner
@@ -48,6 +49,7 @@ class Ours:
             SpeedModel(told.levels),
             run.device,
             gradient_bytes=run.card.gradient_bytes,
+            advice=Advice(batches_left=lambda: run.batches_left),
             sleep=lambda seconds: None,
         )
         # The warm-up runs a BatchNorm group, or fewer images if it does not fit.

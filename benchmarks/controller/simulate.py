@@ -166,10 +166,13 @@ class Run:
     Args:
         card: True card.
         seed: Seed of boxes and scatter.
+        batches: Number of batches.
     """
 
-    def __init__(self, card: Card, seed: int) -> None:
+    def __init__(self, card: Card, seed: int, batches: int) -> None:
         self.card, self.device = card, Device(card)
+        self.batches_left = batches
+        """Batches until the end, with the next one."""
         self._chance = random.Random(seed)
         self._warm: set[int] = set()
         self._levels = 0, 0  # micro-batch and checkpoint plan of the previous batch
@@ -243,6 +246,7 @@ class Run:
                 start = stop
         if self.device.released or done.largest > self._levels[0] > 0:
             done.ms += _MOVE_MS
+        self.batches_left -= 1
         self._levels = done.largest, done.level
         return done
 

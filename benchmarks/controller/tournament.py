@@ -63,7 +63,7 @@ def compare(seed: int, traces: int, steps: int, policies: Iterable[str] = POLICI
     for name in policies:
         chance = random.Random(seed)
         told = CARDS[seed % len(CARDS)]
-        run = Run(told.drawn(chance), seed)
+        run = Run(told.drawn(chance), seed, traces * steps)
         policy = POLICIES[name](run, told)
         batches: list[list[Batch]] = []
         met: list[list[Moment]] = []

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from yolov12.mas.config import Config
     from yolov12.mas.engine import Engine
     from yolov12.mas.journal.journal import Journal
-    from yolov12.mas.scheduling.planner import Advice
+    from yolov12.mas.scheduling.advice import Advice
     from yolov12.mas.step.result import Result
     from yolov12.mas.task import Loss, Share, Task, TensorTask, Workload
 
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Advice": "mas.scheduling.planner",
+    "Advice": "mas.scheduling.advice",
     "Config": "mas.config",
     "ConfigError": "errors",
     "DoesNotFitError": "errors",

@@ -26,8 +26,9 @@ from yolov12.mas.memory.reading import Meter
 from yolov12.mas.profiling.ladder import FORMAT, Ladder
 from yolov12.mas.records import DoneBatch, Records
 from yolov12.mas.room import Room
+from yolov12.mas.scheduling.advice import NO_ADVICE, Advice
 from yolov12.mas.scheduling.peak_model import CostModel, Features
-from yolov12.mas.scheduling.planner import NO_ADVICE, WAIT_S, Advice, BatchPlanner
+from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
 from yolov12.mas.step.first_update import Undo, survive_first_update
@@ -44,8 +45,7 @@ _CHECK_EVERY = 100
 _PATIENCE_S = 2.0
 """Seconds to wait for other processes if smaller images are another way out."""
 _SKIPPED_UPDATES = 16
-"""Most updates that a `GradScaler` skips at first, as it halves its scale from 65,536. Then the optimizer makes its
-state."""
+"""Most updates that a `GradScaler` skips at first, as it halves its scale of 65,536. Then the optimizer has state."""
 
 _log = logging.getLogger("yolov12.mas").info
 

@@ -5,11 +5,11 @@ import re
 import pytest
 
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import Config, Workload
+from yolov12.mas import Advice, Config, Workload
 from yolov12.mas.memory.replay import ReplayMeter
 from yolov12.mas.oom import Failure
 from yolov12.mas.scheduling.peak_model import CostModel, Features, Level
-from yolov12.mas.scheduling.planner import WAIT_S, Advice, BatchPlanner
+from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import SpeedModel
 

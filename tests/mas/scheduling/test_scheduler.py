@@ -139,6 +139,14 @@ def test_size_that_is_new_is_tried_when_not_trying_has_cost_as_much():
     assert waited == pytest.approx((4000 + 0.25 * 200) / lost_ms, abs=1)
 
 
+@pytest.mark.parametrize(("left", "sizes"), [(38, (2, 2)), (39, (4,))])
+def test_size_that_is_new_is_not_tried_if_the_run_ends_before_it_pays(left, sizes):
+    """Its price is 4,020 ms. It saves at most 105 ms in each batch, see above."""
+    speed = card(host=100, image=1, warm=(8, 16))
+    now = state([8] * 4, 40, history=History(16, new_regret_ms=5000), batches_left=left)
+    assert decide(now, model(), speed).micro_batches == sizes
+
+
 def test_recomputes_where_that_is_faster_than_less_at_once():
     """On a launch-bound card, twice the images take 8 % more time."""
     fast = decide(state([8] * 4, 25, history=History(32)), model(levels=LADDER), card(host=200, levels=LADDER))

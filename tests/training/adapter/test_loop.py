@@ -6,6 +6,8 @@ import gc
 import pytest
 from ultralytics.utils.callbacks import default_callbacks
 
+from yolov12.mas.scheduling import groups
+
 
 def header(run):
     return (run.folder / "results.csv").read_text().partition("\n")[0].split(",")
@@ -51,6 +53,18 @@ def test_columns_of_ultralytics_come_first_in_its_order(trainings, tmp_path):
     assert second["memory/micro_batch"] == first["memory/micro_batch"] == 8
     assert second["memory/budget_MiB"] == float(f"{second['memory/budget_MiB']:.6g}") > 1000
     assert second["lr/pg0"] < 0.011
+
+
+def test_decisions_know_how_many_batches_are_left(trainings, tmp_path, monkeypatch):
+    left, decide = [], groups.decide
+
+    def noted(state, *models):
+        left.append(state.batches_left)
+        return decide(state, *models)
+
+    monkeypatch.setattr(groups, "decide", noted)
+    trainings.train(tmp_path, epochs=3)
+    assert left == list(range(3 * trainings.BATCHES, 0, -1))
 
 
 def test_an_epoch_collects_no_garbage(trainings, tmp_path, monkeypatch):

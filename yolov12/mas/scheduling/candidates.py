@@ -96,6 +96,8 @@ class State:
     `CAPTURE_BYTES`; 0 if there are no graphs now."""
     later_bytes: int = 0
     """Bytes that are going to be allocated beside graphs, such as the optimizer's state."""
+    batches_left: float = math.inf
+    """Batches until the end of the run, with this one; infinity if that is unknown."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -11,6 +11,7 @@ from yolov12.errors import DoesNotFitError, plain
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
+from yolov12.mas.scheduling.advice import NO_ADVICE, Advice
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.groups import decide_groups
 from yolov12.mas.scheduling.peak_model import SPREAD_UNSEEN, CostModel, Features
@@ -19,26 +20,10 @@ from yolov12.mas.scheduling.scheduler import Decision, Group, History, State
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.task import Workload
 
-__all__ = ["NO_ADVICE", "WAIT_S", "Advice", "BatchPlanner", "BatchReport", "WaysOut"]
-
-WaysOut = Callable[[float], Sequence[str]]
-"""Returns what the user can do, cheapest first. The argument is the fraction of one image's activations that fits."""
+__all__ = ["WAIT_S", "BatchPlanner", "BatchReport"]
 
 WAIT_S = 120
 """Most seconds to wait for other processes to release memory before a run ends."""
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Knowledge of the training, for the choice of `bn_group` and for the error of a run that does not fit."""
-
-    ways_out: WaysOut = lambda fraction: ()
-    """Returns what the user could do, see `WaysOut`."""
-    optimizer_bytes: Callable[[], int] = lambda: 0
-    """Returns the bytes that the optimizer will allocate at its first update; 0 after it."""
-
-
-NO_ADVICE = Advice()
 
 
 @dataclass(frozen=True)
@@ -343,6 +328,7 @@ class BatchPlanner:
             fixed=self._config.micro_batch,
             replay_bytes=replay_bytes,
             later_bytes=self.optimizer_bytes if replay_bytes else 0,
+            batches_left=self._advice.batches_left(),
         )
 
     def _features(self, start: int, stop: int, level: int) -> Features:

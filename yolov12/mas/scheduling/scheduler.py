@@ -125,7 +125,7 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
     tight = [arm.split for arm in arms if arm.room_bytes > roomy_bytes]
     roomy = [arm for arm in arms if arm.room_bytes <= roomy_bytes]
     roomy += safe_arms(state, cost, speed, tight, roomy_bytes)
-    return _stay_or_move(history, stay, roomy, speed.new_size_ms)
+    return _stay_or_move(history, stay, roomy, speed.new_size_ms, state.batches_left)
 
 
 def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
@@ -134,8 +134,13 @@ def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
     return next(arm for arm, ms in zip(arms, times_ms, strict=True) if ms <= _EQUAL * least_ms)
 
 
-def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms: float) -> Decision:
-    """Add up what staying loses against the best arm, and move when the sum reaches the price of the move."""
+def _stay_or_move(
+    history: History, stay: Arm, arms: Sequence[Arm], new_size_ms: float, batches_left: float
+) -> Decision:
+    """Add up what staying loses against the best arm, and move when the sum reaches the price of the move.
+
+    A new size must also be able to save its price until the end of the run.
+    """
     price_ms = MOVE_BATCHES * stay.ms
     known = _at_best([arm for arm in arms if arm.new_sizes <= stay.new_sizes], stay)
     new = _at_best([arm for arm in arms if arm.new_sizes > stay.new_sizes], stay)
@@ -149,7 +154,8 @@ def _stay_or_move(history: History, stay: Arm, arms: Sequence[Arm], new_size_ms:
     if better and history.regret_ms >= price_ms:
         return _decision(known, _moved(history, known))
     new_price_ms = price_ms + (new.new_sizes - stay.new_sizes) * new_size_ms
-    if new is not stay and new.best_ms < stay.ms and history.new_regret_ms >= new_price_ms:
+    saved_ms = (stay.ms - new.best_ms) * batches_left
+    if new is not stay and history.new_regret_ms >= new_price_ms and saved_ms > new_price_ms:
         return _decision(new, History(new.split.largest, new.level, replays=new.replays))
     return _decision(stay, history)
 

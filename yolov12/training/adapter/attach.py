@@ -19,7 +19,7 @@ from yolov12.training.adapter.known import why_not_split
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
 from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
 from yolov12.training.adapter.users_code import is_ultralytics
-from yolov12.training.data.loader import resumable
+from yolov12.training.data.loader import ResumableLoader, resumable
 from yolov12.training.data.random_state import random_state
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import process_group
@@ -85,6 +85,7 @@ def attach(trainer: Any) -> None:
         advice=Advice(
             ways_out=lambda fraction: ways_out(trainer, fraction),
             optimizer_bytes=lambda: optimizer_bytes(trainer.optimizer, model),
+            batches_left=lambda: _batches_left(trainer),
         ),
         cache=USER_CONFIG_DIR / "yolov12-plans",
         ranks=ranks,
@@ -103,6 +104,13 @@ def attach(trainer: Any) -> None:
             criterion_of(model)  # its state is restored, and an epoch that is skipped to its end does not create it
         adapter.saver.restore(state)
         delattr(trainer, _FOUND)
+
+
+def _batches_left(trainer: Any) -> int:
+    """Return the number of batches until the end of a training, if nothing ends it early, with the latest one."""
+    loader = trainer.train_loader
+    taken = loader.position if isinstance(loader, ResumableLoader) else 1
+    return int((trainer.epochs - trainer.epoch) * len(loader) - taken + 1)
 
 
 def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> None:
