@@ -208,6 +208,46 @@ def test_a_replay_that_fails_runs_again_without_graphs():
     assert len(trainer.notes) == 1
 
 
+def test_replays_that_lacked_memory_are_captured_again_however_many_they_were():
+    trainer = captured()
+    left = []
+
+    def fail():
+        if left:
+            raise left.pop()
+
+    trainer.on_loss = fail
+    for _ in range(4):
+        left.append(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+        assert trainer.run((2,), (2,)).replayed == 0
+        trainer.step.replays._pause = 0
+        trainer.run((2,), (2,))
+        assert trainer.replayed == 2
+
+
+def test_a_micro_batch_whose_end_could_not_be_timed_counts_once():
+    """CUDA makes the event at the end, for which memory may be lacking."""
+    trainer, left = captured(), [torch.cuda.OutOfMemoryError("CUDA out of memory")]
+    usual = trainer.meter.stopwatch
+
+    def stopwatch():
+        watch = usual()
+        stop = watch.stop
+
+        def failing():
+            stop()
+            if trainer.step.replays.is_replay and left:
+                raise left.pop()
+
+        watch.stop = failing
+        return watch
+
+    trainer.meter.stopwatch = stopwatch
+    trainer.run((2,), (2,))
+    assert not left
+    assert trainer.notes == ["out-of-memory at 2"]
+
+
 @pytest.mark.parametrize("batches_before", [1, 3], ids=["captured", "replayed"])
 def test_any_allocation_beside_graphs_may_fail_and_is_counted(batches_before, deep, monkeypatch):
     monkeypatch.setattr("yolov12.mas.step.graphs.watch._get_current_dispatch_mode", lambda: None)

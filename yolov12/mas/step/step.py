@@ -139,15 +139,14 @@ class Step:
         before, state = gradients.take(self._parameters), RandomState(self._device)
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop), self._note)
         watch = self._meter.stopwatch()
-        looks_ahead, ahead = self._exact and self._has_terms, None
-        ahead_watch = self._meter.stopwatch() if looks_ahead else None
+        looks_ahead, ahead, ahead_watch = self._exact and self._has_terms, None, None
         try:
             with telling(self._ranks, NO_NEWS if looks_ahead else status, UnknownNormalisersError):
                 plan = planner.plan(0, None)
                 if looks_ahead:
+                    ahead_watch = self._meter.stopwatch()
                     plan, ahead = self._look_ahead(parts, images, plan, planner, share, restarts=restarts)
-            if ahead_watch is not None:
-                ahead_watch.stop()
+                    ahead_watch.stop()
             if ahead is not None:
                 self._ranks.agree(NO_NEWS)
                 ahead.sum_over(self._ranks, self._retry, is_padding=share.is_padding)
@@ -210,13 +209,8 @@ class Step:
         groups_done: list[int] = []
         groups_ahead = groups_of(plan)
         with_gradients = torch.is_grad_enabled()
-        start, failure = 0, None
+        start = 0
         while start < images:
-            if failure is not None:
-                plan = planner.plan(start, failure)
-                if restarts and total.ahead is not None and groups_of(plan) != groups_ahead[len(groups_done) :]:
-                    raise UnknownNormalisersError
-            failure = None
             for index, groups in enumerate(plan):
                 stop = start + sum(groups)
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
@@ -228,6 +222,9 @@ class Step:
                     if failure is None or not self.replays.give_way(failure):
                         break
                 if failure is not None:
+                    plan = planner.plan(start, failure)
+                    if restarts and total.ahead is not None and groups_of(plan) != groups_ahead[len(groups_done) :]:
+                        raise UnknownNormalisersError
                     break
                 peak_bytes = self.replays.idle_bytes + self._meter.peak_bytes() if with_gradients else None
                 planner.done(start, stop, allocated_bytes, peak_bytes, self.replays.is_replay)
@@ -287,7 +284,7 @@ class Step:
             batch: Batch on the host.
             start: First image.
             stop: Image after the last.
-            around: Context of the forward pass; by default that of the plan that keeps everything.
+            around: Context of the forward pass, such as a checkpoint plan.
             held: Context in which failed allocations are expected, around both passes.
 
         Returns:
@@ -300,9 +297,9 @@ class Step:
         states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
         try:
             allocated_bytes = self._meter.mark()
-            total, around = Total(stop, self._task.floor, exact=False), around or self.checkpointing.within(KEEP_ALL)
+            total, span = Total(stop, self._task.floor, exact=False), (start, stop, stop)
             with held or nullcontext():
-                failure = self._attempt(parts, (start, stop, stop), (stop - start,), 0, total, around)
+                failure = self._attempt(parts, span, (stop - start,), 0, total, around or nullcontext())
             if failure is not None and self.notes_tries:
                 self._note(IN_A_WARM_UP)
             return failure or (allocated_bytes, self._meter.peak_bytes())
@@ -318,7 +315,7 @@ class Step:
         groups: tuple[int, ...],
         first_group: int,
         total: Total,
-        layers: AbstractContextManager[None],
+        around: AbstractContextManager[None],
     ) -> Failure | None:
         start, stop, following = span
         state = RandomState(self._device)
@@ -326,14 +323,16 @@ class Step:
             part = parts.get(start, stop)
             if following > stop:
                 parts.prefetch(stop, following)
-            with self.norms.within(groups, first_group), self._upsampling.within(), self.replays.within(first_group):
-                with layers:
-                    loss = self._task.loss(self.model, part)
-                self._has_terms = loss.has_terms
-                if torch.is_grad_enabled():
-                    # A backward pass uses the dtypes of its forward pass.
-                    with torch.autocast(self._device.type, enabled=False):
-                        self._backward(total.scaled(loss, stop - start))
+            with self.norms.within(groups, first_group):
+                with self._upsampling.within(), self.replays.within(first_group):
+                    with around:
+                        loss = self._task.loss(self.model, part)
+                    self._has_terms = loss.has_terms
+                    if torch.is_grad_enabled():
+                        # A backward pass uses the dtypes of its forward pass.
+                        with torch.autocast(self._device.type, enabled=False):
+                            self._backward(total.scaled(loss, stop - start))
+                # Nothing may fail after this, or the micro-batch would count twice.
                 total.add(loss, stop - start, gradients.take(self._parameters), is_lent=self.replays.is_replay)
         except Exception as error:
             if not (is_out_of_memory(error) or isinstance(error, NotReplayableError)):

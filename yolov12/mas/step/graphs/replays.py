@@ -219,13 +219,13 @@ class Replays:
         """
         if not self._held():
             return False
-        if self.is_replay and self._size is not None:
-            self._size.misses += 1
-            self._size.is_refused = self._size.misses >= _MISSES
         self._pause = _PAUSE_BATCHES << min(self._times_given_way, 8)
         self._times_given_way += 1
         if failure is not None and failure.lacked_memory:
             self._note(f"out-of-memory at {failure.images}")
+        elif failure is not None and self._size is not None:
+            self._size.misses += 1
+            self._size.is_refused |= self._size.misses >= _MISSES
         self.drop()
         return True
 
