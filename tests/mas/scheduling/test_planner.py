@@ -157,6 +157,23 @@ def test_waits_for_other_processes():
     assert "waited 4 s" in one.events
 
 
+def test_the_time_of_a_batch_that_waited_is_not_representative():
+    one, meter = planner(others=[63.9 * IMAGE, 0], sleep=lambda seconds: meter.advance())
+    for waited in (True, False):
+        assert ran(one.plan(0, None)) == [16]
+        one.done(0, 16, 0, 16 * IMAGE)
+        assert one.complete().undisturbed is not waited
+        one.begin(Workload(640, 640, (5,) * 16), 4)
+
+
+def test_a_pass_without_gradients_does_not_count_as_a_usual_run_beside_replays():
+    one, _ = planner()
+    one.plan(0, None)
+    one.done(0, 16, 0, None)
+    one.done(0, 16, 0, 16 * IMAGE, True)
+    assert one.replay_room.only_replays
+
+
 def test_gives_up_waiting_and_says_what_to_do():
     slept = []
     one, _ = planner(group=1, room=10, others=[9.5 * IMAGE], safety_ratio=0.0, sleep=slept.append)

@@ -179,7 +179,7 @@ class BatchPlanner:
         self.sleep(1.0)
         self.read()
         self._waited_s += 1
-        self._ceiling = None
+        self._ceiling, self.undisturbed = None, False  # the time of the batch would include the wait
         return True
 
     def _split(self, start: int) -> list[tuple[int, ...]] | None:
@@ -200,8 +200,8 @@ class BatchPlanner:
         self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
     ) -> None:
         """Learn from a micro-batch that ran, see `step.Planner.done`."""
-        self.replay_room.only_replays &= is_replay
         if peak_bytes is not None:
+            self.replay_room.only_replays &= is_replay
             if not is_replay:
                 self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
             self.peak_bytes = max(self.peak_bytes, peak_bytes)
