@@ -15,7 +15,7 @@ from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolov12.errors import ConfigError
 from yolov12.files import AtomicPath, lock
-from yolov12.mas import Engine
+from yolov12.mas import Engine, compile_ahead
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.training.run import run_state, session
 from yolov12.training.run.interruption import Interruption
@@ -29,6 +29,16 @@ def cut(trainings, power):
     return lambda folder, batch=6, **arguments: trainings.train(
         folder, bn_group=8, callbacks=power.cut_at(batch), raises=power.CutError, **arguments
     )
+
+
+def test_kernels_are_compiled_ahead_until_the_first_batch_after_those_that_are_skipped(
+    interrupted, trainings, tmp_path, monkeypatch
+):
+    told, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda *args, **options: (told.append("step"), step(*args, **options))[1])
+    monkeypatch.setattr(compile_ahead, "end", lambda: told.append("end"))
+    trainings.train(tmp_path, interrupted() / "weights" / "last.pt", resume=True)
+    assert told[:2] == ["step", "end"]
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path):

@@ -82,6 +82,8 @@ class LogicalBatch(dict[str, Any]):
     """Description of the whole batch over all ranks; None for a training in one process."""
     is_seen: bool
     """True if the content was read before the engine ran the batch."""
+    is_placeholder: bool
+    """True in place of a batch that was trained on before an interruption, see `show_host`."""
     _model: nn.Module
     _source: _Source
     _engine: Callable[[LogicalBatch], Any]
@@ -111,7 +113,7 @@ class LogicalBatch(dict[str, Any]):
             engine: Runs the batch on that model; returns its loss and loss items.
         """
         batch: LogicalBatch = dict.__new__(cls)
-        batch.host, batch.share, batch.is_seen = host, share, False
+        batch.host, batch.share, batch.is_seen, batch.is_placeholder = host, share, False, False
         batch._model, batch._source, batch._engine = model, _Source(host, preprocess), engine
         batch._is_filled = batch._was_run = False
         return batch
@@ -130,7 +132,8 @@ class LogicalBatch(dict[str, Any]):
             return stock(self.shown())
         self._was_run = True
         found = self._engine(self)
-        compile_ahead.end()  # what a batch needs was launched
+        if not self.is_placeholder:
+            compile_ahead.end()  # what a batch needs was launched
         return found
 
     def shown(self) -> dict[str, Any]:
@@ -166,8 +169,8 @@ class LogicalBatch(dict[str, Any]):
             dict.__setitem__(self, key, shown)
 
     def show_host(self) -> None:
-        """Show the loader's batch from now on, without preprocessing."""
-        self._is_filled = True
+        """Show the loader's batch from now on, without preprocessing, as it is a placeholder."""
+        self._is_filled = self.is_placeholder = True
         dict.update(self, self.host)
 
     def _fill(self) -> None:

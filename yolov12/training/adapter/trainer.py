@@ -179,7 +179,7 @@ class TrainerAdapter:
         self._is_due = False
         logical = LogicalBatch.of(batch, share, self._model, self._preprocess, self._run)
         if SKIPPED in batch:
-            logical.show_host()  # a placeholder for a batch that was trained on before an interruption
+            logical.show_host()
         return logical
 
     def _preprocess(self, batch: dict[str, Any]) -> Any:
@@ -201,7 +201,7 @@ class TrainerAdapter:
     def _run(self, batch: LogicalBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run a logical batch with the engine. Its gradient is then on the parameters."""
         trainer, share, model = self._trainer, batch.share, self._model
-        if self.saver is not None and SKIPPED in batch.host:
+        if self.saver is not None and batch.is_placeholder:
             # The loop uses the criterion at the end of an epoch, even if all batches of the epoch were skipped.
             criterion_of(model)
             return self.saver.skip()
@@ -331,7 +331,7 @@ class TrainerAdapter:
         """Plot training samples."""
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
-        elif SKIPPED not in batch.host:
+        elif not batch.is_placeholder:
             if batch.is_seen or not is_ultralytics(self._stock_plot):
                 self._stock_plot(batch.shown(), ni)
                 return
