@@ -106,7 +106,7 @@ class _Process:
 
     def wait_for(self, key: _Key) -> None:
         """Wait until the process is done with a kernel, or has ended."""
-        place = self._places.get(key, -1)
+        place = self._places[key]
         while len(self._told) <= place and (line := _pipe(self._process.stdout).readline()):
             self._hear(line)
 

@@ -278,9 +278,10 @@ def test_a_batch_of_nan_leaves_no_trace_in_the_statistics_of_later_ones():
 )  # fmt: skip
 def test_graphs_are_on_with_versions_of_pytorch_that_were_measured(monkeypatch, version, wanted, has_graphs):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
-    monkeypatch.setattr(recorder, "recorder_for", lambda device: AgainRecorder(None))
+    monkeypatch.setattr(recorder, "CudaRecorder", AgainRecorder)
     found = graphs_for(torch.device("cuda"), lambda start, stop: (0, 0), wanted)
     assert (found is not None) is has_graphs
+    assert graphs_for(torch.device("cpu"), lambda start, stop: (0, 0), wanted) is None
 
 
 @pytest.mark.parametrize("arguments", [{}, {"cuda_graphs": True}, {"cuda_graphs": False}])

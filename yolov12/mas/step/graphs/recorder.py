@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-__all__ = ["CudaRecorder", "Graphs", "Recorder", "Tensors", "graphs_for", "recorder_for"]
+__all__ = ["CudaRecorder", "Graphs", "Recorder", "Tensors", "graphs_for"]
 
 _MEASURED_WITH = TorchVersion("2.11")  # earliest version of PyTorch with which graphs were measured
 
@@ -44,15 +44,6 @@ class Recorder(Protocol):
         """Free the pool. The caller has dropped all that `record` returned."""
 
 
-def recorder_for(device: torch.device) -> Recorder | None:
-    """Return a recorder for a CUDA device; None for another device.
-
-    Args:
-        device: Device of the model.
-    """
-    return CudaRecorder(device) if device.type == "cuda" else None
-
-
 @dataclass(frozen=True)
 class Graphs:
     """What replays need to know."""
@@ -75,8 +66,7 @@ def graphs_for(
         wanted: None for True if PyTorch is one of the versions with which graphs were measured.
     """
     is_wanted = TorchVersion(torch.__version__) >= _MEASURED_WITH if wanted is None else wanted
-    recorder = recorder_for(device) if is_wanted else None
-    return None if recorder is None else Graphs(recorder, room)
+    return Graphs(CudaRecorder(device), room) if is_wanted and device.type == "cuda" else None
 
 
 class CudaRecorder:

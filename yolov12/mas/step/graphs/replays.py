@@ -34,7 +34,7 @@ from yolov12.mas.step.graphs.recorder import Graphs, Recorder
 from yolov12.mas.step.graphs.size import RUNS, Size, is_hopeless
 from yolov12.mas.step.graphs.waiting import Waiting
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
-from yolov12.mas.step.retry import IN_A_CAPTURE, Note, no_note
+from yolov12.mas.step.retry import IN_A_CAPTURE, Note
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.mas.task import Task
 
@@ -74,7 +74,7 @@ class Replays:
         meter: Meter,
         graphs: Graphs | None,
         log: Callable[[str], None],
-        note: Note = no_note,
+        note: Note,
     ) -> None:
         self._model, self._norms, self._upsampling, self._checkpointing = model, norms, upsampling, checkpointing
         self._meter, self._graphs, self._log, self._note = meter, graphs, log, note
