@@ -7,6 +7,7 @@ from tests.mas.world import IMAGE, World, assert_same_weights
 from yolov12.errors import DoesNotFitError
 from yolov12.mas import calibration
 from yolov12.mas.scheduling.peak_model import Features
+from yolov12.mas.scheduling.planner import WAIT_S
 
 
 @pytest.mark.parametrize("group", [0, None, 1, 4])
@@ -198,3 +199,18 @@ def test_a_group_is_not_settled_while_others_hold_everything(monkeypatch):
     world.step()
     assert world.engine.bn_group == 32
     assert world.sizes == [16]
+
+
+def test_a_wait_of_the_warm_up_is_in_the_journal(monkeypatch):
+    world = World(room=40, others=[39.5] * 3 + [0])
+    monkeypatch.setattr(world.engine._planner, "sleep", lambda seconds: world.meter.advance())
+    assert "waited 3 s" in world.step()
+    assert not [event for event in world.step() if event.startswith("waited")]
+
+
+def test_waits_of_the_warm_up_and_of_the_batch_together_have_an_end(monkeypatch):
+    world, waits = World(room=40, others=[39.5]), []
+    monkeypatch.setattr(world.engine._planner, "sleep", waits.append)
+    with pytest.raises(DoesNotFitError):
+        world.step()
+    assert len(waits) == WAIT_S

@@ -86,13 +86,14 @@ class BatchPlanner:
         """Index of the checkpoint plan that `plan` returned last."""
         self._config, self._meter, self._advice = config, meter, advice
         self._work, self._group, self._patience_s = Workload(0, 0, ()), 0, float(WAIT_S)
+        self._waited_s = self._told_s = 0
         self._start_over()
 
     def _start_over(self) -> None:
         self.history = self._completed
         self._start = 0
         self._ceiling: float | None = None
-        self._failed_at = self._waited_s = self._told_s = 0
+        self._failed_at = 0
         self.level = self.history.level
         self.undisturbed = True
         self.predicted_bytes = self.peak_bytes = 0
@@ -107,6 +108,7 @@ class BatchPlanner:
             patience_s: Seconds to wait for other processes to release memory.
         """
         self._work, self._group, self._patience_s = work, group, patience_s
+        self._waited_s = self._told_s = 0  # `regroup` comes after a wait of the warm-up
         self._start_over()
         self.read()
         self.cost.new_batch()
@@ -245,9 +247,7 @@ class BatchPlanner:
         if before.images and not stays:
             # A change releases and allocates memory, so the time of this batch is not representative. For a new size,
             # this time is small compared with the search for kernels.
-            self.undisturbed = self.undisturbed and not self.speed.warm(
-                after.images, self._work.height, self._work.width
-            )
+            self.undisturbed &= not self.speed.warm(after.images, self._work.height, self._work.width)
         self.history, self.level = after, decision.level
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
