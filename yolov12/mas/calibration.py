@@ -93,21 +93,9 @@ class Calibration:
         """Decide everything again with the next batch, because the first one did not fit."""
         self._settled, self.bn_group = False, self._config.bn_group
 
-    def use(self, ladder: Ladder) -> None:
-        """Use the checkpoint plans of a ladder."""
-        self._apply(ladder)
-        self._planner.cost.set_levels(ladder.levels)
-        self._planner.speed.set_levels(ladder.levels)
-
     def resume(self, ladder: Ladder | None) -> None:
-        """Use the checkpoint plans of an earlier run; the models know their levels already."""
-        if ladder is not None:
-            self._apply(ladder)
-        else:
-            self.ladder, self._step.plans = None, (KEEP_ALL,)
-
-    def _apply(self, ladder: Ladder) -> None:
-        self.ladder, self._step.plans = ladder, ladder.plans
+        """Use the checkpoint plans of a ladder, of which the models know the levels already; None for no plans."""
+        self.ladder, self._step.plans = ladder, (KEEP_ALL,) if ladder is None else ladder.plans
 
     def fits(
         self,
@@ -250,4 +238,6 @@ class Calibration:
             if not ladder.guessed:
                 self._cache.put(key, ladder)
         self._guess_budget_bytes = self._meter.read().budget_bytes(self._config.safety_ratio)
-        self.use(ladder)
+        self.resume(ladder)
+        self._planner.cost.set_levels(ladder.levels)
+        self._planner.speed.set_levels(ladder.levels)

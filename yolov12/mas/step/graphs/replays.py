@@ -196,7 +196,6 @@ class Replays:
         Args:
             first_group: Number of BatchNorm groups of the batch that come before the micro-batch.
         """
-        self.is_replay = False
         if self._key is None:
             yield
             return
