@@ -14,6 +14,7 @@ from yolov12.mas import Config, Engine, Loss, TensorTask
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
+from yolov12.mas.scheduling.peak_model import Level
 
 
 @pytest.mark.parametrize("pressure", [{"room": 60, "limit": 20 * IMAGE}, {"room": 30, "others": [10]}, {"room": 20}])
@@ -340,3 +341,21 @@ def test_other_ranks_are_told_each_time_once():
     world.engine.close()
     news = [status.ms == status.ms for status in ranks.told]
     assert news == [False, False, False, False, True, False, True, False]
+
+
+@pytest.mark.parametrize("made", [(1.0,), (1.0, 1.01)])
+def test_times_under_plans_that_were_replaced_since_teach_nothing(monkeypatch, made):
+    """Plans that were guessed are made anew, while times of batches under them are not known yet."""
+    world = World()
+    world.step()
+    records, guessed = world.engine._records, Level(0.4, 1.35)
+    add, speed = records.add, records.speed
+    speed.set_levels((Level(1.0, 1.0), guessed))
+    monkeypatch.setattr(
+        records, "add", lambda done: add(replace(done, report=replace(done.report, level=1), level=guessed))
+    )
+    world.engine.step(world.data())
+    speed.set_levels([Level(1.0, slow) for slow in made])
+    known = speed.state_dict()
+    world.engine.update(world.optimizer)
+    assert speed.state_dict() == known

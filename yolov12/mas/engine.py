@@ -206,8 +206,8 @@ class Engine:
         fits = not self._planner.cost.largest or self._calibration.fits(work.images, work)
         ran = self._step.run(batch, work.images, self._planner, share, status)
         report = self._planner.complete()
-        plan = str(self._step.plans[report.level])
-        self._records.add(DoneBatch(work, report, ran, share.is_padding, fits, plan))
+        plan, level = str(self._step.plans[report.level]), self._planner.speed.levels[report.level]
+        self._records.add(DoneBatch(work, report, ran, share.is_padding, fits, plan, level))
         self.latest = replace(
             ran,
             level=report.level,

@@ -12,6 +12,7 @@ from yolov12.mas.distributed.ranks import RankStatus
 from yolov12.mas.journal.explanation import DID_NOT_FIT, SHARE_DID_NOT_FIT
 from yolov12.mas.journal.journal import Journal, Row, Summary
 from yolov12.mas.memory.reading import Meter
+from yolov12.mas.scheduling.peak_model import Level
 from yolov12.mas.scheduling.planner import BatchReport
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.step.result import Result
@@ -36,6 +37,8 @@ class DoneBatch:
     """False if the batch was not expected to fit at once with everything kept."""
     plan: str
     """Checkpoint plan of the last micro-batch, as the journal names it."""
+    level: Level
+    """The same plan, as decisions see it. Others may have replaced it when the time of the batch is known."""
 
 
 class Records:
@@ -211,6 +214,8 @@ class Records:
 
     def _learn(self, done: DoneBatch, ms: float) -> None:
         work, level, ran = done.work, done.report.level, done.ran
+        if self.speed.levels[level : level + 1] != (done.level,):
+            return
         for images, usual_ms in ran.usual_ms.items():
             self.speed.observe_micro_batch(images, work.height, work.width, level, usual_ms)
         if ran.has_captured or (ran.waits_for_capture and ran.replayed):
