@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from yolov12.mas.step.prefetch import Prefetch
+from yolov12.mas.step.retry import IN_A_COPY
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,23 @@ def test_a_failed_allocation_reaches_the_caller():
 
     with pytest.raises(MemoryError):
         Prefetch(CPU, part_of).get(0, 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory")])
+def test_a_part_that_cannot_be_copied_ahead_is_copied_when_it_is_needed(error, monkeypatch):
+    stream, errors, notes = SimpleNamespace(wait_stream=lambda other: None), [error], []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+
+    def part_of(start, stop):
+        if errors:
+            raise errors.pop()
+        return (start, stop)
+
+    parts = Prefetch(CPU, part_of, notes.append)
+    parts._stream = stream
+    parts.prefetch(0, 2)
+    assert notes == [IN_A_COPY]
+    assert parts.get(0, 2) == (0, 2)
 
 
 def test_changing_a_part_in_place_does_not_change_the_batch():

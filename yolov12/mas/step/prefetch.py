@@ -59,7 +59,7 @@ class Prefetch:
             return
         try:
             self._ahead = (start, stop), self._copy(start, stop)
-        except RuntimeError as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self._ahead = None
