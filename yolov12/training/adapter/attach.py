@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -106,11 +107,15 @@ def attach(trainer: Any) -> None:
         delattr(trainer, _FOUND)
 
 
-def _batches_left(trainer: Any) -> int:
-    """Return the number of batches until the end of a training, if nothing ends it early, with the latest one."""
+def _batches_left(trainer: Any) -> float:
+    """Return the number of batches until the end of a training, if nothing ends it early, with the latest one.
+
+    With a loader of the user's own it is unknown: infinity.
+    """
     loader = trainer.train_loader
-    taken = loader.position if isinstance(loader, ResumableLoader) else 1
-    return int((trainer.epochs - trainer.epoch) * len(loader) - taken + 1)
+    if not isinstance(loader, ResumableLoader):
+        return math.inf
+    return float((trainer.epochs - trainer.epoch) * len(loader) - loader.position + 1)
 
 
 def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> None:
