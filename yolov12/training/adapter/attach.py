@@ -12,7 +12,7 @@ from yolov12.errors import YOLOv12Error
 from yolov12.mas import Advice, Config, Engine, Journal, compile_ahead
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.distributed.ranks import ALONE, Ranks
-from yolov12.models.activations import activations
+from yolov12.models.activations import activations, unshare
 from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.known import why_not_split
@@ -56,6 +56,7 @@ def attach(trainer: Any) -> None:
         if ignored := _ignored(trainer.args):
             LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
         return
+    unshare(model)
     resolution = _resolution_control(trainer)
     task = DetectionTask(
         resolution.preprocess(trainer.preprocess_batch, trainer.args),
