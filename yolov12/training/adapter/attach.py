@@ -26,7 +26,7 @@ from yolov12.training.run import process_group
 from yolov12.training.run.completed_epoch import CompletedEpoch
 from yolov12.training.run.run_state import FILE, drop_rows, find
 
-__all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
+__all__ = ["STATE", "attach", "do_train", "end", "resume", "why_not"]
 
 STATE = "mas_state"
 """Attribute of a trainer, and key of a checkpoint's `optimizer`: state of the engine when the checkpoint was saved."""
@@ -170,12 +170,21 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
             raise blamed from error
         raise
     finally:
-        if (saver := getattr(trainer, SAVER, None)) is not None:
-            saver.end()
-        if (engine := getattr(trainer, _ENGINE, None)) is not None:
-            engine.lift_limit()  # an error or a signal ends a run without its teardown
+        end(trainer)
         process_group.disband()
         compile_ahead.end()
+
+
+def end(trainer: Any) -> None:
+    """Release the signals and the limit of the allocator that `attach` took, unless that was done.
+
+    Args:
+        trainer: Ultralytics trainer.
+    """
+    if (saver := getattr(trainer, SAVER, None)) is not None:
+        saver.end()
+    if (engine := getattr(trainer, _ENGINE, None)) is not None:
+        engine.lift_limit()  # an error or a signal ends a run without its teardown
 
 
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:

@@ -126,6 +126,7 @@ class TrainerAdapter:
         states = self._resolution, self._display.of_epoch, self._interruption
         self.saver = RunSaver(trainer, self._model, engine, loader, interval, *states, ranks)
         self.saver.begin()
+        self._hooks |= {"on_train_batch_end": loader.batch_ends, "on_fit_epoch_end": self.saver.epoch_ends}
         setattr(trainer, SAVER, self.saver)
 
     def take_over(self) -> None:
