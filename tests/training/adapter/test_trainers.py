@@ -120,3 +120,20 @@ def test_a_trainer_of_the_users_own_is_called(trainings, tmp_path, more):
         sums.append(sorted(run.sums[-trainings.IMAGES :]))
         assert OwnTrainer.updated == trainings.BATCHES
     assert sums[0] == sums[1] == sums[2]
+
+
+def test_a_trainer_trains_once_more(trainings, small_model, tmp_path):
+    """The second training goes on with the weights of the first, for example in a notebook."""
+    weights = []
+    for name, settings in (("stock", {"mas": False}), ("ours", {"bn_group": 8, "micro_batch": 8})):
+        arguments = {**trainings.TINY, **settings, "epochs": 1, "mosaic": 0.0, "hsv_h": 0.0, "hsv_s": 0.0, "hsv_v": 0.0}
+        arguments |= {"translate": 0.0, "scale": 0.0, "fliplr": 0.0}
+        trainer = DetectionTrainer(overrides={**arguments, "model": small_model, "project": str(tmp_path / name)})
+        for _ in range(2):
+            trainer.train()
+            weights.append([parameter.detach().clone() for parameter in trainer.model.parameters()])
+        assert "preprocess_batch" not in vars(trainer)
+    first, second, *ours = weights
+    assert all(map(torch.equal, ours[0], first))
+    assert all(map(torch.equal, ours[1], second))
+    assert not all(map(torch.equal, first, second))

@@ -416,21 +416,59 @@ def test_an_empty_table_is_no_obstacle(trainings, interrupted, tmp_path):
     assert [row["epoch"] for row in again.results] == [2]
 
 
-def test_signals_that_are_ignored_stay_so_and_others_reach_their_handlers():
+@pytest.fixture
+def signals():
+    """Function that sets a handler, and puts all of them back at the end."""
+    stock = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield signal.signal
+    for number, handler in stock.items():
+        signal.signal(number, handler)
+
+
+def test_signals_that_are_ignored_stay_so_and_those_of_the_user_reach_their_handlers(signals):
     seen = []
-    stock = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
-    try:
-        interruption = Interruption()
-        interruption.watch()
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
+    signals(signal.SIGINT, signal.SIG_IGN)
+    signals(signal.SIGTERM, lambda number, frame: seen.append((number, frame is not None)))
+    interruption = Interruption()
+    interruption.watch()
+    os.kill(os.getpid(), signal.SIGINT)
+    with interruption.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
         assert not seen
+        assert not interruption.due
+    assert seen == [(signal.SIGTERM, True)]
+    interruption.at_once = False  # as with several ranks, which agree on an end
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert len(seen) == 2
+    with interruption.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
         interruption.stop()
-        assert seen == [1]
-    finally:
-        signal.signal(signal.SIGINT, stock[0])
-        signal.signal(signal.SIGTERM, stock[1])
+        assert len(seen) == 3
+
+
+def test_a_handler_that_is_set_in_a_training_stays(signals):
+    interruption = Interruption()
+    interruption.watch()
+    signals(signal.SIGTERM, print)
+    interruption.stop()
+    assert signal.getsignal(signal.SIGTERM) is print
+
+
+def test_a_users_handler_decides_how_a_training_ends(trainings, signals, tmp_path):
+    """The usual way to end a job of a cluster in time: the handler notes the signal, and a callback stops."""
+    asked, batches = [], []
+    signals(signal.SIGTERM, lambda *_: asked.append(1))
+
+    def look(trainer):
+        batches.append(trainer.epoch)
+        if len(batches) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        trainer.stop = bool(asked)
+
+    run = trainings.train(tmp_path, callbacks=[("on_train_batch_end", look)])
+    assert len(batches) == 2
+    assert run.calls["on_train_end"] == 1
+    assert len(run.results) == 1
 
 
 def whole_and_resumed(trainings, power, folder, *, cut_by, **arguments):

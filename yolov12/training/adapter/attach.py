@@ -13,7 +13,7 @@ from yolov12.errors import YOLOv12Error
 from yolov12.mas import Advice, Config, Engine, Journal, compile_ahead
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.distributed.ranks import ALONE, Ranks
-from yolov12.models.activations import activations
+from yolov12.models.activations import activations, unshare
 from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.known import why_not_split
@@ -27,7 +27,7 @@ from yolov12.training.run import process_group
 from yolov12.training.run.completed_epoch import CompletedEpoch
 from yolov12.training.run.run_state import FILE, drop_rows, find
 
-__all__ = ["STATE", "attach", "do_train", "resume", "why_not"]
+__all__ = ["STATE", "attach", "do_train", "end", "resume", "why_not"]
 
 STATE = "mas_state"
 """Attribute of a trainer, and key of a checkpoint's `optimizer`: state of the engine when the checkpoint was saved."""
@@ -57,6 +57,7 @@ def attach(trainer: Any) -> None:
         if ignored := _ignored(trainer.args):
             LOGGER.warning(f"memory: {reason}, so there is no use for {', '.join(ignored)}")
         return
+    unshare(model)
     resolution = _resolution_control(trainer)
     task = DetectionTask(
         resolution.preprocess(trainer.preprocess_batch, trainer.args),
@@ -182,12 +183,21 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
             raise blamed from error
         raise
     finally:
-        if (saver := getattr(trainer, SAVER, None)) is not None:
-            saver.end()
-        if (engine := getattr(trainer, _ENGINE, None)) is not None:
-            engine.lift_limit()  # an error or a signal ends a run without its teardown
+        end(trainer)
         process_group.disband()
         compile_ahead.end()
+
+
+def end(trainer: Any) -> None:
+    """Release the signals and the limit of the allocator that `attach` took, unless that was done.
+
+    Args:
+        trainer: Ultralytics trainer.
+    """
+    if (saver := getattr(trainer, SAVER, None)) is not None:
+        saver.end()
+    if (engine := getattr(trainer, _ENGINE, None)) is not None:
+        engine.lift_limit()  # an error or a signal ends a run without its teardown
 
 
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:

@@ -35,7 +35,7 @@ from yolov12.training.adapter.logical_batch import LogicalBatch
 from yolov12.training.adapter.memory_needs import remember
 from yolov12.training.adapter.plotting import drawn
 from yolov12.training.adapter.sharing import share_batches
-from yolov12.training.adapter.users_code import Notices, check_split, is_ultralytics, show_whole
+from yolov12.training.adapter.users_code import Notices, Replaced, check_split, is_ultralytics, show_whole
 from yolov12.training.adapter.validation import over_limit
 from yolov12.training.data.augmentation import chosen, note_host
 from yolov12.training.data.loader import SKIPPED, ResumableLoader, resumable
@@ -126,21 +126,20 @@ class TrainerAdapter:
         states = self._resolution, self._display.of_epoch, self._interruption
         self.saver = RunSaver(trainer, self._model, engine, loader, interval, *states, ranks)
         self.saver.begin()
+        self._hooks |= {"on_train_batch_end": loader.batch_ends, "on_fit_epoch_end": self.saver.epoch_ends}
         setattr(trainer, SAVER, self.saver)
 
     def take_over(self) -> None:
-        """Replace the trainer's methods with those of this adapter."""
+        """Replace the trainer's methods with those of this adapter, until its training ends."""
         trainer = self._trainer
         if self._ranks.size > 1 and trainer.args.time:
             trainer._get_warmup_iterations = self._warmup
-        trainer.run_callbacks = self._run_callbacks
-        trainer.preprocess_batch = self._logical
-        trainer.optimizer_step = self._update
-        trainer.validate = self._validate
-        trainer._get_memory = self._memory
-        trainer.progress_string = lambda: self._display.header(str(self._stock_header()))
-        trainer.plot_training_samples = self._plot
-        trainer.save_metrics = lambda metrics: self._stock_save(self._display.in_order(metrics))
+        self._replaced = Replaced(
+            trainer, run_callbacks=self._run_callbacks, preprocess_batch=self._logical, optimizer_step=self._update,
+            validate=self._validate, _get_memory=self._memory, plot_training_samples=self._plot,
+            progress_string=lambda: self._display.header(str(self._stock_header())),
+            save_metrics=lambda metrics: self._stock_save(self._display.in_order(metrics)),
+        )  # fmt: skip
 
     def _run_callbacks(self, event: str) -> None:
         """Run the callbacks, which users may replace. After some, the loop asks for its batches, or takes one."""
@@ -347,3 +346,4 @@ class TrainerAdapter:
         if summary is not None and not self._ranks.rank:
             waited = waited_for_data(self._trainer, self._loader, summary)
             LOGGER.info(summary.as_text() + over_limit(self._trainer.validator) + waited)
+        self._replaced.restore()

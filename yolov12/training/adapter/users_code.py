@@ -15,7 +15,7 @@ from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.logical_batch import LogicalBatch
 
-__all__ = ["Notices", "check_split", "forward_of", "is_ultralytics", "module_of", "show_whole"]
+__all__ = ["Notices", "Replaced", "check_split", "forward_of", "is_ultralytics", "module_of", "show_whole"]
 
 
 def is_ultralytics(function: Any) -> bool:
@@ -32,6 +32,28 @@ def forward_of(module: nn.Module) -> Any:
     while isinstance(forward, functools.partial) and module_of(forward.func).startswith("yolov12."):
         forward = forward.args[-1]
     return forward
+
+
+class Replaced:
+    """Methods of an object that others stand for.
+
+    Args:
+        owner: The object.
+        methods: Name of a method → function that is called in place of it.
+    """
+
+    def __init__(self, owner: Any, **methods: Callable[..., Any]) -> None:
+        self._owner, self._methods = owner, methods
+        self._before = {name: vars(owner)[name] for name in methods if name in vars(owner)}
+        vars(owner).update(methods)
+
+    def restore(self) -> None:
+        """Put the methods back, except for those that the user has replaced since."""
+        own = vars(self._owner)
+        for name, method in self._methods.items():
+            if own.get(name) == method:
+                del own[name]
+                own.update({name: self._before[name]} if name in self._before else {})
 
 
 class Notices:

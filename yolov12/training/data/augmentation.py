@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from multiprocessing.sharedctypes import RawValue
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from yolov12.training.data.device_rendering import PackedTensor, has_kernel
 from yolov12.training.data.host import has_room_for_packed
 from yolov12.training.data.packing import PackedImages
 from yolov12.training.data.recipes import only_on_host
+from yolov12.training.data.shared_number import SharedNumber
 
 __all__ = ["WAIT_FRACTION", "Augmentation", "chosen", "note_host"]
 
@@ -49,7 +49,7 @@ class Augmentation:
         self._may_change = mode == "auto"
         self._may_notice = mode == "device" and not why_host
         # Workers read it for each batch.
-        self._shared = RawValue(ctypes.c_bool, mode == "device" and not why_host) if mode != "host" else None
+        self._shared = SharedNumber(ctypes.c_bool, mode == "device" and not why_host) if mode != "host" else None
         self._skip, self._batches = skip, 0
         self._waited_s = self._worked_s = 0.0
         self.has_moved = False

@@ -40,12 +40,20 @@ SKIPPED = "yolov12_skipped"
 
 _TIMES = "yolov12_times"
 
+_SETTINGS = frozenset(
+    (
+        "batch_sampler", "batch_size", "dataset", "drop_last", "generator", "multiprocessing_context", "num_workers",
+        "persistent_workers", "pin_memory", "prefetch_factor", "sampler", "timeout", "worker_init_fn",
+    )
+)  # fmt: skip
+"""Attributes of PyTorch's loader that a user may set, or that it refuses to change."""
+
 
 def resumable(loader: Any) -> bool:
     """Return whether a loader can be resumed: it is Ultralytics' own, and its order depends only on its generator."""
     from ultralytics.data.build import InfiniteDataLoader
 
-    if not isinstance(loader, InfiniteDataLoader):
+    if not issubclass(type(loader), InfiniteDataLoader):  # a `ResumableLoader` says that it is one
         return False
     shuffled = isinstance(loader.sampler, RandomSampler) and loader.sampler.generator is loader.generator
     return (shuffled or isinstance(loader.sampler, SequentialSampler)) and loader.generator is not None
@@ -114,9 +122,10 @@ class ResumableLoader:
         self.resets = 0
         """Number of changes of the data set, as when mosaic is closed."""
         self.times: DataTimes | None = None
-        """Times of the training loop's latest batch; None before the first."""
+        """Times of the training loop's batch at hand; None if it is of another loader."""
         self.seed: int | None = None
-        """Seed of the training loop's latest batch, for what is drawn once for all its images; None before it."""
+        """Seed of the training loop's batch at hand, for what is drawn once for all its images; None if the batch is of
+        another loader, which a user has put in the place of this one."""
 
     def take_over(self, augmentation: Augmentation | None = None) -> ResumableLoader:
         """Replace the loader's sampler and collate function by those of this object.
@@ -138,6 +147,26 @@ class ResumableLoader:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SETTINGS:
+            setattr(self._loader, name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Class of the loader, for `isinstance` in code of the user's own."""
+        return type(self._loader)
+
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], dict[str, Any]]:
+        """Collate function of the user or of Ultralytics. A new one counts for the next workers, as in PyTorch."""
+        return self._collate.stock.collate
+
+    @collate_fn.setter
+    def collate_fn(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
+        self._collate = self._loader.collate_fn = self._collate.around(collate)
 
     def __iter__(self) -> Iterator[Any]:
         return self._epoch() if self.is_loops else self._for_user()
@@ -186,6 +215,10 @@ class ResumableLoader:
             with without_trace(dataset):
                 samples = self._collate.stock(dataset.__getitems__(part))
             yield samples
+
+    def batch_ends(self) -> None:
+        """Note that the training loop is done with its batch. The next may be of another loader."""
+        self.seed = self.times = None
 
     def repeated(self) -> None:
         """Note that the last batch before an interruption was repeated: what happens from now on is new."""
@@ -287,6 +320,16 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]], arrange: bool) -> None:
         self.stock, self.arrange = Rendering(collate), arrange
         self.clock = LoadClock()
+
+    def around(self, collate: Callable[[list[Any]], dict[str, Any]]) -> _Collate:
+        """Return the same with another collate function."""
+        other = _Collate(collate, self.arrange)
+        other.clock, other.stock.shared, other.stock.augmentation = (
+            self.clock,
+            self.stock.shared,
+            self.stock.augmentation,
+        )
+        return other
 
     def __call__(self, samples: Any) -> dict[str, Any]:
         seed = None

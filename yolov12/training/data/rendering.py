@@ -74,7 +74,7 @@ class Rendering:
     """
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]) -> None:
-        self._collate, self._is_known = collate, is_ultralytics(collate)
+        self.collate, self._is_known = collate, is_ultralytics(collate)
         self._renderer = Renderer()
         self.shared: SharedImages | None = None
         """Places of workers for their images; None if each batch gets new shared memory."""
@@ -85,13 +85,13 @@ class Rendering:
     def __call__(self, samples: list[Any]) -> dict[str, Any]:
         """Collate samples, whose images may be recipes."""
         if not any(isinstance(sample, dict) and isinstance(sample.get("img"), Recipe) for sample in samples):
-            return self._collate(samples)
+            return self.collate(samples)
         images = [sample["img"] for sample in samples]
         are_bytes = all(isinstance(image, Recipe) or image.dtype == torch.uint8 for image in images)
         if not (self._is_known and are_bytes and len({tuple(image.shape) for image in images}) == 1):
-            return self._collate([self._whole(sample) for sample in samples])
+            return self.collate([self._whole(sample) for sample in samples])
         # An empty image keeps the place of the key among the keys of the batch.
-        batch = self._collate([{**sample, "img": torch.empty(0, dtype=torch.uint8)} for sample in samples])
+        batch = self.collate([{**sample, "img": torch.empty(0, dtype=torch.uint8)} for sample in samples])
         if self.augmentation.is_on_device and images[0].shape[0] in (1, 3):
             packed = pack(images, self._renderer, self._place)
             batch["img"] = packed._replace(pixels=self._passed(packed.pixels))

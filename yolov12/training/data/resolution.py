@@ -12,7 +12,6 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import cv2
@@ -21,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from yolov12.training.data.places import forget
 from yolov12.training.data.recipes import samples
+from yolov12.training.data.shared_number import SharedNumber
 
 __all__ = ["ResolutionControl", "ResolutionStep", "resolution_steps"]
 
@@ -68,7 +68,7 @@ class ResolutionControl:
         """True if a whole BatchNorm group with everything kept has to fit, rather than one image with least memory."""
         self._steps = steps[:1] if mode == "off" else steps
         self._stride = stride
-        self._shared = RawValue(ctypes.c_int, 0)
+        self._shared = SharedNumber(ctypes.c_int, 0)
         self._calm, self._patience, self._since_rise = 0, CALM, _MOST_CALM
         self._events: list[str] = []
 

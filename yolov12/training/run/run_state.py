@@ -8,7 +8,6 @@ A run that resumes from it ends like a run that was not interrupted.
 from __future__ import annotations
 
 import csv
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from yolov12.models import weights
 from yolov12.training.data.loader import ResumableLoader, data_of
 from yolov12.training.data.random_state import random_state, set_random_state
 from yolov12.training.data.resolution import ResolutionControl
+from yolov12.training.run.first_checkpoint import FirstCheckpoint
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 
@@ -118,6 +118,8 @@ class RunSaver:
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
         self._resumed: Mapping[str, Any] | None = None  # set until all of its placeholder batches have run
         self._whole = True
+        self._first_checkpoint = FirstCheckpoint(trainer)
+        self.epoch_ends = self._first_checkpoint.epoch_ends
         self.interruption = interruption
 
     def begin(self) -> None:
@@ -139,7 +141,7 @@ class RunSaver:
             self._whole = True
             seconds = time.monotonic() - self._saved_s
             epoch_end = self._at_epoch_ends and self._loader.is_last and seconds * _COST >= self._cost_s
-            if epoch_end or self._every.due(self._steps, seconds):
+            if self._moment is not None and (epoch_end or self._every.due(self._steps, seconds)):
                 self._save_or_warn()
 
     def complete(self) -> None:
@@ -165,6 +167,10 @@ class RunSaver:
         if not self._saves:
             return
         trainer = self._trainer
+        # The loader does not know the place of another's batch, nor a loop of the user's own what Ultralytics' does.
+        if self._loader.seed is None or trainer.tloss is None or not hasattr(trainer, "epoch_time_start"):
+            self._moment, self._steps = None, 0
+            return
         self._moment = {
             "epoch": trainer.epoch,
             "loader": self._loader.state_dict(),
@@ -230,13 +236,7 @@ class RunSaver:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         files.write(self.path, lambda file: torch.save(state, file))
-        if not trainer.last.exists():  # a run resumes from last.pt; this one says that no epoch is complete
-            now = {name: getattr(trainer, name) for name in ("epoch", "fitness", "save_period")}
-            vars(trainer).update(epoch=-1, fitness=math.nan, save_period=-1)
-            try:
-                trainer.save_model()
-            finally:
-                vars(trainer).update(now)
+        self._first_checkpoint.write()
         self._saved_s, self._steps = time.monotonic(), 0
         self._cost_s = self._saved_s - begin
 

@@ -50,7 +50,10 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
     """
     workers.keep_changed(trainer)
     with run_folder.locked(trainer), session.no_false_start(trainer):
-        process_group.launch(stock, trainer)
+        try:
+            process_group.launch(stock, trainer)
+        finally:
+            adapter.end(trainer)  # a training loop of the user's own may not be Ultralytics' `_do_train`
 
 
 def setup_model(stock: Callable[..., Any], trainer: Any, /) -> Any:
