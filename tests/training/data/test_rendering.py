@@ -216,8 +216,8 @@ def test_a_collate_function_of_the_users_own_gets_whole_samples(yamls):
 
 def test_other_processes_get_the_data_set_with_its_recipes(yamls):
     """Processes that are not forked get a pickled one."""
-    loader = ResumableLoader(build_dataloader(dataset_of(yamls["detect"]), 4, 0, device="cpu"), 64).take_over()
-    next(iter(loader))
+    loader = build_dataloader(dataset_of(yamls["detect"]), 4, 0, device="cpu")
+    next(iter(ResumableLoader(loader, 64).take_over()))
     dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
     assert collate(dataset.__getitems__(Later([0, 1])))["img"].shape == (2, 3, 64, 64)
 
