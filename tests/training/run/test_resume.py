@@ -454,6 +454,53 @@ def test_a_handler_that_is_set_in_a_training_stays(signals):
     assert signal.getsignal(signal.SIGTERM) is print
 
 
+def test_a_users_handler_does_not_hide_the_signal_that_ends_the_training(signals):
+    """A job is terminated in an optimizer step, and its user, who counts presses of Ctrl-C, presses it then."""
+    seen = []
+    signals(signal.SIGINT, lambda *_: seen.append(1))
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    interruption = Interruption()
+    interruption.watch()
+    with pytest.raises(SystemExit, match="143"), interruption.deferred():  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.due
+    assert seen == [1]
+    interruption.stop()
+
+
+def test_a_users_handler_is_called_while_the_handlers_are_put_back(signals, monkeypatch):
+    seen = []
+    signals(signal.SIGTERM, lambda *_: seen.append(1))
+    interruption = Interruption()
+    interruption.watch()
+    monkeypatch.setattr(signal, "getsignal", lambda number: os.kill(os.getpid(), signal.SIGTERM))
+    interruption.stop()
+    assert len(seen) == 2
+
+
+def test_a_handler_that_a_user_has_put_around_reaches_the_first_one_also_after_the_training(signals):
+    seen = []
+    signals(signal.SIGTERM, lambda *_: seen.append("first"))
+    interruption = Interruption()
+    interruption.watch()
+    before = signal.getsignal(signal.SIGTERM)
+    signals(signal.SIGTERM, lambda *given: (seen.append("second"), before(*given)))
+    interruption.at_once = False
+    interruption.stop()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert seen == ["second", "first"]
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    """Python cannot put back the handler of a library."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("it was replaced"))
+    interruption = Interruption()
+    interruption.watch()
+    interruption.stop()
+
+
 def test_a_users_handler_decides_how_a_training_ends(trainings, signals, tmp_path):
     """The usual way to end a job of a cluster in time: the handler notes the signal, and a callback stops."""
     asked, batches = [], []

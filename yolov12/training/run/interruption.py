@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ class Interruption:
         self.at_once = True
         """True if a signal raises its exception at once; False if only `check` raises it."""
         self._signal: int | None = None
+        self._users: list[int] = []  # signals that wait for handlers of the user's own
         self._deferrals = 0
         self._stock: dict[int, Any] = {}
 
@@ -34,23 +35,24 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # a job in the background ignores them
-                self._stock[number] = signal.signal(number, self._arrived)
+            handler = signal.getsignal(number)
+            # A job in the background ignores them. A handler that is not Python's could not be restored.
+            if handler not in (signal.SIG_IGN, None):
+                self._stock[number] = handler
+                signal.signal(number, self._arrived)
 
     def stop(self) -> None:
         """Restore the previous handlers, unless the user has set others since, and pass on a signal to the user's."""
-        users = self._users
-        stock, self._stock = self._stock, {}
-        for number, handler in stock.items():
+        for number, handler in self._stock.items():
             if signal.getsignal(number) == self._arrived:
                 signal.signal(number, handler)
-        if users is not None:
-            self._pass_on(users)
+        self.at_once = True  # a handler that the user has set since may still call this one
+        self._pass_on()
 
     @property
     def due(self) -> bool:
         """True if a signal has arrived that ends the training."""
-        return self._signal is not None and self._users is None
+        return self._signal is not None
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -60,8 +62,7 @@ class Interruption:
             yield
         finally:
             self._deferrals -= 1
-        if self.at_once or self._users is not None:
-            self.check()
+        self._heed()
 
     def check(self) -> None:
         """Raise the exception of a signal that has arrived, or call the user's own handler, which may raise another.
@@ -72,25 +73,27 @@ class Interruption:
             SystemExit: SIGTERM has arrived.
             KeyboardInterrupt: SIGINT has arrived.
         """
-        if self._signal is None or self._deferrals:
+        if self._deferrals:
             return
-        if self._users is not None:
-            self._pass_on(self._users)
-        else:
+        self._pass_on()
+        if self._signal is not None:
             raise SystemExit(128 + self._signal) if self._signal == signal.SIGTERM else KeyboardInterrupt
 
-    @property
-    def _users(self) -> Callable[[int, FrameType | None], Any] | None:
-        """Handler of the user's own for the signal that has arrived; None if there is none."""
-        handler = self._stock.get(self._signal) if self._signal is not None else None
-        return handler if callable(handler) and handler is not signal.default_int_handler else None
+    def _pass_on(self) -> None:
+        while self._users:
+            number = self._users.pop(0)
+            self._stock[number](number, sys._getframe())
 
-    def _pass_on(self, users: Callable[[int, FrameType | None], Any]) -> None:
-        arrived, self._signal = self._signal, None
-        assert arrived is not None
-        users(arrived, sys._getframe())
+    def _heed(self) -> None:
+        if self.at_once:
+            self.check()
+        elif not self._deferrals:
+            self._pass_on()
 
     def _arrived(self, number: int, _: FrameType | None) -> None:
-        self._signal = number
-        if self.at_once or self._users is not None:
-            self.check()
+        handler = self._stock[number]
+        if callable(handler) and handler is not signal.default_int_handler:
+            self._users.append(number)
+        else:
+            self._signal = number
+        self._heed()
