@@ -42,6 +42,7 @@ def test_the_loader_is_one_of_pytorch_for_users(trainings, small_model, tmp_path
             refused.append(name)
         loader.of_a_user = 3
         assert loader.of_a_user == 3
+        assert copy.copy(loader).dataset is loader.dataset
         keys.append(set(loader.collate_fn([loader.dataset[0]])))
 
     run = trainings.train(tmp_path, small_model, epochs=1, callbacks=[("on_train_start", look)])
