@@ -137,3 +137,15 @@ def test_a_trainer_trains_once_more(trainings, small_model, tmp_path):
     assert all(map(torch.equal, ours[0], first))
     assert all(map(torch.equal, ours[1], second))
     assert not all(map(torch.equal, first, second))
+
+
+def test_a_trainer_can_train_again_after_an_error_of_a_callback_at_its_end(trainings, small_model, tmp_path):
+    def fail(trainer):
+        raise ValueError
+
+    trainer = DetectionTrainer(overrides={**trainings.TINY, "model": small_model, "project": str(tmp_path)})
+    trainer.add_callback("on_train_start", fail)
+    trainer.add_callback("teardown", fail)
+    with pytest.raises(ValueError):  # noqa: PT011
+        trainer.train()
+    assert not {"preprocess_batch", "run_callbacks", "optimizer_step"} & vars(trainer).keys()

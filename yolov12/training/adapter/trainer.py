@@ -145,6 +145,8 @@ class TrainerAdapter:
         """Run the callbacks, which users may replace. After some, the loop asks for its batches, or takes one."""
         if event == "on_train_end" and self.saver is not None:
             self.saver.complete()  # before the callbacks, which may fail
+        if event == "teardown":
+            self._replaced.restore()  # likewise
         loader = self._loader
         if loader is not None:
             is_loops, loader.is_loops = loader.is_loops, False
@@ -346,4 +348,3 @@ class TrainerAdapter:
         if summary is not None and not self._ranks.rank:
             waited = waited_for_data(self._trainer, self._loader, summary)
             LOGGER.info(summary.as_text() + over_limit(self._trainer.validator) + waited)
-        self._replaced.restore()
