@@ -49,6 +49,22 @@ def test_no_checkpoint_stays_that_the_users_code_has_not_written(trainings, tmp_
         assert not (folders[0] / "last.pt").exists()
 
 
+def test_nor_does_one_stay_that_was_resumed_from(trainings, power, tmp_path):
+    part = trainings.train(
+        tmp_path, trainer=OfAnotherForm, callbacks=power.cut_at(2), raises=power.CutError, save_every=1
+    )
+    last, there = part.folder / "weights" / "last.pt", []
+    trainings.train(
+        tmp_path, last, trainer=OfAnotherForm, resume=True, raises=FileNotFoundError,
+        callbacks=[
+            ("on_train_epoch_end", lambda _: there.append(last.exists())),
+            ("on_fit_epoch_end", lambda _: there.append((last.parent / "mine.pth").exists())),
+        ],
+    )  # fmt: skip
+    assert there[:2] == [True, True]
+    assert not last.exists()
+
+
 def test_a_model_that_cannot_be_pickled_ends_no_training_before_its_epoch_does(trainings, tmp_path):
     def make_local(trainer):
         trainer.ema.ema.of_a_user = lambda: None

@@ -17,7 +17,7 @@ from yolov12.errors import ConfigError
 from yolov12.files import AtomicPath, lock
 from yolov12.mas import Engine, compile_ahead
 from yolov12.mas.distributed.ranks import ALONE
-from yolov12.training.run import run_state, session
+from yolov12.training.run import process_group, run_state, session
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 from yolov12.training.run.resume import begun, latest_interrupted
@@ -516,6 +516,26 @@ def test_a_users_handler_decides_how_a_training_ends(trainings, signals, tmp_pat
     assert len(batches) == 2
     assert run.calls["on_train_end"] == 1
     assert len(run.results) == 1
+
+
+def test_a_handler_that_raises_at_the_end_of_a_training_leaves_nothing_open(trainings, signals, monkeypatch, tmp_path):
+    """The signal arrives in an optimizer step that fails."""
+    order, disband = [], process_group.disband
+    monkeypatch.setattr(process_group, "disband", lambda *error: (order.append("disband"), disband(*error)))
+
+    def handle(*_):
+        order.append("handler")
+        raise InterruptedError
+
+    def fail(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError
+
+    signals(signal.SIGTERM, handle)
+    begin = ("on_train_start", lambda trainer: trainer.optimizer.register_step_pre_hook(fail))
+    trainings.train(tmp_path, callbacks=[begin], raises=InterruptedError)
+    assert order == ["disband", "disband", "handler"]  # the first tells other processes of the error
+    assert signal.getsignal(signal.SIGTERM) is handle
 
 
 def whole_and_resumed(trainings, power, folder, *, cut_by, **arguments):

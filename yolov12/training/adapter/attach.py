@@ -25,6 +25,7 @@ from yolov12.training.data.random_state import random_state
 from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import process_group
 from yolov12.training.run.completed_epoch import CompletedEpoch
+from yolov12.training.run.first_checkpoint import RESUMED
 from yolov12.training.run.run_state import FILE, drop_rows, find
 
 __all__ = ["STATE", "attach", "do_train", "end", "resume", "why_not"]
@@ -132,11 +133,13 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
         return
     for name in (STATE, _SIZES, _RANDOM):
         setattr(trainer, name, (checkpoint.get("optimizer") or {}).get(name))
+    is_first = checkpoint.get("epoch", -1) == -1 and checkpoint.get("optimizer") is not None
+    setattr(trainer, RESUMED, is_first)
     exact = why_not(trainer, _unwrapped(trainer)) is None and resumable(trainer.train_loader)
     state = find(trainer, checkpoint) if exact else None
     if (group := process_group.current()) is not None and not _same_on_all(group.ranks, state):
         state = None
-    if state is None and checkpoint.get("epoch", -1) == -1 and checkpoint.get("optimizer") is not None:
+    if state is None and is_first:
         from ultralytics.utils import LOGGER
 
         LOGGER.warning("resume: no epoch was complete: it begins anew, with the weights of the checkpoint")
@@ -183,9 +186,9 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
             raise blamed from error
         raise
     finally:
-        end(trainer)
         process_group.disband()
         compile_ahead.end()
+        end(trainer)  # at last, as it may call a handler of the user's own, which may raise
 
 
 def end(trainer: Any) -> None:
@@ -194,10 +197,10 @@ def end(trainer: Any) -> None:
     Args:
         trainer: Ultralytics trainer.
     """
-    if (saver := getattr(trainer, SAVER, None)) is not None:
-        saver.end()
     if (engine := getattr(trainer, _ENGINE, None)) is not None:
         engine.lift_limit()  # an error or a signal ends a run without its teardown
+    if (saver := getattr(trainer, SAVER, None)) is not None:
+        saver.end()
 
 
 def _is_of_collective(error: BaseException) -> TypeGuard[RuntimeError]:

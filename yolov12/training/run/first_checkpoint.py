@@ -14,7 +14,10 @@ from typing import Any
 
 from yolov12.training.adapter.users_code import is_ultralytics
 
-__all__ = ["FirstCheckpoint"]
+__all__ = ["RESUMED", "FirstCheckpoint"]
+
+RESUMED = "yolov12_resumed_first"
+"""Attribute of a trainer: True if it resumes from a checkpoint that `FirstCheckpoint` has written."""
 
 
 class FirstCheckpoint:
@@ -27,6 +30,8 @@ class FirstCheckpoint:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._written: tuple[int, int] | None = None
+        if vars(trainer).pop(RESUMED, False) and Path(str(trainer.args.resume)).resolve() == trainer.last.resolve():
+            self._note()
 
     def write(self) -> None:
         """Write `last.pt`, unless there is one.
@@ -47,8 +52,11 @@ class FirstCheckpoint:
             raise RuntimeError(f"nor {trainer.last}: {error}") from error
         finally:
             vars(trainer).update(now)
-        if not is_ultralytics(trainer.save_model):
-            self._written = _identity(trainer.last)
+        self._note()
+
+    def _note(self) -> None:
+        if not is_ultralytics(self._trainer.save_model):
+            self._written = _identity(self._trainer.last)
 
     def epoch_ends(self) -> None:
         """Remove what `write` has written, unless the end of the epoch has replaced it."""
