@@ -161,7 +161,7 @@ def test_signals_wait_for_what_must_not_be_cut():
     done = []
     try:
         with pytest.raises(SystemExit, match="143"), interruption.deferred():  # noqa: PT012
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             done.append(1)
         with pytest.raises(SystemExit, match="143"):
             interruption.check()
@@ -431,17 +431,17 @@ def test_signals_that_are_ignored_stay_so_and_those_of_the_user_reach_their_hand
     signals(signal.SIGTERM, lambda number, frame: seen.append((number, frame is not None)))
     interruption = Interruption()
     interruption.watch()
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     with interruption.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert not seen
         assert not interruption.due
     assert seen == [(signal.SIGTERM, True)]
     interruption.at_once = False  # as with several ranks, which agree on an end
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert len(seen) == 2
     with interruption.deferred():
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         interruption.stop()
         assert len(seen) == 3
 
@@ -462,8 +462,8 @@ def test_a_users_handler_does_not_hide_the_signal_that_ends_the_training(signals
     interruption = Interruption()
     interruption.watch()
     with pytest.raises(SystemExit, match="143"), interruption.deferred():  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
         assert interruption.due
     assert seen == [1]
     interruption.stop()
@@ -474,7 +474,7 @@ def test_a_users_handler_is_called_while_the_handlers_are_put_back(signals, monk
     signals(signal.SIGTERM, lambda *_: seen.append(1))
     interruption = Interruption()
     interruption.watch()
-    monkeypatch.setattr(signal, "getsignal", lambda number: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.raise_signal(signal.SIGTERM))
     interruption.stop()
     assert len(seen) == 2
 
@@ -488,7 +488,7 @@ def test_a_handler_that_a_user_has_put_around_reaches_the_first_one_also_after_t
     signals(signal.SIGTERM, lambda *given: (seen.append("second"), before(*given)))
     interruption.at_once = False
     interruption.stop()
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     assert seen == ["second", "first"]
 
 
@@ -509,7 +509,7 @@ def test_a_users_handler_decides_how_a_training_ends(trainings, signals, tmp_pat
     def look(trainer):
         batches.append(trainer.epoch)
         if len(batches) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         trainer.stop = bool(asked)
 
     run = trainings.train(tmp_path, callbacks=[("on_train_batch_end", look)])
@@ -528,7 +528,7 @@ def test_a_handler_that_raises_at_the_end_of_a_training_leaves_nothing_open(trai
         raise InterruptedError
 
     def fail(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         raise ValueError
 
     signals(signal.SIGTERM, handle)
