@@ -326,11 +326,8 @@ class _Collate:
     def around(self, collate: Callable[[list[Any]], dict[str, Any]]) -> _Collate:
         """Return the same with another collate function."""
         other = _Collate(collate, self.arrange)
-        other.clock, other.stock.shared, other.stock.augmentation = (
-            self.clock,
-            self.stock.shared,
-            self.stock.augmentation,
-        )
+        other.clock = self.clock
+        other.stock.shared, other.stock.augmentation = self.stock.shared, self.stock.augmentation
         return other
 
     def __call__(self, samples: Any) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""Signals in a training: they wait for what must not be cut, and handlers of the user's own decide."""
+
+import signal
+
+import pytest
+
+from yolov12.training.run import process_group
+from yolov12.training.run.interruption import Interruption
+
+
+@pytest.fixture
+def signals():
+    """Function that sets a handler, and puts all of them back at the end."""
+    stock = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield signal.signal
+    for number, handler in stock.items():
+        signal.signal(number, handler)
+
+
+def test_signals_wait_for_what_must_not_be_cut():
+    interruption, stock = Interruption(), signal.getsignal(signal.SIGTERM)
+    interruption.watch()
+    done = []
+    try:
+        with pytest.raises(SystemExit, match="143"), interruption.deferred():  # noqa: PT012
+            signal.raise_signal(signal.SIGTERM)
+            done.append(1)
+        with pytest.raises(SystemExit, match="143"):
+            interruption.check()
+    finally:
+        interruption.stop()
+    assert done
+    assert signal.getsignal(signal.SIGTERM) is stock
+
+
+def test_signals_that_are_ignored_stay_so_and_those_of_the_user_reach_their_handlers(signals):
+    seen = []
+    signals(signal.SIGINT, signal.SIG_IGN)
+    signals(signal.SIGTERM, lambda number, frame: seen.append((number, frame is not None)))
+    interruption = Interruption()
+    interruption.watch()
+    signal.raise_signal(signal.SIGINT)
+    with interruption.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        assert not seen
+        assert not interruption.due
+    assert seen == [(signal.SIGTERM, True)]
+    interruption.at_once = False  # as with several ranks, which agree on an end
+    signal.raise_signal(signal.SIGTERM)
+    assert len(seen) == 2
+    with interruption.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        interruption.stop()
+        assert len(seen) == 3
+
+
+def test_a_handler_that_is_set_in_a_training_stays(signals):
+    interruption = Interruption()
+    interruption.watch()
+    signals(signal.SIGTERM, print)
+    interruption.stop()
+    assert signal.getsignal(signal.SIGTERM) is print
+
+
+def test_a_users_handler_does_not_hide_the_signal_that_ends_the_training(signals):
+    """A job is terminated in an optimizer step, and its user, who counts presses of Ctrl-C, presses it then."""
+    seen = []
+    signals(signal.SIGINT, lambda *_: seen.append(1))
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    interruption = Interruption()
+    interruption.watch()
+    with pytest.raises(SystemExit, match="143"), interruption.deferred():  # noqa: PT012
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.due
+    assert seen == [1]
+    interruption.stop()
+
+
+def test_a_users_handler_is_called_while_the_handlers_are_put_back(signals, monkeypatch):
+    seen = []
+    signals(signal.SIGTERM, lambda *_: seen.append(1))
+    interruption = Interruption()
+    interruption.watch()
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.raise_signal(signal.SIGTERM))
+    interruption.stop()
+    assert len(seen) == 2
+
+
+def test_a_handler_that_a_user_has_put_around_reaches_the_first_one_also_after_the_training(signals):
+    seen = []
+    signals(signal.SIGTERM, lambda *_: seen.append("first"))
+    interruption = Interruption()
+    interruption.watch()
+    before = signal.getsignal(signal.SIGTERM)
+    signals(signal.SIGTERM, lambda *given: (seen.append("second"), before(*given)))
+    interruption.at_once = False
+    interruption.stop()
+    signal.raise_signal(signal.SIGTERM)
+    assert seen == ["second", "first"]
+
+
+def test_a_handler_that_is_not_pythons_stays(monkeypatch):
+    """Python cannot put back the handler of a library."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("it was replaced"))
+    interruption = Interruption()
+    interruption.watch()
+    interruption.stop()
+
+
+def test_a_users_handler_decides_how_a_training_ends(trainings, signals, tmp_path):
+    """The usual way to end a job of a cluster in time: the handler notes the signal, and a callback stops."""
+    asked, batches = [], []
+    signals(signal.SIGTERM, lambda *_: asked.append(1))
+
+    def look(trainer):
+        batches.append(trainer.epoch)
+        if len(batches) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        trainer.stop = bool(asked)
+
+    run = trainings.train(tmp_path, callbacks=[("on_train_batch_end", look)])
+    assert len(batches) == 2
+    assert run.calls["on_train_end"] == 1
+    assert len(run.results) == 1
+
+
+def test_a_handler_that_raises_at_the_end_of_a_training_leaves_nothing_open(trainings, signals, monkeypatch, tmp_path):
+    """The signal arrives in an optimizer step that fails."""
+    order, disband = [], process_group.disband
+    monkeypatch.setattr(process_group, "disband", lambda *error: (order.append("disband"), disband(*error)))
+
+    def handle(*_):
+        order.append("handler")
+        raise InterruptedError
+
+    def fail(*_):
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError
+
+    signals(signal.SIGTERM, handle)
+    begin = ("on_train_start", lambda trainer: trainer.optimizer.register_step_pre_hook(fail))
+    trainings.train(tmp_path, callbacks=[begin], raises=InterruptedError)
+    assert order == ["disband", "disband", "handler"]  # the first tells other processes of the error
+    assert signal.getsignal(signal.SIGTERM) is handle
