@@ -122,10 +122,11 @@ def run_on_cpu(monkeypatch, module, **names):
         names: Values that take the place of the module's own in the kernels.
     """
     language = Language()
-    names = {**vars(module), **names, "tl": language}
+    given, names = names, {**vars(module), "tl": language}
     for name, value in vars(module).items():
         if isinstance(function := getattr(value, "fn", None), types.FunctionType):
             names[name] = types.FunctionType(function.__code__, names)
+    names |= given
     for name in module.__all__:
         monkeypatch.setattr(module, name, Interpreted(names[name], language))
     monkeypatch.setattr(triton_launch, "_HANDS_OUT_KERNELS", False)

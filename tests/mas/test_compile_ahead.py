@@ -1,5 +1,6 @@
 """Kernels that other processes compile: what they leave in Triton's cache, and who waits for whom."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+import triton.language as tl
+from triton import JITFunction
 
 from tests.driver import stand_in
 from yolov12.mas import compile_ahead
@@ -53,6 +57,26 @@ def names(cache):
 
 def wait_for(wanted):
     compile_ahead.wait_for(getattr(upsampling_kernels, wanted.name), HALF, wanted.constants)
+
+
+KERNELS = ["mas.batchnorm.kernels", "mas.step.upsampling_kernels", "models.loss_kernels", "models.matching_kernels"]
+KERNELS += ["training.adapter.image_kernel", "training.data.render_kernel"]
+
+
+def test_keys_of_the_cache_do_not_depend_on_what_ran_before():
+    """Triton adds the global constants of a called function to the key only if that function has a key already."""
+    modules = [importlib.import_module(f"yolov12.{name}") for name in KERNELS]
+    own = [value for module in modules for value in vars(module).values()]
+    assert not any(isinstance(value, tl.constexpr) for value in own)
+    functions = list({id(each): each for each in own if isinstance(each, JITFunction)}.values())
+    assert len(functions) > 40
+
+    def keys(order):
+        for each in functions:
+            each.hash, each.used_global_vals = None, {}
+        return {(each.__module__, each.__name__): each.cache_key for each in order}
+
+    assert keys(functions) == keys(functions[::-1])
 
 
 def test_launches_on_meta_tensors_are_noted_once_and_in_order():

@@ -78,7 +78,7 @@ def device(request, monkeypatch):
     from yolov12.mas.batchnorm import kernels
     from yolov12.mas.step import upsampling_kernels
 
-    run_on_cpu(monkeypatch, kernels, _PTX=False)
+    run_on_cpu(monkeypatch, kernels, _sigmoid=torch.sigmoid)
     run_on_cpu(monkeypatch, upsampling_kernels)
     monkeypatch.setattr(upsampling, "_applies", lambda x: x.is_contiguous(memory_format=torch.channels_last))
     monkeypatch.setattr(fused, "_SUMS", dataclasses.replace(fused._SUMS, values=1024, unroll=1, programs=1))

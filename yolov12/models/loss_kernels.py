@@ -3,6 +3,9 @@
 Shapes: boxes (images, 4 × bins, anchors), scores (images, classes, anchors), points in cells (2, anchors), strides
 (anchors), targets (boxes of labels, 4), kinds (boxes of labels); score and box (images, anchors). Grid axis 1 is the
 image. Predictions are rounded to half precision where Ultralytics' loss rounds them in mixed precision.
+
+Constants are written out: with global ones, the key under which Triton stores a compiled kernel depends on which kernel
+a process has launched before, so kernels that `compile_ahead` has compiled would not be found.
 """
 
 from __future__ import annotations
@@ -13,8 +16,6 @@ import triton.language as tl
 __all__ = ["box_gradient", "box_loss", "entropy", "entropy_gradient"]
 
 _jit = triton.jit(do_not_specialize=["anchors", "classes"])
-_EPS = tl.constexpr(1e-7)
-_PI = tl.constexpr(3.141592653589793)
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _arctan(value):
     q = t * t
     series = 1 / 9 - q * (1 / 11 - q * (1 / 13 - q * (1 / 15 - q / 17)))
     angle = 2.0 * t * (1.0 - q * (1 / 3 - q * (1 / 5 - q * (1 / 7 - q * series))))
-    return tl.where(large, _PI / 2 - angle, angle)
+    return tl.where(large, 1.5707963267948966 - angle, angle)
 
 
 @triton.jit
@@ -56,19 +57,19 @@ def _overlap(ax1, ay1, ax2, ay2, aw, ah, area, angle, bx1, by1, bx2, by2):
 
     Width, height, area and angle of a are given, as they are rounded.
     """
-    bw, bh = bx2 - bx1, by2 - by1 + _EPS
+    bw, bh = bx2 - bx1, by2 - by1 + 1e-7
     iw = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
     ih = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
-    union = area + bw * bh - iw * ih + _EPS
+    union = area + bw * bh - iw * ih + 1e-7
     iou = iw * ih / union
     cw = tl.maximum(ax2, bx2) - tl.minimum(ax1, bx1)
     ch = tl.maximum(ay2, by2) - tl.minimum(ay1, by1)
-    diagonal = cw * cw + ch * ch + _EPS
+    diagonal = cw * cw + ch * ch + 1e-7
     dx, dy = bx1 + bx2 - ax1 - ax2, by1 + by2 - ay1 - ay2
     distance = (dx * dx + dy * dy) / 4
     turn = _arctan(bw / bh) - angle
-    v = 4 / (_PI * _PI) * turn * turn
-    alpha = v / (1.0 - iou + v + _EPS)
+    v = 0.4052847345693511 * turn * turn  # 4 / π²
+    alpha = v / (1.0 - iou + v + 1e-7)
     return iou - (distance / diagonal + v * alpha), iw, ih, union, iou, cw, ch, diagonal, dx, dy, distance, turn, alpha
 
 
@@ -107,7 +108,7 @@ def _matched(boxes, points, strides, targets, box, image, at, inside, anchors):
 def _sides(boxes, x1, y1, x2, y2):
     """Return width, height, area and angle of predicted boxes, rounded as by Ultralytics."""
     w = _rounded(x2 - x1, boxes)
-    h = _rounded(_rounded(y2 - y1, boxes) + _EPS, boxes)
+    h = _rounded(_rounded(y2 - y1, boxes) + 1e-7, boxes)
     return w, h, _rounded(w * h, boxes), _rounded(_arctan(_rounded(w / h, boxes)), boxes)
 
 
@@ -216,7 +217,7 @@ def box_gradient(
         of_iw = tl.where(tl.minimum(x2, bx2) >= tl.maximum(x1, bx1), ih, 0.0) * of_inter
         of_ih = tl.where(tl.minimum(y2, by2) >= tl.maximum(y1, by1), iw, 0.0) * of_inter
         of_cw, of_ch = 2 * cw * distance / (diagonal * diagonal), 2 * ch * distance / (diagonal * diagonal)
-        of_angle = alpha * 8 / (_PI * _PI) * turn / (w * w + h * h)
+        of_angle = alpha * 8 / 9.869604401089358 * turn / (w * w + h * h)
         of_w, of_h = of_area * h + of_angle * h, of_area * w - of_angle * w
         of_x, of_y = dx / (2 * diagonal), dy / (2 * diagonal)
         g0 = of_iw * _less(bx1, x1) + of_cw * _less(x1, bx1) + of_w - of_x

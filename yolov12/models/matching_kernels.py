@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from yolov12.models.loss_kernels import _EPS, _arctan, _bins, _distance, _overlap, _rounded, _sigmoid
+from yolov12.models.loss_kernels import _arctan, _bins, _distance, _overlap, _rounded, _sigmoid
 
 __all__ = ["corners_of", "pair_values", "resolve", "take", "won"]
 
@@ -45,7 +45,7 @@ def pair_values(
     x2, y2 = tl.load(targets + box * 4 + 2), tl.load(targets + box * 4 + 3)
     kind = tl.load(kinds + box).to(tl.int32)
     # The label is the first box of the overlap here, and the second in the loss.
-    w, h = x2 - x1, y2 - y1 + _EPS
+    w, h = x2 - x1, y2 - y1 + 1e-7
     angle = _arctan(w / h)
     values = scores + (image.to(tl.int64) * classes + kind) * anchors
     base = corners + image.to(tl.int64) * 4 * anchors

@@ -17,7 +17,7 @@ from yolov12.mas.batchnorm import kernels as batchnorm_kernels
 @pytest.fixture
 def kernels(monkeypatch):
     """Return the module that runs the kernels, which are on the CPU here."""
-    run_on_cpu(monkeypatch, batchnorm_kernels, _PTX=False)
+    run_on_cpu(monkeypatch, batchnorm_kernels, _sigmoid=torch.sigmoid)
     # Several blocks, also of small tensors, and several programs.
     monkeypatch.setattr(fused, "_SUMS", dataclasses.replace(fused._SUMS, values=128, unroll=2, programs=4))
     monkeypatch.setattr(fused, "_EACH", dataclasses.replace(fused._EACH, values=256))

@@ -86,6 +86,12 @@ def test_no_random_number_is_drawn(begun, small_model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize(("place", "kernels"), [("auto", 2), ("device", 2), ("host", 0)])
+def test_kernels_that_augment_are_compiled_where_they_may_run(begun, small_model, place, kernels):
+    model = YOLO(small_model).model
+    assert begun(model, augment_on=place) == begun(model, augment_on="host") + kernels
+
+
 @pytest.mark.parametrize("changes", [{"mas": False}, {"compile": True}])
 def test_nothing_is_looked_for_where_the_engine_does_not_run(begun, small_model, changes):
     assert begun(YOLO(small_model).model, **changes) == 0

@@ -23,31 +23,30 @@ _NUMBERS = ["out_units", "grad_units", "tail_units", "first_units", "residual_un
 _jit = triton.jit(do_not_specialize=["pixels", "units", "groups", "splits", "stride", *_NUMBERS])
 
 
-_PTX = tl.constexpr(torch.version.hip is None)
-
-
 @triton.jit
-def _sigmoid(value):
+def _sigmoid_ptx(value):
     """Return 1 / (1 + exp(-value)) to 1e-6. The approximations of the hardware take a third of the instructions.
 
     They are used without Triton's treatment of numbers below 1e-38, as here these are added to 1, or zero will do.
     """
-    if _PTX:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 t;
-            mul.ftz.f32 t, $1, 0fBFB8AA3B;
-            ex2.approx.ftz.f32 t, t;
-            add.ftz.f32 t, t, 0f3F800000;
-            rcp.approx.ftz.f32 $0, t;
-            }""",
-            "=f,f",
-            [value],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return tl.sigmoid(value)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 t;
+        mul.ftz.f32 t, $1, 0fBFB8AA3B;
+        ex2.approx.ftz.f32 t, t;
+        add.ftz.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t;
+        }""",
+        "=f,f",
+        [value],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+# Not a constant that one function reads: see `models.loss_kernels`.
+_sigmoid = tl.sigmoid if torch.version.hip else _sigmoid_ptx
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from yolov12.models import fused_loss
 from yolov12.models.activations import activations
 from yolov12.training.adapter.attach import why_not
 from yolov12.training.adapter.images import scaled
+from yolov12.training.data import device_rendering
 
 __all__ = ["begin", "wanted"]
 
@@ -48,7 +49,9 @@ def begin(trainer: Any) -> None:
     if any(has_hooks(module) or not _is_known(module) for module in model.modules()):
         return  # code of the user's own would see the meta tensors
     try:
-        compile_ahead.begin(wanted(model, torch.float16 if trainer.amp else torch.float32), trainer.device)
+        dtype = torch.float16 if trainer.amp else torch.float32
+        renders = trainer.args.augment_on != "host"
+        compile_ahead.begin(wanted(model, dtype, renders=renders), trainer.device)
     except Exception as error:  # a module of Ultralytics' that cannot do without data, no home, …
         logging.getLogger("yolov12.mas").debug("kernels are compiled at their first launch: %s", error)
 
@@ -61,12 +64,13 @@ def _is_known(module: nn.Module) -> bool:
     return "forward" not in vars(module) and all(module_of(each).startswith(LIBRARIES) for each in (*own, *stock))
 
 
-def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
+def wanted(model: nn.Module, dtype: torch.dtype, *, renders: bool = False) -> list[Wanted]:
     """Return the kernels that a model of Ultralytics' and yolov12's own code needs, in the order of their first use.
 
     Args:
         model: The model, which stays as it is.
         dtype: Type of images and activations.
+        renders: True if images may be augmented on the device.
     """
     from ultralytics.nn.tasks import DetectionModel
 
@@ -75,6 +79,8 @@ def wanted(model: nn.Module, dtype: torch.dtype) -> list[Wanted]:
     channels = next(layer.in_channels for layer in twin.modules() if isinstance(layer, nn.Conv2d))
     images = torch.empty(sum(_GROUPS), channels, _SIDE, _SIDE, dtype=torch.uint8, device=_META)
     with compile_ahead.noted() as found, _LikeCuda():  # type: ignore[no-untyped-call]
+        if renders:
+            device_rendering.note(dtype)
         for joins in (True, False):  # checkpoint plans keep layers from writing to concatenations
             norms.begin()
             with norms.within(_GROUPS, 0, joins=joins), upsampling.within():

@@ -24,7 +24,7 @@ try:
 except ImportError:  # PyTorch supports platforms that Triton does not
     render_kernel = None  # type: ignore[assignment]
 
-__all__ = ["PackedTensor", "has_kernel", "rendered"]
+__all__ = ["PackedTensor", "has_kernel", "note", "rendered"]
 
 _BLOCK, _WARPS = 512, 4
 _AT_ONCE = 16  # images that are rendered at once for readers on the host, outside of the engine's micro-batches
@@ -48,9 +48,19 @@ def has_kernel(device: torch.device) -> bool:
     """Return whether the kernel runs on a device."""
     if render_kernel is None or device.type != "cuda":
         return False
+    return compiles(lambda: _with_kernel(_smallest(device), torch.float16))
+
+
+def note(dtype: torch.dtype) -> None:
+    """Note the kernels for images of a type and for images of bytes, see `compile_ahead.noted`."""
+    if render_kernel is not None:
+        for each in (dtype if dtype.itemsize == 2 else None, None):
+            _with_kernel(_smallest(torch.device("meta")), each)
+
+
+def _smallest(device: torch.device) -> PackedImages:
     numbers = torch.zeros(1, packing.HEAD + 4 * 2, dtype=torch.int32, device=device)
-    packed = PackedImages(torch.zeros(packing.TABLES, dtype=torch.uint8, device=device), numbers, 0, (3, 1, 1))
-    return compiles(lambda: _with_kernel(packed, torch.float16))
+    return PackedImages(torch.zeros(packing.TABLES, dtype=torch.uint8, device=device), numbers, 0, (3, 1, 1))
 
 
 class PackedTensor(DeferredTensor):
