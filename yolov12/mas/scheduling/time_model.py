@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from yolov12.mas.scheduling.peak_law import Size
@@ -43,8 +43,11 @@ _SEEN = 0.03
 _MEMORY = 16.0
 # Factor on the weight of a mean with each batch that runs under another plan or size.
 _FADING = 0.995
-# Longer times than this, relative to the mean, are clipped: something else took the time.
-_OUTLIER = 2.0
+# Times that are longer than this, relative to the mean, are outliers: something else may have taken the time. One of
+# `_MEMORY` times is left out as an outlier; if there are more, the arm has become slower.
+_OUTLIER = 1.25
+# Longest time that a mean takes in at once, relative to the mean.
+_MOST = 2.0
 # Most means that are stored.
 _ARMS = 128
 # Most batches with new sizes that wait for the usual time of these sizes.
@@ -67,11 +70,19 @@ _Arm = tuple[int, int, int, int]  # images, height, width, level
 class _Mean:
     ms: float
     weight: float
+    calm: float = math.inf
+    """Number of times since the last outlier."""
 
     def with_(self, ms: float) -> _Mean:
+        if self.weight >= 1.0:
+            if ms > _OUTLIER * self.ms and self.calm >= _MEMORY:
+                return replace(self, calm=0)
+            ms = min(ms, _MOST * self.ms)
         weight = min(self.weight + 1.0, _MEMORY)
-        ms = min(ms, _OUTLIER * self.ms) if self.weight >= 1.0 else ms
-        return _Mean(self.ms + (ms - self.ms) / weight, weight)
+        return _Mean(self.ms + (ms - self.ms) / weight, weight, self.calm + 1)
+
+    def faded(self) -> _Mean:
+        return replace(self, weight=self.weight * _FADING)
 
 
 @dataclass(frozen=True)
@@ -214,7 +225,7 @@ class SpeedModel:
         total = sum(count * self.expected_ms(*size, level, replays) for size, count in counts.items())
         means = {size: self.expected_ms(*size, level, replays) * ms / total for size in counts}
         self._arms, self._replays = (
-            {arm: _Mean(mean.ms, mean.weight * _FADING) for arm, mean in arms.items()}
+            {arm: mean.faded() for arm, mean in arms.items()}
             for arms in (self._arms, self._replays)
         )
         for size, each in means.items():
