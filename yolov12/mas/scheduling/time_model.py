@@ -225,8 +225,7 @@ class SpeedModel:
         total = sum(count * self.expected_ms(*size, level, replays) for size, count in counts.items())
         means = {size: self.expected_ms(*size, level, replays) * ms / total for size in counts}
         self._arms, self._replays = (
-            {arm: mean.faded() for arm, mean in arms.items()}
-            for arms in (self._arms, self._replays)
+            {arm: mean.faded() for arm, mean in arms.items()} for arms in (self._arms, self._replays)
         )
         for size, each in means.items():
             _add(self._replays if replays else self._arms, (*size, level), each)
