@@ -240,6 +240,21 @@ def _difference(ours: Sequence[float], stock: Sequence[float]) -> dict[str, floa
     return {"difference": round(statistics.mean(ours) - statistics.mean(stock), 5), "interval": round(half, 5)}
 
 
+def _claim(folder: Path, settings: Settings) -> None:
+    """Make the folder of data and trainings, or refuse one whose data have other sizes."""
+    file, about = folder / "settings.json", _about(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    if file.exists() and json.loads(file.read_text()) != about:
+        raise SystemExit(f"{folder} has data and trainings with other settings: give another --runs")
+    file.write_text(json.dumps(about))
+
+
+def _about(settings: Settings) -> dict[str, Any]:
+    """Return the settings that all trainings share, as JSON has them."""
+    about: dict[str, Any] = json.loads(json.dumps(asdict(replace(settings, models=(), data=()))))
+    return about
+
+
 def _pair(text: str) -> tuple[str, int]:
     model, _, batch = text.partition("=")
     return model, int(batch)
@@ -268,7 +283,6 @@ def main() -> None:
     given = ("models", "data", "imgsz", "images", "passes", "epochs", "base_epochs", "limit_gib")
     changed = {name: value for name in given if (value := getattr(options, name)) is not None}
     settings = replace(settings, **{name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()})
-    options.runs.mkdir(parents=True, exist_ok=True)
     accuracy = Accuracy(settings, options.runs.absolute(), options.at_once, lambda: end - time.monotonic())
     part = options.part or ("cpu" if options.device == "cpu" else "gpu")
     carry_out(options, settings, accuracy, report.Report(options.out, options.device, keep=True), part)
@@ -287,9 +301,10 @@ def carry_out(
         part: Name of the part in the file.
     """
     found = result.get(part) or {"stock_batch": [], "runs": [], "neighbour_mib": []}
-    about = json.loads(json.dumps(asdict(replace(settings, models=(), data=()))))
+    about = _about(settings)
     if found.setdefault("settings", about) != about:
         raise SystemExit(f"{options.out} has a part {part} with other settings: give another --part")
+    _claim(options.runs, settings)
     for kind in settings.data:
         accuracy.data(kind)
     for row in accuracy.bases(settings.models):

@@ -14,6 +14,7 @@ import sys
 
 from scripts.figures import (  # noqa: F401 - they register their sections
     cards,
+    cards_long,
     explanation,
     exports,
     measured_endurance,

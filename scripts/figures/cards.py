@@ -28,14 +28,17 @@ MEASURED += "| peak of a step, MiB: mean ± standard deviation | of all steps | 
 RATIOS = "| imitated card | images/s | without the first epoch | standard deviation of the peak | of all steps |"
 SEARCH = "| imitated card | Ultralytics: held | failed | all layers recomputed: held | failed |"
 README = {
-    "label-dense data, 16 epochs of 1,536 images, memory of a T4, an A10 and an A100 40 GB: YOLO12-S, images/s": (
-        "标注密集的数据，1,536 张图像训练 16 个 epoch，显存相当于 T4、A10 和 A100 40 GB：YOLO12-S，图像/秒"
+    "label-dense data, 100 epochs of 1,536 images, memory of a T4: YOLO12-S, images/s": (
+        "标注密集的数据，1,536 张图像训练 100 个 epoch，显存相当于 T4：YOLO12-S，图像/秒"
+    ),
+    "the same in 16 epochs, memory of a T4, an A10 and an A100 40 GB": (
+        "同上，16 个 epoch，显存相当于 T4、A10 和 A100 40 GB"
     ),
     "the same without the first epoch, in which kernels are compiled and searched": (
         "同上，不计编译和搜索 kernel 的第一个 epoch"
     ),
-    "the same: standard deviation of the memory peak of a step in the second half, MiB": (
-        "同上：后一半训练中每步显存峰值的标准差，MiB"
+    "standard deviation of the memory peak of a step in these trainings, second half, MiB: 100 epochs; 16 epochs": (
+        "以上训练后一半中每步显存峰值的标准差，MiB：100 个 epoch；16 个 epoch"
     ),
 }
 """First cell of each row of `readme_rows` in both languages."""
@@ -84,8 +87,8 @@ def passages(found: Mapping[str, Any]) -> Iterator[Passage]:
     yield setting("an optimizer step for about 256 images", HOW)
     usable = [card["memory"]["usable_mib"] for card in cards.values()]
     yield sentence("limits of {} MiB", list_of("{:,}", usable))
-    yield table(MEASURED, _measured(cards))
-    yield table(RATIOS, _ratios(cards))
+    yield table(MEASURED, measured_rows(cards))
+    yield table(RATIOS, ratio_rows(cards))
     yield table(SEARCH, _search(cards))
 
 
@@ -179,7 +182,8 @@ def _held(card: Mapping[str, Any], epochs: int) -> int:
     return max(attempt["batch"] for attempt in tries)
 
 
-def _measured(cards: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
+def measured_rows(cards: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the rows of `MEASURED`."""
     for label, card in cards.items():
         for row, name in ROWS.items():
             if (run := card["rows"].get(row)) is None:
@@ -192,7 +196,8 @@ def _measured(cards: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
             yield [label, name, batch_of(run), *speeds, *peaks, *map(str, events(run))]
 
 
-def _ratios(cards: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
+def ratio_rows(cards: Mapping[str, dict[str, Any]]) -> Iterator[list[str]]:
+    """Yield the rows of `RATIOS`."""
     for label, card in cards.items():
         ratios = card["summary"]
         if all(f"{key}_over_stock" in ratios for key in (*_SPEEDS, *_DEVIATIONS)):
@@ -213,15 +218,24 @@ _SPEEDS = ("images_per_s_all", "images_per_s_after_first")
 _DEVIATIONS = ("peak_sd_mib", "peak_sd_all_mib")
 
 
-def readme_rows(found: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield the figures of the rows `README`, this package's first, with those of all cards in a cell.
+def readme_rows(found: Mapping[str, Any], long: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the rows `README`: names of the JSON files, and the figures, this package's first.
 
     Args:
         found: Content of cards.json.
+        long: Content of cards_100.json.
     """
-    for key in (*_SPEEDS, "peak_sd_mib"):
-        runs = [[card["rows"][who] for _, card in cards_of(found)] for who in ("ours", "stock")]
-        yield [list_of("{:,.0f}", (run[key] for run in each)) for each in runs]
+    whole, later, spread = (_of_both(found, key) for key in (*_SPEEDS, "peak_sd_mib"))
+    yield "cards_100", _of_both(long, _SPEEDS[0])
+    yield "cards", whole
+    yield "cards", later
+    yield "cards_100 cards", ["; ".join(pair) for pair in zip(_of_both(long, "peak_sd_mib"), spread, strict=True)]
+
+
+def _of_both(found: Mapping[str, Any], key: str) -> list[str]:
+    """Return a figure of this package and of Ultralytics, with all cards in a cell."""
+    runs = [[card["rows"][who] for _, card in cards_of(found)] for who in ("ours", "stock")]
+    return [list_of("{:,.0f}", (run[key] for run in each)) for each in runs]
 
 
 @measured(HEADING)

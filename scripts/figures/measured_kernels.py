@@ -148,10 +148,12 @@ def _kernels() -> Passage:
 @measured("Not measured")
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
-    yield setting("at commit 4016c79, they were cut off after 90 s", "a time limit, and the commit of its run")
-    yield setting("At commit 4d19d9f, a test showed", "a commit")
-    yield setting("mended afterwards (commits 95baad5, a0f572a)", "a commit")
-    yield setting("131 of 132 passed with it on an H200", "the section on the smoke suite")
+    ahead = result("smoke")["marked_gpu"]["kernels_ahead_of_2026_11_30"]
+    yield sentence(
+        "At commit {}, a test showed that it compiled {} kernels, of which other processes had compiled {} before",
+        *(ahead["commit"], len(ahead["compiled_in_the_training"]), ahead["of_them_compiled_ahead"]),
+    )
+    yield setting("with Triton 3.6 on the CPU", "a version")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
     yield setting("In 2.3.1 and 2.11, the operators", "versions")

@@ -54,15 +54,16 @@ def devices(measured_on: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
-    """Yield each row of the table: the card, the name of the JSON file, and the figures, this package's first."""
+    """Yield each row of the table: the card, the names of JSON files, and the figures, this package's first."""
     memory = result("memory")
     for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 16)):
         (at,) = (each for each in limits_of(scale) if each["gib"] == gib)
         each = [at[who] for who in ("ours", "stock")]
         made_alike(gib, *each)
         yield each[0]["device"], "limits_h200", [say("{:,.0f}", row["images_per_s"]) for row in each]
-    (device,) = {head["device"] for head in result("cards")["measured_on"].values()}
-    yield from ((device, "cards", figures) for figures in readme_rows(result("cards")))
+    cards = result("cards"), result("cards_100")
+    (device,) = {head["device"] for found in cards for head in found["measured_on"].values()}
+    yield from ((device, *row) for row in readme_rows(*cards))
     whole = result("training")
     for scale in "nsm":
         row_of = {row["variant"]: row for row in whole["rows"] if row["model"] == scale}
@@ -89,9 +90,10 @@ def _rows() -> Iterator[tuple[str, str, list[str]]]:
 
 def _table(header: str, labels: Iterable[str], comma: str) -> Passage:
     rows = []
-    for label, (card, file, figures) in zip(labels, _rows(), strict=True):
+    for label, (card, files, figures) in zip(labels, _rows(), strict=True):
         card = re.sub("NVIDIA | 80GB HBM3", "", card)
-        rows.append([label, *figures, f"{card}{comma}[JSON](benchmarks/results/{file}.json)"])
+        links = [f"[JSON](benchmarks/results/{file}.json)" for file in files.split()]
+        rows.append([label, *figures, comma.join([card, *links])])
     return table(header, rows)
 
 

@@ -193,3 +193,8 @@ def test_the_small_variant_goes_on_where_it_ended(tmp_path):
     assert [run["variant"] for run in runs] == ["stock", "256"]
     assert [len(run["map"]) for run in runs] == [1, 1]
     assert (runs[1]["engine"]["micro_batch_max"], runs[1]["engine"]["bn_group"]) == (2, 2)
+    command += ["stock", "--passes", "3", "--part", "longer"]  # the data have two
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "give another --runs" in run.stderr
+    assert "longer" not in json.loads(out.read_text())
