@@ -32,7 +32,7 @@ def test_json_is_all_that_is_on_stdout_and_says_what_does_not_fit(capfd, monkeyp
     assert cli.main([*SMALL, "mem=50MiB", "optimizer=sgd", "--json"]) == 1
     ctypes.CDLL(None).fflush(None)
     out, err = capfd.readouterr()
-    assert "tmpSolver.run();" in err
+    assert "tmpSolver.run();" not in out + err
     (plan,) = json.loads(out)["plans"]
     assert plan["fits"] is False
     assert plan["micro_batch"] == 1
@@ -48,7 +48,9 @@ def test_what_cannot_be_planned_is_one_line(capsys, tmp_path):
     assert cli.main(["plan", "model=yolov12n.yaml", "mem=16GiB", "gpuu=T4"]) == 2
     assert cli.main(["plan", "model=yolo11n-seg.yaml", "mem=16GiB"]) == 2
     assert cli.main([*SMALL, "mem=16GiB", "disable_mas_layers=backbon.4"]) == 2
-    errors = capsys.readouterr().err.splitlines()
+    assert cli.main(["plan", "model=nothing", "mem=16GiB"]) == 2
+    *errors, missing = capsys.readouterr().err.splitlines()
+    assert missing.endswith("'nothing' does not exist. Check the path, or use the name of a model, as in yolov12s.yaml")
     assert [line.startswith("yolov12: error: ") for line in errors[-3:]] == [True] * 3
     assert "SegmentationModel" in errors[-2]
     assert "Did you mean backbone.4" in errors[-1]

@@ -82,11 +82,12 @@ def _report(name: str, request: Request) -> Report:
 
 @contextlib.contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what libraries print: stdout is for the plan. SciPy's solver prints from C++ now and then."""
+    """Send to stderr what libraries print, and drop what SciPy's solver prints from C++: stdout is for the plan."""
     flush = ctypes.CDLL(None).fflush
     flush(None)
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield

@@ -35,6 +35,8 @@ def check_training_arguments(arguments: Mapping[str, Any], task: str, known: Map
     batch = arguments.get("batch")
     if isinstance(batch, float) and batch >= 1:
         raise ConfigError(f"batch={batch}: give a number of images, as in 16, or a fraction of the memory below 1")
+    if isinstance(batch, (int, float)) and batch <= 0 and batch != -1:  # Ultralytics takes 0 and -2 for -1
+        raise ConfigError(f"batch={batch}: give a number of images, as in 16, or -1 for Ultralytics' AutoBatch")
     data = arguments.get("data")
     replay, val_split = arguments.get("replay"), arguments.get("split") or "val"
     if replay is not None and task not in _REPLAYED:
