@@ -78,7 +78,8 @@ def test_errors_of_ultralytics_are_shown_without_colour_codes(capsys, monkeypatc
     [
         ["weights/best.pt", "results.csv", "results.png", "val_batch0_pred.jpg", "confusion_matrix.png", "labels.jpg"],
         ["weights/best.pt", "results.csv"],
-        ["weights/best.pt", "results.csv", "memory.png", "classes.csv", "classes.png"],
+        ["weights/best.pt", "memory.csv", "memory.png", "classes.csv", "classes.png"],
+        ["memory.csv", "memory.png", "val_batch0_pred.jpg", "confusion_matrix.png"],
         [],
     ],
 )
@@ -95,7 +96,7 @@ def test_the_end_of_a_training_names_only_files_that_exist(capsys, monkeypatch, 
     out = capsys.readouterr().out
     named = set(re.findall(r"[\w/.]+\.(?:pt|csv|png|jpg)", out.replace(str(tmp_path) + "/", "")))
     assert named <= set(files)
-    assert named >= {"weights/best.pt", "results.csv", "classes.csv"} & set(files)
+    assert named >= {"weights/best.pt", "results.csv", "classes.csv", "memory.png"} & set(files)
     assert str(tmp_path) in out
     assert ("and others" in out) is (len(files) > 5)
 
@@ -137,7 +138,9 @@ def test_a_training_without_data_is_the_first_run_unless_it_goes_on_with_a_run(
 
 def test_help_for_a_command(capsys):
     assert cli.main(["train", "--help"]) == 0
-    assert "key=value" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "key=value" in out
+    assert "Without model= too, teach the weights of this package two new classes" in " ".join(out.split())
 
 
 def test_mode_cannot_contradict_the_command(capsys, tmp_path):

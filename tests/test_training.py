@@ -133,8 +133,10 @@ def test_the_first_run_finds_what_it_knew_in_parts_of_its_batch(words, run_pytho
     assert re.match(r"batch=64 did not fit into the budget of 1\.7 GiB: ran as .*, the same gradient", explanation)
     rows = csv.DictReader((run / "memory.csv").read_text().splitlines())
     assert all(len(row["micro_batches"].split()) > 1 for row in rows)
-    for line in (explanation, f"classes   {run / 'classes.png'}", f"Next: yolov12 predict model={run}"):
+    shown = f"classes   {run / 'classes.png'}", f"memory    {run / 'memory.png'}"
+    for line in (explanation, *shown, f"Next: yolov12 predict model={run}"):
         assert line in out
+    assert "Freezing layer" not in out
     assert boxes_of_its_export(run / "weights" / "best.pt", 320) > 20
 
 
@@ -301,7 +303,13 @@ def train(capsys, tmp_path, *words, model="yolov12n.yaml"):
         (["data=demo:imagse=9"], "images"),
         (["data=demo", "epochs=ten"], "'epochs=ten' is of invalid type str"),
         (["data=demo", "model=nothing.pt"], "nothing.pt does not exist"),
-        (["data=demo", "model=yolov12q.yaml"], "yolov12q.yaml"),
+        (
+            ["data=demo", "model=yolov12q.yaml"],
+            "'yolov12q.yaml' does not exist. Check the path, or use the name of a model",
+        ),
+        (["data=demo", "cfg=missing.yaml"], "'missing.yaml' does not exist. Check the path"),
+        (["data=demo", "batch=0"], "batch=0: give a number of images, as in 16, or -1"),
+        (["data=demo", "batch=-2"], "batch=-2: give a number of images, as in 16, or -1"),
     ],
 )
 def test_bad_arguments_end_in_one_line_and_leave_nothing(capsys, tmp_path, words, message):
@@ -312,7 +320,7 @@ def test_bad_arguments_end_in_one_line_and_leave_nothing(capsys, tmp_path, words
 
 
 def test_what_ultralytics_accepts_is_accepted(tmp_path, data_set):
-    """Linked folders, another split for validation, sizes as text or too many."""
+    """Linked folders, another split for validation, sizes as text or too many, and batches for AutoBatch."""
     train_images = data_set / "images" / "train"
     train_images.rename(tmp_path / "camera")
     train_images.mkdir()
@@ -321,6 +329,8 @@ def test_what_ultralytics_accepts_is_accepted(tmp_path, data_set):
     (data_set / "test.yaml").write_text(json.dumps({**data, "val": "nothing/here", "test": "images/val"}))
     for imgsz in (64, "64", [64], [64, 64, 3]):
         check_training_arguments({"data": str(data_set / "test.yaml"), "split": "test", "imgsz": imgsz}, "detect")
+    for batch in (16, 0.7, -1):
+        check_training_arguments({"batch": batch}, "detect")
 
 
 def test_a_data_set_without_validation_says_so(tmp_path, data_set):

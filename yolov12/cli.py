@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -72,6 +72,8 @@ USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, Runtim
 # Ultralytics uses these types for arguments, data sets and files that it refuses.
 _REFUSALS = (FileNotFoundError, ValueError, TypeError, SyntaxError, NotImplementedError)
 
+_ANOTHER_MODEL = "Check the path, or use the name of a model, as in yolov12s.yaml"
+
 
 def main(args: list[str] | None = None) -> int:
     """Run one command line.
@@ -102,7 +104,7 @@ def main(args: list[str] | None = None) -> int:
             autopatch.apply()
             from yolov12 import plan
 
-            with _refusals():
+            with _refusals(missing=_ANOTHER_MODEL):
                 return plan.main(words)
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, *OWN_ARGUMENTS])}")
@@ -137,11 +139,12 @@ def _status(error: BaseException) -> int:
 
 
 @contextmanager
-def _refusals(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def _refusals(begun: Callable[[], bool] = lambda: False, missing: str = "Check the path") -> Iterator[None]:
     """Return a context that turns Ultralytics' errors about arguments, data sets and files into `ConfigError`.
 
     Args:
         begun: Returns True if the work has begun. Errors are failures from then on.
+        missing: What to do if a file does not exist.
 
     Raises:
         ConfigError: Ultralytics refused something that the user has given, or what was asked for needs a package that
@@ -160,7 +163,8 @@ def _refusals(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     except _REFUSALS as error:
         if isinstance(error, YOLOv12Error) or begun():
             raise
-        raise ConfigError(plain(error)) from error
+        says_only_that = isinstance(error, FileNotFoundError) and plain(error).endswith("does not exist")
+        raise ConfigError(f"{plain(error)}. {missing}" if says_only_that else plain(error)) from error
 
 
 def _use_every_core() -> None:
@@ -239,7 +243,8 @@ def _train(options: dict[str, Any]) -> None:
     is_first_run = not has_data and not _resumes(options, model.task)
     if is_first_run:
         options = {**first_run.arguments(model, given), **options}
-    with _refusals(lambda: hasattr(model.trainer, "train_time_start")):  # Ultralytics sets it before the first step
+    log = first_run.without_frozen_parameters() if is_first_run else nullcontext()
+    with log, _refusals(lambda: hasattr(model.trainer, "train_time_start")):  # set before the first step
         model.train(**options)
     trainer = model.trainer
     if RANK > 0:
@@ -290,7 +295,7 @@ def _model(options: dict[str, Any], default: str | None = None) -> Any:
     from yolov12 import YOLO
 
     name = options.pop("model", None) or default or _last_trained("best.pt")
-    with _refusals():
+    with _refusals(missing=_ANOTHER_MODEL):
         return YOLO(name, task=options.pop("task", None))
 
 

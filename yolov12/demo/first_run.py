@@ -6,13 +6,15 @@ it may use. On two CPU cores this takes a few minutes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging import LogRecord
 from pathlib import Path
 from typing import Any
 
 from yolov12.models.weight_names import DEMO
 
-__all__ = ["MODEL", "arguments", "next_steps"]
+__all__ = ["MODEL", "arguments", "next_steps", "without_frozen_parameters"]
 
 MODEL = DEMO
 """Model of a training without `model=` and `data=`."""
@@ -70,6 +72,21 @@ def arguments(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if is_other or (not is_cpu and shares_memory(torch.device("cuda"))):
         return dict(_NEW_CLASSES)
     return {**_NEW_CLASSES, "mem_limit": _LIMITS["cpu" if is_cpu else "cuda"]}
+
+
+@contextmanager
+def without_frozen_parameters() -> Iterator[None]:
+    """Return a context in which Ultralytics does not log each frozen parameter, which are 196 lines here."""
+    from ultralytics.utils import LOGGER
+
+    def is_another(record: LogRecord) -> bool:
+        return not str(record.msg).startswith("Freezing layer '")
+
+    LOGGER.addFilter(is_another)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(is_another)
 
 
 def next_steps(best: Path) -> list[tuple[str, str]]:

@@ -25,13 +25,16 @@ def describe(folder: Path, best: Path, csv: Path, next_steps: Sequence[tuple[str
     if best.exists():
         lines.append(f"  weights   {best}")
     curves, classes = folder / "results.png", folder / Path(table.FILE).with_suffix(".png")
+    memory = folder / "memory.png"
     if curves.exists():
         lines.append(f"  curves    {curves} (numbers: {csv})")
     elif csv.exists():
         lines.append(f"  numbers   {csv}")
     if classes.exists():
         lines.append(f"  classes   {classes} (numbers: {table.FILE})")
-    pictures = sorted({*folder.glob("*.png"), *folder.glob("*.jpg")} - {curves, classes}, key=_rank)
+    if memory.exists():
+        lines.append(f"  memory    {memory} (numbers: memory.csv)")
+    pictures = sorted({*folder.glob("*.png"), *folder.glob("*.jpg")} - {curves, classes, memory}, key=_rank)
     if pictures:
         names = ", ".join([str(pictures[0]), *(picture.name for picture in pictures[1:2])])
         lines.append(f"  pictures  {names}{' and others' if len(pictures) > 2 else ''}")
