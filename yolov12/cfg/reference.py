@@ -19,8 +19,7 @@ from yolov12.cfg.arguments import ARGUMENTS, DATA, ENGINE, EXPORT, RUN, Argument
 __all__ = ["COMMANDS", "arguments_page", "help_text", "ultralytics_arguments"]
 
 COMMANDS: Mapping[str, str] = {
-    "train": "Train a model. Without data=, on the embedded data set. Without model= too, teach the weights of this "
-    "package two new classes of it.",
+    "train": "Train a model. Without data= and model=, teach the weights of this package two classes.",
     "val": "Validate a model. Without model=, validate the weights that were trained last, on their own data.",
     "predict": "Run a model on images or videos. Without source=, on the validation images of its training.",
     "export": "Export a model. Without format=, to ONNX.",
