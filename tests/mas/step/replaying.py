@@ -115,6 +115,7 @@ class Trainer:
         self.meter = Meter(2**40, [0])
         self.recorder = AgainRecorder(self.meter)
         self.needed_bytes, self.limit_bytes, self.slow_replay = 10 * MIB, limit_bytes, slow_replay
+        self.usual_ms = 5.0
         self.lines, self.notes, self.on_loss = [], [], lambda: None
         graphs = Graphs(self.recorder, lambda start, stop: (self.needed_bytes, self.limit_bytes))
         self.step = self.make(self.model, graphs, plans)
@@ -124,7 +125,8 @@ class Trainer:
         def loss(model, x):
             out = model(x)
             if model is self.model:
-                self.meter.tick(1.0 if self.step.replays.is_replay and not self.slow_replay else 5.0)
+                replay_ms = 5.0 if self.slow_replay else 1.0
+                self.meter.tick(replay_ms if self.step.replays.is_replay else self.usual_ms)
                 self.on_loss()
             return (out["one"] * out["plain"][:, :2]).mean() + out["rest"][0].square().mean() * out["size"]
 
