@@ -166,12 +166,13 @@ def test_the_time_of_a_batch_that_waited_is_not_representative():
         one.begin(Workload(640, 640, (5,) * 16), 4)
 
 
-def test_a_pass_without_gradients_does_not_count_as_a_usual_run_beside_replays():
+def test_a_pass_without_gradients_is_no_replay():
     one, _ = planner()
     one.plan(0, None)
-    one.done(0, 16, 0, None)
+    one.done(0, 16, 0, None, True)
+    assert not one.replay_room.peak_bytes
     one.done(0, 16, 0, 16 * IMAGE, True)
-    assert one.replay_room.only_replays
+    assert one.replay_room.peak_bytes == 16 * IMAGE
 
 
 def test_gives_up_waiting_and_says_what_to_do():

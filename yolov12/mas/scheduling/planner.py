@@ -138,7 +138,7 @@ class BatchPlanner:
             reading=self.reading,
             events=tuple(self.events),
             undisturbed=self.undisturbed,
-            replays=self.replay_room.completed(self.peak_bytes, undisturbed=self.undisturbed),
+            replays=self.replay_room.completed(undisturbed=self.undisturbed),
         )
 
     @property
@@ -203,8 +203,9 @@ class BatchPlanner:
     ) -> None:
         """Learn from a micro-batch that ran, see `step.Planner.done`."""
         if peak_bytes is not None:
-            self.replay_room.only_replays &= is_replay
-            if not is_replay:
+            if is_replay:
+                self.replay_room.peak_bytes = max(self.replay_room.peak_bytes, peak_bytes)
+            else:
                 self.cost.observe(self._features(start, stop, self.level), peak_bytes - allocated_bytes)
             self.peak_bytes = max(self.peak_bytes, peak_bytes)
         self.speed.ran(stop - start, self._work.height, self._work.width)
@@ -241,6 +242,10 @@ class BatchPlanner:
             self.events.append(f"plan {self.level} to {decision.level}")
         if self._weight(after.images, after.level) < self._weight(before.images, before.level):
             self._meter.release()  # other processes may need the memory that this one no longer uses
+        ends = accumulate(decision.micro_batches)
+        plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
+        largest = max(map(sum, plan))
+        allocated_bytes = self.reading.allocated_bytes - self.replay_room.static_bytes()
         stays = (after.images, after.level) == (before.images, before.level)
         if not (before.images and stays):  # a first size that is held back may differ from that of the next batch
             self.replay_room.moved()
@@ -249,9 +254,9 @@ class BatchPlanner:
             # this time is small compared with the search for kernels.
             self.undisturbed &= not self.speed.warm(after.images, self._work.height, self._work.width)
         self.history, self.level = after, decision.level
-        ends = accumulate(decision.micro_batches)
-        plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
-        predicted_bytes = self.replay_room.expect(decision, max(map(sum, plan)) * self._work.height * self._work.width)
+        beside = beside_bytes(allocated_bytes, self.gradient_bytes, alone=self._start > 0 or len(plan) == 1)
+        pixels = largest * self._work.height * self._work.width
+        predicted_bytes = self.replay_room.expect(decision, pixels, beside)
         # Micro-batches that ran before a failure had a predicted peak, too.
         self.predicted_bytes = max(predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
         return plan if self._group else [(sum(groups),) for groups in plan]

@@ -40,12 +40,13 @@ class ReplayRoom:
         """Graphs of the run; None if there are none."""
         self.expected = False
         """True if the latest decision left room for a graph."""
+        self.peak_bytes = 0
+        """Peak of the micro-batches that were replayed since the latest decision; 0 if there were none."""
         self._bytes = CAPTURE_BYTES
-        self.only_replays = True
-        """True if all micro-batches that have run since the latest decision were replayed."""
-        # (pixels, level) → bytes of the peak of replays above the predicted peak of usual runs.
-        self._above_bytes: dict[tuple[int, int], int] = {}
-        self._arm, self._usual_bytes = (0, 0), 0
+        # (pixels, level) → bytes that the latest replays needed above the memory allocated before. That hardly depends
+        # on boxes: a graph has all of its memory from the start, and the loss runs beside it.
+        self._needed_bytes: dict[tuple[int, int], int] = {}
+        self._arm, self._beside_bytes = (0, 0), 0
 
     def bytes(self) -> float:
         """Return bytes relative to those of a micro-batch, see `State.replay_bytes`; 0 if there are no graphs now."""
@@ -60,26 +61,30 @@ class ReplayRoom:
         if self.graphs is not None:
             self.graphs.drop()
 
-    def expect(self, decision: Decision, pixels: int) -> int:
-        """Begin to follow a decision; return its predicted peak, with the graph if the bytes of that are known.
+    def expect(self, decision: Decision, pixels: int, beside_bytes: int) -> int:
+        """Begin to follow a decision; return its predicted peak, which is that of replays once one is known.
 
         Args:
             decision: The decision.
             pixels: Pixels of its largest micro-batch.
+            beside_bytes: Bytes that are allocated beside its micro-batches, without those of graphs.
         """
-        self.expected, self._arm, self.only_replays = decision.replays, (pixels, decision.level), True
-        self._usual_bytes = decision.predicted_bytes
-        return self._usual_bytes + (self._above_bytes.get(self._arm, 0) if self.expected else 0)
+        self.expected, self._arm, self.peak_bytes = decision.replays, (pixels, decision.level), 0
+        self._beside_bytes = beside_bytes
+        if self.expected and self._arm in self._needed_bytes:
+            return beside_bytes + self._needed_bytes[self._arm]
+        return decision.predicted_bytes
 
-    def completed(self, peak_bytes: int, *, undisturbed: bool) -> bool:
+    def completed(self, *, undisturbed: bool) -> bool:
         """End a batch; return whether it ran in graphs, or as it does where graphs were expected.
 
         Args:
-            peak_bytes: Its peak.
             undisturbed: False if it did not run as first planned.
         """
-        if self.expected and self.only_replays and undisturbed:
-            self._above_bytes[self._arm] = peak_bytes - self._usual_bytes
+        if self.expected and undisturbed:
+            self._needed_bytes.pop(self._arm, None)  # if nothing was replayed, nothing may be in the next batch
+            if self.peak_bytes:
+                self._needed_bytes[self._arm] = self.peak_bytes - self._beside_bytes
         lacked_room = self.expected and self.graphs is not None and self.graphs.lacks_room
         if lacked_room and self._bytes < _MOST:
             self._bytes = min(self._bytes + _MORE, _MOST)
