@@ -86,6 +86,7 @@ class BatchPlanner:
         """Index of the checkpoint plan that `plan` returned last."""
         self._config, self._meter, self._advice = config, meter, advice
         self._work, self._group, self._patience_s = Workload(0, 0, ()), 0, float(WAIT_S)
+        self._arm = 0, 0  # images in the largest micro-batch, and level, of the latest decision
         self._waited_s = self._told_s = 0
         self._start_over()
 
@@ -244,10 +245,10 @@ class BatchPlanner:
             self._meter.release()  # other processes may need the memory that this one no longer uses
         ends = accumulate(decision.micro_batches)
         plan = [sizes[end - count : end] for count, end in zip(decision.micro_batches, ends, strict=True)]
-        largest = max(map(sum, plan))
+        last, self._arm = self._arm, (max(map(sum, plan)), decision.level)
         allocated_bytes = self.reading.allocated_bytes - self.replay_room.static_bytes()
         stays = (after.images, after.level) == (before.images, before.level)
-        if not (before.images and stays):  # a first size that is held back may differ from that of the next batch
+        if not (stays if before.images else self._arm == last):  # after a first size that was held back
             self.replay_room.moved()
         if before.images and not stays:
             # A change releases and allocates memory, so the time of this batch is not representative. For a new size,
@@ -255,7 +256,7 @@ class BatchPlanner:
             self.undisturbed &= not self.speed.warm(after.images, self._work.height, self._work.width)
         self.history, self.level = after, decision.level
         beside = beside_bytes(allocated_bytes, self.gradient_bytes, alone=self._start > 0 or len(plan) == 1)
-        pixels = largest * self._work.height * self._work.width
+        pixels = self._arm[0] * self._work.height * self._work.width
         predicted_bytes = self.replay_room.expect(decision, pixels, beside)
         # Micro-batches that ran before a failure had a predicted peak, too.
         self.predicted_bytes = max(predicted_bytes, self.predicted_bytes if self.peak_bytes else 0)
