@@ -381,3 +381,34 @@ def test_a_crowded_image_changes_nothing_for_the_next_batch():
     assert decide(now, cost, speed).replays
     crowded = decide(replace(now, groups=(Group(8, 300), *groups[1:])), cost, speed)
     assert (crowded.replays, crowded.history, crowded.fits) == (False, now.history, True)
+
+
+def after_slow_batches(slow, gap=0.03, batches=300):
+    """Return how often the slower of two arms ran; `slow` has the batches that took three times as long."""
+    draw, levels = random.Random(0), (Level(1.0, 1.0), Level(0.8, 1.014))
+    cost, speed, history = CostModel(levels), SpeedModel(levels), History(64, 1, replays=True)
+    takes = {(64, 1): 190.0, (32, 0): 190.0 * (1 + gap)}
+    for (images, level), ms in takes.items():
+        speed.observe_micro_batch(images, 640, 640, level, 70.0)
+        for _ in range(16):
+            cost.observe(Features(images, 640, 640, 5, level), int(images * levels[level].fraction * 100 * MIB))
+            speed.observe([images] * (256 // images), 640, 640, level, ms, replays=True)
+    room = State((Group(32, 5),) * 8, 640, 640, 7000 * MIB, 0, 0, replay_bytes=CAPTURE_BYTES)
+    count = 0
+    for index in range(batches):
+        found = decide(replace(room, history=history), cost, speed)
+        history, sizes = found.history, [32 * groups for groups in found.micro_batches]
+        ms = takes[sizes[0], found.level] * draw.gauss(1.0, 0.01)
+        ms *= 3.0 if sizes[0] == 64 and index in slow else 1.0
+        speed.observe(sizes, 640, 640, found.level, ms, replays=found.replays)
+        count += sizes[0] == 32
+    return count
+
+
+def test_a_few_slow_batches_close_together_change_nothing():
+    """A slower arm would run for hundreds of batches, until the means of the other have faded."""
+    assert after_slow_batches({100, 103}) == after_slow_batches({100, 103, 108}) == 0
+
+
+def test_an_arm_that_has_become_slower_is_left():
+    assert after_slow_batches(set(range(100, 300))) > 150

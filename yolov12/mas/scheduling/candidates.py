@@ -27,7 +27,7 @@ __all__ = [
     "features_of",
     "split_micro_batches",
 ]
-__all__ += ["has_room", "safe_arms", "under_ceiling", "upper_bytes"]
+__all__ += ["has_room", "latest_ms", "safe_arms", "under_ceiling", "upper_bytes"]
 
 _HELD_BYTES = 1.16  # the same for a graph that is there; it was 1.16 times what the micro-batch used, on an H200
 # Bytes beside a capture, relative to the gradients: copies of weights in half precision that autocast keeps for a
@@ -271,6 +271,14 @@ def arm_of(
         replays=replays,
         room_bytes=_room_bytes(state, cost, split, level) if replays else uppers_bytes,
     )
+
+
+def latest_ms(state: State, speed: SpeedModel, arm: Arm) -> float:
+    """Return the milliseconds of the latest batch that ran as an arm; infinity if they are unknown."""
+    times = [(arm.split.sizes.count(images), images) for images, _ in arm.split.fullest]
+    where = state.height, state.width
+    known = [count * speed.latest_ms(images, *where, arm.level, arm.replays) for count, images in times]
+    return speed.with_ahead(len(arm.split.counts)) * sum(known)
 
 
 def upper_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, most_boxes: int | None = None) -> int:

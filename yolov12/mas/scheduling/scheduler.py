@@ -35,6 +35,7 @@ from yolov12.mas.scheduling.candidates import (
     even_splits,
     features_of,
     has_room,
+    latest_ms,
     safe_arms,
     split_micro_batches,
     under_ceiling,
@@ -125,7 +126,7 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
     tight = [arm.split for arm in arms if arm.room_bytes > roomy_bytes]
     roomy = [arm for arm in arms if arm.room_bytes <= roomy_bytes]
     roomy += safe_arms(state, cost, speed, tight, roomy_bytes)
-    return _stay_or_move(history, stay, roomy, speed.new_size_ms, state.batches_left)
+    return _stay_or_move(state, speed, stay, roomy)
 
 
 def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
@@ -134,21 +135,22 @@ def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
     return next(arm for arm, ms in zip(arms, times_ms, strict=True) if ms <= _EQUAL * least_ms)
 
 
-def _stay_or_move(
-    history: History, stay: Arm, arms: Sequence[Arm], new_size_ms: float, batches_left: float
-) -> Decision:
+def _stay_or_move(state: State, speed: SpeedModel, stay: Arm, arms: Sequence[Arm]) -> Decision:
     """Add up what staying loses against the best arm, and move when the sum reaches the price of the move.
 
-    A new size must also be able to save its price until the end of the run.
+    Staying loses nothing as long as the latest batch was fast: a few slow batches before it may have raised the mean.
+    It would take hundreds of batches until the arm was tried again. A new size must also be able to save its price
+    until the end of the run.
     """
-    price_ms = MOVE_BATCHES * stay.ms
+    history, new_size_ms, batches_left = state.history, speed.new_size_ms, state.batches_left
+    price_ms, stays_ms = MOVE_BATCHES * stay.ms, min(stay.best_ms, latest_ms(state, speed, stay))
     known = _at_best([arm for arm in arms if arm.new_sizes <= stay.new_sizes], stay)
     new = _at_best([arm for arm in arms if arm.new_sizes > stay.new_sizes], stay)
-    better = _EQUAL * known.best_ms < stay.best_ms
+    better = _EQUAL * known.best_ms < stays_ms
     history = replace(
         history,
         replays=stay.replays,
-        regret_ms=history.regret_ms + (stay.best_ms - known.best_ms) * better,
+        regret_ms=history.regret_ms + (stays_ms - known.best_ms) * better,
         new_regret_ms=history.new_regret_ms + (max(stay.ms - new.best_ms, 0.0) if new is not stay else 0.0),
     )
     if better and history.regret_ms >= price_ms:

@@ -72,14 +72,17 @@ class _Mean:
     weight: float
     calm: float = math.inf
     """Number of times since the last outlier."""
+    latest_ms: tuple[float, ...] = ()
+    """The two latest times, also if they were outliers."""
 
     def with_(self, ms: float) -> _Mean:
+        latest_ms = (*self.latest_ms, ms)[-2:]
+        if self.weight >= 1.0 and ms > _OUTLIER * self.ms and self.calm >= _MEMORY:
+            return replace(self, calm=0, latest_ms=latest_ms)
         if self.weight >= 1.0:
-            if ms > _OUTLIER * self.ms and self.calm >= _MEMORY:
-                return replace(self, calm=0)
             ms = min(ms, _MOST * self.ms)
         weight = min(self.weight + 1.0, _MEMORY)
-        return _Mean(self.ms + (ms - self.ms) / weight, weight, self.calm + 1)
+        return _Mean(self.ms + (ms - self.ms) / weight, weight, self.calm + 1, latest_ms)
 
     def faded(self) -> _Mean:
         return replace(self, weight=self.weight * _FADING)
@@ -163,6 +166,14 @@ class SpeedModel:
         size, times = (images, height, width), self._replay_times if replays else self._times
         doubt = _BOUNDED if size in times or len(times) > 1 else _UNSEEN
         return self._bounds_ms(size, level, replays)[1] * (1.0 - doubt)
+
+    def latest_ms(self, images: int, height: int, width: int, level: int, replays: bool = False) -> float:
+        """Return the less of the two latest milliseconds of a micro-batch, as a CUDA graph if `replays`.
+
+        It is infinite if they are unknown.
+        """
+        mean = (self._replays if replays else self._arms).get((images, height, width, level))
+        return min(mean.latest_ms, default=math.inf) if mean else math.inf
 
     def flat_images(self, height: int, width: int) -> float:
         """Return the images up to which a micro-batch is launch-bound and takes no longer than a smaller one."""
