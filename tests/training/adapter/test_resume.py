@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from yolov12 import own_files
 from yolov12.mas import Engine
+from yolov12.mas.config import DEFAULTS
+from yolov12.training.run.options import OPTIONS
 
 
 class PowerCutError(Exception):
@@ -85,6 +88,22 @@ def test_the_engine_may_be_switched_on_at_a_resume_and_not_off(trainings, tmp_pa
     assert run.trainer.args.mas
     assert "updates" in run.log
     assert len(run.results) == 2
+
+
+@pytest.mark.parametrize("mas", [False, True])
+def test_a_run_of_plain_ultralytics_goes_on_as_the_user_says(trainings, tmp_path, mas):
+    """Its checkpoint has no argument of this package, so it began neither with the engine nor with a group."""
+    cut = trainings.train(tmp_path, mas=False, callbacks=[("on_fit_epoch_end", cut_power)], raises=PowerCutError)
+    last = cut.folder / "weights" / "last.pt"
+    checkpoint = torch.load(last, weights_only=False)
+    for key in (*DEFAULTS, *OPTIONS):
+        checkpoint["train_args"].pop(key, None)
+    with own_files.written(last):
+        torch.save(checkpoint, last)
+    run = trainings.train(tmp_path, last, resume=True, mas=mas, bn_group=4)
+    assert "it began with" not in run.log
+    assert (run.args["mas"], run.args["bn_group"]) == (mas, 4)
+    assert (run.folder / "memory.csv").exists() is mas
 
 
 def test_what_the_engine_learned_is_in_the_checkpoint_and_taken_from_there(trainings, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 
 from yolov12.errors import UntrustedWeightsError
 from yolov12.mas.config import DEFAULTS, Config
+from yolov12.models import weights
 from yolov12.training.classes import head
 from yolov12.training.run import run_folder
 from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
@@ -20,6 +21,8 @@ from yolov12.training.run.resume import begun, latest_interrupted
 from yolov12.training.run.run_state import FILE
 
 __all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
+
+_OF_THE_ENGINE = {"mas", "bn_group"}  # arguments that a run keeps if the engine ran its batches
 
 # Files that are written before the first epoch. A journal without a picture has no rows.
 _BEFORE_THE_FIRST_EPOCH = {".lock", "args.yaml", "classes.csv", "labels.jpg", "memory.csv", "memory.json"}
@@ -97,7 +100,9 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
             trainer.args.save_dir = str(weights_folder.parent)
         else:
             _stay_among_the_runs(trainer.args)
-    kept = {"bn_group", "recipe", "replay", "replay_fraction", "rename"} | ({"mas"} if trainer.args.mas else set())
+    kept = {"recipe", "replay", "replay_fraction", "rename"}
+    if not ours.keys().isdisjoint(_OF_THE_ENGINE) and _had_the_engine(trainer.args):
+        kept |= _OF_THE_ENGINE
     for key, value in ours.items():
         moved = key == "replay" and value is not None and trainer.args.replay is not None  # as data= may be elsewhere
         if key not in kept or moved:
@@ -106,6 +111,17 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"{key}={value}: a run goes on with the {key}={getattr(trainer.args, key)} it began with")
+
+
+def _had_the_engine(args: Any) -> bool:
+    """Return whether the engine ran the batches of a run: `mas` is True, and its checkpoint says so.
+
+    Ultralytics restores arguments that a checkpoint lacks, such as its own without this package, as their defaults.
+
+    Args:
+        args: Arguments of the run, restored from its checkpoint.
+    """
+    return bool(args.mas) and "mas" in (weights.read(args.resume).get("train_args") or {})
 
 
 def _stay_among_the_runs(args: Any) -> None:
