@@ -2,11 +2,15 @@
 
 import functools
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.utils import YAML
+from ultralytics.utils.checks import check_yaml
 
 from yolov12.errors import ConfigError, DoesNotFitError
 
@@ -164,6 +168,33 @@ def test_prediction_of_a_list(weights, sizes, size):
     for ours, stock in zip(found, wanted, strict=True):
         assert torch.equal(ours.boxes.data, stock.boxes.data)
     assert max(sizes) == (size or 5)
+
+
+def test_trackers_know_objects_by_the_features_of_all_images(weights, sizes, monkeypatch):
+    """Ultralytics' tracker takes them from a hook on the head, which sees a slice at a time."""
+    monkeypatch.setitem(sys.modules, "lap", SimpleNamespace(__version__="0"))  # it assigns boxes to tracks
+    from ultralytics.trackers.track import on_predict_start
+
+    def predict(**options):
+        model, features = YOLO(weights), []
+        model.add_callback("on_predict_start", functools.partial(on_predict_start, persist=False))
+        model.add_callback("on_predict_postprocess_end", lambda predictor: features.extend(predictor.results))
+        given = {"mode": "track", "tracker": "reid.yaml", "imgsz": 128, "conf": 0.001, "device": "cpu", "batch": 7}
+        model.predict(images, **given, channels_last=False, verbose=False, **options)
+        return [result.feats for result in features]
+
+    settings = YAML.load(check_yaml("botsort.yaml")) | {"with_reid": True, "model": "auto"}
+    monkeypatch.setattr("ultralytics.trackers.track.YAML.load", lambda file: settings)
+    monkeypatch.setattr("ultralytics.trackers.track.check_yaml", lambda file: file)
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 255, (128, 128, 3), dtype=np.uint8) for _ in range(7)]
+    wanted = predict(mas=False)
+    sizes.clear()
+    found = predict(micro_batch=3)
+    assert max(sizes) == 3
+    assert len(found) == len(wanted) == 7
+    assert all(len(each) for each in wanted)
+    assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])

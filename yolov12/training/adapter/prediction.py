@@ -18,6 +18,8 @@ __all__ = ["SLICES", "joined", "predict", "settings_of", "slices_of", "tell_once
 
 SLICES = "_yolov12_slices"
 """Attribute of validators and predictors: their `Slices`, as the next call uses what was learned."""
+_FEATURES = "_feats"
+"""Attribute of predictors: what the head got in the latest forward pass, from which trackers know objects again."""
 _TOLD = "_yolov12_told"  # attribute of validators and predictors: what the log last said of them
 
 
@@ -51,8 +53,14 @@ def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, 
     if slices is None:
         return stock(predictor, images, *args, **kwargs)
     count, _, height, width = images.shape
+
+    def work(start: int, stop: int) -> tuple[Any, Any]:
+        return stock(predictor, images[start:stop]), getattr(predictor, _FEATURES, None)
+
     with slices.meter.limited():
-        found = joined(slices.run(count, height, width, lambda start, stop: stock(predictor, images[start:stop])))
+        found, features = joined(slices.run(count, height, width, work))
+    if features is not None:
+        setattr(predictor, _FEATURES, features)
     if slices.over_limit:
         tell_once(predictor, f"memory: prediction {slices.over_limit}")
     return found
