@@ -80,6 +80,7 @@ def test_a_users_handler_does_not_hide_the_signal_that_ends_the_training(signals
 def test_a_users_handler_is_called_while_the_handlers_are_put_back(signals, monkeypatch):
     seen = []
     signals(signal.SIGTERM, lambda *_: seen.append(1))
+    signals(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     interruption = Interruption()
     interruption.watch()
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.raise_signal(signal.SIGTERM))
