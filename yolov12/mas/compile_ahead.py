@@ -3,6 +3,9 @@
 Triton compiles a kernel when it is first launched, which takes 0.1 to 1.1 s, and a training has about fifty. While it
 is set up, other processes fill Triton's cache on disk, and the first launch of a kernel waits for the process that
 compiles it. Whatever such a process cannot do, the first launch does.
+
+Kernels have no global constants: with them, the key under which Triton stores a compiled kernel depends on what the
+process has launched before, so the first launch would not find what another process has compiled.
 """
 
 from __future__ import annotations

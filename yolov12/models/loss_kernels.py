@@ -4,8 +4,7 @@ Shapes: boxes (images, 4 × bins, anchors), scores (images, classes, anchors), p
 (anchors), targets (boxes of labels, 4), kinds (boxes of labels); score and box (images, anchors). Grid axis 1 is the
 image. Predictions are rounded to half precision where Ultralytics' loss rounds them in mixed precision.
 
-Constants are written out: with global ones, the key under which Triton stores a compiled kernel depends on which kernel
-a process has launched before, so kernels that `compile_ahead` has compiled would not be found.
+Constants are written out, see `mas.compile_ahead`.
 """
 
 from __future__ import annotations

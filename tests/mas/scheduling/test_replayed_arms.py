@@ -405,9 +405,10 @@ def after_slow_batches(slow, gap=0.03, batches=300):
     return count
 
 
-def test_a_few_slow_batches_close_together_change_nothing():
-    """A slower arm would run for hundreds of batches, until the means of the other have faded."""
-    assert after_slow_batches({100, 103}) == after_slow_batches({100, 103, 108}) == 0
+@pytest.mark.parametrize("slow", [{100}, {100, 103}, {100, 103, 108}])
+def test_a_few_slow_batches_change_nothing(slow):
+    """In a training with the memory of a T4, one of them was enough for 296 steps with a slower size."""
+    assert after_slow_batches(slow) == 0
 
 
 def test_an_arm_that_has_become_slower_is_left():

@@ -115,23 +115,6 @@ def test_follows_a_card_that_others_slow_down():
     assert expected(speed, 64) == pytest.approx(160, rel=0.05)
 
 
-def test_a_single_slow_batch_says_nothing_about_a_size():
-    """In a training with the memory of a T4, one batch of 0.6 s moved the mean by 6 %, and a slower size was chosen."""
-    speed = taught(card(), 32, 64, rounds=20)
-    speed.observe([64], 640, 640, 0, 260)
-    assert expected(speed, 64) == pytest.approx(80)
-    speed.observe([64], 640, 640, 0, 260)
-    assert expected(speed, 64) > 84
-
-
-@pytest.mark.parametrize("period", [2, 4, 8])
-def test_slow_batches_that_come_again_count(period):
-    speed = taught(card(), 64)
-    for index in range(320):
-        speed.observe([64], 640, 640, 0, 80 if index % period else 120)
-    assert 80 + 0.4 * 40 / period < expected(speed, 64) < 80 + 1.1 * 40 / period
-
-
 def test_what_was_measured_long_ago_is_worth_another_look():
     speed = taught(card(), 32, 64)
     before = best(speed, 32)

@@ -45,7 +45,7 @@ def _sigmoid_ptx(value):
     )
 
 
-# Not a constant that one function reads: see `models.loss_kernels`.
+# One of two functions, and not one that reads a constant: see `compile_ahead`.
 _sigmoid = tl.sigmoid if torch.version.hip else _sigmoid_ptx
 
 

@@ -138,9 +138,10 @@ def _fastest(arms: Sequence[Arm], times_ms: Sequence[float]) -> Arm:
 def _stay_or_move(state: State, speed: SpeedModel, stay: Arm, arms: Sequence[Arm]) -> Decision:
     """Add up what staying loses against the best arm, and move when the sum reaches the price of the move.
 
-    Staying loses nothing as long as the latest batch was fast: a few slow batches before it may have raised the mean.
-    It would take hundreds of batches until the arm was tried again. A new size must also be able to save its price
-    until the end of the run.
+    Staying loses nothing if one of the latest two batches was fast: slow ones, which may have waited for anything, have
+    raised the mean. After a wrong move, it takes hundreds of batches until the arm is tried again.
+
+    A new size must also be able to save its price until the end of the run.
     """
     history, new_size_ms, batches_left = state.history, speed.new_size_ms, state.batches_left
     price_ms, stays_ms = MOVE_BATCHES * stay.ms, min(stay.best_ms, latest_ms(state, speed, stay))

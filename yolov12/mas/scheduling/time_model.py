@@ -43,11 +43,8 @@ _SEEN = 0.03
 _MEMORY = 16.0
 # Factor on the weight of a mean with each batch that runs under another plan or size.
 _FADING = 0.995
-# Times that are longer than this, relative to the mean, are outliers: something else may have taken the time. One of
-# `_MEMORY` times is left out as an outlier; if there are more, the arm has become slower.
-_OUTLIER = 1.25
-# Longest time that a mean takes in at once, relative to the mean.
-_MOST = 2.0
+# Longer times than this, relative to the mean, are clipped: something else took the time.
+_OUTLIER = 2.0
 # Most means that are stored.
 _ARMS = 128
 # Most batches with new sizes that wait for the usual time of these sizes.
@@ -70,19 +67,13 @@ _Arm = tuple[int, int, int, int]  # images, height, width, level
 class _Mean:
     ms: float
     weight: float
-    calm: float = math.inf
-    """Number of times since the last outlier."""
     latest_ms: tuple[float, ...] = ()
-    """The two latest times, also if they were outliers."""
+    """The two latest times."""
 
     def with_(self, ms: float) -> _Mean:
-        latest_ms = (*self.latest_ms, ms)[-2:]
-        if self.weight >= 1.0 and ms > _OUTLIER * self.ms and self.calm >= _MEMORY:
-            return replace(self, calm=0, latest_ms=latest_ms)
-        if self.weight >= 1.0:
-            ms = min(ms, _MOST * self.ms)
-        weight = min(self.weight + 1.0, _MEMORY)
-        return _Mean(self.ms + (ms - self.ms) / weight, weight, self.calm + 1, latest_ms)
+        weight, latest_ms = min(self.weight + 1.0, _MEMORY), (*self.latest_ms, ms)[-2:]
+        ms = min(ms, _OUTLIER * self.ms) if self.weight >= 1.0 else ms
+        return _Mean(self.ms + (ms - self.ms) / weight, weight, latest_ms)
 
     def faded(self) -> _Mean:
         return replace(self, weight=self.weight * _FADING)

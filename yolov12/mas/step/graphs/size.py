@@ -16,11 +16,10 @@ __all__ = ["RUNS", "Size", "is_hopeless"]
 RUNS = 3
 """Number of times that a size runs before it is captured, and after that before it is judged."""
 _FASTER = 0.95  # largest time of a replay, relative to that without a graph, for which a size stays captured
-# Runs as usual, after a graph was no faster, over which it is looked at whether it would be by now; twice as many after
-# every capture that followed. The first few runs may have been luckier than most: on an H200, replays of 128 images of
-# YOLO12-S were 4 % faster than the fastest of them, and 17 % faster than the usual runs that came afterwards.
+# Runs as usual, after a graph was no faster, from which it is seen whether it would be by now; twice as many after each
+# further capture. The first few runs may have been luckier than most: on an H200, replays of 128 images of YOLO12-S
+# were 4 % faster than the fastest of them, and 17 % faster than the usual runs that came afterwards.
 _LOOK_AGAIN = 16
-_MOST_LOOKS = 8  # most doublings of that
 _PATIENCE = 16  # runs as usual after which a size that has room for a graph is not expected to be captured any more
 _HOPELESS = 2  # sizes that cannot be captured, if no other was faster, after which none is expected to be
 _LOSS = 1.25  # bytes that the loss may need, relative to the most that were measured
@@ -52,7 +51,7 @@ class Size:
     slow_ms: float = math.inf
     """Least milliseconds of its replays if these were no faster than runs as usual; infinity otherwise."""
     later_ms: list[float] = field(default_factory=list)
-    """Milliseconds of the runs as usual since then."""
+    """Milliseconds of the runs as usual since then, or since it was looked at them."""
     looks: int = 0
     """Number of times that it was captured again, as the runs as usual had become slower than the replays."""
     waited: int = 0
@@ -149,12 +148,14 @@ class Size:
         self.replays.clear()
 
     def _look_again(self, usual_ms: list[float]) -> None:
-        runs = _LOOK_AGAIN << min(self.looks, _MOST_LOOKS)
-        self.later_ms = [*self.later_ms, *usual_ms][-runs:]
-        if len(self.later_ms) == runs and self.slow_ms <= _FASTER * median(self.later_ms):
-            self.usual_ms, self.slow_ms, self.is_refused = median(self.later_ms), math.inf, False
+        self.later_ms += usual_ms
+        if len(self.later_ms) < _LOOK_AGAIN << self.looks:
+            return
+        later_ms = median(self.later_ms)
+        self.later_ms.clear()
+        if self.slow_ms <= _FASTER * later_ms:
+            self.usual_ms, self.slow_ms, self.is_refused = later_ms, math.inf, False
             self.looks += 1
-            self.later_ms.clear()
 
 
 def is_hopeless(sizes: Iterable[Mapping[Example, Size]]) -> bool:
