@@ -151,6 +151,15 @@ class GroupedBatchNorm:
         finally:
             self._activated = None
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Run the layers in this context one by one, see `joins`."""
+        joins, self.joins = self.joins, False
+        try:
+            yield
+        finally:
+            self.joins = joins
+
     def drafts(self) -> Statistics:
         """Return empty statistics for `aside`."""
         return self._statistics.empty()

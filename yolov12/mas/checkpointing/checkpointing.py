@@ -83,7 +83,6 @@ class Checkpointing:
         if not plan.modes:
             yield
             return
-        self.join_nothing()  # until the backward pass has ended, which runs layers again
         outputs = Outputs()
         with ExitStack() as stack:
             if plan.names(REBUILD):
@@ -99,7 +98,7 @@ class Checkpointing:
             yield
 
     def join_nothing(self) -> None:
-        """Run the layers of this micro-batch one by one, as within a plan; see `GroupedBatchNorm.joins`."""
+        """Run all layers of this micro-batch one by one, see `GroupedBatchNorm.joins`."""
         self._norms.joins = False
 
     @contextmanager
@@ -125,7 +124,6 @@ class Checkpointing:
             if not getattr(module, "inplace", False)
         }
         self._norms.listener = normalized
-        self.join_nothing()
         try:
             with overridden(forwards):
                 yield
@@ -135,7 +133,8 @@ class Checkpointing:
     def _rebuild(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._rebuilding = True
         try:
-            return forward(*args, **kwargs)
+            with self._norms.apart():
+                return forward(*args, **kwargs)
         finally:
             self._rebuilding = False
 
@@ -147,7 +146,8 @@ class Checkpointing:
             # The second run starts from what is left of the inputs. Some of them may have to be rebuilt first.
             again = not first
             args, kwargs = each_tensor(kept, _Input.get, _Input) if again else first.pop()
-            result = forward(*args, **kwargs)
+            with self._norms.apart():
+                result = forward(*args, **kwargs)
             if again:
                 self._norms.forget_activated()
             return result

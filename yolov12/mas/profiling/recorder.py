@@ -81,6 +81,7 @@ class Recorder:
         Args:
             stopwatch: Starts a stopwatch of the device.
         """
+        self._checkpointing.join_nothing()
         outputs = _RecordedOutputs(self)
         run = partial(self._run_layer, outputs)
         with (

@@ -284,8 +284,8 @@ class Replays:
 
         @contextmanager
         def passes() -> Iterator[None]:
-            norms, joins = self._norms, not plan.modes
-            with leaves.within(), norms.aside(drafts), norms.within(groups, 0, joins=joins), self._upsampling.within():
+            norms = self._norms
+            with leaves.within(), norms.aside(drafts), norms.within(groups, 0), self._upsampling.within():
                 yield
 
         around = Around(passes, lambda: self._checkpointing.within(plan), drafts)
