@@ -71,7 +71,7 @@ def make(tools, recorder=None):
     model = tools.build("detect", "yolo12n.yaml").cuda().to(memory_format=torch.channels_last).train()
     model.args = get_cfg()
     layers = candidates(model)
-    graphs = Graphs(recorder, lambda start, stop: (0, 2**50)) if recorder else None
+    graphs = Graphs(recorder, lambda start, stop: (0, 0, 2**50)) if recorder else None
     step = Step(
         model,
         DetectionTask(preprocess, multi_scale=False, overlapping_masks=True),

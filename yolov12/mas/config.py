@@ -10,7 +10,7 @@ from yolov12.cfg.arguments import ENGINE, defaults
 from yolov12.errors import ConfigError
 from yolov12.sizes import check_memory_size, parse_memory_size
 
-__all__ = ["CAPTURE_BYTES", "DEFAULTS", "GROUPS", "Config"]
+__all__ = ["DEFAULTS", "GROUPS", "Config"]
 
 DEFAULTS: Mapping[str, Any] = defaults(ENGINE)
 """Defaults of the engine's arguments, by the names that users write."""
@@ -18,9 +18,6 @@ DEFAULTS: Mapping[str, Any] = defaults(ENGINE)
 GROUPS = (32, 16, 8, 4, 2, 1)
 """Group sizes that `bn_group=auto` chooses from. 32 is one GPU's part of a batch in the official recipe: 256 images on
 8 GPUs."""
-
-CAPTURE_BYTES = 1.25
-"""Bytes that the capture of a CUDA graph may need, relative to those of the micro-batch with their margin."""
 
 
 @dataclass(frozen=True)

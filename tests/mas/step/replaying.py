@@ -117,7 +117,7 @@ class Trainer:
         self.needed_bytes, self.limit_bytes, self.slow_replay = 10 * MIB, limit_bytes, slow_replay
         self.usual_ms = 5.0
         self.lines, self.notes, self.on_loss = [], [], lambda: None
-        graphs = Graphs(self.recorder, lambda start, stop: (self.needed_bytes, self.limit_bytes))
+        graphs = Graphs(self.recorder, lambda *_: (self.needed_bytes, 1.25 * self.needed_bytes, self.limit_bytes))
         self.step = self.make(self.model, graphs, plans)
         self.reference = self.make(self.plain, None, plans)
 

@@ -289,7 +289,7 @@ def test_graphs_are_dropped_before_a_validation_unless_they_are_small():
 
 def test_an_engine_leaves_room_for_a_graph_where_that_is_faster(monkeypatch):
     """Four images fit, but no graph of them. Two at once launch as much, and have room for one."""
-    meter = Meter(2**40, [0], allocated_bytes=MIB, limit=530 * MIB)
+    meter = Meter(2**40, [0], allocated_bytes=MIB, limit=470 * MIB)
     made = []
 
     def graphs_for(device, room, wanted):
@@ -305,7 +305,7 @@ def test_an_engine_leaves_room_for_a_graph_where_that_is_faster(monkeypatch):
         meter.tick(2.0 * len(x) if is_replay else 50.0)
         return out.square().mean()
 
-    task, config = TensorTask(loss, may_replay=True), replace(Config.parse({"mem_limit": "530MiB"}), bn_group=1)
+    task, config = TensorTask(loss, may_replay=True), replace(Config.parse({"mem_limit": "470MiB"}), bn_group=1)
     optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
     with Engine(model, task, config, meter=meter, layers={}) as engine:
         engine._planner.speed.new_size_ms = 0.0

@@ -76,7 +76,7 @@ def test_a_detector_of_ultralytics_is_replayed(tools):
     model = tools.build("detect", {"nc": 5, "backbone": layers, "head": [[[3, 4, 5], 1, "Detect", ["nc"]]]}).train()
     model.args = get_cfg()
     meter = Meter(2**40, [0])
-    graphs = Graphs(AgainRecorder(meter), lambda start, stop: (0, 2**40))
+    graphs = Graphs(AgainRecorder(meter), lambda start, stop: (0, 0, 2**40))
     found = []
     for each in (None, graphs):
         task = DetectionTask(lambda part: {**part, "img": part["img"] / 255}, multi_scale=False, overlapping_masks=True)
@@ -321,9 +321,9 @@ def test_a_batch_of_nan_leaves_no_trace_in_the_statistics_of_later_ones():
 def test_graphs_are_on_with_versions_of_pytorch_that_were_measured(monkeypatch, version, wanted, has_graphs):
     monkeypatch.setattr(torch, "__version__", TorchVersion(version))
     monkeypatch.setattr(recorder, "CudaRecorder", AgainRecorder)
-    found = graphs_for(torch.device("cuda"), lambda start, stop: (0, 0), wanted)
+    found = graphs_for(torch.device("cuda"), lambda start, stop: (0, 0, 0), wanted)
     assert (found is not None) is has_graphs
-    assert graphs_for(torch.device("cpu"), lambda start, stop: (0, 0), wanted) is None
+    assert graphs_for(torch.device("cpu"), lambda start, stop: (0, 0, 0), wanted) is None
 
 
 @pytest.mark.parametrize("arguments", [{}, {"cuda_graphs": True}, {"cuda_graphs": False}])

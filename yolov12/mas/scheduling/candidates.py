@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from yolov12.mas.config import CAPTURE_BYTES
 from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.time_model import SpeedModel
 
@@ -29,7 +28,6 @@ __all__ = [
 ]
 __all__ += ["has_room", "latest_ms", "safe_arms", "under_ceiling", "upper_bytes"]
 
-_HELD_BYTES = 1.16  # the same for a graph that is there; it was 1.16 times what the micro-batch used, on an H200
 # Bytes beside a capture, relative to the gradients: copies of weights in half precision that autocast keeps for a
 # batch, and gradients with which those of the first replay are compared, as far as the above does not include them.
 _COPIES_BYTES = 1.0
@@ -91,9 +89,11 @@ class State:
     """
     fixed: int | None = None
     """Micro-batch size that the user has set, whatever is predicted; None if it is chosen here."""
-    replay_bytes: float = 0.0
-    """Bytes that a CUDA graph of a micro-batch needs, relative to those of the micro-batch with their margin, see
-    `CAPTURE_BYTES`; 0 if there are no graphs now."""
+    graph_reserve: float | None = None
+    """Bytes to leave for the capture of a CUDA graph beyond `Level.graph_bytes`, relative to those of the micro-batch
+    with their margin, see `GRAPH_RESERVE`; None if there are no graphs now."""
+    graph_bytes: int = 0
+    """Bytes that the graph of the arm in use and its replays need above the memory allocated before; 0 if unknown."""
     later_bytes: int = 0
     """Bytes that are going to be allocated beside graphs, such as the optimizer's state."""
     batches_left: float = math.inf
@@ -200,7 +200,7 @@ def safe_arms(
             continue
         replays = has_room(state, cost, split, level, budget_bytes)
         arms.append(arm_of(state, cost, speed, split, level, replays=replays))
-        if state.replay_bytes and not replays:
+        if state.graph_reserve is not None and not replays:
             level = _first_level(state, cost, split, budget_bytes, level + 1, replays=True)
             if level < len(cost.levels):
                 arms.append(arm_of(state, cost, speed, split, level, replays=True))
@@ -233,22 +233,28 @@ def has_room(
         budget_bytes: Upper limit.
         most_boxes: If given, predict as if no image had more boxes than this.
     """
-    return bool(state.replay_bytes) and _room_bytes(state, cost, split, level, most_boxes) <= budget_bytes
+    if state.graph_reserve is None:
+        return False
+    return _room_bytes(state, cost, split, level, state.graph_reserve, most_boxes) <= budget_bytes
 
 
-def _room_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, most_boxes: int | None = None) -> int:
+def _room_bytes(
+    state: State, cost: CostModel, split: BatchSplit, level: int, reserve: float, most_boxes: int | None = None
+) -> int:
     """Return the peak of the capture with margin, beside gradients and copies of weights of earlier micro-batches.
 
     The usual runs before need less, and so do replays, which hold the graph and need memory for the loss. If
     there are several sizes, the last one runs as usual beside the graphs of the others.
     """
     history = state.history
-    in_use = history.replays and (split.largest, level) == (history.images, history.level)
-    factor = (state.replay_bytes - (CAPTURE_BYTES - _HELD_BYTES) * in_use) + (len(split.fullest) > 1)
     upper = max(upper for _, upper in (cost.upper(each) for each in features_of(state, split, level, most_boxes)))
-    beside_bytes = _allocated_bytes(state, split) + state.later_bytes
-    copies_bytes = 0 if len(split.counts) == 1 else _COPIES_BYTES * state.gradient_bytes
-    return math.ceil(beside_bytes + copies_bytes + factor * upper)
+    if state.graph_bytes and (split.largest, level) == (history.images, history.level):
+        held_bytes: float = state.graph_bytes
+    else:
+        held_bytes = (cost.levels[level].graph_bytes + reserve) * upper
+        held_bytes += 0 if len(split.counts) == 1 else _COPIES_BYTES * state.gradient_bytes
+    last_bytes = upper if len(split.fullest) > 1 else 0
+    return math.ceil(_allocated_bytes(state, split) + state.later_bytes + held_bytes + last_bytes)
 
 
 def arm_of(
@@ -269,7 +275,7 @@ def arm_of(
         best_ms=ahead * sum(count * speed.optimistic_ms(images, *where, level, replays) for count, images in times),
         new_sizes=sum(not speed.warm(images, *where) for _, images in times),
         replays=replays,
-        room_bytes=_room_bytes(state, cost, split, level) if replays else uppers_bytes,
+        room_bytes=_room_bytes(state, cost, split, level, state.graph_reserve or 0.0) if replays else uppers_bytes,
     )
 
 

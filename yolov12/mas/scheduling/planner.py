@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
 from yolov12.mas.scheduling.advice import NO_ADVICE, Advice
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.groups import decide_groups
-from yolov12.mas.scheduling.peak_model import SPREAD_UNSEEN, CostModel, Features
+from yolov12.mas.scheduling.peak_model import GRAPH_RESERVE, SPREAD_UNSEEN, CostModel, Features
 from yolov12.mas.scheduling.replay_room import ReplayRoom
 from yolov12.mas.scheduling.scheduler import Decision, Group, History, State
 from yolov12.mas.scheduling.time_model import SpeedModel
@@ -194,10 +195,12 @@ class BatchPlanner:
         )
         return self._accept(decision, sizes, group) if decision.fits else None
 
-    def room(self, start: int, stop: int) -> tuple[int, int]:
-        """Return what a micro-batch needs above the allocated memory, and the budget beside gradients, in bytes."""
+    def room(self, start: int, stop: int) -> tuple[int, int, int]:
+        """Return the bytes of a micro-batch and of its capture, and the budget, see `step.graphs.recorder.Graphs`."""
+        needed_bytes = self.cost.upper(self._features(start, stop, self.level))[1]
+        factor = self.cost.levels[self.level].graph_bytes + GRAPH_RESERVE
         later_bytes = self.gradient_bytes if start == 0 and stop < self._work.images else 0  # graphs stay beside them
-        return self.cost.upper(self._features(start, stop, self.level))[1], self.budget_bytes - later_bytes
+        return needed_bytes, math.ceil(factor * needed_bytes), self.budget_bytes - later_bytes
 
     def done(
         self, start: int, stop: int, allocated_bytes: int, peak_bytes: int | None, is_replay: bool = False
@@ -321,7 +324,7 @@ class BatchPlanner:
 
     def _state(self, start: int, sizes: tuple[int, ...]) -> State:
         ends = [start + end for end in accumulate(sizes)]
-        boxes, replay_bytes = self._work.boxes, self.replay_room.bytes() if self._ceiling is None else 0.0
+        boxes, reserve = self._work.boxes, self.replay_room.reserve() if self._ceiling is None else None
         return State(
             groups=tuple(Group(size, max(boxes[end - size : end])) for size, end in zip(sizes, ends, strict=True)),
             height=self._work.height,
@@ -332,8 +335,11 @@ class BatchPlanner:
             history=self.history,
             ceiling=self._ceiling,
             fixed=self._config.micro_batch,
-            replay_bytes=replay_bytes,
-            later_bytes=self.optimizer_bytes if replay_bytes else 0,
+            graph_reserve=reserve,
+            graph_bytes=self.replay_room.needed_bytes(
+                self.history.images * self._work.height * self._work.width, self.history.level
+            ),
+            later_bytes=self.optimizer_bytes if reserve is not None else 0,
             batches_left=self._advice.batches_left(),
         )
 

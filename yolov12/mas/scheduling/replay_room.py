@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from yolov12.mas.config import CAPTURE_BYTES
+from yolov12.mas.scheduling.peak_model import GRAPH_RESERVE
 from yolov12.mas.scheduling.scheduler import Decision
 
 __all__ = ["Graphs", "ReplayRoom"]
 
-_MORE = 0.1  # added to the bytes of a graph when they were too few
-_MOST = 2.5
+_MORE = 0.1  # added to the reserve when it was too small
+_MOST = 1.3
 
 
 class Graphs(Protocol):
@@ -42,15 +42,24 @@ class ReplayRoom:
         """True if the latest decision left room for a graph."""
         self.peak_bytes = 0
         """Peak of the micro-batches that were replayed since the latest decision; 0 if there were none."""
-        self._bytes = CAPTURE_BYTES
+        self._reserve = GRAPH_RESERVE
         # (pixels, level) → bytes that the latest replays needed above the memory allocated before. That hardly depends
         # on boxes: a graph has all of its memory from the start, and the loss runs beside it.
         self._needed_bytes: dict[tuple[int, int], int] = {}
         self._arm, self._beside_bytes = (0, 0), 0
 
-    def bytes(self) -> float:
-        """Return bytes relative to those of a micro-batch, see `State.replay_bytes`; 0 if there are no graphs now."""
-        return self._bytes if self.graphs is not None and self.graphs.possible else 0.0
+    def reserve(self) -> float | None:
+        """Return the bytes to leave beyond those of a graph, see `State.graph_reserve`; None if there is none now."""
+        return self._reserve if self.graphs is not None and self.graphs.possible else None
+
+    def needed_bytes(self, pixels: int, level: int) -> int:
+        """Return the bytes that the latest replays of an arm needed above the memory allocated before; 0 if unknown.
+
+        Args:
+            pixels: Pixels of its largest micro-batch.
+            level: Its checkpoint plan.
+        """
+        return self._needed_bytes.get((pixels, level), 0)
 
     def static_bytes(self) -> int:
         """Return the bytes of graphs that count as allocated now."""
@@ -71,9 +80,8 @@ class ReplayRoom:
         """
         self.expected, self._arm, self.peak_bytes = decision.replays, (pixels, decision.level), 0
         self._beside_bytes = beside_bytes
-        if self.expected and self._arm in self._needed_bytes:
-            return beside_bytes + self._needed_bytes[self._arm]
-        return decision.predicted_bytes
+        needed_bytes = self.needed_bytes(*self._arm) if self.expected else 0
+        return beside_bytes + needed_bytes if needed_bytes else decision.predicted_bytes
 
     def completed(self, *, undisturbed: bool) -> bool:
         """End a batch; return whether it ran in graphs, or as it does where graphs were expected.
@@ -86,7 +94,7 @@ class ReplayRoom:
             if self.peak_bytes:
                 self._needed_bytes[self._arm] = self.peak_bytes - self._beside_bytes
         lacked_room = self.expected and self.graphs is not None and self.graphs.lacks_room
-        if lacked_room and self._bytes < _MOST:
-            self._bytes = min(self._bytes + _MORE, _MOST)
+        if lacked_room and self._reserve < _MOST:
+            self._reserve = min(self._reserve + _MORE, _MOST)
             return False
         return self.expected

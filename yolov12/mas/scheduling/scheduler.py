@@ -98,7 +98,7 @@ def decide(state: State, cost: CostModel, speed: SpeedModel) -> Decision:
         is_far = split.largest > most
         arms += safe_arms(state, cost, speed, [split], state.budget_bytes / (_BEYOND if is_far else 1.0))
         plain = [arm for arm in arms if arm.level == 0]
-        is_replayed = not state.replay_bytes or any(arm.replays for arm in plain)
+        is_replayed = state.graph_reserve is None or any(arm.replays for arm in plain)
         if usual is not None and plain and is_replayed and (len(plain) > 1 or not plain[0].new_sizes):
             break  # smaller micro-batches take longer and recompute no less
     assert usual is not None

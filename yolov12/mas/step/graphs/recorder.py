@@ -50,13 +50,13 @@ class Graphs:
 
     recorder: Recorder
     """Captures networks."""
-    room: Callable[[int, int], tuple[int, int]]
+    room: Callable[[int, int], tuple[int, int, int]]
     """Called with the first image of a micro-batch and the one after its last; returns the bytes that it needs at
-    most above what is allocated, and the budget in bytes."""
+    most above what is allocated, those that the capture of its graph needs, and the budget in bytes."""
 
 
 def graphs_for(
-    device: torch.device, room: Callable[[int, int], tuple[int, int]], wanted: bool | None = None
+    device: torch.device, room: Callable[[int, int], tuple[int, int, int]], wanted: bool | None = None
 ) -> Graphs | None:
     """Return what replays need on a device; None if it has no CUDA graphs, or if they are not wanted.
 

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import Checkpointing, Plan
-from yolov12.mas.config import CAPTURE_BYTES
 from yolov12.mas.memory.reading import Meter, Stopwatch
 from yolov12.mas.modules import overridden
 from yolov12.mas.oom import Failure, is_out_of_memory
@@ -46,6 +45,7 @@ _PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as m
 # Usual runs whose time graphs have saved before they give way without a pause. A capture took as long as 3 to 8 of them
 # on an H200.
 _PAID = 8.0
+_MUCH_MORE = 1.25  # room for a capture, relative to that in which it failed, with which it is tried again
 _SMALL = 0.05  # fraction of the budget up to which graphs need not give way to a validation
 
 
@@ -165,11 +165,11 @@ class Replays:
         if any(size.is_refused and size.network is not None for size in sizes.values()):
             self.drop()  # the memory of the pool is freed only with all graphs
         self._is_alone = not self._held()
-        needed_bytes, budget_bytes = self._graphs.room(start, stop)
+        needed_bytes, capture_bytes, budget_bytes = self._graphs.room(start, stop)
         self._needed_bytes, spare_bytes = needed_bytes, self._spare_bytes(budget_bytes)
-        self._has_room = needed_bytes * CAPTURE_BYTES <= spare_bytes
+        self._has_room = capture_bytes <= spare_bytes
         for example, size in list(sizes.items()):
-            has_room = max(needed_bytes * CAPTURE_BYTES, size.held_bytes) <= spare_bytes
+            has_room = max(capture_bytes, size.held_bytes) <= spare_bytes
             self._has_room &= has_room
             if has_room and size.is_due and not self._pause:
                 before_bytes = spare_bytes
@@ -270,7 +270,7 @@ class Replays:
             self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason_of(error)}")
             if is_out_of_memory(error):
                 self._note(IN_A_CAPTURE)
-                size.held_bytes, self._has_room = math.ceil(CAPTURE_BYTES * spare_bytes), False
+                size.held_bytes, self._has_room = math.ceil(_MUCH_MORE * spare_bytes), False
             else:
                 size.is_refused = True
         # This stands outside of the `except` block, whose traceback kept the tensors of the capture.
