@@ -5,6 +5,7 @@ Without a GPU, the kernels run on the CPU.
 
 import copy
 import dataclasses
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +22,7 @@ from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.step import upsampling
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.models.activations import activations
+from yolov12.models.blocks import new_join
 from yolov12.models.layouts import TURBO, V1, building
 
 CHANNELS = 64
@@ -236,13 +238,32 @@ PLANS = {
 
 @pytest.mark.parametrize(("name", "modes"), [(name, modes) for name, plans in PLANS.items() for modes in plans])
 def test_plans_keep_their_layers_apart_and_join_the_others(device, name, modes):
-    """Layers that run again write nothing to a concatenation, and what is rebuilt fills a storage of its own."""
+    """What a layer that runs again returns is copied into a concatenation; what is rebuilt has its own storage."""
     model, x = made(name, device)
     apart, planned, joined = Run(model, x, apart=True), Run(model, x, Plan(modes)), Run(model, x)
     planned.assert_close(apart)
     assert planned.joins
     cats = [run.operations.count("CatBackward0") for run in (joined, planned, apart)]
     assert cats[0] < cats[1] < cats[2] or (cats[0] == 0 and cats[1] == 1)
+
+
+def test_a_concatenation_that_is_done_is_in_memory_no_longer(device, monkeypatch):
+    """If a part comes from a layer that a plan names, the parts are copied."""
+    model, x = made("detector", device)
+    made_joins, alive = [], []
+
+    def watched(channels):
+        join = new_join(channels)
+        made_joins.append(weakref.ref(join))
+        return join
+
+    monkeypatch.setattr("yolov12.models.blocks.new_join", watched)
+    head = model.model[-1]
+    usual = head.forward
+    head.forward = lambda xs: (alive.extend(ref() is not None for ref in made_joins), usual(xs))[1]
+    Run(model, x, Plan((("9", RECOMPUTE), ("3", REBUILD))))
+    assert len(alive) > 2
+    assert not any(alive)
 
 
 def test_bits_repeat(device):

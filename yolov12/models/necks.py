@@ -59,8 +59,8 @@ def _run(layers: Any, saved: Sequence[int], places: dict[int, tuple[int, int, in
             x = join.result()
         elif index in places and isinstance(layer.f, int):
             target, start, channels = places[index]
-            slot = joins.setdefault(target, new_join(channels)).slot(start)
-            x = part(layer, given[0], slot, None if read[index] == [target] else 0)
+            joins.setdefault(target, new_join(channels))  # no variable may hold it: its parts would stay in memory
+            x = part(layer, given[0], joins[target].slot(start), None if read[index] == [target] else 0)
         else:
             x = layer(given[0] if isinstance(layer.f, int) else given)
         outs.append(x if layer.i in saved else None)

@@ -74,7 +74,7 @@ class GroupedBatchNorm:
         self._activations: dict[nn.Module, nn.Module] = {}
         self.joins = self.may_join = False
         """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`: `joins` in
-        this micro-batch, `may_join` in a micro-batch of this batch that keeps everything."""
+        this moment, `may_join` in this batch, except for layers that are rebuilt."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
         self._all: list[_BatchNorm] = []
         self.find_layers()

@@ -146,8 +146,7 @@ class Checkpointing:
             # The second run starts from what is left of the inputs. Some of them may have to be rebuilt first.
             again = not first
             args, kwargs = each_tensor(kept, _Input.get, _Input) if again else first.pop()
-            with self._norms.apart():
-                result = forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
             if again:
                 self._norms.forget_activated()
             return result

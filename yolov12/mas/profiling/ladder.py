@@ -23,7 +23,7 @@ from yolov12.mas.step.step import Step
 
 __all__ = ["FORMAT", "Ladder", "ladder_of", "make_ladder"]
 
-FORMAT = 5
+FORMAT = 6
 """Version of stored ladders and of the profiles behind them. With a higher number, none of an earlier version is used:
 neither one in a cache nor one in the state of an engine."""
 

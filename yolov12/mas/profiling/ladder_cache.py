@@ -61,7 +61,7 @@ class LadderCache:
             work: Workload of any batch; only its height and width count.
             device: Name of the device.
             fused: Number of BatchNorm layers that run as one operation with their activation.
-            joins: Whether BatchNorm also adds residuals and writes concatenations where everything is kept.
+            joins: Whether BatchNorm also adds residuals and writes concatenations.
         """
         settings = torch.__version__, torch.is_autocast_enabled(), torch.are_deterministic_algorithms_enabled()
         trained = [(name, part.requires_grad, str(part.dtype)) for name, part in model.named_parameters()]

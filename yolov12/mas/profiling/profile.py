@@ -62,8 +62,9 @@ class Profile:
     total: Time
     """Time of the forward and backward pass of the whole model and loss, with everything kept."""
     joined_bytes: float = 0.0
-    """Bytes by which the peak without a checkpoint plan is lower than the layers tell: then, BatchNorm also adds
-    residuals and writes concatenations, see `batchnorm.grouped.GroupedBatchNorm.joins`."""
+    """Bytes by which the peak without a checkpoint plan is lower than the layers tell: BatchNorm also adds residuals
+    and writes concatenations, see `batchnorm.grouped.GroupedBatchNorm.joins`. Layers that a plan does not name do so,
+    too, and its peak is lower by a part of these bytes, which is not counted."""
 
     def fraction_of_time(self, time: Time) -> float:
         """Return a time as a fraction of the total: the mean of the fractions of host time and of device time."""

@@ -81,7 +81,7 @@ def wanted(model: nn.Module, dtype: torch.dtype, *, renders: bool = False) -> li
     with compile_ahead.noted() as found, _LikeCuda():  # type: ignore[no-untyped-call]
         if renders:
             device_rendering.note(dtype)
-        for joins in (True, False):  # checkpoint plans keep layers from writing to concatenations
+        for joins in (True, False):  # layers that a plan rebuilds write to no concatenation
             norms.begin()
             with norms.within(_GROUPS, 0, joins=joins), upsampling.within():
                 out = twin(scaled(images, dtype))
