@@ -280,15 +280,15 @@ PARTS: dict[str, Callable[[Scope], Iterator[dict[str, Any]]]] = {
        for scale in "sxn" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
     "ours-m": functools.partial(ours, "m"),
 }  # fmt: skip
-SMALL: dict[str, Any] = {"steps": 2, "images": 4, "imgsz": 128, "freed": {"n": 4}}
+SMALL: dict[str, Any] = {"steps": 2, "images": 4, "imgsz": 96, "freed": {"n": 4}}
 SMALL_PARTS = ["freed", "ours-n", "stock-n", "all-n", "predicted"]
-SMALL_LIMITS_GIB, SMALL_LIMIT_S = (4, 2), 0.5
+SMALL_LIMITS_GIB, SMALL_LIMIT_S = (2,), 0.5
 
 
 def main() -> int:
     """Run the parts, each in a process of its own, which writes each row at once."""
     parts = [*PARTS, "predicted"]
-    parser = report.parser(__doc__, parts=parts, small="4 images of 128 pixels, scale N and two limits")
+    parser = report.parser(__doc__, parts=parts, small="4 images of 96 pixels, scale N and one limit")
     parser.set_defaults(only=None)
     parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure at these, keep the other rows")
     parser.add_argument("--missing", action="store_true", help="measure only limits without a row of this commit")

@@ -150,18 +150,21 @@ class _ImitatedProcess:
 
     def __init__(self, file: Path) -> None:
         self._file, self._held_mib = file, 0.0
-        self.take(0.0)
+        self._write()
 
     def leave_mib(self, row: dict[str, str]) -> float:
         return float(row["peak_mib"]) - self.step_mib
 
     def take(self, mib: float) -> None:
         self._held_mib += mib
-        report.write(self._file, {"bytes": int(self._held_mib * 2**20)})
+        self._write()
 
     def release(self) -> None:
         self._held_mib = 0.0
-        self.take(0.0)
+        self._write()
+
+    def _write(self) -> None:
+        report.write(self._file, {"bytes": int(self._held_mib * 2**20)})
 
 
 def train_beside_others(arguments: dict[str, Any], held: str) -> dict[str, Any]:
