@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Size:
-    """Where a benchmark runs, and whether its work is small."""
+    """Device of a benchmark, and whether its work is small."""
 
     device: str = "cuda"
     """`cuda` or `cpu`."""
