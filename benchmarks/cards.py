@@ -37,23 +37,12 @@ from typing import Any
 
 from benchmarks.common import report
 from benchmarks.dense_runs import Clock, OutOfTimeError
-from benchmarks.dense_search import ROWS, Comparison, over
-from benchmarks.dense_trainings import BATCH, EPOCHS, EQUAL, IMAGES, MODEL, TRAIN
+from benchmarks.dense_search import ROWS, TINY, Comparison, over
+from benchmarks.dense_trainings import BATCH, EPOCHS, EQUAL, IMAGES, MODEL, SMALL, TRAIN
 from benchmarks.drawings import noise
 
 CARDS = {"t4": "T4", "a10": "A10", "a100": "A100 40GB"}
 """Part of the result → name in `yolov12.plan.cards`."""
-SMALL: dict[str, Any] = {
-    "model": "yolo12n.yaml",
-    "imgsz": 64,
-    "device": "cpu",
-    "cache": False,
-    "workers": 0,
-    "nbs": 8,
-}
-TINY = {"batch": 8, "refuse_above": 4, "start": {"stock": 4, "all": 4}, "step": {"stock": 2, "all": 2}}
-"""The comparison on a CPU, where a batch of more than 4 images fails in Ultralytics' trainings as if memory were short,
-and `mem_limit` is the memory of the card."""
 
 
 def memory_of(name: str) -> dict[str, int]:

@@ -5,6 +5,7 @@
     python -m benchmarks checkpointing --out part.json --only ours-s stock-s all-s --seconds 300 --missing
     python -m benchmarks checkpointing --out part.json --only freed
     python -m benchmarks checkpointing --out part.json --only predicted     (no GPU; for rows in the file)
+    python -m benchmarks checkpointing --out part.json --small --device cpu     (half a minute on the CPU, to try it)
 
 Three variants are compared at each limit: `ours` is the engine at batch 256; `stock` is Ultralytics, in a process
 without this package, at the largest batch that runs without a failed allocation; `all` is our model with every layer
@@ -14,6 +15,10 @@ What they would run with Ultralytics' default, an update for 64 images, is in th
 
 16 GiB comes first. With `--seconds`, each part has an equal share of the time that is left, keeps the rows that it has,
 and leaves out limits that it does not reach; `--missing` measures only limits without a row of this commit.
+
+`--small` runs the parts of scale N. On a CPU, all is fp32, memory is the resident memory of the process, and a batch of
+`stock` or `all` fails if it used more than the limit, as nothing refuses memory. `predicted` is about allocated memory
+of a GPU, so that it has no `off_percent` there.
 """
 
 from __future__ import annotations
@@ -25,15 +30,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.checkpointing_bytes import freed, predicted
+from benchmarks.checkpointing_bytes import FREED, freed, predicted
 from benchmarks.common import model, report
 from benchmarks.common.model import Training
-from benchmarks.common.processes import EXPANDABLE, GIB, Call
+from benchmarks.common.processes import EXPANDABLE, GIB, ONE_THREAD, Call
 
 FIRST_GIB = 16
 LIMITS_GIB = (FIRST_GIB, 80, 40, 24, 12, 8, 4)
@@ -55,9 +60,9 @@ PEAKS_GIB = (16, 24, 8)
 
 @dataclass(frozen=True)
 class Scope:
-    """Limits of a part and its time."""
+    """Limits of a part, its time, and the size of its work."""
 
-    limits: tuple[int, ...] = LIMITS_GIB
+    limits: tuple[float, ...] = LIMITS_GIB
     """Limits in GiB, in the order in which they are measured."""
     limit_s: float = 20.0
     """Most seconds that `ours` runs at a limit until the controller has settled."""
@@ -65,8 +70,20 @@ class Scope:
     """Time, as of `time.time`, after which no limit is begun."""
     steps: int = 7
     """Number of updates of a variant with a fixed batch that are measured at a limit."""
+    images: int = BATCH
+    """Number of images in an update."""
+    imgsz: int = 640
+    """Size of the images in pixels."""
+    device: str = "cuda"
+    """`cuda` or `cpu`."""
+    freed: Mapping[str, int] = field(default_factory=lambda: FREED)
+    """Scale → number of images of which a plan frees memory."""
 
-    def reached(self) -> Iterator[int]:
+    def training(self, model: str) -> Training:
+        """Return the training of a model."""
+        return Training(f"{model}.yaml", self.images, self.imgsz, self.device)
+
+    def reached(self) -> Iterator[float]:
         """Yield the limits until the time is over."""
         for index, gib in enumerate(self.limits):
             if time.time() > self.until:
@@ -81,7 +98,7 @@ def _fixed_batches(training: Training, name: str, scope: Scope) -> Iterator[dict
     _count_fallbacks(slow)
 
     def runs(batch: int, steps: int) -> tuple[float, float]:
-        several = min(max(round(BATCH / batch), 1), 4)
+        several = min(max(round(scope.images / batch), 1), 4)
         training.mark()
         passes, updates = [], []
         for step in range(steps):
@@ -111,13 +128,15 @@ def _fixed_batches(training: Training, name: str, scope: Scope) -> Iterator[dict
                 pass_s, update_s = runs(size, scope.steps)
             except training.out_of_memory:
                 slow.append("out of memory")
+            if training.is_over_limit():
+                slow.append("over the limit")
             if not slow:
                 batch, peak = size, training.peak_bytes()
                 row = {
                     "limit_gib": gib,
                     "batch": batch,
-                    "images_per_update": BATCH,
-                    "images_per_s": _rate(pass_s, update_s, batch, BATCH),
+                    "images_per_update": scope.images,
+                    "images_per_s": _rate(pass_s, update_s, batch, scope.images),
                     "images_per_s_nbs_64": _rate(pass_s, update_s, batch, NOMINAL_BATCH),
                     "update_ms": 1e3 * update_s,
                     "peak_mib": peak / 2**20,
@@ -144,7 +163,7 @@ def _count_fallbacks(into: list[str]) -> None:
 
 def stock(scale: str, scope: Scope) -> Iterator[dict[str, Any]]:
     """Measure unpatched Ultralytics; the import hook is turned off in this process."""
-    training = Training(f"yolo12{scale}.yaml")
+    training = scope.training(f"yolo12{scale}")
     assert "yolov12.seams" not in sys.modules, "this is not stock"
     yield from _fixed_batches(training, f"stock {scale}", scope)
 
@@ -153,7 +172,7 @@ def all_layers(scale: str, scope: Scope, training: Training | None = None) -> It
     """Measure our model with every top-level layer recomputed."""
     from torch.utils.checkpoint import checkpoint
 
-    training = training or Training(f"yolo12{scale}.yaml")
+    training = training or scope.training(f"yolo12{scale}")
     for layer in training.model.model:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     yield from _fixed_batches(training, f"all {scale}", scope)
@@ -166,7 +185,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
     from yolov12.models.layer_names import layer_names
     from yolov12.training.adapter.memory_needs import optimizer_bytes
 
-    training, cache = training or Training(f"yolo12{scale}.yaml"), Path(tempfile.mkdtemp())
+    training, cache = training or scope.training(f"yolo12{scale}"), Path(tempfile.mkdtemp())
     needs = functools.partial(optimizer_bytes, training.optimizer, training.model)
     for gib in scope.reached():
         training.release()
@@ -175,7 +194,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
             training.model,
             training.task,
             training.scaler,
-            {"limit": gib * GIB},
+            {"limit": int(gib * GIB)},
             layers=layer_names(training.model),
             cache=cache,
             advice=mas.Advice(optimizer_bytes=needs),
@@ -227,7 +246,7 @@ def ours(scale: str, scope: Scope, training: Training | None = None) -> Iterator
         yield row
 
 
-def _enough(steps: list[dict[str, Any]], gib: int, seconds: float, scope: Scope) -> bool:
+def _enough(steps: list[dict[str, Any]], gib: float, seconds: float, scope: Scope) -> bool:
     """Return whether `ours` has run long enough at a limit, of which the first step does not count."""
     if len(steps) < 4:
         return False
@@ -256,42 +275,51 @@ def _alike(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 PARTS: dict[str, Callable[[Scope], Iterator[dict[str, Any]]]] = {
-    "freed": lambda scope: freed(),
+    "freed": freed,
     **{f"{name}-{scale}": functools.partial(run, scale)
-       for scale in "sx" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
+       for scale in "sxn" for name, run in (("ours", ours), ("stock", stock), ("all", all_layers))},
     "ours-m": functools.partial(ours, "m"),
 }  # fmt: skip
+SMALL: dict[str, Any] = {"steps": 2, "images": 4, "imgsz": 96, "freed": {"n": 4}}
+SMALL_PARTS = ["freed", "ours-n", "stock-n", "all-n", "predicted"]
+SMALL_LIMITS_GIB, SMALL_LIMIT_S = (2,), 0.5
 
 
 def main() -> int:
     """Run the parts, each in a process of its own, which writes each row at once."""
-    parser = report.parser(__doc__, parts=[*PARTS, "predicted"])
+    parts = [*PARTS, "predicted"]
+    parser = report.parser(__doc__, parts=parts, small="4 images of 96 pixels, scale N and one limit")
+    parser.set_defaults(only=None)
     parser.add_argument("--limits", nargs="+", type=int, help="GiB: measure at these, keep the other rows")
     parser.add_argument("--missing", action="store_true", help="measure only limits without a row of this commit")
     parser.add_argument("--limit-seconds", type=float, default=20.0, help="most seconds of `ours` at a limit")
     parser.add_argument("--seconds", type=float, default=math.inf, help="seconds for all parts")
     options = parser.parse_args()
+    only = options.only or (SMALL_PARTS if options.small else [part for part in parts if not part.endswith("-n")])
+    size = SMALL if options.small else {}
     end, failed = time.time() + options.seconds, 0
-    for index, part in enumerate(options.only):
-        result = report.Report(options.out, keep=True)
+    for index, part in enumerate(only):
+        result = report.Report(options.out, options.device, keep=True)
         if part == "predicted":
-            result.add(part, predicted(result))
+            result.add(part, predicted(result, Scope(device=options.device, **size)))
             continue
         rows = result.get(part, [])
-        limits = options.limits or (PEAKS_GIB if part == "ours-m" else LIMITS_GIB)
+        limits = options.limits or (PEAKS_GIB if part == "ours-m" else SMALL_LIMITS_GIB if size else LIMITS_GIB)
         if options.missing:
             limits = missing(rows, limits, result["commit"])
         result.add(part, rows)
         started = time.time()
-        until = started + (end - started) / (len(options.only) - index)
-        work = {"part": part, "out": str(options.out.absolute()), "limits": limits, "limit_s": options.limit_seconds}
-        work["until"] = until if math.isfinite(until) else 1e12
-        failed |= Call("checkpointing:run", stock=part.startswith("stock"), variables=EXPANDABLE, **work).wait()
+        until = started + (end - started) / (len(only) - index)
+        limit_s = min(options.limit_seconds, SMALL_LIMIT_S) if size else options.limit_seconds
+        work = {"part": part, "out": str(options.out.absolute()), "limits": limits, "limit_s": limit_s, "size": size}
+        work |= {"until": until if math.isfinite(until) else 1e12, "device": options.device}
+        variables = EXPANDABLE if options.device == "cuda" else ONE_THREAD
+        failed |= Call("checkpointing:run", stock=part.startswith("stock"), variables=variables, **work).wait()
         print(f"{part}: {time.time() - started:.0f} s", flush=True)
     return failed
 
 
-def missing(rows: list[dict[str, Any]], limits: list[int] | tuple[int, ...], commit: str | None) -> list[int]:
+def missing(rows: list[dict[str, Any]], limits: Sequence[int], commit: str | None) -> list[int]:
     """Return the limits of which a part has no row of a commit.
 
     Args:
@@ -303,7 +331,9 @@ def missing(rows: list[dict[str, Any]], limits: list[int] | tuple[int, ...], com
     return [gib for gib in limits if gib not in found]
 
 
-def run(part: str, out: str, limits: list[int], limit_s: float, until: float) -> None:
+def run(
+    part: str, out: str, limits: list[float], limit_s: float, until: float, size: dict[str, Any], device: str
+) -> None:
     """Measure a part in this process, and write each row at once.
 
     Args:
@@ -312,10 +342,12 @@ def run(part: str, out: str, limits: list[int], limit_s: float, until: float) ->
         limits: Limits in GiB.
         limit_s: Most seconds of `ours` at a limit.
         until: Time after which no limit is begun.
+        size: Fields of `Scope` that differ.
+        device: `cuda` or `cpu`.
     """
     result = json.loads(Path(out).read_text())
     rows = [] if part == "freed" else result.get(part, [])
-    for row in PARTS[part](Scope(tuple(limits), limit_s, until)):
+    for row in PARTS[part](Scope(tuple(limits), limit_s, until, device=device, **size)):
         if part != "freed":
             row |= {"commit": result["commit"], "device": result["device"]}
             rows = [other for other in rows if other["limit_gib"] != row["limit_gib"]]

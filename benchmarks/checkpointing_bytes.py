@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import model
-from benchmarks.common.model import Training
+
+if TYPE_CHECKING:
+    from benchmarks.checkpointing import Scope
+
+FREED: Mapping[str, int] = {"n": 32, "s": 32, "m": 16, "l": 16, "x": 8}
+"""Scale → number of images."""
 
 
-def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Predict with `yolov12 plan` the peaks that `ours` measured. This needs no GPU."""
+def predicted(result: dict[str, Any], scope: Scope) -> dict[str, list[dict[str, Any]]]:
+    """Predict with `yolov12 plan` the peaks that `ours` measured. This needs no GPU.
+
+    Args:
+        result: Content of the file.
+        scope: Size of the work. On a CPU, the measured peaks are of resident memory, so nothing is compared.
+    """
     from yolov12.mas.checkpointing.checkpointing import Plan
     from yolov12.plan.estimate import estimate
     from yolov12.plan.fake_model import load
@@ -27,16 +36,23 @@ def predicted(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         for row in measured:
             plan = Plan(tuple((name, mode) for mode, names in row["plan"].items() for name in names))
             found = estimate(
-                network, micro_batch=row["micro_batch"], plan=plan, boxes=2 * model.BOXES_PER_IMAGE - 1, optimizer="SGD"
+                network,
+                micro_batch=row["micro_batch"],
+                plan=plan,
+                imgsz=scope.imgsz,
+                batch=scope.images,
+                boxes=2 * model.BOXES_PER_IMAGE - 1,
+                optimizer="SGD",
             )
             mib = found.peak_bytes / 2**20
             told = {key: row[key] for key in ("limit_gib", "micro_batch", "peak_mib")}
-            rows[part].append({**told, "predicted_mib": mib, "off_percent": 100 * (mib / row["peak_mib"] - 1)})
+            off_percent = 100 * (mib / row["peak_mib"] - 1) if scope.device == "cuda" else None
+            rows[part].append({**told, "predicted_mib": mib, "off_percent": off_percent})
             print(part, json.dumps(rows[part][-1]), flush=True)
     return rows
 
 
-def freed() -> Iterator[dict[str, Any]]:
+def freed(scope: Scope) -> Iterator[dict[str, Any]]:
     """Yield measured and predicted bytes that plans free, between forward and backward pass and at the peak."""
     import gc
 
@@ -47,19 +63,18 @@ def freed() -> Iterator[dict[str, Any]]:
     from yolov12.mas.profiling.warmup import profile
     from yolov12.models.layer_names import layer_names
 
-    for scale, images in zip("nsmlx", (32, 32, 16, 16, 8), strict=True):
-        training = Training(f"yolov12{scale}.yaml")
+    for scale, images in scope.freed.items():
+        training = scope.training(f"yolov12{scale}")
         task, layers = training.task, layer_names(training.model)
         engine = model.engine(training.model, task, training.scaler, {"bn_group": 8}, layers=layers)
         step = engine._step
         task.workload(training.batch)
-        autocast = functools.partial(torch.autocast, "cuda", torch.float16)
         for _ in range(2):
-            with autocast():
+            with training.autocast():
                 step.try_out(training.batch, 0, images)
-        torch.cuda.synchronize()
+        training.wait()
         begin = time.perf_counter()
-        with autocast():
+        with training.autocast():
             found = profile(step, engine.meter, candidates(training.model, layers), training.batch, images)
         seconds = time.perf_counter() - begin
         begin = time.perf_counter()
@@ -70,12 +85,12 @@ def freed() -> Iterator[dict[str, Any]]:
             kept: list[int] = []
             gc.collect()
 
-            def backward(loss: Any, kept: list[int] = kept, training: Training = training) -> None:
-                kept.append(torch.cuda.memory_allocated())
+            def backward(loss: Any, kept: list[int] = kept, training: model.Training = training) -> None:
+                kept.append(training.allocated_bytes())
                 training.scaler.scale(loss).backward()
 
             step._backward = backward
-            with autocast():
+            with training.autocast():
                 outcome = step.try_out(training.batch, 0, images, step.checkpointing.within(level.plan))
             results.append((kept[0], outcome[1]))
         by_name = {layer.name: layer for layer in found.layers}

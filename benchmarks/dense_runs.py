@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.processes import EXPANDABLE, ROOT, Call
+from benchmarks.common.processes import EXPANDABLE, ONE_THREAD, ROOT, Call
 
 MEMORY_FAILURES = (
     "out of memory",
@@ -76,7 +76,8 @@ class Training:
         caches = {"YOLO_CONFIG_DIR": str(self._folder / "config"), "TRITON_CACHE_DIR": str(self._folder / "triton")}
         arguments = {**arguments, "project": str(self._folder), "name": "run"}
         with self._log.open("w") as log:
-            variables = {**EXPANDABLE, **caches, "YOLO_OFFLINE": "1"}
+            threads = ONE_THREAD if arguments.get("device") == "cpu" else {}
+            variables = {**EXPANDABLE, **threads, **caches, "YOLO_OFFLINE": "1"}
             self.call = Call(function, stock=stock, log=log, variables=variables, arguments=arguments, **call)
 
     @property

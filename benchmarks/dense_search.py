@@ -19,6 +19,14 @@ STEP = {"stock": 8, "all": 16}
 """Difference of the batches that are tried; `all` recomputes all layers."""
 IMAGES_PER_GIB = {"stock": 2, "all": 4}
 """Number of images for each GiB at which the search begins; it goes on upwards or downwards from there."""
+TINY: Mapping[str, Any] = {
+    "batch": 8,
+    "refuse_above": 4,
+    "start": {"stock": 4, "all": 4},
+    "step": {"stock": 2, "all": 2},
+}
+"""The comparison on a CPU, where a batch of more than 4 images fails in Ultralytics' trainings as if memory were short,
+and `mem_limit` is the memory of the card."""
 
 
 @dataclass

@@ -37,6 +37,15 @@ TRAIN: dict[str, Any] = {
 EQUAL: dict[str, Any] = {"nbs": BATCH, "warmup_epochs": 0}
 """A warm-up of stock would begin with an optimizer step for each batch, whatever `nbs` is."""
 OURS: dict[str, Any] = {"recipe": False}
+SMALL: dict[str, Any] = {
+    "model": "yolo12n.yaml",
+    "imgsz": 64,
+    "device": "cpu",
+    "cache": False,
+    "workers": 0,
+    "nbs": 8,
+}
+"""Arguments of a training on a CPU."""
 HALVED, ASSIGNED_SINGLY = "Reducing to batch", "TaskAlignedAssigner"
 """Parts of the warnings with which Ultralytics says that memory was short."""
 

@@ -12,7 +12,6 @@ batch at once, in fp32, with the weights of the end.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -20,8 +19,8 @@ import statistics
 from typing import Any
 
 from benchmarks.common import report
+from benchmarks.common.model import autocast, gradient_scaler, random_batch
 from benchmarks.common.model import engine as engine_of
-from benchmarks.common.model import gradient_scaler, random_batch
 from benchmarks.common.model import task as detection_task
 from benchmarks.common.rounds import in_turn, median_ms, median_ratio
 
@@ -78,7 +77,7 @@ def measure(task: str, *, small: bool, device: str) -> dict[str, Any]:
         engines[name] = engine_of(model, detection_task(device), scaler, {**settings, **sizes})
 
     def step(engine: Any) -> Any:
-        with torch.autocast("cuda", torch.float16) if device == "cuda" else contextlib.nullcontext():
+        with autocast(device):
             result = engine.step(batch)
         engine.update(optimizer, update)
         return result

@@ -16,18 +16,30 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.processes import environment
+from benchmarks.common.processes import ONE_THREAD, environment
+from benchmarks.common.size import Size
+from benchmarks.endurance_model import yaml_of
 
 LIMITS_GIB = (8, 16, 24, 40)
+SMALL_LIMITS_GIB = (2,)
 
 TRAIN = {"model": "yolov12s.yaml", "imgsz": 640, "device": 0, "cache": "ram", "plots": False, "exist_ok": True}
+SMALL: dict[str, Any] = {"imgsz": 64, "cache": False, "workers": 0, "nbs": 8}
 
 
 def _train(
-    folder: Path, stock: bool = False, variables: dict[str, str] | None = None, **arguments: Any
+    folder: Path,
+    stock: bool = False,
+    variables: dict[str, str] | None = None,
+    size: Size = Size(),  # noqa: B008 - it is frozen
+    **arguments: Any,
 ) -> subprocess.Popen[str]:
     """Start a training; its output goes to a log file beside its folder."""
     arguments = {**TRAIN, "project": folder.parent, "name": folder.name, **arguments}
+    if size.small:
+        arguments |= {**SMALL, "model": yaml_of("tiny")}
+    if size.device == "cpu":
+        arguments, variables = {**arguments, "device": "cpu"}, {**ONE_THREAD, **(variables or {})}
     if stock:
         code = f"from ultralytics import YOLO; YOLO({arguments.pop('model')!r}).train(**{_plain(arguments)!r})"
         command = [sys.executable, "-c", code]
@@ -90,13 +102,14 @@ def _draw(folder: Path, images: int) -> str:
     return str(demo.ensure(f"demo:images={images}", folder))
 
 
-def limits(epochs: int = 7) -> dict[str, Any]:
-    """Run whole trainings at four limits at the same time on one card, so their times mean nothing."""
-    folder = Path(tempfile.mkdtemp())
-    data = _draw(folder, 640)
+def limits(device: str = "cuda", small: bool = False) -> dict[str, Any]:
+    """Run whole trainings at several limits at the same time on one card, so their times mean nothing."""
+    size, folder = Size(device, small), Path(tempfile.mkdtemp())
+    epochs, batch = size.sized((7, 256), (2, 8))
+    given = {"data": _draw(folder, size.sized(640, 20)), "epochs": epochs, "batch": batch, "workers": 3}
     runs = {
-        gib: _train(folder / f"{gib}gib", data=data, epochs=epochs, batch=256, mem_limit=f"{gib}GiB", workers=3)
-        for gib in LIMITS_GIB
+        gib: _train(folder / f"{gib}gib", mem_limit=f"{gib}GiB", size=size, **given)
+        for gib in size.sized(LIMITS_GIB, SMALL_LIMITS_GIB)
     }
     out = {}
     for gib, run in runs.items():
@@ -113,20 +126,19 @@ def limits(epochs: int = 7) -> dict[str, Any]:
     return out
 
 
-def first_epoch(epochs: int = 3, images: int = 1920) -> dict[str, Any]:
+def first_epoch(device: str = "cuda", small: bool = False) -> dict[str, Any]:
     """Time the first epochs of stock, of this package with an empty cache of Triton kernels, and with the filled one.
 
-    Each training has a configuration folder of its own, so that none finds the plans that another one stored.
-
-    Args:
-        epochs: Number of epochs of each training.
-        images: Number of drawn images, of which a fifth is for validation.
+    Each training has a configuration folder of its own, so that none finds the plans that another one stored. A fifth
+    of the drawn images is for validation.
     """
-    folder = Path(tempfile.mkdtemp())
-    data = _draw(folder, images)
-    alike = {"data": data, "epochs": epochs, "val": False, "workers": 8, "model": "yolo12s.yaml"}
-    ways: dict[str, dict[str, Any]] = {"stock": {"batch": 32}}
-    ways |= {name: {"batch": 256, "mem_limit": "16GiB"} for name in ("empty cache", "filled cache")}
+    size, folder = Size(device, small), Path(tempfile.mkdtemp())
+    data = _draw(folder, size.sized(1920, 20))
+    epochs = size.sized(3, 2)
+    alike = {"data": data, "epochs": epochs, "val": False, "workers": 8, "model": "yolo12s.yaml", "size": size}
+    ways: dict[str, dict[str, Any]] = {"stock": {"batch": size.sized(32, 4)}}
+    ours = size.sized({"batch": 256, "mem_limit": "16GiB"}, {"batch": 8, "mem_limit": f"{SMALL_LIMITS_GIB[0]}GiB"})
+    ways |= dict.fromkeys(("empty cache", "filled cache"), ours)
     out: dict[str, Any] = {}
     for name, arguments in ways.items():
         run_folder = folder / name.replace(" ", "_")
@@ -179,30 +191,25 @@ def new_sizes(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
-def neighbour(seconds: int = 150, stock_seconds: int = 40) -> dict[str, Any]:
+def neighbour(device: str = "cuda", small: bool = False) -> dict[str, Any]:
     """Run our training, then stock's, while this process takes and releases up to 40 % of the card at random.
 
-    Args:
-        seconds: Seconds of our training.
-        stock_seconds: Seconds of stock's training.
+    In a trial, it takes little, so that other processes have what they need.
     """
-    import torch
-
-    folder = Path(tempfile.mkdtemp())
+    size, folder = Size(device, small), Path(tempfile.mkdtemp())
     # The batch takes about two thirds of the card, so it fits alone, and not beside all memory of this process.
-    batch = int(0.7 * torch.cuda.mem_get_info()[1] / 192e6) // 128 * 128
+    batch = 8 if small else int(0.7 * _total_bytes(device) / 192e6) // 128 * 128
     data = _draw(folder, 5 * batch)  # a fifth is for validation, so that no batch is partial
     out: dict[str, Any] = {"batch": batch}
-    for name, stock in (("ours", False), ("stock", True)):
-        seconds = stock_seconds if stock else seconds
+    for name, stock, seconds in (("ours", False, size.sized(150, 3)), ("stock", True, size.sized(40, 2))):
         run_folder = folder / name
-        model = {"model": "yolo12s.yaml"}  # a layout that both can run
-        hours = (seconds + 5) / 3600
-        run = _train(run_folder, stock, data=data, epochs=1000, batch=batch, time=hours, val=False, workers=14, **model)
+        more = {"model": "yolo12s.yaml", "size": size}  # a layout that both can run
+        hours = (seconds + size.sized(5, 1)) / 3600
+        run = _train(run_folder, stock, data=data, epochs=1000, batch=batch, time=hours, val=False, workers=14, **more)
         log = run_folder.with_suffix(".log")
         while run.poll() is None and "Starting training" not in log.read_text():
             time.sleep(0.5)
-        taken = _press(run, seconds)
+        taken = _press(run, seconds, size)
         code = run.wait()
         text = log.read_text()
         out[name] = {
@@ -223,13 +230,24 @@ def _not_memory(_: str, names: list[str]) -> list[str]:
     return [name for name in names if not name.startswith("memory.")]
 
 
-def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[tuple[float, float]]:
+def _total_bytes(device: str) -> int:
+    """Return the memory of the card, or of the host."""
+    import torch
+
+    from yolov12.mas.memory.host import HostMemory
+
+    return torch.cuda.mem_get_info()[1] if device == "cuda" else HostMemory().room_bytes()[0]
+
+
+def _press(run: subprocess.Popen[str], seconds: int, size: Size) -> list[tuple[float, float]]:
     """Take and release memory while a training runs; return (seconds, fraction of the card) for each change."""
     import torch
 
     chance = random.Random(4)
-    block = 256 * 2**20
-    total = torch.cuda.mem_get_info()[1]
+    block = size.sized(256, 16) * 2**20
+    total = _total_bytes(size.device)
+    most = size.sized(0.4, 16 * block / total)
+    pause_s = size.sized((5.0, 20.0), (0.2, 0.8))
     blocks: list[Any] = []
     log = []
     start = time.time()
@@ -239,11 +257,11 @@ def _press(run: subprocess.Popen[str], seconds: int, most: float = 0.4) -> list[
         torch.cuda.empty_cache()
         while len(blocks) < wanted:
             try:
-                blocks.append(torch.empty(block, dtype=torch.uint8, device="cuda"))
+                blocks.append(torch.ones(block, dtype=torch.uint8, device=size.device))  # written to: really there
             except torch.cuda.OutOfMemoryError:
                 break  # the training has allocated it
         log.append((round(time.time() - start, 1), round(len(blocks) * block / total, 3)))
-        time.sleep(chance.uniform(5.0, 20.0))
+        time.sleep(chance.uniform(*pause_s))
     blocks.clear()
     torch.cuda.empty_cache()
     return log

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.size import Size
 from benchmarks.ranks_processes import Processes
 from benchmarks.ranks_work import GROUP
 
@@ -33,21 +34,13 @@ BATCH = 128
 
 
 @dataclass(frozen=True)
-class Setup:
+class Setup(Size):
     """Machine on which parts run, and their size."""
 
-    device: str
-    """`cuda` or `cpu`."""
-    small: bool
-    """True for a trial with small sizes."""
-    gpus: int
+    gpus: int = 0
     """Number of GPUs."""
     still: bool = False
     """True if the images of `speed` are not augmented. Those of the other parts never are."""
-
-    def sized(self, full: Any, small: Any) -> Any:
-        """Return the full size, or the small one in a trial."""
-        return small if self.small else full
 
     def arguments(self, data: str, images: int, steps: int, batch: int) -> dict[str, Any]:
         """Return arguments of a training on `images` images with at least `steps` steps."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.common.processes import limit_memory
+from benchmarks.common.processes import GIB, limit_memory
 
 BOXES_PER_IMAGE = 25
 
@@ -50,18 +52,21 @@ class Training:
         cfg: Yaml of the model.
         images: Number of images in the batch.
         size: Their size in pixels.
-        device: `cuda` or, to try a benchmark, `cpu`, on which no memory is limited or measured.
+        device: `cuda` or, to try a benchmark, `cpu`, where memory is the resident memory of this process.
     """
 
     def __init__(self, cfg: str, images: int = 256, size: int = 640, device: str = "cuda") -> None:
         import torch
         from ultralytics.utils.torch_utils import ModelEMA
 
-        self.images, self._on_card = images, device == "cuda"
+        from yolov12.mas.memory.host import HostMeter
+
+        self.images, self.device, self._on_card = images, device, device == "cuda"
         self.model, self.task, self.scaler, self.batch = prepare(images, size, cfg=cfg, device=device)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
         self.ema = ModelEMA(self.model)
         self.out_of_memory = torch.cuda.OutOfMemoryError
+        self._host, self._limit_bytes = HostMeter(), math.inf
 
     def update(self) -> None:
         """Update the weights and their moving average."""
@@ -82,27 +87,29 @@ class Training:
 
     def autocast(self) -> Any:
         """Return the context of mixed precision."""
-        import torch
-
-        return torch.autocast("cuda", torch.float16, enabled=self._on_card)
+        return autocast(self.device)
 
     def wait(self) -> None:
         """Wait until the card has done its work."""
-        import torch
-
-        if self._on_card:
-            torch.cuda.synchronize()
+        wait(self.device)
 
     def limit(self, gib: float) -> None:
-        """Limit the allocator as if the card had so many GiB."""
+        """Limit the allocator as if the card had so many GiB. On a CPU, nothing refuses memory, see `is_over_limit`."""
+        self._limit_bytes = gib * GIB
         if self._on_card:
             limit_memory(gib)
 
+    def is_over_limit(self) -> bool:
+        """Return whether more memory than the limit was used on a CPU since the mark. A GPU refuses it."""
+        return not self._on_card and self._host.peak_bytes() > self._limit_bytes
+
     def release(self) -> None:
-        """Give unused memory back to the card."""
+        """Give unused memory back to the card, or to the system."""
         import torch
 
         torch.cuda.empty_cache()
+        if not self._on_card:
+            self._host.release()
 
     def mark(self) -> None:
         """Begin to measure a peak."""
@@ -110,18 +117,42 @@ class Training:
 
         if self._on_card:
             torch.cuda.reset_peak_memory_stats()
+        else:
+            self._host.mark()
 
     def peak_bytes(self) -> int:
         """Return the highest allocated bytes since the mark."""
         import torch
 
-        return torch.cuda.max_memory_allocated() if self._on_card else 0
+        return torch.cuda.max_memory_allocated() if self._on_card else self._host.peak_bytes()
 
     def allocated_bytes(self) -> int:
         """Return the bytes allocated now."""
         import torch
 
-        return torch.cuda.memory_allocated() if self._on_card else 0
+        if self._on_card:
+            return torch.cuda.memory_allocated()
+        self._host.release()
+        return self._host.read().reserved_bytes
+
+
+def autocast(device: str) -> Any:
+    """Return the context of mixed precision: fp16 on a GPU; on a CPU, all is fp32.
+
+    Args:
+        device: `cuda` or `cpu`.
+    """
+    import torch
+
+    return torch.autocast("cuda", torch.float16) if device == "cuda" else contextlib.nullcontext()
+
+
+def wait(device: str) -> None:
+    """Wait until a GPU has done its work."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def random_batch(images: int, size: int, boxes_per_image: int) -> dict[str, Any]:

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 GIB = 2**30
 EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """Allocator setting under which freed memory of any size can be used again."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For small work on a CPU, where threads of several processes would wait for one another."""
 
 
 def environment(stock: bool = False, **more: str) -> dict[str, str]:

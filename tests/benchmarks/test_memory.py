@@ -1,4 +1,4 @@
-"""What benchmarks/memory.py makes of the rows of memory.csv; the rest of it needs a GPU."""
+"""What benchmarks/memory.py makes of the rows of memory.csv, and its small variant on the CPU."""
 
 import json
 from types import SimpleNamespace
@@ -65,3 +65,36 @@ def test_first_epochs_share_kernels_and_no_stored_plans(monkeypatch):
     assert list(memory_trainings.first_epoch()) == ["stock", "empty cache", "filled cache"]
     assert len({each["YOLO_CONFIG_DIR"] for each in given}) == 3
     assert len({each["TRITON_CACHE_DIR"] for each in given}) == 1
+
+
+@pytest.mark.deep
+def test_the_small_variant_has_all_parts(run_small):
+    found = run_small("memory")
+    gradient = found["gradient"]
+    assert [len(run["micro_batches"]) for run in gradient["runs"].values()] == [4, 1, 4]
+    assert set(gradient["relative_difference"]) == {"limit", "rounding"}
+    assert 0 < max(gradient["relative_difference"].values()) < 1e-3  # all is fp32
+    assert max(gradient["running_statistics"].values()) < 1e-3
+    assert [row["images"] for row in found["first_times"]] == [1, 2, 8]
+    assert all(min(row["first_s"], row["second_s"]) > 0 for row in found["first_times"])
+    assert [(row["micro_batch"], row["bn_group"]) for row in found["overhead"]] == [(8, 8), (2, 2), (8, 2)]
+    assert all(row["engine_over_bare"] > 0 and len(row["rounds"]) == 2 for row in found["overhead"])
+
+    calm, disturbed = (found["failures"][which] for which in ("undisturbed", "disturbed"))
+    assert calm["failures_injected"] == calm["out_of_memories"] == 0
+    assert disturbed["failures_injected"] == disturbed["out_of_memories"] > 0
+    for run in (calm, disturbed):
+        assert (run["updates"], run["images"], run["images_lost"]) == (8, 64, 0)
+    assert found["failures"]["difference_of_weights"] < 1e-2 * found["failures"]["way_the_weights_went"]
+
+    (limit,) = found["limits"].values()
+    assert (limit["exit_status"], limit["summary"]["updates"], limit["summary"]["images_lost"]) == (0, 4, 0)
+    assert limit["prediction"]["all"]["steps"] == len(limit["rows"]) == 4
+    for run in found["first_epoch"].values():
+        assert run["exit_status"] == 0, run["log_tail"]
+        assert len(run["epoch_s"]) == 2
+    for who in ("ours", "stock"):
+        run = found["neighbour"][who]
+        assert run["exit_status"] == 0, run["log_tail"]
+        assert all(0 <= taken < 0.5 for _, taken in run["card_taken"])
+    assert found["neighbour"]["ours"]["summary"]["images_lost"] == 0
