@@ -222,7 +222,8 @@ def design() -> Iterator[Passage]:
     cost = max(row["engine_over_bare"] for row in memory["overhead"])
     failures = pressed["summary"]["out_of_memories"] + (pressed["exit_status"] != 0)
     speed, dense_speed = at["ours", 16] / at["stock", 16], ours["images_per_s"] / stock["images_per_s"]
-    kept = at["ours", 16] / at["ours", 80]
+    late = {each["gib"]: each["later"]["images_per_s"] for each in limits_of("s")}
+    kept = late[16] / late[80]
     cards = [result("cards")[card]["summary"] for card in ("t4", "a10", "a100")]
     whole = result("cards_100")["t4"]["summary"]
     spreads = [each["peak_sd_mib_over_stock"] for each in (*cards, whole)]

@@ -245,21 +245,27 @@ def checkpointing() -> Iterator[Passage]:
     yield sentence("At 4 GiB, it had settled on groups of {}", found["ours-x"][4]["bn_group"])
 
 
+LATER = CURVES.replace("| ours |", "| ours | ours, later |")
+
+
 def limits_of(scale: str) -> list[dict[str, Any]]:
-    """Return the rows of limits_h200.json at each limit: `gib`, `ours`, `stock` and `all`, None if not measured.
+    """Return the rows of limits_h200.json at each limit: `gib`, `ours`, `later`, `stock` and `all`; None for none.
 
     Args:
         scale: `s` or `x`.
     """
     found = result("limits_h200")
-    at = {who: {row["limit_gib"]: row for row in found[f"{who}-{scale}"]} for who in ("ours", "stock", "all")}
+    parts = {who: found[f"{who}-{scale}"] for who in ("ours", "stock", "all")} | {
+        "later": found["later"][f"ours-{scale}"]
+    }
+    at = {who: {row["limit_gib"]: row for row in rows} for who, rows in parts.items()}
     return [{"gib": gib, **{who: rows.get(gib) for who, rows in at.items()}} for gib in LIMITS]
 
 
 def _cells(at: dict[str, Any]) -> list[str]:
-    """Return the cells of a line of `CURVES`."""
+    """Return the cells of a line of `CURVES`, or of `LATER` if there are later rows."""
     ours, others = at["ours"], (at["stock"], at["all"])
-    speeds = [_speed(row) for row in (ours, *others)]
+    speeds = [_speed(row) for row in (ours, *([at["later"]] if "later" in at else []), *others)]
     ratios = [say("{:.2f}", ratio(ours, row)) if ours else "" for row in others]
     return [str(at["gib"]), *speeds, *ratios]
 
@@ -283,9 +289,14 @@ def limits() -> Iterator[Passage]:
     ours = {scale: {gib: at["ours"] for gib, at in curve.items() if at["ours"]} for scale, curve in curves.items()}
     assert [(scale, gib) for scale in "sx" for gib in LIMITS if gib not in ours[scale]] == [("x", 4)]
     made_alike("all", *rows)
-    assert all(row["images_per_update"] == 256 for row in rows)
-    assert not any(row["failures"] or row["steps_in_smaller_groups"] for row in rows if "steps" in row)
+    late = {scale: {gib: at["later"] for gib, at in curve.items()} for scale, curve in curves.items()}
+    later = [row for each in late.values() for row in each.values()]
+    made_alike("all, later", *later)
+    assert all(row["images_per_update"] == 256 for row in [*rows, *later])
+    assert not any(row["failures"] or row["steps_in_smaller_groups"] for row in [*rows, *later] if "steps" in row)
     yield sentence("at commit {}, on one host", found["commit"])
+    yield sentence("*Later* is commit {} on another host of the same kind (2026-11-30)", later[0]["commit"])
+    yield setting("`--limit-seconds 60` for X at 4 GiB", HOW)
     yield setting("all of them update the weights once for 256 images", HOW)
     lengths = [len(row["steps"]) for scale in "sx" for row in ours[scale].values()]
     yield setting("(25 to 75 seconds after the first step)", HOW)
@@ -296,7 +307,7 @@ def limits() -> Iterator[Passage]:
     small = groups.pop(("x", 8))
     yield sentence("groups had {} images in ours, and {} for X at 8 GiB", *set(groups.values()), small)
     for scale, curve in curves.items():
-        yield table(CURVES, map(_cells, curve.values()), after=f"YOLO12-{scale.upper()}:\n\n")
+        yield table(LATER, map(_cells, curve.values()), after=f"YOLO12-{scale.upper()}:\n\n")
     over, share = ratio(ours["s"][16], curves["s"][16]["stock"]), ratio(ours["x"][16], ours["x"][80])
     assert over >= 2.5
     assert share < 0.8
@@ -304,6 +315,9 @@ def limits() -> Iterator[Passage]:
     yield setting("(target 2.5: met)", "a target")
     yield sentence("X reaches {:.2f} of its own speed at 80 GiB", share)
     yield setting("(target 0.8: missed)", "a target")
+    share = ratio(late["x"][16], late["x"][80])
+    assert share < 0.8
+    yield sentence("At commit {}, X reaches {:.2f}", late["x"][16]["commit"], share)
     for who, words in (
         ("stock", "Ours is {:.2f} to {:.2f} times as fast as stock"),
         ("all", "and {:.2f} to {:.2f} times as fast as all layers recomputed"),
@@ -312,7 +326,7 @@ def limits() -> Iterator[Passage]:
         assert min(ratios) > 1
         yield sentence(words, min(ratios), max(ratios))
     yield from _hosts(found["earlier"], curves["s"])
-    yield from _endings(found["earlier"], ours)
+    yield from _endings(found["earlier"], ours, late)
     alike, other = graph_errors()
     yield sentence("are off by at most {:.1f} %", max(map(abs, alike)))
     yield sentence("The others are up to {:.0f} % too low", -min(other))
@@ -346,7 +360,11 @@ def _hosts(earlier: dict[str, list[dict[str, Any]]], curve: dict[int, dict[str, 
     )
 
 
-def _endings(earlier: dict[str, list[dict[str, Any]]], ours: dict[str, dict[int, dict[str, Any]]]) -> Iterator[Passage]:
+def _endings(
+    earlier: dict[str, list[dict[str, Any]]],
+    ours: dict[str, dict[int, dict[str, Any]]],
+    late: dict[str, dict[int, dict[str, Any]]],
+) -> Iterator[Passage]:
     """Yield the passages on graphs, and on the pairs of micro-batch size and plan that the controller ended with."""
     (before,) = (row for row in earlier["ours-s"] if row["limit_gib"] == 40)
     (small,) = earlier["ours-x"]
@@ -367,28 +385,33 @@ def _endings(earlier: dict[str, list[dict[str, Any]]], ours: dict[str, dict[int,
     replayed = {scale: [gib for gib, row in rows.items() if row["replayed"]] for scale, rows in ours.items()}
     assert replayed == {"s": [4, 8, 12, 16, 24], "x": [8, 12, 16, 24, 40]}
     yield setting("for S from 4 to 24 GiB and for X from 8 to 40 GiB", "limits at which the data has replays")
-    (later,) = result("limits_h200")["later"]["ours-x"]
+    replayed = {scale: [gib for gib, row in rows.items() if row["replayed"]] for scale, rows in late.items()}
+    assert replayed == {"s": [4, 8, 12, 16, 24, 40], "x": [4, 8, 12, 16, 24, 40]}
+    yield setting("and later at all limits but 80 GiB", "a limit")
+    assert late["s"][40]["images_per_s"] > late["s"][24]["images_per_s"]
+    assert not any(late["s"][40]["plan"].values())
+    yield sentence("The later run ended with {} without a plan", late["s"][40]["micro_batch"])
+    last = late["x"][4]
     yield setting("**X at 4 GiB** is missing", "a limit")
-    yield sentence(
-        "At commit {} on another H200 (`later` in the JSON, 2026-11-30, with `--limits 4 --limit-seconds 90`), it had "
-        "{:.0f} images/s in micro-batches and BatchNorm groups of {}",
-        *(later["commit"], later["images_per_s"], later["micro_batch"]),
-    )
-    assert later["micro_batch"] == later["bn_group"]
-    worst = min(later["steps"], key=lambda step: step["predicted_mib"] / step["peak_mib"])
-    assert worst is later["steps"][0]
-    yield sentence("was {:.0f} % too low in the first step", 100 * (1 - worst["predicted_mib"] / worst["peak_mib"]))
-    assert later["limit_gib"] == small["limit_gib"] == 4
-    assert all(step["replayed"] * later["micro_batch"] == 256 for step in later["steps"][1:])
-    assert later["failures"] == small["replayed"] == 0
+    yield sentence("The later run had {:.0f} images/s in micro-batches and BatchNorm groups of {}",
+                   last["images_per_s"], last["micro_batch"])  # fmt: skip
+    assert last["micro_batch"] == last["bn_group"]
+    assert small["limit_gib"] == 4
+    assert all(step["replayed"] * last["micro_batch"] == 256 for step in last["steps"][1:])
+    assert small["replayed"] == 0
     yield sentence("Commit {} had {:.0f} images/s without graphs", small["commit"], small["images_per_s"])
+    gains = [
+        late[scale][gib]["images_per_s"] / row["images_per_s"] for scale in "sx" for gib, row in ours[scale].items()
+    ]
+    yield sentence("The later run has {:.2f} to {:.2f} times the images/s of ours in the other column",
+                   min(gains), max(gains))  # fmt: skip
 
 
 def graph_errors() -> tuple[list[float], list[float]]:
-    """Return errors of predicted peaks in limits_h200.json in per cent, of steps like the two before and of others."""
+    """Return errors of predicted peaks of the later run in per cent, of steps like the two before and of others."""
     alike: list[float] = []
     other: list[float] = []
-    for steps in (at["ours"]["steps"] for scale in "sx" for at in limits_of(scale) if at["ours"]):
+    for steps in (at["later"]["steps"] for scale in "sx" for at in limits_of(scale)):
         ways = [tuple(step[key] for key in ("micro_batch", "level", "replayed")) for step in steps]
         for index, step in enumerate(steps):
             is_alike = index >= 2 and len(set(ways[index - 2 : index + 1])) == 1
