@@ -49,8 +49,8 @@ _OUTLIER = 2.0
 _ARMS = 128
 # Most batches with new sizes that wait for the usual time of these sizes.
 _FIRST = 8
-# Least weight of an old mean.
-_LEAST = 0.05
+# Least weight of an old mean in its uncertainty. An arm that was 6 % slower is not tried again because that is long ago.
+_LEAST = 0.25
 # Batches over which the time of passes without gradients is averaged.
 _AHEAD_BATCHES = 8
 # Usual time of a micro-batch, relative to the time of its replay: as it is expected, and as it is at best. On an H200
