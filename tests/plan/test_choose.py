@@ -35,12 +35,14 @@ def decided(fake_model, tracer, profile, ladder):
 def test_fraction_of_a_plan_is_that_of_its_traced_peaks(tracer, ladder, deep):
     """The first step under a plan is predicted by it. It was 4 % off here, and 2.7 and 3.5 % on a card.
 
-    There are many images, because a fraction leaves out weights and gradients. Two levels; with `--deep` all.
+    It may be too high by what BatchNorm saves in layers that the plan does not name, see `Profile.joined_bytes`. There
+    are many images, because a fraction leaves out weights and gradients. Two levels; with `--deep` all.
     """
     numbers = range(len(ladder.plans)) if deep else (0, 2, 3)
     traced = [tracer.trace(1024, ladder.plans[level])[1] - tracer.half_weights_bytes for level in numbers]
-    expected = pytest.approx([peak_bytes / traced[0] for peak_bytes in traced], rel=0.012 if deep else 5e-3)
-    assert [ladder.levels[level].fraction for level in numbers] == expected
+    low = 0.012 if deep else 5e-3
+    for level, peak_bytes in zip(numbers, traced, strict=True):
+        assert 1 - low <= ladder.levels[level].fraction * traced[0] / peak_bytes <= 1 + max(low, 0.01)
 
 
 def test_more_memory_never_means_a_smaller_micro_batch(decided):

@@ -105,9 +105,8 @@ class Recorder:
 
     def flexible(self) -> list[str]:
         """Return the outermost layers that may be rebuilt or recomputed. Valid after the first pass."""
-        return [
-            name for name in self._stages if name not in self._fixed and not isinstance(self._layers[name], ACTIVATIONS)
-        ]
+        changeable = [name for name in self._stages if name not in self._fixed]
+        return [name for name in changeable if not isinstance(self._layers[name], ACTIVATIONS)]
 
     @contextmanager
     def times_and_peaks(self, stopwatch: Callable[[], Stopwatch], meter: Peaks) -> Iterator[None]:
