@@ -49,7 +49,7 @@ _OUTLIER = 2.0
 _ARMS = 128
 # Most batches with new sizes that wait for the usual time of these sizes.
 _FIRST = 8
-# Least weight of an old mean in its uncertainty. An arm that was 6 % slower is not tried again because that is long ago.
+# Least weight of an old mean. An arm that was clearly slower is not tried again only because that was long ago.
 _LEAST = 0.25
 # Batches over which the time of passes without gradients is averaged.
 _AHEAD_BATCHES = 8
