@@ -148,12 +148,9 @@ def _kernels() -> Passage:
 @measured("Not measured")
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
-    ahead = result("smoke")["marked_gpu"]["kernels_ahead_of_2026_11_30"]
-    yield sentence(
-        "At commit {}, a test failed: a training compiled {} kernels, of which other processes had compiled {} before",
-        *(ahead["commit"], len(ahead["compiled_in_the_training"]), ahead["of_them_compiled_ahead"]),
-    )
-    yield setting("with Triton 3.6 on the CPU", "a version")
+    (commit,) = {row["commit"] for rows in result("limits_h200")["later"].values() for row in rows}
+    yield sentence("The code that followed the measurements at commit {}", commit)
+    yield setting("trainings of 16 epochs in the memory of smaller cards", "a section")
     yield setting("In those of 16 epochs in the section on smaller cards", "a section")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
