@@ -149,7 +149,7 @@ def _kernels() -> Passage:
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
     (commit,) = {row["commit"] for rows in result("limits_h200")["later"].values() for row in rows}
-    yield sentence("The code that followed the measurements at commit {}", commit)
+    yield sentence("The code that followed the measurements at commit {}, in which", commit)
     yield setting("trainings of 16 epochs in the memory of smaller cards", "a section")
     yield setting("In those of 16 epochs in the section on smaller cards", "a section")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")

@@ -110,7 +110,7 @@ def smoke() -> Iterator[Passage]:
     yield sentence("On 2026-11-30, at commit {} on an H200, the checks above passed again", graphs["commit"])
     yield sentence("so did all {} tests of CUDA graphs", graphs["passed"])
     yield sentence("failed there, and passed at commit {}, after the keys", passed["commit"])
-    yield sentence("The tests of CUDA graphs passed again at commit {}", repeated["commit"])
+    yield sentence("The tests of CUDA graphs passed at commit {}, too", repeated["commit"])
 
 
 @measured("Loading ahead")
