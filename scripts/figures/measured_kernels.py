@@ -103,6 +103,7 @@ def step() -> Iterator[Passage]:
         "of about {:.0f} ms (median)",
         *(profile["launches"], profile["busy_ms"], round(ms, -1)),
     )
+    yield from _later(found["later"])
     yield _kernels()
     pairs = {micro: [_longest(f"{name} {micro}") for name in ("before", "now")] for micro in (128, 32)}
     yield sentence(
@@ -115,6 +116,26 @@ def step() -> Iterator[Passage]:
     )
     yield setting("This is more than at 128", HOW)
     yield setting("(relative difference at most 5e-5, 3e-3 and 3e-2)", "the bounds of a test")
+
+
+def _later(found: dict[str, Any]) -> Iterator[Passage]:
+    """Yield the passages on a run with a later commit, which was cut off."""
+    speed = {(row["micro_batch"], row["variant"], row["round"]): row["images_per_s"] for row in found["rows"]}
+
+    def ratios(micro: int, variant: str) -> list[float]:
+        return [speed[micro, variant, round_] / speed[micro, "before", round_] for round_ in (0, 1)]
+
+    assert {micro for micro, *_ in speed} == {128, 32}
+    yield setting("cut off before micro-batches of 8", HOW)
+    yield sentence("(`later` in the JSON, commit {}, two rounds", found["commit"])
+    yield sentence("at 128, *now* is {:.2f} and {:.2f} times as fast as *before*", *ratios(128, "now"))
+    yield sentence("and *graphs* {:.2f} times in the second round", ratios(128, "graphs")[1])
+    (captured,) = (
+        row for row in found["rows"] if (row["micro_batch"], row["variant"], row["round"]) == (128, "graphs", 0)
+    )
+    yield sentence("as replays of {:.0f} ms a step", captured["ms"][-1])
+    yield setting("tried again after 16 of those", "a rule")
+    yield sentence("At 32, *graphs* is {:.2f} and {:.2f} times as fast", *ratios(32, "graphs"))
 
 
 def _longest(profile: str) -> dict[str, float]:
