@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from benchmarks import exactness, imports, shares
+from benchmarks import classes, exactness, export, imports, shares
+from benchmarks.controller import __main__ as controller
 
 
 @pytest.fixture
@@ -14,6 +15,7 @@ def run(tmp_path, monkeypatch):
 
     def call(benchmark, *words):
         out = tmp_path / "out.json"
+        monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(out), *words])
         benchmark.main()
         return json.loads(out.read_text("utf-8"))
@@ -52,3 +54,33 @@ def test_imports_of_both_variants_are_timed(run, monkeypatch):
         found["least_cpu_s"]["ours"] / found["least_cpu_s"]["stock"], abs=1e-3
     )
     assert min(found["modules"].values()) > 10
+
+
+@pytest.mark.deep
+def test_starts_of_new_classes_and_replay_are_trained(run, monkeypatch, tmp_path):
+    """From the demo's own weights, for one epoch of small images."""
+    monkeypatch.setattr(classes, "TRAINING", classes.TRAINING | {"imgsz": 32, "batch": 16, "nbs": 16})
+    monkeypatch.setattr(classes, "REPLAY_EPOCHS", 1)
+    monkeypatch.setattr(classes, "FRACTIONS", (None, 0.5))
+    words = ("--base", "yolov12n-demo.pt", "--epochs", "1", "--seeds", "0", "--runs", str(tmp_path / "runs"))
+    found = run(classes, *words)
+    assert [row["start"] for row in found["starts"]] == list(classes.STARTS)
+    assert all(row["cls_loss"][0] > 0 for row in found["starts"])
+    assert [row["replay_fraction"] for row in found["replay"]] == [0, 0.5]
+    assert all(0 <= value <= 1 for row in found["replay"] for value in row["old_before"] + row["old_after"])
+
+
+@pytest.mark.deep
+def test_a_split_graph_finds_the_same_boxes(run, monkeypatch):
+    monkeypatch.setattr(export, "MODELS", [("n", 64)])
+    monkeypatch.setattr(export, "SHARES", {False: (1.0, 0.75), True: (1.0,)})
+    rows = run(export, "--only", "agree")["agree"]
+    assert [(row["dynamic"], row["share"]) for row in rows] == [(False, 1.0), (False, 0.75), (True, 1.0)]
+    for row in rows:
+        assert "problem" in row or (row["boxes_off_pixels"] < 0.01 and 0.9 < row["planned_of_measured"] < 1.1)
+
+
+def test_controllers_are_compared_on_few_traces(run):
+    found = run(controller, "--traces", "50", "--workers", "1")
+    assert found["steps"] == 50 * 60
+    assert len(found["policies"]) > 3
