@@ -241,3 +241,4 @@ class Calibration:
         self.resume(ladder)
         self._planner.cost.set_levels(ladder.levels)
         self._planner.speed.set_levels(ladder.levels)
+        self._planner.replay_room.forget()

@@ -461,3 +461,27 @@ def test_a_graph_needs_less_room_under_a_plan_that_keeps_less():
     assert held == sorted(held, reverse=True)
     factors = [level.graph_bytes for level in LADDER]
     assert factors == sorted(factors)
+
+
+def test_less_memory_and_a_dropped_graph_leave_the_reserve_as_it_is():
+    """The graph in use fits by what its replays needed, but a capture needs more than that."""
+    device, _ = trained(limit_mib=4096)
+    arm = device.arms[-1]
+    device.meter._limited_bytes = int(0.92 * 4096) * MIB
+    for _ in range(3):  # as before validations
+        device.drop()
+        for _ in range(20):
+            device.batch()
+    assert device.arms[-1] != arm
+    device.meter._limited_bytes = 4096 * MIB
+    for _ in range(120):
+        device.batch()
+    assert (device.arms[-1], device.planner.replay_room.reserve()) == (arm, GRAPH_RESERVE)
+
+
+def test_other_plans_need_other_bytes():
+    room = ReplayRoom()
+    room._needed_bytes[640, 1] = 5
+    assert room.needed_bytes(640, 1) == 5
+    room.forget()
+    assert room.needed_bytes(640, 1) == 0

@@ -29,7 +29,7 @@ __all__ = [
 __all__ += ["has_room", "latest_ms", "safe_arms", "under_ceiling", "upper_bytes"]
 
 # Bytes beside a capture, relative to the gradients: copies of weights in half precision that autocast keeps for a
-# batch, and gradients with which those of the first replay are compared, as far as the above does not include them.
+# batch, and gradients that the graph lends, as far as `Level.graph_bytes` does not include them.
 _COPIES_BYTES = 1.0
 # Least ratio between the numbers of micro-batches of two splits. Splits that are closer are nearly the same.
 _NEXT_SPLIT = 1.25
@@ -93,7 +93,8 @@ class State:
     """Bytes to leave for the capture of a CUDA graph beyond `Level.graph_bytes`, relative to those of the micro-batch
     with their margin, see `GRAPH_RESERVE`; None if there are no graphs now."""
     graph_bytes: int = 0
-    """Bytes that the graph of the arm in use and its replays need above the memory allocated before; 0 if unknown."""
+    """Bytes that the graph of the arm in use and its replays need above what was allocated before, gradients of earlier
+    micro-batches included; 0 if unknown."""
     later_bytes: int = 0
     """Bytes that are going to be allocated beside graphs, such as the optimizer's state."""
     batches_left: float = math.inf
@@ -138,7 +139,7 @@ class Arm:
     replays: bool = False
     """True if its micro-batches are replayed as CUDA graphs, for which it leaves room."""
     room_bytes: int = 0
-    """Predicted peak with its margin, including the capture of a graph if `replays`."""
+    """Predicted peak with its margin, including the capture of a graph if `replays`; see `_room_bytes`."""
 
 
 def even_splits(groups: Sequence[Group], *, every: bool = False, most: int | None = None) -> Iterator[BatchSplit]:
@@ -235,24 +236,23 @@ def has_room(
     """
     if state.graph_reserve is None:
         return False
-    return _room_bytes(state, cost, split, level, state.graph_reserve, most_boxes) <= budget_bytes
+    return _room_bytes(state, cost, split, level, most_boxes) <= budget_bytes
 
 
-def _room_bytes(
-    state: State, cost: CostModel, split: BatchSplit, level: int, reserve: float, most_boxes: int | None = None
-) -> int:
+def _room_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, most_boxes: int | None = None) -> int:
     """Return the peak of the capture with margin, beside gradients and copies of weights of earlier micro-batches.
 
-    The usual runs before need less, and so do replays, which hold the graph and need memory for the loss. If
-    there are several sizes, the last one runs as usual beside the graphs of the others.
+    The usual runs before need less, and so do replays, which hold the graph and need memory for the loss. For the arm
+    in use, it is the peak of its replays as measured. If there are several sizes, the last one runs as usual beside the
+    graphs of the others.
     """
     history = state.history
     upper = max(upper for _, upper in (cost.upper(each) for each in features_of(state, split, level, most_boxes)))
     if state.graph_bytes and (split.largest, level) == (history.images, history.level):
         held_bytes: float = state.graph_bytes
     else:
-        held_bytes = (cost.levels[level].graph_bytes + reserve) * upper
-        held_bytes += 0 if len(split.counts) == 1 else _COPIES_BYTES * state.gradient_bytes
+        factor = cost.levels[level].graph_bytes + (state.graph_reserve or 0.0)
+        held_bytes = factor * upper + _COPIES_BYTES * state.gradient_bytes
     last_bytes = upper if len(split.fullest) > 1 else 0
     return math.ceil(_allocated_bytes(state, split) + state.later_bytes + held_bytes + last_bytes)
 
@@ -275,7 +275,7 @@ def arm_of(
         best_ms=ahead * sum(count * speed.optimistic_ms(images, *where, level, replays) for count, images in times),
         new_sizes=sum(not speed.warm(images, *where) for _, images in times),
         replays=replays,
-        room_bytes=_room_bytes(state, cost, split, level, state.graph_reserve or 0.0) if replays else uppers_bytes,
+        room_bytes=_room_bytes(state, cost, split, level) if replays else uppers_bytes,
     )
 
 

@@ -25,8 +25,8 @@ __all__ = ["GRAPH_RESERVE", "SPREAD_UNSEEN", "CostModel", "Features", "Level"]
 GRAPH_RESERVE = 0.05
 """Bytes to leave for the capture of a CUDA graph beyond `Level.graph_bytes`, relative to those of the micro-batch."""
 # Bytes that a graph holds beyond the peak of its micro-batch as usual, relative to the peak with everything kept. They
-# hardly depend on the plan: of 28 graphs of YOLO12-S and X on an H200, the most took 0.069 (micro-batches of 8 to 256
-# images, eight plans), gradients aside.
+# hardly depend on the plan: of the graphs in benchmarks/results/limits_h200.json (YOLO12-S and X, micro-batches of 8 to
+# 256 images), the most took 0.066, gradients aside.
 _GRAPH_BYTES = 0.07
 
 _SIGMAS = 3.0

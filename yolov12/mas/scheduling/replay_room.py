@@ -65,6 +65,10 @@ class ReplayRoom:
         """Return the bytes of graphs that count as allocated now."""
         return self.graphs.static_bytes if self.graphs is not None else 0
 
+    def forget(self) -> None:
+        """Forget what replays needed, as the levels are other plans now."""
+        self._needed_bytes.clear()
+
     def moved(self) -> None:
         """Drop the graphs of another size or plan, as they would be in the way of the new one."""
         if self.graphs is not None:
@@ -89,12 +93,14 @@ class ReplayRoom:
         Args:
             undisturbed: False if it did not run as first planned.
         """
+        was_known = self._arm in self._needed_bytes
         if self.expected and undisturbed:
             self._needed_bytes.pop(self._arm, None)  # if nothing was replayed, nothing may be in the next batch
             if self.peak_bytes:
                 self._needed_bytes[self._arm] = self.peak_bytes - self._beside_bytes
         lacked_room = self.expected and self.graphs is not None and self.graphs.lacks_room
-        if lacked_room and self._reserve < _MOST:
-            self._reserve = min(self._reserve + _MORE, _MOST)
+        if lacked_room and (was_known or self._reserve < _MOST):
+            if not was_known:  # if it was, the graph was dropped, and there is less memory now
+                self._reserve = min(self._reserve + _MORE, _MOST)
             return False
         return self.expected

@@ -139,7 +139,8 @@ def _stay_or_move(state: State, speed: SpeedModel, stay: Arm, arms: Sequence[Arm
     """Add up what staying loses against the best arm, and move when the sum reaches the price of the move.
 
     Staying loses nothing if one of the latest two batches was fast: slow ones, which may have waited for anything, have
-    raised the mean. After a wrong move, it takes hundreds of batches until the arm is tried again.
+    raised the mean. After a wrong move, it takes hundreds of batches until the arm is tried again, if it ever is: an
+    arm that was more than a few per cent slower is tried again only once the arm in use is slower than it was then.
 
     A new size must also be able to save its price until the end of the run.
     """
