@@ -2,7 +2,6 @@
 
 import gc
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -160,7 +159,10 @@ class CardMeter(ReplayMeter):
 
 
 def test_joined_blocks_lower_the_peak_without_a_plan(tools, monkeypatch):
-    """Only without a plan, BatchNorm adds residuals and writes concatenations. Here, its kernels only allocate."""
+    """BatchNorm adds residuals and writes concatenations in layers that a plan does not rebuild.
+
+    Here, its kernels only allocate.
+    """
     for name in ("applies", "batch_norm", "batch_norm_into", "writes_into"):
         monkeypatch.setattr(fused, name, getattr(FusedBatchNorm, name))
     model = tools.build("detect", "yolov12n.yaml").to(memory_format=torch.channels_last).train()
@@ -173,11 +175,6 @@ def test_joined_blocks_lower_the_peak_without_a_plan(tools, monkeypatch):
         step = engine._step
         found = profile(step, meter, engine._calibration.layers, batch, IMAGES)
 
-        @contextmanager
-        def apart():
-            step.checkpointing.join_nothing()
-            yield
-
         def traced_bytes(around):
             """Peak of one image. While a micro-batch runs, the images of the next one are in memory, too."""
             before_bytes, highest_bytes = step.try_out(batch, 0, IMAGES, around)
@@ -185,7 +182,7 @@ def test_joined_blocks_lower_the_peak_without_a_plan(tools, monkeypatch):
 
         plans = [level.plan for level in ladder(found)]
         traced = [traced_bytes(step.checkpointing.within(plan)) for plan in plans]
-        apart_bytes = traced_bytes(apart())
+        apart_bytes = traced_bytes(step.checkpointing.apart())
     assert found.joined_bytes > 0.01 * apart_bytes
     assert peak_bytes(replace(found, joined_bytes=0.0), KEEP_ALL) == pytest.approx(apart_bytes, rel=0.01)
     assert [peak_bytes(found, plan) for plan in plans] == pytest.approx(traced, rel=0.01)

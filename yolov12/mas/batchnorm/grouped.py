@@ -74,7 +74,7 @@ class GroupedBatchNorm:
         self._activations: dict[nn.Module, nn.Module] = {}
         self.joins = self.may_join = False
         """Whether layers may add a residual to their output, and write it to a concatenation, see `joined`: `joins` in
-        this moment, `may_join` in this batch, except for layers that are rebuilt."""
+        this moment, `may_join` in this batch wherever they do not run `apart`."""
         self._activated: Tensor | None = None  # BatchNorm output that is already activated
         self._all: list[_BatchNorm] = []
         self.find_layers()
@@ -125,7 +125,7 @@ class GroupedBatchNorm:
         self.may_join = self._writes_into(self._statistics.means.device) and not has_any_hooks
 
     @contextmanager
-    def within(self, groups: Sequence[int], first: int, *, joins: bool = True) -> Iterator[None]:
+    def within(self, groups: Sequence[int], first: int) -> Iterator[None]:
         """Give the layers their grouped forward pass while one micro-batch runs forward and backward.
 
         If several models share an activation module, it is changed for all of them meanwhile.
@@ -133,13 +133,12 @@ class GroupedBatchNorm:
         Args:
             groups: Images in each group of this micro-batch.
             first: Number of groups of the batch that come before this micro-batch.
-            joins: False if the layers may not add residuals or write concatenations.
 
         Raises:
             RuntimeError: An activation was not applied to the output of its BatchNorm, or a layer got a number of
                 images that is not a multiple of the micro-batch's.
         """
-        self._groups, self._first, self.joins = groups, first, joins and self.may_join
+        self._groups, self._first, self.joins = groups, first, self.may_join
         self._statistics.reserve(first + len(groups))
         forwards: dict[nn.Module, Callable[..., Tensor]] = dict(zip(self._layers, self._forwards, strict=True))
         for activation in {*self._activations.values()}:
@@ -153,7 +152,7 @@ class GroupedBatchNorm:
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Run the layers in this context one by one, see `joins`."""
+        """Let the layers that run in this context, inside `within`, neither add residuals nor write concatenations."""
         joins, self.joins = self.joins, False
         try:
             yield

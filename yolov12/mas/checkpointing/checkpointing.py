@@ -14,7 +14,7 @@ its group (batchnorm/grouped.py). The model itself is not changed, except while 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -97,9 +97,9 @@ class Checkpointing:
             stack.callback(outputs.forget)
             yield
 
-    def join_nothing(self) -> None:
-        """Run all layers of this micro-batch one by one, see `GroupedBatchNorm.joins`."""
-        self._norms.joins = False
+    def apart(self) -> AbstractContextManager[None]:
+        """Return a context in which no BatchNorm joins with what follows it, see `GroupedBatchNorm.apart`."""
+        return self._norms.apart()
 
     @contextmanager
     def remembering(self, outputs: Outputs, wanted: Callable[[], bool]) -> Iterator[None]:

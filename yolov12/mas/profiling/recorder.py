@@ -81,10 +81,10 @@ class Recorder:
         Args:
             stopwatch: Starts a stopwatch of the device.
         """
-        self._checkpointing.join_nothing()
         outputs = _RecordedOutputs(self)
         run = partial(self._run_layer, outputs)
         with (
+            self._checkpointing.apart(),
             self._checkpointing.remembering(outputs, lambda: True),
             torch.autograd.graph.saved_tensors_hooks(self._record_saved, lambda tensor: tensor),
             overridden({layer: partial(run, name, layer.forward) for name, layer in self._layers.items()}),
@@ -117,7 +117,6 @@ class Recorder:
             meter: Reads the peaks.
         """
         self._marks.clear()
-        self._checkpointing.join_nothing()
         self.allocated_bytes = meter.mark()
         for parameter in self._model.parameters():  # all from the start, so that every phase has the same gradients
             if parameter.requires_grad and parameter.grad is None:
@@ -140,7 +139,8 @@ class Recorder:
                     meter.mark()
             return result
 
-        with overridden({layer: partial(call, name, layer.forward) for name, layer in self._layers.items()}):
+        calls = {layer: partial(call, name, layer.forward) for name, layer in self._layers.items()}
+        with self._checkpointing.apart(), overridden(calls):
             yield
 
     @contextmanager

@@ -234,9 +234,7 @@ def has_room(
         budget_bytes: Upper limit.
         most_boxes: If given, predict as if no image had more boxes than this.
     """
-    if state.graph_reserve is None:
-        return False
-    return _room_bytes(state, cost, split, level, most_boxes) <= budget_bytes
+    return state.graph_reserve is not None and _room_bytes(state, cost, split, level, most_boxes) <= budget_bytes
 
 
 def _room_bytes(state: State, cost: CostModel, split: BatchSplit, level: int, most_boxes: int | None = None) -> int:

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -83,7 +84,7 @@ def wanted(model: nn.Module, dtype: torch.dtype, *, renders: bool = False) -> li
             device_rendering.note(dtype)
         for joins in (True, False):  # layers that a plan rebuilds write to no concatenation
             norms.begin()
-            with norms.within(_GROUPS, 0, joins=joins), upsampling.within():
+            with norms.within(_GROUPS, 0), upsampling.within(), nullcontext() if joins else norms.apart():
                 out = twin(scaled(images, dtype))
                 torch.stack([each.float().sum() for each in _tensors(out)]).sum().backward()
             if joins and type(model) is DetectionModel:
