@@ -57,12 +57,26 @@ install_package() { # python
   "$1" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-index -e "$root"
 }
 
+empty_venv() { # deletes only what a script has made here, never an environment of the user's
+  local mark=$venv/made-by-scripts
+  if compgen -G "$venv/installed-*" >/dev/null; then touch "$mark"; fi
+  if [ -L "$venv" ] || { [ ! -e "$mark" ] && [ -n "$(ls -A "$venv" 2>/dev/null)" ]; }; then
+    echo "yolov12: $venv was not made by the scripts for this clone. Move it away, or activate an environment with" \
+      "this package and call yolov12 itself: yolov12 train ..." >&2
+    exit 2
+  fi
+  mkdir -p "$venv"
+  touch "$mark"
+  find "$venv" -mindepth 1 -maxdepth 1 ! -name "${mark##*/}" -exec rm -rf {} +
+}
+
 make_venv() { # does nothing if this clone has one with these requirements, made at this path
   local python
   [ ! -e "$stamp" ] || return 0
   python=$(find_python) || return 1
+  empty_venv
   echo "yolov12: making $(basename "$venv") from requirements/$lock.txt (6 to 7 GB, a few minutes, once)" >&2
-  "$python" -m venv --clear "$venv" || {
+  "$python" -m venv "$venv" || {
     echo "yolov12: making $(basename "$venv") failed; on Debian and Ubuntu: apt-get install python3-venv" >&2
     return 1
   }

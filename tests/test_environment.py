@@ -24,10 +24,9 @@ STAND_IN = r"""#!/usr/bin/env bash
 # Plays python, python -m venv and python -m pip, and writes down what it was asked.
 echo "$(basename "$0") $*" >>"$CALLS"
 case "$*" in
-  "-m venv --clear "*)
-    rm -rf "$4"
-    mkdir -p "$4/bin"
-    cp "$0" "$4/bin/python"
+  "-m venv "*)
+    mkdir -p "$3/bin"
+    cp "$0" "$3/bin/python"
     ;;
   "- "*)
     mkdir -p "$YOLO_CONFIG_DIR/Ultralytics"
@@ -109,6 +108,33 @@ def test_an_interrupted_install_is_done_again(clone):
     done, calls = source_env(clone)
     assert done.returncode == 0
     assert any("lock.txt" in call for call in calls)
+
+
+@pytest.mark.parametrize("kind", ["the user's", "a link to another clone's"])
+def test_an_environment_that_no_script_made_is_kept(clone, kind):
+    theirs = clone / ".venv"
+    if kind == "the user's":
+        (theirs / "bin").mkdir(parents=True)
+        (theirs / "pyvenv.cfg").touch()
+    else:
+        other = clone.with_name("other")
+        shutil.copytree(clone, other)
+        source_env(other)
+        theirs.symlink_to(other / ".venv")
+    files = sorted(theirs.rglob("*"))
+    done, calls = source_env(clone)
+    assert (done.returncode, sorted(theirs.rglob("*"))) == (2, files)
+    assert done.stderr.startswith(f"yolov12: {theirs} was not made by the scripts for this clone. Move it away, or")
+    assert not any("-m" in call for call in calls)
+
+
+def test_an_environment_whose_making_was_interrupted_is_made_from_nothing(clone):
+    source_env(clone)
+    for stamp in clone.glob(".venv/installed-*"):
+        stamp.unlink()
+    (clone / ".venv/half").touch()
+    done, _ = source_env(clone)
+    assert (done.returncode, (clone / ".venv/half").exists()) == (0, False), done.stderr
 
 
 def test_a_copy_of_a_clone_makes_its_own(clone):
