@@ -20,6 +20,16 @@ def test_table(capsys):
     assert out.splitlines()[-1].endswith("12.7 GiB of a T4 may be used; all activations kept.")
 
 
+def test_several_models_are_planned_at_once_in_the_order_of_the_command_and_say_how_far_it_is(capfd):
+    models = ["yolov12n.yaml", "yolo11n.yaml"]
+    assert cli.main(["plan", f"model={','.join(models)}", *SMALL[2:], "mem=16GiB", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert [plan["model"] for plan in json.loads(out)["plans"]] == models
+    planned = [line.split(" planned, ") for line in err.splitlines() if " planned, " in line]
+    assert sorted(name for name, _ in planned) == sorted(models)
+    assert [count for _, count in planned] == ["1 of 2", "2 of 2"]
+
+
 def test_json_is_all_that_is_on_stdout_and_says_what_does_not_fit(capfd, monkeypatch):
     """SciPy's solver prints a line from C++ for a few problems."""
     milp = scipy.optimize.milp

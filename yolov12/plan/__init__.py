@@ -19,7 +19,7 @@ import ctypes
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,8 +69,12 @@ def _reports(request: Request) -> list[Report]:
         return [_report(request.models[0], request)]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(len(request.models), os.cpu_count() or 1), context) as pool:
-        largest_first = {name: pool.submit(_report, name, request) for name in reversed(request.models)}
-        return [largest_first[name].result() for name in request.models]
+        largest_first = {pool.submit(_report, name, request): name for name in reversed(request.models)}
+        reports = {}
+        for done in as_completed(largest_first):
+            reports[largest_first[done]] = done.result()
+            print(f"{largest_first[done]} planned, {len(reports)} of {len(largest_first)}", file=sys.stderr, flush=True)
+    return [reports[name] for name in request.models]
 
 
 def _report(name: str, request: Request) -> Report:
