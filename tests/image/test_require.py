@@ -1,4 +1,4 @@
-"""`YOLOV12_REQUIRE`: a green smoke run means that the machine had what it ought to have."""
+"""`YOLOV12_REQUIRE`: a green smoke run means that the machine had what it ought to have. And what a run records."""
 
 import importlib.util
 from pathlib import Path
@@ -9,11 +9,16 @@ CONFTEST = Path(__file__).parents[1] / "smoke" / "conftest.py"
 
 
 @pytest.fixture(scope="module")
-def check_required():
+def smoke():
     spec = importlib.util.spec_from_file_location("smoke_conftest", CONFTEST)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.check_required
+    return module
+
+
+@pytest.fixture(scope="module")
+def check_required(smoke):
+    return smoke.check_required
 
 
 def test_nothing_is_required_unless_asked_for(check_required):
@@ -35,3 +40,11 @@ def test_a_machine_with_all_parts_is_tested(check_required):
 def test_an_unknown_word_is_one_clear_error(check_required, words):
     with pytest.raises(pytest.UsageError, match=r"YOLOV12_REQUIRE does not know .* It knows gpu, flash-attn, tensorrt"):
         check_required(words, {})
+
+
+def test_a_record_says_of_which_commit_on_which_machine_it_is(smoke, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.common.report.ROOT", tmp_path)  # as in an image: no git
+    monkeypatch.setenv("BENCHMARKS_COMMIT", "1234567")
+    record = smoke.recorded({"test_validates": "passed"})
+    assert (record["commit"], record["outcomes"]) == ("1234567", {"test_validates": "passed"})
+    assert record["check"]["versions"]["torch"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.report import commit
 from yolov12.check import read_gpu_packages, read_report
 from yolov12.check.render import as_json
 
@@ -80,6 +81,7 @@ def recorded(outcomes):
     return {
         "command": "scripts/smoke.sh --record=FILE",
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
         "check": json.loads(as_json(read_report())),
         "outcomes": outcomes,
     }
