@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from yolov12.mas.modules import Structure, each_tensor
+from yolov12.mas.modules import Structure, each_tensor, module_of
 
 
 class Pair(NamedTuple):
@@ -70,3 +70,13 @@ def test_a_changed_structure_is_noticed_once(change):
     change(model)
     assert structure.changed()
     assert not structure.changed()
+
+
+def test_the_module_of_code_without_one_is_nobodys():
+    """`exec` gives functions the namespace that it is called with, which may have no name."""
+    for names in ({}, {"__name__": None}, {"__name__": "ultralytics.engine"}):
+        exec("def function(): ...\nclass Kind:\n    def method(self): ...", names)
+        expected = names.get("__name__") or ""
+        assert [module_of(each) for each in (names["function"], names["Kind"]().method)] == [expected] * 2
+    function = type(module_of)(module_of.__code__, {})  # one whose namespace is empty
+    assert module_of(function) == ""

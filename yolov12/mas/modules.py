@@ -66,9 +66,12 @@ def module_of(value: Any) -> str:
     """Return the module of the code of a function, a method, a class, or an object's class.
 
     A function of the user's may bear the name and the module of the one that it replaces, as with `functools.wraps`.
+    Code that was run by `exec` may have no module: its name is empty then.
     """
     names = getattr(getattr(value, "__func__", value), "__globals__", None)
-    return str(names["__name__"] if names else getattr(value, "__module__", None) or type(value).__module__)
+    if names is not None:
+        return str(names.get("__name__") or "")
+    return str(getattr(value, "__module__", None) or type(value).__module__)
 
 
 class Structure:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.loss import v8DetectionLoss
 from ultralytics.utils.torch_utils import unwrap_model
 
 
@@ -149,3 +150,42 @@ def test_a_trainer_can_train_again_after_an_error_of_a_callback_at_its_end(train
     with pytest.raises(ValueError):  # noqa: PT011
         trainer.train()
     assert not {"preprocess_batch", "run_callbacks", "optimizer_step"} & vars(trainer).keys()
+
+
+_WITHOUT_A_MODULE = """
+class Trainer(DetectionTrainer):
+    def preprocess_batch(self, batch):
+        batch = super().preprocess_batch(batch)
+        batch["img"] = batch["img"] * 0.5
+        return batch
+
+    def build_dataset(self, *args, **kwargs):
+        dataset = super().build_dataset(*args, **kwargs)
+        dataset.collate_fn = lambda samples, collate=dataset.collate_fn: collate(samples)
+        return dataset
+
+class Loss(v8DetectionLoss):
+    def __call__(self, predictions, batch):
+        loss, items = super().__call__(predictions, batch)
+        return 2 * loss, items
+
+def put(trainer):
+    trainer.model.criterion = Loss(trainer.model)
+    layer = trainer.model.model[1]
+    layer.forward = lambda images, forward=layer.forward: forward(images)
+"""
+
+
+def test_code_without_a_module_trains_as_on_stock(trainings, small_model, tmp_path, assert_same_weights):
+    """`exec` in a namespace without `__name__`, as in programs that run snippets of their users."""
+    runs = []
+    for settings in ({"mas": False}, {"bn_group": 8, "micro_batch": 8}):
+        names = {"DetectionTrainer": DetectionTrainer, "v8DetectionLoss": v8DetectionLoss}
+        exec(_WITHOUT_A_MODULE, names)
+        assert "__name__" not in names
+        put = [("on_train_start", names["put"])]
+        more = {"epochs": 1, "save": False, "val": False}
+        run = trainings.train(tmp_path, small_model, **settings, **more, trainer=names["Trainer"], callbacks=put)
+        runs.append(run)
+    assert "the loss is not one of Ultralytics' own" in runs[1].log
+    assert_same_weights(runs[1], runs[0])
