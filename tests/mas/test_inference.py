@@ -107,3 +107,20 @@ def test_slices_grow_where_one_image_needs_no_memory_that_can_be_measured():
     card = Card(room=100)
     card.meter.use = lambda count: None
     assert card.run(64) == [1, 8, 55]
+
+
+def test_a_whole_batch_runs_at_once_if_that_is_wanted_and_may_fit():
+    card = Card(room=40)
+
+    def ran(images):
+        card.ran.clear()
+        found = card.slices.run(images, 64, 64, card.work, at_once=True)
+        assert [index for each in found for index in each] == list(range(images))
+        return list(card.ran)
+
+    assert ran(20) == [20]
+    assert ran(64) == [32, 32]  # it is known by now that 64 do not fit
+    card.fail = lambda images: images > 12
+    assert max(ran(24)) == 12
+    card = Card(room=40, limit=40 * IMAGE)
+    assert ran(20)[0] == 1

@@ -44,7 +44,9 @@ class Slices:
         beside = f" beside {reading.outside_bytes / 2**20:,.0f} MiB of this run's own" if reading.outside_bytes else ""
         return f"peaked at {self.peak_bytes / 2**20:,.0f} MiB{beside}, over the limit of {limit_bytes / 2**20:,.0f} MiB"
 
-    def run(self, images: int, height: int, width: int, work: Callable[[int, int], Found]) -> list[Found]:
+    def run(
+        self, images: int, height: int, width: int, work: Callable[[int, int], Found], *, at_once: bool = False
+    ) -> list[Found]:
         """Run work on all images of a batch.
 
         Args:
@@ -53,6 +55,7 @@ class Slices:
             width: Width of every image in pixels.
             work: Called with `start` and `stop`; runs images `start` to `stop` and returns their result. If an
                 allocation fails in it, it is called again with fewer images, so it must have no other effect.
+            at_once: True to run the whole batch at once, unless it is known not to fit, or a limit is set.
 
         Returns:
             Results of `work`, in the order of the images.
@@ -62,9 +65,10 @@ class Slices:
         """
         found: list[Found] = []
         start, most = 0, images
+        at_once = at_once and self._config.limit is None
         self._cost.new_batch()
         while start < images:
-            count = min(self._count(images - start, height, width), most)
+            count = min(self._count(images - start, height, width, at_once), most)
             allocated_bytes, failure = self.meter.mark(), ""
             try:
                 found.append(work(start, start + count))
@@ -83,14 +87,14 @@ class Slices:
             start += count
         return found
 
-    def _count(self, images: int, height: int, width: int) -> int:
-        """Return the size of the next slice: one image while nothing is known about the memory that it needs.
+    def _count(self, images: int, height: int, width: int, at_once: bool) -> int:
+        """Return the size of the next slice: one image while nothing is known about its memory, or all if `at_once`.
 
         Slices are equal, as libraries search kernels for every new size.
         """
         if self._config.micro_batch is not None:
             return min(self._config.micro_batch, images)
-        most = min(_LARGEST_STEP * self._largest, images) or 1
+        most = images if at_once else min(_LARGEST_STEP * self._largest, images) or 1
         reading = self.meter.read()
         room_bytes = reading.budget_bytes(self._config.safety_ratio) - reading.allocated_bytes
         for parts in range(-(-images // most), images + 1):

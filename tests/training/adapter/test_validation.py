@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -168,6 +169,50 @@ def test_prediction_of_a_list(weights, sizes, size):
     for ours, stock in zip(found, wanted, strict=True):
         assert torch.equal(ours.boxes.data, stock.boxes.data)
     assert max(sizes) == (size or 5)
+
+
+class Keeping(torch.nn.SiLU):
+    """An activation that keeps what it returns, for all of its copies."""
+
+    kept: ClassVar = []
+
+    def forward(self, x):
+        Keeping.kept.append(super().forward(x))
+        return Keeping.kept[-1]
+
+
+def _hook(model, kept):
+    model.model.model[2].register_forward_hook(lambda module, inputs, output: kept.append(output))
+
+
+def _pre_hook(model, kept):
+    model.model.model[3].register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+
+
+def _layer(model, kept):
+    model.model.model[1].act, Keeping.kept = Keeping(), kept
+
+
+@pytest.mark.parametrize("keep", [_hook, _pre_hook, _layer])
+def test_what_a_user_keeps_in_a_prediction_is_of_the_whole_batch(weights, sizes, monkeypatch, keep):
+    images = [np.full((128, 128, 3), 20 * index, dtype=np.uint8) for index in range(5)]
+    options = {"imgsz": 128, "device": "cpu", "channels_last": False, "verbose": False, "batch": 5}
+
+    def kept(**settings):
+        model, found = YOLO(weights), []
+        model.fuse()
+        keep(model, found)
+        model.predict(images, **options, **settings)
+        return found
+
+    stock, ours = kept(mas=False), kept()
+    assert [len(each) for each in ours] == [5]
+    assert torch.equal(ours[0], stock[0])
+    assert [len(each) for each in kept(micro_batch=2)] == [2, 2, 1]
+    assert len(kept(mem_limit=0.9)) > 1
+    sizes.clear()
+    YOLO(weights).predict(images, **options)
+    assert sizes[-2:] == [1, 4]  # the negative control: without code of the user's own
 
 
 def test_trackers_know_objects_by_the_features_of_all_images(weights, sizes, monkeypatch):

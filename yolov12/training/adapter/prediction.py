@@ -13,6 +13,7 @@ from yolov12.mas import Config
 from yolov12.mas.inference import Slices
 from yolov12.mas.memory.meter import meter_for
 from yolov12.training.adapter.known import joins_outputs
+from yolov12.training.adapter.users_code import has_own_layers
 
 __all__ = ["SLICES", "joined", "predict", "settings_of", "slices_of", "tell_once"]
 
@@ -25,6 +26,8 @@ _TOLD = "_yolov12_told"  # attribute of validators and predictors: what the log 
 
 def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
     """Run Ultralytics' inference on a batch of images in slices that fit into memory.
+
+    Hooks and layers of the user's own may keep what they see, so they get the whole batch if it may fit.
 
     Args:
         stock: Ultralytics' own method.
@@ -58,7 +61,7 @@ def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, 
         return stock(predictor, images[start:stop]), getattr(predictor, _FEATURES, None)
 
     with slices.meter.limited():
-        found, features = joined(slices.run(count, height, width, work))
+        found, features = joined(slices.run(count, height, width, work, at_once=has_own_layers(model.model)))
     if features is not None:
         setattr(predictor, _FEATURES, features)
     if slices.over_limit:

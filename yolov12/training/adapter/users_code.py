@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from yolov12.errors import ConfigError
-from yolov12.mas.modules import module_of
+from yolov12.mas.modules import LIBRARIES, module_of
 from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.logical_batch import LogicalBatch
 
-__all__ = ["Notices", "Replaced", "check_split", "forward_of", "is_ultralytics", "module_of", "show_whole"]
+__all__ = ["Notices", "Replaced", "check_split", "forward_of", "has_own_layers", "is_ultralytics", "module_of"]
+__all__ += ["show_whole"]
 
 
 def is_ultralytics(function: Any) -> bool:
@@ -32,6 +33,21 @@ def forward_of(module: nn.Module) -> Any:
     while isinstance(forward, functools.partial) and module_of(forward.func).startswith("yolov12."):
         forward = forward.args[-1]
     return forward
+
+
+def has_own_layers(model: nn.Module) -> bool:
+    """Return whether layers or forward hooks in a model are the user's own, which may keep what they see.
+
+    Args:
+        model: The model. A `forward` of its own does not count.
+    """
+    for module in model.modules():
+        functions = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if module is not model:
+            functions.append(forward_of(module))
+        if not all(module_of(each).startswith(LIBRARIES) for each in functions):
+            return True
+    return False
 
 
 class Replaced:
