@@ -1,5 +1,6 @@
 """One training at a time in a run folder: the second one is refused before it changes anything."""
 
+import shutil
 import threading
 from types import SimpleNamespace
 
@@ -95,3 +96,34 @@ def test_a_training_that_fails_or_is_only_prepared_leaves_no_lock(trainings, tin
     prepared.train()
     assert other.save_dir == prepared.save_dir
     assert len((prepared.save_dir / "results.csv").read_text().splitlines()) == 1 + 2
+
+
+def _remove_arguments(trainer):
+    (trainer.save_dir / "args.yaml").unlink()
+
+
+def _remove_folder(trainer):
+    shutil.rmtree(trainer.save_dir)
+
+
+def _choose_another(trainer):
+    trainer.save_dir = trainer.save_dir.parent / "another"
+    trainer.wdir = trainer.save_dir / "weights"
+    trainer.wdir.mkdir(parents=True)
+    trainer.last, trainer.best = trainer.wdir / "last.pt", trainer.wdir / "best.pt"
+    trainer.csv = trainer.save_dir / "results.csv"
+
+
+@pytest.mark.parametrize(
+    ("event", "change"),
+    [
+        ("on_train_start", _remove_arguments),
+        ("on_train_start", _remove_folder),
+        ("on_pretrain_routine_start", _choose_another),
+    ],
+)
+def test_a_folder_that_a_callback_changes_is_no_obstacle(trainings, tiny_model, tmp_path, event, change):
+    run = trainings.train(tmp_path, tiny_model, epochs=1, callbacks=[(event, change)])
+    assert run.steps == trainings.BATCHES
+    assert (run.folder / "weights" / "last.pt").exists()
+    assert run.trainer.args.bn_group == 32

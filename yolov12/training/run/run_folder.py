@@ -91,8 +91,8 @@ def keep_group(trainer: Any, group: int | None, *, is_first: bool) -> None:
     if trainer.args.bn_group == group:
         return
     trainer.args.bn_group = group
-    if is_first:
-        file = trainer.save_dir / "args.yaml"
+    file = Path(trainer.save_dir, "args.yaml")
+    if is_first and file.exists():  # a user may have removed it, or given the trainer another folder
         YAML.save(file, {**YAML.load(file), "bn_group": group})
 
 
