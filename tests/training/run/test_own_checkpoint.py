@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ultralytics import YOLO
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils.torch_utils import strip_optimizer
@@ -227,3 +228,19 @@ def test_ranks_trust_what_rank_0_writes(tmp_path, monkeypatch):
         files.write(best, lambda file: file.write(b"best"))
         rank_1 = [sys.executable, "-c", _RANK_1, *sent, best]
         assert subprocess.run(rank_1, env=alone, capture_output=True, check=True).stdout == b"True\n"
+
+
+def test_a_save_model_that_replaces_that_of_the_class_is_called_at_the_ends_of_epochs(
+    trainings, tiny_model, tmp_path, monkeypatch
+):
+    stock, epochs = BaseTrainer.save_model, []
+
+    def save_model(trainer):
+        epochs.append(trainer.epoch)
+        return stock(trainer)
+
+    monkeypatch.setattr(BaseTrainer, "save_model", save_model)
+    run = trainings.train(tmp_path, tiny_model, save_every="1", val=False)
+    assert epochs == [0, 1]
+    assert "last.pt before the end of the epoch: save_model is your own" in run.log
+    assert (run.folder / "weights" / "last.pt").exists()

@@ -37,13 +37,15 @@ class FirstCheckpoint:
         """Write `last.pt`, unless there is one.
 
         Raises:
-            RuntimeError: The model cannot be pickled.
+            RuntimeError: The model cannot be pickled, or the method of Ultralytics' class is the user's own.
         """
         from ultralytics.engine.trainer import BaseTrainer
 
         trainer = self._trainer
         if trainer.last.exists():
             return
+        if not is_ultralytics(BaseTrainer.save_model):
+            raise RuntimeError(f"nor {trainer.last} before the end of the epoch: save_model is your own")
         now = {name: getattr(trainer, name) for name in ("epoch", "fitness", "save_period")}
         vars(trainer).update(epoch=-1, fitness=math.nan, save_period=-1)
         try:
