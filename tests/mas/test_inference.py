@@ -114,7 +114,7 @@ def test_a_whole_batch_runs_at_once_if_that_is_wanted_and_may_fit():
 
     def ran(images):
         card.ran.clear()
-        found = card.slices.run(images, 64, 64, card.work, at_once=True)
+        found = card.slices.run(images, 64, 64, card.work, lambda: True)
         assert [index for each in found for index in each] == list(range(images))
         return list(card.ran)
 

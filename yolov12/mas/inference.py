@@ -45,7 +45,12 @@ class Slices:
         return f"peaked at {self.peak_bytes / 2**20:,.0f} MiB{beside}, over the limit of {limit_bytes / 2**20:,.0f} MiB"
 
     def run(
-        self, images: int, height: int, width: int, work: Callable[[int, int], Found], *, at_once: bool = False
+        self,
+        images: int,
+        height: int,
+        width: int,
+        work: Callable[[int, int], Found],
+        at_once: Callable[[], bool] = lambda: False,
     ) -> list[Found]:
         """Run work on all images of a batch.
 
@@ -55,7 +60,8 @@ class Slices:
             width: Width of every image in pixels.
             work: Called with `start` and `stop`; runs images `start` to `stop` and returns their result. If an
                 allocation fails in it, it is called again with fewer images, so it must have no other effect.
-            at_once: True to run the whole batch at once, unless it is known not to fit, or a limit is set.
+            at_once: Returns True if the whole batch should run at once, unless it is known not to fit, or a limit is
+                set. It is asked only where nothing is known about such large slices yet.
 
         Returns:
             Results of `work`, in the order of the images.
@@ -65,7 +71,6 @@ class Slices:
         """
         found: list[Found] = []
         start, most = 0, images
-        at_once = at_once and self._config.limit is None
         self._cost.new_batch()
         while start < images:
             count = min(self._count(images - start, height, width, at_once), most)
@@ -87,14 +92,16 @@ class Slices:
             start += count
         return found
 
-    def _count(self, images: int, height: int, width: int, at_once: bool) -> int:
-        """Return the size of the next slice: one image while nothing is known about its memory, or all if `at_once`.
+    def _count(self, images: int, height: int, width: int, at_once: Callable[[], bool]) -> int:
+        """Return the size of the next slice: one image while nothing is known about its memory, or all if `at_once()`.
 
         Slices are equal, as libraries search kernels for every new size.
         """
         if self._config.micro_batch is not None:
             return min(self._config.micro_batch, images)
-        most = images if at_once else min(_LARGEST_STEP * self._largest, images) or 1
+        most = min(_LARGEST_STEP * self._largest, images) or 1
+        if most < images and self._config.limit is None and at_once():
+            most = images
         reading = self.meter.read()
         room_bytes = reading.budget_bytes(self._config.safety_ratio) - reading.allocated_bytes
         for parts in range(-(-images // most), images + 1):

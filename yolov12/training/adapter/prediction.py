@@ -61,7 +61,7 @@ def predict(stock: Callable[..., Any], predictor: Any, images: Any, *args: Any, 
         return stock(predictor, images[start:stop]), getattr(predictor, _FEATURES, None)
 
     with slices.meter.limited():
-        found, features = joined(slices.run(count, height, width, work, at_once=has_own_layers(model.model)))
+        found, features = joined(slices.run(count, height, width, work, lambda: has_own_layers(model.model)))
     if features is not None:
         setattr(predictor, _FEATURES, features)
     if slices.over_limit:

@@ -15,8 +15,16 @@ from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.logical_batch import LogicalBatch
 
-__all__ = ["Notices", "Replaced", "check_split", "forward_of", "has_own_layers", "is_ultralytics", "module_of"]
-__all__ += ["show_whole"]
+__all__ = [
+    "Notices",
+    "Replaced",
+    "check_split",
+    "forward_of",
+    "has_own_layers",
+    "is_ultralytics",
+    "module_of",
+    "show_whole",
+]
 
 
 def is_ultralytics(function: Any) -> bool:
