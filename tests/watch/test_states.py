@@ -143,7 +143,10 @@ def test_the_state_file_says_what_it_was_given_and_refuses_damage(tmp_path):
     state = State(Phase.JUDGING, 7, "0007-x", 2.5, 1.5, "why", 1, 9.0, Outcome.FAILED, "detail")
     states.save(file, state)
     assert states.load(file) == state
-    for text in ("", "{}", '{"version": 2}', '{"version": 1, "phase": "flying", "outcome": "open"}'):
+    for blank in ("", "\n", "\0" * 4096):  # what a power loss may leave
+        file.write_text(blank)
+        assert states.load(file) is None
+    for text in ("{", "{}", '{"version": 2}', '{"version": 1, "phase": "flying", "outcome": "open"}'):
         file.write_text(text)
         with pytest.raises(DataError, match="cannot be read"):
             states.load(file)

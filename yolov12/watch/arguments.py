@@ -75,14 +75,15 @@ def parse(words: Sequence[str]) -> Request:
     for name, example in (("data", "line.yaml"), ("inbox", "folder"), ("model", "best.pt")):
         if given[name] is None:
             raise ConfigError(f"no {name}= given, as in {name}={example}")
-    model, inbox = Path(given["model"]).resolve(), Path(given["inbox"]).resolve()
+    # Links stay links: somebody may let them lead to another file or folder while the watch runs.
+    model, inbox = Path(given["model"]).absolute(), Path(given["inbox"]).absolute()
     if not model.is_file():
         raise MissingWeightsError(f"model={given['model']} does not exist: give the weights that serve, as in best.pt")
     if model.suffix != ".pt":
         raise ConfigError(f"model={given['model']}: give weights that can be trained, as in best.pt")
     if not inbox.is_dir():
         raise ConfigError(f"inbox={given['inbox']} is not a folder: make it, and let labelled images arrive there")
-    work = Path(given["work"]).resolve() if given["work"] else model.with_name(f"{model.stem}-watch")
+    work = Path(given["work"]).resolve() if given["work"] else _work(model)
     if work.exists() and not work.is_dir():
         raise ConfigError(f"work={work} is not a folder")
     if _overlap(inbox, work):
@@ -158,7 +159,15 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return given, training
 
 
+def _work(model: Path) -> Path:
+    """Return the work folder beside a model, or beside the file that a link leads to if it is there already."""
+    beside, target = model.with_name(f"{model.stem}-watch"), model.resolve()
+    earlier = target.with_name(f"{target.stem}-watch")
+    return earlier if earlier.is_dir() and not beside.exists() else beside
+
+
 def _overlap(one: Path, other: Path) -> bool:
+    one, other = one.resolve(), other.resolve()
     return one == other or one in other.parents or other in one.parents
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +18,14 @@ from yolov12.errors import DataError
 from yolov12.printable import printable
 from yolov12.training.classes.names import match
 from yolov12.watch import moves
+from yolov12.watch.damage import has_content, names_of_attempts
 from yolov12.watch.inbox import Inbox, Pair
+from yolov12.watch.rejected import REASON, set_aside
 from yolov12.watch.samples import IMAGES, Box
 
 __all__ = ["Collection", "Entry", "digest_of", "digests_in"]
 
 _SPLITS = ("train", "val")
-_REASON = ".reason.txt"
 _DIGITS = 32  # of the digest, in names of files
 _NUMBER = re.compile(r"-\d+$")  # distinguishes files of one name in rejected/
 
@@ -50,7 +51,7 @@ class Collection:
         used: Digests of the images that attempts have used, as in names of files.
 
     Raises:
-        DataError: The collection's data.yaml cannot be read.
+        DataError: The collection's data.yaml cannot be read, or it is gone and the attempts do not have all its names.
     """
 
     def __init__(self, work: Path, names: Sequence[str], val_fraction: float, used: Iterable[str] = ()) -> None:
@@ -71,9 +72,9 @@ class Collection:
         self._filled: set[str] = set()  # splits with an image
         for split in _SPLITS:
             for image in sorted((self.folder / "images" / split).iterdir()):
-                if image.suffix in IMAGES:
+                if image.suffix in IMAGES and printable(image.name) == image.name:  # others cannot stand in a list
                     self._add(image, self._label(split, image.stem))
-        labels = (label for split in _SPLITS for label in (self.folder / "labels" / split).glob("*-*.txt"))
+        labels = self._labels("*-*.txt")
         # Labels whose images did not arrive.
         self._unfinished = {digest_of(label): label for label in labels if digest_of(label) not in self.entries}
         self._old_ids = set(self.class_ids(names))
@@ -126,6 +127,7 @@ class Collection:
         self._unfinished[digest] = label
         lines = [" ".join([str(ids[box.name]), *(f"{value:.8g}" for value in box.values)]) for box in boxes]
         moves.save_text(label, "".join(f"{line}\n" for line in lines))
+        self._received.mkdir(exist_ok=True)  # somebody may have removed it
         moves.move(pair.label, self._received / label.name)
         self._finish(pair.image, label)
         return label.parent.name
@@ -141,16 +143,7 @@ class Collection:
         Returns:
             The text file.
         """
-        stem = base = f"{digest[:_DIGITS]}-{_plain(pair.image.stem)}"
-        suffix, number = pair.image.suffix.lower(), 1
-        while (self.rejected / f"{stem}{suffix}").exists():
-            number += 1
-            stem = f"{base}-{number}"
-        note = self.rejected / f"{stem}{_REASON}"
-        moves.save_text(note, f"{printable(pair.image.name)}: {printable(reason)}\n")
-        moves.move(pair.label, self.rejected / f"{stem}.txt")
-        moves.move(pair.image, self.rejected / f"{stem}{suffix}")
-        return note
+        return set_aside(self.rejected, pair, f"{digest[:_DIGITS]}-{_plain(pair.image.stem)}", reason)
 
     def recover(self, inbox: Inbox) -> list[str]:
         """Complete the moves that a kill has interrupted.
@@ -164,8 +157,9 @@ class Collection:
         Raises:
             OSError: The disk is full, or a folder cannot be read.
         """
+        self.rejected.mkdir(exist_ok=True)
         there = {path.stem for path in self.rejected.iterdir() if path.suffix in IMAGES}
-        stems = (note.name.removesuffix(_REASON) for note in self.rejected.glob(f"*{_REASON}"))
+        stems = (note.name.removesuffix(REASON) for note in self.rejected.glob(f"*{REASON}"))
         notes = {digest_of(Path(stem)): stem for stem in stems if stem not in there}
         # A label that has not left the inbox may have been taken back: its image is not accepted without it.
         labels = {key: label for key, label in self._unfinished.items() if (self._received / label.name).exists()}
@@ -231,8 +225,8 @@ class Collection:
         Args:
             start: Seconds since 1970.
         """
-        notes = sorted(note for note in self.rejected.glob(f"*{_REASON}") if note.stat().st_mtime >= start)
-        texts = [note.read_text("utf-8").strip().partition(": ") for note in notes]
+        notes = sorted(note for note in self.rejected.glob(f"*{REASON}") if note.stat().st_mtime >= start)
+        texts = [note.read_text("utf-8", "replace").strip().partition(": ") for note in notes]
         return [{"file": name, "reason": reason} for name, _, reason in texts]
 
     @property
@@ -289,12 +283,17 @@ class Collection:
     def _label(self, split: str, stem: str) -> Path:
         return self.folder / "labels" / split / f"{stem}.txt"
 
+    def _labels(self, pattern: str) -> Iterator[Path]:
+        return (label for split in _SPLITS for label in (self.folder / "labels" / split).glob(pattern))
+
     def _read_names(self) -> list[str]:
+        if not has_content(self.data):
+            if names := names_of_attempts(self.folder.parent / "history", self._labels("*.txt")):
+                self._write_names(names)
+            return names
         try:
             names = yaml.safe_load(self.data.read_text("utf-8"))["names"]
             return [str(names[index]) for index in range(len(names))]
-        except FileNotFoundError:
-            return []
         except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{self.data} cannot be read: {error!r}. Restore it: its names belong to the labels"
@@ -322,7 +321,7 @@ def digests_in(file: Path) -> set[str]:
     """
     if not file.exists():
         return set()
-    return {digest_of(Path(line)) for line in file.read_text("utf-8").splitlines() if line}
+    return {digest_of(Path(line)) for line in file.read_text("utf-8", "replace").splitlines() if line}
 
 
 def _plain(stem: str) -> str:

@@ -18,6 +18,7 @@ from yolov12.training.classes.names import listed, match
 from yolov12.watch import moves, states
 from yolov12.watch.arguments import Request, check_inbox, parse
 from yolov12.watch.children import Processes, command
+from yolov12.watch.log import tell
 from yolov12.watch.loop import Line, Watch
 
 __all__ = ["main"]
@@ -38,7 +39,7 @@ def main(words: list[str]) -> int:
             line = Line(found["data"], found["names"], found["task"], [found["data"], *found["folders"]])
             watch = Watch(request, line, Processes())
             _warn_of_lost_classes(found["known"], watch.collection.names)
-            print(f"watching {request.inbox} for {request.model}; everything is in {request.work}", flush=True)
+            tell(f"watching {request.inbox} for {request.model}; everything is in {request.work}")
             return watch.run()
 
 
@@ -89,7 +90,7 @@ def _warn_of_lost_classes(known: list[str], names: list[str]) -> None:
     old = dict(enumerate(known))
     lost = [old[index] for index in set(old) - set(match(old, dict(enumerate(names))))]
     if lost:
-        print(f"warning: the model knows classes that the data does not have: {printable(listed(lost))}", flush=True)
+        tell(f"warning: the model knows classes that the data does not have: {printable(listed(lost))}")
 
 
 @contextmanager

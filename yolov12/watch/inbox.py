@@ -19,6 +19,7 @@ from yolov12.watch.samples import IMAGES
 __all__ = ["Folder", "Inbox", "Pair"]
 
 _Version = tuple[int, int, int]
+_CLASSES = "classes.txt"
 _UNREADABLE: Mapping[int, str] = {}
 
 
@@ -70,8 +71,8 @@ class Inbox:
         before, self._seen = self._seen, {}
         self.waiting, self.problems, found = 0, [], list[Pair]()
         for each in self._folders():
-            labels = _regular(each.labels)
-            pairs = [(name, label) for name in _images(each.images) if (label := f"{_stem(name)}.txt") in labels]
+            labels = _labels(each.labels)
+            pairs = [(name, label) for name in _images(each.images) if (label := labels.get(_stem(name)))]
             counts = Counter(label for _, label in pairs)
             if shared := sum(count > 1 for count in counts.values()):
                 self.problems.append(f"{shared} label files belong to two images each: rename the images")
@@ -104,8 +105,8 @@ class Inbox:
     def alone(self) -> Iterator[Path]:
         """Return the images that have no label file."""
         for each in self._folders():
-            labels = _regular(each.labels)
-            yield from (each.images / name for name in _images(each.images) if f"{_stem(name)}.txt" not in labels)
+            labels = _labels(each.labels)
+            yield from (each.images / name for name in _images(each.images) if _stem(name) not in labels)
 
     def _folders(self) -> list[Folder]:
         inner = Folder(self.folder / "images", self.folder / "labels")
@@ -116,14 +117,16 @@ class Inbox:
 
     def _names_for(self, folder: Folder, now: float, before: Mapping[Path, Any]) -> Mapping[int, str] | None:
         """Return the names of the class ids; None while their list changes, `_UNREADABLE` if it cannot be read."""
-        for file in (folder.labels / "classes.txt", self.folder / "classes.txt", self.folder / "data.yaml"):
+        for file in (folder.labels / _CLASSES, self.folder / _CLASSES, self.folder / "data.yaml"):
             if not _is_regular(file):
                 continue
             if not self._is_settled(file, now, before):
                 return None
             try:
                 return _read_names(file)
-            except (ValueError, RecursionError, yaml.YAMLError) as error:  # an impossible date is a ValueError
+            except OSError:
+                raise
+            except Exception as error:  # PyYAML raises any error, such as AttributeError for an impossible date
                 self.problems.append(f"{file} cannot be read, so its images stay there: {error}")
                 return _UNREADABLE
         return self._names
@@ -148,7 +151,10 @@ def _version(status: os.stat_result) -> _Version:
 def _read_names(file: Path) -> Mapping[int, str]:
     if file.suffix == ".txt":  # labelImg's list: a name per line, the first has the id 0
         lines = file.read_text("utf-8-sig").splitlines()
-        return {index: line.strip() for index, line in enumerate(lines) if line.strip()}
+        listed = {index: line.strip() for index, line in enumerate(lines) if line.strip()}
+        if not listed:  # a power loss may have left it empty
+            raise DataError("it has no names of classes")
+        return listed
     found = yaml.safe_load(file.read_text("utf-8-sig"))
     names = found.get("names") if isinstance(found, dict) else None
     if isinstance(names, list):
@@ -160,6 +166,12 @@ def _read_names(file: Path) -> Mapping[int, str]:
 
 def _images(folder: Path) -> list[str]:
     return sorted(name for name in _regular(folder) if os.path.splitext(name)[1].lower() in IMAGES)  # noqa: PTH122
+
+
+def _labels(folder: Path) -> dict[str, str]:
+    """Return the names of the label files in a folder by their stems. Some systems write `NAME.TXT`."""
+    names = (name for name in _regular(folder) if name[-4:].lower() == ".txt" and name != _CLASSES)
+    return {_stem(name): name for name in sorted(names)}  # of a.TXT and a.txt, the latter
 
 
 def _stem(name: str) -> str:

@@ -5,10 +5,8 @@ Nothing is remembered outside of the work folder, and every action may be repeat
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -18,20 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from yolov12.printable import printable
-from yolov12.watch import moves, states
+from yolov12.watch import damage, moves, states
 from yolov12.watch.arguments import Request
 from yolov12.watch.children import Child, Children, last_error
 from yolov12.watch.collection import Collection, digests_in
 from yolov12.watch.inbox import Inbox, Pair
+from yolov12.watch.log import say
 from yolov12.watch.promotion import promote
-from yolov12.watch.samples import UnusableError, check_image, read_label
+from yolov12.watch.room import obstacle
+from yolov12.watch.samples import LARGEST_IMAGE, LARGEST_LABEL, UnusableError, check_image, read, read_label
 from yolov12.watch.states import Action, Facts, Kind, Outcome, Phase, State
+from yolov12.watch.stuck import Stuck
 
 __all__ = ["Line", "Watch"]
 
 _PAIRS_AT_ONCE = 100  # between two looks at the process of an attempt
-_LEAST_FREE_BYTES = 128 << 20
-_FREE_MODELS = 8  # a training writes several checkpoints, with the state of the optimizer
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,14 @@ class Watch:
         state = states.load(self._state_file)
         if state is None:  # somebody moved it away, to start anew with all images
             self._used_file.unlink(missing_ok=True)
-        self.state = state or State(started=clock())
+            state = State(number=damage.last_number(request.work / "history"), started=clock())
+        self.state = state
         states.save(self._state_file, self.state)
         self.collection = Collection(request.work, line.names, request.val_fraction, digests_in(self._used_file))
         self._child: Child | None = None
         self._is_interrupted = True  # a previous watch may have been killed between two moves
         self._is_complete = True  # False if the inbox has more complete pairs than were taken
-        self._failing: dict[Path, str] = {}  # image in the inbox that could not be moved → why
+        self._stuck = Stuck()
         self._said: set[str] = set()
         self.failed = 0
         """Number of attempts that failed."""
@@ -129,8 +129,8 @@ class Watch:
             self._look_at_child()
             self._mend()
             action = states.decide(self.state, self._facts(), self._request.rules)
-            if action.kind is Kind.WAIT_FOR_ROOM and (obstacle := self._obstacle()):
-                raise obstacle
+            if action.kind is Kind.WAIT_FOR_ROOM and (reason := self._obstacle()):
+                raise reason
             if action.kind in (Kind.WAIT, Kind.BEGIN) and not is_collected:
                 return Kind.WAIT_FOR_ROOM
             if action.kind is Kind.BEGIN and not self._is_complete:
@@ -145,7 +145,7 @@ class Watch:
             return Kind.WAIT_FOR_ROOM
         finally:
             for problem in sorted(problems - self._said):
-                _say(problem)
+                say(problem)
             self._said = problems
 
     # -- images -------------------------------------------------------------------------------------------------------
@@ -154,46 +154,49 @@ class Watch:
         """Take complete pairs out of the inbox, and return what stands in the way of others."""
         stuck = self.collection.recover(self.inbox) if self._is_interrupted else []
         self._is_interrupted = bool(stuck)
-        pairs = self.inbox.complete(self._clock(), _PAIRS_AT_ONCE + len(self._failing) + 1)
-        there = {pair.image for pair in pairs}
-        self._failing = {image: why for image, why in self._failing.items() if image in there}
-        pairs.sort(key=lambda pair: pair.image in self._failing)  # they must not keep others from being taken
-        self._is_complete = all(pair.image in self._failing for pair in pairs[_PAIRS_AT_ONCE:])
+        now = self._clock()
+        pairs = self.inbox.complete(now, _PAIRS_AT_ONCE + len(self._stuck) + 1)
+        self._stuck.keep(pair.image for pair in pairs)
+        pairs.sort(key=lambda pair: self._stuck.rank(pair.image, now))  # they must not keep others from being taken
+        self._is_complete = all(pair.image in self._stuck for pair in pairs[_PAIRS_AT_ONCE:])
         accepted = Counter[str]()
         for pair in pairs[:_PAIRS_AT_ONCE]:
-            self._failing.pop(pair.image, None)
+            if self._stuck.waits(pair.image, now):
+                continue
             try:
                 accepted.update(self._take(pair))
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 self._is_interrupted = True
-                if error.errno in moves.FULL:
+                if isinstance(error, OSError) and error.errno in moves.FULL:
                     raise
-                if not (pair.image.exists() and pair.label.exists()):
-                    continue  # somebody took it away
-                self._failing[pair.image] = f"{printable(pair.image.name)} stays in the inbox: {error}"
+                if pair.image.exists() and pair.label.exists():
+                    why = str(error) or "there is not enough memory to check it"
+                    self._stuck.add(pair.image, f"{printable(pair.image.name)} stays in the inbox: {why}", now)
+                    continue
+            self._stuck.remove(pair.image)
         if count := accepted.pop("", 0):
             objects = ", ".join(f"{name} in {number}" for name, number in sorted(accepted.items()))
-            _say(f"{count} new images: {objects or 'without objects'}")
-        return [*stuck, *self.inbox.problems, *self._failing.values()]
+            say(f"{count} new images: {objects or 'without objects'}")
+        return [*stuck, *self.inbox.problems, *self._stuck.reasons]
 
     def _take(self, pair: Pair) -> list[str]:
         """Accept a pair or set it aside. Return the names of its classes, and an empty one for the image."""
-        data = _read(pair.image)
-        digest = hashlib.sha256(data).hexdigest()
-        aside = ""
+        digest = aside = ""
         try:
+            data = read(pair.image, LARGEST_IMAGE)
+            digest = hashlib.sha256(data).hexdigest()
             if same := self.collection.find(digest):
                 raise UnusableError(f"the collection has the same image: {same.image}. To correct it, edit its label")
             check_image(data)
-            boxes = read_label(_read(pair.label), pair.names, self._line.task)
+            boxes = read_label(read(pair.label, LARGEST_LABEL), pair.names, self._line.task)
         except UnusableError as error:
             aside = str(error)
         if self.inbox.has_changed(pair):  # what was read is not what would be moved
             self.inbox.waiting += 1
             return []
         if aside:
-            note = self.collection.set_aside(pair, digest, aside)
-            _say(f"{printable(pair.image.name)} was set aside, see {note}: {aside}")
+            note = self.collection.set_aside(pair, digest or moves.digest(pair.image), aside)
+            say(f"{printable(pair.image.name)} was set aside, see {note}: {aside}")
             return []
         self.collection.accept(pair, digest, boxes)
         return ["", *{box.name for box in boxes}]
@@ -217,25 +220,27 @@ class Watch:
         )
 
     def _obstacle(self) -> OSError | None:
-        """Return why no training can run at the moment, or None."""
-        for place in self._line.places:
-            if not Path(place).exists():
-                return FileNotFoundError(errno.ENOENT, "the data set is not there", place)
-        needed = max(_LEAST_FREE_BYTES, _FREE_MODELS * self._request.model.stat().st_size)
-        if shutil.disk_usage(self._request.work).free < needed:
-            return OSError(errno.ENOSPC, f"a training needs {needed >> 20} MiB", str(self._request.work))
-        return None
+        return obstacle(self._line.places, self._request.work, self._request.model)
 
     def _is_model_changing(self) -> bool:
         """Return whether somebody may be writing the serving model."""
         return 0 <= self._clock() - self._request.model.stat().st_mtime < self._request.settle_s
 
     def _mend(self) -> None:
-        """Start the attempt again if somebody has removed its folder."""
-        if self.state.phase in (Phase.IDLE, Phase.PREPARING) or (self.attempt / "attempt.json").exists():
+        """Start the attempt again if somebody has removed its folder, or a file of it is gone or empty."""
+        needed = states.FILES.get(self.state.phase, ())
+        lost = [self.attempt / name for name in needed if not damage.has_content(self.attempt / name)]
+        if not lost:
             return
         self.stop()
-        _say(f"the folder of attempt {self.state.number} is gone: {self.attempt}")
+        spec = self.attempt / states.SPEC
+        what = (
+            f"the folder of attempt {self.state.number}"
+            if not spec.exists()
+            else f"a file of attempt {self.state.number}"
+        )
+        say(f"{what} is gone: {lost[0]}")
+        spec.unlink(missing_ok=True)  # nothing of the attempt counts then
         self._go_to(states.lost(self.state))
 
     def _perform(self, action: Action) -> None:
@@ -243,7 +248,7 @@ class Watch:
             now = self._clock()
             stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
             self._go_to(states.begin(self.state, action.reason, now, stamp))
-            _say(f"attempt {self.state.number} begins: {action.reason}")
+            say(f"attempt {self.state.number} begins: {action.reason}")
         elif action.kind is Kind.PREPARE:
             self._prepare()
             self._go_to(states.prepared(self.state))
@@ -258,9 +263,9 @@ class Watch:
             self._child = self._children.start(self.state.phase.value, self.attempt, self.attempt / "log.txt")
         elif action.kind is Kind.PROMOTE:
             model = Path(self._spec()["model"])
-            obstacle = promote(self.attempt / "candidate.pt", model, self.attempt / "before.pt")
-            _say(obstacle or f"attempt {self.state.number} is promoted: {model}")
-            self._go_to(states.promoted(self.state, self._request.rules, obstacle=obstacle))
+            why_not = promote(self.attempt / "candidate.pt", model, self.attempt / "before.pt")
+            say(why_not or f"attempt {self.state.number} is promoted: {model}")
+            self._go_to(states.promoted(self.state, self._request.rules, obstacle=why_not))
 
     def _prepare(self) -> None:
         """Fix the images of the attempt and the model that it starts from."""
@@ -269,6 +274,7 @@ class Watch:
             self.attempt.mkdir(parents=True, exist_ok=True)
             for name in ("candidate.pt", "verdict.json"):  # of other images, if somebody has removed attempt.json
                 (self.attempt / name).unlink(missing_ok=True)
+            shutil.rmtree(self.attempt / "run", ignore_errors=True)
             self.collection.snapshot(self.attempt)
             moves.copy(self._request.model, self.attempt / "before.pt")
             new = sorted(self.collection.new.values(), key=lambda entry: entry.image)
@@ -300,16 +306,18 @@ class Watch:
         verdict = self._verdict() if self.state.phase is Phase.JUDGING and not status else None
         if verdict is not None:
             self._go_to(states.judged(self.state, promote=verdict["promote"]))
-            _say(f"attempt {number}: {' '.join(verdict['reasons'])}")
+            say(f"attempt {number}: {' '.join(verdict['reasons'])}")
             return
         status = 1 if self.state.phase is Phase.JUDGING and not status else status
         if status:
-            _say(f"attempt {number}: {self.state.phase.value} ended with status {status}: {message}")
+            say(f"attempt {number}: {self.state.phase.value} ended with status {status}: {message}")
+        if self.state.phase is Phase.REPORTING:  # candidate.pt is a copy, and history/ grows for years
+            shutil.rmtree(self.attempt / "run" / "weights", ignore_errors=True)
         self._go_to(states.ended(self.state, status, self._facts(), self._request.rules, message))
         if self.state.phase is Phase.IDLE:
             self.failed += self.state.outcome is Outcome.FAILED
-            _say(f"attempt {number}: {self.state.outcome.value}. {self.state.detail}")
-            _say(f"report: {self.attempt / 'report.md'}")
+            say(f"attempt {number}: {self.state.outcome.value}. {self.state.detail}")
+            say(f"report: {self.attempt / 'report.md'}")
 
     def _verdict(self) -> dict[str, Any] | None:
         try:
@@ -334,14 +342,3 @@ class Watch:
             f"the disk is full: {error}. Nothing was lost. Free some space, for example by removing old folders of "
             f"{history} and of {self.collection.rejected}; the watch then goes on"
         )
-
-
-def _say(text: str) -> None:
-    for line in text.splitlines():
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {printable(line).strip()}", flush=True)
-
-
-def _read(path: Path) -> bytes:
-    """Read a file, but not through a link that has taken its name."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        return file.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from yolov12 import files
 
-__all__ = ["FULL", "copy", "digest", "move", "same_file_system", "save_text", "sync_folder"]
+__all__ = ["FULL", "copy", "digest", "move", "same", "same_file_system", "save_text", "sync_folder"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk."""
@@ -88,6 +89,18 @@ def same_file_system(one: Path, other: Path) -> bool:
         other: Another.
     """
     return one.stat().st_dev == other.stat().st_dev
+
+
+def same(one: Path, other: Path) -> bool:
+    """Return whether two files have the same content. A file that is not there is like no other.
+
+    Args:
+        one: A file.
+        other: Another.
+    """
+    with suppress(FileNotFoundError):
+        return filecmp.cmp(one, other, shallow=False)
+    return False
 
 
 def digest(path: Path) -> str:

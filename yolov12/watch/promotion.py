@@ -23,12 +23,14 @@ def promote(candidate: Path, serving: Path, before: Path) -> str:
     if serves(candidate, serving):
         return ""
 
+    target = serving.resolve()  # a link stays a link
+
     def check() -> None:
-        if not serves(before, serving):
+        if serving.resolve() != target or not serves(before, serving):
             raise _ReplacedError
 
     try:
-        moves.copy(candidate, serving, check)
+        moves.copy(candidate, target, check)
     except _ReplacedError:
         return f"{serving} was replaced by somebody else since the attempt began, so it stays"
     return ""

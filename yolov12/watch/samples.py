@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from yolov12.printable import printable
 
-__all__ = ["IMAGES", "TASKS", "Box", "UnusableError", "check_image", "read_label"]
+__all__ = [
+    "IMAGES",
+    "LARGEST_IMAGE",
+    "LARGEST_LABEL",
+    "TASKS",
+    "Box",
+    "UnusableError",
+    "check_image",
+    "read",
+    "read_label",
+]
 
 IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of images."""
 TASKS = ("detect", "segment", "obb")
 """Tasks whose labels can be checked."""
 
+LARGEST_IMAGE = 1 << 30
+"""Bytes of an image file that are read at most. A larger one could take all memory of a small machine."""
+LARGEST_LABEL = 16 << 20
+"""Bytes of a label file that are read at most."""
+
 _FORMATS = {"BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}
 _SMALLEST = 10  # pixels; Ultralytics leaves smaller images out
-_LARGEST_LABEL = 16 << 20  # bytes
+_VARIED = {"BMP", "TIFF"}  # formats of which Pillow reads more variants than OpenCV, with which a training reads
 _LONGEST_NAME = 100  # characters
 
 
@@ -36,6 +53,23 @@ class Box:
     """Coordinates, as fractions of the image."""
 
 
+def read(path: Path, most: int) -> bytes:
+    """Read a file, but not through a link that has taken its name.
+
+    Args:
+        path: The file.
+        most: Largest number of bytes.
+
+    Raises:
+        OSError: It cannot be read.
+        UnusableError: It is larger.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise UnusableError(f"{path.suffix} file of {size >> 20} MiB: at most {most >> 20} MiB are read")
+        return file.read()
+
+
 def check_image(data: bytes) -> None:
     """Decode an image completely.
 
@@ -43,7 +77,8 @@ def check_image(data: bytes) -> None:
         data: Content of the file.
 
     Raises:
-        UnusableError: It is damaged, incomplete, too small, or not an image.
+        MemoryError: There is not enough memory to decode it.
+        UnusableError: It is damaged, incomplete, too small, not an image, or a kind that a training cannot read.
     """
     from PIL import Image
 
@@ -55,6 +90,8 @@ def check_image(data: bytes) -> None:
             with Image.open(io.BytesIO(data)) as image:
                 kind, size = image.format, image.size
                 image.load()
+    except MemoryError:  # says nothing about the image
+        raise
     except Exception as error:  # a damaged file may raise any error
         raise UnusableError(f"the image cannot be decoded: {error}") from error
     if kind not in _FORMATS:
@@ -63,10 +100,26 @@ def check_image(data: bytes) -> None:
         raise UnusableError(
             f"the image has {size[0]} x {size[1]} pixels: at least {_SMALLEST} x {_SMALLEST} are needed"
         )
+    if kind in _VARIED and not _opencv_reads(data):  # one such image would end every training
+        raise UnusableError(
+            f"OpenCV cannot decode this kind of {kind}, such as one with 32 bits per value: save it as PNG"
+        )
+
+
+def _opencv_reads(data: bytes) -> bool:
+    import cv2
+    import numpy as np
+
+    try:
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) is not None
+    except cv2.error:
+        return False
 
 
 def read_label(data: bytes, names: Mapping[int, str], task: str) -> tuple[Box, ...]:
     """Read a label file in YOLO format. An empty one says that the image shows no object.
+
+    If a file has boxes and polygons, polygons become boxes: a training would leave the whole image out.
 
     Args:
         data: Content of the file.
@@ -76,13 +129,20 @@ def read_label(data: bytes, names: Mapping[int, str], task: str) -> tuple[Box, .
     Raises:
         UnusableError: A line has a wrong number of columns, an id without a name, or a value outside of 0 to 1.
     """
-    if len(data) > _LARGEST_LABEL:
-        raise UnusableError(f"the label file has {len(data)} bytes")
     try:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UnusableError("the label file is not text") from error
-    return tuple(_box(number, line.split(), names, task) for number, line in enumerate(lines, 1) if line.strip())
+    boxes = [_box(number, line.split(), names, task) for number, line in enumerate(lines, 1) if line.strip()]
+    if any(len(box.values) == 4 for box in boxes):
+        boxes = [box if len(box.values) == 4 else Box(box.name, _around(box.values)) for box in boxes]
+    return tuple(boxes)
+
+
+def _around(points: tuple[float, ...]) -> tuple[float, ...]:
+    """Return x, y, width and height of the box around a polygon."""
+    sides = [(min(values), max(values)) for values in (points[::2], points[1::2])]
+    return (*((low + high) / 2 for low, high in sides), *(high - low for low, high in sides))
 
 
 def _box(number: int, words: list[str], names: Mapping[int, str], task: str) -> Box:
@@ -99,7 +159,7 @@ def _box(number: int, words: list[str], names: Mapping[int, str], task: str) -> 
         raise UnusableError(f"{where} has the class '{name[:_LONGEST_NAME]}', which is not a usable name")
     if not all(0 <= value <= 1 for value in values):  # NaN is not, either
         raise UnusableError(f"{where} has a value outside of 0 to 1: coordinates are fractions of the image")
-    if len(values) == 4 and min(values[2:]) <= 0:
+    if min((values if len(values) == 4 else _around(tuple(values)))[2:]) <= 0:
         raise UnusableError(f"{where} has a box without width or height")
     return Box(name.strip(), tuple(values))
 

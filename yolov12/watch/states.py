@@ -17,9 +17,12 @@ from enum import Enum
 from pathlib import Path
 
 from yolov12.errors import DataError
+from yolov12.watch.damage import has_content
 from yolov12.watch.moves import save_text
 
 __all__ = [
+    "FILES",
+    "SPEC",
     "Action",
     "Facts",
     "Kind",
@@ -64,6 +67,16 @@ class Outcome(str, Enum):
     FAILED = "failed"
 
 
+SPEC = "attempt.json"
+"""Name of the file in the folder of an attempt that says all that its processes need."""
+FILES: Mapping[Phase, tuple[str, ...]] = {
+    Phase.TRAINING: (SPEC, "before.pt"),
+    Phase.JUDGING: (SPEC, "before.pt", "candidate.pt"),
+    Phase.PROMOTING: (SPEC, "before.pt", "candidate.pt"),
+    Phase.EXPORTING: (SPEC,),
+    Phase.REPORTING: (SPEC,),
+}
+"""Names of the files in the folder of an attempt without which a phase cannot go on."""
 CHILD_PHASES = (Phase.TRAINING, Phase.JUDGING, Phase.EXPORTING, Phase.REPORTING)
 """Phases whose work is done in a process of its own."""
 
@@ -236,7 +249,7 @@ def ended(state: State, status: int, facts: Facts, rules: Rules, message: str = 
 
 
 def lost(state: State) -> State:
-    """Return the state after somebody has removed the folder of an attempt.
+    """Return the state after somebody has removed the folder of an attempt, or a file that it needs.
 
     Args:
         state: A state in a phase after PREPARING.
@@ -299,18 +312,18 @@ def load(file: Path) -> State | None:
         file: The file.
 
     Returns:
-        The state; None if there is no such file yet.
+        The state; None if there is no such file yet, or a power loss has left it without content.
 
     Raises:
         DataError: The file is damaged, or another version wrote it.
     """
+    if not has_content(file):
+        return None
     try:
         found = json.loads(file.read_text("utf-8"))
         if found.pop("version") != _VERSION:
             raise ValueError("another version wrote it")
         return State(**{**found, "phase": Phase(found["phase"]), "outcome": Outcome(found["outcome"])})
-    except FileNotFoundError:
-        return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(
             f"{file} cannot be read ({error}). Move it away: the watch then starts anew with all collected images"
