@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from tests.watch.factory import Work
 from yolov12.errors import DataError
-from yolov12.watch import damage, loop, moves, states
+from yolov12.watch import child, damage, loop, moves, states
 from yolov12.watch.inbox import Inbox
 from yolov12.watch.samples import UnusableError, check_image, read_label
 from yolov12.watch.states import Outcome, Phase, State
@@ -273,6 +274,52 @@ def test_a_list_of_names_without_names_keeps_images_where_they_are(name, text, f
     inbox = Inbox(factory.inbox, {0: "missing"}, 0)
     assert inbox.complete(factory.now) == []
     assert "cannot be read, so its images stay there" in inbox.problems[0]
+
+
+def test_a_list_of_names_that_is_written_with_every_image_is_read(factory):
+    names, inbox = factory.inbox / "classes.txt", Inbox(factory.inbox, {0: "missing"}, 10)
+    factory.deliver()
+    for file in factory.inbox.iterdir():
+        os.utime(file, (factory.now - 100, factory.now - 100))
+    found = []
+    for second in range(0, 60, 5):
+        names.write_text("scratch\n" if second < 30 else "dent\n")  # changed once
+        os.utime(names, (factory.now + second, factory.now + second))
+        found.append([pair.names[0] for pair in inbox.complete(factory.now + second)])
+    assert found == [[], [], *[["scratch"]] * 4, [], [], *[["dent"]] * 4]
+
+
+def test_a_training_whose_gpu_is_away_after_a_restart_is_tried_again(factory):
+    factory.deliver(4)
+    watch = factory.watch(Work())
+    go_to(watch, Phase.TRAINING)
+    (watch.attempt / "run" / "weights").mkdir(parents=True)
+    (watch.attempt / "run" / "weights" / "last.pt").touch()
+    work = Work()
+    work.statuses = [2, 2]
+    assert factory.watch(work).run() == 0
+    assert work.started == ["training"] * 3 + ["judging", "reporting"]
+
+
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_training_whose_checkpoint_is_damaged_begins_again(name, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    (run / "weights").mkdir(parents=True)
+    found = []
+
+    def train(words):
+        found.append([file.name for file in run.rglob("*.pt")])
+        return 1
+
+    monkeypatch.setattr("yolov12.cli.main", train)
+    attempt = {"training": [], "data": "line.yaml"}
+    for content in ({"epoch": 0, "optimizer": {}}, None):
+        torch.save(content, run / "weights" / name)
+        if content is None:
+            os.truncate(run / "weights" / name, 100)
+        assert child._train(tmp_path, attempt) == 1
+    assert found == [[name], []]
+    assert "the training begins again" in capsys.readouterr().out
 
 
 def encoded(values, kind, **options):

@@ -115,6 +115,16 @@ def test_what_another_attempt_would_meet_again_is_given_up_at_once():
     assert state.detail == "the training failed with status 2: unknown argument"
 
 
+@pytest.mark.parametrize("phase", [Phase.TRAINING, Phase.JUDGING])
+def test_a_training_that_has_begun_is_not_given_up_because_the_gpu_comes_later(phase):
+    state = State(phase, 1)
+    for _ in range(RULES.restarts):
+        state = states.ended(state, 2, replace(facts(), has_saved=True), RULES, "no GPU is visible")
+        assert state.phase is phase
+    state = states.ended(state, 2, replace(facts(), has_saved=True), RULES, "no GPU is visible")
+    assert (state.phase, state.outcome) == (Phase.REPORTING, Outcome.FAILED)
+
+
 def test_a_clock_that_is_set_back_does_not_delay_a_retry_for_ever():
     state = replace(State(Phase.TRAINING, 1), retry_at=NOW + 30)
     assert states.decide(state, facts(NOW), RULES).kind is Kind.WAIT_FOR_WORK

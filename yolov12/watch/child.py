@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from yolov12 import autopatch, cli, files
-from yolov12.errors import ConfigError
+from yolov12.errors import ConfigError, MissingWeightsError, UnreadableWeightsError, UntrustedWeightsError
 from yolov12.watch import moves
 from yolov12.watch.checks import check
 from yolov12.watch.promotion import serves
@@ -104,6 +105,7 @@ def _train(folder: Path, attempt: Mapping[str, Any]) -> int:
     candidate, run_folder = folder / "candidate.pt", folder / "run"
     if candidate.exists():
         return 0
+    _remove_damaged(run_folder)
     if not _is_trained(run_folder):
         own = {
             "model": folder / "before.pt",
@@ -120,6 +122,23 @@ def _train(folder: Path, attempt: Mapping[str, Any]) -> int:
             moves.copy(run_folder / name, folder / name)
     moves.copy(run_folder / "weights" / "best.pt", candidate)
     return 0
+
+
+def _remove_damaged(run_folder: Path) -> None:
+    """Remove a run whose checkpoint a power loss has damaged, so that the training begins again."""
+    from yolov12.models import weights
+
+    for name in ("last.pt", "best.pt"):
+        try:
+            weights.read(run_folder / "weights" / name)
+        except MissingWeightsError:
+            continue
+        except UntrustedWeightsError:  # not damaged
+            raise
+        except UnreadableWeightsError as error:
+            print(f"warning: the training begins again: {error}", flush=True)
+            shutil.rmtree(run_folder)
+            return
 
 
 def _is_trained(run_folder: Path) -> bool:

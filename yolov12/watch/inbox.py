@@ -53,6 +53,7 @@ class Inbox:
     def __init__(self, folder: Path, names: Mapping[int, str], settle_s: float) -> None:
         self.folder, self._names, self._settle_s = folder, names, settle_s
         self._seen: dict[Path, tuple[_Version, float]] = {}
+        self._texts: dict[Path, tuple[bytes, float]] = {}  # list of names → content, and since when
         self.waiting = 0
         """Number of pairs in the last `complete` that had changed shortly before."""
         self.problems: list[str] = []
@@ -120,7 +121,7 @@ class Inbox:
         for file in (folder.labels / _CLASSES, self.folder / _CLASSES, self.folder / "data.yaml"):
             if not _is_regular(file):
                 continue
-            if not self._is_settled(file, now, before):
+            if not self._is_settled(file, now, before) and not self._is_same_text(file, now):
                 return None
             try:
                 return _read_names(file)
@@ -142,6 +143,14 @@ class Inbox:
         self._seen[path] = version, since
         # The writer's clock may differ from ours, so watching the file counts, too.
         return now - min(since, status.st_mtime) >= self._settle_s
+
+    def _is_same_text(self, file: Path, now: float) -> bool:
+        """Return whether a list has had the same content for long: some programs write it with every image."""
+        text = file.read_bytes()
+        seen, since = self._texts.get(file, (text, now))
+        since = since if seen == text and since <= now else now
+        self._texts[file] = text, since
+        return now - since >= self._settle_s
 
 
 def _version(status: os.stat_result) -> _Version:

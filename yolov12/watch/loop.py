@@ -216,6 +216,7 @@ class Watch:
             new_images=len(self.collection.new),
             trainable=self.collection.is_trainable,
             is_running=self._child is not None,
+            has_saved=(self.attempt / "run" / "weights" / "last.pt").exists(),
             has_room=self._obstacle() is None,
         )
 

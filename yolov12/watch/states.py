@@ -132,6 +132,8 @@ class Facts:
     """True if there are images for training and for validation."""
     is_running: bool = False
     """True if the process of this phase runs."""
+    has_saved: bool = False
+    """True if the training of this attempt has saved a checkpoint, so its arguments could be used at that time."""
     has_room: bool = True
     """True if the disk has room for an attempt, and the data set is there."""
 
@@ -236,7 +238,9 @@ def ended(state: State, status: int, facts: Facts, rules: Rules, message: str = 
         return _next(state, rules)
     if not facts.has_room:  # a full or missing disk is no failure of the attempt: it goes on afterwards
         return replace(state, retry_at=facts.now + _FIRST_RETRY_S)
-    if status == _REFUSED or state.failures >= rules.restarts:
+    # What could be used before may come back: after a power loss, a GPU may come later than the watch.
+    may_come_back = facts.has_saved and state.phase in (Phase.TRAINING, Phase.JUDGING)
+    if (status == _REFUSED and not may_come_back) or state.failures >= rules.restarts:
         what = {Phase.TRAINING: "training", Phase.JUDGING: "comparison", Phase.EXPORTING: "export"}
         if state.phase is Phase.REPORTING:
             return _next(state, rules)
