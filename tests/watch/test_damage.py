@@ -322,6 +322,34 @@ def test_a_training_whose_checkpoint_is_damaged_begins_again(name, tmp_path, mon
     assert "the training begins again" in capsys.readouterr().out
 
 
+def test_a_candidate_that_is_no_longer_the_one_that_was_judged_is_not_promoted(factory):
+    factory.deliver(4)
+    watch = factory.watch(Work())
+    go_to(watch, Phase.JUDGING)
+    candidate = watch.attempt / "candidate.pt"
+    verdict = {"promote": True, "reasons": [], "classes": [], "candidate": moves.digest(candidate)}
+    (watch.attempt / "verdict.json").write_text(json.dumps(verdict))
+    candidate.write_text("half of a file")
+    states.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": Phase.PROMOTING}))
+    work = Work()
+    assert factory.watch(work).run() == 0
+    assert work.started == ["training", "judging", "reporting"]
+    assert factory.serving.read_text() == f"candidate of {watch.attempt.name}"
+
+
+def test_an_empty_serving_model_is_waited_for(factory, capsys):
+    factory.deliver(4)
+    factory.serving.write_bytes(b"")
+    watch = factory.watch(work := Work())
+    for _ in range(5):
+        watch.step()
+    assert watch.run() == 1
+    assert work.started == []
+    assert capsys.readouterr().out.count("the serving model is empty") == 1
+    factory.serving.write_text("first")
+    assert watch.run() == 0
+
+
 def encoded(values, kind, **options):
     data = io.BytesIO()
     Image.fromarray(values).save(data, kind, **options)

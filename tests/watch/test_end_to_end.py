@@ -10,7 +10,7 @@ import yaml
 from ultralytics import YOLO
 
 from yolov12 import cli
-from yolov12.watch import child, command
+from yolov12.watch import child, command, moves
 
 TRAINING = ["epochs=1", "imgsz=64", "batch=8", "nbs=8", "workers=0", "device=cpu", "recipe=False", "plots=False"]
 
@@ -73,6 +73,7 @@ def test_a_new_class_is_trained_judged_and_reported(factory, capsys):
     verdict = json.loads((attempt / "verdict.json").read_text())
     assert [row["name"] for row in verdict["classes"]] == ["even", "odd", "crack"]
     assert YOLO(str(attempt / "candidate.pt")).names == {0: "even", 1: "odd", 2: "crack"}
+    assert verdict["candidate"] == moves.digest(attempt / "candidate.pt")
     expected = (attempt / "candidate.pt").read_bytes() if verdict["promote"] else before
     assert serving.read_bytes() == expected
     assert ("is promoted" in printed) is verdict["promote"]

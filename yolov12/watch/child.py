@@ -162,7 +162,8 @@ def _judge(folder: Path, attempt: Mapping[str, Any]) -> int:
         attempt["margin"],
         val_args=_given(attempt, _VAL_ARGUMENTS),
     )
-    moves.save_text(folder / "verdict.json", json.dumps(asdict(verdict), indent=1) + "\n")
+    found = {**asdict(verdict), "candidate": moves.digest(folder / "candidate.pt")}
+    moves.save_text(folder / "verdict.json", json.dumps(found, indent=1) + "\n")
     return 0
 
 
@@ -188,6 +189,7 @@ def _report(folder: Path, attempt: Mapping[str, Any]) -> int:
     verdict, candidate = None, folder / "candidate.pt"
     if (folder / "verdict.json").exists():
         found = json.loads((folder / "verdict.json").read_text("utf-8"))
+        found.pop("candidate", None)
         classes = tuple(ClassChange(**each) for each in found["classes"])
         verdict = Verdict(**{**found, "reasons": tuple(found["reasons"]), "classes": classes})
     images = [Path(image) for image in attempt["new_images"]]

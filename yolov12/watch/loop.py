@@ -5,6 +5,7 @@ Nothing is remembered outside of the work folder, and every action may be repeat
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -22,7 +23,7 @@ from yolov12.watch.children import Child, Children, last_error
 from yolov12.watch.collection import Collection, digests_in
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.log import say
-from yolov12.watch.promotion import promote
+from yolov12.watch.promotion import is_judged, promote
 from yolov12.watch.room import obstacle
 from yolov12.watch.samples import LARGEST_IMAGE, LARGEST_LABEL, UnusableError, check_image, read, read_label
 from yolov12.watch.states import Action, Facts, Kind, Outcome, Phase, State
@@ -231,16 +232,15 @@ class Watch:
         """Start the attempt again if somebody has removed its folder, or a file of it is gone or empty."""
         needed = states.FILES.get(self.state.phase, ())
         lost = [self.attempt / name for name in needed if not damage.has_content(self.attempt / name)]
+        candidate = self.attempt / "candidate.pt"
+        if self.state.phase is Phase.PROMOTING and not lost and not is_judged(candidate, self._verdict()):
+            lost = [candidate]
         if not lost:
             return
         self.stop()
         spec = self.attempt / states.SPEC
-        what = (
-            f"the folder of attempt {self.state.number}"
-            if not spec.exists()
-            else f"a file of attempt {self.state.number}"
-        )
-        say(f"{what} is gone: {lost[0]}")
+        what = "a file" if spec.exists() else "the folder"
+        say(f"{what} of attempt {self.state.number} is gone: {lost[0]}")
         spec.unlink(missing_ok=True)  # nothing of the attempt counts then
         self._go_to(states.lost(self.state))
 
@@ -271,6 +271,8 @@ class Watch:
     def _prepare(self) -> None:
         """Fix the images of the attempt and the model that it starts from."""
         spec = self.attempt / "attempt.json"
+        if not damage.has_content(self._request.model):
+            raise FileNotFoundError(errno.ENOENT, "the serving model is empty", str(self._request.model))
         if not spec.exists():
             self.attempt.mkdir(parents=True, exist_ok=True)
             for name in ("candidate.pt", "verdict.json"):  # of other images, if somebody has removed attempt.json

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from yolov12.watch import moves
 
-__all__ = ["promote", "serves"]
+__all__ = ["is_judged", "promote", "serves"]
 
 
 def promote(candidate: Path, serving: Path, before: Path) -> str:
@@ -34,6 +36,17 @@ def promote(candidate: Path, serving: Path, before: Path) -> str:
     except _ReplacedError:
         return f"{serving} was replaced by somebody else since the attempt began, so it stays"
     return ""
+
+
+def is_judged(candidate: Path, verdict: Mapping[str, Any] | None) -> bool:
+    """Return False if a candidate is no longer the file that was compared with the serving model.
+
+    Args:
+        candidate: Weights of an attempt.
+        verdict: Content of its verdict.json, where `candidate` is the SHA-256 of the file; None if it cannot be read.
+    """
+    digest = None if verdict is None else verdict.get("candidate")
+    return digest is None or digest == moves.digest(candidate)
 
 
 def serves(weights: Path, serving: Path) -> bool:
