@@ -350,6 +350,23 @@ def test_an_empty_serving_model_is_waited_for(factory, capsys):
     assert watch.run() == 0
 
 
+def test_a_jpeg_with_other_data_after_its_image_is_not_encoded_anew(factory):
+    from ultralytics.data.utils import check_image as check_of_ultralytics
+
+    noise = np.random.default_rng(0).integers(0, 255, (16, 20, 3), dtype=np.uint8)
+    for name, data in (("plain", encoded(noise, "JPEG")), ("trailer", encoded(255 - noise, "JPEG") + b"camera 7")):
+        (factory.inbox / f"{name}.jpg").write_bytes(data)
+        (factory.inbox / f"{name}.txt").write_text("0 0.5 0.5 0.1 0.1")
+        os.link(factory.inbox / f"{name}.jpg", factory.folder / f"{name}.backup")
+    assert factory.watch(Work()).run() == 0
+    images = {file.name.partition("-")[2]: file for file in (factory.work / "dataset" / "images").rglob("*.jpg")}
+    for name, ending in (("plain", b""), ("trailer", b"\xff\xd9")):
+        original = (factory.folder / f"{name}.backup").read_bytes()
+        check_of_ultralytics(str(images[f"{name}.jpg"]))
+        assert images[f"{name}.jpg"].read_bytes() == original + ending
+        assert original.endswith(b"camera 7") == bool(ending)
+
+
 def encoded(values, kind, **options):
     data = io.BytesIO()
     Image.fromarray(values).save(data, kind, **options)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from yolov12.watch import moves
 from yolov12.watch.damage import has_content, names_of_attempts
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.rejected import REASON, set_aside
-from yolov12.watch.samples import IMAGES, Box
+from yolov12.watch.samples import IMAGES, Box, end_jpeg
 
 __all__ = ["Collection", "Entry", "digest_of", "digests_in"]
 
@@ -257,6 +258,8 @@ class Collection:
         """Move an image to its label, the last step of accepting it."""
         target = self.folder / "images" / label.parent.name / f"{label.stem}{image.suffix.lower()}"
         moves.move(image, target)
+        with suppress(OSError):
+            end_jpeg(target)
         self._add(target, label)
         self._unfinished.pop(digest_of(label), None)
 
