@@ -69,6 +69,23 @@ def test_a_process_is_stopped_with_what_it_has_started(tmp_path):
     wait_until(lambda: not is_running(int(log.read_text())))
 
 
+def test_a_process_that_writes_nothing_is_stopped_and_one_that_does_is_not(tmp_path):
+    log, rows = tmp_path / "log.txt", tmp_path / "memory.csv"
+    with log.open("wb") as output:
+        process = Process(["sleep", "3600"], output, [log, rows], longest_s=0.3)
+    for number in range(10):
+        rows.write_text("row\n" * number)
+        assert process.poll() is None
+        time.sleep(0.05)
+    wait_until(lambda: process.poll() is not None)
+    assert process.poll() == -signal.SIGTERM
+    assert "had written nothing" in last_error(log)
+    with log.open("ab") as output:
+        patient = Process(["sleep", "3600"], output, longest_s=0.0)
+    assert patient.poll() is None
+    patient.stop()
+
+
 def test_the_last_error_of_a_log_is_found(tmp_path):
     log = tmp_path / "log.txt"
     assert last_error(log) == ""

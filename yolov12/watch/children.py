@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import IO, Protocol
 __all__ = ["Child", "Children", "Processes", "command", "last_error"]
 
 _PATIENCE_S = 60.0  # for a training to save its state
+_STALLED_S = 6 * 3600.0  # a training writes a row each second, but compiles and scans large data sets before
+_WRITTEN = ("memory.csv", "results.csv", "weights/last.pt", "weights/state.pt")
 
 
 class Child(Protocol):
@@ -57,8 +60,9 @@ class Processes:
 
     def start(self, task: str, attempt: Path, log: Path) -> Child:
         """Start work: see `Children`."""
+        shown = (log, *(attempt / "run" / name for name in _WRITTEN)) if task == "training" else ()
         with log.open("ab") as output:
-            return Process(command(task, str(attempt)), output)
+            return Process(command(task, str(attempt)), output, shown)
 
 
 class Process:
@@ -67,16 +71,35 @@ class Process:
     Args:
         words: Command line.
         output: File for its output.
+        written: Files that show its progress, the log first. If none of them changes for `longest_s`, the process is
+            stopped: a network folder or a driver may never answer. Without files, nothing is.
+        longest_s: Seconds without progress. They do not pass while the machine sleeps, or when its clock is set.
     """
 
-    def __init__(self, words: Sequence[str], output: IO[bytes]) -> None:
+    def __init__(
+        self, words: Sequence[str], output: IO[bytes], written: Sequence[Path] = (), longest_s: float = _STALLED_S
+    ) -> None:
+        self._written, self._longest_s = written, longest_s
+        self._seen, self._since = _versions(written), time.monotonic()
         self._process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
 
     def poll(self) -> int | None:
         """Return the exit status, negative for a signal; None while it runs."""
-        return self._process.poll()
+        status = self._process.poll()
+        if status is not None or not self._is_stalled():
+            return status
+        self.stop()
+        with suppress(OSError), self._written[0].open("a") as log:
+            log.write(f"yolov12: error: it had written nothing for {self._longest_s / 3600:g} hours, and was stopped\n")
+        return self._process.returncode or 1
+
+    def _is_stalled(self) -> bool:
+        seen, now = _versions(self._written), time.monotonic()
+        if seen != self._seen or not self._written:
+            self._seen, self._since = seen, now
+        return now - self._since > self._longest_s
 
     def stop(self) -> None:
         """Ask it to end. If it does not within a minute, or after another signal to this process, kill it."""
@@ -88,6 +111,15 @@ class Process:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # also what it has started
             self._process.wait()
+
+
+def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    found = []
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            found.append((status.st_size, status.st_mtime_ns))
+    return found
 
 
 def last_error(log: Path) -> str:
