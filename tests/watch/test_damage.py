@@ -92,9 +92,23 @@ def test_an_attempt_with_a_file_that_is_gone_or_empty_begins_again(name, phase, 
     assert factory.serving.read_text().startswith("candidate")
     assert json.loads((factory.attempts()[0] / "report.json").read_text())["outcome"] == "promoted"
     if phase is not Phase.TRAINING or name != "candidate.pt":
-        assert "a file of attempt 1 is gone" in capsys.readouterr().out
+        assert "of attempt 1 is gone" in capsys.readouterr().out
         assert "training" in work.started
         assert not run.exists()  # its weights are of other images
+
+
+@pytest.mark.parametrize("name", ["attempt.json", "verdict.json"])
+def test_an_attempt_with_a_file_that_is_cut_off_goes_on(name, factory):
+    factory.deliver(4)
+    watch = factory.watch(Work())
+    go_to(watch, Phase.JUDGING)
+    whole = (watch.attempt / name).read_text()
+    (watch.attempt / name).write_text(whole[: len(whole) // 2])
+    assert factory.watch(Work()).run() == 0
+    assert json.loads((watch.attempt / "report.json").read_text())["outcome"] == "promoted"
+    (watch.attempt / "verdict.json").write_text("[]")
+    damage.drop_damaged(watch.attempt / "verdict.json")
+    assert not (watch.attempt / "verdict.json").exists()
 
 
 def test_class_names_that_are_gone_come_from_the_attempts(factory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +10,23 @@ import yaml
 
 from yolov12.errors import DataError
 
-__all__ = ["has_content", "last_number", "names_of_attempts"]
+__all__ = ["drop_damaged", "has_content", "last_number", "names_of_attempts"]
+
+
+def drop_damaged(file: Path) -> None:
+    """Delete a JSON file that is no longer one, because its content can be made again.
+
+    Args:
+        file: The file, which may not exist.
+    """
+    try:
+        if isinstance(json.loads(file.read_bytes()), dict):
+            return
+    except FileNotFoundError:
+        return
+    except ValueError:
+        pass
+    file.unlink()
 
 
 def has_content(file: Path) -> bool:

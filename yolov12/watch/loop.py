@@ -77,6 +77,8 @@ class Watch:
             state = State(number=damage.last_number(request.work / "history"), started=clock())
         self.state = state
         states.save(self._state_file, self.state)
+        for name in (states.SPEC, "verdict.json"):
+            damage.drop_damaged(self.attempt / name)
         self.collection = Collection(request.work, line.names, request.val_fraction, digests_in(self._used_file))
         self._child: Child | None = None
         self._is_interrupted = True  # a previous watch may have been killed between two moves
