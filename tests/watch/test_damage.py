@@ -50,6 +50,15 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_watch(number, factory, m
     assert len([*(factory.work / "rejected").iterdir()]) == 3
 
 
+def test_a_log_that_does_not_know_all_letters_does_not_stop_the_watch(factory, monkeypatch):
+    put(factory, "日本")
+    log = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", log)
+        assert factory.watch(Work()).run() == 0
+    assert b"\\u65e5\\u672c.png was set aside" in log.buffer.getvalue()
+
+
 def test_folders_that_somebody_removes_from_a_full_disk_are_made_again(factory):
     watch = factory.watch(Work())
     put(factory, "first")
@@ -260,6 +269,27 @@ def test_weights_of_a_training_that_is_over_do_not_fill_the_disk(factory):
     assert not weights.exists()
     assert (weights.parent / "results.csv").exists()
     assert (watch.attempt / "candidate.pt").exists()
+
+
+def test_weights_of_old_attempts_make_room_for_a_training(factory, monkeypatch, capsys):
+    for _ in range(12):
+        factory.deliver(4)
+        factory.watch(Work()).run()
+    assert len([*factory.work.rglob("*.pt")]) == 24
+
+    def usage(path):  # two attempts too many
+        return shutil._ntuple_diskusage(1 << 40, 0, 200 << 20 if len([*factory.work.rglob("*.pt")]) <= 20 else 0)
+
+    factory.deliver(4)
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert factory.watch(Work()).run() == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 0))
+    factory.deliver(4)
+    assert factory.watch(Work()).run() == 1  # the last ten stay
+    kept = [attempt.name[:4] for attempt in factory.attempts() if [*attempt.glob("*.pt")]]
+    assert kept == [f"{number:04d}" for number in range(4, 14)]
+    assert all((attempt / "report.json").exists() for attempt in factory.attempts())
+    assert capsys.readouterr().out.count("were deleted, because the disk is almost full") == 3
 
 
 def test_label_files_with_upper_case_endings_belong_to_their_images(factory):

@@ -27,4 +27,7 @@ def tell(line: str) -> None:
         line: The line.
     """
     with suppress(OSError):
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except UnicodeEncodeError:  # a locale that does not know all letters of a file name
+            print(ascii(line)[1:-1], flush=True)

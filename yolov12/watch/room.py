@@ -7,14 +7,21 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from yolov12.watch.log import say
+
 __all__ = ["obstacle"]
 
+_KEPT_ATTEMPTS = 10
+_WEIGHTS = (".engine", ".onnx", ".pt", ".torchscript")
 _LEAST_FREE_BYTES = 128 << 20
 _FREE_MODELS = 8  # a training writes several checkpoints, with the state of the optimizer
 
 
 def obstacle(places: Sequence[str], work: Path, model: Path) -> OSError | None:
     """Return why no training can run at the moment, or None.
+
+    If the disk is too full for one, weights of old attempts are deleted first, the oldest before others. Those of the
+    last ten attempts stay, and so do all reports.
 
     Args:
         places: Files and folders of the data set.
@@ -28,6 +35,20 @@ def obstacle(places: Sequence[str], work: Path, model: Path) -> OSError | None:
         if not Path(place).exists():
             return FileNotFoundError(errno.ENOENT, "the data set is not there", place)
     needed = max(_LEAST_FREE_BYTES, _FREE_MODELS * model.stat().st_size)
-    if shutil.disk_usage(work).free < needed:
+    while shutil.disk_usage(work).free < needed:
+        if _delete_oldest_weights(work / "history"):
+            continue
         return OSError(errno.ENOSPC, f"a training needs {needed >> 20} MiB", str(work))
     return None
+
+
+def _delete_oldest_weights(history: Path) -> bool:
+    """Delete the weights of the oldest attempt that has any. Return False if there is none but the last attempts."""
+    attempts = sorted(history.iterdir()) if history.is_dir() else []
+    for attempt in attempts[:-_KEPT_ATTEMPTS]:
+        if weights := [file for file in attempt.rglob("*") if file.suffix in _WEIGHTS and not file.is_dir()]:
+            for file in weights:
+                file.unlink(missing_ok=True)
+            say(f"the weights in {attempt} were deleted, because the disk is almost full")
+            return True
+    return False
