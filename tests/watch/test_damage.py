@@ -292,6 +292,17 @@ def test_weights_of_old_attempts_make_room_for_a_training(factory, monkeypatch, 
     assert capsys.readouterr().out.count("were deleted, because the disk is almost full") == 3
 
 
+def test_names_that_differ_only_in_case_are_two_classes_in_every_image(factory):
+    (factory.inbox / "classes.txt").write_text("Crack\ncrack\nDENT\n")
+    for label in ("0 .5 .5 .1 .1", "0 .5 .5 .1 .1\n1 .5 .5 .1 .1", "0 .5 .5 .1 .1", "2 .5 .5 .1 .1"):
+        factory.deliver(1, label)
+    watch = factory.watch(Work())
+    assert watch.run() == 0
+    assert watch.collection.names == ["missing", "crack", "Crack", "DENT"]
+    counts = watch.collection.objects_by_class(watch.collection.entries.values())
+    assert counts == {"crack": 1, "Crack": 3, "DENT": 1}
+
+
 def test_label_files_with_upper_case_endings_belong_to_their_images(factory):
     factory.deliver(4)
     for label in factory.inbox.glob("*.txt"):

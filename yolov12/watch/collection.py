@@ -121,7 +121,10 @@ class Collection:
         """
         digest = digest[:_DIGITS]
         names = list(dict.fromkeys(box.name for box in boxes))
-        ids = dict(zip(names, self.class_ids(names), strict=True))
+        # A list that has `a` and `A` means two classes, also in an image that shows one of them.
+        forms = {name.lower() for name in names}
+        others = {name: None for name in pair.names.values() if name.lower() in forms and name not in names and name}
+        ids = dict(zip([*names, *others], self.class_ids([*names, *others]), strict=True))
         label = self._unfinished.get(digest) or self._label(
             self._split(digest, ids.values()), f"{digest}-{_plain(pair.image.stem)}"
         )
