@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from tests.watch.factory import Work
-from yolov12.errors import DataError
+from yolov12.errors import DataError, UnreadableWeightsError
 from yolov12.watch import child, damage, loop, moves, states
 from yolov12.watch.inbox import Inbox
 from yolov12.watch.samples import UnusableError, check_image, read_label
@@ -375,6 +375,22 @@ def test_a_training_whose_checkpoint_is_damaged_begins_again(name, tmp_path, mon
         assert child._train(tmp_path, attempt) == 1
     assert found == [[name], []]
     assert "the training begins again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()], ids=["disk", "memory"])
+def test_a_checkpoint_that_cannot_be_read_now_stays(error, tmp_path, monkeypatch):
+    last = tmp_path / "run" / "weights" / "last.pt"
+    last.parent.mkdir(parents=True)
+    torch.save({"epoch": 3, "optimizer": {}}, last)
+
+    def load(file, refused):
+        raise error
+
+    monkeypatch.setattr("yolov12.models.torch_file.load", load)
+    monkeypatch.setattr("yolov12.cli.main", lambda words: 1)
+    with pytest.raises(UnreadableWeightsError):
+        child._train(tmp_path, {"training": [], "data": "line.yaml"})
+    assert last.exists()
 
 
 def test_a_candidate_that_is_no_longer_the_one_that_was_judged_is_not_promoted(factory):

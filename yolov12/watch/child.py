@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -125,7 +126,10 @@ def _train(folder: Path, attempt: Mapping[str, Any]) -> int:
 
 
 def _remove_damaged(run_folder: Path) -> None:
-    """Remove a run whose checkpoint a power loss has damaged, so that the training begins again."""
+    """Remove a run whose checkpoint a power loss has damaged, so that the training begins again.
+
+    A checkpoint that only cannot be read now, because of its permissions, its disk, or too little memory, stays.
+    """
     from yolov12.models import weights
 
     for name in ("last.pt", "best.pt"):
@@ -136,6 +140,9 @@ def _remove_damaged(run_folder: Path) -> None:
         except UntrustedWeightsError:  # not damaged
             raise
         except UnreadableWeightsError as error:
+            cause = error.__cause__
+            if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)):
+                raise
             print(f"warning: the training begins again: {error}", flush=True)
             shutil.rmtree(run_folder)
             return
