@@ -131,6 +131,9 @@ def test_class_names_that_are_gone_come_from_the_attempts(factory):
             data.write_bytes(b"")
         assert factory.watch(Work()).collection.names == ["missing", "crack", "dent"]
         assert yaml.safe_load(data.read_text())["names"] == {0: "missing", 1: "crack", 2: "dent"}
+    next((factory.work / "dataset" / "labels").rglob("*.txt")).write_text(" \n2 0.5 0.5 0.1 0.1\n")  # by hand
+    data.unlink()
+    assert len(factory.watch(Work()).collection.names) == 3
     data.unlink()
     shutil.rmtree(factory.work / "history")
     with pytest.raises(DataError, match=r"no attempt in .*history has the name"):
@@ -290,6 +293,30 @@ def test_weights_of_old_attempts_make_room_for_a_training(factory, monkeypatch, 
     assert kept == [f"{number:04d}" for number in range(4, 14)]
     assert all((attempt / "report.json").exists() for attempt in factory.attempts())
     assert capsys.readouterr().out.count("were deleted, because the disk is almost full") == 3
+
+
+def test_weights_that_serve_or_are_of_others_make_no_room(factory, monkeypatch):
+    for _ in range(12):
+        factory.deliver(4)
+        factory.watch(Work()).run()
+    first, second, *_ = factory.attempts()
+    elsewhere = factory.folder / "archive"
+    elsewhere.mkdir()
+    (factory.work / "history" / "0001-archive").symlink_to(elsewhere)
+    mine = [elsewhere / "old.pt", factory.work / "history" / "00-kept", factory.work / "history" / "best-ones" / "a.pt"]
+    mine[2].parent.mkdir()
+    for file in mine:
+        file.write_text("mine")
+    (first / "linked.pt").symlink_to(mine[0])
+    factory.serving.unlink()
+    factory.serving.symlink_to(second / "before.pt")  # back to an earlier one
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 0))
+    factory.deliver(4)
+    assert factory.watch(Work()).run() == 1
+    assert [file.name for file in first.rglob("*.pt")] == ["linked.pt"]
+    assert [file.name for file in second.rglob("*.pt")] == ["before.pt"]
+    assert factory.serving.exists()
+    assert all(file.exists() for file in mine)
 
 
 def test_names_that_differ_only_in_case_are_two_classes_in_every_image(factory):

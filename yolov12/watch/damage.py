@@ -10,7 +10,7 @@ import yaml
 
 from yolov12.errors import DataError
 
-__all__ = ["drop_damaged", "has_content", "last_number", "names_of_attempts"]
+__all__ = ["drop_damaged", "has_content", "last_number", "names_of_attempts", "number_of"]
 
 
 def drop_damaged(file: Path) -> None:
@@ -48,8 +48,17 @@ def last_number(history: Path) -> int:
     Args:
         history: Folder of the attempts, which may not exist.
     """
-    numbers = [attempt.name.partition("-")[0] for attempt in history.glob("*-*")]
-    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return max(map(number_of, history.glob("*-*")), default=0)
+
+
+def number_of(attempt: Path) -> int:
+    """Return the number of an attempt; 0 if it is another folder.
+
+    Args:
+        attempt: A folder among those of the attempts.
+    """
+    number = attempt.name.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def names_of_attempts(history: Path, labels: Iterable[Path]) -> list[str]:
@@ -72,7 +81,7 @@ def names_of_attempts(history: Path, labels: Iterable[Path]) -> list[str]:
             names = max(names, [str(found[index]) for index in range(len(found))], key=len)  # names are only added
         except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
             continue
-    words = {line.split()[0] for label in labels for line in label.read_text("utf-8", "replace").splitlines() if line}
+    words = {line.split()[0] for label in labels for line in label.read_text("utf-8", "replace").splitlines() if line.strip()}
     highest = max((int(word) for word in words if word.isdecimal()), default=-1)
     if highest >= len(names):
         raise DataError(
