@@ -274,6 +274,19 @@ def test_weights_of_a_training_that_is_over_do_not_fill_the_disk(factory):
     assert (watch.attempt / "candidate.pt").exists()
 
 
+def test_weights_of_a_training_that_failed_stay(factory):
+    factory.deliver(4)
+    watch = factory.watch(work := Work())
+    go_to(watch, Phase.TRAINING)
+    work.statuses = [1] * 6
+    last = watch.attempt / "run" / "weights" / "last.pt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert watch.run() == 1
+    assert watch.state.outcome is Outcome.FAILED
+    assert last.exists()  # there is no other copy of days of work
+
+
 def test_weights_of_old_attempts_make_room_for_a_training(factory, monkeypatch, capsys):
     for _ in range(12):
         factory.deliver(4)
@@ -507,4 +520,14 @@ def test_files_without_content_and_numbers_of_attempts_are_told(tmp_path):
     for name in ("0009-x", "0010-y", "notes-z"):
         (tmp_path / "history" / name).mkdir(parents=True)
     assert damage.last_number(tmp_path / "history") == 10
-    assert not moves.same(tmp_path / "nothing", tmp_path / "nothing")
+
+
+def test_two_files_are_the_same_only_if_their_content_is(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert not moves.same(one, one)
+    for content, is_same in (("0 1", True), ("1 1", False), ("0 1 ", False), ("0 1", True)):
+        one.write_text("0 1")
+        other.write_text(content)
+        for file in (one, other):  # a clock with coarse steps
+            os.utime(file, (1e9, 1e9))
+        assert moves.same(one, other) is is_same

@@ -316,7 +316,8 @@ class Watch:
         status = 1 if self.state.phase is Phase.JUDGING and not status else status
         if status:
             say(f"attempt {number}: {self.state.phase.value} ended with status {status}: {message}")
-        if self.state.phase is Phase.REPORTING:  # candidate.pt is a copy, and history/ grows for years
+        is_copied = self.state.phase is Phase.REPORTING and (self.attempt / "candidate.pt").exists()
+        if is_copied:  # history/ grows for years
             shutil.rmtree(self.attempt / "run" / "weights", ignore_errors=True)
         self._go_to(states.ended(self.state, status, self._facts(), self._request.rules, message))
         if self.state.phase is Phase.IDLE:
