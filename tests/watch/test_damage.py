@@ -252,6 +252,8 @@ def test_an_inbox_is_the_folder_that_its_link_leads_to_now(factory):
     factory.inbox.symlink_to(first)
     factory.deliver(1)
     watch = factory.watch(Work())
+    (pair,) = watch.inbox.complete(factory.now)
+    assert pair.image.parent == pair.label.parent == first.resolve()  # also if the link changes before they are moved
     watch.step()
     factory.inbox.unlink()
     factory.inbox.symlink_to(second)
@@ -382,6 +384,30 @@ def test_a_list_of_names_that_is_written_with_every_image_is_read(factory):
         os.utime(names, (factory.now + second, factory.now + second))
         found.append([pair.names[0] for pair in inbox.complete(factory.now + second)])
     assert found == [[], [], *[["scratch"]] * 4, [], [], *[["dent"]] * 4]
+
+
+def test_a_list_of_names_that_is_being_written_is_not_read(factory, monkeypatch):
+    names, inbox = factory.inbox / "classes.txt", Inbox(factory.inbox, {0: "missing"}, 10)
+    factory.deliver()
+    for file in factory.inbox.iterdir():
+        os.utime(file, (factory.now - 100, factory.now - 100))
+    for second in (0, 10):
+        names.write_text("scratch\n")
+        os.utime(names, (factory.now + second, factory.now + second))
+        found = inbox.complete(factory.now + second)
+    assert [pair.names for pair in found] == [{0: "scratch"}]
+    stock = Path.read_bytes
+
+    def read_bytes(path):
+        content = stock(path)
+        if path.name == names.name:
+            names.write_text("scr")  # the writer begins a moment later
+            os.utime(names, (factory.now + 15, factory.now + 15))
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert [pair.names for pair in inbox.complete(factory.now + 15)] == [{0: "scratch"}]
+    assert inbox.complete(factory.now + 20) == []
 
 
 def test_a_training_whose_gpu_is_away_after_a_restart_is_tried_again(factory):

@@ -141,7 +141,9 @@ def _remove_damaged(run_folder: Path) -> None:
             raise
         except UnreadableWeightsError as error:
             cause = error.__cause__
-            if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)):
+            if isinstance(cause, MemoryError) or (
+                isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL)
+            ):
                 raise
             print(f"warning: the training begins again: {error}", flush=True)
             shutil.rmtree(run_folder)

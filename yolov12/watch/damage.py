@@ -81,7 +81,9 @@ def names_of_attempts(history: Path, labels: Iterable[Path]) -> list[str]:
             names = max(names, [str(found[index]) for index in range(len(found))], key=len)  # names are only added
         except (yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError):
             continue
-    words = {line.split()[0] for label in labels for line in label.read_text("utf-8", "replace").splitlines() if line.strip()}
+    words = {
+        line.split()[0] for label in labels for line in label.read_text("utf-8", "replace").splitlines() if line.strip()
+    }
     highest = max((int(word) for word in words if word.isdecimal()), default=-1)
     if highest >= len(names):
         raise DataError(

@@ -71,13 +71,14 @@ class Inbox:
         """
         before, self._seen = self._seen, {}
         self.waiting, self.problems, found = 0, [], list[Pair]()
-        for each in self._folders():
+        root = self.folder.resolve()  # one folder for a pair and its names, even if a link changes now
+        for each in _folders(root):
             labels = _labels(each.labels)
             pairs = [(name, label) for name in _images(each.images) if (label := labels.get(_stem(name)))]
             counts = Counter(label for _, label in pairs)
             if shared := sum(count > 1 for count in counts.values()):
                 self.problems.append(f"{shared} label files belong to two images each: rename the images")
-            names = self._names_for(each, now, before) if len(counts) > shared else None
+            names = self._names_for(root, each, now, before) if len(counts) > shared else None
             for image_name, label_name in pairs if names is not _UNREADABLE else []:
                 if counts[label_name] > 1:
                     continue
@@ -105,28 +106,22 @@ class Inbox:
 
     def alone(self) -> Iterator[Path]:
         """Return the images that have no label file."""
-        for each in self._folders():
+        for each in _folders(self.folder.resolve()):
             labels = _labels(each.labels)
             yield from (each.images / name for name in _images(each.images) if _stem(name) not in labels)
 
-    def _folders(self) -> list[Folder]:
-        inner = Folder(self.folder / "images", self.folder / "labels")
-        folders = [Folder(self.folder, self.folder)]
-        if all(path.is_dir() and not path.is_symlink() for path in (inner.images, inner.labels)):
-            folders.append(inner)
-        return folders
-
-    def _names_for(self, folder: Folder, now: float, before: Mapping[Path, Any]) -> Mapping[int, str] | None:
+    def _names_for(
+        self, root: Path, folder: Folder, now: float, before: Mapping[Path, Any]
+    ) -> Mapping[int, str] | None:
         """Return the names of the class ids; None while their list changes, `_UNREADABLE` if it cannot be read."""
-        for file in (folder.labels / _CLASSES, self.folder / _CLASSES, self.folder / "data.yaml"):
+        for file in (folder.labels / _CLASSES, root / _CLASSES, root / "data.yaml"):
             if not _is_regular(file):
                 continue
-            if not self._is_settled(file, now, before) and not self._is_same_text(file, now):
+            text = file.read_bytes()  # first: if the file changes from now on, this is still the old text
+            if not self._is_settled(file, now, before) and not self._is_same_text(file, text, now):
                 return None
             try:
-                return _read_names(file)
-            except OSError:
-                raise
+                return _read_names(file.suffix, text.decode("utf-8-sig"))
             except Exception as error:  # PyYAML raises any error, such as AttributeError for an impossible date
                 self.problems.append(f"{file} cannot be read, so its images stay there: {error}")
                 return _UNREADABLE
@@ -144,27 +139,33 @@ class Inbox:
         # The writer's clock may differ from ours, so watching the file counts, too.
         return now - min(since, status.st_mtime) >= self._settle_s
 
-    def _is_same_text(self, file: Path, now: float) -> bool:
+    def _is_same_text(self, file: Path, text: bytes, now: float) -> bool:
         """Return whether a list has had the same content for long: some programs write it with every image."""
-        text = file.read_bytes()
         seen, since = self._texts.get(file, (text, now))
         since = since if seen == text and since <= now else now
         self._texts[file] = text, since
         return now - since >= self._settle_s
 
 
+def _folders(root: Path) -> list[Folder]:
+    inner = Folder(root / "images", root / "labels")
+    folders = [Folder(root, root)]
+    if all(path.is_dir() and not path.is_symlink() for path in (inner.images, inner.labels)):
+        folders.append(inner)
+    return folders
+
+
 def _version(status: os.stat_result) -> _Version:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _read_names(file: Path) -> Mapping[int, str]:
-    if file.suffix == ".txt":  # labelImg's list: a name per line, the first has the id 0
-        lines = file.read_text("utf-8-sig").splitlines()
-        listed = {index: line.strip() for index, line in enumerate(lines) if line.strip()}
+def _read_names(suffix: str, text: str) -> Mapping[int, str]:
+    if suffix == ".txt":  # labelImg's list: a name per line, the first has the id 0
+        listed = {index: line.strip() for index, line in enumerate(text.splitlines()) if line.strip()}
         if not listed:  # a power loss may have left it empty
             raise DataError("it has no names of classes")
         return listed
-    found = yaml.safe_load(file.read_text("utf-8-sig"))
+    found = yaml.safe_load(text)
     names = found.get("names") if isinstance(found, dict) else None
     if isinstance(names, list):
         names = dict(enumerate(names))
