@@ -7,6 +7,7 @@ from collections import Counter
 
 from PIL import Image
 
+from yolov12.watch import moves
 from yolov12.watch.arguments import parse
 from yolov12.watch.loop import Line, Watch
 
@@ -25,7 +26,9 @@ class Work:
         elif task == "training":
             (attempt / "candidate.pt").write_text(f"candidate of {attempt.name}")
         elif task == "judging":
+            digest = moves.digest(attempt / "candidate.pt")
             verdict = {"promote": self.better, "reasons": ["crack fell from 0.500 to 0.400"], "classes": []}
+            verdict["candidate"] = digest
             (attempt / "verdict.json").write_text(json.dumps(verdict))
         elif task == "reporting":
             shutil.copy(attempt / "outcome.json", attempt / "report.json")

@@ -69,7 +69,8 @@ class Work:
             if promote:
                 with validated.open("a") as file:
                     file.write(hashlib.sha256(body).hexdigest() + "\n")
-            verdict = {"promote": promote, "reasons": ["it is better"], "classes": []}
+            digest = moves.digest(attempt / "candidate.pt")
+            verdict = {"promote": promote, "reasons": ["it is better"], "classes": [], "candidate": digest}
             moves.save_text(attempt / "verdict.json", json.dumps(verdict))
         elif task == "reporting":
             moves.save_text(attempt / "report.md", "\n")

@@ -86,6 +86,24 @@ def test_a_process_that_writes_nothing_is_stopped_and_one_that_does_is_not(tmp_p
     patient.stop()
 
 
+def test_a_process_that_cannot_be_killed_does_not_stop_the_watch(tmp_path, monkeypatch):
+    log = tmp_path / "log.txt"
+    with log.open("wb") as output:
+        process = Process(["sleep", "3600"], output, [log], longest_s=0.0)
+    held, stock = process._process, process._process.wait
+
+    def wait(timeout):
+        raise subprocess.TimeoutExpired("sleep", timeout)
+
+    monkeypatch.setattr(held, "wait", wait)
+    monkeypatch.setattr(held, "poll", lambda: None)
+    found = []
+    wait_until(lambda: found.append(process.poll()) or found[-1] is not None)
+    assert found[-1] == 1
+    monkeypatch.undo()
+    assert stock(60) == -signal.SIGTERM
+
+
 def test_the_last_error_of_a_log_is_found(tmp_path):
     log = tmp_path / "log.txt"
     assert last_error(log) == ""

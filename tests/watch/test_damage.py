@@ -106,6 +106,29 @@ def test_an_attempt_with_a_file_that_is_gone_or_empty_begins_again(name, phase, 
         assert not run.exists()  # its weights are of other images
 
 
+@pytest.mark.parametrize("name", ["data.yaml", "train.txt", "val.txt"])
+def test_an_attempt_whose_list_of_images_is_empty_begins_again(name, factory):
+    factory.deliver(4)
+    watch = factory.watch(Work())
+    go_to(watch, Phase.TRAINING)
+    (watch.attempt / name).write_bytes(b"")
+    assert factory.watch(Work()).run() == 0
+    assert (watch.attempt / name).read_text()
+    assert len(factory.attempts()) == 1
+
+
+def test_a_candidate_whose_verdict_is_gone_is_not_promoted_without_another(factory):
+    factory.deliver(4)
+    watch = factory.watch(Work())
+    go_to(watch, Phase.JUDGING)
+    (watch.attempt / "verdict.json").write_bytes(b"")
+    states.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": Phase.PROMOTING}))
+    watch = factory.watch(work := Work(better=False))
+    assert watch.run() == 0
+    assert work.started == ["training", "judging", "reporting"]
+    assert factory.serving.read_text() == "first"
+
+
 @pytest.mark.parametrize("name", ["attempt.json", "verdict.json"])
 def test_an_attempt_with_a_file_that_is_cut_off_goes_on(name, factory):
     factory.deliver(4)
@@ -241,8 +264,8 @@ def test_a_link_to_the_model_that_leads_elsewhere_is_a_replaced_model(factory):
     assert new.read_text().startswith("candidate")
     assert old.read_text() == "first"
     assert factory.work.is_dir()  # beside the link
-    factory.work.rename(factory.folder / "v2-watch")  # where it was before
-    assert factory.request().work == factory.folder / "v2-watch"
+    (factory.folder / "v2-watch").mkdir()  # of another watch
+    assert factory.request().work == factory.work
 
 
 def test_an_inbox_is_the_folder_that_its_link_leads_to_now(factory):
@@ -502,6 +525,16 @@ def test_a_jpeg_with_other_data_after_its_image_is_not_encoded_anew(factory):
         check_of_ultralytics(str(images[f"{name}.jpg"]))
         assert images[f"{name}.jpg"].read_bytes() == original + ending
         assert original.endswith(b"camera 7") == bool(ending)
+
+
+def test_an_image_is_taken_if_there_is_no_memory_to_add_its_end(factory, monkeypatch):
+    def end_jpeg(path):
+        raise MemoryError
+
+    monkeypatch.setattr("yolov12.watch.collection.end_jpeg", end_jpeg)
+    factory.deliver(4)
+    assert factory.watch(Work()).run() == 0
+    assert len(factory.attempts()) == 1
 
 
 def encoded(values, kind, **options):

@@ -83,7 +83,7 @@ def parse(words: Sequence[str]) -> Request:
         raise ConfigError(f"model={given['model']}: give weights that can be trained, as in best.pt")
     if not inbox.is_dir():
         raise ConfigError(f"inbox={given['inbox']} is not a folder: make it, and let labelled images arrive there")
-    work = Path(given["work"]).resolve() if given["work"] else _work(model)
+    work = Path(given["work"]).resolve() if given["work"] else model.with_name(f"{model.stem}-watch")
     if work.exists() and not work.is_dir():
         raise ConfigError(f"work={work} is not a folder")
     if _overlap(inbox, work):
@@ -157,13 +157,6 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             near = get_close_matches(key, [*given, *known], n=1)
             raise ConfigError(f"unknown argument '{key}'" + (f". Did you mean '{near[0]}'?" if near else ""))
     return given, training
-
-
-def _work(model: Path) -> Path:
-    """Return the work folder beside a model, or beside the file that a link leads to if it is there already."""
-    beside, target = model.with_name(f"{model.stem}-watch"), model.resolve()
-    earlier = target.with_name(f"{target.stem}-watch")
-    return earlier if earlier.is_dir() and not beside.exists() else beside
 
 
 def _overlap(one: Path, other: Path) -> bool:

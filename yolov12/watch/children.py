@@ -102,7 +102,10 @@ class Process:
         return now - self._since > self._longest_s
 
     def stop(self) -> None:
-        """Ask it to end. If it does not within a minute, or after another signal to this process, kill it."""
+        """Ask it to end. If it does not within a minute, or after another signal to this process, kill it.
+
+        The next process of the attempt waits for one that cannot be killed, so the two never write at the same time.
+        """
         self._process.terminate()
         try:
             with suppress(subprocess.TimeoutExpired):
@@ -110,7 +113,8 @@ class Process:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # also what it has started
-            self._process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a driver that never answers may hold it for ever
+                self._process.wait(_PATIENCE_S)
 
 
 def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:

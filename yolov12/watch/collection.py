@@ -261,7 +261,7 @@ class Collection:
         """Move an image to its label, the last step of accepting it."""
         target = self.folder / "images" / label.parent.name / f"{label.stem}{image.suffix.lower()}"
         moves.move(image, target)
-        with suppress(OSError):
+        with suppress(OSError, MemoryError):
             end_jpeg(target)
         self._add(target, label)
         self._unfinished.pop(digest_of(label), None)

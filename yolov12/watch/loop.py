@@ -258,7 +258,7 @@ class Watch:
         elif action.kind is Kind.START:
             spec = self._spec()
             if spec["data"] != self._line.data:  # the data set was moved, and this watch was started with its new place
-                moves.save_text(self.attempt / "attempt.json", json.dumps({**spec, "data": self._line.data}, indent=1))
+                moves.save_text(self.attempt / states.SPEC, json.dumps({**spec, "data": self._line.data}, indent=1))
             if self.state.phase is Phase.REPORTING:
                 state = self.state
                 outcome = {"outcome": state.outcome.value, "detail": state.detail, "ended": self._clock()}
@@ -272,7 +272,7 @@ class Watch:
 
     def _prepare(self) -> None:
         """Fix the images of the attempt and the model that it starts from."""
-        spec = self.attempt / "attempt.json"
+        spec = self.attempt / states.SPEC
         if not damage.has_content(self._request.model):
             raise FileNotFoundError(errno.ENOENT, "the serving model is empty", str(self._request.model))
         if not spec.exists():
@@ -333,7 +333,7 @@ class Watch:
             return None
 
     def _spec(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.attempt / "attempt.json").read_text("utf-8"))
+        found: dict[str, Any] = json.loads((self.attempt / states.SPEC).read_text("utf-8"))
         return found
 
     def _go_to(self, state: State) -> None:

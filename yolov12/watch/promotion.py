@@ -45,8 +45,7 @@ def is_judged(candidate: Path, verdict: Mapping[str, Any] | None) -> bool:
         candidate: Weights of an attempt.
         verdict: Content of its verdict.json, where `candidate` is the SHA-256 of the file; None if it cannot be read.
     """
-    digest = None if verdict is None else verdict.get("candidate")
-    return digest is None or digest == moves.digest(candidate)
+    return verdict is not None and verdict.get("candidate") == moves.digest(candidate)
 
 
 def serves(weights: Path, serving: Path) -> bool:

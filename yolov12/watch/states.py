@@ -69,10 +69,11 @@ class Outcome(str, Enum):
 
 SPEC = "attempt.json"
 """Name of the file in the folder of an attempt that says all that its processes need."""
+_DATA = ("data.yaml", "train.txt", "val.txt")
 FILES: Mapping[Phase, tuple[str, ...]] = {
-    Phase.TRAINING: (SPEC, "before.pt"),
-    Phase.JUDGING: (SPEC, "before.pt", "candidate.pt"),
-    Phase.PROMOTING: (SPEC, "before.pt", "candidate.pt"),
+    Phase.TRAINING: (SPEC, "before.pt", *_DATA),
+    Phase.JUDGING: (SPEC, "before.pt", *_DATA, "candidate.pt"),
+    Phase.PROMOTING: (SPEC, "before.pt", "candidate.pt", "verdict.json"),
     Phase.EXPORTING: (SPEC,),
     Phase.REPORTING: (SPEC,),
 }
