@@ -338,6 +338,8 @@ def test_weights_that_serve_or_are_of_others_make_no_room(factory, monkeypatch):
         factory.deliver(4)
         factory.watch(Work()).run()
     first, second, *_ = factory.attempts()
+    (first / "run" / "weights").mkdir(parents=True)
+    (first / "run" / "weights" / "best.pt").touch()  # of a training that failed
     elsewhere = factory.folder / "archive"
     elsewhere.mkdir()
     (factory.work / "history" / "0001-archive").symlink_to(elsewhere)

@@ -14,6 +14,7 @@ __all__ = ["obstacle"]
 
 _KEPT_ATTEMPTS = 10
 _WEIGHTS = (".engine", ".onnx", ".pt", ".torchscript")
+_FOLDERS = ("", "run/weights/")  # not the many pictures: on a full disk this looks again and again
 _LEAST_FREE_BYTES = 128 << 20
 _FREE_MODELS = 8  # a training writes several checkpoints, with the state of the optimizer
 
@@ -48,7 +49,7 @@ def _delete_oldest_weights(history: Path, model: Path) -> bool:
     """Delete the weights of the oldest attempt that has any. Return False if there is none but the last attempts."""
     attempts = [each for each in history.glob("*-*") if number_of(each) and not each.is_symlink()]
     for attempt in sorted(attempts, key=number_of)[:-_KEPT_ATTEMPTS]:
-        files = (file for file in attempt.rglob("*") if file.suffix in _WEIGHTS)
+        files = (file for folder in _FOLDERS for file in attempt.glob(f"{folder}*") if file.suffix in _WEIGHTS)
         if weights := [file for file in files if _is_regular(file) and not file.samefile(model)]:
             for file in weights:
                 file.unlink(missing_ok=True)
