@@ -245,6 +245,17 @@ def test_pairs_that_are_sent_again_and_again_fill_no_disk(factory):
     }
 
 
+def test_an_image_with_another_ending_keeps_the_label_that_was_set_aside(factory):
+    for ending, label in (("png", "7 1"), ("bmp", "7 2")):
+        (factory.inbox / f"a.{ending}").write_bytes(b"the same")
+        (factory.inbox / "a.txt").write_text(label)
+        factory.watch(Work()).step()
+    rejected = factory.work / "rejected"
+    labels = {file.read_text() for file in rejected.glob("*.txt") if "reason" not in file.name}
+    assert labels == {"7 1", "7 2"}
+    assert len([*rejected.iterdir()]) == 6
+
+
 def test_a_link_to_the_model_that_leads_elsewhere_is_a_replaced_model(factory):
     old, new = factory.folder / "v1.pt", factory.folder / "v2.pt"
     old.write_text("first")

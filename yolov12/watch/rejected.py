@@ -20,7 +20,7 @@ def set_aside(folder: Path, pair: Pair, base: str, reason: str) -> Path:
     Args:
         folder: The folder. It is made if somebody has removed it, because the disk was full.
         pair: Image and label file.
-        base: Stem of the new names. A number is added if there is such an image.
+        base: Stem of the new names. A number is added if there is such an image or label.
         reason: Why the pair cannot be used.
 
     Returns:
@@ -28,7 +28,8 @@ def set_aside(folder: Path, pair: Pair, base: str, reason: str) -> Path:
     """
     folder.mkdir(exist_ok=True)
     suffix, earlier, stem = pair.image.suffix.lower(), list[str](), base
-    while (folder / f"{stem}{suffix}").exists():
+    endings = (suffix, ".txt")
+    while any((folder / f"{stem}{ending}").exists() for ending in endings):  # a.jpg and a.png may be the same file
         earlier.append(stem)
         stem = f"{base}-{len(earlier) + 1}"
     note = folder / f"{stem}{REASON}"
@@ -36,7 +37,6 @@ def set_aside(folder: Path, pair: Pair, base: str, reason: str) -> Path:
     moves.move(pair.label, folder / f"{stem}.txt")
     moves.move(pair.image, folder / f"{stem}{suffix}")
     for twin in earlier:  # a sender may repeat all its files again and again
-        endings = (suffix, ".txt")
         if all(moves.same(folder / f"{twin}{ending}", folder / f"{stem}{ending}") for ending in endings):
             for ending in (REASON, *endings):
                 (folder / f"{twin}{ending}").unlink(missing_ok=True)
