@@ -84,3 +84,16 @@ class Factory:
     def images(self):
         places = [self.inbox, *(self.work / "dataset" / "images" / split for split in ("train", "val"))]
         return Counter(file.read_bytes() for place in places for file in place.glob("*.png"))
+
+
+def go_to(watch, phase):
+    for _ in range(20):
+        if watch.state.phase is phase:
+            return
+        watch.step()
+    raise AssertionError(watch.state)
+
+
+def put(factory, name, image=b"no image", label=""):
+    (factory.inbox / f"{name}.png").write_bytes(image)
+    (factory.inbox / f"{name}.txt").write_text(label)
