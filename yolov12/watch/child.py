@@ -23,6 +23,7 @@ from yolov12 import autopatch, cli, files
 from yolov12.errors import ConfigError, MissingWeightsError, UnreadableWeightsError, UntrustedWeightsError
 from yolov12.watch import moves
 from yolov12.watch.checks import check
+from yolov12.watch.log import SparseBars
 from yolov12.watch.promotion import serves
 
 __all__ = ["guarded", "main", "run"]
@@ -85,7 +86,8 @@ def run(task: str, folder: Path) -> int:
         The exit status.
     """
     attempt = json.loads((folder / "attempt.json").read_text("utf-8"))
-    return guarded(lambda: _TASKS[task](folder, attempt))
+    with contextlib.redirect_stdout(SparseBars(sys.stdout)):
+        return guarded(lambda: _TASKS[task](folder, attempt))
 
 
 def guarded(work: Callable[[], int]) -> int:
