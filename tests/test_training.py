@@ -391,6 +391,19 @@ def test_empty_data_set(capsys, tmp_path, data_set):
     assert "no images for 'train' in" in line
 
 
+def test_a_list_of_images_that_is_no_utf_8(capsys, tmp_path, data_set):
+    listed = data_set / "train.txt"
+    listed.write_bytes("./images/train/café.jpg\n".encode("latin-1"))
+    described = data_set / "data.yaml"
+    described.write_text(yaml.safe_dump({**yaml.safe_load(described.read_text()), "train": listed.name}))
+    status, line, left = train(capsys, tmp_path, f"data={described}")
+    assert (status, left) == (2, False)
+    assert str(listed) in line
+    assert "UTF-8" in line
+    with pytest.raises(FileNotFoundError):  # as from Ultralytics
+        check_training_arguments({"data": str(described)}, "detect")
+
+
 def test_data_set_without_a_usable_label(capsys, tmp_path, data_set):
     for label in (data_set / "labels" / "train").iterdir():
         label.write_text("99 0.5 0.5 0.1 0.1\n")

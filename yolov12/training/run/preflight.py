@@ -115,7 +115,14 @@ def _check_data(
         sources = found[split] if isinstance(found[split], list) else [found[split]]
         if not all(sources):
             raise DataError(f"{key}={data}: '{split}:' names no images")
-        if not _has_images(sources):
+        try:
+            has_images = _has_images(sources)
+        except (OSError, UnicodeError) as error:  # Ultralytics, too, makes an error of files that are not there
+            raise MissingImagesError(
+                f"{key}={data}: a list of images for '{split}' in {', '.join(sources)} cannot be read "
+                f"({_first_line(error)}). It has to be text in UTF-8, with one path per line"
+            ) from error
+        if not has_images:
             way_out = f". Leave '{split}:' empty to do without them" if split == optional else ""
             raise MissingImagesError(f"{key}={data}: no images for '{split}' in {', '.join(sources)}{way_out}")
     return found["names"]  # type: ignore[no-any-return]
