@@ -404,6 +404,14 @@ def test_a_list_of_images_that_is_no_utf_8(capsys, tmp_path, data_set):
         check_training_arguments({"data": str(described)}, "detect")
 
 
+def test_what_a_data_set_lacks_is_named(data_set):
+    described = data_set / "data.yaml"
+    content = yaml.safe_load(described.read_text())
+    described.write_text(yaml.safe_dump({key: content[key] for key in content if key not in ("names", "nc")}))
+    with pytest.raises(DataError, match="either 'names' or 'nc' are required"):  # in the second line of Ultralytics
+        check_training_arguments({"data": str(described)}, "detect")
+
+
 def test_data_set_without_a_usable_label(capsys, tmp_path, data_set):
     for label in (data_set / "labels" / "train").iterdir():
         label.write_text("99 0.5 0.5 0.1 0.1\n")

@@ -109,7 +109,8 @@ def _check_data(
             f"{key}={data}: {_first_line(error)}. Give the path of a data set yaml, or {key}=demo"
         ) from error
     except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set
-        raise DataError(f"{key}={data}: {_first_line(error)}") from error
+        reason = " ".join(plain(error).split()) or type(error).__name__  # the second line may name what is missing
+        raise DataError(f"{key}={data}: {reason.rstrip('.')}") from error
     _check_task(key, data, found, task)
     for split in (*splits, *([optional] if optional and found.get(optional) else ())):
         sources = found[split] if isinstance(found[split], list) else [found[split]]
