@@ -181,6 +181,20 @@ def test_what_the_user_has_to_change_has_status_2(words, capsys, monkeypatch, tm
     assert capsys.readouterr().err.startswith("yolov12: error: ")
 
 
+@pytest.mark.parametrize("verb", ["val", "predict", "export"])
+def test_a_batch_without_images_is_refused(verb, capsys):
+    assert cli.main([verb, "model=yolov12n.yaml", "batch=0", "device=cpu"]) == 2
+    assert "batch=0: give a number of images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "val", "predict", "export"])
+def test_a_yaml_that_describes_no_model_is_refused(verb, capsys, tmp_path):
+    data = tmp_path / "data.yaml"
+    data.write_text("train: images\nval: images\nnames: [scratch]\n")
+    assert cli.main([verb, f"model={data}"]) == 2
+    assert f"model={data}: this yaml has no 'backbone'" in capsys.readouterr().err
+
+
 def test_a_format_whose_package_is_missing_is_refused_in_one_line(capsys, caplog):
     """Nothing is installed at run time: Ultralytics names the requirement, and we say what to do."""
     assert cli.main(["export", "model=yolov12n.yaml", "format=openvino", "imgsz=32", "device=cpu"]) == 2

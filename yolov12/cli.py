@@ -262,12 +262,21 @@ def _resumes(options: dict[str, Any], task: str) -> bool:
     return bool(resume) if str(resume).lower() != "auto" else latest_interrupted(options, task) is not None
 
 
+def _check_batch(options: dict[str, Any]) -> None:
+    # Ultralytics would divide by zero, or run no images.
+    batch = options.get("batch")
+    if isinstance(batch, (int, float)) and batch <= 0:
+        raise ConfigError(f"batch={batch}: give a number of images, as in 16")
+
+
 def _val(options: dict[str, Any]) -> None:
+    _check_batch(options)
     with _refusals():
         _model(options).val(**options)
 
 
 def _predict(options: dict[str, Any]) -> None:
+    _check_batch(options)
     model = _model(options)
     if "source" not in options:
         options["source"] = _validation_images(model)
@@ -279,6 +288,7 @@ def _predict(options: dict[str, Any]) -> None:
 
 def _export(options: dict[str, Any]) -> None:
     options.setdefault("format", "onnx")
+    _check_batch(options)
     with _refusals():
         _model(options).export(**options)
 
@@ -295,8 +305,15 @@ def _model(options: dict[str, Any], default: str | None = None) -> Any:
     from yolov12 import YOLO
 
     name = options.pop("model", None) or default or _last_trained("best.pt")
+    task = options.pop("task", None)
     with _refusals(missing=_ANOTHER_MODEL):
-        return YOLO(name, task=options.pop("task", None))
+        try:
+            return YOLO(name, task=task)
+        except KeyError as error:
+            if not str(name).endswith((".yaml", ".yml")):
+                raise
+            kind = f"a {task} model" if task else "a model"
+            raise ConfigError(f"model={name}: this yaml has no {error}, so it does not describe {kind}") from error
 
 
 def _last_trained(name: str) -> str:
