@@ -1,5 +1,6 @@
 """The contents of memory.csv, memory.json, memory.png and the lines at the end of a run."""
 
+import errno
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -248,6 +249,29 @@ def test_losses_of_before_that_were_never_written_count_from_now(tmp_path):
     journal = Journal(tmp_path, resume=True)
     journal.lost(4)
     assert journal.close(updates_expected=None).images_lost == 4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_summary_does_not_keep_a_run_from_going_on(tmp_path, content):
+    """A power cut may leave a file empty."""
+    write(tmp_path, [row(1)])
+    (tmp_path / "memory.json").write_text(content)
+    write(tmp_path, [row(2, epoch=2)], resume=True)
+    assert json.loads((tmp_path / "memory.json").read_text())["updates"] == 2
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    write(tmp_path, [row(1)])
+    earlier = (tmp_path / "memory.json").read_text()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("yolov12.mas.journal.summary_file.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path, [row(2)], resume=True)
+    assert (tmp_path / "memory.json").read_text() == earlier
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_updates_that_a_resume_makes_again_count_once(tmp_path):

@@ -13,7 +13,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from yolov12.mas.journal import picture
+from yolov12.mas.journal import picture, summary_file
 from yolov12.mas.journal.columns import COLUMNS
 from yolov12.mas.journal.summary import RESUMED, Summary, summarise
 
@@ -170,8 +169,8 @@ class Journal:
         if self._csv.exists():
             _truncate(self._csv, steps)
             rows = read_rows(self._csv)
-            if not self._rank and self._json.exists():
-                self._before = json.loads(self._json.read_text("utf-8"))
+            if not self._rank:
+                self._before = summary_file.read(self._json)
             if steps is not None:
                 self._before = {**self._before, "images_lost": 0}  # these images will be trained on again
         elif not self._rank:
@@ -252,10 +251,7 @@ class Journal:
         summary = self._summary(journals, updates_expected, is_exact=is_exact, bn_group=bn_group)
         if self._rank:
             return summary
-        # The file is replaced in one operation: a resume reads it, and a kill may come while it is being written.
-        unfinished = self._json.with_suffix(".json.tmp")
-        unfinished.write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n", "utf-8")
-        unfinished.replace(self._json)
+        summary_file.write(self._json, summary)
         if journals[0]:
             with contextlib.suppress(ImportError):  # without matplotlib there is no picture
                 picture.save(journals.pop(0), self._picture, journals)
