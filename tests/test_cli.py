@@ -1,3 +1,4 @@
+import errno
 import re
 from types import SimpleNamespace
 
@@ -235,6 +236,26 @@ def test_what_fails_while_it_trains_has_status_1(begun, status, monkeypatch):
 
     monkeypatch.setattr(cli, "_model", lambda options, default: SimpleNamespace(trainer=trainer, train=train))
     assert cli.main(["train", "data=demo"]) == status
+
+
+@pytest.mark.parametrize(
+    ("has_checkpoint", "then"), [(True, "continue with model={} resume=True"), (False, "start it again")]
+)
+def test_a_full_disk_is_named_with_what_to_do(capsys, monkeypatch, tmp_path, has_checkpoint, then):
+    trainer = SimpleNamespace(train_time_start=0.0, save_dir=tmp_path)
+    last = tmp_path / "weights" / "last.pt"
+    last.parent.mkdir()
+    if has_checkpoint:
+        last.touch()
+
+    def train(**options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_model", lambda options, default: SimpleNamespace(trainer=trainer, train=train))
+    assert cli.main(["train", "data=demo"]) == 1
+    error = capsys.readouterr().err
+    assert f"No space left on device, in the training in {tmp_path}. Make its disk writable" in error
+    assert f"then {then.format(last)}\n" in error
 
 
 def test_a_folder_in_use_may_be_free_later(monkeypatch, tmp_path):

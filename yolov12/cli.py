@@ -10,6 +10,7 @@ is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the trac
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -167,6 +168,29 @@ def _refusals(begun: Callable[[], bool] = lambda: False, missing: str = "Check t
         raise ConfigError(f"{plain(error)}. {missing}" if says_only_that else plain(error)) from error
 
 
+@contextmanager
+def _disk_errors(model: Any) -> Iterator[None]:
+    """Return a context of a training that adds its folder to the error of a full or read-only disk.
+
+    Args:
+        model: The `YOLO` object that trains.
+
+    Raises:
+        YOLOv12Error: A file could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        folder = getattr(model.trainer, "save_dir", None)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) or folder is None:
+            raise
+        last = Path(folder, "weights", "last.pt")
+        then = f"then continue with model={last} resume=True" if last.exists() else "then start it again"
+        raise YOLOv12Error(
+            f"{plain(error)}, in the training in {folder}. Make its disk writable, with free space, {then}"
+        ) from error
+
+
 def _use_every_core() -> None:
     # Ultralytics starts with one thread and leaves the other cores to its data workers. Training on the CPU has no data
     # workers, so the other cores would be idle.
@@ -244,7 +268,8 @@ def _train(options: dict[str, Any]) -> None:
     if is_first_run:
         options = {**first_run.arguments(model, given), **options}
     log = first_run.without_frozen_parameters() if is_first_run else nullcontext()
-    with log, _refusals(lambda: hasattr(model.trainer, "train_time_start")):  # set before the first step
+    began = _refusals(lambda: hasattr(model.trainer, "train_time_start"))  # set before the first step
+    with log, began, _disk_errors(model):
         model.train(**options)
     trainer = model.trainer
     if RANK > 0:
