@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from ultralytics import YOLO, cfg
+from ultralytics.utils import YAML
 
 from yolov12 import files
 from yolov12.errors import ConfigError, FolderInUseError
@@ -127,3 +128,22 @@ def test_a_folder_that_a_callback_changes_is_no_obstacle(trainings, tiny_model, 
     assert run.steps == trainings.BATCHES
     assert (run.folder / "weights" / "last.pt").exists()
     assert run.trainer.args.bn_group == 32
+
+
+def test_arguments_are_whole_if_the_group_cannot_be_written(monkeypatch, tmp_path):
+    file = tmp_path / "args.yaml"
+    file.write_text("batch: 8\nbn_group: null\n")
+    trainer = SimpleNamespace(args=SimpleNamespace(bn_group=None), save_dir=tmp_path)
+
+    def full(path, data):
+        path.write_text("batch:")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ultralytics.utils.YAML.save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run_folder.keep_group(trainer, 4, is_first=True)
+    assert file.read_text() == "batch: 8\nbn_group: null\n"
+    trainer.args.bn_group = None
+    run_folder.keep_group(trainer, 4, is_first=True)
+    assert YAML.load(file) == {"batch": 8, "bn_group": 4}

@@ -93,7 +93,9 @@ def keep_group(trainer: Any, group: int | None, *, is_first: bool) -> None:
     trainer.args.bn_group = group
     file = Path(trainer.save_dir, "args.yaml")
     if is_first and file.exists():  # a user may have removed it, or given the trainer another folder
-        YAML.save(file, {**YAML.load(file), "bn_group": group})
+        settings = {**YAML.load(file), "bn_group": group}
+        with files.replacing(file) as unfinished:
+            YAML.save(unfinished, settings)
 
 
 def _lock(folder: Path) -> files.FolderLock:
