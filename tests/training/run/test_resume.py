@@ -10,12 +10,15 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils import YAML
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolov12.errors import ConfigError
+from yolov12.errors import ConfigError, DataError
 from yolov12.files import AtomicPath, lock
 from yolov12.mas import Engine, compile_ahead
 from yolov12.mas.distributed.ranks import ALONE
+from yolov12.models import weights
 from yolov12.training.run import run_state, session
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
@@ -262,6 +265,45 @@ def test_a_state_of_other_batches_is_not_gone_on_from(trainings, interrupted, tm
     assert len(again.results) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.pop("ema"), "it is of another version, or not a state of this package"),
+        (lambda state: state.pop("resolution"), "it is of another version, or not a state of this package"),
+        (lambda state: state["model"].update({"model.0.conv.weight": torch.zeros(2)}), "it is of another model"),
+    ],
+)
+def test_a_state_that_is_not_of_this_training_is_not_gone_on_from(trainings, interrupted, tmp_path, change, reason):
+    folder = interrupted()
+    file = folder / "weights" / "state.pt"
+    state = torch.load(file, weights_only=False)
+    change(state)
+    torch.save(state, file)
+    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
+    assert f"{file} is not used: {reason}. Going on from the end of an epoch" in again.log
+    assert len(again.results) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (lambda names: [*names, "another"], "it has {} classes, and the run that shall be resumed has {}"),
+        (lambda names: names[::-1], "its classes are in another order than those of the run that shall be resumed"),
+    ],
+)
+def test_a_resume_with_other_classes_says_what_to_do(trainings, interrupted, tmp_path, names, reason):
+    last = interrupted() / "weights" / "last.pt"
+    before = last.read_bytes()
+    data = check_det_dataset(weights.read(last)["train_args"]["data"])
+    known = list(data["names"].values())
+    settings = {"path": str(data["path"]), "train": data["train"], "val": data["val"], "names": names(known)}
+    YAML.save(tmp_path / "other.yaml", settings)
+    with pytest.raises(DataError, match=reason.format(len(known) + 1, len(known))):
+        trainings.train(tmp_path, last, resume=True, data=str(tmp_path / "other.yaml"))
+    assert last.read_bytes() == before
+    assert trainings.train(tmp_path, last, resume=True).results
+
+
 def test_a_state_that_would_run_code_is_not_read(trainings, interrupted, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -397,6 +439,22 @@ def test_an_empty_table_is_no_obstacle(trainings, interrupted, tmp_path):
     (folder / "results.csv").write_text("")
     again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
     assert [row["epoch"] for row in again.results] == [2]
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        ("1,5,0.1\n2,6,0.2\n3,7,0.3\n", "1,5,0.1\n2,6,0.2\n"),
+        ("1,5,0.1\n2,6,0.2\n1", "1,5,0.1\n2,6,0.2\n"),  # epoch 10, cut off by a full disk
+        ("1,5,0.1\n2,6,0.2\n\0\0\0\n", "1,5,0.1\n2,6,0.2\n"),  # zeros of a power cut
+        ("1,5,0.1\n\n2,6,0.2\n\xff,\n", "1,5,0.1\n2,6,0.2\n"),
+    ],
+)
+def test_damaged_rows_of_a_table_are_dropped(tmp_path, damage, kept):
+    file = tmp_path / "results.csv"
+    file.write_text(f"epoch,time,loss\n{damage}", encoding="latin-1")
+    run_state.drop_rows(file, 2)
+    assert file.read_text() == f"epoch,time,loss\n{kept}"
 
 
 def whole_and_resumed(trainings, power, folder, *, cut_by, **arguments):

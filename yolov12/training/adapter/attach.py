@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from yolov12.errors import YOLOv12Error
+from yolov12.errors import DataError, YOLOv12Error
 from yolov12.mas import Advice, Config, Engine, Journal, compile_ahead
 from yolov12.mas.config import DEFAULTS
 from yolov12.mas.distributed.ranks import ALONE, Ranks
@@ -26,7 +26,8 @@ from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import process_group
 from yolov12.training.run.completed_epoch import CompletedEpoch
 from yolov12.training.run.first_checkpoint import RESUMED
-from yolov12.training.run.run_state import FILE, drop_rows, find
+from yolov12.training.run.run_state import drop_rows
+from yolov12.training.run.saved_state import FILE, find
 
 __all__ = ["STATE", "attach", "do_train", "end", "resume", "why_not"]
 
@@ -127,10 +128,15 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
         stock_resume: Ultralytics' own method.
         trainer: Ultralytics trainer.
         checkpoint: Checkpoint of an epoch's end; None if nothing is resumed.
+
+    Raises:
+        DataError: The data set has other classes than the run.
     """
     if not (checkpoint and trainer.resume):
         stock_resume(trainer, checkpoint)
         return
+    if trainer.args.mas:
+        _check_classes(trainer, checkpoint)
     for name in (STATE, _SIZES, _RANDOM):
         setattr(trainer, name, (checkpoint.get("optimizer") or {}).get(name))
     is_first = checkpoint.get("epoch", -1) == -1 and checkpoint.get("optimizer") is not None
@@ -151,6 +157,24 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
         setattr(trainer, _FOUND, state)
     if state is None and trainer.args.mas and trainer.metrics is not None:  # rank 0 has metrics
         drop_rows(trainer.csv, trainer.start_epoch)
+
+
+def _check_classes(trainer: Any, checkpoint: Any) -> None:
+    """Refuse data whose classes are not those of the run. One that is only renamed passes."""
+    names = getattr(checkpoint.get("ema") or checkpoint.get("model"), "names", None)
+    before, now = (list(each.values()) if isinstance(each, dict) else each for each in (names, trainer.data["names"]))
+    if not before or before == now:
+        return
+    if len(before) != len(now):
+        reason = f"it has {len(now)} classes, and the run that shall be resumed has {len(before)}"
+    elif set(before) == set(now):
+        reason = "its classes are in another order than those of the run that shall be resumed"
+    else:
+        return
+    raise DataError(
+        f"data={trainer.args.data}: {reason}. Give the data set of the run, or start a new run with "
+        f"model={trainer.args.resume} and without resume="
+    )
 
 
 def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from yolov12.files import is_locked
 from yolov12.models import weights
-from yolov12.training.run.run_state import FILE
+from yolov12.training.run.saved_state import FILE
 
 __all__ = ["begun", "interrupted", "latest_interrupted"]
 

@@ -8,6 +8,7 @@ A run that resumes from it ends like a run that was not interrupted.
 from __future__ import annotations
 
 import csv
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,62 +23,18 @@ from torch import Tensor, nn
 from yolov12 import files
 from yolov12.mas import Engine
 from yolov12.mas.distributed.ranks import ALONE, Ranks
-from yolov12.models import weights
-from yolov12.training.data.loader import ResumableLoader, data_of
+from yolov12.training.data.loader import ResumableLoader
 from yolov12.training.data.random_state import random_state, set_random_state
 from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.first_checkpoint import FirstCheckpoint
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
+from yolov12.training.run.saved_state import FILE, VERSION
 
-__all__ = ["FILE", "RunSaver", "drop_rows", "find"]
+__all__ = ["RunSaver", "drop_rows"]
 
-FILE = "state.pt"
-"""Name of the state file, which is beside `last.pt` until the run is complete."""
-
-_VERSION = 2
-_READABLE = (1, 2)  # version 1 calls the resolution `data_layer`, and its steps `rungs`
 _COST = 0.01  # largest fraction of the time that saves at the ends of epochs may take
 _NEVER = 2**62
-
-
-def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the state to resume from.
-
-    Args:
-        trainer: Ultralytics trainer that resumes.
-        checkpoint: Checkpoint that it resumes from.
-
-    Returns:
-        The state, with the metrics of its epoch under `validated` if that epoch is complete. None if the checkpoint is
-        not the run's last one, or if the state is missing, older than the checkpoint, unreadable, or of other data. The
-        last two log a warning.
-    """
-    from ultralytics.utils import LOGGER
-
-    path = Path(trainer.wdir, FILE)
-    if not path.exists() or Path(str(trainer.args.resume)).resolve() != Path(trainer.last).resolve():
-        return None
-    try:
-        state: dict[str, Any] = weights.read(path)
-        was, now = state["loader"]["data"], data_of(trainer.train_loader)
-        other = [f"{now[name]} {name}, not {was[name]}" for name in now if was[name] != now[name]]
-        whole = state["version"] in _READABLE and 0 < state["loader"]["position"] <= was["batches"]
-    except Exception as error:  # a file from elsewhere may raise any error
-        other, whole = [f"it cannot be read ({type(error).__name__})"], True
-    if not whole:
-        other.append("it is of another version")
-    if other:
-        LOGGER.warning(
-            f"resume: {path} is not used: {', '.join(other)}. Going on from the end of an epoch, {trainer.last}"
-        )
-        return None
-    epoch = checkpoint.get("epoch", -1)
-    # The checkpoint of an epoch is written after its validation. The optimizer is removed after the last epoch.
-    is_complete = epoch == state["epoch"] or checkpoint.get("optimizer") is None
-    is_complete = is_complete and state["loader"]["position"] == was["batches"]
-    state["validated"] = checkpoint.get("train_metrics") if is_complete else None
-    return state if state["epoch"] >= epoch else None
 
 
 class RunSaver:
@@ -225,7 +182,7 @@ class RunSaver:
         self._engine.flush()
         journal = self._engine.journal
         state = {
-            "version": _VERSION,
+            "version": VERSION,
             **{key: value for key, value in self._moment.items() if key != "buffers"},
             "rows": journal.next_step - 1 if journal is not None else None,
             "model": {name: buffers.get(name, value) for name, value in self._model.state_dict().items()},
@@ -244,7 +201,7 @@ class RunSaver:
         """Restore a run. Its first epoch begins with placeholders for the finished batches.
 
         Args:
-            state: Result of `find`.
+            state: Result of `saved_state.find`.
         """
         from ultralytics.utils import LOGGER
 
@@ -330,7 +287,7 @@ def _plain(value: Any) -> Any:
 
 
 def drop_rows(path: Path, epochs: int) -> None:
-    """Remove the rows of incomplete epochs from a results.csv.
+    """Remove the rows of incomplete epochs, and those that are damaged, from a results.csv.
 
     Args:
         path: The file.
@@ -338,10 +295,19 @@ def drop_rows(path: Path, epochs: int) -> None:
     """
     if not path.exists():
         return
-    if not path.stat().st_size:  # the disk was full; Ultralytics writes the header of a missing file
+    text = path.read_text("utf-8", errors="replace")
+    if "\n" not in text:  # the disk was full; Ultralytics writes the header of a missing file
         path.unlink()
         return
-    header, *rows = path.read_text("utf-8").splitlines()
-    kept = [row for row in rows if float(next(csv.reader([row]))[0]) <= epochs]
-    if len(kept) < len(rows):
-        files.write(path, lambda file: file.write("\n".join([header, *kept, ""]).encode()))
+    header, *rows = text[: text.rfind("\n")].splitlines()  # a full disk may have cut off the last line, too
+    kept = "\n".join([header, *(row for row in rows if _epoch_of(row) <= epochs), ""])
+    if kept != text:
+        files.write(path, lambda file: file.write(kept.encode()))
+
+
+def _epoch_of(row: str) -> float:
+    """Return the epoch of a row of results.csv. One that a power cut has damaged is of no epoch: infinity."""
+    try:
+        return float(next(csv.reader([row]))[0])
+    except (ValueError, IndexError, csv.Error):
+        return math.inf

@@ -18,7 +18,7 @@ from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
 from yolov12.training.run.preflight import check_training_arguments
 from yolov12.training.run.recipes import recipe_for
 from yolov12.training.run.resume import begun, latest_interrupted
-from yolov12.training.run.run_state import FILE
+from yolov12.training.run.saved_state import FILE
 
 __all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
 
