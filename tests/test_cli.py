@@ -254,7 +254,7 @@ def test_a_full_disk_is_named_with_what_to_do(capsys, monkeypatch, tmp_path, has
     monkeypatch.setattr(cli, "_model", lambda options, default: SimpleNamespace(trainer=trainer, train=train))
     assert cli.main(["train", "data=demo"]) == 1
     error = capsys.readouterr().err
-    assert f"No space left on device, in the training in {tmp_path}. Make its disk writable" in error
+    assert f"No space left on device, in the training in {tmp_path}. Make room on its disk, or in /dev/shm" in error
     assert f"then {then.format(last)}\n" in error
 
 

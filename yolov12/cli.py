@@ -170,7 +170,7 @@ def _refusals(begun: Callable[[], bool] = lambda: False, missing: str = "Check t
 
 @contextmanager
 def _disk_errors(model: Any) -> Iterator[None]:
-    """Return a context of a training that adds its folder to the error of a full or read-only disk.
+    """Return a context of a training that adds its folder to the error of a full disk.
 
     Args:
         model: The `YOLO` object that trains.
@@ -182,13 +182,12 @@ def _disk_errors(model: Any) -> Iterator[None]:
         yield
     except OSError as error:
         folder = getattr(model.trainer, "save_dir", None)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS) or folder is None:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or folder is None:
             raise
         last = Path(folder, "weights", "last.pt")
         then = f"then continue with model={last} resume=True" if last.exists() else "then start it again"
-        raise YOLOv12Error(
-            f"{plain(error)}, in the training in {folder}. Make its disk writable, with free space, {then}"
-        ) from error
+        where = "Make room on its disk, or in /dev/shm if that is full"
+        raise YOLOv12Error(f"{plain(error)}, in the training in {folder}. {where}, {then}") from error
 
 
 def _use_every_core() -> None:
