@@ -162,8 +162,10 @@ def resume(stock_resume: Callable[..., None], trainer: Any, checkpoint: Any) -> 
 def _check_classes(trainer: Any, checkpoint: Any) -> None:
     """Refuse data whose classes are not those of the run. One that is only renamed passes."""
     names = getattr(checkpoint.get("ema") or checkpoint.get("model"), "names", None)
-    before, now = (list(each.values()) if isinstance(each, dict) else each for each in (names, trainer.data["names"]))
-    if not before or before == now:
+    before, now = (
+        list(each.values()) if isinstance(each, dict) else each for each in (names, trainer.data.get("names"))
+    )
+    if not before or not now or before == now:
         return
     if len(before) != len(now):
         reason = f"it has {len(now)} classes, and the run that shall be resumed has {len(before)}"
