@@ -10,11 +10,10 @@ is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the trac
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 from yolov12 import autopatch
 from yolov12.cfg import reference
+from yolov12.cli_errors import disk_errors, refusals
 from yolov12.errors import (
     ConfigError,
     DataError,
@@ -70,9 +70,6 @@ OWN_ARGUMENTS = ("check", "monitor", "plan", "watch")
 # Ultralytics mostly uses these types for what the user can fix. An error of any other type shows its traceback.
 USER_ERRORS = (YOLOv12Error, OSError, ValueError, TypeError, SyntaxError, RuntimeError, AssertionError)
 
-# Ultralytics uses these types for arguments, data sets and files that it refuses.
-_REFUSALS = (FileNotFoundError, ValueError, TypeError, SyntaxError, NotImplementedError)
-
 _ANOTHER_MODEL = "Check the path, or use the name of a model, as in yolov12s.yaml"
 
 
@@ -105,7 +102,7 @@ def main(args: list[str] | None = None) -> int:
             autopatch.apply()
             from yolov12 import plan
 
-            with _refusals(missing=_ANOTHER_MODEL):
+            with refusals(missing=_ANOTHER_MODEL):
                 return plan.main(words)
         if verb not in VERBS:
             raise ConfigError(f"unknown command '{verb}'. Commands: {', '.join([*VERBS, *OWN_ARGUMENTS])}")
@@ -137,57 +134,6 @@ def _status(error: BaseException) -> int:
     if is_transient or isinstance(error, FolderInUseError):
         return 1
     return 2 if isinstance(error, (ConfigError, DataError, WeightsError)) else 1
-
-
-@contextmanager
-def _refusals(begun: Callable[[], bool] = lambda: False, missing: str = "Check the path") -> Iterator[None]:
-    """Return a context that turns Ultralytics' errors about arguments, data sets and files into `ConfigError`.
-
-    Args:
-        begun: Returns True if the work has begun. Errors are failures from then on.
-        missing: What to do if a file does not exist.
-
-    Raises:
-        ConfigError: Ultralytics refused something that the user has given, or what was asked for needs a package that
-            is not installed.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package in ("yolov12", "ultralytics"):
-            raise
-        raise ConfigError(
-            f"this needs the package '{package}', which is not installed. Install what the warning above names, or "
-            "set YOLO_AUTOINSTALL=true to let Ultralytics install it"
-        ) from error
-    except _REFUSALS as error:
-        if isinstance(error, YOLOv12Error) or begun():
-            raise
-        says_only_that = isinstance(error, FileNotFoundError) and plain(error).endswith("does not exist")
-        raise ConfigError(f"{plain(error)}. {missing}" if says_only_that else plain(error)) from error
-
-
-@contextmanager
-def _disk_errors(model: Any) -> Iterator[None]:
-    """Return a context of a training that adds its folder to the error of a full disk.
-
-    Args:
-        model: The `YOLO` object that trains.
-
-    Raises:
-        YOLOv12Error: A file could not be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        folder = getattr(model.trainer, "save_dir", None)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or folder is None:
-            raise
-        last = Path(folder, "weights", "last.pt")
-        then = f"then continue with model={last} resume=True" if last.exists() else "then start it again"
-        where = "Make room on its disk, or in /dev/shm if that is full"
-        raise YOLOv12Error(f"{plain(error)}, in the training in {folder}. {where}, {then}") from error
 
 
 def _use_every_core() -> None:
@@ -243,7 +189,7 @@ def _from_file(file: str) -> dict[str, Any]:
     from ultralytics.utils import YAML
     from ultralytics.utils.checks import check_yaml
 
-    with _refusals():
+    with refusals():
         found = YAML.load(check_yaml(file))
     # A copy of Ultralytics' defaults lists every key. An empty value means: not set. The command replaces `mode`.
     return {k: v for k, v in found.items() if v is not None and k not in ("cfg", "mode")}
@@ -267,8 +213,8 @@ def _train(options: dict[str, Any]) -> None:
     if is_first_run:
         options = {**first_run.arguments(model, given), **options}
     log = first_run.without_frozen_parameters() if is_first_run else nullcontext()
-    began = _refusals(lambda: hasattr(model.trainer, "train_time_start"))  # set before the first step
-    with log, began, _disk_errors(model):
+    began = refusals(lambda: hasattr(model.trainer, "train_time_start"))  # set before the first step
+    with log, began, disk_errors(model):
         model.train(**options)
     trainer = model.trainer
     if RANK > 0:
@@ -295,7 +241,7 @@ def _check_batch(options: dict[str, Any]) -> None:
 
 def _val(options: dict[str, Any]) -> None:
     _check_batch(options)
-    with _refusals():
+    with refusals():
         _model(options).val(**options)
 
 
@@ -305,7 +251,7 @@ def _predict(options: dict[str, Any]) -> None:
     if "source" not in options:
         options["source"] = _validation_images(model)
     options.setdefault("save", True)
-    with _refusals():
+    with refusals():
         for _ in model.predict(stream=True, **options):  # a stream: the results of a long video would fill memory
             pass
 
@@ -313,7 +259,7 @@ def _predict(options: dict[str, Any]) -> None:
 def _export(options: dict[str, Any]) -> None:
     options.setdefault("format", "onnx")
     _check_batch(options)
-    with _refusals():
+    with refusals():
         _model(options).export(**options)
 
 
@@ -330,7 +276,7 @@ def _model(options: dict[str, Any], default: str | None = None) -> Any:
 
     name = options.pop("model", None) or default or _last_trained("best.pt")
     task = options.pop("task", None)
-    with _refusals(missing=_ANOTHER_MODEL):
+    with refusals(missing=_ANOTHER_MODEL):
         try:
             return YOLO(name, task=task)
         except KeyError as error:
