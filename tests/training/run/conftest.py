@@ -42,3 +42,11 @@ def interrupted(trainings, made_once, tmp_path):
 
     original = made_once("interrupted", make) / "line"
     return lambda project=tmp_path, name="line": shutil.copytree(original, project / name)
+
+
+@pytest.fixture(name="cut")
+def cut_run(trainings, power):
+    """Train until a power cut, by default in the second epoch."""
+    return lambda folder, batch=6, **arguments: trainings.train(
+        folder, bn_group=8, callbacks=power.cut_at(batch), raises=power.CutError, **arguments
+    )

@@ -1,10 +1,8 @@
-"""Saving and resuming runs: when a run is saved, which run `resume=auto` continues, and files that cannot be used."""
+"""Resuming runs: which run `resume=auto` continues, and what goes on as it was."""
 
-import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -15,22 +13,11 @@ from ultralytics.utils import YAML
 from ultralytics.utils.torch_utils import strip_optimizer
 
 from yolov12.errors import ConfigError, DataError
-from yolov12.files import AtomicPath, lock
+from yolov12.files import lock
 from yolov12.mas import Engine, compile_ahead
-from yolov12.mas.distributed.ranks import ALONE
 from yolov12.models import weights
 from yolov12.training.run import run_state, session
-from yolov12.training.run.interruption import Interruption
-from yolov12.training.run.options import Interval
 from yolov12.training.run.resume import begun, latest_interrupted
-
-
-@pytest.fixture
-def cut(trainings, power):
-    """Train until a power cut, by default in the second epoch."""
-    return lambda folder, batch=6, **arguments: trainings.train(
-        folder, bn_group=8, callbacks=power.cut_at(batch), raises=power.CutError, **arguments
-    )
 
 
 def test_kernels_are_compiled_ahead_until_the_first_batch_after_those_that_are_skipped(
@@ -41,120 +28,6 @@ def test_kernels_are_compiled_ahead_until_the_first_batch_after_those_that_are_s
     monkeypatch.setattr(compile_ahead, "end", lambda: told.append("end"))
     trainings.train(tmp_path, interrupted() / "weights" / "last.pt", resume=True)
     assert told[:2] == ["step", "end"]
-
-
-def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
-    path = AtomicPath(tmp_path) / "last.pt"
-    assert path.write_bytes(b"old") == 3
-    with pytest.raises(TypeError):
-        path.write_bytes("not bytes")
-    assert path.read_bytes() == b"old"
-    path.write_bytes(b"newer")
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("last.pt", b"newer")]
-
-
-def test_a_checkpoint_that_is_stripped_is_whole_at_any_moment(interrupted, monkeypatch):
-    last = interrupted() / "weights" / "last.pt"
-    before, save = last.read_bytes(), torch.save
-
-    def full_disk(what, file):
-        save(what, file)
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        strip_optimizer(last)
-    assert last.read_bytes() == before
-    monkeypatch.undo()
-    assert strip_optimizer(last)["optimizer"] is None
-    assert len(last.read_bytes()) < len(before)
-    assert {path.name for path in last.parent.glob("*.*t")} == {"last.pt", "best.pt", "state.pt"}
-
-
-@pytest.mark.parametrize(
-    ("text", "interval"),
-    [
-        ("5min", Interval(seconds=300.0)),
-        ("0.5 h", Interval(seconds=1800.0)),
-        ("30s", Interval(seconds=30.0)),
-        (100, Interval(steps=100)),
-        ("1", Interval(steps=1)),
-        (0, Interval()),
-        (False, Interval()),
-    ],
-)
-def test_intervals_are_steps_or_times(text, interval):
-    assert Interval.parse(text) == interval
-
-
-@pytest.mark.parametrize("text", ["soon", "-1", "1.5", True, "0min", None, "5 parsecs"])
-def test_other_intervals_are_refused(text):
-    with pytest.raises(ConfigError, match="save_every"):
-        Interval.parse(text)
-
-
-def test_intervals_are_due_after_so_many_steps_or_seconds():
-    assert [Interval(steps=2).due(steps, 1e9) for steps in (1, 2)] == [False, True]
-    assert [Interval(seconds=2.0).due(10**9, seconds) for seconds in (1.9, 2.0)] == [False, True]
-    assert not Interval().due(10**9, 1e9)
-
-
-@pytest.mark.parametrize(
-    ("every", "share", "saves"), [(1, 0, 8), (3, 0, 2), (3, 1e9, 4), ("1h", 0, 1), ("1h", 1e9, 2), (0, 1e9, 0)]
-)
-def test_a_run_is_saved_as_often_as_asked(trainings, tmp_path, monkeypatch, every, share, saves):
-    """The run has 8 updates in 2 epochs. It is also saved at the end of an epoch if that takes little time.
-
-    The watchdog knows of each save, and does not end a process that is about it.
-    """
-    saved, known = [], []
-    save = run_state.RunSaver._save
-
-    @contextmanager
-    def saving(_):
-        known.append(len(saved))
-        yield
-        assert len(saved) == known[-1] + 1
-
-    monkeypatch.setattr(run_state.RunSaver, "_save", lambda saver: saved.append(saver) or save(saver))
-    monkeypatch.setattr(type(ALONE), "saving", saving)
-    monkeypatch.setattr(run_state, "_COST", share)
-    run = trainings.train(tmp_path, bn_group=8, save_every=every)
-    assert len(saved) == len(known) == saves
-    assert not (run.folder / "weights" / "state.pt").exists()
-
-
-def test_what_is_not_to_be_saved_is_not(trainings, power, cut, tmp_path):
-    run = cut(tmp_path, save=False)
-    assert not list((run.folder / "weights").glob("*.pt"))
-    stock = trainings.train(tmp_path, mas=False, callbacks=power.cut_at(6), raises=power.CutError)
-    assert {path.name for path in (stock.folder / "weights").iterdir()} == {"last.pt", "best.pt"}
-
-
-def test_a_run_without_a_free_disk_goes_on(trainings, tmp_path, monkeypatch):
-    write = run_state.files.write
-
-    def full(path, write_to):
-        if path.name == "state.pt":
-            raise OSError("No space left on device")
-        write(path, write_to)
-
-    monkeypatch.setattr(run_state.files, "write", full)
-    run = trainings.train(tmp_path, bn_group=8, save_every=1)
-    assert len(run.results) == 2
-    assert "state.pt could not be written, No space left on device" in run.log
-
-
-def test_an_optimizer_step_that_was_cut_is_not_saved(trainings, tmp_path):
-    def break_at(trainer):
-        if trainer.epoch == 1:
-            trainer.ema.update = lambda model: 1 / 0
-
-    run = trainings.train(
-        tmp_path, bn_group=8, save_every=0, callbacks=[("on_train_epoch_start", break_at)], raises=ZeroDivisionError
-    )
-    assert not (run.folder / "weights" / "state.pt").exists()
-    assert (run.folder / "weights" / "last.pt").exists()
 
 
 def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrupted, tmp_path, cut):
@@ -258,32 +131,6 @@ def test_a_run_that_was_killed_after_its_last_epoch_is_complete_with_a_resume(tr
     assert again.steps == 0
 
 
-def test_a_state_of_other_batches_is_not_gone_on_from(trainings, interrupted, tmp_path):
-    folder = interrupted()
-    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True, batch=16)
-    assert "2 batches, not 4, 16 images at once, not 8. Going on from the end of an epoch" in again.log
-    assert len(again.results) == 2
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda state: state.pop("ema"), "it is of another version, or not a state of this package"),
-        (lambda state: state.pop("resolution"), "it is of another version, or not a state of this package"),
-        (lambda state: state["model"].update({"model.0.conv.weight": torch.zeros(2)}), "it is of another model"),
-    ],
-)
-def test_a_state_that_is_not_of_this_training_is_not_gone_on_from(trainings, interrupted, tmp_path, change, reason):
-    folder = interrupted()
-    file = folder / "weights" / "state.pt"
-    state = torch.load(file, weights_only=False)
-    change(state)
-    torch.save(state, file)
-    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
-    assert f"{file} is not used: {reason}. Going on from the end of an epoch" in again.log
-    assert len(again.results) == 2
-
-
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
@@ -302,59 +149,6 @@ def test_a_resume_with_other_classes_says_what_to_do(trainings, interrupted, tmp
         trainings.train(tmp_path, last, resume=True, data=str(tmp_path / "other.yaml"))
     assert last.read_bytes() == before
     assert trainings.train(tmp_path, last, resume=True).results
-
-
-def test_a_state_that_would_run_code_is_not_read(trainings, interrupted, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "pwned"),)
-
-    folder = interrupted()
-    torch.save({"epoch": Evil()}, folder / "weights" / "state.pt")
-    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
-    assert "it cannot be read (UntrustedWeightsError). Going on from the end of an epoch" in again.log
-    assert not (tmp_path / "pwned").exists()
-    assert len(again.results) == 2
-
-
-def test_a_state_that_is_older_than_the_checkpoint_is_not_gone_on_from(trainings, tmp_path, cut, power):
-    run = cut(tmp_path, batch=2, epochs=3)
-    old = (run.folder / "weights" / "state.pt").read_bytes()
-    last = run.folder / "weights" / "last.pt"
-    cut_again = trainings.train(tmp_path, last, resume=True, callbacks=power.cut_at(10), raises=power.CutError)
-    assert cut_again.folder == run.folder
-    (run.folder / "weights" / "state.pt").write_bytes(old)
-    again = trainings.train(tmp_path, last, resume=True)
-    assert "resume: epoch" not in again.log
-    assert len(again.results) == 3
-
-
-def test_a_program_in_place_of_a_state_is_not_run(trainings, interrupted, tmp_path):
-    """PyTorch 2.3 runs an archive of TorchScript in its interpreter, even with `weights_only`."""
-
-    class Program(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.x = torch.zeros(1)
-
-        @torch.jit.export
-        def __getstate__(self):
-            return (self.x, True)
-
-        @torch.jit.export
-        def __setstate__(self, state: tuple[torch.Tensor, bool]):
-            self.x = state[0]
-            self.training = state[1]
-            assert False, "ran"  # noqa: B011, PT015
-
-        def forward(self):
-            return self.x
-
-    folder = interrupted()
-    torch.jit.script(Program()).save(str(folder / "weights" / "state.pt"))
-    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
-    assert "it cannot be read (UnreadableWeightsError)" in again.log
-    assert len(again.results) == 2
 
 
 def test_a_new_run_in_the_same_folder_is_not_mistaken_for_the_old(trainings, interrupted, tmp_path, power):
@@ -380,30 +174,6 @@ def test_a_run_that_was_cut_in_its_first_epoch_begins_it_again_where_its_state_i
     again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True, batch=16)
     assert "resume: no epoch was complete: it begins anew" in again.log
     assert [row["epoch"] for row in again.results] == [1, 2]
-
-
-def test_a_state_of_other_images_is_not_gone_on_from(trainings, tmp_path, cut):
-    data = trainings.draw_data(tmp_path / "set", sizes=[(64, 64), (48, 80)])
-    run = cut(tmp_path, data=data, batch=3)
-    image = tmp_path / "set" / "images" / "0.png"
-    image.rename(image.with_name("new.png"))
-    again = trainings.train(tmp_path, run.folder / "weights" / "last.pt", resume=True)
-    assert "checksum of their names" in again.log
-
-
-def test_what_has_no_numbers_is_not_saved(trainings, tmp_path, power):
-    def spoil(trainer):
-        if trainer.epoch == 1:
-            next(trainer.model.parameters()).data.fill_(float("nan"))
-
-    run = trainings.train(
-        tmp_path,
-        bn_group=8,
-        save_every=1,
-        callbacks=[("on_train_epoch_start", spoil), *power.cut_at(6)],
-        raises=power.CutError,
-    )
-    assert torch.load(run.folder / "weights" / "state.pt", weights_only=True)["epoch"] == 0
 
 
 def test_a_run_that_was_complete_stays_so(trainings, tmp_path, power):
@@ -432,29 +202,6 @@ def test_one_process_trains_in_a_folder(trainings, interrupted, tmp_path):
             trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
         other.stdin.close()
     assert latest_interrupted(where, "detect") == folder / "weights" / "last.pt"
-
-
-def test_an_empty_table_is_no_obstacle(trainings, interrupted, tmp_path):
-    folder = interrupted()
-    (folder / "results.csv").write_text("")
-    again = trainings.train(tmp_path, folder / "weights" / "last.pt", resume=True)
-    assert [row["epoch"] for row in again.results] == [2]
-
-
-@pytest.mark.parametrize(
-    ("damage", "kept"),
-    [
-        ("1,5,0.1\n2,6,0.2\n3,7,0.3\n", "1,5,0.1\n2,6,0.2\n"),
-        ("1,5,0.1\n2,6,0.2\n1", "1,5,0.1\n2,6,0.2\n"),  # epoch 10, cut off by a full disk
-        ("1,5,0.1\n2,6,0.2\n\0\0\0\n", "1,5,0.1\n2,6,0.2\n"),  # zeros of a power cut
-        ("1,5,0.1\n\n2,6,0.2\n\xff,\n", "1,5,0.1\n2,6,0.2\n"),
-    ],
-)
-def test_damaged_rows_of_a_table_are_dropped(tmp_path, damage, kept):
-    file = tmp_path / "results.csv"
-    file.write_text(f"epoch,time,loss\n{damage}", encoding="latin-1")
-    run_state.drop_rows(file, 2)
-    assert file.read_text() == f"epoch,time,loss\n{kept}"
 
 
 def whole_and_resumed(trainings, power, folder, *, cut_by, **arguments):
@@ -566,15 +313,3 @@ def test_a_run_with_a_loader_of_the_users_own_around_ours_is_saved(trainings, po
     cut = {"callbacks": [wraps, *power.cut_at(2)], "raises": power.CutError}
     run = trainings.train(tmp_path, **cut, epochs=1)
     assert (run.folder / "weights" / run_state.FILE).exists()
-
-
-def test_buffers_that_are_registered_again_in_another_order_are_saved_by_name(tmp_path):
-    model = torch.nn.Module()
-    for name, value in {"zeros": 0.0, "ones": 1.0}.items():
-        model.register_buffer(name, torch.full((2,), value))
-    trainer = SimpleNamespace(args=SimpleNamespace(save=True), wdir=tmp_path)
-    saver = run_state.RunSaver(trainer, model, None, None, Interval(), None, {}, Interruption())
-    saver._kept_buffers()
-    del model.zeros
-    model.register_buffer("zeros", torch.zeros(2))
-    assert {name: float(value[0]) for name, value in saver._kept_buffers().items()} == {"zeros": 0.0, "ones": 1.0}
