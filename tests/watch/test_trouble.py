@@ -9,20 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.watch.factory import Work
+from tests.watch.factory import Work, go_to
 from yolov12.errors import ConfigError
 from yolov12.watch import child, command, loop, moves, states
 from yolov12.watch.collection import Collection
 from yolov12.watch.promotion import promote
 from yolov12.watch.states import Kind, Phase
-
-
-def go_to(watch, phase):
-    for _ in range(20):
-        if watch.state.phase is phase:
-            return
-        watch.step()
-    raise AssertionError(watch.state)
 
 
 def test_images_of_a_new_class_that_others_used_up_count_until_it_has_enough(factory):

@@ -13,6 +13,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from yolov12.mas.journal import picture, summary_file
+from yolov12 import files
+from yolov12.mas.journal import picture
 from yolov12.mas.journal.columns import COLUMNS
-from yolov12.mas.journal.summary import RESUMED, Summary, summarise
+from yolov12.mas.journal.summary import RESUMED, Summary, read_summary, summarise
 
 __all__ = [
     "COLUMNS",
@@ -170,7 +172,7 @@ class Journal:
             _truncate(self._csv, steps)
             rows = read_rows(self._csv)
             if not self._rank:
-                self._before = summary_file.read(self._json)
+                self._before = read_summary(self._json)
             if steps is not None:
                 self._before = {**self._before, "images_lost": 0}  # these images will be trained on again
         elif not self._rank:
@@ -251,7 +253,8 @@ class Journal:
         summary = self._summary(journals, updates_expected, is_exact=is_exact, bn_group=bn_group)
         if self._rank:
             return summary
-        summary_file.write(self._json, summary)
+        text = json.dumps(dataclasses.asdict(summary), indent=2) + "\n"
+        files.write(self._json, lambda file: file.write(text.encode()))  # a resume reads it, and a kill may come now
         if journals[0]:
             with contextlib.suppress(ImportError):  # without matplotlib there is no picture
                 picture.save(journals.pop(0), self._picture, journals)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean, median, median_low, multimode
+from typing import Any
 
 from yolov12.mas.journal.explanation import explain
 
-__all__ = ["RESUMED", "WARM_UP_UPDATES", "Summary", "summarise"]
+__all__ = ["RESUMED", "WARM_UP_UPDATES", "Summary", "read_summary", "summarise"]
 
 RESUMED = "resumed"
 """Event that the journal adds to the first row after a resume."""
@@ -157,6 +160,22 @@ class Summary:
 
     def _micro_batches(self) -> str:
         return _span(self.micro_batch_min, self.micro_batch_max)
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read the summary that an earlier part of a run has written.
+
+    Args:
+        path: A `memory.json`.
+
+    Returns:
+        Name of a field of `Summary` → value. Empty if there is no file, or it is damaged: a run goes on without it.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def summarise(
