@@ -222,8 +222,7 @@ def design() -> Iterator[Passage]:
     cost = max(row["engine_over_bare"] for row in memory["overhead"])
     failures = pressed["summary"]["out_of_memories"] + (pressed["exit_status"] != 0)
     speed, dense_speed = at["ours", 16] / at["stock", 16], ours["images_per_s"] / stock["images_per_s"]
-    late = {each["gib"]: each["later"]["images_per_s"] for each in limits_of("s")}
-    kept = late[16] / late[80]
+    kept = at["ours", 16] / at["ours", 80]
     cards = [result("cards")[card]["summary"] for card in ("t4", "a10", "a100")]
     whole = result("cards_100")["t4"]["summary"]
     spreads = [each["peak_sd_mib_over_stock"] for each in (*cards, whole)]
@@ -240,8 +239,8 @@ def design() -> Iterator[Passage]:
     ]
     cells = [[budget, say(form, value), "yes" if met else "no"] for budget, form, value, met in rows]
     cells[-2][1] += say(", with up to {:.0f} %", taken)
-    cells[-3][1:] = [list_of("{:.3f}", spreads), "in three of five trainings"]
-    assert [spread <= 0.1 for spread in spreads] == [True, True, True, False, False]
+    cells[-3][1:] = [list_of("{:.3f}", spreads), "in four of five trainings"]
+    assert [spread <= 0.1 for spread in spreads] == [True, True, True, False, True]
     yield table("| budget | measured | met |", cells)
     yield sentence("predictions are at most {:.1f} % off", alike)
     yield setting("[2.5 times stock at 16 GiB (met)", "a target")

@@ -54,8 +54,8 @@ def step() -> Iterator[Passage]:
     found = result("step")
     yield setting("the backward pass of 256 images, YOLO12-S at 640 in fp16, BatchNorm groups of 32", HOW)
     yield setting("*Before* is commit 43d3971", HOW)
-    yield setting("three other cards and 48 other cores", HOW)
-    yield sentence("*Now* is commit {}", found["commit"])
+    yield setting("on another card and 16 other cores", HOW)
+    yield sentence("*Now* is commit {}. Its loss", found["commit"])
     order = ("before", "now", "stock")
 
     def rows(micro: int, variant: str) -> list[dict[str, Any]]:
@@ -88,9 +88,15 @@ def step() -> Iterator[Passage]:
     }
     assert all(met[32] + met[8])
     yield setting("those of 32 and 8 are met", HOW)
-    assert met[128] == [False, True, False]
-    yield setting("That of 128 is met in one of two rounds", HOW)
-    assert rows(128, "graphs")[0]["ms"][0] > 10 * rows(128, "graphs")[1]["ms"][0]
+    assert not any(met[128])
+    graphs = rows(128, "graphs")
+    assert graphs[0]["ms"][0] > 10 * graphs[1]["ms"][-1]
+    ratios = [a["images_per_s"] / b["images_per_s"] for a, b in zip(*both(128), strict=True)]
+    yield sentence("That of 128 is missed in all three rounds. The best has {:.2f}", max(ratios))
+    assert max(ratios) == ratios[1]
+    yield sentence("replays of {:.0f} ms a step", graphs[0]["ms"][-1])
+    yield sentence("the third round ran without it, at {:.2f} times", ratios[2])
+    yield setting("after 16 of those", "a rule")
     busy = [found["profiles"][f"{name} 128"]["busy_ms"] for name in ("now", "before")]
     yield sentence("the GPU is busy for {:.0f} ms in place of {:.0f} ms", *busy)
     yield sentence("allows a ratio of {:.2f}", busy[1] / busy[0])
@@ -103,7 +109,6 @@ def step() -> Iterator[Passage]:
         "of about {:.0f} ms (median)",
         *(profile["launches"], profile["busy_ms"], round(ms, -1)),
     )
-    yield from _later(found["later"])
     yield _kernels()
     pairs = {micro: [_longest(f"{name} {micro}") for name in ("before", "now")] for micro in (128, 32)}
     yield sentence(
@@ -116,26 +121,6 @@ def step() -> Iterator[Passage]:
     )
     yield setting("This is more than at 128", HOW)
     yield setting("(relative difference at most 5e-5, 3e-3 and 3e-2)", "the bounds of a test")
-
-
-def _later(found: dict[str, Any]) -> Iterator[Passage]:
-    """Yield the passages on a run with a later commit, which was cut off."""
-    speed = {(row["micro_batch"], row["variant"], row["round"]): row["images_per_s"] for row in found["rows"]}
-
-    def ratios(micro: int, variant: str) -> list[float]:
-        return [speed[micro, variant, round_] / speed[micro, "before", round_] for round_ in (0, 1)]
-
-    assert {micro for micro, *_ in speed} == {128, 32}
-    yield setting("cut off before micro-batches of 8", HOW)
-    yield sentence("(`later` in the JSON, commit {}, two rounds", found["commit"])
-    yield sentence("at 128, *now* is {:.2f} and {:.2f} times as fast as *before*", *ratios(128, "now"))
-    yield sentence("and *graphs* {:.2f} times in the second round", ratios(128, "graphs")[1])
-    (captured,) = (
-        row for row in found["rows"] if (row["micro_batch"], row["variant"], row["round"]) == (128, "graphs", 0)
-    )
-    yield sentence("as replays of {:.0f} ms a step", captured["ms"][-1])
-    yield setting("tried again after 16 of those", "a rule")
-    yield sentence("At 32, *graphs* is {:.2f} and {:.2f} times as fast", *ratios(32, "graphs"))
 
 
 def _longest(profile: str) -> dict[str, float]:
@@ -169,10 +154,6 @@ def _kernels() -> Passage:
 @measured("Not measured")
 def not_measured() -> Iterator[Passage]:
     """Yield the numbers of the list of what was not measured, which are no figures."""
-    (commit,) = {row["commit"] for rows in result("limits_h200")["later"].values() for row in rows}
-    yield sentence("The code that followed the measurements at commit {}, in which", commit)
-    yield setting("trainings of 16 epochs in the memory of smaller cards", "a section")
-    yield setting("In those of 16 epochs in the section on smaller cards", "a section")
     yield setting("(torch 2.3.1 or 2.15.0, flash-attn 2.7.4.post1)", "versions")
     yield setting("All tests pass with 2.3.1 on the CPU; the last whole run with 2.15 was made", "versions")
     yield setting("In 2.3.1 and 2.11, the operators", "versions")

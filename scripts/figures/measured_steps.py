@@ -245,33 +245,23 @@ def checkpointing() -> Iterator[Passage]:
     yield sentence("At 4 GiB, it had settled on groups of {}", found["ours-x"][4]["bn_group"])
 
 
-LATER = CURVES.replace("| ours |", "| ours | ours, later |")
-
-
 def limits_of(scale: str) -> list[dict[str, Any]]:
-    """Return the rows of limits_h200.json at each limit: `gib`, `ours`, `later`, `stock` and `all`; None for none.
+    """Return the rows of limits_h200.json at each limit: `gib`, `ours`, `stock` and `all`.
 
     Args:
         scale: `s` or `x`.
     """
     found = result("limits_h200")
-    parts = {who: found[f"{who}-{scale}"] for who in ("ours", "stock", "all")} | {
-        "later": found["later"][f"ours-{scale}"]
-    }
-    at = {who: {row["limit_gib"]: row for row in rows} for who, rows in parts.items()}
-    return [{"gib": gib, **{who: rows.get(gib) for who, rows in at.items()}} for gib in LIMITS]
+    at = {who: {row["limit_gib"]: row for row in found[f"{who}-{scale}"]} for who in ("ours", "stock", "all")}
+    return [{"gib": gib, **{who: rows[gib] for who, rows in at.items()}} for gib in LIMITS]
 
 
 def _cells(at: dict[str, Any]) -> list[str]:
-    """Return the cells of a line of `CURVES`, or of `LATER` if there are later rows."""
+    """Return the cells of a line of `CURVES`."""
     ours, others = at["ours"], (at["stock"], at["all"])
-    speeds = [_speed(row) for row in (ours, *([at["later"]] if "later" in at else []), *others)]
-    ratios = [say("{:.2f}", ratio(ours, row)) if ours else "" for row in others]
-    return [str(at["gib"]), *speeds, *ratios]
-
-
-def _speed(row: dict[str, Any] | None) -> str:
-    return say("{:,.0f} (at {})", row["images_per_s"], row.get("batch", row.get("micro_batch"))) if row else ""
+    speeds = [say("{:,.0f} (at {})", row["images_per_s"], row.get("batch", row.get("micro_batch")))
+              for row in (ours, *others)]  # fmt: skip
+    return [str(at["gib"]), *speeds, *(say("{:.2f}", ratio(ours, row)) for row in others)]
 
 
 def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
@@ -285,29 +275,25 @@ def limits() -> Iterator[Passage]:
     found = result("limits_h200")
     curves = {scale: {at["gib"]: at for at in limits_of(scale)} for scale in "sx"}
     every = [at for curve in curves.values() for at in curve.values()]
-    rows = [at[who] for at in every for who in ("ours", "stock", "all") if at[who]]
-    ours = {scale: {gib: at["ours"] for gib, at in curve.items() if at["ours"]} for scale, curve in curves.items()}
-    assert [(scale, gib) for scale in "sx" for gib in LIMITS if gib not in ours[scale]] == [("x", 4)]
+    rows = [at[who] for at in every for who in ("ours", "stock", "all")]
+    ours = {scale: {gib: at["ours"] for gib, at in curve.items()} for scale, curve in curves.items()}
     made_alike("all", *rows)
-    late = {scale: {gib: at["later"] for gib, at in curve.items()} for scale, curve in curves.items()}
-    later = [row for each in late.values() for row in each.values()]
-    made_alike("all, later", *later)
-    assert all(row["images_per_update"] == 256 for row in [*rows, *later])
-    assert not any(row["failures"] or row["steps_in_smaller_groups"] for row in [*rows, *later] if "steps" in row)
+    assert all(row["images_per_update"] == 256 for row in rows)
+    assert not any(row["failures"] or row["steps_in_smaller_groups"] for row in rows if "steps" in row)
     yield sentence("at commit {}, on one host", found["commit"])
-    yield sentence("*Later* is commit {} on another host of the same kind (2026-11-30)", later[0]["commit"])
     yield setting("`--limit-seconds 60` for X at 4 GiB", HOW)
     yield setting("all of them update the weights once for 256 images", HOW)
-    lengths = [len(row["steps"]) for scale in "sx" for row in ours[scale].values()]
-    yield setting("(25 to 75 seconds after the first step)", HOW)
+    lengths = [len(row["steps"]) for curve in ours.values() for row in curve.values()]
+    yield setting("(25 seconds after the first step, 60 for X at 4 GiB)", HOW)
     yield sentence("which were {} to {} steps", min(lengths), max(lengths))
-    assert [gib for gib, row in ours["x"].items() if _settled(row["steps"])] == [16]
-    yield setting("it had settled only at 16 GiB", "a limit")
-    groups = {(scale, gib): row["bn_group"] for scale in "sx" for gib, row in ours[scale].items()}
-    small = groups.pop(("x", 8))
-    yield sentence("groups had {} images in ours, and {} for X at 8 GiB", *set(groups.values()), small)
+    settled = {scale: [gib for gib, row in curve.items() if _settled(row["steps"])] for scale, curve in ours.items()}
+    assert settled == {"s": list(LIMITS), "x": [4]}
+    yield setting("at all limits for S and at 4 GiB for X", "limits")
+    groups = {(scale, gib): row["bn_group"] for scale, curve in ours.items() for gib, row in curve.items()}
+    small = [groups.pop(("x", gib)) for gib in (8, 4)]
+    yield sentence("groups had {} images in ours, and {} and {} for X at 8 and 4 GiB", *set(groups.values()), *small)
     for scale, curve in curves.items():
-        yield table(LATER, map(_cells, curve.values()), after=f"YOLO12-{scale.upper()}:\n\n")
+        yield table(CURVES, map(_cells, curve.values()), after=f"YOLO12-{scale.upper()}:\n\n")
     over, share = ratio(ours["s"][16], curves["s"][16]["stock"]), ratio(ours["x"][16], ours["x"][80])
     assert over >= 2.5
     assert share < 0.8
@@ -315,18 +301,15 @@ def limits() -> Iterator[Passage]:
     yield setting("(target 2.5: met)", "a target")
     yield sentence("X reaches {:.2f} of its own speed at 80 GiB", share)
     yield setting("(target 0.8: missed)", "a target")
-    share = ratio(late["x"][16], late["x"][80])
-    assert share < 0.8
-    yield sentence("At commit {}, X reaches {:.2f}", late["x"][16]["commit"], share)
     for who, words in (
         ("stock", "Ours is {:.2f} to {:.2f} times as fast as stock"),
         ("all", "and {:.2f} to {:.2f} times as fast as all layers recomputed"),
     ):
-        ratios = [ratio(at["ours"], at[who]) for at in every if at["ours"]]
+        ratios = [ratio(at["ours"], at[who]) for at in every]
         assert min(ratios) > 1
         yield sentence(words, min(ratios), max(ratios))
     yield from _hosts(found["earlier"], curves["s"])
-    yield from _endings(found["earlier"], ours, late)
+    yield from _endings(ours)
     alike, other = graph_errors()
     yield sentence("are off by at most {:.1f} %", max(map(abs, alike)))
     yield sentence("The others are up to {:.0f} % too low", -min(other))
@@ -339,79 +322,54 @@ def _settled(steps: list[dict[str, Any]]) -> bool:
 
 
 def _hosts(earlier: dict[str, list[dict[str, Any]]], curve: dict[int, dict[str, Any]]) -> Iterator[Passage]:
-    """Yield the passages on stock's speed in earlier runs."""
-    ours, stock = ({row["limit_gib"]: row for row in earlier[f"{who}-s"]} for who in ("ours", "stock"))
-    made_alike("12 and 16", *(rows[gib] for rows in (ours, stock) for gib in (12, 16)))
-    yield sentence(
-        "stock had {:.0f} images/s at 8 GiB (commit {}; {:.0f} here)",
-        *(stock[8]["images_per_s"], stock[8]["commit"], curve[8]["stock"]["images_per_s"]),
-    )
-    yield sentence(
-        "{:.0f} at 12 GiB (commit {}; {:.0f} here)",
-        *(stock[12]["images_per_s"], stock[12]["commit"], curve[12]["stock"]["images_per_s"]),
-    )
-    yield sentence(
-        "{:.0f} at 16 GiB (same commit; {:.0f} here)",
-        *(stock[16]["images_per_s"], curve[16]["stock"]["images_per_s"]),
-    )
-    yield sentence(
-        "In the run of {}, ours was {:.2f} times as fast as stock at 12 GiB and {:.2f} times at 16",
-        *(stock[12]["commit"], *(ratio(ours[gib], stock[gib]) for gib in (12, 16))),
-    )
+    """Yield the passages on the speeds of S on other hosts."""
+
+    def of(who: str, gib: int) -> list[dict[str, Any]]:
+        return sorted((row for row in earlier[f"{who}-s"] if row["limit_gib"] == gib), key=lambda row: row["commit"])
+
+    for gib, words in (
+        (8, "stock had {:.0f} and {:.0f} images/s at 8 GiB ({:.0f} here)"),
+        (12, "{:.0f} and {:.0f} at 12 GiB ({:.0f} here)"),
+        (16, "{:.0f} and {:.0f} at 16 GiB ({:.0f} here)"),
+    ):
+        yield sentence(words, *(row["images_per_s"] for row in of("stock", gib)), curve[gib]["stock"]["images_per_s"])
+    for gib, words in (
+        (12, "ours was {:.2f} and {:.2f} times as fast as stock at 12 GiB"),
+        (16, "and {:.2f} and {:.2f} times at 16"),
+    ):
+        pairs = list(zip(of("ours", gib), of("stock", gib), strict=True))
+        for pair in pairs:
+            made_alike(gib, *pair)
+        yield sentence(words, *(ratio(*pair) for pair in pairs))
 
 
-def _endings(
-    earlier: dict[str, list[dict[str, Any]]],
-    ours: dict[str, dict[int, dict[str, Any]]],
-    late: dict[str, dict[int, dict[str, Any]]],
-) -> Iterator[Passage]:
+def _endings(ours: dict[str, dict[int, dict[str, Any]]]) -> Iterator[Passage]:
     """Yield the passages on graphs, and on the pairs of micro-batch size and plan that the controller ended with."""
-    (before,) = (row for row in earlier["ours-s"] if row["limit_gib"] == 40)
-    (small,) = earlier["ours-x"]
-    slow, less = ours["s"][40], ours["s"][24]
+    slow, less, last = ours["s"][40], ours["s"][24], ours["x"][4]
     assert slow["plan"]["recompute"]
-    assert not any(before["plan"].values())
-    assert before["replayed"]
     assert slow["images_per_s"] < less["images_per_s"]
+    tried = [step for step in slow["steps"] if step["micro_batch"] == 128 and step["replayed"]]
+    assert tried
+    assert not any(step["level"] for step in tried)
     yield setting("**S is slower at 40 GiB than at 24:**", "limits")
+    yield setting("Graphs of 128 images without a plan were tried twice", "a micro-batch")
     yield sentence(
         "it ended with micro-batches of {} and a checkpoint plan, at {:,.0f} images/s instead of {:,.0f}",
         *(slow["micro_batch"], slow["images_per_s"], less["images_per_s"]),
     )
-    yield sentence(
-        "earlier run (commit {}), it had ended with micro-batches of {} without a plan, as graphs, at {:,.0f} images/s",
-        *(before["commit"], before["micro_batch"], before["images_per_s"]),
-    )
     replayed = {scale: [gib for gib, row in rows.items() if row["replayed"]] for scale, rows in ours.items()}
-    assert replayed == {"s": [4, 8, 12, 16, 24], "x": [8, 12, 16, 24, 40]}
-    yield setting("for S from 4 to 24 GiB and for X from 8 to 40 GiB", "limits at which the data has replays")
-    replayed = {scale: [gib for gib, row in rows.items() if row["replayed"]] for scale, rows in late.items()}
-    assert replayed == {"s": [4, 8, 12, 16, 24, 40], "x": [4, 8, 12, 16, 24, 40]}
-    yield setting("and later at all limits but 80 GiB", "a limit")
-    assert late["s"][40]["images_per_s"] > late["s"][24]["images_per_s"]
-    assert not any(late["s"][40]["plan"].values())
-    yield sentence("The later run ended with {} without a plan", late["s"][40]["micro_batch"])
-    last = late["x"][4]
-    yield setting("**X at 4 GiB** is missing", "a limit")
-    yield sentence("The later run had {:.0f} images/s in micro-batches and BatchNorm groups of {}",
-                   last["images_per_s"], last["micro_batch"])  # fmt: skip
-    assert last["micro_batch"] == last["bn_group"]
-    assert small["limit_gib"] == 4
+    assert replayed == {"s": [4, 8, 12, 16, 24], "x": [4, 8, 12, 16, 40]}
+    yield setting("for S from 4 to 24 GiB and for X from 4 to 16 and at 40 GiB", "limits at which the data has replays")
     assert all(step["replayed"] * last["micro_batch"] == 256 for step in last["steps"][1:])
-    assert small["replayed"] == 0
-    yield sentence("Commit {} had {:.0f} images/s without graphs", small["commit"], small["images_per_s"])
-    gains = [
-        late[scale][gib]["images_per_s"] / row["images_per_s"] for scale in "sx" for gib, row in ours[scale].items()
-    ]
-    yield sentence("The later run has {:.2f} to {:.2f} times the images/s of ours in the other column",
-                   min(gains), max(gains))  # fmt: skip
+    assert last["micro_batch"] == last["bn_group"]
+    yield sentence("X at 4 GiB ran in micro-batches of {}, all of them as graphs", last["micro_batch"])
 
 
 def graph_errors() -> tuple[list[float], list[float]]:
-    """Return errors of predicted peaks of the later run in per cent, of steps like the two before and of others."""
+    """Return errors of predicted peaks in per cent, of steps like the two before and of others."""
     alike: list[float] = []
     other: list[float] = []
-    for steps in (at["later"]["steps"] for scale in "sx" for at in limits_of(scale)):
+    for steps in (at["ours"]["steps"] for scale in "sx" for at in limits_of(scale)):
         ways = [tuple(step[key] for key in ("micro_batch", "level", "replayed")) for step in steps]
         for index, step in enumerate(steps):
             is_alike = index >= 2 and len(set(ways[index - 2 : index + 1])) == 1

@@ -100,17 +100,18 @@ def smoke() -> Iterator[Passage]:
     )
     yield sentence("{} of {} tests passed on an H200", latest["passed"], latest["passed"] + latest["failed"])
     assert len(latest["rerun_after_a_mend_of_the_test"]) == 4
-    graphs, _, repeated = found["graphs_of_2026_11_30"]["runs"]
+    graphs, *_, repeated = found["graphs_of_2026_11_30"]["runs"]
     assert (graphs["failed"], repeated["failed"], repeated["passed"]) == (0, 0, graphs["passed"])
-    failed, passed = found["kernels_ahead_of_2026_11_30"]["runs"]
+    failed, passed, again = found["kernels_ahead_of_2026_11_30"]["runs"]
     assert (failed["failed"], failed["commit"], passed["failed"]) == (1, graphs["commit"], 0)
+    assert (again["failed"], again["commit"]) == (0, repeated["commit"])
+    yield sentence("Both passed at commit {}, too", again["commit"])
     outcomes = result("verified_h200")["outcomes"]
     again = "test_trains_under_pressure", "test_validates", "test_onnx_finds_the_same"
     assert all(outcomes[name] == "passed" for name in again)
     yield sentence("On 2026-11-30, at commit {} on an H200, the checks above passed again", graphs["commit"])
     yield sentence("so did all {} tests of CUDA graphs", graphs["passed"])
     yield sentence("failed there, and passed at commit {}, after the keys", passed["commit"])
-    yield sentence("The tests of CUDA graphs passed at commit {}, too", repeated["commit"])
 
 
 @measured("Loading ahead")

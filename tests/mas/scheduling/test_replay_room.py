@@ -101,8 +101,8 @@ def test_room_for_what_the_optimizer_will_allocate():
 
 def held_by_graphs(results):
     """Yield the plan of each graph, and its bytes beyond those of usual runs, relative to keeping everything."""
-    later, millions = results["later"], {"ours-s": 9.3, "ours-x": 59.3}
-    for count, row in ((millions[name], row) for name in millions for row in results[name] + later[name]):
+    small, large = results["ours-s"] + results["earlier"]["ours-s"], results["ours-x"]
+    for count, row in [*((9.3, row) for row in small), *((59.3, row) for row in large)]:
         ladder = [Level(*each) for each in row["ladder"]]
         weights = 4 * 4 * count * 1e6 / MIB  # with gradients, momentum and average
         usual = {}
