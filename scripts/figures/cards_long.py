@@ -45,7 +45,7 @@ def long_trainings() -> Iterator[Passage]:
     yield sentence("deviate by {:.3f} of what Ultralytics' do (target a tenth: met)", over["peak_sd_mib_over_stock"])
     yield sentence("and those of all steps by {:.2f} times", over["peak_sd_all_mib_over_stock"])
     yield from _tried(journal(ours))
-    yield from _earlier(result("cards_100")["earlier"])
+    yield from _earlier(found["earlier"])
     summary = ours["summary"]
     assert summary["updates"] == summary["updates_expected"]
     assert (summary["images_lost"], events(ours), ours["allocator_failures"]) == (0, (0, 0), 0)

@@ -232,7 +232,7 @@ def design() -> Iterator[Passage]:
         ("the same on label-dense data: at least 2.5 times", "{:.2f}", dense_speed, dense_speed >= 2.5),
         ("16 GiB: at least 0.9 of our own speed at 80 GiB", "{:.2f}", kept, kept >= 0.9),
         ("the engine's own cost: a step takes at most 1.01 times as long as a bare loop", "{:.3f}", cost, cost <= 1.01),
-        ("predicted peak: at most 3 % off, in every step", "{:.0f} %", max(alike, other), max(alike, other) <= 3),
+        ("predicted peak: at most 3 % off, in every step", "{:.1f} %", max(alike, other), max(alike, other) <= 3),
         ("standard deviation of the peak of a step: at most 0.1 of stock's", "{:.3f}", spreads[0], spreads[0] <= 0.1),
         ("no failure while another process takes and releases up to 40 % of the card", "{}", failures, failures == 0),
         ("trainings from image files ahead of stock on the same machine", "{:.2f} times", ahead, ahead > 1),
@@ -242,7 +242,7 @@ def design() -> Iterator[Passage]:
     cells[-3][1:] = [list_of("{:.3f}", spreads), "in four of five trainings"]
     assert [spread <= 0.1 for spread in spreads] == [True, True, True, False, True]
     yield table("| budget | measured | met |", cells)
-    yield sentence("predictions are at most {:.1f} % off", alike)
+    yield sentence("predictions are at most {:.2f} % off", alike)
     yield setting("[2.5 times stock at 16 GiB (met)", "a target")
     yield setting("and 3 times stock on label-dense data", "a target")
     speeds = [each["images_per_s_all_over_stock"] for each in cards]
@@ -252,5 +252,11 @@ def design() -> Iterator[Passage]:
     yield sentence("(met), and {:.2f} times in 16 epochs (missed)", speeds[0])
     yield setting("and of a T4 in 100 epochs", HOW)
     yield setting("in the memory of a T4, an A10 and an A100 in 16 epochs", HOW)
+    yield setting("in [other trainings of 16 epochs]", HOW)
+    rows, again = result("cards"), result("cards")["again"]
+    more = [again[card]["ours"]["peak_sd_mib"] > rows[card]["rows"]["ours"]["peak_sd_mib"] for card in ("a10", "a100")]
+    assert more == [True, False]
     assert [speed >= 2.5 for speed in speeds] == [False] * 3
-    yield sentence("{:.2f}, {:.2f} and {:.2f} times as fast as stock over all 16 epochs", *speeds)
+    yield sentence(
+        "{:.2f}, {:.2f} and {:.2f} times as fast as stock (the A10 on two hosts) over all 16 epochs", *speeds
+    )

@@ -284,7 +284,7 @@ def limits() -> Iterator[Passage]:
     yield setting("`--limit-seconds 60` for X at 4 GiB", HOW)
     yield setting("all of them update the weights once for 256 images", HOW)
     lengths = [len(row["steps"]) for curve in ours.values() for row in curve.values()]
-    yield setting("(25 seconds after the first step, 60 for X at 4 GiB)", HOW)
+    yield setting("(25 seconds after the first step, 60 for X at 4 GiB, and", HOW)
     yield sentence("which were {} to {} steps", min(lengths), max(lengths))
     settled = {scale: [gib for gib, row in curve.items() if _settled(row["steps"])] for scale, curve in ours.items()}
     assert settled == {"s": list(LIMITS), "x": [4]}
@@ -308,12 +308,13 @@ def limits() -> Iterator[Passage]:
         ratios = [ratio(at["ours"], at[who]) for at in every]
         assert min(ratios) > 1
         yield sentence(words, min(ratios), max(ratios))
+    yield sentence("the second one at commit {}), stock had", found["earlier"]["ours-s"][-1]["commit"])
     yield from _hosts(found["earlier"], curves["s"])
     yield from _endings(ours)
     alike, other = graph_errors()
-    yield sentence("are off by at most {:.1f} %", max(map(abs, alike)))
-    yield sentence("The others are up to {:.0f} % too low", -min(other))
-    yield sentence("or up to {:.0f} % too high", max(other))
+    yield sentence("are off by at most {:.2f} %", max(map(abs, alike)))
+    yield sentence("The others are up to {:.1f} % too low", -min(other))
+    yield sentence("or up to {:.1f} % too high", max(other))
 
 
 def _settled(steps: list[dict[str, Any]]) -> bool:
@@ -325,7 +326,9 @@ def _hosts(earlier: dict[str, list[dict[str, Any]]], curve: dict[int, dict[str, 
     """Yield the passages on the speeds of S on other hosts."""
 
     def of(who: str, gib: int) -> list[dict[str, Any]]:
-        return sorted((row for row in earlier[f"{who}-s"] if row["limit_gib"] == gib), key=lambda row: row["commit"])
+        rows = [row for row in earlier[f"{who}-s"] if row["limit_gib"] == gib]
+        assert rows[-1]["commit"] == "4016c79"
+        return rows
 
     for gib, words in (
         (8, "stock had {:.0f} and {:.0f} images/s at 8 GiB ({:.0f} here)"),
@@ -352,7 +355,12 @@ def _endings(ours: dict[str, dict[int, dict[str, Any]]]) -> Iterator[Passage]:
     assert tried
     assert not any(step["level"] for step in tried)
     yield setting("**S is slower at 40 GiB than at 24:**", "limits")
+    lately = [256 / statistics.median(step["s"] for step in row["steps"][-SETTLED:]) for row in (slow, less)]
+    yield sentence("those of the last 40 steps are {:,.0f} and {:,.0f}", *lately)
+    usual = [step["s"] for step in slow["steps"][4:] if (step["micro_batch"], step["replayed"]) == (128, 0)]
+    (replayed_s,) = {round(step["s"], 3) for step in tried if step["replayed"] == 2}
     yield setting("Graphs of 128 images without a plan were tried twice", "a micro-batch")
+    yield sentence("took {:.0f} ms, and those without them {:.0f} ms", 1e3 * replayed_s, 1e3 * statistics.median(usual))
     yield sentence(
         "it ended with micro-batches of {} and a checkpoint plan, at {:,.0f} images/s instead of {:,.0f}",
         *(slow["micro_batch"], slow["images_per_s"], less["images_per_s"]),

@@ -77,7 +77,7 @@ def _rows() -> Iterator[tuple[str, str, list[str]]]:
     assert (failures["steps"], failures["failures_injected"], failures["images_lost"]) == (200, 53, 0)
     yield cards["failures"], "memory", [str(failures["updates"]), ""]
     alike, other = (max(map(abs, errors)) for errors in graph_errors())
-    yield result("limits_h200")["device"], "limits_h200", [say("{:.1f} %, {:.0f} %", alike, other), ""]
+    yield result("limits_h200")["device"], "limits_h200", [say("{:.2f} %, {:.1f} %", alike, other), ""]
     off = memory["gradient"]["relative_difference"]
     yield cards["gradient"], "memory", [say("{:.1e}, {:.3f}", off["limit, fp32"], off["limit"]), ""]
     graphs = {
