@@ -45,7 +45,7 @@ def predicted(result: dict[str, Any], scope: Scope) -> dict[str, list[dict[str, 
                 optimizer="SGD",
             )
             mib = found.peak_bytes / 2**20
-            told = {key: row[key] for key in ("limit_gib", "micro_batch", "peak_mib")}
+            told = {key: row[key] for key in ("limit_gib", "micro_batch", "peak_mib", "replayed") if key in row}
             off_percent = 100 * (mib / row["peak_mib"] - 1) if scope.device == "cuda" else None
             rows[part].append({**told, "predicted_mib": mib, "off_percent": off_percent})
             print(part, json.dumps(rows[part][-1]), flush=True)
