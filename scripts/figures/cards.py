@@ -37,9 +37,16 @@ README = {
     "the same without the first epoch, in which kernels are compiled and searched": (
         "同上，不计编译和搜索 kernel 的第一个 epoch"
     ),
+    "the same in 16 epochs, memory of a T4, on another host; Ultralytics with AutoBatch, and all layers recomputed": (
+        "同上，16 个 epoch，显存相当于 T4，另一台主机；Ultralytics 使用 AutoBatch、全部层重计算"
+    ),
+    "batch of these trainings: T4, A10, A100 (and with AutoBatch, and all layers recomputed)": (
+        "以上训练的 batch：T4、A10、A100（以及 AutoBatch、全部层重计算）"
+    ),
     "standard deviation of the memory peak of a step in these trainings, second half, MiB: 100 epochs; 16 epochs": (
         "以上训练后一半中每步显存峰值的标准差，MiB：100 个 epoch；16 个 epoch"
     ),
+    "the same, of all steps": "同上，全部训练步",
 }
 """First cell of each row of `readme_rows` in both languages."""
 
@@ -261,11 +268,17 @@ def readme_rows(found: Mapping[str, Any], long: Mapping[str, Any]) -> Iterator[t
         found: Content of cards.json.
         long: Content of cards_100.json.
     """
-    whole, later, spread = (_of_both(found, key) for key in (*_SPEEDS, "peak_sd_mib"))
+    whole, later, half, every = (_of_both(found, key) for key in (*_SPEEDS, *_DEVIATIONS))
     yield "cards_100", _of_both(long, _SPEEDS[0])
     yield "cards", whole
     yield "cards", later
-    yield "cards_100 cards", ["; ".join(pair) for pair in zip(_of_both(long, "peak_sd_mib"), spread, strict=True)]
+    rivals = [found["t4"]["rows"][who] for who in ("autobatch", "all")]
+    ours = say("{:,.0f}", found["again"]["t4"]["ours"][_SPEEDS[0]])
+    yield "cards", [ours, list_of("{:,.0f}", (run[_SPEEDS[0]] for run in rivals))]
+    batches = _of_both(found, "batch")
+    yield "cards", [batches[0], f"{batches[1]} ({list_of('{}', (run['started_at'] for run in rivals))})"]
+    for key, spread in zip(_DEVIATIONS, (half, every), strict=True):
+        yield "cards_100 cards", ["; ".join(pair) for pair in zip(_of_both(long, key), spread, strict=True)]
 
 
 def _of_both(found: Mapping[str, Any], key: str) -> list[str]:

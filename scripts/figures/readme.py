@@ -8,26 +8,20 @@ from typing import Any
 
 from scripts.figures.cards import README, readme_rows
 from scripts.figures.exports import augmentation
-from scripts.figures.measured_steps import HOW, graph_errors, limits_of, made_alike, sizes
+from scripts.figures.measured_steps import HOW, graph_errors, limits_of, list_of, made_alike, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 # First cell of each row in both languages, in the order of `_rows`.
 LABELS = {
-    "training steps of YOLO12-S, 640, batch 256, limit of 4 GiB, images/s": (
-        "YOLO12-S 训练步，640，batch 256，显存限制 4 GiB，图像/秒"
+    "training steps of YOLO12-S, 640, batch 256, limits of 4, 16 and 80 GiB, images/s": (
+        "YOLO12-S 训练步，640，batch 256，显存限制 4、16 和 80 GiB，图像/秒"
     ),
-    "the same, 16 GiB": "同上，16 GiB",
-    "the same, 80 GiB": "同上，80 GiB",
-    "training steps of YOLO12-X, 640, batch 256, limit of 16 GiB, images/s": (
-        "YOLO12-X 训练步，640，batch 256，显存限制 16 GiB，图像/秒"
-    ),
+    "the same, YOLO12-X": "同上，YOLO12-X",
     **README,
-    "training of YOLO12-N from JPEG files, 640, batch 128, 8 workers, from the second epoch on, images/s": (
-        "从 JPEG 文件训练 YOLO12-N，640，batch 128，8 个 worker，从第二个 epoch 起，图像/秒"
+    "training of YOLO12-N, S and M from JPEG files, 640, batch 128, 8 workers, from the second epoch on, images/s": (
+        "从 JPEG 文件训练 YOLO12-N、S 和 M，640，batch 128，8 个 worker，从第二个 epoch 起，图像/秒"
     ),
-    "the same, YOLO12-S": "同上，YOLO12-S",
-    "the same, YOLO12-M": "同上，YOLO12-M",
     "training on four GPUs, batch 512, images in memory and not augmented, images/s": (
         "四卡训练，batch 512，图像在内存中且不做增强，图像/秒"
     ),
@@ -56,18 +50,19 @@ def devices(measured_on: Mapping[str, Any]) -> dict[str, str]:
 def _rows() -> Iterator[tuple[str, str, list[str]]]:
     """Yield each row of the table: the card, the names of JSON files, and the figures, this package's first."""
     memory = result("memory")
-    for scale, gib in (("s", 4), ("s", 16), ("s", 80), ("x", 16)):
-        (at,) = (each for each in limits_of(scale) if each["gib"] == gib)
-        each = [at[who] for who in ("ours", "stock")]
-        made_alike(gib, *each)
-        yield each[0]["device"], "limits_h200", [say("{:,.0f}", row["images_per_s"]) for row in each]
+    for scale in "sx":
+        at = [each for each in limits_of(scale) if each["gib"] in (4, 16, 80)]
+        both = [[each[who] for each in at] for who in ("ours", "stock")]
+        made_alike("4, 16 and 80", *both[0], *both[1])
+        speeds = [list_of("{:,.0f}", (row["images_per_s"] for row in rows)) for rows in both]
+        yield both[0][0]["device"], "limits_h200", speeds
     cards = result("cards"), result("cards_100")
     (device,) = {head["device"] for found in cards for head in found["measured_on"].values()}
     yield from ((device, *row) for row in readme_rows(*cards))
     whole = result("training")
-    for scale in "nsm":
-        row_of = {row["variant"]: row for row in whole["rows"] if row["model"] == scale}
-        yield whole["device"], "training", [say("{:,.0f}", row_of[who]["images_per_s"]) for who in ("ours", "stock")]
+    speed = {(row["variant"], row["model"]): row["images_per_s"] for row in whole["rows"]}
+    speeds = [list_of("{:,.0f}", (speed[who, scale] for scale in "nsm")) for who in ("ours", "stock")]
+    yield whole["device"], "training", speeds
     ranks = result("ranks_four")
     assert augmentation(ranks["speed"]) == "not augmented", "the label of the row says otherwise"
     four = {row["who"]: row["images_per_s"] for row in ranks["speed"]["rows"] if row["gpus"] == 4}
@@ -101,6 +96,7 @@ def _table(header: str, labels: Iterable[str], comma: str) -> Passage:
 def figures() -> Iterator[Passage]:
     """Yield the table."""
     yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
+    yield setting("with 2.3.1, these are off", "a version")
 
 
 @section(CHINESE, "测量数据")
@@ -108,6 +104,7 @@ def chinese_figures() -> Iterator[Passage]:
     """Yield the table."""
     yield _table("| | 本项目 | Ultralytics | 显卡，数据 |", LABELS.values(), "，")
     yield setting("指 8.4.190", "a version")
+    yield setting("2.3.1 没有", "a version")
 
 
 @section(ENGLISH, "")
