@@ -94,6 +94,8 @@ def ranks() -> Iterator[Passage]:
     """Yield the passages on several GPUs."""
     two, four = result("ranks"), result("ranks_four")
     yield setting("YOLOv12-S at 640 in fp16", HOW)
+    (commit,) = {head["commit"] for head in four["measured_on"].values()}
+    yield sentence("at commit {}.", commit)
     yield setting("Speed of trainings with 128 images per GPU", HOW)
     speed, earlier = _rates(four["speed"]), _rates(two["speed"])
     gpus = (1, 2, 4)

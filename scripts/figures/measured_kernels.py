@@ -95,6 +95,9 @@ def step() -> Iterator[Passage]:
     busy = [found["profiles"][f"{name} 128"]["busy_ms"] for name in ("now", "before")]
     yield sentence("the GPU is busy for {:.0f} ms in place of {:.0f} ms", *busy)
     yield sentence("allows a ratio of {:.2f}", busy[1] / busy[0])
+    yield from _first(
+        found["first"], [each["busy_ms"] for each in map(found["profiles"].get, ("before 128", "now 128"))]
+    )
     bytes_mb = rows(128, "now")[0]["mb_per_image"]
     yield sentence("An image takes {:.0f} MB, {:.0f} % more than the target", bytes_mb, 100 * (bytes_mb / 180 - 1))
     profile = found["profiles"]["now 32"]
@@ -141,6 +144,25 @@ def _graphs_of_128(found: dict[str, Any]) -> Iterator[Passage]:
         "At commit {} (`earlier` in the JSON), which kept it, these two rounds had {:.2f} and {:.2f} times",
         *(earlier["commit"], *ratios(earlier["rows"])[1:]),
     )
+
+
+def _first(found: dict[str, Any], later_ms: list[float]) -> Iterator[Passage]:
+    """Yield what a step took when the targets were set.
+
+    Args:
+        found: Part `first` of step.json.
+        later_ms: GPU time at the two later commits.
+    """
+    first_ms = found["profiles"]["before 128"]["busy_ms"]
+    assert abs(found["profiles"]["now 128"]["busy_ms"] / later_ms[0] - 1) < 0.01  # on another host, the same kernels
+    speeds = [row["images_per_s"] for row in found["rows"]]
+    yield sentence("**When the targets were set,** at commit {}, such a step took {:.0f} ms", found["commit"], first_ms)
+    yield sentence("of GPU time, {:.0f} MB an image", found["rows"][0]["mb_per_image"])
+    yield sentence("and ran {:,.0f} to {:,.0f} images/s on another H200", min(speeds), max(speeds))
+    yield sentence("already brought it to {:.0f} ms, and those since to {:.0f} ms", *later_ms)
+    yield sentence("{:.2f} of the first time", later_ms[1] / first_ms)
+    (row,) = (row for row in result("limits_h200")["ours-s"] if row["limit_gib"] == 24)
+    yield sentence("the first plan of S keeps {:.2f} of the bytes, in {:.3f} times the time", *row["ladder"][1])
 
 
 def _longest(profile: str) -> dict[str, float]:

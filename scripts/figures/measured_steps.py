@@ -301,6 +301,11 @@ def limits() -> Iterator[Passage]:
     yield setting("(target 2.5: met)", "a target")
     yield sentence("X reaches {:.2f} of its own speed at 80 GiB", share)
     yield setting("(target 0.8: missed)", "a target")
+    whole = {row["limit_gib"]: row for row in result("checkpointing")["ours-x"]}
+    yield sentence("It was {:.2f} [without graphs]", ratio(whole[16], whole[80]))
+    small, large = found["earlier"]["ours-x"]
+    made_alike("16 and 80", small, large)
+    yield sentence("{:.2f} at commit {}. Since then", ratio(small, large), small["commit"])
     for who, words in (
         ("stock", "Ours is {:.2f} to {:.2f} times as fast as stock"),
         ("all", "and {:.2f} to {:.2f} times as fast as all layers recomputed"),
