@@ -111,7 +111,7 @@ def chinese_figures() -> Iterator[Passage]:
 def picture() -> Iterator[Passage]:
     """Yield the run that the picture shows."""
     batch, taken, updates = _run()
-    words = "In this run (YOLO12-S, batch {}, one H200), another process took and released up to {:.0f} %"
+    words = "(YOLO12-S, batch {}, one H200), another process took and released up to {:.0f} %"
     yield sentence(words, batch, taken)
     yield setting("The engine ran all 512 images at once", HOW)
     yield setting("and 256 at once when there was not", HOW)
