@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from yolov12.mas.distributed.watchdog import Gone, Watchdog, connect, meet
+from yolov12.mas.distributed.watchdog import Gone, Watchdog, connect, meet, telling
 
 HEARTBEAT_S, DEAD_S, GRACE_S = 0.1, 1.5, 0.5
 NOISE_S = 60.0
@@ -356,3 +356,19 @@ def test_processes_do_not_find_addresses_of_processes_before_a_restart(monkeypat
         found.append(store.check(["address"]))
         store.set("address", "127.0.0.1:1")
     assert found == [False, not outlives]
+
+
+def test_a_process_says_for_whom_it_waits(monkeypatch):
+    """Variables of a launch that are left in a shell would make a training wait for three hours without a word."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    lines, told = [], threading.Event()
+    with telling(lambda line: (lines.append(line), told.set()), slow_s=0.01):
+        assert told.wait(NOISE_S)
+    (line,) = lines
+    assert "rank 0 of 2 waits for the other processes" in line
+    assert "unset RANK" in line
+    with telling(lines.append, slow_s=0.2):
+        pass
+    time.sleep(0.4)
+    assert len(lines) == 1

@@ -34,12 +34,14 @@ from torch.distributed import PrefixStore, Store, TCPStore, rendezvous
 
 from yolov12.errors import plain
 
-__all__ = ["Gone", "Watchdog", "connect", "meet"]
+__all__ = ["Gone", "Watchdog", "connect", "meet", "telling"]
 
 _READ_HEARTBEATS = 3
 """Heartbeat intervals within which every rank has read the message about a rank that is gone."""
 _CONNECT_S = 60.0
 """Seconds to wait for a connection to the store. Its machine may be busy."""
+_SLOW_S = 20.0
+"""Seconds after which a process says that it waits for others."""
 _PATIENCE_S = 5.0
 """Seconds that the main thread waits for a store that may not answer."""
 
@@ -90,6 +92,30 @@ def meet(timeout: timedelta) -> tuple[Store, int, int]:
     store, rank, size = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
     return PrefixStore(f"group/{_restart()}", store), rank, size
+
+
+@contextmanager
+def telling(
+    log: Callable[[str], object] = lambda line: print(line, file=sys.stderr, flush=True), *, slow_s: float = _SLOW_S
+) -> Iterator[None]:
+    """Return a context in which this process meets the others; it says for whom it waits if they do not come.
+
+    Args:
+        log: Receives the line, in another thread; by default it goes to stderr.
+        slow_s: Seconds after which it says so.
+    """
+    rank, size, host, port = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    line = (
+        f"memory: rank {rank} of {size} waits for the other processes at {host}:{port}. To train in one process, unset "
+        "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+    )
+    timer = threading.Timer(slow_s, log, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _restart() -> str:

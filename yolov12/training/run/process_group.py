@@ -29,7 +29,7 @@ from torch import nn
 from yolov12 import own_files
 from yolov12.errors import ConfigError, RankError
 from yolov12.mas.distributed.ranks import ProcessRanks, exchange_names
-from yolov12.mas.distributed.watchdog import Watchdog, connect, meet
+from yolov12.mas.distributed.watchdog import Watchdog, connect, meet, telling
 from yolov12.mas.scheduling.groups import split_groups
 
 __all__ = [
@@ -81,9 +81,10 @@ def _join_group(argument: Any, training: int) -> ProcessGroup:
     if not dist.is_initialized():
         # NCCL refuses two processes on one device.
         gloo = device.type == "cpu" or shares_device
-        store, rank, size = meet(_TIMEOUT)
         backend = "gloo" if gloo else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+        with telling():
+            store, rank, size = meet(_TIMEOUT)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     names = exchange_names()
     watchdog = Watchdog(connect(str(training)), RANK, WORLD_SIZE, names=names, grace_s=_GRACE_S)
     kinds: list[Any] = [None] * WORLD_SIZE
