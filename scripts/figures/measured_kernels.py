@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -57,8 +58,7 @@ def step() -> Iterator[Passage]:
     yield setting("on another card and 16 other cores", HOW)
     yield sentence("*Now* is commit {}. Its loss", found["commit"])
 
-    def rows(micro: int, variant: str) -> list[dict[str, Any]]:
-        return [row for row in found["rows"] if (row["micro_batch"], row["variant"]) == (micro, variant)]
+    rows = functools.partial(_rows, found)
 
     def over(micro: int, variant: str, other: str) -> str:
         pairs = zip(rows(micro, variant), rows(micro, other), strict=True)
@@ -121,28 +121,29 @@ def step() -> Iterator[Passage]:
     yield setting("(relative difference at most 5e-5, 3e-3 and 3e-2)", "the bounds of a test")
 
 
+def _rows(part: dict[str, Any], micro: int, variant: str) -> list[dict[str, Any]]:
+    return [row for row in part["rows"] if (row["micro_batch"], row["variant"]) == (micro, variant)]
+
+
 def _graphs_of_128(found: dict[str, Any]) -> Iterator[Passage]:
     """Yield why micro-batches of 128 ran without graphs, and what an earlier commit had, which kept them."""
 
-    def of(rows: list[dict[str, Any]], variant: str) -> list[dict[str, Any]]:
-        return [row for row in rows if (row["micro_batch"], row["variant"]) == (128, variant)]
-
-    def ratios(rows: list[dict[str, Any]]) -> list[float]:
-        pairs = zip(of(rows, "graphs"), of(rows, "before"), strict=True)
+    def ratios(part: dict[str, Any]) -> list[float]:
+        pairs = zip(_rows(part, 128, "graphs"), _rows(part, 128, "before"), strict=True)
         return [graphs["images_per_s"] / before["images_per_s"] for graphs, before in pairs]
 
-    rows, earlier = found["rows"], found["earlier"]
-    first, second, third = of(rows, "graphs")
+    earlier = found["earlier"]
+    first, second, third = _rows(found, 128, "graphs")
     assert first["ms"][0] > 10 * first["ms"][-1]
     assert second["mb_per_image"] < first["mb_per_image"]  # it held no graph any more
     assert third["ms"][-1] > 4 * max(third["ms"][:-1])  # captured again
-    assert sum(ratio >= 1.35 for ratio in ratios(earlier["rows"])) == 1
+    assert sum(ratio >= 1.35 for ratio in ratios(earlier)) == 1
     yield setting("That of 128 is missed", "a target")
     yield setting("at least 5 % faster", "a rule")
-    yield sentence("so the other two rounds ran without it, at {:.2f} and {:.2f} times", *ratios(rows)[1:])
+    yield sentence("so the other two rounds ran without it, at {:.2f} and {:.2f} times", *ratios(found)[1:])
     yield sentence(
         "At commit {} (`earlier` in the JSON), which kept it, these two rounds had {:.2f} and {:.2f} times",
-        *(earlier["commit"], *ratios(earlier["rows"])[1:]),
+        *(earlier["commit"], *ratios(earlier)[1:]),
     )
 
 
