@@ -99,6 +99,7 @@ def step() -> Iterator[Passage]:
         found["first"], [each["busy_ms"] for each in map(found["profiles"].get, ("before 128", "now 128"))]
     )
     bytes_mb = rows(128, "now")[0]["mb_per_image"]
+    yield sentence("*Before* needed {:.0f} MB", rows(128, "before")[0]["mb_per_image"])
     yield sentence("An image takes {:.0f} MB, {:.0f} % more than the target", bytes_mb, 100 * (bytes_mb / 180 - 1))
     profile = found["profiles"]["now 32"]
     ms = statistics.median(each for row in rows(32, "now") for each in row["ms"])

@@ -96,7 +96,7 @@ def _table(header: str, labels: Iterable[str], comma: str) -> Passage:
 def figures() -> Iterator[Passage]:
     """Yield the table."""
     yield _table("| | this package | Ultralytics | card, data |", LABELS, ", ")
-    yield setting("with 2.3.1, these are off", "a version")
+    yield setting("(with 2.3.1, off)", "a version")
 
 
 @section(CHINESE, "测量数据")
