@@ -38,7 +38,7 @@ class Size:
     replays: list[Stopwatch] = field(default_factory=list)
     """Times of the first replays."""
     usual_ms: float = math.inf
-    """Least milliseconds as usual."""
+    """Least milliseconds as usual; after it was captured again, the median of the runs before."""
     context: Context = field(default_factory=copy_context)
     """Context variables of the latest pass as usual, such as the layout of predictions that the loss asks for."""
     network: GraphedNetwork | None = None
@@ -133,7 +133,8 @@ class Size:
         """
         usual = [watch.elapsed_ms() for watch in self.usual]
         known = [ms for ms in usual if ms is not None]
-        self.usual_ms = min([self.usual_ms, *known])
+        if not self.looks:  # else it is captured again as replays were faster than the median, and a run may be lucky
+            self.usual_ms = min([self.usual_ms, *known])
         self.usual = [watch for watch, ms in zip(self.usual, usual, strict=True) if ms is None]
         if self.is_refused and self.slow_ms < math.inf:
             self._look_again(known)
