@@ -139,8 +139,7 @@ def profile(step: Step, meter: Meter, layers: Mapping[str, nn.Module], batch: An
         The profile; None if not even one image fits.
     """
     while images:
-        with _without_notes(step) if images > PROFILE_IMAGES else nullcontext():
-            found = _profile(step, meter, layers, batch, images)
+        found = _profile(step, meter, layers, batch, images)
         meter.release()
         if not isinstance(found, Failure):
             return found
