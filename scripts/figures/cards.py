@@ -31,8 +31,8 @@ README = {
     "label-dense data, 100 epochs of 1,536 images, memory of a T4: YOLO12-S, images/s": (
         "标注密集的数据，1,536 张图像训练 100 个 epoch，显存相当于 T4：YOLO12-S，图像/秒"
     ),
-    "the same in 16 epochs, memory of a T4, an A10 (on two hosts) and an A100 40 GB": (
-        "同上，16 个 epoch，显存相当于 T4、A10（两台主机）和 A100 40 GB"
+    "the same in 16 epochs, memory of a T4, an A10 and an A100 40 GB": (
+        "同上，16 个 epoch，显存相当于 T4、A10 和 A100 40 GB"
     ),
     "the same without the first epoch, in which kernels are compiled and searched": (
         "同上，不计编译和搜索 kernel 的第一个 epoch"
@@ -108,13 +108,12 @@ def remarks(found: Mapping[str, Any]) -> Iterator[Passage]:
     cards = dict(cards_of(found))
     runs = {who: [card["rows"][who] for card in cards.values()] for who in ("ours", "stock")}
     t4, a10, a100 = (found[name] for name in CARDS)
-    (commit,) = {run["commit"] for run in (*t4["rows"].values(), a10["rows"]["ours"])}
-    (before,) = {run["commit"] for run in a100["rows"].values()}
-    assert found["measured_on"]["a10"]["another_host"] == ["stock"]
-    assert found["measured_on"]["t4"]["another_host"] == ["autobatch", "all"]
-    yield sentence("of the T4 and of this package on the A10 are of commit {},", commit)
-    yield sentence("the A100 of commit {} on another host,", before)
-    yield sentence("row of the A10 of commit {} on a third one", a10["rows"]["stock"]["commit"])
+    rows = t4["rows"]
+    (commit,) = {rows[who]["commit"] for who in ROWS if who != "halving"}
+    (latest,) = {run["commit"] for run in (*a10["rows"].values(), *a100["rows"].values(), rows["halving"])}
+    assert found["measured_on"]["t4"]["another_host"] == ["autobatch", "all", "halving"]
+    yield sentence("rows of the T4 ran on one host at commit {},", commit)
+    yield sentence("on a third host at commit {}, as did the halved batch", latest)
     yield setting("alone on its GPU, with 16 cores", HOW)
     yield sentence("images in memory, {} workers", t4["arguments"]["workers"])
     ratios = [t4["summary"][f"{key}_over_stock"] for key in _SPEEDS]
@@ -136,8 +135,10 @@ def remarks(found: Mapping[str, Any]) -> Iterator[Passage]:
     yield sentence("the controller tried all 256 images at once, in {} and {} steps,", *map(len, tried))
     slowest = [max(card["rows"]["ours"]["epoch_s"][1:]) for card in (a10, a100)]
     yield sentence("The slowest of these epochs took {:.1f} and {:.1f} s", *slowest)
-    assert int(tried[1][0]["step"]) > 48 >= int(tried[0][-1]["step"])
-    yield sentence("where they deviate by {:,.0f} MiB", a100["rows"]["ours"]["peak_sd_mib"])
+    assert all(int(rows[-1]["step"]) <= 48 for rows in tried)
+    more = [spread > 0.1 for spread in other_deviations(found)]
+    assert (len(more), sum(more)) == (5, 2)
+    yield setting("in two of the five trainings above", "asserted above")
     assert [card["summary"]["peak_sd_all_mib_over_stock"] > 1 for card in (t4, a10, a100)] == [True, False, False]
     for run in runs["ours"]:
         summary = run["summary"]
@@ -154,6 +155,17 @@ def remarks(found: Mapping[str, Any]) -> Iterator[Passage]:
     yield sentence("went down to {} and {}", *(card["rows"]["stock"]["batch"] for card in (a10, a100)))
 
 
+def other_deviations(found: Mapping[str, Any]) -> list[float]:
+    """Return deviations of the peaks of this package's trainings that are not in the table, relative to Ultralytics'.
+
+    Args:
+        found: Content of cards.json.
+    """
+    parts = found["again"], found["earlier"]
+    runs = [(found[card]["rows"]["stock"], part[card]["ours"]) for part in parts for card in CARDS if card in part]
+    return [ours["peak_sd_mib"] / stock["peak_sd_mib"] for stock, ours in runs]
+
+
 def with_setup(ours: Mapping[str, Any], stock: Mapping[str, Any]) -> float:
     """Return how many times as fast the first of two trainings is, with the time before its first epoch."""
     taken = [run["setup_s"] + run["epoch_end_s"][-1] for run in (ours, stock)]
@@ -165,11 +177,8 @@ def _first_epochs(runs: Mapping[str, list[dict[str, Any]]]) -> Iterator[Passage]
     firsts = {who: list_of("{:.1f}", (run["epoch_s"][0] for run in each)) for who, each in runs.items()}
     yield sentence("takes {} s with this package and {} s with Ultralytics (T4, A10, A100)", *firsts.values())
     longer = [ours["epoch_s"][0] - stock["epoch_s"][0] for ours, stock in zip(*runs.values(), strict=True)]
-    alike = longer[0], longer[2]
-    assert min(alike) > 3
-    yield sentence(
-        "the T4 and the A100, this package is {:.1f} and {:.1f} s slower, which misses the aim of 3 s", *alike
-    )
+    assert min(longer) > 3
+    yield sentence("This package is {} s slower, which misses the aim of 3 s", list_of("{:.1f}", longer))
     later = [list_of("{:.1f}", (statistics.median(run["epoch_s"][1:]) for run in each)) for each in runs.values()]
     yield sentence("The epochs after it take {} s and {} s", *later)
     parts = [[100 * run["epoch_s"][0] / sum(run["epoch_s"]) for run in each] for each in runs.values()]
@@ -186,15 +195,29 @@ def _hosts(found: Mapping[str, Any]) -> Iterator[Passage]:
     assert {attempt["batch"] for attempt in whole} == {24}
     yield setting("whole trainings of Ultralytics with 24 images", HOW)
     yield sentence("took {} s in four runs", list_of("{:.0f}", (attempt["ended_after_s"][-1] for attempt in whole)))
-    again = found["again"]
+    again, earlier = found["again"], found["earlier"]
     ours = [again[name]["ours"] for name in CARDS]
-    (commit,) = {run["commit"] for run in (*ours, again["a100"]["stock"])}
+    (commit,) = {run["commit"] for run in (*ours, again["a100"]["stock"], earlier["a10"]["ours"])}
     assert commit == found["t4"]["rows"]["ours"]["commit"]
-    yield sentence("this package had {} images/s", list_of("{:.0f}", (run["images_per_s_all"] for run in ours)))
-    yield sentence("and a first epoch of {} s", list_of("{:.1f}", (run["epoch_s"][0] for run in ours)))
-    yield sentence("their peaks deviated by {} MiB", list_of("{:.0f}", (run["peak_sd_mib"] for run in ours)))
-    stock = again["a100"]["stock"]["images_per_s_all"]
-    yield sentence("On the host of the T4, Ultralytics had {:.0f} images/s with the memory of an A100", stock)
+    speeds = [each["stock"]["images_per_s_all"] for each in (again["a100"], found["a100"]["rows"])]
+    yield sentence("Ultralytics had {:.0f} images/s on the host of the T4 (`again` in the JSON), and {:.0f}", *speeds)
+    yield sentence(
+        "On the host of the next section, at commit {}, this package had {} images/s and a first epoch of {} s, and "
+        "their peaks deviated by {} MiB",
+        commit,
+        list_of("{:.0f}", (run["images_per_s_all"] for run in ours)),
+        list_of("{:.1f}", (run["epoch_s"][0] for run in ours)),
+        list_of("{:.0f}", (run["peak_sd_mib"] for run in ours)),
+    )
+    yield sentence("had {:.0f} images/s with the memory of an A10", earlier["a10"]["ours"]["images_per_s_all"])
+    ours, stock = (earlier["a100"][who] for who in ("ours", "stock"))
+    yield sentence(
+        "On a fourth host, at commit {}, it had {:.0f} images/s with that of an A100",
+        ours["commit"],
+        ours["images_per_s_all"],
+    )
+    yield sentence("{:.2f} times as many as Ultralytics there", ours["images_per_s_all"] / stock["images_per_s_all"])
+    yield sentence("and its peaks deviated by {:.0f} MiB", ours["peak_sd_mib"])
 
 
 def _rivals(found: Mapping[str, Any]) -> Iterator[Passage]:
@@ -208,7 +231,11 @@ def _rivals(found: Mapping[str, Any]) -> Iterator[Passage]:
     yield sentence("had {:.0f} images/s in its first 16 epochs there", speed)
     assert speed < rows["all"]["images_per_s_all"]
     yield sentence("AutoBatch chose {} images", rows["autobatch"]["started_at"])
-    assert "halving" not in rows
+    halved = rows["halving"]
+    assert (halved["halvings"], halved["assigner_fallbacks"]) == (3, 1)
+    yield setting("The halved batch failed three times", "asserted above")
+    yield sentence("until it had {} images, at which", halved["ran_at"])
+    yield sentence("and trained {:.0f} images/s over all epochs", halved["images_per_s_all"])
 
 
 def _tried(run: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -87,21 +87,6 @@ def sizes(row: dict[str, Any]) -> list[int]:
     return [int(size) for size in row["micro_batches"].split()]
 
 
-def prediction_errors(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return errors of predicted peaks in per cent.
-
-    Args:
-        rows: Rows of memory.csv.
-
-    Returns:
-        From the fourth step on, those of steps with the micro-batches of the step before. Those of all other steps that
-        ran another size than the step before.
-    """
-    error = [100 * abs(float(row["predicted_mib"]) / float(row["peak_mib"]) - 1) for row in rows]
-    same = [step for step in range(1, len(rows)) if sizes(rows[step]) == sizes(rows[step - 1])]
-    return [error[step] for step in same if step > 2], [error[step] for step in range(1, len(rows)) if step not in same]
-
-
 @measured("The memory-aware step")
 def memory() -> Iterator[Passage]:
     """Yield the passages on the engine's step."""
@@ -126,6 +111,9 @@ def memory() -> Iterator[Passage]:
     assert "Reducing to batch=256" in stock["out_of_memory_lines"][0]
     yield setting("so it continued with 256", HOW)
     yield sentence("It ran for {} seconds, in which the other process took up to {:.0f} %", stock["seconds"], taken[1])
+    parts = found["measured_on"]
+    assert all(parts[part]["date"] == "2026-11-30" for part in ("limits", "failures", "overhead"))
+    assert {head["device"] for head in parts.values()} == {"NVIDIA H200"}
     first, second = ([row[key] for row in found["first_times"]] for key in ("first_s", "second_s"))
     yield sentence("takes {:.1f} to {:.1f} seconds, because cuDNN", min(first), max(first))
     yield sentence("The second one takes {:.1f} seconds", statistics.median(second))
@@ -143,29 +131,33 @@ def memory() -> Iterator[Passage]:
 
 
 def _limits(found: dict[str, Any]) -> Iterator[Passage]:
-    rows, same, other, first = [], [], [], []
+    rows, same, other, medians = [], [], [], []
     for limit, run in found.items():
-        errors = prediction_errors(run["rows"])
-        same.append(errors[0])
-        other.append(max(errors[1]))
-        first.append(100 * abs(float(run["rows"][0]["predicted_mib"]) / float(run["rows"][0]["peak_mib"]) - 1))
+        errors = dict(run["prediction"])
+        assert errors.pop("all")["steps"] == len(run["rows"])
+        medians.append(errors["same"]["median_percent"])
+        same.append(abs(errors.pop("same")["worst_percent"]))
+        other.append(max(abs(case["worst_percent"]) for case in errors.values()))
         summary = run["summary"]
         assert summary["images_lost"] == 0
         assert summary["updates"] == summary["updates_expected"]
+        assert summary["out_of_memories"] == sum("out-of-memory in a capture" in row["events"] for row in run["rows"])
         peak = say("{:.1f}", summary["peak_max_mib"] / 1024)
-        at_once = f"{summary['micro_batch_min']} to {summary['micro_batch_max']}"
-        errors_ = [say("{:.1f} %", max(errors[0])), say("{:.1f} %", max(errors[1]))]
+        least, most = summary["micro_batch_min"], summary["micro_batch_max"]
+        at_once = f"{least} to {most}" if least < most else str(most)
+        errors_ = [say("{:.1f} %", same[-1]), say("{:.1f} %", other[-1])]
         rows.append([limit, at_once, peak, *errors_, str(summary["out_of_memories"])])
+    free_mib = min(float(row["free_mib"]) for run in found.values() for row in run["rows"])
+    yield sentence("where other processes left as little as {:.1f} GiB free", free_mib / 1024)
     yield table(
-        "| `mem_limit` | images at once | peak, GiB | largest error of a predicted peak, same size as before "
-        "| another size | failures |",
+        "| `mem_limit` | images at once | peak, GiB | largest error of a predicted peak, run like the step before "
+        "| other steps | failures |",
         rows,
     )
     yield sentence("`batch=256`, {} updates and a validation", found["8 GiB"]["summary"]["updates"])
-    medians = [statistics.median(each) for each in same]
-    yield sentence("off by {:.2f} to {:.1f} % (median of each run)", min(medians), max(medians))
-    yield sentence("and by at most {:.1f} %", max(map(max, same)))
-    yield sentence("off by up to {:.1f} %, and in the first step of a run by {:.1f} %", max(other), max(first))
+    yield sentence("off by {:.3f} to {:.1f} % (median of each run)", min(medians), max(medians))
+    yield sentence("and by at most {:.1f} %, where a graph", max(same))
+    yield sentence("In the other steps, they were off by up to {:.1f} %", max(other))
 
 
 def _gradient(found: dict[str, Any]) -> Iterator[Passage]:
@@ -211,40 +203,6 @@ def _overhead(found: list[dict[str, Any]]) -> Iterator[Passage]:
     )
 
 
-@measured("Images a second against memory")
-def checkpointing() -> Iterator[Passage]:
-    """Yield the passages on images/s at each memory limit."""
-    found = {name: {row["limit_gib"]: row for row in rows} for name, rows in _curves()}
-    yield setting("Images have 640 pixels", HOW)
-    yield setting('"Ours" is this package at batch 256', HOW)
-    yield setting("Ours updates the weights once for 256 images. The other two do so once for about 64", HOW)
-    yield setting("with batches of up to 64, they pay for the optimizer", HOW)
-    yield setting("normalises groups of up to 32 images in ours", HOW)
-    assert not any(row["failures"] for scale in "sx" for row in found[f"ours-{scale}"].values())
-    tables: dict[str, list[list[str]]] = {"s": [], "x": []}
-    for scale, gib in itertools.product("sx", LIMITS):
-        ours, stock, whole = (found[f"{who}-{scale}"][gib] for who in ("ours", "stock", "all"))
-        made_alike(gib, ours, stock, whole)
-        tables[scale].append(_cells({"gib": gib, "ours": ours, "stock": stock, "all": whole}))
-    for scale, rows in tables.items():
-        yield table(CURVES, rows, after=f"YOLO12-{scale.upper()}:\n\n")
-    for scale, after in (("s", ". The speed of the host"), ("x", ". At 8 GiB, every step")):
-        curve = found[f"ours-{scale}"]
-        made_alike("16 and 80", curve[16], curve[80])
-        share = curve[16]["images_per_s"] / curve[80]["images_per_s"]
-        yield sentence("At 16 GiB, ours reaches {:.2f} of its own speed at 80 GiB" + after, share)
-    yield setting("Ours at 8 GiB was measured on a slower day", "a label")
-    steps = [len(row["steps"]) for row in found["ours-x"].values()]
-    yield sentence(
-        "ours ran for 18 seconds and for 4 batches at least: these were {} to {} batches. At 16 GiB, this was enough",
-        *(min(steps), max(steps)),
-    )
-    small = found["ours-x"][8]
-    assert all("groups of 16" in step["events"] for step in small["steps"])
-    yield sentence("in BatchNorm groups of 16, although the run had settled on groups of {}", small["bn_group"])
-    yield sentence("At 4 GiB, it had settled on groups of {}", found["ours-x"][4]["bn_group"])
-
-
 def limits_of(scale: str) -> list[dict[str, Any]]:
     """Return the rows of limits_h200.json at each limit: `gib`, `ours`, `stock` and `all`.
 
@@ -269,7 +227,7 @@ def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
     return row["images_per_s"] / base["images_per_s"]
 
 
-@measured("The same on an H200")
+@measured("Images a second against memory")
 def limits() -> Iterator[Passage]:
     """Yield the passages on images/s at seven limits."""
     found = result("limits_h200")
@@ -282,7 +240,9 @@ def limits() -> Iterator[Passage]:
     assert not any(row["failures"] or row["steps_in_smaller_groups"] for row in rows if "steps" in row)
     yield sentence("at commit {}, on one host", found["commit"])
     yield setting("`--limit-seconds 60` for X at 4 GiB", HOW)
-    yield setting("all of them update the weights once for 256 images", HOW)
+    yield setting("Images have 640 pixels", HOW)
+    yield setting("all variants update the weights once for 256 images", HOW)
+    yield setting('"Ours" is this package at batch 256', HOW)
     lengths = [len(row["steps"]) for curve in ours.values() for row in curve.values()]
     yield setting("(25 seconds after the first step, 60 for X at 4 GiB, and", HOW)
     yield sentence("which were {} to {} steps", min(lengths), max(lengths))
@@ -301,11 +261,9 @@ def limits() -> Iterator[Passage]:
     yield setting("(target 2.5: met)", "a target")
     yield sentence("X reaches {:.2f} of its own speed at 80 GiB", share)
     yield setting("(target 0.8: missed)", "a target")
-    whole = {row["limit_gib"]: row for row in result("checkpointing")["ours-x"]}
-    yield sentence("It was {:.2f} [without graphs]", ratio(whole[16], whole[80]))
     small, large = found["earlier"]["ours-x"]
     made_alike("16 and 80", small, large)
-    yield sentence("{:.2f} at commit {}. Since then", ratio(small, large), small["commit"])
+    yield sentence("It was {:.2f} at commit {}. Since then", ratio(small, large), small["commit"])
     for who, words in (
         ("stock", "Ours is {:.2f} to {:.2f} times as fast as stock"),
         ("all", "and {:.2f} to {:.2f} times as fast as all layers recomputed"),
@@ -365,6 +323,7 @@ def _endings(ours: dict[str, dict[int, dict[str, Any]]]) -> Iterator[Passage]:
     usual = [step["s"] for step in slow["steps"][4:] if (step["micro_batch"], step["replayed"]) == (128, 0)]
     (replayed_s,) = {round(step["s"], 3) for step in tried if step["replayed"] == 2}
     yield setting("Graphs of 128 images without a plan were tried twice", "a micro-batch")
+    yield setting("Since commit 87d9381, one that is captured again", "a commit")
     yield sentence("took {:.0f} ms, and those without them {:.0f} ms", 1e3 * replayed_s, 1e3 * statistics.median(usual))
     yield sentence(
         "it ended with micro-batches of {} and a checkpoint plan, at {:,.0f} images/s instead of {:,.0f}",
@@ -391,7 +350,7 @@ def graph_errors() -> tuple[list[float], list[float]]:
 
 
 def made_alike(limit: object, *rows: dict[str, Any]) -> None:
-    """Refuse to compare rows of checkpointing.json that were measured on other cards, or at other commits.
+    """Refuse to compare rows of limits_h200.json that were measured on other cards, or at other commits.
 
     Args:
         limit: Limit of the rows in GiB, for the message.
@@ -402,14 +361,7 @@ def made_alike(limit: object, *rows: dict[str, Any]) -> None:
     """
     for key in ("device", "commit"):
         values = {str(row.get(key)) for row in rows}
-        assert len(values) == 1, f"checkpointing.json, {limit} GiB: rows of several {key}s: {', '.join(sorted(values))}"
-
-
-def _curves() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    found = result("checkpointing")
-    for name in found:
-        if name.startswith(("ours", "stock", "all")):
-            yield name, found[name]
+        assert len(values) == 1, f"limits_h200.json, {limit} GiB: rows of several {key}s: {', '.join(sorted(values))}"
 
 
 @measured("What plans free")

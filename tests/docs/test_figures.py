@@ -8,7 +8,6 @@ from scripts.figures.__main__ import PAGES
 from scripts.figures.exports import augmentation
 from scripts.figures.measured_steps import made_alike
 from scripts.figures.pages import ROOT, SECTIONS, Section, check, sentence, setting, table
-from scripts.figures.readme import devices
 
 PAGE = """# Page
 
@@ -150,13 +149,6 @@ def test_rows_of_other_cards_or_commits_are_not_compared():
     for other in ({**new, "commit": "def"}, {"device": "NVIDIA H200"}):
         with pytest.raises(AssertionError, match=r"8 GiB: rows of several commits: (None, abc|abc, def)"):
             made_alike(8, new, new, other)
-
-
-def test_the_card_of_a_part_is_read_from_old_and_new_files():
-    assert devices({"old": "NVIDIA H100", "new": {"device": "NVIDIA H200"}}) == {
-        "old": "NVIDIA H100",
-        "new": "NVIDIA H200",
-    }
 
 
 @pytest.mark.parametrize(
