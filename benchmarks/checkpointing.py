@@ -251,7 +251,7 @@ def _enough(steps: list[dict[str, Any]], gib: float, seconds: float, scope: Scop
     if len(steps) < 4:
         return False
     is_unknown = (gib == FIRST_GIB and _tried(steps) < 2) or len(_alike(steps)) < ALIKE
-    return _settled(steps) or seconds > (PATIENCE if is_unknown else 1) * scope.limit_s or time.time() > scope.until
+    return settled(steps) or seconds > (PATIENCE if is_unknown else 1) * scope.limit_s or time.time() > scope.until
 
 
 def _tried(steps: list[dict[str, Any]]) -> int:
@@ -259,7 +259,8 @@ def _tried(steps: list[dict[str, Any]]) -> int:
     return len({(step["micro_batch"], step["level"]) for step in steps})
 
 
-def _settled(steps: list[dict[str, Any]]) -> bool:
+def settled(steps: list[dict[str, Any]]) -> bool:
+    """Return whether the last `SETTLED` steps had one pair of micro-batch size and plan."""
     return len(steps) >= SETTLED and _tried(steps[-SETTLED:]) == 1
 
 

@@ -1,18 +1,15 @@
-"""Label-dense data on a GPU under a memory limit, and memory so short that images have to get smaller.
+"""Label-dense data, and memory so short that images have to get smaller; and the time of a save.
 
-    python -m benchmarks dense --out benchmarks/results/dense.json      (about 10 minutes on one H200)
+    python -m benchmarks dense --out benchmarks/results/dense.json      (some minutes on one GPU)
     python -m benchmarks dense --out part.json --only ladder saving
     python -m benchmarks dense --out part.json --small --device cpu      (a minute on the CPU, to try it)
 
-dense   at 16 GiB, the rows `stock` and `ours` of benchmarks/cards.py: stock Ultralytics at its largest stable batch,
-        which is searched for, and ours with batch=256, with the same number of images
 ladder  another process leaves too little memory for one image for a while, so images get smaller
 off     the same with mas_data=off
 saving  time of saving a run in mid-epoch; needs no GPU
 
-`--small` trains small models on small images, always on the CPU. In `dense`, a batch of stock above 4 images fails as
-if memory were short. In `ladder`, the training reads that it is on a host of 4 GiB with another process, whose memory
-is not really taken. Memory is the resident memory of the training.
+`--small` trains small models on small images, always on the CPU. In `ladder`, the training reads that it is on a host
+of 4 GiB with another process, whose memory is not really taken. Memory is the resident memory of the training.
 """
 
 from __future__ import annotations
@@ -34,33 +31,15 @@ from typing import Any
 from benchmarks.common import report
 from benchmarks.common.size import Size
 from benchmarks.dense_runs import Training, rows_of
-from benchmarks.dense_search import TINY, Comparison
-from benchmarks.dense_trainings import EPOCHS, EQUAL, IMAGES, MODEL, OURS, SMALL, TRAIN, train
+from benchmarks.dense_trainings import OURS, SMALL, TRAIN, train
 from benchmarks.drawings import noise
-from benchmarks.endurance_model import yaml_of
 
-LIMIT_GIB = 16
 ALONE: dict[str, Any] = {**TRAIN, **OURS}
 SHORT = {**ALONE, "model": "yolov12x.yaml", "imgsz": 1280, "batch": 4, "nbs": 4, "workers": 8, "deterministic": False}
 SMALL_SHORT = {**ALONE, **SMALL, "model": "yolov12n.yaml", "imgsz": 416, "batch": 1, "nbs": 1}
 HOST_MIB = 4096
 """Memory of the host that a small training reads."""
 FULL = Size()
-
-
-def dense(size: Size = FULL) -> dict[str, Any]:
-    """Compare stock at its largest stable batch with ours at batch=256."""
-    memory = {"total_mib": LIMIT_GIB * 1024, "usable_mib": LIMIT_GIB * 1024}
-    arguments = {**TRAIN, **EQUAL, "model": MODEL, **size.sized({}, {**SMALL, "model": yaml_of("tiny")})}
-    found: dict[str, Any] = {}
-    images, epochs = size.sized((IMAGES, EPOCHS), (16, 2))
-    data = noise(images, crowded=True)
-    more: dict[str, Any] = size.sized({}, TINY)
-    comparison = Comparison(data, images, epochs, memory, arguments, save=lambda _: None, found=found, **more)
-    for row in ("stock", "ours"):
-        comparison.measure(row)
-    rows = found["rows"]
-    return {"limit_gib": LIMIT_GIB, "search": found["search"], "stock": [rows["stock"]], "ours": rows["ours"]}
 
 
 def ladder(size: Size = FULL) -> dict[str, Any]:
@@ -264,12 +243,11 @@ def train_with_timed_saves(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[dict[str, Any], Size], Any]] = {
-    "dense": lambda _, size: dense(size),
     "ladder": lambda _, size: ladder(size),
     "off": lambda result, size: off(result["ladder"]["budget_mib"], size),
     "saving": lambda _, size: saving(size),
 }
-AT_ONCE = (("dense", "ladder"), ("off", "saving"))
+AT_ONCE = (("ladder",), ("off", "saving"))
 """Parts of a trial that run together, as their times say nothing."""
 
 

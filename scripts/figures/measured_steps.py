@@ -8,12 +8,12 @@ import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from benchmarks.checkpointing import SETTLED, settled
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
 measured = functools.partial(section, "docs/reference/measurements.md")
 HOW = "how it was measured"
 LIMITS = (4, 8, 12, 16, 24, 40, 80)
-SETTLED = 40
 CURVES = "| limit, GiB | ours | Ultralytics 8.4.190 | all layers recomputed | ours ÷ stock | ours ÷ all |"
 
 
@@ -246,8 +246,8 @@ def limits() -> Iterator[Passage]:
     lengths = [len(row["steps"]) for curve in ours.values() for row in curve.values()]
     yield setting("(25 seconds after the first step, 60 for X at 4 GiB, and", HOW)
     yield sentence("which were {} to {} steps", min(lengths), max(lengths))
-    settled = {scale: [gib for gib, row in curve.items() if _settled(row["steps"])] for scale, curve in ours.items()}
-    assert settled == {"s": list(LIMITS), "x": [4]}
+    reached = {scale: [gib for gib, row in curve.items() if settled(row["steps"])] for scale, curve in ours.items()}
+    assert reached == {"s": list(LIMITS), "x": [4]}
     yield setting("at all limits for S and at 4 GiB for X", "limits")
     groups = {(scale, gib): row["bn_group"] for scale, curve in ours.items() for gib, row in curve.items()}
     small = [groups.pop(("x", gib)) for gib in (8, 4)]
@@ -278,11 +278,6 @@ def limits() -> Iterator[Passage]:
     yield sentence("are off by at most {:.2f} %", max(map(abs, alike)))
     yield sentence("The others are up to {:.1f} % too low", -min(other))
     yield sentence("or up to {:.1f} % too high", max(other))
-
-
-def _settled(steps: list[dict[str, Any]]) -> bool:
-    """Return whether the last steps had one pair of micro-batch size and plan, as `checkpointing.SETTLED` has it."""
-    return len(steps) >= SETTLED and len({(step["micro_batch"], step["level"]) for step in steps[-SETTLED:]}) == 1
 
 
 def _hosts(earlier: dict[str, list[dict[str, Any]]], curve: dict[int, dict[str, Any]]) -> Iterator[Passage]:

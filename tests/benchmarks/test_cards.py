@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cards, dense, dense_trainings
+from benchmarks import cards, dense_trainings
 from benchmarks.common import report
 from benchmarks.common.processes import environment
 from benchmarks.dense_runs import OutOfTimeError, told
@@ -77,21 +77,6 @@ def test_the_largest_batch_is_one_that_holds_a_whole_run(monkeypatch):
     assert len(saved) == 5
     comparison.measure("stock")  # it is there
     assert len(saved) == 5
-
-
-def test_the_benchmark_of_one_limit_searches_the_batch_of_stock_and_gives_both_the_same_images(monkeypatch):
-    trainings = _Trainings(tries_hold=40, whole_holds=300)
-    _compare(monkeypatch, trainings, {})
-    monkeypatch.setattr(dense, "noise", lambda images, *, crowded: f"{images}, {crowded}")
-    found = dense.dense()
-    assert trainings.started[-2:] == [("stock", 40, "whole"), ("ours", 256, "whole")]
-    assert found["limit_gib"] == 16
-    assert found["stock"][0]["images"] == found["ours"]["images"] == 1536 * 16
-    assert {attempt["batch"]: attempt["held"] for attempt in found["search"]["stock"]} == {
-        32: True,
-        40: True,
-        48: False,
-    }
 
 
 def test_rows_have_their_commits_and_the_head_has_those_of_all(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""benchmarks/dense.py on a CPU: both rows, images that get smaller, a named limit, and saves."""
+"""benchmarks/dense.py on a CPU: images that get smaller, a named limit, and saves."""
 
 import csv
 import json
@@ -13,14 +13,6 @@ from benchmarks.dense import HOST_MIB
 @pytest.mark.deep
 def test_the_small_variant_has_all_parts(run_small):
     found = run_small("dense")
-    stock, ours = found["dense"]["stock"][0], found["dense"]["ours"]
-    assert (stock["batch"], ours["batch"], stock["images"], ours["images"]) == (4, 8, 32, 32)
-    assert [each["held"] for each in found["dense"]["search"]["stock"]] == [True, False, True]
-    assert stock["failure"] is ours["failure"] is None
-    assert min(stock["images_per_s_all"], ours["images_per_s_all"]) > 0
-    assert ours["summary"]["images_lost"] == 0
-    assert stock["peaks_mib"] == []  # only ours measures the memory of a CPU
-
     auto = found["ladder"]["auto"]
     rows = list(csv.DictReader(auto["memory_csv"]))
     assert auto["failure"] is None
