@@ -37,11 +37,11 @@ README = {
     "the same without the first epoch, in which kernels are compiled and searched": (
         "同上，不计编译和搜索 kernel 的第一个 epoch"
     ),
-    "the same in 16 epochs, memory of a T4, on another host; Ultralytics with AutoBatch, and all layers recomputed": (
-        "同上，16 个 epoch，显存相当于 T4，另一台主机；Ultralytics 使用 AutoBatch、全部层重计算"
+    "16 epochs, memory of a T4, another host; AutoBatch, all layers recomputed, and (on a third host) a halved batch": (
+        "16 个 epoch，显存相当于 T4，另一台主机；AutoBatch、全部层重计算、（第三台主机）batch 减半"
     ),
-    "batch of these trainings: T4, A10, A100 (and with AutoBatch, and all layers recomputed)": (
-        "以上训练的 batch：T4、A10、A100（以及 AutoBatch、全部层重计算）"
+    "batch of these trainings: T4, A10, A100 (and AutoBatch, all layers recomputed, a halved batch)": (
+        "以上训练的 batch：T4、A10、A100（以及 AutoBatch、全部层重计算、减半的 batch）"
     ),
     "standard deviation of the memory peak of a step in these trainings, second half, MiB: 100 epochs; 16 epochs": (
         "以上训练后一半中每步显存峰值的标准差，MiB：100 个 epoch；16 个 epoch"
@@ -299,11 +299,11 @@ def readme_rows(found: Mapping[str, Any], long: Mapping[str, Any]) -> Iterator[t
     yield "cards_100", _of_both(long, _SPEEDS[0])
     yield "cards", whole
     yield "cards", later
-    rivals = [found["t4"]["rows"][who] for who in ("autobatch", "all")]
+    rivals = [found["t4"]["rows"][who] for who in ("autobatch", "all", "halving")]
     ours = say("{:,.0f}", found["again"]["t4"]["ours"][_SPEEDS[0]])
     yield "cards", [ours, list_of("{:,.0f}", (run[_SPEEDS[0]] for run in rivals))]
     batches = _of_both(found, "batch")
-    yield "cards", [batches[0], f"{batches[1]} ({list_of('{}', (run['started_at'] for run in rivals))})"]
+    yield "cards", [batches[0], f"{batches[1]} ({list_of('{}', (run['ran_at'] for run in rivals))})"]
     for key, spread in zip(_DEVIATIONS, (half, every), strict=True):
         yield "cards_100 cards", ["; ".join(pair) for pair in zip(_of_both(long, key), spread, strict=True)]
 
