@@ -264,7 +264,8 @@ def main() -> int:
     }
     settings = {name: getattr(options, name) for name in ("cfg", "images", "size", "device", "deterministic")}
     variants = [Variant(name, folder, **settings) for name, folder in folders.items() if folder is not None]
-    result = report.Report(options.out, options.device, rows=[], profiles={})
+    before = {"before": report.commit(options.before)} if options.before else {}
+    result = report.Report(options.out, options.device, rows=[], profiles={}, **before)
 
     for micro_batch in options.micro_batches:
         for variant in variants:

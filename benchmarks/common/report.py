@@ -60,13 +60,17 @@ def machine(device: str = "cuda") -> dict[str, Any]:
     }
 
 
-def commit() -> str | None:
-    """Return the commit, with `-dirty` after it if files differ; BENCHMARKS_COMMIT names that of a copy without git."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
+def commit(folder: Path | None = None) -> str | None:
+    """Return the commit, with `-dirty` after it if files differ; BENCHMARKS_COMMIT names that of a copy without git.
+
+    Args:
+        folder: Another checkout, for which the result is None if it is without git.
+    """
+    command = ["git", "-C", str(folder or ROOT), "describe", "--always", "--dirty", "--abbrev=7"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCHMARKS_COMMIT")
+        return os.environ.get("BENCHMARKS_COMMIT") if folder is None else None
 
 
 def command(words: Iterable[str]) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common.processes import environment
+from benchmarks.common.processes import ROOT, environment
+from benchmarks.common.report import commit
 from benchmarks.step import HERE, Child, kind_of, ratios
 
 RESULT = json.loads((Path(HERE) / "results" / "step.json").read_text("utf-8"))
@@ -52,9 +53,10 @@ def test_only_one_variant_has_graphs(variant):
 
 @pytest.mark.deep
 def test_the_small_variant_runs_on_a_cpu(tmp_path):
-    words = ["step", "--device", "cpu", "--small", "--out", tmp_path / "step.json"]
+    words = ["step", "--before", ROOT, "--device", "cpu", "--small", "--out", tmp_path / "step.json"]
     subprocess.run([sys.executable, "-m", "benchmarks", *words], env=environment(), check=True, capture_output=True)
     found = json.loads((tmp_path / "step.json").read_text())
-    assert [row["variant"] for row in found["rows"]] == ["now", "stock"]
+    assert [row["variant"] for row in found["rows"]] == ["before", "now", "stock"]
+    assert found["before"] == commit()
     assert found["ratios"] == ratios(found["rows"])
     assert all(profile["launches"] > 0 for profile in found["profiles"].values())
