@@ -1,4 +1,4 @@
-"""Label-dense data, and memory so short that images have to get smaller; and the time of a save.
+"""Label-dense data and memory so short that images have to get smaller, and the time of a save.
 
     python -m benchmarks dense --out benchmarks/results/dense.json      (some minutes on one GPU)
     python -m benchmarks dense --out part.json --only ladder saving

@@ -111,7 +111,9 @@ def remarks(found: Mapping[str, Any]) -> Iterator[Passage]:
     rows = t4["rows"]
     (commit,) = {rows[who]["commit"] for who in ROWS if who != "halving"}
     (latest,) = {run["commit"] for run in (*a10["rows"].values(), *a100["rows"].values(), rows["halving"])}
-    assert found["measured_on"]["t4"]["another_host"] == ["autobatch", "all", "halving"]
+    hosts = {card: found["measured_on"][card]["hosts"] for card in CARDS}
+    assert hosts["t4"] == {"ours": "A", "stock": "A", "autobatch": "B", "all": "B", "halving": "C"}
+    assert hosts["a10"] == hosts["a100"] == {"ours": "C", "stock": "C"}
     yield sentence("rows of the T4 ran on one host at commit {},", commit)
     yield sentence("on a third host at commit {}, as did the halved batch", latest)
     yield setting("alone on its GPU, with 16 cores", HOW)
@@ -196,6 +198,9 @@ def _hosts(found: Mapping[str, Any]) -> Iterator[Passage]:
     yield setting("whole trainings of Ultralytics with 24 images", HOW)
     yield sentence("took {} s in four runs", list_of("{:.0f}", (attempt["ended_after_s"][-1] for attempt in whole)))
     again, earlier = found["again"], found["earlier"]
+    assert {again["hosts"][card]["ours"] for card in CARDS} == {"B"}
+    assert again["hosts"]["a100"]["stock"] == earlier["hosts"]["a10"]["ours"] == "A"
+    assert earlier["hosts"]["a100"] == {"ours": "D", "stock": "D"}
     ours = [again[name]["ours"] for name in CARDS]
     (commit,) = {run["commit"] for run in (*ours, again["a100"]["stock"], earlier["a10"]["ours"])}
     assert commit == found["t4"]["rows"]["ours"]["commit"]
@@ -234,8 +239,8 @@ def _rivals(found: Mapping[str, Any]) -> Iterator[Passage]:
     halved = rows["halving"]
     assert (halved["halvings"], halved["assigner_fallbacks"]) == (3, 1)
     yield setting("The halved batch failed three times", "asserted above")
-    yield sentence("until it had {} images, at which", halved["ran_at"])
-    yield sentence("and trained {:.0f} images/s over all epochs", halved["images_per_s_all"])
+    yield sentence("until it had {} images. Ultralytics then", halved["ran_at"])
+    yield sentence("and it had {:.0f} images/s over all epochs", halved["images_per_s_all"])
 
 
 def _tried(run: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -113,6 +113,10 @@ def memory() -> Iterator[Passage]:
     yield sentence("It ran for {} seconds, in which the other process took up to {:.0f} %", stock["seconds"], taken[1])
     parts = found["measured_on"]
     assert all(parts[part]["date"] == "2026-11-30" for part in ("limits", "failures", "overhead"))
+    commits = {part: head.get("commit") for part, head in parts.items()}
+    assert commits["failures"] == commits["overhead"]
+    words = "at commit {}, `failures` and `overhead` at {}, `neighbour`"
+    yield sentence(words, commits["limits"], commits["overhead"])
     assert {head["device"] for head in parts.values()} == {"NVIDIA H200"}
     first, second = ([row[key] for row in found["first_times"]] for key in ("first_s", "second_s"))
     yield sentence("takes {:.1f} to {:.1f} seconds, because cuDNN", min(first), max(first))
@@ -150,13 +154,13 @@ def _limits(found: dict[str, Any]) -> Iterator[Passage]:
     free_mib = min(float(row["free_mib"]) for run in found.values() for row in run["rows"])
     yield sentence("where other processes left as little as {:.1f} GiB free", free_mib / 1024)
     yield table(
-        "| `mem_limit` | images at once | peak, GiB | largest error of a predicted peak, run like the step before "
-        "| other steps | failures |",
+        "| `mem_limit` | images at once | peak, GiB | largest error of a predicted peak, run as before "
+        "| others | failures |",
         rows,
     )
     yield sentence("`batch=256`, {} updates and a validation", found["8 GiB"]["summary"]["updates"])
     yield sentence("off by {:.3f} to {:.1f} % (median of each run)", min(medians), max(medians))
-    yield sentence("and by at most {:.1f} %, where a graph", max(same))
+    yield sentence("and by at most {:.1f} %, in the step whose capture failed", max(same))
     yield sentence("In the other steps, they were off by up to {:.1f} %", max(other))
 
 
@@ -318,7 +322,7 @@ def _endings(ours: dict[str, dict[int, dict[str, Any]]]) -> Iterator[Passage]:
     usual = [step["s"] for step in slow["steps"][4:] if (step["micro_batch"], step["replayed"]) == (128, 0)]
     (replayed_s,) = {round(step["s"], 3) for step in tried if step["replayed"] == 2}
     yield setting("Graphs of 128 images without a plan were tried twice", "a micro-batch")
-    yield setting("Since commit 87d9381, one that is captured again", "a commit")
+    yield setting("Since commit b1b6ff8, one that is captured again", "a commit")
     yield sentence("took {:.0f} ms, and those without them {:.0f} ms", 1e3 * replayed_s, 1e3 * statistics.median(usual))
     yield sentence(
         "it ended with micro-batches of {} and a checkpoint plan, at {:,.0f} images/s instead of {:,.0f}",

@@ -144,7 +144,6 @@ def test_a_group_is_tried_first_and_nothing_tells_that_it_did_not_fit(fits, pass
 
 @pytest.mark.parametrize("most", [12, 32])
 def test_a_profile_that_does_not_fit_goes_on_with_sizes_of_the_warm_up(most, monkeypatch):
-    """Each failure counts: a profile runs a BatchNorm group only if it is predicted to fit."""
     ran = []
 
     def fail(step, meter, layers, batch, images):
@@ -155,6 +154,22 @@ def test_a_profile_that_does_not_fit_goes_on_with_sizes_of_the_warm_up(most, mon
     engine = mas.Engine(nn.Conv2d(1, 4, 1), mas.TensorTask(lambda model, x: model(x).mean()), mas.Config())
     assert profile(engine._step, engine.meter, {}, (), most) is None
     assert ran == [(most, True), (8, True), (4, True), (2, True), (1, True)]
+
+
+def test_each_failed_allocation_of_a_profile_counts():
+    """Also with more images than the warm-up tries: a profile runs a BatchNorm group only if it is to fit."""
+    notes = []
+
+    def forward(module, inputs):
+        if len(inputs[0]) > 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten())
+    model.register_forward_pre_hook(forward)
+    engine = mas.Engine(model, mas.TensorTask(lambda model, x: model(x).square().mean()), mas.Config())
+    engine._step._note = notes.append
+    assert profile(engine._step, engine.meter, {}, (torch.rand(16, 1, 1, 1),), 16)
+    assert notes == ["out-of-memory in a warm-up"] * 2  # 16 and 8
 
 
 def test_a_failed_attempt_draws_again_what_it_drew():

@@ -252,8 +252,9 @@ def test_a_graph_that_is_no_faster_again_and_again_is_captured_ever_more_rarely(
     assert looked_after == [16, 32, 64]
 
 
-def test_a_lucky_run_does_not_refuse_a_graph_that_was_captured_again():
-    """On an H200, a single run as usual of 128 images took less than the replays, and the others a tenth more."""
+@pytest.mark.parametrize("replays", [(82.0, 82.0, 82.0), (93.0, 94.0, 92.0)])
+def test_a_lucky_run_does_not_refuse_a_graph_that_was_captured_again(replays):
+    """On an H200, one run as usual of 128 images took 2 % more than the replays, and most others a sixth more."""
     size = Size()
     size.usual, size.runs = [Known(ms) for ms in (84.0, 96.0, 95.0)], 3
     size.judge()
@@ -263,9 +264,9 @@ def test_a_lucky_run_does_not_refuse_a_graph_that_was_captured_again():
     size.network, size.usual = None, [Known(95.0)] * 16
     size.judge()
     assert not size.is_refused
-    size.usual, size.network, size.replays = [Known(84.0)], object(), [Known(82.0)] * 3
+    size.usual, size.network, size.replays = [Known(84.0)], object(), [Known(ms) for ms in replays]
     size.judge()
-    assert size.is_faster
+    assert size.is_faster is (min(replays) < 90.0)
 
 
 def test_no_graphs_are_possible_after_captures_of_two_sizes_have_failed():

@@ -38,7 +38,7 @@ class Size:
     replays: list[Stopwatch] = field(default_factory=list)
     """Times of the first replays."""
     usual_ms: float = math.inf
-    """Least milliseconds as usual; after it was captured again, the median of the runs before."""
+    """Least milliseconds as usual; once it is to be captured again, the median of the runs for which it is."""
     context: Context = field(default_factory=copy_context)
     """Context variables of the latest pass as usual, such as the layout of predictions that the loss asks for."""
     network: GraphedNetwork | None = None
