@@ -77,15 +77,19 @@ def test_the_section_is_written_from_the_data(found):
 
 def test_rows_of_the_readme_have_the_figures_of_all_cards(found):
     long = {"t4": found["t4"]}
-    found["t4"]["rows"]["all"] = run(64, 300.0)
+    found["t4"]["rows"] |= {
+        "autobatch": run(-1, 150.0, ran_at=22),
+        "all": run(64, 300.0),
+        "halving": run(256, 220.0, ran_at=32),
+    }
     found["again"] = {"t4": {"ours": run(256, 700.0)}}
     rows = dict(zip(cards.README, cards.readme_rows(found, long), strict=True))
     assert list(rows.values()) == [
         ("cards_100", ["600", "200"]),
         ("cards", ["600, 600", "200, 200"]),
         ("cards", ["650, 650", "250, 250"]),
-        ("cards", ["700", "150, 300"]),
-        ("cards", ["256, 256", "32, 32 (22, 64)"]),
+        ("cards", ["700", "150, 300, 220"]),
+        ("cards", ["256, 256", "32, 32 (22, 64, 32)"]),
         ("cards_100 cards", ["900; 900, 900", "900; 900, 900"]),
         ("cards_100 cards", ["950; 950, 950", "950; 950, 950"]),
     ]
