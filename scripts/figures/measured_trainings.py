@@ -270,6 +270,57 @@ def accuracy() -> Iterator[Passage]:
     assert abs(places["256"]["mean"] - places["device"]["mean"]) < min(row["sd"] for row in places.values())
 
 
+@measured("Accuracy of small trainings to convergence")
+def accuracy_to_convergence() -> Iterator[Passage]:
+    """Yield the passages on mAP of small trainings that last three times as long."""
+    short, found = (result("accuracy")[part] for part in ("cpu", "cpu_long"))
+    differing = {key for key, value in found["settings"].items() if value != short["settings"][key]}
+    assert differing == {"passes"}
+    passes = (part["settings"]["passes"] for part in (found, short))
+    yield sentence("with each image {} times in place of {}, in 20 longer epochs", *passes)
+    yield sentence("at commit {}. The model", result("accuracy")["measured_on"]["cpu_long"]["commit"])
+    (least,) = found["settings"]["candidates"]
+    names = {
+        "stock": f"Ultralytics, `batch={least}`",
+        "stock256": "Ultralytics, `batch=64`",
+        "256": "this package, `batch=64` in micro-batches of 16",
+        "256lr": "the same with twice the learning rate",
+    }
+    rows = {row["variant"]: row for row in found["table"]}
+    runs = {variant: [run for run in found["runs"] if run["variant"] == variant] for variant in names}
+    lines = []
+    for variant, name in names.items():
+        row, against = rows[variant], rows[variant].get("against_stock", {})
+        (rate,), (updates,) = ({run[key] for run in runs[variant]} for key in ("lr0", "updates"))
+        told = [say("{:g}", rate), say("{:,}", updates), list_of("{:.3f}", row["map"])]
+        told += [say("{:.3f}", row[key]) for key in ("mean", "sd")]
+        lines.append([name, *told, say("{difference:+.3f} ± {interval:.3f}", **against) if against else ""])
+    yield table(
+        "| | learning rate | updates | seeds 0, 1, 2 | mean | standard deviation | to `batch=16`, 95 % confidence |",
+        lines,
+    )
+    less, faster = (rows[variant]["against_stock"] for variant in ("256", "256lr"))
+    before = next(row for row in short["table"] if row["variant"] == "256")["mean"]
+    stock = next(row for row in short["table"] if row["variant"] == "stock")["mean"]
+    yield sentence("ends {:.3f} ± {:.3f} below Ultralytics with the small batch", -less["difference"], less["interval"])
+    yield sentence("In the shorter trainings above, it was {:.3f} below", stock - before)
+    assert less["difference"] > -less["interval"]
+    yield setting("A batch four times as large", "64 / 16")
+    yield setting("makes a quarter of the updates", "64 / 16")
+    yield sentence("with Adam, it ends {:.3f} ± {:.3f} below", -faster["difference"], faster["interval"])
+    assert faster["difference"] > -faster["interval"]
+    same = rows["256"]["against_stock256"]
+    below = rows["stock"]["mean"] - rows["stock256"]["mean"]
+    yield sentence("ends {:.3f} below Ultralytics with the small one", below)
+    yield sentence("differs from it by {:+.3f} ± {:.3f}", same["difference"], same["interval"])
+    late = {
+        variant: [mean(mean(run["map"][start : start + 5]) for run in each) for start in (10, 15)]
+        for variant, each in runs.items()
+    }
+    rises = [after - before for before, after in late.values()]
+    yield sentence("rises by {:.3f} to {:.3f} from the third quarter of the epochs", min(rises), max(rises))
+
+
 @measured("Accuracy of trainings on a GPU")
 def accuracy_on_gpu() -> Iterator[Passage]:
     """Yield the passages on mAP of trainings with stock's batch, with 256, and beside a neighbour."""
