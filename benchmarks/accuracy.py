@@ -224,13 +224,18 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             if len(of[variant]) > 1:
                 line["sd"] = round(statistics.stdev(of[variant]), 5)
                 others = [each for each in STOCK if variant not in STOCK and len(of.get(each, ())) > 1]
-                line |= {f"against_{other}": _difference(of[variant], of[other]) for other in others}
+                line |= {f"against_{other}": difference(of[variant], of[other]) for other in others}
             found.append(line)
     return found
 
 
-def _difference(ours: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
-    """Return the difference of two means, and half the width of its 95 % confidence interval."""
+def difference(ours: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
+    """Return the difference of two means, and half the width of its 95 % confidence interval (Welch).
+
+    Args:
+        ours: A figure of each training.
+        stock: That of the trainings to compare with.
+    """
     from scipy.special import stdtrit
 
     parts = [(statistics.variance(each) / len(each), len(each) - 1) for each in (ours, stock)]

@@ -235,7 +235,9 @@ def design() -> Iterator[Passage]:
     pressed = memory["neighbour"]["ours"]
     taken = 100 * max(fraction for _, fraction in pressed["card_taken"])
     cost = max(row["engine_over_bare"] for row in memory["overhead"])
-    failures = pressed["summary"]["out_of_memories"] + (pressed["exit_status"] != 0)
+    longer = result("endurance_gpu")["neighbour"]["ours"]
+    failures = pressed["summary"]["out_of_memories"] + longer["out_of_memories"]
+    assert (pressed["exit_status"], longer["exit_status"]) == (0, 0)
     speed = at["ours", 16] / at["stock", 16]
     kept = at["ours", 16] / at["ours", 80]
     found = result("cards")
@@ -243,8 +245,8 @@ def design() -> Iterator[Passage]:
     whole = result("cards_100")["t4"]["summary"]
     spreads = [each["peak_sd_mib_over_stock"] for each in (*cards, whole)]
     dense = [each["images_per_s_all_over_stock"] for each in (whole, *cards)]
-    more = [spread > 0.1 for spread in other_deviations(found)]
-    assert (len(more), sum(more)) == (5, 2)
+    others = other_deviations(found)
+    assert (len(others), sum(spread > 0.1 for spread in others)) == (5, 2)
     assert max(spreads) <= 0.1
     assert dense[0] >= 3 > 2.5 > max(dense[1:])
     rows = [
@@ -272,7 +274,7 @@ def design() -> Iterator[Passage]:
         ),
         (
             "no failure while another process takes and releases up to 40 % of the card",
-            say("{}, with up to {:.0f} %", failures, taken),
+            say("{}, with up to {:.0f} and {:.0f} %", failures, taken, 100 * longer["most_of_card"]),
             failures == 0,
         ),
         ("trainings from image files ahead of stock on the same machine", say("{:.2f} times", ahead), ahead > 1),
@@ -287,7 +289,10 @@ def design() -> Iterator[Passage]:
     yield sentence("(met), and {:.2f} times in 16 epochs (missed)", dense[1])
     yield setting("and of a T4 in 100 epochs", HOW)
     yield setting("in the memory of a T4, an A10 and an A100 in 16 epochs", HOW)
-    yield setting("in two of five [other trainings of 16 epochs]", "asserted above")
+    yield setting("In two of five [other trainings of 16 epochs]", "asserted above")
+    yield sentence("they were {:.2f} and {:.2f} of stock's: the controller", *others[:2])
+    words = "Over all steps, they are {:.2f}, {:.2f}, {:.2f} and {:.2f} of stock's"
+    yield sentence(words, *(each["peak_sd_all_mib_over_stock"] for each in (*cards, whole)))
     yield sentence("{:.2f}, {:.2f} and {:.2f} times as fast as stock over all 16 epochs", *dense[1:])
     runs = [found[card]["rows"]["ours"] for card in CARDS]
     firsts = [100 * run["epoch_s"][0] / sum(run["epoch_s"]) for run in runs]

@@ -91,6 +91,11 @@ def step() -> Iterator[Passage]:
     medians = [statistics.median(over(micro, "now", "before")) for micro in (128, 32, 8)]
     yield sentence("the median of the three rounds is {:.2f}", medians[0])
     yield sentence("is what is waited for: {:.2f} at 32, and {:.2f} at 8", *medians[1:])
+    beside = over(8, "now", "stock")
+    yield sentence("There, at 8, stock is faster ({:.2f} to {:.2f} times its speed)", min(beside), max(beside))
+    memory = [max(row["mb_per_image"] for row in rows(8, name)) for name in ("stock", "graphs")]
+    assert max(beside) < 1
+    assert memory[0] < memory[1]
     (row,) = (row for row in result("limits_h200")["ours-s"] if row["limit_gib"] == 24)
     yield sentence("the first plan of S keeps {:.2f} of the bytes, in {:.3f} times the time", *row["ladder"][1])
     bytes_mb = rows(128, "now")[0]["mb_per_image"]

@@ -191,7 +191,7 @@ def _overhead(found: list[dict[str, Any]]) -> Iterator[Passage]:
     order = ((256, 256), (256, 32), (128, 32), (64, 32), (32, 32))
     yield setting("A step has 256 images and consists of", HOW)
     yield table(
-        "| micro-batch | BatchNorm group | ÷ bare loop | rounds |",
+        "| micro-batch | BatchNorm group | ÷ bare loop | rounds, sorted |",
         [
             [
                 *map(str, key),
@@ -267,7 +267,7 @@ def limits() -> Iterator[Passage]:
     yield setting("(target 0.8: missed)", "a target")
     small, large = found["earlier"]["ours-x"]
     made_alike("16 and 80", small, large)
-    yield sentence("It was {:.2f} at commit {}. Since then", ratio(small, large), small["commit"])
+    yield sentence("It was {:.2f} at commit {}, on another host", ratio(small, large), small["commit"])
     for who, words in (
         ("stock", "Ours is {:.2f} to {:.2f} times as fast as stock"),
         ("all", "and {:.2f} to {:.2f} times as fast as all layers recomputed"),

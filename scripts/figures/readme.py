@@ -122,14 +122,16 @@ def chinese_picture() -> Iterator[Passage]:
 def accuracy() -> Iterator[Passage]:
     """Yield how mAP differs from Ultralytics' in short trainings."""
     ends = "ends {:.3f} ± {:.3f} lower than with a small one, and with a higher learning rate {:.3f} ± {:.3f}; in"
-    yield from _accuracy(ends, "(to within {:.2f} to {:.2f} mAP)", "they end lower by {:.2f} to {:.2f}")
+    yield from _accuracy(
+        ends, "contain zero (± {:.3f} to {:.3f} mAP, three seeds)", "they end lower by {:.2f} to {:.2f}"
+    )
 
 
 @section(CHINESE, "尚未验证", is_whole=False)
 def chinese_accuracy() -> Iterator[Passage]:
     """Yield how mAP differs from Ultralytics' in short trainings."""
     ends = "比小 batch 低 {:.3f} ± {:.3f}，提高学习率后低 {:.3f} ± {:.3f}；在"
-    yield from _accuracy(ends, "（mAP 误差范围 {:.2f} 到 {:.2f}）", "`batch=256` 时低 {:.2f} 到 {:.2f}")
+    yield from _accuracy(ends, "包含零（± {:.3f} 到 {:.3f} mAP）", "`batch=256` 时低 {:.2f} 到 {:.2f}")
 
 
 def _accuracy(long: str, same: str, large: str) -> Iterator[Passage]:
