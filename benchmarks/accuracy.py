@@ -25,13 +25,15 @@ choose is given as arguments: AdamW with a learning rate that does not depend on
 
 On a GPU, models start from one base model of their size, which Ultralytics has trained for a short time on other
 boards, and images have 320 pixels under a limit of 4 GiB, which is as much for a pixel as 16 GiB at 640. Many
-trainings run at the same time on the card, so their times say nothing about speed. Data `demo` are the boards of
-`data=demo`, `hard` are fewer boards with more panels, less contrast and noise; see `drawings.inspection`.
+trainings run at the same time on the card, through NVIDIA's Multi-Process Service where the driver has it, and those
+with large batches stand back for the others on the host. So their times say nothing about speed. Data `demo` are the
+boards of `data=demo`, `hard` are fewer boards with more panels, less contrast and noise; see `drawings.inspection`.
 
 On a CPU, the model and the data are those of benchmarks/partners.py, and models start from random weights. Batches are
 a quarter as large (64 for 256, nbs=16), and stock's has 16 images. There is no limit; micro-batches have 16 images.
 
-`map` of a training is the mAP50-95 on held-out images after each epoch, of the averaged weights. `table` has the last
+`map` of a training is the mAP50-95 on held-out images after each epoch, of the averaged weights, and `map_so_far` that
+of one that the time budget cut off: a later call trains it again. `table` has the last
 epochs of each variant: mean, standard deviation over seeds, and for this package's variants the difference to the means
 of stock's three, with half the width of its 95 % confidence interval (Welch).
 """
@@ -42,7 +44,6 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -58,13 +59,15 @@ from benchmarks.accuracy_settings import (
     GPU,
     LARGE,
     NEIGHBOUR,
+    NICENESS,
     SMALL,
     STOCK,
     VARIANTS,
     Settings,
 )
+from benchmarks.accuracy_table import table
 from benchmarks.common import report
-from benchmarks.common.processes import Call
+from benchmarks.common.processes import Call, gpu_shared
 from benchmarks.partners import MODEL
 
 
@@ -105,7 +108,7 @@ class Accuracy:
             jobs = []
             for model in missing:
                 arguments = {**self._settings.arguments(), **own, "name": f"base-{model}"}
-                call = {"model": f"yolo12{model}.yaml", "limit_gib": None, "arguments": arguments}
+                call = {"model": f"yolo12{model}.yaml", "limit_gib": None, "niceness": 0, "arguments": arguments}
                 jobs.append(Job({"data": "base", "model": model, "variant": "base"}, True, call))
             for row, _ in at_once(jobs, len(jobs), self._seconds_left):
                 yield row
@@ -182,7 +185,12 @@ class Accuracy:
         return Job(
             {**name, "batch": arguments["batch"], "nbs": arguments["nbs"], "lr0": arguments["lr0"]},
             is_stock,
-            {"model": start, "limit_gib": limit_gib, "arguments": arguments},
+            {
+                "model": start,
+                "limit_gib": limit_gib,
+                "niceness": NICENESS if variant in LARGE else 0,  # fewer steps: they would end long before the others
+                "arguments": arguments,
+            },
         )
 
     def run(self, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
@@ -192,7 +200,7 @@ class Accuracy:
             most = min(len(mine), self._most)
             beside = self._neighbour(most) if pressed and mine else nullcontext()
             with beside:
-                for row, _ in at_once(mine, most, self._seconds_left):
+                for row, _ in at_once(mine, most, self._seconds_left, keep_unfinished=True):
                     yield row
 
     def _neighbour(self, trainings: int) -> Any:
@@ -205,44 +213,6 @@ class Accuracy:
     def neighbour_log(self) -> Path:
         """File of what the neighbour held."""
         return self._folder / "neighbour.log"
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare the last epochs of this package's variants with those of stock.
-
-    Args:
-        rows: Rows of trainings; those that failed count nowhere.
-    """
-    last: dict[tuple[str, str], dict[str, list[float]]] = {}
-    for row in sorted((row for row in rows if "map" in row), key=lambda row: row["seed"]):
-        last.setdefault((row["data"], row["model"]), {}).setdefault(row["variant"], []).append(row["map"][-1])
-    found = []
-    for (data, model), of in last.items():
-        for variant in (each for each in VARIANTS if each in of):
-            line: dict[str, Any] = {"data": data, "model": model, "variant": variant, "map": of[variant]}
-            line |= {"mean": round(statistics.mean(of[variant]), 5)}
-            if len(of[variant]) > 1:
-                line["sd"] = round(statistics.stdev(of[variant]), 5)
-                others = [each for each in STOCK if variant not in STOCK and len(of.get(each, ())) > 1]
-                line |= {f"against_{other}": difference(of[variant], of[other]) for other in others}
-            found.append(line)
-    return found
-
-
-def difference(ours: Sequence[float], stock: Sequence[float]) -> dict[str, float]:
-    """Return the difference of two means, and half the width of its 95 % confidence interval (Welch).
-
-    Args:
-        ours: A figure of each training.
-        stock: That of the trainings to compare with.
-    """
-    from scipy.special import stdtrit
-
-    parts = [(statistics.variance(each) / len(each), len(each) - 1) for each in (ours, stock)]
-    variance = sum(part for part, _ in parts)
-    freedom = variance**2 / (sum(part**2 / freedom for part, freedom in parts) or 1)
-    half = float(stdtrit(freedom, 0.975)) * math.sqrt(variance) if variance else 0.0
-    return {"difference": round(statistics.mean(ours) - statistics.mean(stock), 5), "interval": round(half, 5)}
 
 
 def _claim(folder: Path, settings: Settings) -> None:
@@ -258,6 +228,10 @@ def _about(settings: Settings) -> dict[str, Any]:
     """Return the settings that all trainings share, as JSON has them."""
     about: dict[str, Any] = json.loads(json.dumps(asdict(replace(settings, models=(), data=()))))
     return about
+
+
+def _name(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("data", "model", "variant", "seed"))
 
 
 def _pair(text: str) -> tuple[str, int]:
@@ -290,11 +264,18 @@ def main() -> None:
     settings = replace(settings, **{name: tuple(v) if isinstance(v, list) else v for name, v in changed.items()})
     accuracy = Accuracy(settings, options.runs.absolute(), options.at_once, lambda: end - time.monotonic())
     part = options.part or ("cpu" if options.device == "cpu" else "gpu")
-    carry_out(options, settings, accuracy, report.Report(options.out, options.device, keep=True), part)
+    result = report.Report(options.out, options.device, keep=True)
+    with gpu_shared() if options.device != "cpu" else nullcontext(False) as shared:
+        carry_out(options, settings, accuracy, result, part, shared)
 
 
 def carry_out(
-    options: argparse.Namespace, settings: Settings, accuracy: Accuracy, result: report.Report, part: str
+    options: argparse.Namespace,
+    settings: Settings,
+    accuracy: Accuracy,
+    result: report.Report,
+    part: str,
+    shared: bool = False,
 ) -> None:
     """Run what the part does not have yet, and write it after each training.
 
@@ -304,11 +285,13 @@ def carry_out(
         accuracy: The trainings.
         result: The JSON file.
         part: Name of the part in the file.
+        shared: Whether NVIDIA's Multi-Process Service runs.
     """
     found = result.get(part) or {"stock_batch": [], "runs": [], "neighbour_mib": []}
     about = _about(settings)
     if found.setdefault("settings", about) != about:
         raise SystemExit(f"{options.out} has a part {part} with other settings: give another --part")
+    found["mps"] = shared
     _claim(options.runs, settings)
     for kind in settings.data:
         accuracy.data(kind)
@@ -330,7 +313,7 @@ def carry_out(
             result.add(part, found)
         if options.prepare:
             continue
-        done = [(row["data"], row["model"], row["variant"], row["seed"]) for row in found["runs"] if "map" in row]
+        done = [_name(row) for row in found["runs"] if "map" in row]
         jobs = [
             accuracy.job(kind, model, variant, seed, start, batch)
             for seed, (model, start), variant in itertools.product(options.seeds, starts.items(), options.only)
@@ -338,7 +321,8 @@ def carry_out(
         ]
         for row in accuracy.run(jobs):
             print(json.dumps(row), flush=True)
-            found["runs"].append(row)
+            earlier = [each for each in found["runs"] if "map_so_far" not in each or _name(each) != _name(row)]
+            found["runs"] = [*earlier, row]
             found["table"] = table(found["runs"])
             result.add(part, found)
         if any(job.name["variant"] == "neighbour" for job in jobs) and accuracy.neighbour_log.exists():

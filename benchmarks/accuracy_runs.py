@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import sys
@@ -34,12 +35,13 @@ _FROM_SUMMARY = (
 )
 
 
-def train(model: str, limit_gib: float | None, arguments: dict[str, Any]) -> dict[str, Any]:
+def train(model: str, limit_gib: float | None, niceness: int, arguments: dict[str, Any]) -> dict[str, Any]:
     """Train in this process.
 
     Args:
         model: Yaml or weights of the model.
         limit_gib: Limit of PyTorch's allocator in GiB; None for no limit, or if the training has `mem_limit`.
+        niceness: How far the process stands back for others on the host, from 0 to 19.
         arguments: Arguments of the training.
 
     Returns:
@@ -47,6 +49,7 @@ def train(model: str, limit_gib: float | None, arguments: dict[str, Any]) -> dic
     """
     import torch
 
+    os.nice(niceness)
     is_stock = os.environ.get("YOLOV12_AUTOPATCH") == "0"
     if limit_gib is not None:
         limit_memory(limit_gib)
@@ -118,16 +121,20 @@ class Job:
 
     def start(self) -> Call:
         """Start it in a process of its own."""
-        folder = Path(self.call["arguments"]["project"], self.call["arguments"]["name"])
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with self.log.open("w") as log:
             variables = {"YOLO_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             return Call("accuracy_runs:train", stock=self.is_stock, log=log, variables=variables, **self.call)
 
     @property
+    def folder(self) -> Path:
+        """Folder of the training."""
+        return Path(self.call["arguments"]["project"], self.call["arguments"]["name"])
+
+    @property
     def log(self) -> Path:
         """File of its output."""
-        return Path(self.call["arguments"]["project"], self.call["arguments"]["name"], "log")
+        return self.folder / "log"
 
     def result(self, call: Call) -> dict[str, Any]:
         """Return the row of a training that has ended."""
@@ -137,19 +144,26 @@ class Job:
             found = call.result()
         return {**self.name, **found}
 
+    def unfinished(self) -> dict[str, Any]:
+        """Return the row of a training that was killed: `map_so_far` in place of `map`."""
+        file = self.folder / "results.csv"
+        rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+        return {**self.name, "map_so_far": [float(row[MAP]) for row in rows]}
+
 
 def at_once(
-    jobs: Sequence[Job], most: int, seconds_left: Callable[[], float]
+    jobs: Sequence[Job], most: int, seconds_left: Callable[[], float], *, keep_unfinished: bool = False
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """Run jobs, several at the same time, and yield the row of each when it ends, and the seconds that it took.
 
     A job is not started if the longest job so far took more time than is left. When no time is left, what runs is
-    killed, and has no row.
+    killed.
 
     Args:
         jobs: The jobs; those in front start first.
         most: Number of jobs that run at the same time.
         seconds_left: Returns the seconds until the end of the time budget.
+        keep_unfinished: True to yield the rows of killed jobs, too.
     """
     waiting, running, longest_s = list(jobs), [], 0.0
     try:
@@ -170,6 +184,9 @@ def at_once(
         for _, call, _ in running:
             call.process.kill()
             call.wait()
+    if keep_unfinished:
+        for job, _, begun in running:
+            yield job.unfinished(), time.monotonic() - begun
 
 
 def largest_stable(rows: Sequence[dict[str, Any]]) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 VARIANTS = ("stock", "256", "neighbour", "stock256", "nbs256", "same", "256lr", "device")
 STOCK = ("stock", "stock256", "nbs256")
 LARGE = ("256", "neighbour", "stock256", "256lr", "device")
+NICENESS = 5
+"""How far trainings with large batches stand back for the others on the host."""
 CONTEXT_GIB = 1.0
 """Memory of a process on a GPU besides that of PyTorch's allocator."""
 NEIGHBOUR = (0.0, 0.4)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
-from benchmarks.accuracy import difference
+from benchmarks.accuracy_table import difference
 from scripts.figures.measured_steps import HOW, list_of, measured, sizes
 from scripts.figures.pages import Passage, result, say, sentence, setting, table
 

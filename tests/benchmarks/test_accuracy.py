@@ -10,7 +10,7 @@ import cv2
 import pytest
 import yaml
 
-from benchmarks import accuracy, accuracy_picture, accuracy_runs, drawings
+from benchmarks import accuracy, accuracy_picture, accuracy_runs, accuracy_table, drawings
 from benchmarks.accuracy_settings import GPU, VARIANTS
 from benchmarks.common import report
 from benchmarks.common.processes import environment
@@ -36,6 +36,8 @@ def test_variants_differ_in_batch_and_limit_and_in_nothing_else_unnamed(tmp_path
         "same", "256", "256lr", "neighbour", "device",
     }  # fmt: skip
     assert [variant for variant, each in given.items() if each.get("augment_on") == "device"] == ["device"]
+    behind = {variant for variant, each in jobs.items() if each.call["niceness"]}
+    assert behind == {"256", "256lr", "neighbour", "stock256", "device"}
     varied = {"batch", "nbs", "lr0", "mem_limit", "recipe", "augment_on", "name"}
     assert len({json.dumps({k: v for k, v in each.items() if k not in varied}) for each in given.values()}) == 1
 
@@ -64,21 +66,30 @@ def test_jobs_run_in_order_and_none_begins_that_would_not_end_in_time():
     assert len(started) < 4
 
 
-def test_what_still_runs_at_the_end_of_the_budget_is_killed():
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_still_runs_at_the_end_of_the_budget_is_killed_and_may_leave_its_curve(tmp_path, monkeypatch, keep):
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    endless = SimpleNamespace(start=lambda: SimpleNamespace(process=process, wait=process.wait))
+    endless = job(tmp_path, "stock")
+    call = SimpleNamespace(process=process, wait=process.wait)
+    monkeypatch.setattr(accuracy_runs.Job, "start", lambda _: call)
+    endless.folder.mkdir(parents=True)
+    (endless.folder / "results.csv").write_text(f"epoch,time,{accuracy_runs.MAP}\n1,9.5,0.25\n2,19.0,0.5\n")
     left = iter([1.0, 1.0])
-    assert list(accuracy_runs.at_once([endless], 1, lambda: next(left, -1.0))) == []
+    rows = [row for row, _ in accuracy_runs.at_once([endless], 1, lambda: next(left, -1.0), keep_unfinished=keep)]
+    assert rows == [{**endless.name, "map_so_far": [0.25, 0.5]}] * keep
     assert process.returncode != 0
     process.stdin.close()
 
 
 def test_a_later_call_does_what_is_missing(tmp_path, monkeypatch):
-    ran = []
+    ran, cut_off = [], []
 
-    def at_once(jobs, most, seconds_left):
+    def at_once(jobs, most, seconds_left, keep_unfinished=False):
         for job in jobs:
             ran.append(job.name["variant"])
+            if cut_off:
+                yield job.unfinished(), 1.0
+                continue
             arguments = job.call["arguments"]
             weights = Path(arguments["project"], arguments["name"], "weights")
             weights.mkdir(parents=True)
@@ -103,6 +114,14 @@ def test_a_later_call_does_what_is_missing(tmp_path, monkeypatch):
     assert third == ["stock", "256"]
     assert [(run["seed"], run["batch"]) for run in found["runs"]] == [(0, 48), (0, 256), (1, 48), (1, 256)]
     assert call("--seeds", "1")[1] == []
+    cut_off.append(True)
+    found, fourth, _ = call("--seeds", "2")
+    assert [run.get("map_so_far") for run in found["runs"]] == [None] * 4 + [[], []]
+    assert [row["map"] for row in found["table"]] == [[0.5, 0.5], [0.5, 0.5]]
+    cut_off.clear()
+    found, fifth, _ = call("--seeds", "2")
+    assert fourth == fifth == ["stock", "256"]
+    assert [run["map"] for run in found["runs"]] == [[0.5]] * 6
     with pytest.raises(SystemExit, match=r"part\.json has a part gpu with other settings"):
         call("--epochs", "7")
 
@@ -144,7 +163,7 @@ def test_the_table_compares_with_stock_and_leaves_out_failed_trainings():
         for seed, value in enumerate(values)
     ]
     rows.append({"data": "hard", "model": "s", "variant": "same", "seed": 1, "exit_status": 1})
-    stock, large, same = accuracy.table(rows)
+    stock, large, same = accuracy_table.table(rows)
     assert (stock["mean"], stock["map"]) == (0.52, [0.51, 0.5, 0.55])
     assert "against_stock" not in stock
     assert "sd" not in same
