@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy_picture benchmarks/results/accuracy.json docs/accuracy.png [PART]
 
 Each panel has one model on one data set: mAP50-95 on held-out images against the images that a training has seen. A
-thin line is one training, a thick one the mean of a variant. Colours are those of Okabe and Ito, and variants differ
+thin line is one training, a thick one the mean of a variant. Trainings that were cut off end earlier. Colours are those of Okabe and Ito, and variants differ
 in their dashes, too. They have the names of benchmarks/accuracy.py, with the real size of the large batch for 256.
 """
 
@@ -43,7 +43,7 @@ def draw(part: Mapping[str, Any]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs = [run for run in part["runs"] if "map" in run]
+    runs = [{**run, "map": curve} for run in part["runs"] if (curve := run.get("map") or run.get("map_so_far"))]
     panels = list(dict.fromkeys((run["data"], run["model"]) for run in runs))
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
@@ -57,12 +57,12 @@ def draw(part: Mapping[str, Any]) -> Figure:
             name = (data, model, variant)
             curves = [run["map"] for run in runs if (run["data"], run["model"], run["variant"]) == name]
             if curves:
-                images = [seen * (epoch + 1) for epoch in range(len(curves[0]))]
+                images = [seen * (epoch + 1) for epoch in range(settings["epochs"])]
                 for curve in curves:
-                    axes.plot(images, curve, color=colour, linewidth=0.6, alpha=0.5)
-                means = [mean(each) for each in zip(*curves, strict=True)]
+                    axes.plot(images[: len(curve)], curve, color=colour, linewidth=0.6, alpha=0.5)
+                means = [mean(each) for each in zip(*curves, strict=False)]
                 told = ("" if variant in STOCK else "ours ") + variant.replace("256", str(settings["large"]))
-                named[told] = axes.plot(images, means, color=colour, linestyle=dashes)[0]
+                named[told] = axes.plot(images[: len(means)], means, color=colour, linestyle=dashes)[0]
         axes.set_title(f"{model}, {data}")
         axes.set_xlabel("images seen")
         axes.set_ylabel("mAP50-95")

@@ -17,6 +17,7 @@ from scripts.figures import (  # noqa: F401 - they register their sections
     cards_long,
     explanation,
     exports,
+    measured_accuracy,
     measured_endurance,
     measured_kernels,
     measured_loaders,

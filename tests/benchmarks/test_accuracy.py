@@ -192,10 +192,12 @@ def test_a_picture_has_a_panel_for_each_model_and_data_set(tmp_path):
         for data in ("hard", "demo")
         for variant in ("stock", "256", "256")
     ]
-    part = {"runs": [*runs, {"exit_status": 1}], "settings": {"images": 8, "passes": 4, "epochs": 2, "large": 64}}
+    cut_off = {"data": "demo", "model": "n", "variant": "256", "map_so_far": [0.3]}
+    part = {"runs": [*runs, cut_off, {"exit_status": 1}], "settings": {"images": 8, "passes": 4, "epochs": 2, "large": 64}}
     figure = accuracy_picture.draw(part)
     assert [axes.get_title() for axes in figure.axes] == ["n, hard", "n, demo"]
-    assert [len(axes.lines) for axes in figure.axes] == [5, 5]
+    assert [len(axes.lines) for axes in figure.axes] == [5, 6]
+    assert [len(line.get_xdata()) for line in figure.axes[1].lines] == [2, 2, 2, 2, 1, 1]  # means of all
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["stock", "ours 64"]
     assert figure.axes[0].lines[0].get_xdata().tolist() == [16, 32]
     assert set(accuracy_picture.STYLES) == set(VARIANTS)
