@@ -193,7 +193,10 @@ def test_a_picture_has_a_panel_for_each_model_and_data_set(tmp_path):
         for variant in ("stock", "256", "256")
     ]
     cut_off = {"data": "demo", "model": "n", "variant": "256", "map_so_far": [0.3]}
-    part = {"runs": [*runs, cut_off, {"exit_status": 1}], "settings": {"images": 8, "passes": 4, "epochs": 2, "large": 64}}
+    part = {
+        "runs": [*runs, cut_off, {"exit_status": 1}],
+        "settings": {"images": 8, "passes": 4, "epochs": 2, "large": 64},
+    }
     figure = accuracy_picture.draw(part)
     assert [axes.get_title() for axes in figure.axes] == ["n, hard", "n, demo"]
     assert [len(axes.lines) for axes in figure.axes] == [5, 6]

@@ -146,6 +146,29 @@ def test_a_capture_that_ran_out_of_memory_lacked_room():
     assert trainer.run((2,), (2,)).replayed == 2
 
 
+def test_a_size_that_was_replayed_before_is_captured_again_in_the_room_it_had():
+    """Others may take memory for a moment; a fixed limit never gives more room than before."""
+    trainer = captured(limit_bytes=20 * MIB)
+    trainer.step.replays.drop()
+    trainer.recorder.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    assert trainer.run((2,), (2,)).replayed == 0
+    trainer.recorder.error = None
+    replayed = [trainer.run((2,), (2,)).replayed for _ in range(18)]
+    assert replayed == [0] * 15 + [2, 2, 2]
+    assert trainer.notes == [IN_A_CAPTURE]
+    pauses = []
+    for _ in range(3):
+        trainer.step.replays.drop()
+        trainer.recorder.error = torch.cuda.OutOfMemoryError("CUDA out of memory")
+        while len(trainer.notes) < len(pauses) + 2:
+            trainer.run((2,), (2,))
+        trainer.recorder.error = None
+        pauses.append(0)
+        while not trainer.run((2,), (2,)).replayed:
+            pauses[-1] += 1
+    assert pauses == [31, 63, 127]  # a card that is crowded for good is not tried again and again
+
+
 def test_a_size_that_has_room_and_is_not_captured_is_not_waited_for():
     trainer = Trainer()
     trainer.meter.stopwatch = lambda: Unknown()

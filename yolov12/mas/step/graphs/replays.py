@@ -41,7 +41,9 @@ __all__ = ["Replays"]
 
 _MISSES = 3  # number of passes unlike the captured one after which a size is not captured any more
 _SIZES = 64  # most sizes that are watched
-_PAUSE_BATCHES = 16  # without captures after graphs had to give way; twice as many after every further time
+# Without captures after graphs had to give way, or lacked memory that they once had; twice as many after every further
+# time.
+_PAUSE_BATCHES = 16
 # Usual runs whose time graphs have saved before they give way without a pause. A capture took as long as 3 to 8 of them
 # on an H200.
 _PAID = 8.0
@@ -218,8 +220,7 @@ class Replays:
         """
         if not self._held():
             return False
-        self._pause = _PAUSE_BATCHES << min(self._times_given_way, 8)
-        self._times_given_way += 1
+        self._rest()
         if failure is not None and failure.lacked_memory:
             self._note(f"out-of-memory at {failure.images}")
         elif failure is not None and self._size is not None:
@@ -227,6 +228,10 @@ class Replays:
             self._size.is_refused |= self._size.misses >= _MISSES
         self.drop()
         return True
+
+    def _rest(self) -> None:
+        self._pause = _PAUSE_BATCHES << min(self._times_given_way, 8)
+        self._times_given_way += 1
 
     def release(self) -> None:
         """Return memory to the device: that of the graphs, and the allocator's cache."""
@@ -256,7 +261,10 @@ class Replays:
         self.idle_bytes = self.static_bytes = 0
 
     def _capture(self, example: Example, size: Size, groups: tuple[int, ...], plan: Plan, spare_bytes: int) -> None:
-        """Capture a network. Whatever fails, the size runs as usual from then on, or until there is much more room."""
+        """Capture a network. Whatever fails, the size runs as usual from then on.
+
+        If it lacked memory, it does so until there is much more room, or for a while if it was replayed before.
+        """
         assert self._graphs is not None
         self.has_captured, size.waited = True, 0
         self.usual_ms[sum(groups)] = size.usual_ms
@@ -270,7 +278,11 @@ class Replays:
             self._log(f"memory: micro-batches of {sum(groups)} images run without CUDA graphs: {reason_of(error)}")
             if is_out_of_memory(error):
                 self._note(IN_A_CAPTURE)
-                size.held_bytes, self._has_room = math.ceil(_MUCH_MORE * spare_bytes), False
+                self._has_room = False
+                if size.replayed:  # it had this room before: others may have taken it for a moment
+                    self._rest()
+                else:
+                    size.held_bytes = math.ceil(_MUCH_MORE * spare_bytes)
             else:
                 size.is_refused = True
         # This stands outside of the `except` block, whose traceback kept the tensors of the capture.
