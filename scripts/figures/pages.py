@@ -17,7 +17,7 @@ NUMBER = r"[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?"
 _LOOSE = re.compile(r"(?<![\w.,/])(?<!\w-)\d[\d,.]*(?:e-?\d+)?")
 _NO_FIGURES = re.compile(
     r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|^#[^\n]*$"  # code, targets of links, comments, headings
-    r"|20\d\d-\d\d-\d\d|AP50-95|H100\s80 GB"  # dates, metrics, names of cards
+    r"|20\d\d-\d\d-\d\d|AP50-95|H100\s80 GB|\d[\d.]*\+cu\d+"  # dates, metrics, names of cards, builds of PyTorch
     r"|(?:torch|PyTorch|Python|CUDA|OpenCV|flash-attn|nvcc|TensorRT-RTX) \d+\.\d[\w.+]*"
     r"|(?:Ultralytics|version) \d+\.\d+\.\d+",
     re.DOTALL | re.MULTILINE,
@@ -119,6 +119,10 @@ _LOOKS_MEASURED = re.compile(
     r"\s*(images/s|images\s+(?:a|per)\s+second|times\b|x\b|× as\b|%\s+(?:faster|slower|more|less)\b)"
 )
 """What follows a number that is a measurement wherever it stands."""
+_SENTENCE = re.compile(r"(?:(?!(?<=[.:!?])\s+[A-Z`*\[]|。|\n\n|\n[-|#]).)+", re.DOTALL)
+"""A sentence, an item of a list or a row of a table."""
+_CITES = re.compile(r"\]\([^)]*(?:measurements\.md#|benchmarks/results/)")
+"""Link to a measurement: every number of a sentence that has one is from there."""
 
 
 def section(
@@ -210,8 +214,10 @@ def _compare(text: str, start: int, end: int, of: Section, changes: list[tuple[i
 
 
 def _untied(text: str, start: int, end: int, of: Section, covered: Sequence[tuple[int, int]]) -> Iterator[str]:
+    cited = [match.span() for match in _SENTENCE.finditer(text, start, end) if _CITES.search(match[0])]
     for number in loose(text, start, end, covered):
-        if of.is_whole or _LOOKS_MEASURED.match(text, number.end()):
+        is_cited = any(begin <= number.start() < stop for begin, stop in cited)
+        if of.is_whole or is_cited or _LOOKS_MEASURED.match(text, number.end()):
             around = text[max(number.start() - 40, start) : min(number.end() + 40, end)]
             yield f"{of.heading}: {number[0].rstrip('.,')} is not tied to data: …{' '.join(around.split())}…"
 

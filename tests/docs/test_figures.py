@@ -94,6 +94,20 @@ def test_what_looks_measured_is_a_problem_on_every_page(words):
     assert "is not tied to data" in found
 
 
+@pytest.mark.parametrize("link", ["../reference/measurements.md#step-2026-11-24", "../../benchmarks/results/step.json"])
+def test_every_number_of_a_sentence_that_cites_a_measurement_is_tied_on_every_page(link):
+    text = f"""# Train
+
+It keeps 4 images. In a [measurement]({link}), `x=3` left 0.03
+of 0.23. Since 5 epochs it is `0.7`; 8 remain.
+
+- Another has 6.
+- A fifth, see [here]({link}): 11.
+"""
+    found, _ = check("docs/guides/train.md", text, [])
+    assert [problem.split(" is not")[0].strip(": ") for problem in found] == ["0.03", "0.23", "11"]
+
+
 @pytest.mark.parametrize("words", ["and Ultralytics 442", "with torch 512", "saves 80 GB", "a change of -2.5"])
 def test_versions_and_cards_hide_no_figures(words):
     (found,), _ = problems(PAGE.replace("(`batch=256`)", words), *passages())
