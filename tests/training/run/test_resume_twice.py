@@ -1,5 +1,7 @@
 """What a resume makes again is written once, and what was decided before it stays decided."""
 
+import shutil
+
 import pytest
 import torch
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -102,7 +104,7 @@ def test_a_resume_from_an_earlier_checkpoint_drops_what_came_after_it(trainings,
 _EVENTS = [event for event in default_callbacks if event.startswith(("on_train_", "on_fit_", "on_model_"))]
 
 
-def events_of(trainings, *where, cut=None, raises=None, **arguments):
+def events_of(trainings, *where, cut=None, raises=None, more=(), **arguments):
     """Return a training, and its events of epochs as (event, epoch)."""
     seen = []
 
@@ -114,7 +116,7 @@ def events_of(trainings, *where, cut=None, raises=None, **arguments):
 
         return event, callback
 
-    callbacks = [note(event) for event in _EVENTS if event != "on_train_start"]
+    callbacks = [*(note(event) for event in _EVENTS if event != "on_train_start"), *more]
     return trainings.train(*where, callbacks=callbacks, raises=raises, **arguments), seen
 
 
@@ -126,6 +128,47 @@ def test_an_epoch_that_was_complete_is_not_announced_again(trainings, power, tmp
     part, before = events_of(trainings, tmp_path, cut=("on_fit_epoch_end", last), raises=power.CutError, **settings)
     resumed, after = events_of(trainings, tmp_path, part.folder / "weights" / "last.pt", resume=True)
     assert before + after == expected
+    assert_alike(resumed, whole)
+
+
+@pytest.mark.parametrize(("last", "batches"), [(0, 1), (1, 2)])
+def test_batches_after_the_last_update_are_trained_on_again_in_an_epoch_that_is_not_announced_again(
+    trainings, power, tmp_path, last, batches
+):
+    """Three batches make an update, and an epoch has four. The gradients of the others are not in the state."""
+    settings = {"epochs": 3, "bn_group": 8, "optimizer": "AdamW", "lr0": 1e-3, "nbs": 24}
+    whole, expected = events_of(trainings, tmp_path, **settings)
+    part, before = events_of(trainings, tmp_path, cut=("on_fit_epoch_end", last), raises=power.CutError, **settings)
+    resumed, after = events_of(trainings, tmp_path, part.folder / "weights" / "last.pt", resume=True)
+    again = [("on_train_batch_start", last), ("on_train_batch_end", last)] * batches
+    assert after[: len(again)] == again
+    assert before + after[len(again) :] == expected
+    assert_alike(resumed, whole)
+
+
+def test_an_epoch_is_not_announced_again_where_the_state_is_older_than_its_checkpoint(trainings, power, tmp_path):
+    """As after a kill: the run was saved for the last time in the middle of an epoch, which was complete later."""
+    settings = {"epochs": 3, "bn_group": 8, "optimizer": "AdamW", "lr0": 1e-3}
+    whole, expected = events_of(trainings, tmp_path, **settings)
+    kept = tmp_path / "state.pt"
+
+    def keep(trainer):
+        if trainer.epoch == 1 and not kept.exists():
+            shutil.copy(trainer.wdir / "state.pt", kept)  # after its first batch
+
+    part, before = events_of(
+        trainings, tmp_path, cut=("on_fit_epoch_end", 1), raises=power.CutError, more=[("on_train_batch_end", keep)],
+        save_every=1, **settings,
+    )  # fmt: skip
+    shutil.copy(kept, part.folder / "weights" / "state.pt")
+    resumed, after = events_of(trainings, tmp_path, part.folder / "weights" / "last.pt", resume=True)
+    again = [("on_train_batch_start", 1), ("on_train_batch_end", 1)] * 3
+    assert after[: len(again)] == again
+    assert before + after[len(again) :] == expected
+    assert_alike(resumed, whole)
+
+
+def assert_alike(resumed, whole):
     assert resumed.stock_results() == whole.stock_results()
     assert [row["step"] for row in resumed.memory] == [row["step"] for row in whole.memory]
     assert resumed.trainer.best_fitness == whole.trainer.best_fitness

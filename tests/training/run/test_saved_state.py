@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from yolov12.training.run import run_state
+from yolov12.training.run import result_rows
 
 
 def test_a_state_of_other_batches_is_not_gone_on_from(trainings, interrupted, tmp_path):
@@ -115,5 +115,5 @@ def test_an_empty_table_is_no_obstacle(trainings, interrupted, tmp_path):
 def test_damaged_rows_of_a_table_are_dropped(tmp_path, damage, kept):
     file = tmp_path / "results.csv"
     file.write_text(f"epoch,time,loss\n{damage}", encoding="latin-1")
-    run_state.drop_rows(file, 2)
+    result_rows.drop_rows(file, 2)
     assert file.read_text() == f"epoch,time,loss\n{kept}"

@@ -26,7 +26,7 @@ from yolov12.training.data.resolution import ResolutionControl, resolution_steps
 from yolov12.training.run import process_group
 from yolov12.training.run.completed_epoch import CompletedEpoch
 from yolov12.training.run.first_checkpoint import RESUMED
-from yolov12.training.run.run_state import drop_rows
+from yolov12.training.run.result_rows import drop_rows
 from yolov12.training.run.saved_state import FILE, find
 
 __all__ = ["STATE", "attach", "do_train", "end", "resume", "why_not"]
@@ -98,7 +98,8 @@ def attach(trainer: Any) -> None:
     _keep_what_is_learned(trainer, engine, resolution)
     setattr(trainer, _ENGINE, engine)
     if state is not None and state["validated"] is not None:
-        CompletedEpoch(trainer, state["validated"], getattr(trainer, _RANDOM), is_first=ranks.rank == 0).begin()
+        placeholders, is_first = state["loader"]["position"], ranks.rank == 0
+        CompletedEpoch(trainer, state["validated"], getattr(trainer, _RANDOM), placeholders, is_first=is_first).begin()
     adapter = TrainerAdapter(trainer, model, task, engine, resolution, ranks)
     adapter.take_over_loader()
     adapter.take_over()

@@ -1,8 +1,9 @@
-"""End of an epoch that was complete before a run was interrupted: on the resume, nothing of it happens twice.
+"""End of an epoch that was complete before a run was interrupted: on the resume, nothing of its end happens twice.
 
-The run resumes from the state after the last optimizer step, so Ultralytics' loop passes the end of that epoch again.
-Its batches are placeholders, the learning rate and the early stopping advance as they did, and the checkpoint, which a
-kill may have cut off from `best.pt`, is written again.
+The run resumes from the state after the last optimizer step that was saved, so Ultralytics' loop passes the end of that
+epoch again. Its batches up to this step are placeholders. Those after it, if there are any, are trained on again, as
+their gradients or their updates are not in the state. The learning rate and the early stopping advance as they did, and
+the checkpoint, which a kill may have cut off from `best.pt`, is written again.
 """
 
 from __future__ import annotations
@@ -14,26 +15,34 @@ from yolov12.training.data.random_state import set_random_state
 
 __all__ = ["CompletedEpoch"]
 
-_EVENTS = (
-    *("on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"),
-    *("on_model_save", "on_fit_epoch_end"),
-)
+_OF_BATCHES = ("on_train_batch_start", "on_train_batch_end")
+_EVENTS = (*_OF_BATCHES, "on_train_epoch_start", "on_train_epoch_end", "on_model_save", "on_fit_epoch_end")
 
 
 class CompletedEpoch:
     """Keeps a trainer from running callbacks, validating, and writing to results.csv in its first epoch.
 
+    Only callbacks of batches that are trained on again run.
+
     Args:
         trainer: Ultralytics trainer.
         metrics: Metrics of the epoch as its checkpoint has them, with its fitness.
         random: State of the random generators at the checkpoint, as validation draws from them; None if unknown.
+        placeholders: Number of batches of the epoch that are not trained on again.
         is_first: True on rank 0, the only one with metrics.
     """
 
     def __init__(
-        self, trainer: Any, metrics: Mapping[str, Any], random: Mapping[str, Any] | None, *, is_first: bool
+        self,
+        trainer: Any,
+        metrics: Mapping[str, Any],
+        random: Mapping[str, Any] | None,
+        placeholders: int,
+        *,
+        is_first: bool,
     ) -> None:
         self._trainer, self._metrics, self._random, self._is_first = trainer, metrics, random, is_first
+        self._placeholders = placeholders
         self._is_over = False
         self._stock_callbacks, self._stock_validate = trainer.run_callbacks, trainer.validate
         self._stock_save_metrics = trainer.save_metrics
@@ -45,7 +54,8 @@ class CompletedEpoch:
         trainer.save_metrics = self._save_metrics
 
     def _run_callbacks(self, event: str) -> None:
-        if self._is_over or event not in _EVENTS:
+        is_trained_on = event in _OF_BATCHES and self._trainer.train_loader.position > self._placeholders
+        if self._is_over or event not in _EVENTS or is_trained_on:
             self._stock_callbacks(event)
         elif event == "on_fit_epoch_end":
             self._is_over = True

@@ -7,8 +7,6 @@ A run that resumes from it ends like a run that was not interrupted.
 
 from __future__ import annotations
 
-import csv
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +27,10 @@ from yolov12.training.data.resolution import ResolutionControl
 from yolov12.training.run.first_checkpoint import FirstCheckpoint
 from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
+from yolov12.training.run.result_rows import drop_rows
 from yolov12.training.run.saved_state import FILE, VERSION
 
-__all__ = ["RunSaver", "drop_rows"]
+__all__ = ["RunSaver"]
 
 _COST = 0.01  # largest fraction of the time that saves at the ends of epochs may take
 _NEVER = 2**62
@@ -284,30 +283,3 @@ def _numbers(thing: Any, names: Iterable[str]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Return a number as a plain Python type, as the file is read without any other types."""
     return value if value is None or isinstance(value, (bool, int)) else float(value)
-
-
-def drop_rows(path: Path, epochs: int) -> None:
-    """Remove the rows of incomplete epochs, and those that are damaged, from a results.csv.
-
-    Args:
-        path: The file.
-        epochs: Number of complete epochs.
-    """
-    if not path.exists():
-        return
-    text = path.read_text("utf-8", errors="replace")
-    if "\n" not in text:  # the disk was full; Ultralytics writes the header of a missing file
-        path.unlink()
-        return
-    header, *rows = text[: text.rfind("\n")].splitlines()  # a full disk may have cut off the last line, too
-    kept = "\n".join([header, *(row for row in rows if _epoch_of(row) <= epochs), ""])
-    if kept != text:
-        files.write(path, lambda file: file.write(kept.encode()))
-
-
-def _epoch_of(row: str) -> float:
-    """Return the epoch of a row of results.csv. One that a power cut has damaged is of no epoch: infinity."""
-    try:
-        return float(next(csv.reader([row]))[0])
-    except (ValueError, IndexError, csv.Error):
-        return math.inf

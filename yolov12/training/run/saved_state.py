@@ -8,6 +8,7 @@ from typing import Any
 
 from yolov12.models import weights
 from yolov12.training.data.loader import data_of
+from yolov12.training.run.result_rows import has_row
 
 __all__ = ["FILE", "VERSION", "find"]
 
@@ -38,8 +39,8 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         checkpoint: Checkpoint that it resumes from.
 
     Returns:
-        The state, with the metrics of its epoch under `validated` if that epoch is complete. None if the checkpoint is
-        not the run's last one, or if the state is missing, older than the checkpoint, unreadable, or of other data or
+        The state, with the metrics of its epoch under `validated` if the checkpoint is of that epoch. None if it is not
+        the run's last one, or if the state is missing, older than the checkpoint, unreadable, or of other data or
         another model. All but the first three log a warning.
     """
     from ultralytics.utils import LOGGER
@@ -67,7 +68,9 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     epoch = checkpoint.get("epoch", -1)
     # The checkpoint of an epoch is written after its validation. The optimizer is removed after the last epoch.
     is_complete = epoch == state["epoch"] or checkpoint.get("optimizer") is None
-    is_complete = is_complete and state["loader"]["position"] == was["batches"]
+    # A run that went on from an earlier checkpoint has no row, while `last.pt` is still what came before.
+    is_whole = state["loader"]["position"] == was["batches"]
+    is_complete = is_complete and (is_whole or has_row(Path(trainer.csv), state["epoch"] + 1))
     state["validated"] = checkpoint.get("train_metrics") if is_complete else None
     return state if state["epoch"] >= epoch else None
 
