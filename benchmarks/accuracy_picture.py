@@ -3,8 +3,9 @@
     python -m benchmarks.accuracy_picture benchmarks/results/accuracy.json docs/accuracy.png [PART]
 
 Each panel has one model on one data set: mAP50-95 on held-out images against the images that a training has seen. A
-thin line is one training, a thick one the mean of a variant. Trainings that were cut off end earlier. Colours are those of Okabe and Ito, and variants differ
-in their dashes, too. They have the names of benchmarks/accuracy.py, with the real size of the large batch for 256.
+thin line is one training, a thick one the mean of a variant. Trainings that were cut off end earlier. Colours are those
+of Okabe and Ito, and variants differ in their dashes, too. They have the names of benchmarks/accuracy.py, with the real
+size of the large batch for 256.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def test_a_run_that_failed_keeps_its_folder_and_is_resumed_from_the_command_line
     assert yaml.safe_load((run / "args.yaml").read_text())["mixup"] == 0.33
     assert len((run / "results.csv").read_text().splitlines()) == 1 + 3
     capsys.readouterr()
-    assert cli.main(["train", "resume"]) == 1
+    assert cli.main(["train", "resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
     assert [folder.name for folder in tmp_path.iterdir()] == ["train"]
 

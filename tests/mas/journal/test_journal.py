@@ -285,7 +285,7 @@ def test_updates_that_a_resume_makes_again_count_once(tmp_path):
 
 def test_a_run_without_steps(tmp_path):
     summary = write(tmp_path, [], expected=10)
-    assert summary.as_text() == "memory: no steps were run, 0 images lost"
+    assert summary.as_text() == "memory: no step was complete, 0 images lost"
     assert json.loads((tmp_path / "memory.json").read_text())["peak_mean_mib"] is None
     assert not (tmp_path / "memory.png").exists()
 

@@ -109,6 +109,15 @@ class OwnTrainer(DetectionTrainer):
         super().optimizer_step()
 
 
+def test_a_column_of_memory_of_the_users_own_is_shown(trainings, tmp_path):
+    class Counting(DetectionTrainer):
+        def _get_memory(self, fraction=False):
+            return super()._get_memory(fraction) if fraction else 4.25
+
+    run = trainings.train(tmp_path, epochs=1, trainer=Counting)
+    assert "4.25G" in run.bar
+
+
 @pytest.mark.parametrize(
     "more", [pytest.param({}, marks=pytest.mark.deep), {"multi_scale": 0.5}], ids=["plain", "scaled"]
 )

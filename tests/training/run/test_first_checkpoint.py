@@ -69,14 +69,18 @@ def test_a_model_that_cannot_be_pickled_ends_no_training_before_its_epoch_does(t
     def make_local(trainer):
         trainer.ema.ema.of_a_user = lambda: None
 
+    left = []
+
     def mend(trainer):
+        left.extend(file.name for file in trainer.wdir.iterdir() if file.suffix == ".pt")
         del trainer.ema.ema.of_a_user
 
     run = trainings.train(
         tmp_path, epochs=1, save_every=1,
         callbacks=[("on_train_start", make_local), ("on_train_epoch_end", mend)],
     )  # fmt: skip
-    assert "could not be written" in run.log
+    assert "state.pt could not be written, nor" in run.log
+    assert left == []  # as the line says
     assert len(run.results) == 1
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from ultralytics import YOLO
 from ultralytics.cfg import entrypoint
+from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolov12 import cli
+from yolov12.errors import ConfigError
 
 
 def snapshot(folder):
@@ -92,3 +94,27 @@ def test_bad_arguments_are_refused_as_in_a_new_run_and_change_nothing(trainings,
             assert refusal(folder / "weights" / "last.pt", resume=True, **{name: value}) is new, (name, value)
             assert snapshot(folder) == before, (name, value)
     assert not (tmp_path / "new").exists()
+
+
+def test_micro_batches_smaller_than_the_group_of_the_run_are_refused_and_change_nothing(interrupted):
+    """The group stays, whatever is given, so the advice for a new run would not help."""
+    folder = interrupted()
+    before = snapshot(folder)
+    for more in ({}, {"bn_group": 4}):
+        with pytest.raises(ConfigError, match=r"began with bn_group=8, .* give at least micro_batch=8, leave it out"):
+            YOLO(folder / "weights" / "last.pt").train(resume=True, micro_batch=4, **more)
+        assert snapshot(folder) == before
+    YOLO(folder / "weights" / "last.pt").train(resume=True, micro_batch=8)
+
+
+def test_a_run_that_is_complete_is_refused_before_anything_is_read(interrupted, monkeypatch, capsys):
+    folder = interrupted()
+    last = folder / "weights" / "last.pt"
+    YOLO(last).train(resume=True)
+    before = snapshot(folder)
+    monkeypatch.setattr(DetectionTrainer, "get_dataset", lambda _: pytest.fail("the data are read"))
+    with pytest.raises(ConfigError, match=r"last\.pt: this training is complete.* model=.*last\.pt with data="):
+        YOLO(last).train(resume=str(last))
+    assert cli.main(["train", f"model={last}", "resume=True"]) == 2
+    assert "this training is complete" in capsys.readouterr().err
+    assert snapshot(folder) == before

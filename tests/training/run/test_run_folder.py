@@ -147,3 +147,11 @@ def test_arguments_are_whole_if_the_group_cannot_be_written(monkeypatch, tmp_pat
     trainer.args.bn_group = None
     run_folder.keep_group(trainer, 4, is_first=True)
     assert YAML.load(file) == {"batch": 8, "bn_group": 4}
+
+
+@pytest.mark.parametrize(("event", "stays"), [("on_train_start", False), ("on_train_batch_end", True)])
+def test_the_folder_of_a_run_stays_if_a_batch_has_run(trainings, power, tmp_path, event, stays):
+    """An error may come before the first update. What the user finds does not depend on how many batches it takes."""
+    run = trainings.train(tmp_path, nbs=32, callbacks=[(event, power.cut)], raises=power.CutError, name="line")
+    assert (tmp_path / "line").is_dir() == stays
+    assert not stays or run.args["nbs"] == 32

@@ -104,7 +104,7 @@ class Summary:
         """Return the lines to log at the end of a run."""
         lost = _counted(self.images_lost or 0, "image", "images")
         if self.peak_mean_mib is None:
-            return f"memory: no steps were run, {lost} lost"
+            return f"memory: no step was complete, {lost} lost"
         updates = _counted(self.updates, "update", "updates")
         if self.updates_expected is not None:
             updates = f"{self.updates:,} of {_counted(self.updates_expected, 'update', 'updates')}"

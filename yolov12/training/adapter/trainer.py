@@ -326,10 +326,10 @@ class TrainerAdapter:
                 self._interruption.check()
 
     def _memory(self, fraction: bool = False) -> float:
-        return float(self._stock_memory(fraction)) if fraction else self._display.column()
+        is_stock = not fraction and is_ultralytics(self._stock_memory)
+        return self._display.column() if is_stock else float(self._stock_memory(fraction))
 
     def _plot(self, batch: Any, ni: int) -> None:
-        """Plot training samples."""
         if not isinstance(batch, LogicalBatch):
             self._stock_plot(batch, ni)
         elif not batch.is_placeholder:

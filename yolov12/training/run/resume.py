@@ -12,7 +12,7 @@ from yolov12.files import is_locked
 from yolov12.models import weights
 from yolov12.training.run.saved_state import FILE
 
-__all__ = ["begun", "interrupted", "latest_interrupted"]
+__all__ = ["begun", "interrupted", "is_complete", "latest_interrupted"]
 
 _BEGUN = re.compile(
     rf"\.lock|args\.yaml|classes\.csv|labels\.jpg|memory(\.rank\d+)?\.csv|train_batch\d+\.jpg"
@@ -75,6 +75,18 @@ def interrupted(last: Path) -> bool:
         return True
     checkpoint = weights.read(last)
     return checkpoint.get("epoch", -1) >= 0 and checkpoint.get("optimizer") is not None
+
+
+def is_complete(file: Path) -> bool:
+    """Return whether a checkpoint is of a run that is complete, or are weights that no run wrote.
+
+    Args:
+        file: The checkpoint.
+    """
+    if file.name == "last.pt" and file.with_name(FILE).exists():
+        return False
+    checkpoint = weights.read(file)
+    return checkpoint.get("epoch", -1) == -1 and checkpoint.get("optimizer") is None
 
 
 def _changed(last: Path) -> float:

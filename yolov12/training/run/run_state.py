@@ -191,8 +191,8 @@ class RunSaver:
             "scaler": trainer.scaler.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._first_checkpoint.write()  # without it, the state is of no use
         files.write(self.path, lambda file: torch.save(state, file))
-        self._first_checkpoint.write()
         self._saved_s, self._steps = time.monotonic(), 0
         self._cost_s = self._saved_s - begin
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from yolov12.errors import UntrustedWeightsError
+from yolov12.errors import ConfigError, UntrustedWeightsError
 from yolov12.mas.config import DEFAULTS, Config
 from yolov12.models import weights
 from yolov12.training.classes import head
@@ -17,7 +17,7 @@ from yolov12.training.run import run_folder
 from yolov12.training.run.options import OPTIONS, Interval, check_data_arguments
 from yolov12.training.run.preflight import check_training_arguments
 from yolov12.training.run.recipes import recipe_for
-from yolov12.training.run.resume import begun, latest_interrupted
+from yolov12.training.run.resume import begun, is_complete, latest_interrupted
 from yolov12.training.run.saved_state import FILE
 
 __all__ = ["check_resume", "no_false_start", "remove_false_start", "train"]
@@ -78,6 +78,7 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
     Raises:
         UntrustedWeightsError: The checkpoint asks for code, such as a class of the user's.
         FileNotFoundError: There is no checkpoint to resume from.
+        ConfigError: The training is complete, or an argument cannot work with what the run keeps.
         FolderInUseError: Another training runs in the folder.
     """
     _restore_arguments(stock_check_resume, trainer, overrides)
@@ -94,6 +95,11 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
         raise
     if not trainer.resume:
         return
+    if is_complete(Path(trainer.args.resume)):
+        raise ConfigError(
+            f"{trainer.args.resume}: this training is complete, so there is nothing to resume. To train on, start a "
+            f"new run: model={trainer.args.resume} with data=, epochs= and without resume="
+        )
     weights_folder = Path(trainer.args.resume).absolute().parent
     if not overrides.get("save_dir"):
         if weights_folder.name == "weights":
@@ -111,6 +117,18 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
             from ultralytics.utils import LOGGER
 
             LOGGER.warning(f"{key}={value}: a run goes on with the {key}={getattr(trainer.args, key)} it began with")
+    if trainer.args.mas:
+        _check_group(trainer.args)
+
+
+def _check_group(args: Any) -> None:
+    group = Config.parse({"bn_group": args.bn_group}).bn_group
+    images = Config.parse({"micro_batch": args.micro_batch}).micro_batch
+    if group and images and images < group:
+        raise ConfigError(
+            f"micro_batch={images}: the run began with bn_group={group}, goes on with it, and needs these images at "
+            f"once: give at least micro_batch={group}, leave it out, or start a new run"
+        )
 
 
 def _had_the_engine(args: Any) -> bool:
@@ -143,11 +161,12 @@ def _stay_among_the_runs(args: Any) -> None:
 
 @contextmanager
 def no_false_start(trainer: Any) -> Iterator[None]:
-    """Remove the trainer's run folder if the block fails before the first epoch: see `remove_false_start`."""
+    """Remove the trainer's run folder if the block fails before a batch has run: see `remove_false_start`."""
     try:
         yield
     except BaseException:
-        remove_false_start(getattr(trainer, "save_dir", None))
+        if getattr(trainer, "loss", None) is None:
+            remove_false_start(getattr(trainer, "save_dir", None))
         raise
 
 
