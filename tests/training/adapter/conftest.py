@@ -57,13 +57,20 @@ def stock_run(trainings: Any, small_model: str, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="session")
 def assert_same_weights() -> Callable[[Any, Any], None]:
-    """Check two runs for equal parameters, and for statistics that are an ulp a batch apart at most."""
+    """Check two runs for equal parameters, and for statistics that are an ulp a batch apart at most.
 
-    def check(ours: Any, stock: Any) -> None:
+    The loss of this package adds up in another order than Ultralytics'. With `rounded`, parameters may show that, as
+    they do for crowded images on some processors.
+    """
+
+    def check(ours: Any, stock: Any, *, rounded: bool = False) -> None:
         after, before = ours.after, stock.after
         assert list(after) == list(before)
         for name, _ in stock.trainer.model.named_parameters():
-            assert torch.equal(after[name], before[name]), name
+            if rounded:
+                torch.testing.assert_close(after[name], before[name], rtol=1e-5, atol=1e-12)
+            else:
+                assert torch.equal(after[name], before[name]), name
         ulps = 2**-23 * len(ours.draws)  # PyTorch's kernel rounds the moving average of BatchNorm elsewhere
         torch.testing.assert_close(after, before, rtol=ulps, atol=ulps)
 
