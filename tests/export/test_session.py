@@ -13,9 +13,10 @@ import onnx
 import pytest
 import torch
 
-from yolov12 import files
+from yolov12 import YOLO, files
 from yolov12.errors import DoesNotFitError, ExportError
 from yolov12.export import engine, graph, session
+from yolov12.models.weight_names import DEMO, is_packaged
 
 MIB = 2**20
 LIMIT = "220MiB"  # less than the graph needs for images of 1280: 48 MiB are the builder's, 176 are tensors
@@ -216,14 +217,41 @@ def test_a_graph_that_cannot_be_planned_is_built_as_it_is(exporter, builder, cou
 @pytest.mark.parametrize(("limit", "loads", "writes"), [(None, 0, 0), ("1GiB", 1, 0), (LIMIT, 1, 1)])
 def test_onnx_that_fits_is_not_touched(exporter, counts, dynamic_file, limit, loads, writes):
     made = exporter(format="onnx", mem_limit=limit)
-    file = Path(session.export_onnx(lambda self: self.export_onnx(), made))
+    file = Path(session.export_onnx(lambda self: shutil.copy(dynamic_file, self.export_onnx()), made))
     assert (file.read_bytes() == dynamic_file.read_bytes()) is (writes == 0)
     assert (counts.loads, counts.writes) == (loads, writes)
     assert set(counts.plans.values()) <= {1}
 
 
-def test_onnx_that_cannot_be_split_so_small_stays_whole(exporter, dynamic_file):
-    made = exporter(format="onnx", mem_limit="40MiB")
+@pytest.mark.parametrize("was_there", [True, False])
+def test_onnx_that_cannot_be_split_so_small_leaves_what_was_there(exporter, dynamic_file, tmp_path, was_there):
+    made, file = exporter(format="onnx", mem_limit="40MiB"), tmp_path / "n.onnx"
+
+    def export(_):
+        shutil.copy(dynamic_file, file)
+        return str(file)
+
+    file.write_bytes(b"of before") if was_there else file.unlink()
     with pytest.raises(DoesNotFitError, match="limit of 40 MiB is mem_limit"):
-        session.export_onnx(lambda self: self.export_onnx(), made)
-    assert Path(made.export_onnx()).read_bytes() == dynamic_file.read_bytes()
+        session.export_onnx(export, made)
+    assert [each.read_bytes() for each in tmp_path.glob("n.onnx*")] == [b"of before"] * was_there
+    with pytest.raises(OSError, match="disk"):
+        session.export_onnx(lambda _: _full(file), made)
+    assert [each.read_bytes() for each in tmp_path.glob("n.onnx*")] == [b"of before"] * was_there
+    made.args.mem_limit = "1GiB"
+    session.export_onnx(export, made)
+    assert [each.read_bytes() for each in tmp_path.glob("n.onnx*")] == [dynamic_file.read_bytes()]
+
+
+def _full(file):
+    file.write_bytes(b"half")
+    raise OSError("the disk is full")
+
+
+def test_what_is_exported_from_the_weights_of_this_package_goes_to_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = YOLO(DEMO)
+    assert model.export(format="torchscript", imgsz=64) == "yolov12n-demo.torchscript"
+    assert [each.name for each in tmp_path.iterdir()] == ["yolov12n-demo.torchscript"]
+    assert not is_packaged(tmp_path / DEMO)
+    assert is_packaged(model.model.pt_path)

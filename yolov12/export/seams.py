@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from yolov12.export import engine
+from yolov12.models.weight_names import is_packaged
 
 __all__ = ["export", "export_engine", "get_tensorrt_logger", "load_model"]
 
 
 def export(stock: Callable[..., Any], exporter: Any, /, model: Any) -> Any:
     """Run Ultralytics' `Exporter.__call__`, if the arguments can work.
+
+    Ultralytics writes beside the weights. What is exported from the weights of this package goes to the current folder.
 
     Args:
         stock: Ultralytics' own method.
@@ -24,7 +28,14 @@ def export(stock: Callable[..., Any], exporter: Any, /, model: Any) -> Any:
     from yolov12.export import session
 
     session.before_export(exporter)
-    return stock(exporter, model)
+    path = getattr(model, "pt_path", None)
+    if path is None or not is_packaged(path):
+        return stock(exporter, model)
+    model.pt_path = Path(path).name
+    try:
+        return stock(exporter, model)
+    finally:
+        model.pt_path = path
 
 
 def export_engine(stock: Callable[..., Any], exporter: Any, /, *args: Any, **kwargs: Any) -> Any:

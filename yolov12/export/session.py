@@ -7,7 +7,8 @@ export_engine   splits the graph to the memory that is free, and builds the engi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,32 @@ def export_onnx(stock: Callable[..., Any], exporter: Any, *args: Any, **kwargs: 
         kwargs: Passed on to `stock`.
 
     Raises:
-        DoesNotFitError: The graph cannot be split to the limit; the file holds the whole graph.
+        DoesNotFitError: The graph cannot be split to the limit. A file that was there before is there again.
     """
-    file = stock(exporter, *args, **kwargs)
     settings = exporter.args
-    if settings.format == "onnx" and getattr(settings, "mas", False):
+    if settings.format != "onnx" or not getattr(settings, "mas", False):
+        return stock(exporter, *args, **kwargs)
+    with _kept(Path(exporter.file).with_suffix(".onnx")):
+        file = stock(exporter, *args, **kwargs)
         exported = ExportedGraph(Path(file), exporter.im.shape, bool(settings.dynamic))
         exported.write(exported.split(MemoryLimit(_limit_bytes(Config.parse(vars(settings))), "mem_limit")))
     return file
+
+
+@contextmanager
+def _kept(file: Path) -> Iterator[None]:
+    """Put a file back, or remove what is there instead, if the block fails."""
+    before = file.with_name(f"{file.name}.before")
+    if file.exists():
+        file.replace(before)
+    try:
+        yield
+    except BaseException:
+        file.unlink(missing_ok=True)
+        if before.exists():
+            before.replace(file)
+        raise
+    before.unlink(missing_ok=True)
 
 
 def export_engine(stock: Callable[..., Any], exporter: Any, prefix: str) -> Any:

@@ -26,6 +26,15 @@ def add_official(stems: frozenset[str]) -> frozenset[str]:
     return stems | {name.removesuffix(".pt") for name in (*OFFICIAL, DEMO)}
 
 
+def is_packaged(file: str | Path) -> bool:
+    """Return whether a weight file is in the folder of this package, to which users may not write.
+
+    Args:
+        file: Its path.
+    """
+    return Path(file).absolute().parent == _PACKAGED.absolute()
+
+
 def resolve(name: str | Path) -> str:
     """Find a weight file. Official files and those of Ultralytics are downloaded if needed.
 
