@@ -340,6 +340,18 @@ def test_a_data_set_without_validation_says_so(tmp_path, data_set):
         check_training_arguments({"data": str(data_set / "data.yaml")}, "detect")
 
 
+@pytest.mark.parametrize("key", ["data", "replay"])
+@pytest.mark.parametrize("change", [{"path": "/nope/here"}, {"train": "none/here", "val": "none/here"}, {"val": None}])
+def test_a_yaml_with_wrong_paths_is_to_be_corrected(data_set, key, change):
+    described = data_set / "broken.yaml"
+    content = {**yaml.safe_load((data_set / "data.yaml").read_text()), **change}
+    described.write_text(json.dumps({**content, "train": content["val"]} if key == "replay" else content))
+    words = {"data": str(data_set / "data.yaml"), key: str(described)}
+    with pytest.raises(DataError) as refused:
+        check_training_arguments(words, "detect")
+    assert str(refused.value).endswith(f"Correct 'path:' and the splits in {described}")
+
+
 def test_a_start_that_fails_leaves_the_users_files(tmp_path):
     """`save_dir` may be a folder with more in it."""
 
