@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 
 import scipy.optimize
 
@@ -18,6 +19,17 @@ def test_table(capsys):
         assert f"\n{row}" in out
     assert out.splitlines()[-1].startswith("yolov12n.yaml fits: ")
     assert out.splitlines()[-1].endswith("12.7 GiB of a T4 may be used; all activations kept.")
+
+
+def test_sizes_below_one_gib_are_in_mib(capsys):
+    assert cli.main([*SMALL, "mem=50MiB"]) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(
+        r"does not fit: 1 image at once needs \d\d+(\.\d)? MiB with .*, 45 MiB of 50 MiB may be used\.$", verdict
+    )
+    assert cli.main([*SMALL, "mem=1.5GiB"]) == 0
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r" fits: \d\d+(\.\d)? MiB at the peak, 1\.3 GiB of 1\.5 GiB may be used;", verdict)
 
 
 def test_several_models_are_planned_at_once_in_the_order_of_the_command_and_say_how_far_it_is(capfd):
