@@ -4,6 +4,7 @@ import ctypes
 import json
 import re
 
+import pytest
 import scipy.optimize
 
 from yolov12 import cli
@@ -76,6 +77,21 @@ def test_what_cannot_be_planned_is_one_line(capsys, tmp_path):
     assert [line.startswith("yolov12: error: ") for line in errors[-3:]] == [True] * 3
     assert "SegmentationModel" in errors[-2]
     assert "Did you mean backbone.4" in errors[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("best.onnx", "Add format=onnx to plan this graph"),
+        ("best.torchscript", "Give its yaml or weight file"),
+        ("best.engine", "Give its yaml or weight file"),
+    ],
+)
+def test_an_exported_model_is_no_training_and_the_way_out_is_named(capsys, tmp_path, name, way_out):
+    (tmp_path / name).touch()
+    assert cli.main(["plan", f"model={tmp_path / name}", "mem=20MiB"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"yolov12: error: model={tmp_path / name} is an exported model, which cannot be trained. {way_out}"
 
 
 def test_help(capsys):
