@@ -300,7 +300,8 @@ def train(capsys, tmp_path, *words, model="yolov12n.yaml"):
         (["data=demo", "bathc=4"], "unknown argument 'bathc'. Did you mean 'batch'?"),
         (["data=demo", "imgsz=abc"], "imgsz=abc is not an image size"),
         (["data=demo", "device=7"], "device=7: "),
-        (["data=demo:imagse=9"], "images"),
+        (["data=demo:imagse=9"], "data=demo has no setting 'imagse' (did you mean images?)"),
+        (["data=demo", "replay=demo:hold_back=foo"], "replay=demo: hold_back='foo' must be True, False"),
         (["data=demo", "epochs=ten"], "'epochs=ten' is of invalid type str"),
         (["data=demo", "model=nothing.pt"], "nothing.pt does not exist"),
         (

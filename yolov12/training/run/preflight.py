@@ -96,7 +96,7 @@ def _check_data(
     from ultralytics.data.utils import check_det_dataset
 
     if demo.is_demo(data):
-        names = demo.parse(data).names
+        names = demo.parse(data, key).names
         _check_task(key, data, {}, task)
         return dict(enumerate(names))
     if "://" in data or data.endswith(".ndjson"):
