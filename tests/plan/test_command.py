@@ -97,3 +97,10 @@ def test_an_exported_model_is_no_training_and_the_way_out_is_named(capsys, tmp_p
 def test_help(capsys):
     assert cli.main(["plan", "--help"]) == 0
     assert "gpu=T4 or mem=16GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["format=onnx"]])
+def test_help_names_every_exit_status(capsys, words):
+    assert cli.main(["plan", *words, "--help"]) == 0
+    status = " ".join(capsys.readouterr().out.split()).partition("The exit status is ")[2]
+    assert [word for word in status.replace(",", "").split() if word in ("0", "1", "2")] == ["0", "1", "2"]
