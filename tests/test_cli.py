@@ -144,6 +144,16 @@ def test_help_for_a_command(capsys):
     assert "Without data= and model=, teach the weights of this package two classes" in out
 
 
+@pytest.mark.parametrize("verb", cli.OWN_ARGUMENTS)
+def test_help_is_for_users(verb, capsys):
+    """It says how the command is used, and nothing about classes and functions."""
+    assert cli.main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"`yolov12 {verb} ")
+    assert re.search(r"^[-\w]+(=\S+)? +\S", out, re.MULTILINE)  # a list of arguments
+    assert not re.search(r"`[A-Z]\w*[a-z]`|\bfunctions?\b", out)
+
+
 def test_mode_cannot_contradict_the_command(capsys, tmp_path):
     assert cli.main(["predict", "mode=val"]) == 2
     (tmp_path / "copy.yaml").write_text("mode: train\ndata: null\nepochs: 4\n")  # as `yolo copy-cfg` writes it
