@@ -37,6 +37,8 @@ def test_cfg_file_gives_way_to_words(tmp_path):
     ("words", "message"),
     [
         (["bathc=4"], "unknown argument 'bathc'. Did you mean 'batch'?"),
+        (["modle=x"], "unknown argument 'modle'. Did you mean 'model'?"),
+        (["mod=x"], "unknown argument 'mod'. Did you mean 'model'?"),  # mode= is the command
         (["epochs="], "'epochs=' has no value"),
         (["fast"], "'fast' is not an argument"),
         (["epochs"], "'epochs' is not an argument"),

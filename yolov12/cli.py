@@ -180,7 +180,7 @@ def parse(words: list[str]) -> dict[str, Any]:
             raise ConfigError(f"'{word}' is not an argument. Arguments are key=value, as in epochs=100")
     options = _handle_deprecation(options)
     for key in options.keys() - DEFAULT_CFG_DICT.keys() - {"save_dir"}:
-        near = get_close_matches(key, DEFAULT_CFG_DICT, n=1)
+        near = get_close_matches(key, DEFAULT_CFG_DICT.keys() - {"mode"}, n=1)  # the command is the mode
         raise ConfigError(f"unknown argument '{key}'" + (f". Did you mean '{near[0]}'?" if near else ""))
     return options
 
