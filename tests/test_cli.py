@@ -1,10 +1,13 @@
 import errno
 import re
+import subprocess
+import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 
-from yolov12 import cli
+from yolov12 import __version__, cli
 from yolov12.errors import ConfigError
 
 
@@ -55,6 +58,19 @@ def test_unknown_command_and_help(capsys):
     assert "unknown command 'trian'. Commands: train, val, predict, export, check" in capsys.readouterr().err
     assert cli.main([]) == 0
     assert "key=value" in capsys.readouterr().out
+
+
+def test_version():
+    """It needs no import of torch, which takes seconds."""
+    for word in ("--version", "version", "-V"):
+        code = (
+            f"import sys\nfrom yolov12 import cli\nassert cli.main([{word!r}]) == 0\n"
+            "assert not {'torch', 'ultralytics'} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        expected = [f"{name} {metadata.version(name)}" for name in ("ultralytics", "torch")]
+        assert done.stdout == ", ".join([f"yolov12 {__version__}", *expected]) + "\n"
 
 
 def test_errors_are_one_line_and_a_traceback_is_there_for_the_asking(capsys, monkeypatch):
