@@ -1,10 +1,13 @@
 import errno
 import re
+import subprocess
+import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 
-from yolov12 import cli
+from yolov12 import __version__, cli
 from yolov12.errors import ConfigError
 
 
@@ -37,6 +40,8 @@ def test_cfg_file_gives_way_to_words(tmp_path):
     ("words", "message"),
     [
         (["bathc=4"], "unknown argument 'bathc'. Did you mean 'batch'?"),
+        (["modle=x"], "unknown argument 'modle'. Did you mean 'model'?"),
+        (["mod=x"], "unknown argument 'mod'. Did you mean 'model'?"),  # mode= is the command
         (["epochs="], "'epochs=' has no value"),
         (["fast"], "'fast' is not an argument"),
         (["epochs"], "'epochs' is not an argument"),
@@ -53,6 +58,19 @@ def test_unknown_command_and_help(capsys):
     assert "unknown command 'trian'. Commands: train, val, predict, export, check" in capsys.readouterr().err
     assert cli.main([]) == 0
     assert "key=value" in capsys.readouterr().out
+
+
+def test_version():
+    """It needs no import of torch, which takes seconds."""
+    for word in ("--version", "version", "-V"):
+        code = (
+            f"import sys\nfrom yolov12 import cli\nassert cli.main([{word!r}]) == 0\n"
+            "assert not {'torch', 'ultralytics'} & set(sys.modules)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        expected = [f"{name} {metadata.version(name)}" for name in ("ultralytics", "torch")]
+        assert done.stdout == ", ".join([f"yolov12 {__version__}", *expected]) + "\n"
 
 
 def test_errors_are_one_line_and_a_traceback_is_there_for_the_asking(capsys, monkeypatch):
@@ -142,6 +160,16 @@ def test_help_for_a_command(capsys):
     out = capsys.readouterr().out
     assert "key=value" in out
     assert "Without data= and model=, teach the weights of this package two classes" in out
+
+
+@pytest.mark.parametrize("verb", cli.OWN_ARGUMENTS)
+def test_help_is_for_users(verb, capsys):
+    """It says how the command is used, and nothing about classes and functions."""
+    assert cli.main([verb, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"`yolov12 {verb} ")
+    assert re.search(r"^[-\w]+(=\S+)? +\S", out, re.MULTILINE)  # a list of arguments
+    assert not re.search(r"`[A-Z]\w*[a-z]`|\bfunctions?\b", out)
 
 
 def test_mode_cannot_contradict_the_command(capsys, tmp_path):

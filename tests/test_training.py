@@ -300,7 +300,8 @@ def train(capsys, tmp_path, *words, model="yolov12n.yaml"):
         (["data=demo", "bathc=4"], "unknown argument 'bathc'. Did you mean 'batch'?"),
         (["data=demo", "imgsz=abc"], "imgsz=abc is not an image size"),
         (["data=demo", "device=7"], "device=7: "),
-        (["data=demo:imagse=9"], "images"),
+        (["data=demo:imagse=9"], "data=demo has no setting 'imagse' (did you mean images?)"),
+        (["data=demo", "replay=demo:hold_back=foo"], "replay=demo: hold_back='foo' must be True, False"),
         (["data=demo", "epochs=ten"], "'epochs=ten' is of invalid type str"),
         (["data=demo", "model=nothing.pt"], "nothing.pt does not exist"),
         (
@@ -338,6 +339,18 @@ def test_a_data_set_without_validation_says_so(tmp_path, data_set):
     (data_set / "data.yaml").write_text(json.dumps({**data, "val": None}))
     with pytest.raises(DataError, match="'val:'"):
         check_training_arguments({"data": str(data_set / "data.yaml")}, "detect")
+
+
+@pytest.mark.parametrize("key", ["data", "replay"])
+@pytest.mark.parametrize("change", [{"path": "/nope/here"}, {"train": "none/here", "val": "none/here"}, {"val": None}])
+def test_a_yaml_with_wrong_paths_is_to_be_corrected(data_set, key, change):
+    described = data_set / "broken.yaml"
+    content = {**yaml.safe_load((data_set / "data.yaml").read_text()), **change}
+    described.write_text(json.dumps({**content, "train": content["val"]} if key == "replay" else content))
+    words = {"data": str(data_set / "data.yaml"), key: str(described)}
+    with pytest.raises(DataError) as refused:
+        check_training_arguments(words, "detect")
+    assert str(refused.value).endswith(f"Correct 'path:' and the splits in {described}")
 
 
 def test_a_start_that_fails_leaves_the_users_files(tmp_path):

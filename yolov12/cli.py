@@ -2,7 +2,8 @@
 
 Missing arguments have defaults. `train` without arguments teaches the weights that come with this package two new
 classes. `val`, `predict` and `export` without `model=` use the weights that were trained last. `yolov12 COMMAND --help`
-lists the arguments of a command; `check` also has `--json`.
+lists the arguments of a command; `check` also has `--json`. `yolov12 --version` prints the versions of this package,
+Ultralytics and PyTorch.
 
 Exit status: 0 on success, 1 after a failure, 2 if an argument, the data set or the weights cannot be used. Every error
 is one line on stderr that says what to do. `YOLOV12_TRACEBACK=1` shows the traceback instead.
@@ -15,11 +16,11 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from difflib import get_close_matches
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from yolov12 import autopatch
+from yolov12 import __version__, autopatch
 from yolov12.cfg import reference
 from yolov12.cli_errors import disk_errors, refusals
 from yolov12.errors import (
@@ -88,6 +89,9 @@ def main(args: list[str] | None = None) -> int:
     if wants_help and verb in reference.COMMANDS:
         print(reference.help_text(verb))
         return 0
+    if verb in ("version", "V"):
+        print(_versions())
+        return 0
     if verb in ("help", "h") or (verb not in OWN_ARGUMENTS and wants_help):
         print(__doc__)
         return 0
@@ -136,6 +140,12 @@ def _status(error: BaseException) -> int:
     return 2 if isinstance(error, (ConfigError, DataError, WeightsError)) else 1
 
 
+def _versions() -> str:
+    """Return the versions that an issue report needs. Nothing is imported, so they are there at once."""
+    names = [name for name in ("ultralytics", "torch") if any(metadata.distributions(name=name))]
+    return ", ".join([f"yolov12 {__version__}", *(f"{name} {metadata.version(name)}" for name in names)])
+
+
 def _use_every_core() -> None:
     # Ultralytics starts with one thread and leaves the other cores to its data workers. Training on the CPU has no data
     # workers, so the other cores would be idle.
@@ -180,7 +190,7 @@ def parse(words: list[str]) -> dict[str, Any]:
             raise ConfigError(f"'{word}' is not an argument. Arguments are key=value, as in epochs=100")
     options = _handle_deprecation(options)
     for key in options.keys() - DEFAULT_CFG_DICT.keys() - {"save_dir"}:
-        near = get_close_matches(key, DEFAULT_CFG_DICT, n=1)
+        near = get_close_matches(key, DEFAULT_CFG_DICT.keys() - {"mode"}, n=1)  # the command is the mode
         raise ConfigError(f"unknown argument '{key}'" + (f". Did you mean '{near[0]}'?" if near else ""))
     return options
 

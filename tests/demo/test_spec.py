@@ -57,10 +57,12 @@ def test_a_changed_generator_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None
         ("coco8.yaml", "not the embedded data set"),
     ],
 )
-def test_a_bad_spec_is_refused_in_one_helpful_line(spec: str, says: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("argument", ["data", "replay"])
+def test_a_bad_spec_is_refused_in_one_helpful_line(spec: str, says: str, argument: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says) as refusal:
-        ensure(spec, tmp_path)
+        ensure(spec, tmp_path, argument)
     assert "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"{argument}=")
     assert list(tmp_path.iterdir()) == []
 
 

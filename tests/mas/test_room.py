@@ -8,6 +8,14 @@ from tests.mas.world import IMAGE, World
 from yolov12.errors import DoesNotFitError
 from yolov12.mas.journal.journal import read_rows
 
+LINE = (
+    "memory: no image fits beside what other processes hold (4,000 MiB): waiting up to {} s for them to release memory"
+)
+
+
+def told(world):
+    return [line for line in world.lines if "waiting" in line]
+
 
 @pytest.fixture
 def waiting(monkeypatch):
@@ -55,6 +63,30 @@ def test_where_no_room_comes_the_run_ends_after_two_minutes_with_images_as_they_
     with pytest.raises(DoesNotFitError):
         world.step()
     assert 120 <= len(slept) <= 125
+    assert told(world) == [LINE.format(120)]
+
+
+def test_a_training_whose_images_cannot_get_smaller_tells_of_its_wait_once(waiting):
+    world = World(others=[0, 0, *[40] * 300], live=IMAGE // 4, bn_group=1)
+    world.run(2)
+    slept = waiting(world)
+    with pytest.raises(DoesNotFitError):
+        world.step()
+    assert 120 <= len(slept) <= 121
+    assert told(world) == [LINE.format(118)]
+
+
+def test_each_wait_is_told_when_it_begins_and_a_short_one_is_not(waiting):
+    world = World(others=[0, 0, *[40] * 10, 0, 0, 40, 40, 0, 0, *[40] * 10, 0, 0], live=IMAGE // 4, bn_group=1)
+    world.run(2)
+    slept, seen = waiting(world), []
+    world.engine._planner._log = lambda line: seen.append(len(slept))
+    world.run(2)
+    assert seen == [2]
+    seen.clear()
+    slept.clear()
+    world.run(1)
+    assert (seen, len(slept)) == ([], 2)
 
 
 def test_a_wait_for_room_ends_when_the_process_is_asked_to_stop(waiting):

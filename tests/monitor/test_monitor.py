@@ -67,6 +67,19 @@ def end(folder, made=3, expected=3):
     (folder / "memory.json").write_text(json.dumps({"updates": made, "updates_expected": expected}))
 
 
+def arguments(folder, mas="true"):
+    """Write the arguments of a training, as Ultralytics does when it begins."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.yaml").write_text(f"task: detect\n{f'mas: {mas}' if mas else 'nms: true'}\nmode: train\n")
+    return folder
+
+
+def old(folder):
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (0, 0))
+    return folder
+
+
 def steps(tail):
     return [int(row["step"]) for row in tail.rows]
 
@@ -217,7 +230,13 @@ def test_a_run_that_began_with_an_earlier_version_is_followed(tmp_path):
 @pytest.mark.parametrize(
     ("made", "said", "ended"),
     [
-        (lambda folder: None, "no memory.csv yet", False),
+        (lambda folder: arguments(folder), "starting: no memory.csv yet", False),
+        (lambda folder: old(arguments(folder)), "interrupted before its first step", True),
+        (lambda folder: old(arguments(folder, mas="false")), "a training without the engine (mas=False)", True),
+        (lambda folder: arguments(folder, mas="false"), "a training without the engine (mas=False)", True),
+        (lambda folder: arguments(folder, mas=None), "a training without the engine", True),  # stock Ultralytics
+        (lambda folder: (arguments(folder) / "results.csv").touch(), "a training without the engine", True),
+        (lambda folder: write(folder, line(1), name="memory.rank1.csv"), "running", False),
         (lambda folder: write(folder), "starting: no step was made yet", False),
         (lambda folder: write(folder, line(1)), "running", False),
         (lambda folder: end(write(folder, line(1))), "ended after 3 updates", True),
@@ -239,7 +258,8 @@ def test_a_new_run_may_remove_the_files_of_the_old_one_at_any_time(tmp_path, mon
 
     def remove(path, **options):
         found = stock(path, **options)
-        path.unlink()
+        if path.parent == tmp_path:  # and nothing else: a traceback looks at the source files of Python
+            path.unlink()
         return found
 
     monkeypatch.setattr(Path, "stat", remove)
@@ -355,6 +375,44 @@ def test_the_newest_run_is_the_default(tmp_path, monkeypatch):
     (tmp_path / "runs" / "detect" / "starting" / "weights" / ".lock").touch()
     assert find("").name == "starting"
     assert find(str(tmp_path / "runs" / "detect" / "old" / "memory.csv")).name == "old"
+
+
+def test_a_training_without_the_engine_is_told_as_such(tmp_path, monkeypatch, capsys):
+    """It was trained, and no memory.csv will come."""
+    monkeypatch.setattr(runs, "_runs_dir", lambda: tmp_path)
+    stock = arguments(tmp_path / "detect" / "train", mas="false")
+    for words in ([], [str(stock)], [f"{stock / 'memory.csv'}"]):
+        assert cli.main(["monitor", *words]) == 0
+        out = capsys.readouterr().out
+        assert out == "train · a training without the engine (mas=False), so it writes no memory.csv\n"
+    assert find("") == stock
+    assert old(write(arguments(tmp_path / "detect" / "train2"))) == find("")  # older, and with an engine
+
+
+def test_a_run_that_the_engine_does_not_support_is_not_starting_for_ever(tmp_path):
+    arguments(tmp_path)
+    (tmp_path / "weights").mkdir()
+    lock = files.lock(tmp_path / "weights")
+    assert state_of(tmp_path, steps=0).text == "starting: no step was made yet"
+    (tmp_path / "results.csv").touch()  # an epoch was completed
+    assert state_of(tmp_path, steps=0).text.startswith("a training without the engine")
+    lock.release()
+
+
+def test_a_folder_that_is_no_training_is_one_error_with_the_way_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/detect/val").mkdir(parents=True)
+    Path("runs/detect/val/BoxPR_curve.png").touch()
+    train = arguments(Path("runs/detect/train"))
+    for folder, way_out in [
+        ("runs", f"Give one, such as {train}"),
+        ("runs/detect", f"Give one, such as {train}"),
+        ("runs/detect/val", "A training prints its folder when it begins"),
+    ]:
+        assert cli.main(["monitor", folder]) == 2
+        said = capsys.readouterr().err
+        assert said == f"yolov12: error: {folder} is not the folder of a training. {way_out}\n"
+    assert cli.main(["monitor", "runs/detect/train"]) == 0
 
 
 def test_without_settings_ultralytics_is_asked(tmp_path, monkeypatch):

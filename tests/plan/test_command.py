@@ -2,7 +2,9 @@
 
 import ctypes
 import json
+import re
 
+import pytest
 import scipy.optimize
 
 from yolov12 import cli
@@ -18,6 +20,17 @@ def test_table(capsys):
         assert f"\n{row}" in out
     assert out.splitlines()[-1].startswith("yolov12n.yaml fits: ")
     assert out.splitlines()[-1].endswith("12.7 GiB of a T4 may be used; all activations kept.")
+
+
+def test_sizes_below_one_gib_are_in_mib(capsys):
+    assert cli.main([*SMALL, "mem=50MiB"]) == 1
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(
+        r"does not fit: 1 image at once needs \d\d+(\.\d)? MiB with .*, 45 MiB of 50 MiB may be used\.$", verdict
+    )
+    assert cli.main([*SMALL, "mem=1.5GiB"]) == 0
+    verdict = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r" fits: \d\d+(\.\d)? MiB at the peak, 1\.3 GiB of 1\.5 GiB may be used;", verdict)
 
 
 def test_several_models_are_planned_at_once_in_the_order_of_the_command_and_say_how_far_it_is(capfd):
@@ -66,6 +79,28 @@ def test_what_cannot_be_planned_is_one_line(capsys, tmp_path):
     assert "Did you mean backbone.4" in errors[-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("best.onnx", "Add format=onnx to plan this graph"),
+        ("best.torchscript", "Give its yaml or weight file"),
+        ("best.engine", "Give its yaml or weight file"),
+    ],
+)
+def test_an_exported_model_is_no_training_and_the_way_out_is_named(capsys, tmp_path, name, way_out):
+    (tmp_path / name).touch()
+    assert cli.main(["plan", f"model={tmp_path / name}", "mem=20MiB"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"yolov12: error: model={tmp_path / name} is an exported model, which cannot be trained. {way_out}"
+
+
 def test_help(capsys):
     assert cli.main(["plan", "--help"]) == 0
     assert "gpu=T4 or mem=16GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["format=onnx"]])
+def test_help_names_every_exit_status(capsys, words):
+    assert cli.main(["plan", *words, "--help"]) == 0
+    status = " ".join(capsys.readouterr().out.split()).partition("The exit status is ")[2]
+    assert [word for word in status.replace(",", "").split() if word in ("0", "1", "2")] == ["0", "1", "2"]

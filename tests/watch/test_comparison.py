@@ -1,6 +1,7 @@
 """Comparison of a candidate with the serving model: what is promoted, and what two models are measured on."""
 
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,16 @@ def test_many_small_falls_are_not_promoted():
 )
 def test_edges(rows, promote):
     assert decide(rows, 0.02).promote is promote
+
+
+@pytest.mark.parametrize("file", ["docs/guides/watch.md", "docs/reference/arguments.md", "README.md", "CHANGELOG.md"])
+def test_no_page_says_that_only_a_better_candidate_is_promoted(file):
+    """One that is as good is promoted. Whatever names the rule names both of its halves."""
+    assert decide([known("ic", 0.5, 0.5)], 0.02).promote
+    text = " ".join((Path(__file__).parents[2] / file).read_text("utf-8").split())
+    assert not re.search(r"\b(better (one|candidate)|(candidate|model) that is (not )?better)\b", text)
+    for rule in re.findall(r"\bpromote[^.]*\bno known class\b.{,100}", text):
+        assert re.search(r"\bmean\b", rule)
 
 
 def test_control_characters_of_a_name_are_not_printed():

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 
 import pytest
 import yaml
@@ -136,13 +137,19 @@ def test_a_list_of_names_that_changes_or_is_damaged_keeps_images_where_they_are(
         (b"", "cannot be decoded"),
         (png()[:-20], "cannot be decoded"),
         (b"GIF89a" + png(), "cannot be decoded"),
+        (b"no image, but text\n", "cannot be decoded: it has no known image format"),
         (png(size=(16, 9)), "16 x 9 pixels"),
     ],
 )
-def test_images_that_cannot_be_used_have_a_reason(data, reason):
+@pytest.mark.parametrize("stock", [True, False])
+def test_images_that_cannot_be_used_have_a_reason(monkeypatch, data, reason, stock):
+    from ultralytics.utils import patches
+
+    monkeypatch.setattr(Image, "open", patches._image_open if stock else patches.image_open)
     check_image(png())
-    with pytest.raises(UnusableError, match=reason):
+    with pytest.raises(UnusableError, match=reason) as unusable:
         check_image(data)
+    assert not re.search(r"<.*>| object |0x", str(unusable.value))  # a Python object means nothing to its reader
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def test_a_disk_without_room_for_a_training_begins_none(factory, monkeypatch, ca
         (["data=demo", "inbox=inbox"], "no model= given"),
         (["min_imges=3"], r"unknown argument 'min_imges'\. Did you mean 'min_images'"),
         (["epohcs=3"], r"Did you mean 'epochs'"),
+        (["modle=best.pt"], r"Did you mean 'model'"),  # mode= is set by the watch
         (["epochs="], "'epochs=' has no value"),
         (["inbox"], "'inbox' has no value"),
         (["project=x"], "watch sets project= of its trainings itself"),

@@ -41,5 +41,5 @@ def get_cfg(stock: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         if is_demo(data := getattr(cfg, name, None)):
             from ultralytics.utils import SETTINGS
 
-            setattr(cfg, name, str(ensure(str(data), Path(SETTINGS["datasets_dir"]))))
+            setattr(cfg, name, str(ensure(str(data), Path(SETTINGS["datasets_dir"]), name)))
     return cfg

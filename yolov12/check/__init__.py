@@ -1,6 +1,12 @@
 """`yolov12 check [device=0] [--json]` reports what this machine has and whether it can train.
 
-The machine is read once into a `Report`. Findings and output are pure functions of that report.
+device=0      the device to train on, as in a training: 0, 0,1, cpu or mps; by default GPU 0, or the CPU without a GPU
+--json        print JSON; if training cannot work, stderr says why
+
+It lists GPUs and their free memory, the driver, versions, and memory of the host, and tries attention and a training
+step on the device. The last line says whether training can work, and if not, why. Nothing is installed or changed.
+
+The exit status is 0 if training can work, 1 if it cannot, and 2 if an argument is not valid.
 """
 
 from __future__ import annotations
@@ -47,6 +53,7 @@ def main(args: list[str]) -> int:
     return int(failed)
 
 
+# The machine is read once into a `Report`. Findings and output are pure functions of that report.
 def read_report(device: str = "") -> Report:
     """Read this machine, and probe attention and a training step on the device.
 

@@ -91,11 +91,12 @@ def is_demo(data: object) -> bool:
     return isinstance(data, str) and (data == "demo" or data.startswith("demo:"))
 
 
-def parse(spec: str) -> DemoSpec:
+def parse(spec: str, argument: str = "data") -> DemoSpec:
     """Parse the name of a demo data set.
 
     Args:
         spec: "demo", or "demo:" and settings in any order, as in "demo:images=2000,seed=1,hold_back=True".
+        argument: The argument that it is the value of, for errors.
 
     Returns:
         The settings. Those that are not given have their defaults.
@@ -104,33 +105,33 @@ def parse(spec: str) -> DemoSpec:
         ConfigError: The text is malformed, or a setting is unknown or out of range. The message lists what is valid.
     """
     if not is_demo(spec):
-        raise ConfigError(f"data={spec!r} is not the embedded data set. Write demo or demo:images=160,seed=0")
+        raise ConfigError(f"{argument}={spec!r} is not the embedded data set. Write demo or demo:images=160,seed=0")
     settings: dict[str, Any] = {}
     for item in filter(None, spec.partition(":")[2].split(",")):
         key, _, text = (piece.strip() for piece in item.partition("="))
         if key not in _RULES:
             near = difflib.get_close_matches(key, _RULES, 1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ConfigError(f"data=demo has no setting {key!r}{hint}; valid: {', '.join(_RULES)}")
+            raise ConfigError(f"{argument}=demo has no setting {key!r}{hint}; valid: {', '.join(_RULES)}")
         if key in settings:
-            raise ConfigError(f"data=demo: {key} is given twice. Give it once")
+            raise ConfigError(f"{argument}=demo: {key} is given twice. Give it once")
         read, allowed, words = _RULES[key]
         try:
             settings[key] = read(text)
         except ValueError:
-            raise ConfigError(f"data=demo: {key}={text!r} must be {words}") from None
+            raise ConfigError(f"{argument}=demo: {key}={text!r} must be {words}") from None
         if not allowed(settings[key]):
-            raise ConfigError(f"data=demo: {key}={text} must be {words}")
+            raise ConfigError(f"{argument}=demo: {key}={text} must be {words}")
     demo = DemoSpec(**settings)
     if int(demo.images * demo.val) == 0:
         raise ConfigError(
-            f"data=demo: val={demo.val} of {demo.images} images leaves none for validation. "
+            f"{argument}=demo: val={demo.val} of {demo.images} images leaves none for validation. "
             f"Give images={math.ceil(1 / demo.val)} or more, or a larger val"
         )
     return demo
 
 
-def ensure(spec: str, root: Path) -> Path:
+def ensure(spec: str, root: Path, argument: str = "data") -> Path:
     """Return the data.yaml of a demo data set. If the data set does not exist, draw it.
 
     The data set is drawn in a hidden folder, which is then renamed, so it is never incomplete. If two processes draw it
@@ -140,6 +141,7 @@ def ensure(spec: str, root: Path) -> Path:
     Args:
         spec: The name that `parse` reads.
         root: The folder that holds data sets.
+        argument: The argument that `spec` is the value of, for errors.
 
     Returns:
         The path of the data.yaml.
@@ -149,7 +151,7 @@ def ensure(spec: str, root: Path) -> Path:
         DataError: Something else has the name of the data set's folder.
         OSError: The data set cannot be written.
     """
-    demo = parse(spec)
+    demo = parse(spec, argument)
     folder = root / demo.folder
     data_yaml = folder / "data.yaml"
     if data_yaml.is_file():

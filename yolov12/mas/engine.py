@@ -103,7 +103,7 @@ class Engine:
         speed = SpeedModel(new_size_ms=0.0 if self.meter.kind == "host" else NEW_SIZE_MS)
         gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
         self._planner = BatchPlanner(
-            self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice
+            self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice, log=log
         )
         found = candidates(model, layers, self.config.disabled_layers)
         is_untried = self.config.cuda_graphs is None and ranks.size > 1
@@ -116,7 +116,7 @@ class Engine:
         self._calibration = Calibration(
             self._step, self._planner, self.meter, self.config, found, cache, self._device_name, ranks, log
         )
-        self._room = Room(self._planner, self.meter, self.config, ranks)
+        self._room = Room(self._planner, self.meter, self.config, ranks, log)
         self._records = Records(speed, self._calibration, self.meter, journal, log, shares=ranks.size > 1)
         self._limit = ExitStack()  # limit of PyTorch's allocator, from the first step to `close`
         self._is_limited = False

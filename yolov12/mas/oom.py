@@ -1,16 +1,16 @@
-"""Failed allocations: how to recognise them among other errors, and the error that ends a run."""
+"""Failed allocations: how to recognise them among other errors, the wait for memory, and the error that ends a run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from yolov12.errors import DoesNotFitError, YOLOv12Error
 
-__all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tried_to_allocate"]
+__all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tell_wait", "tried_to_allocate", "waiting_line"]
 
 # Messages of libraries that allocate memory without PyTorch's allocator, of PyTorch's host allocator, and of C++. What
 # oneDNN calls a descriptor needs no memory: without one, it does not know the operation. Where NVML does not work, as
@@ -26,6 +26,7 @@ _SIGNS = re.compile(
     "|could not create a primitive(?! descriptor)"
     "|std::bad_alloc"
 )
+_SHORT_WAIT_S = 2
 _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|[KMGT]iB)")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -85,3 +86,30 @@ def does_not_fit(needed_bytes: int, budget_bytes: int, free_bytes: int, ways_out
     return DoesNotFitError(
         f"one image needs {needed} at its peak, the budget is {budget} ({free} free). Ways out: {ways}"
     )
+
+
+def waiting_line(others_bytes: int | None, most_s: float) -> str:
+    """Return the line of the log that says that a wait for memory begins.
+
+    Args:
+        others_bytes: Memory of other processes when the wait begins; None if unknown.
+        most_s: Most seconds that it takes.
+    """
+    held = f" ({others_bytes / 2**20:,.0f} MiB)" if others_bytes else ""
+    return (
+        f"memory: no image fits beside what other processes hold{held}: waiting up to {most_s:,.0f} s for them to "
+        "release memory"
+    )
+
+
+def tell_wait(log: Callable[[str], None], others_bytes: int | None, waited_s: float, most_s: float) -> None:
+    """Log once in a wait that is longer than two seconds; shorter ones may come in every step.
+
+    Args:
+        log: Takes the line.
+        others_bytes: Memory of other processes; None if unknown.
+        waited_s: Seconds waited so far, a whole number.
+        most_s: Most seconds that the wait takes.
+    """
+    if waited_s == _SHORT_WAIT_S:
+        log(waiting_line(others_bytes, most_s - waited_s))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from yolov12.mas.config import Config
 from yolov12.mas.distributed.ranks import Ranks
 from yolov12.mas.memory.reading import Meter
+from yolov12.mas.oom import waiting_line
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.peak_model import Features
 from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
@@ -38,10 +39,13 @@ class Room:
         meter: Meter of the model's device.
         config: Settings of the engine.
         ranks: Processes that share each batch.
+        log: Takes lines for the log of the training.
     """
 
-    def __init__(self, planner: BatchPlanner, meter: Meter, config: Config, ranks: Ranks) -> None:
-        self._planner, self._meter, self._config, self._ranks = planner, meter, config, ranks
+    def __init__(
+        self, planner: BatchPlanner, meter: Meter, config: Config, ranks: Ranks, log: Callable[[str], None]
+    ) -> None:
+        self._planner, self._meter, self._config, self._ranks, self._log = planner, meter, config, ranks, log
 
     def fits(self, features: Features | None) -> bool:
         """Return whether a micro-batch is predicted to fit into the memory that is free now, on every rank.
@@ -75,6 +79,7 @@ class Room:
                 break
             if not seconds:
                 self._meter.release()  # another rank may wait for the memory
+                self._log(waiting_line(self._meter.read().others_bytes, WAIT_S))
             time.sleep(1.0)
             seconds += 1
         if least == _Status.STOP_REQUESTED:

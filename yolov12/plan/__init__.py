@@ -9,7 +9,7 @@ classes=80              classes of the model; by default those in its file
 --json                  print JSON
 format=onnx             plan the exported graph instead, see `yolov12 plan format=onnx --help`
 
-The exit status is 0 if all models fit, else 1.
+The exit status is 0 if all models fit, 1 if one does not, and 2 if an argument or the model cannot be used.
 """
 
 from __future__ import annotations

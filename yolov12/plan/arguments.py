@@ -10,6 +10,7 @@ from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Reading, limited_bytes
 from yolov12.plan.cards import Card, card
 from yolov12.plan.words import parse_count, parse_switch, parse_words
+from yolov12.sizes import parse_memory_size
 
 __all__ = ["Request", "parse"]
 
@@ -90,10 +91,11 @@ def parse(words: list[str]) -> Request:
         models = _EVERY_SCALE if given["model"] == "all" else tuple(given["model"].split(","))
     else:
         models = (given["model"],)
+    parse_memory_size(given["mem"], "mem")  # here it has another name than in a training
     config = Config.parse({name: given[key] for key, name in _CONFIG.items()})
-    if found is None and isinstance(config.limit, float):
+    if found is None and not isinstance(config.limit, int):
         raise ConfigError(
-            f"mem={given['mem']} is a fraction of a card. Give bytes, as in mem=16GiB, or the card, as in gpu=T4"
+            f"mem={given['mem']} is a part of a card. Give bytes, as in mem=16GiB, or the card, as in gpu=T4"
         )
     return Request(
         models=models,

@@ -5,7 +5,8 @@ batch=1 imgsz=640       as in an export; with dynamic=True up to twice imgsz, as
 mem=256MiB              limit for weights, inputs, tensors and the builder; without a limit nothing is split
 --json                  print JSON
 
-The exit status is 0 if the graph fits, else 1. Tensors are counted in FP32, the precision of the graph.
+The exit status is 0 if the graph fits, 1 if it does not, and 2 if an argument or the model cannot be used.
+Tensors are counted in FP32, the precision of the graph.
 """
 
 from __future__ import annotations

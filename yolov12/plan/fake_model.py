@@ -65,7 +65,7 @@ def load(name: str, classes: int | None = None) -> FakeModel:
         The fake model.
 
     Raises:
-        ConfigError: The file does not describe a detection model with one head.
+        ConfigError: The file is an exported model, or does not describe a detection model with one head.
     """
     from ultralytics.nn.tasks import DetectionModel
     from ultralytics.utils.loss import v8DetectionLoss
@@ -74,6 +74,9 @@ def load(name: str, classes: int | None = None) -> FakeModel:
 
     with _Uninitialised():  # type: ignore[no-untyped-call]
         model: Any = YOLO(name).model
+        if isinstance(model, str):  # Ultralytics keeps the path of an exported model
+            way_out = "Add format=onnx to plan this graph" if name.endswith(".onnx") else "Give its yaml or weight file"
+            raise ConfigError(f"model={name} is an exported model, which cannot be trained. {way_out}")
         if type(model) is not DetectionModel:
             raise ConfigError(f"model={name} is a {type(model).__name__}: plans are made for detection models")
         if classes is not None and classes != model.yaml["nc"]:

@@ -84,15 +84,22 @@ def as_text(reports: Sequence[Report], request: Request) -> str:
 def verdict(report: Report, request: Request) -> str:
     """Format one line that says whether a training fits, and with which checkpoint plan."""
     choice = report.choice
-    where = f"a {request.card.name}" if request.card else f"{report.total_bytes / _GIB:.4g} GiB"
-    peak = f"{choice.estimate.peak_bytes / _GIB:.1f} GiB"
-    budget = f"{report.budget_bytes / _GIB:.1f} GiB of {where}"
+    where = f"a {request.card.name}" if request.card else _size(report.total_bytes, ".4g")  # as the user wrote it
+    peak = _size(choice.estimate.peak_bytes)
+    budget = f"{_size(report.budget_bytes)} of {where}"
     if choice.fits:
         plan = str(choice.estimate.plan) or "all activations kept"
         return f"{report.model} fits: {peak} at the peak, {budget} may be used; {plan}."
     least = f"{choice.estimate.images} image{'s' * (choice.estimate.images > 1)} at once"
     need = f"{least} need{'s' * (choice.estimate.images == 1)} {peak} with every layer recomputed"
     return f"{report.model} does not fit: {need}, {budget} may be used."
+
+
+def _size(size_bytes: int, of_gib: str = ".1f") -> str:
+    """Format a size in GiB, or in MiB if it is below 1 GiB."""
+    if size_bytes >= _GIB:
+        return f"{size_bytes / _GIB:{of_gib}} GiB"
+    return f"{size_bytes / _MIB:,.1f}".removesuffix(".0") + " MiB"
 
 
 def _mib(size_bytes: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from yolov12.errors import UntrustedDataError
 from yolov12.untrusted import TRUST_DATA, is_set
 
-__all__ = ["check_det_dataset"]
+__all__ = ["check_det_dataset", "find_yaml"]
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".txz", ".tbz2")
 
@@ -38,7 +38,7 @@ def check_det_dataset(
     try:
         return stock(dataset, False, split)  # type: ignore[no-any-return]
     except FileNotFoundError as error:
-        file = _yaml_of(str(dataset)) if "missing path" in str(error) else None
+        file = find_yaml(str(dataset)) if "missing path" in str(error) else None
         download = _download_of(file) if file else None
         if not file or not download:
             raise
@@ -53,8 +53,15 @@ def check_det_dataset(
     return stock(str(file), True, split)  # type: ignore[no-any-return]  # the file that was looked at, and no other
 
 
-def _yaml_of(dataset: str) -> Path | None:
-    """Find the yaml of a data set as Ultralytics does. None for an archive, from whose yaml it downloads nothing."""
+def find_yaml(dataset: str) -> Path | None:
+    """Find the yaml of a data set as Ultralytics does.
+
+    Args:
+        dataset: Name, path or address of a data set yaml or of an archive with one.
+
+    Returns:
+        The yaml. None if there is none, or for an archive, from whose yaml Ultralytics downloads nothing.
+    """
     from ultralytics.data.utils import find_dataset_yaml
     from ultralytics.utils.checks import check_file
 

@@ -3,11 +3,12 @@
 data=line.yaml          the data set that the model was trained with; its images are replayed
 inbox=folder            new images: name.jpg with name.txt, or in images/ and labels/; the names of their classes are in
                         classes.txt or data.yaml there, otherwise those of data=
-model=best.pt           the serving model; a better candidate takes its place in one step
+model=best.pt           the serving model; a candidate that is promoted takes its place in one step
 work=folder             collected images, history and state; by default NAME-watch beside the model
 min_images=20           an attempt begins as soon as a class has this many new images
 every=24h               an attempt begins after this time, too, if there are new images; default: never
-margin=0.02             a candidate is not promoted if the AP50-95 of a known class falls by more
+margin=0.02             a candidate is promoted if the AP50-95 of no known class falls by more, and the mean of all
+                        classes does not fall
 val_fraction=0.2        fraction of the collected images that is for validation
 export=onnx             export what was promoted, beside the model: onnx, engine or torchscript; default: no export
 settle=10s              a file is complete if it has not changed for this time

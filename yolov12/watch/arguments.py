@@ -154,7 +154,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         elif key in known:
             training.append(word)
         else:
-            near = get_close_matches(key, [*given, *known], n=1)
+            near = get_close_matches(key, {*given, *known}.difference(_SET_BY_WATCH), n=1)
             raise ConfigError(f"unknown argument '{key}'" + (f". Did you mean '{near[0]}'?" if near else ""))
     return given, training
 

@@ -83,7 +83,7 @@ def check_image(data: bytes) -> None:
         MemoryError: There is not enough memory to decode it.
         UnusableError: It is damaged, incomplete, too small, not an image, or a kind that a training cannot read.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -95,6 +95,10 @@ def check_image(data: bytes) -> None:
                 image.load()
     except MemoryError:  # says nothing about the image
         raise
+    except (UnidentifiedImageError, ModuleNotFoundError) as error:
+        # Pillow's message names a Python object. Ultralytics, if it is imported, then looks for a plugin for HEIF.
+        reason = "it has no known image format, or its header is damaged"
+        raise UnusableError(f"the image cannot be decoded: {reason}") from error
     except Exception as error:  # a damaged file may raise any error
         raise UnusableError(f"the image cannot be decoded: {error}") from error
     if kind not in _FORMATS:

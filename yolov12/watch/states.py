@@ -5,7 +5,7 @@ phase in its state file.
 
 IDLE -> PREPARING -> TRAINING -> JUDGING -> PROMOTING -> EXPORTING -> REPORTING -> IDLE
                         |           |          |                         ^
-                        +-----------+----------+-------------------------+   failed, not better, or superseded
+                        +-----------+----------+-------------------------+   failed, not promoted, or superseded
 """
 
 from __future__ import annotations

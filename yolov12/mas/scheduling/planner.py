@@ -11,7 +11,7 @@ from itertools import accumulate
 from yolov12.errors import DoesNotFitError, plain
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Meter, Reading
-from yolov12.mas.oom import Failure, does_not_fit, tried_to_allocate
+from yolov12.mas.oom import Failure, does_not_fit, tell_wait, tried_to_allocate
 from yolov12.mas.scheduling.advice import NO_ADVICE, Advice
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.groups import decide_groups
@@ -60,6 +60,7 @@ class BatchPlanner:
         gradient_bytes: Bytes of all gradients of the model.
         advice: Knowledge of the training, see `Advice`.
         sleep: Waits for a number of seconds.
+        log: Takes lines for the log of the training.
     """
 
     reading: Reading
@@ -77,15 +78,15 @@ class BatchPlanner:
         gradient_bytes: int,
         advice: Advice = NO_ADVICE,
         sleep: Callable[[float], None] = time.sleep,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.cost, self.speed, self.gradient_bytes = cost, speed, gradient_bytes
-        self.sleep = sleep
+        self.cost, self.speed, self.gradient_bytes, self.sleep = cost, speed, gradient_bytes, sleep
         self.replay_room = ReplayRoom()
         self.history = self._completed = History()
         """State that the latest decision passes on to the next one."""
         self.level = 0
         """Index of the checkpoint plan that `plan` returned last."""
-        self._config, self._meter, self._advice = config, meter, advice
+        self._config, self._meter, self._advice, self._log = config, meter, advice, log
         self._work, self._group, self._patience_s = Workload(0, 0, ()), 0, float(WAIT_S)
         self._arm = 0, 0  # images in the largest micro-batch, and level, of the latest decision
         self._waited_s = self._told_s = 0
@@ -180,6 +181,7 @@ class BatchPlanner:
         """
         if self._waited_s >= self._patience_s or not self._may_come_back(failure):
             return False
+        tell_wait(self._log, self.reading.others_bytes, self._waited_s, self._patience_s)
         self.sleep(1.0)
         self.read()
         self._waited_s += 1

@@ -10,6 +10,7 @@ from typing import Any
 from yolov12 import demo
 from yolov12.errors import ArgumentTypeError, ConfigError, DataError, MissingImagesError, UntrustedDataError, plain
 from yolov12.training.classes.names import check_rename, listed, match, renamed
+from yolov12.untrusted.download import find_yaml
 
 __all__ = ["check_keypoints", "check_training_arguments"]
 
@@ -95,7 +96,7 @@ def _check_data(
     from ultralytics.data.utils import check_det_dataset
 
     if demo.is_demo(data):
-        names = demo.parse(data).names
+        names = demo.parse(data, key).names
         _check_task(key, data, {}, task)
         return dict(enumerate(names))
     if "://" in data or data.endswith(".ndjson"):
@@ -105,9 +106,11 @@ def _check_data(
     except UntrustedDataError:
         raise
     except FileNotFoundError as error:
-        raise DataError(
-            f"{key}={data}: {_first_line(error)}. Give the path of a data set yaml, or {key}=demo"
-        ) from error
+        found_yaml = find_yaml(data) or (data if Path(data).exists() else None)  # the second is an archive with a yaml
+        reason = f"{key}={data}: {_first_line(error)}"
+        if found_yaml is None:
+            raise DataError(f"{reason}. Give the path of a data set yaml, or {key}=demo") from error
+        raise DataError(f"{reason}. Correct 'path:' and the splits in {found_yaml}") from error
     except Exception as error:  # Ultralytics, too, makes one error of whatever is wrong with a data set
         reason = " ".join(plain(error).split()) or type(error).__name__  # the second line may name what is missing
         raise DataError(f"{key}={data}: {reason.rstrip('.')}") from error
