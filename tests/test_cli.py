@@ -1,5 +1,6 @@
 import errno
 import re
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -51,6 +52,17 @@ def test_unusable_words_are_refused(words, message):
     with pytest.raises(ConfigError) as error:
         cli.parse(words)
     assert message in str(error.value)
+
+
+def test_control_c_ends_a_command_by_its_signal_and_without_a_traceback():
+    code = (
+        "import signal, sys; from yolov12 import cli; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def interrupted(options): signal.raise_signal(signal.SIGINT)\n"
+        "cli.VERBS['val'] = interrupted\n"
+        "sys.exit(cli.main(['val']))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "yolov12: interrupted\n")
 
 
 def test_unknown_command_and_help(capsys):

@@ -82,6 +82,9 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 or 2.
+
+    Raises:
+        KeyboardInterrupt: The command was interrupted.
     """
     verb, *words = (sys.argv[1:] if args is None else args) or ["help"]
     verb = verb.lstrip("-")
@@ -118,6 +121,11 @@ def main(args: list[str] | None = None) -> int:
         VERBS[verb](options)
     except USER_ERRORS as error:
         return failed(error)
+    except KeyboardInterrupt:
+        if os.environ.get("YOLOV12_TRACEBACK") != "1":
+            print("yolov12: interrupted", file=sys.stderr)
+            sys.excepthook = lambda *_: None  # no traceback; Python ends the process by SIGINT, as shells expect
+        raise
     return 0
 
 

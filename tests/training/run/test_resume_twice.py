@@ -147,7 +147,7 @@ def test_batches_after_the_last_update_are_trained_on_again_in_an_epoch_that_is_
 
 
 def test_an_epoch_is_not_announced_again_where_the_state_is_older_than_its_checkpoint(trainings, power, tmp_path):
-    """As after a kill: the run was saved for the last time in the middle of an epoch, which was complete later."""
+    """A kill: the run was saved for the last time in the middle of an epoch, which was complete later."""
     settings = {"epochs": 3, "bn_group": 8, "optimizer": "AdamW", "lr0": 1e-3}
     whole, expected = events_of(trainings, tmp_path, **settings)
     kept = tmp_path / "state.pt"

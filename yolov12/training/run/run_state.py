@@ -114,10 +114,15 @@ class RunSaver:
         self.interruption.stop()
 
     def save_at_last(self) -> None:
-        """Save a run that ends early, unless it ended in the middle of an optimizer step."""
+        """Save a run that ends early, unless it ended in the middle of an optimizer step, and say how it goes on."""
         if self._saves and self._whole and self._steps:
             with self.interruption.deferred():
                 self._save_or_warn()
+        last = self._trainer.last
+        if self._saves and self.path.exists() and last.exists():
+            from ultralytics.utils import LOGGER
+
+            LOGGER.info(f"resume: this run is saved: it goes on with resume=auto, or with model={last} resume=True")
 
     def _take_note(self) -> None:
         if not self._saves:
