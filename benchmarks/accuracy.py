@@ -65,7 +65,7 @@ from benchmarks.accuracy_settings import (
     VARIANTS,
     Settings,
 )
-from benchmarks.accuracy_table import table
+from benchmarks.accuracy_table import name_of, table, with_row
 from benchmarks.common import report
 from benchmarks.common.processes import Call, gpu_shared
 from benchmarks.partners import MODEL
@@ -230,10 +230,6 @@ def _about(settings: Settings) -> dict[str, Any]:
     return about
 
 
-def _name(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("data", "model", "variant", "seed"))
-
-
 def _pair(text: str) -> tuple[str, int]:
     model, _, batch = text.partition("=")
     return model, int(batch)
@@ -291,7 +287,6 @@ def carry_out(
     about = _about(settings)
     if found.setdefault("settings", about) != about:
         raise SystemExit(f"{options.out} has a part {part} with other settings: give another --part")
-    found["mps"] = shared
     _claim(options.runs, settings)
     for kind in settings.data:
         accuracy.data(kind)
@@ -313,7 +308,7 @@ def carry_out(
             result.add(part, found)
         if options.prepare:
             continue
-        done = [_name(row) for row in found["runs"] if "map" in row]
+        done = [name_of(row) for row in found["runs"] if "map" in row]
         jobs = [
             accuracy.job(kind, model, variant, seed, start, batch)
             for seed, (model, start), variant in itertools.product(options.seeds, starts.items(), options.only)
@@ -321,8 +316,7 @@ def carry_out(
         ]
         for row in accuracy.run(jobs):
             print(json.dumps(row), flush=True)
-            earlier = [each for each in found["runs"] if "map_so_far" not in each or _name(each) != _name(row)]
-            found["runs"] = [*earlier, row]
+            found["runs"] = with_row(found["runs"], {**row, "mps": shared})
             found["table"] = table(found["runs"])
             result.add(part, found)
         if any(job.name["variant"] == "neighbour" for job in jobs) and accuracy.neighbour_log.exists():

@@ -122,6 +122,7 @@ class Job:
     def start(self) -> Call:
         """Start it in a process of its own."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "results.csv").unlink(missing_ok=True)  # `unfinished` reads it
         with self.log.open("w") as log:
             variables = {"YOLO_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
             return Call("accuracy_runs:train", stock=self.is_stock, log=log, variables=variables, **self.call)

@@ -4,10 +4,31 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.accuracy_settings import STOCK, VARIANTS
+
+
+def name_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells a training from others."""
+    return tuple(row[key] for key in ("data", "model", "variant", "seed"))
+
+
+def with_row(rows: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add the row of a training. Of several that were cut off, only the longest stays, and none beside one that ended.
+
+    Args:
+        rows: The rows so far.
+        new: The new one.
+    """
+    cut_off = [row for row in rows if "map_so_far" in row and name_of(row) == name_of(new)]
+    others = [row for row in rows if row not in cut_off]
+    if "map" in new:
+        return [*others, new]
+    if "map_so_far" in new:
+        return [*others, max([*cut_off, new], key=lambda row: len(row["map_so_far"]))]
+    return [*rows, new]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -124,9 +124,15 @@ def main(args: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if os.environ.get("YOLOV12_TRACEBACK") != "1":
             print("yolov12: interrupted", file=sys.stderr)
-            sys.excepthook = lambda *_: None  # no traceback; Python ends the process by SIGINT, as shells expect
+            _hide_interruptions()
         raise
     return 0
+
+
+def _hide_interruptions() -> None:
+    """Print no traceback of a KeyboardInterrupt. Python then ends the process by SIGINT, as shells expect."""
+    others = sys.excepthook
+    sys.excepthook = lambda kind, *error: None if issubclass(kind, KeyboardInterrupt) else others(kind, *error)
 
 
 def failed(error: Exception) -> int:

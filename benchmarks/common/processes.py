@@ -129,22 +129,23 @@ def gpu_shared() -> Iterator[bool]:
     """Return a context in which kernels of several processes run at the same time on a GPU, where this is possible.
 
     Without NVIDIA's Multi-Process Service (MPS), the GPU runs kernels of one process at a time and switches between the
-    processes. The context starts this service, and gives True if it runs. Processes that start in the context use it.
-    Its program, `nvidia-cuda-mps-control`, is part of the driver.
+    processes. The context starts this service, and gives True if that succeeds. Processes that start in the context use
+    it. Its program, `nvidia-cuda-mps-control`, is part of the driver.
     """
-    program, folder = shutil.which("nvidia-cuda-mps-control"), tempfile.mkdtemp()
-    variables = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-    if not program or subprocess.run([program, "-d"], env={**os.environ, **variables}, check=False).returncode:
-        yield False
-        return
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield True
-    finally:
-        subprocess.run([program], input="quit\n", text=True, check=False)
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        program = shutil.which("nvidia-cuda-mps-control")
+        variables = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        if not program or subprocess.run([program, "-d"], env={**os.environ, **variables}, check=False).returncode:
+            yield False
+            return
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield True
+        finally:
+            subprocess.run([program], input="quit\n", text=True, check=False)
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _main(function: str, arguments: str, out: str) -> None:

@@ -180,6 +180,10 @@ def classes() -> Iterator[Passage]:
     )
     for used, stock in zip(rows["mean_bias"], rows["stock"], strict=True):  # for both seeds, in all three epochs
         assert all(a > b for a, b in zip(used["new_ap"], stock["new_ap"], strict=True))
+    for mean_only, used in zip(rows["mean"], rows["mean_bias"], strict=True):
+        assert all(a > b for a, b in zip(mean_only["new_ap"][1:], used["new_ap"][1:], strict=True))
+    kept = {how: mean(row["old_ap"][-1] for row in each) for how, each in rows.items()}
+    assert kept["stock"] > max(kept["mean"], kept["mean_bias"])
     yield setting("four epochs on 48 images in which only", "the data")
     assert found["replay_epochs"] == 4
     lines = []

@@ -119,10 +119,12 @@ _LOOKS_MEASURED = re.compile(
     r"\s*(images/s|images\s+(?:a|per)\s+second|times\b|x\b|× as\b|%\s+(?:faster|slower|more|less)\b)"
 )
 """What follows a number that is a measurement wherever it stands."""
-_SENTENCE = re.compile(r"(?:(?!(?<=[.:!?])\s+[A-Z`*\[]|。|\n\n|\n[-|#]).)+", re.DOTALL)
+_SENTENCE = re.compile(r"(?:(?!(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+[A-Z`*\[]|。|\n\n|\n[-|#]).)+", re.DOTALL)
 """A sentence, an item of a list or a row of a table."""
-_CITES = re.compile(r"\]\([^)]*(?:measurements\.md#|benchmarks/results/)")
+_CITES = re.compile(r"(?:\]\(|href=\")[^)\"]*(?:measurements\.md|benchmarks/results/)")
 """Link to a measurement: every number of a sentence that has one is from there."""
+_ONLY_CITES = re.compile(r"\W*\[[^\]]*\]\([^)]*\)\W*")
+"""A sentence that is nothing but a link, and so is about the one before."""
 
 
 def section(
@@ -214,12 +216,20 @@ def _compare(text: str, start: int, end: int, of: Section, changes: list[tuple[i
 
 
 def _untied(text: str, start: int, end: int, of: Section, covered: Sequence[tuple[int, int]]) -> Iterator[str]:
-    cited = [match.span() for match in _SENTENCE.finditer(text, start, end) if _CITES.search(match[0])]
+    cited = list(_cited(text, start, end))
     for number in loose(text, start, end, covered):
         is_cited = any(begin <= number.start() < stop for begin, stop in cited)
         if of.is_whole or is_cited or _LOOKS_MEASURED.match(text, number.end()):
             around = text[max(number.start() - 40, start) : min(number.end() + 40, end)]
             yield f"{of.heading}: {number[0].rstrip('.,')} is not tied to data: …{' '.join(around.split())}…"
+
+
+def _cited(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    before = start
+    for match in _SENTENCE.finditer(text, start, end):
+        if _CITES.search(match[0]):
+            yield before if _ONLY_CITES.fullmatch(match[0]) else match.start(), match.end()
+        before = match.start()
 
 
 def _difference(now: str, part: str) -> str:

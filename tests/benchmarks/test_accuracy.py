@@ -114,10 +114,11 @@ def test_a_later_call_does_what_is_missing(tmp_path, monkeypatch):
     assert third == ["stock", "256"]
     assert [(run["seed"], run["batch"]) for run in found["runs"]] == [(0, 48), (0, 256), (1, 48), (1, 256)]
     assert call("--seeds", "1")[1] == []
-    cut_off.append(True)
+    cut_off.append(True)  # no curve is there yet
     found, fourth, _ = call("--seeds", "2")
     assert [run.get("map_so_far") for run in found["runs"]] == [None] * 4 + [[], []]
     assert [row["map"] for row in found["table"]] == [[0.5, 0.5], [0.5, 0.5]]
+    assert {run["mps"] for run in found["runs"]} == {False}
     cut_off.clear()
     found, fifth, _ = call("--seeds", "2")
     assert fourth == fifth == ["stock", "256"]
@@ -170,6 +171,20 @@ def test_the_table_compares_with_stock_and_leaves_out_failed_trainings():
     assert large["against_stock"]["difference"] == 0.0
     # Welch: variances 4e-4 and 7e-4 of three values each, 3.72 degrees of freedom
     assert large["against_stock"]["interval"] == pytest.approx(2.859 * (1.1e-3 / 3) ** 0.5, rel=1e-3)
+
+
+def test_of_a_training_that_was_cut_off_the_longest_curve_stays_until_it_ends():
+    name = {"data": "hard", "model": "n", "variant": "256", "seed": 0}
+    short, long, failed, ended = ({**name, **each} for each in (
+        {"map_so_far": [0.1]}, {"map_so_far": [0.1, 0.2]}, {"exit_status": 1}, {"map": [0.1, 0.2, 0.3]},
+    ))  # fmt: skip
+    other = {**short, "seed": 1}
+    rows = accuracy_table.with_row([other, long], short)
+    assert rows == [other, long]
+    assert accuracy_table.with_row([other, short], long) == [other, long]
+    rows = accuracy_table.with_row(rows, failed)
+    assert rows == [other, long, failed]
+    assert accuracy_table.with_row(rows, ended) == [other, failed, ended]
 
 
 def test_harder_boards_are_denser_and_have_less_contrast_and_are_repeated(tmp_path):

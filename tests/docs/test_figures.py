@@ -102,10 +102,12 @@ It keeps 4 images. In a [measurement]({link}), `x=3` left 0.03
 of 0.23. Since 5 epochs it is `0.7`; 8 remain.
 
 - Another has 6.
-- A fifth, see [here]({link}): 11.
+- A fifth, see [here]({link}): `a` takes 11, e.g. `b` takes 12.
+
+It has 13. It has 14. [Measured]({link}).
 """
     found, _ = check("docs/guides/train.md", text, [])
-    assert [problem.split(" is not")[0].strip(": ") for problem in found] == ["0.03", "0.23", "11"]
+    assert [problem.split(" is not")[0].strip(": ") for problem in found] == ["0.03", "0.23", "11", "12", "14"]
 
 
 @pytest.mark.parametrize("words", ["and Ultralytics 442", "with torch 512", "saves 80 GB", "a change of -2.5"])

@@ -63,7 +63,7 @@ def test_where_no_room_comes_the_run_ends_after_two_minutes_with_images_as_they_
     with pytest.raises(DoesNotFitError):
         world.step()
     assert 120 <= len(slept) <= 125
-    assert told(world) == [LINE.format(120)]
+    assert told(world) == [LINE.format(118)]
 
 
 def test_a_training_whose_images_cannot_get_smaller_tells_of_its_wait_once(waiting):

@@ -73,8 +73,9 @@ def test_no_page_says_that_only_a_better_candidate_is_promoted(file):
     assert decide([known("ic", 0.5, 0.5)], 0.02).promote
     text = " ".join((Path(__file__).parents[2] / file).read_text("utf-8").split())
     assert not re.search(r"\b(better (one|candidate)|(candidate|model) that is (not )?better)\b", text)
-    for rule in re.findall(r"\bpromote[^.]*\bno known class\b.{,100}", text):
-        assert re.search(r"\bmean\b", rule)
+    rules = re.findall(r"\bpromote[^.]*\bno known class\b.{,100}", text)
+    assert rules
+    assert all(re.search(r"\bmean\b", rule) for rule in rules)
 
 
 def test_control_characters_of_a_name_are_not_printed():

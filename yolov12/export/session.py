@@ -7,6 +7,8 @@ export_engine   splits the graph to the memory that is free, and builds the engi
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,9 +73,9 @@ def export_onnx(stock: Callable[..., Any], exporter: Any, *args: Any, **kwargs: 
         DoesNotFitError: The graph cannot be split to the limit. A file that was there before is there again.
     """
     settings = exporter.args
-    if settings.format != "onnx" or not getattr(settings, "mas", False):
+    if settings.format != "onnx" or not getattr(settings, "mas", False) or not settings.mem_limit:
         return stock(exporter, *args, **kwargs)
-    with _kept(Path(exporter.file).with_suffix(".onnx")):
+    with _kept(Path(exporter.file).with_suffix(".onnx").resolve()):
         file = stock(exporter, *args, **kwargs)
         exported = ExportedGraph(Path(file), exporter.im.shape, bool(settings.dynamic))
         exported.write(exported.split(MemoryLimit(_limit_bytes(Config.parse(vars(settings))), "mem_limit")))
@@ -83,17 +85,17 @@ def export_onnx(stock: Callable[..., Any], exporter: Any, *args: Any, **kwargs: 
 @contextmanager
 def _kept(file: Path) -> Iterator[None]:
     """Put a file back, or remove what is there instead, if the block fails."""
-    before = file.with_name(f"{file.name}.before")
-    if file.exists():
-        file.replace(before)
-    try:
-        yield
-    except BaseException:
-        file.unlink(missing_ok=True)
-        if before.exists():
-            before.replace(file)
-        raise
-    before.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}-before-") as folder:
+        before = Path(folder, file.name)
+        if file.exists():
+            shutil.copy2(file, before)
+        try:
+            yield
+        except BaseException:
+            file.unlink(missing_ok=True)
+            if before.exists():
+                before.replace(file)
+            raise
 
 
 def export_engine(stock: Callable[..., Any], exporter: Any, prefix: str) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from yolov12.mas.config import Config
 from yolov12.mas.distributed.ranks import Ranks
 from yolov12.mas.memory.reading import Meter
-from yolov12.mas.oom import waiting_line
+from yolov12.mas.oom import tell_wait
 from yolov12.mas.scheduling.candidates import beside_bytes
 from yolov12.mas.scheduling.peak_model import Features
 from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
@@ -79,7 +79,8 @@ class Room:
                 break
             if not seconds:
                 self._meter.release()  # another rank may wait for the memory
-                self._log(waiting_line(self._meter.read().others_bytes, WAIT_S))
+            others_bytes = self._meter.read().others_bytes if self._ranks.size == 1 else None  # any card may be full
+            tell_wait(self._log, others_bytes, seconds, WAIT_S)
             time.sleep(1.0)
             seconds += 1
         if least == _Status.STOP_REQUESTED:

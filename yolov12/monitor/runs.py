@@ -99,7 +99,7 @@ def _without_journal(folder: Path) -> State:
         return State("a training without the engine, so it writes no memory.csv. Its log says why", ended=True)
     if time.time() - max(_modified_s(folder), _modified_s(folder / "args.yaml")) < _QUIET_S:
         return State("starting: no memory.csv yet")
-    return State("interrupted before its first step", ended=True)
+    return State("no memory.csv yet: it is starting, or was interrupted before its first step")  # maybe elsewhere
 
 
 def _is_in_first_epoch(folder: Path) -> bool:

@@ -110,7 +110,7 @@ def test_a_preprocess_batch_of_the_users_own_trains_as_on_stock(
     in_stock, *others = found.values()
     assert others == [in_stock] * 3
     assert [calls for *_, calls, _ in in_stock] == [1, 2, 3, 4]
-    assert_same_weights(ours, stock, rounded=True)
+    assert_same_weights(ours, stock, rounded=change is _crowd)
     images = in_stock[0][-1]
     assert ours.trainer.args.bn_group == 32  # as a warm-up has found out
     assert ours.micro_batches() == [[images]] * trainings.BATCHES

@@ -141,5 +141,6 @@ def test_control_c_is_a_keyboard_interrupt_that_loses_nothing(lives, tmp_path):
     assert lives.live(tmp_path, signal.SIGINT, 5) != 0
     log = lives.log.read_text()[-4000:]
     assert "KeyboardInterrupt" in log
-    assert f"this run is saved: it goes on with resume=auto, or with model={tmp_path}/run/weights/last.pt" in log
+    last = tmp_path / "run" / "weights" / "last.pt"
+    assert f"this run is saved: it goes on with the same command and resume=auto, or with model={last}" in log
     assert (tmp_path / "run" / "weights" / "state.pt").exists()

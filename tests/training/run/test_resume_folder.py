@@ -113,7 +113,10 @@ def test_a_run_that_is_complete_is_refused_before_anything_is_read(interrupted, 
     YOLO(last).train(resume=True)
     before = snapshot(folder)
     monkeypatch.setattr(DetectionTrainer, "get_dataset", lambda _: pytest.fail("the data are read"))
-    with pytest.raises(ConfigError, match=r"last\.pt: this training is complete.* model=.*last\.pt with data="):
+    with pytest.raises(
+        ConfigError,
+        match=r"last\.pt: there is nothing to resume: this training is complete.* model=.*last\.pt with data=",
+    ):
         YOLO(last).train(resume=str(last))
     assert cli.main(["train", f"model={last}", "resume=True"]) == 2
     assert "this training is complete" in capsys.readouterr().err

@@ -86,16 +86,18 @@ def test_a_resume_with_another_batch_leaves_one_row_for_each_epoch_and_step(trai
     assert again.summary["updates"] == again.summary["updates_expected"] == 6
 
 
-def test_a_resume_from_an_earlier_checkpoint_drops_what_came_after_it(trainings, power, tmp_path):
+@pytest.mark.parametrize(("event", "steps"), [("on_train_batch_end", 5), ("on_train_epoch_end", 8)])
+def test_a_resume_from_an_earlier_checkpoint_drops_what_came_after_it(trainings, power, tmp_path, event, steps):
+    """It is cut in the second epoch, or at the end of it. Then `last.pt` still is the one of before."""
     run = trainings.train(
         tmp_path, bn_group=8, epochs=3, save_period=1, callbacks=power.cut_at(10), raises=power.CutError
     )
     weights = run.folder / "weights"
     again = trainings.train(
-        tmp_path, weights / "epoch0.pt", resume=True, callbacks=power.cut_at(1), raises=power.CutError
+        tmp_path, weights / "epoch0.pt", resume=True, callbacks=[(event, power.cut)], raises=power.CutError
     )
     assert [row["epoch"] for row in again.results] == [1]
-    assert [int(row["step"]) for row in again.memory] == [1, 2, 3, 4, 5]
+    assert [int(row["step"]) for row in again.memory] == list(range(1, steps + 1))
     whole = trainings.train(tmp_path, weights / "last.pt", resume=True)
     assert [row["epoch"] for row in whole.results] == [1, 2, 3]
     assert [int(row["step"]) for row in whole.memory] == list(range(1, 13))
@@ -140,7 +142,8 @@ def test_batches_after_the_last_update_are_trained_on_again_in_an_epoch_that_is_
     whole, expected = events_of(trainings, tmp_path, **settings)
     part, before = events_of(trainings, tmp_path, cut=("on_fit_epoch_end", last), raises=power.CutError, **settings)
     resumed, after = events_of(trainings, tmp_path, part.folder / "weights" / "last.pt", resume=True)
-    again = [("on_train_batch_start", last), ("on_train_batch_end", last)] * batches
+    again = [("on_train_epoch_start", last)]
+    again += [("on_train_batch_start", last), ("on_train_batch_end", last)] * batches
     assert after[: len(again)] == again
     assert before + after[len(again) :] == expected
     assert_alike(resumed, whole)
@@ -162,7 +165,7 @@ def test_an_epoch_is_not_announced_again_where_the_state_is_older_than_its_check
     )  # fmt: skip
     shutil.copy(kept, part.folder / "weights" / "state.pt")
     resumed, after = events_of(trainings, tmp_path, part.folder / "weights" / "last.pt", resume=True)
-    again = [("on_train_batch_start", 1), ("on_train_batch_end", 1)] * 3
+    again = [("on_train_epoch_start", 1)] + [("on_train_batch_start", 1), ("on_train_batch_end", 1)] * 3
     assert after[: len(again)] == again
     assert before + after[len(again) :] == expected
     assert_alike(resumed, whole)

@@ -182,7 +182,9 @@ def _check_classes(trainer: Any, checkpoint: Any) -> None:
 
 def _same_on_all(ranks: Ranks, state: dict[str, Any] | None) -> bool:
     """Return whether all ranks have found the same state. Ranks without a common folder may not."""
-    step = -1 if state is None else state["epoch"] * 2**32 + state["loader"]["position"]
+    step = -1
+    if state is not None:
+        step = 2 * (state["epoch"] * 2**32 + state["loader"]["position"]) + (state["validated"] is not None)
     return ranks.least(step) == -ranks.least(-step)
 
 

@@ -326,8 +326,8 @@ class TrainerAdapter:
                 self._interruption.check()
 
     def _memory(self, fraction: bool = False) -> float:
-        is_stock = not fraction and is_ultralytics(self._stock_memory)
-        return self._display.column() if is_stock else float(self._stock_memory(fraction))
+        shows_ours = not fraction and is_ultralytics(self._stock_memory)
+        return self._display.column() if shows_ours else float(self._stock_memory(fraction))
 
     def _plot(self, batch: Any, ni: int) -> None:
         if not isinstance(batch, LogicalBatch):

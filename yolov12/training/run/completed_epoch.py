@@ -8,6 +8,7 @@ the checkpoint, which a kill may have cut off from `best.pt`, is written again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ _EVENTS = (*_OF_BATCHES, "on_train_epoch_start", "on_train_epoch_end", "on_model
 class CompletedEpoch:
     """Keeps a trainer from running callbacks, validating, and writing to results.csv in its first epoch.
 
-    Only callbacks of batches that are trained on again run.
+    If some of its batches are trained on again, their callbacks run, and that of its start.
 
     Args:
         trainer: Ultralytics trainer.
@@ -54,13 +55,18 @@ class CompletedEpoch:
         trainer.save_metrics = self._save_metrics
 
     def _run_callbacks(self, event: str) -> None:
-        is_trained_on = event in _OF_BATCHES and self._trainer.train_loader.position > self._placeholders
-        if self._is_over or event not in _EVENTS or is_trained_on:
+        if self._is_over or event not in _EVENTS or self._is_trained_on(event):
             self._stock_callbacks(event)
         elif event == "on_fit_epoch_end":
             self._is_over = True
             if self._random is not None:
                 set_random_state(self._random)
+
+    def _is_trained_on(self, event: str) -> bool:
+        loader = self._trainer.train_loader
+        if event == "on_train_epoch_start":
+            return len(loader) > self._placeholders
+        return event in _OF_BATCHES and getattr(loader, "position", math.inf) > self._placeholders
 
     def _validate(self) -> Any:
         if self._is_over:

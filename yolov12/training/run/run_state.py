@@ -74,6 +74,7 @@ class RunSaver:
         self._saved_s, self._cost_s, self._steps = time.monotonic(), 0.0, 0
         self._resumed: Mapping[str, Any] | None = None  # set until all of its placeholder batches have run
         self._whole = True
+        self._is_saved = False  # by this process, or by the one before, from whose state it goes on
         self._first_checkpoint = FirstCheckpoint(trainer)
         self.epoch_ends = self._first_checkpoint.epoch_ends
         self.interruption = interruption
@@ -118,11 +119,14 @@ class RunSaver:
         if self._saves and self._whole and self._steps:
             with self.interruption.deferred():
                 self._save_or_warn()
-        last = self._trainer.last
-        if self._saves and self.path.exists() and last.exists():
+        if self._is_saved:
             from ultralytics.utils import LOGGER
 
-            LOGGER.info(f"resume: this run is saved: it goes on with resume=auto, or with model={last} resume=True")
+            last = self._trainer.last
+            LOGGER.info(
+                f"resume: this run is saved: it goes on with the same command and resume=auto, or with model={last} "
+                "resume=True"
+            )
 
     def _take_note(self) -> None:
         if not self._saves:
@@ -196,8 +200,13 @@ class RunSaver:
             "scaler": trainer.scaler.state_dict(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._first_checkpoint.write()  # without it, the state is of no use
         files.write(self.path, lambda file: torch.save(state, file))
+        try:
+            self._first_checkpoint.write()
+        except RuntimeError:
+            self.path.unlink()  # without a checkpoint, it is of no use
+            raise
+        self._is_saved = True
         self._saved_s, self._steps = time.monotonic(), 0
         self._cost_s = self._saved_s - begin
 
@@ -223,7 +232,7 @@ class RunSaver:
         trainer.start_epoch = state["epoch"]
         trainer.scheduler.last_epoch = state["epoch"] - 1
         drop_rows(trainer.csv, state["epoch"] + (state["validated"] is not None))
-        self._resumed = state
+        self._resumed, self._is_saved = state, self._saves
         self._resolution.load_state_dict(state["resolution" if "resolution" in state else "data_layer"])
         same = self._loader.load_state_dict(state["loader"], self._go_on)
         position = state["loader"]["position"]

@@ -68,9 +68,10 @@ def find(trainer: Any, checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     epoch = checkpoint.get("epoch", -1)
     # The checkpoint of an epoch is written after its validation. The optimizer is removed after the last epoch.
     is_complete = epoch == state["epoch"] or checkpoint.get("optimizer") is None
-    # A run that went on from an earlier checkpoint has no row, while `last.pt` is still what came before.
-    is_whole = state["loader"]["position"] == was["batches"]
-    is_complete = is_complete and (is_whole or has_row(Path(trainer.csv), state["epoch"] + 1))
+    # A run that went on from an earlier checkpoint has no row, while `last.pt` is still what came before. A trainer of
+    # the user's own may write no rows at all.
+    rows, is_whole = Path(trainer.csv), state["loader"]["position"] == was["batches"]
+    is_complete = is_complete and (has_row(rows, state["epoch"] + 1) if rows.exists() else is_whole)
     state["validated"] = checkpoint.get("train_metrics") if is_complete else None
     return state if state["epoch"] >= epoch else None
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from yolov12.errors import ConfigError, UntrustedWeightsError
 from yolov12.mas.config import DEFAULTS, Config
 from yolov12.models import weights
@@ -97,8 +99,8 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
         return
     if is_complete(Path(trainer.args.resume)):
         raise ConfigError(
-            f"{trainer.args.resume}: this training is complete, so there is nothing to resume. To train on, start a "
-            f"new run: model={trainer.args.resume} with data=, epochs= and without resume="
+            f"{trainer.args.resume}: there is nothing to resume: this training is complete, or these weights are of no "
+            f"training. To train on, start a new run: model={trainer.args.resume} with data=, epochs= and no resume="
         )
     weights_folder = Path(trainer.args.resume).absolute().parent
     if not overrides.get("save_dir"):
@@ -165,7 +167,8 @@ def no_false_start(trainer: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if getattr(trainer, "loss", None) is None:
+        # Where a trainer starts other processes, they do the same.
+        if not getattr(trainer, "ddp", False) and not isinstance(getattr(trainer, "loss", None), Tensor):
             remove_false_start(getattr(trainer, "save_dir", None))
         raise
 

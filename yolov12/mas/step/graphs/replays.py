@@ -220,7 +220,7 @@ class Replays:
         """
         if not self._held():
             return False
-        self._rest()
+        self._pause_captures()
         if failure is not None and failure.lacked_memory:
             self._note(f"out-of-memory at {failure.images}")
         elif failure is not None and self._size is not None:
@@ -229,7 +229,7 @@ class Replays:
         self.drop()
         return True
 
-    def _rest(self) -> None:
+    def _pause_captures(self) -> None:
         self._pause = _PAUSE_BATCHES << min(self._times_given_way, 8)
         self._times_given_way += 1
 
@@ -280,7 +280,7 @@ class Replays:
                 self._note(IN_A_CAPTURE)
                 self._has_room = False
                 if size.replayed:  # it had this room before: others may have taken it for a moment
-                    self._rest()
+                    self._pause_captures()
                 else:
                     size.held_bytes = math.ceil(_MUCH_MORE * spare_bytes)
             else:
