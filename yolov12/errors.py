@@ -5,6 +5,7 @@ Each is also an error of the type that Ultralytics or PyTorch raises in its plac
 YOLOv12Error
 ├── ConfigError                 an argument is not valid (also a ValueError)
 │   ├── ArgumentTypeError       an argument has a type that it cannot have (also a TypeError)
+│   ├── NothingToResumeError    a training is complete (also an AssertionError)
 │   └── FolderInUseError        another training runs in the folder of the run
 ├── DataError                   a data set cannot be used (also a RuntimeError and a ValueError)
 │   ├── MissingImagesError      a data set has no images (also a FileNotFoundError)
@@ -44,6 +45,10 @@ class ConfigError(YOLOv12Error, ValueError):
 
 class ArgumentTypeError(ConfigError, TypeError):
     """An argument has a type that it cannot have."""
+
+
+class NothingToResumeError(ConfigError, AssertionError):
+    """A training that shall go on is complete, or a checkpoint is of no training."""
 
 
 class FolderInUseError(ConfigError):

@@ -334,5 +334,5 @@ def test_a_rename_is_checked_before_any_work(yamls):
 
 
 def test_the_old_data_set_may_be_the_embedded_one(monkeypatch):
-    monkeypatch.setattr("yolov12.cfg.configuration.ensure", lambda spec, root: Path(f"{spec}.yaml"))
+    monkeypatch.setattr("yolov12.cfg.configuration.ensure", lambda spec, root, argument: Path(f"{spec}.yaml"))
     assert get_cfg(overrides={"replay": "demo:seed=1"}).replay == "demo:seed=1.yaml"

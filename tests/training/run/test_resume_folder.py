@@ -8,7 +8,7 @@ from ultralytics.cfg import entrypoint
 from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolov12 import cli
-from yolov12.errors import ConfigError
+from yolov12.errors import ConfigError, NothingToResumeError
 
 
 def snapshot(folder):
@@ -114,7 +114,7 @@ def test_a_run_that_is_complete_is_refused_before_anything_is_read(interrupted, 
     before = snapshot(folder)
     monkeypatch.setattr(DetectionTrainer, "get_dataset", lambda _: pytest.fail("the data are read"))
     with pytest.raises(
-        ConfigError,
+        NothingToResumeError,
         match=r"last\.pt: there is nothing to resume: this training is complete.* model=.*last\.pt with data=",
     ):
         YOLO(last).train(resume=str(last))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from yolov12.errors import ConfigError, UntrustedWeightsError
+from yolov12.errors import ConfigError, NothingToResumeError, UntrustedWeightsError
 from yolov12.mas.config import DEFAULTS, Config
 from yolov12.models import weights
 from yolov12.training.classes import head
@@ -80,7 +80,8 @@ def check_resume(stock_check_resume: Callable[..., None], trainer: Any, override
     Raises:
         UntrustedWeightsError: The checkpoint asks for code, such as a class of the user's.
         FileNotFoundError: There is no checkpoint to resume from.
-        ConfigError: The training is complete, or an argument cannot work with what the run keeps.
+        NothingToResumeError: The training is complete.
+        ConfigError: An argument cannot work with what the run keeps.
         FolderInUseError: Another training runs in the folder.
     """
     _restore_arguments(stock_check_resume, trainer, overrides)
@@ -98,7 +99,7 @@ def _restore_arguments(stock_check_resume: Callable[..., None], trainer: Any, ov
     if not trainer.resume:
         return
     if is_complete(Path(trainer.args.resume)):
-        raise ConfigError(
+        raise NothingToResumeError(
             f"{trainer.args.resume}: there is nothing to resume: this training is complete, or these weights are of no "
             f"training. To train on, start a new run: model={trainer.args.resume} with data=, epochs= and no resume="
         )
