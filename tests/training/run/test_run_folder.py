@@ -155,3 +155,19 @@ def test_the_folder_of_a_run_stays_if_a_batch_has_run(trainings, power, tmp_path
     run = trainings.train(tmp_path, nbs=32, callbacks=[(event, power.cut)], raises=power.CutError, name="line")
     assert (tmp_path / "line").is_dir() == stays
     assert not stays or run.args["nbs"] == 32
+
+
+@pytest.mark.parametrize(
+    ("event", "more", "says"),
+    [
+        ("on_train_start", {}, False),
+        ("on_train_batch_end", {"nbs": 32}, False),
+        ("on_train_batch_end", {}, True),
+        ("on_train_batch_end", {"save": False}, False),
+        ("on_train_end", {}, False),
+    ],
+    ids=["before a batch", "before an update", "after an update", "without saves", "complete"],
+)
+def test_a_run_that_fails_says_how_it_goes_on_if_it_is_saved(trainings, power, tmp_path, event, more, says):
+    run = trainings.train(tmp_path, epochs=1, callbacks=[(event, power.cut)], raises=power.CutError, **more)
+    assert ("this run is saved: it goes on with the same command and resume=auto" in run.log) == says

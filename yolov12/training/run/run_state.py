@@ -104,7 +104,7 @@ class RunSaver:
     def complete(self) -> None:
         """Delete the state, as the training is complete."""
         self.path.unlink(missing_ok=True)
-        self._steps = 0
+        self._steps, self._is_saved = 0, False
 
     def flush(self) -> None:
         """Write all rows to the journal."""
@@ -119,10 +119,10 @@ class RunSaver:
         if self._saves and self._whole and self._steps:
             with self.interruption.deferred():
                 self._save_or_warn()
-        if self._is_saved:
+        last = self._trainer.last
+        if self._is_saved and last.exists():
             from ultralytics.utils import LOGGER
 
-            last = self._trainer.last
             LOGGER.info(
                 f"resume: this run is saved: it goes on with the same command and resume=auto, or with model={last} "
                 "resume=True"
