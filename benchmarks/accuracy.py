@@ -33,9 +33,9 @@ On a CPU, the model and the data are those of benchmarks/partners.py, and models
 a quarter as large (64 for 256, nbs=16), and stock's has 16 images. There is no limit; micro-batches have 16 images.
 
 `map` of a training is the mAP50-95 on held-out images after each epoch, of the averaged weights, and `map_so_far` that
-of one that the time budget cut off: a later call trains it again. `table` has the last
-epochs of each variant: mean, standard deviation over seeds, and for this package's variants the difference to the means
-of stock's three, with half the width of its 95 % confidence interval (Welch).
+of one that the time budget cut off: a later call trains it again. `table` has the last epochs of each variant: mean,
+standard deviation over seeds, and for this package's variants the difference to the means of stock's three, with half
+the width of its 95 % confidence interval (Welch).
 """
 
 from __future__ import annotations

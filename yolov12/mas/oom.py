@@ -10,7 +10,7 @@ import torch
 
 from yolov12.errors import DoesNotFitError, YOLOv12Error
 
-__all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tell_wait", "tried_to_allocate", "waiting_line"]
+__all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tell_wait", "tried_to_allocate"]
 
 # Messages of libraries that allocate memory without PyTorch's allocator, of PyTorch's host allocator, and of C++. What
 # oneDNN calls a descriptor needs no memory: without one, it does not know the operation. Where NVML does not work, as
@@ -88,22 +88,10 @@ def does_not_fit(needed_bytes: int, budget_bytes: int, free_bytes: int, ways_out
     )
 
 
-def waiting_line(others_bytes: int | None, most_s: float) -> str:
-    """Return the line of the log that says that a wait for memory begins.
-
-    Args:
-        others_bytes: Memory of other processes when the wait begins; None if unknown.
-        most_s: Most seconds that it takes.
-    """
-    held = f" ({others_bytes / 2**20:,.0f} MiB)" if others_bytes else ""
-    return (
-        f"memory: no image fits beside what other processes hold{held}: waiting up to {most_s:,.0f} s for them to "
-        "release memory"
-    )
-
-
 def tell_wait(log: Callable[[str], None], others_bytes: int | None, waited_s: float, most_s: float) -> None:
-    """Log once in a wait that is longer than two seconds; shorter ones may come in every step.
+    """Log that a training waits for memory, once in a wait that is longer than two seconds.
+
+    Shorter ones may come in every step.
 
     Args:
         log: Takes the line.
@@ -111,5 +99,10 @@ def tell_wait(log: Callable[[str], None], others_bytes: int | None, waited_s: fl
         waited_s: Seconds waited so far, a whole number.
         most_s: Most seconds that the wait takes.
     """
-    if waited_s == _SHORT_WAIT_S:
-        log(waiting_line(others_bytes, most_s - waited_s))
+    if waited_s != _SHORT_WAIT_S:
+        return
+    held = f" ({others_bytes / 2**20:,.0f} MiB)" if others_bytes else ""
+    log(
+        f"memory: no image fits beside what other processes hold{held}: waiting up to {most_s - waited_s:,.0f} s for "
+        "them to release memory"
+    )
