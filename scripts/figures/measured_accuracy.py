@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from statistics import mean
+from typing import Any
 
 from benchmarks.accuracy_table import difference
 from scripts.figures.measured_steps import HOW, list_of, measured
@@ -220,97 +221,107 @@ def accuracy_on_gpu() -> Iterator[Passage]:
     yield sentence("within {:.3f} of those without", max(beside))
 
 
-class CutOff:
-    """Curves of the longer trainings on a GPU, none of which ended.
+class Longer:
+    """Curves of the longer trainings on a GPU, and of earlier ones that did not end.
 
     Attributes:
-        curves: mAP50-95 after each epoch of the trainings of each variant.
         batch: Batch of Ultralytics under the memory limit.
-        small: Epochs that Ultralytics made with this batch.
-        large: Epochs that it made with a batch of 256.
-        ours: Least epochs that this package made.
+        runs: Rows of the trainings of each variant.
+        rows: Row of each variant in the table of the last epochs.
+        settings: Settings of all of them.
+        per_epoch: Images in an epoch.
+        same_until: Epochs of the earlier trainings of Ultralytics with a batch of 256.
     """
 
     def __init__(self) -> None:
-        found = result("accuracy")["gpu_long"]
+        found, earlier = (result("accuracy")[part] for part in ("gpu_long_2", "gpu_long"))
         self.settings = found["settings"]
-        self.curves: dict[str, list[list[float]]] = {}
-        for run in found["runs"]:
-            self.curves.setdefault(run["variant"], []).append(run["map_so_far"])
-        self.rates = {run["variant"]: run["lr0"] for run in found["runs"]}
-        (self.batch,) = {run["batch"] for run in found["runs"] if run["variant"] == "stock"}
-        lengths = {variant: {len(curve) for curve in each} for variant, each in self.curves.items()}
-        (self.small,), (self.large,) = lengths["stock"], lengths["stock256"]
-        self.ours, more = sorted(lengths["256"] | lengths["256lr"])
-        assert more == self.ours + 1
+        assert self.settings == earlier["settings"]
+        self.runs: dict[str, list[dict[str, Any]]] = {}
+        for run in sorted(found["runs"], key=lambda run: run["seed"]):
+            self.runs.setdefault(run["variant"], []).append(run)
+        (self.batch,) = {run["batch"] for run in self.runs["stock"]}
+        self.rows = {row["variant"]: row for row in found["table"]}
         self.per_epoch = self.settings["images"] * self.settings["passes"] // self.settings["epochs"]
+        self._earlier: dict[str, list[list[float]]] = {}
+        for run in earlier["runs"]:
+            self._earlier.setdefault(run["variant"], []).append(run["map_so_far"])
+        (self.same_until,) = {len(curve) for curve in self._earlier["stock256"]}
 
     def seen(self, epoch: int) -> str:
         """Return the number of images until the end of an epoch."""
         return say("{:,}", self.per_epoch * epoch)
 
-    def after(self, variant: str, epoch: int) -> list[float]:
-        """Return the mAP of each seed after an epoch."""
-        return [curve[epoch - 1] for curve in self.curves[variant]]
+    def mean(self, variant: str, epoch: int) -> float:
+        """Return the mean mAP of a variant after an epoch."""
+        return mean(run["map"][epoch - 1] for run in self.runs[variant])
 
     def below(self, variant: str) -> tuple[float, float]:
-        """Return how far it is below Ultralytics with the small batch, and the interval, after `small` epochs."""
-        less = difference(self.after(variant, self.small), self.after("stock", self.small))
+        """Return how far it ends below Ultralytics with the small batch, and the interval."""
+        less = self.rows[variant]["against_stock"]
         return -less["difference"], less["interval"]
 
+    def same(self) -> list[list[float]]:
+        """Return the mAP with a batch of 256, of this package and of Ultralytics, after `same_until` epochs."""
+        return [[curve[self.same_until - 1] for curve in self._earlier[variant]] for variant in ("256", "stock256")]
+
     def to_the_same_batch(self) -> tuple[float, float]:
-        """Return the difference to Ultralytics with a batch of 256, and the interval, after `large` epochs."""
-        same = difference(self.after("256", self.large), self.after("stock256", self.large))
+        """Return the difference to Ultralytics with a batch of 256, and the interval, after `same_until` epochs."""
+        same = difference(*self.same())
         assert abs(same["difference"]) < same["interval"]
         return same["difference"], same["interval"]
 
 
 @measured("Accuracy of longer trainings on a GPU")
 def longer_accuracy_on_gpu() -> Iterator[Passage]:
-    """Yield the passages on mAP of longer trainings with different batches, none of which ended."""
-    found, part = CutOff(), result("accuracy")["gpu_long"]
-    differing = {key for key, value in found.settings.items() if value != result("accuracy")["gpu"]["settings"][key]}
-    assert differing == {"passes", "epochs"}
-    assert all(run["mps"] for run in part["runs"])
-    yield sentence("at commit {}, with NVIDIA's", result("accuracy")["measured_on"]["gpu_long"]["commit"])
-    yield sentence("for {} epochs of {:,} images, over which", found.settings["epochs"], found.per_epoch)
-    words = "had made {} epochs with its batch of {} and {} with a batch of 256"
-    yield sentence(words, found.small, found.batch, found.large)
-    yield sentence("and this package {} or {}", found.ours, found.ours + 1)
+    """Yield the passages on mAP of longer trainings with different batches."""
+    found, heads = Longer(), result("accuracy")["measured_on"]
+    short, settings = result("accuracy")["gpu"]["settings"], found.settings
+    assert {key for key, value in settings.items() if value != short[key]} == {"passes", "epochs"}
+    runs = [run for each in found.runs.values() for run in each]
+    assert all(run["mps"] for run in runs)
+    yield sentence("`gpu_long_2`), at commit {}, with NVIDIA's", heads["gpu_long_2"]["commit"])
+    words = "each image {} times in place of {}, in {} epochs of {:,} images"
+    yield sentence(words, settings["passes"], short["passes"], settings["epochs"], found.per_epoch)
     names = {
         "stock": f"Ultralytics, `batch={found.batch}`",
-        "stock256": "Ultralytics, `batch=256`",
         "256": "this package, `batch=256`",
         "256lr": "the same with twice the learning rate",
     }
-    ends = found.small, found.large, found.ours
     lines = []
     for variant, name in names.items():
-        less, interval = found.below(variant)
-        told = "" if variant == "stock" else say("{:+.3f} ± {:.3f}", -less, interval)
-        made = min(map(len, found.curves[variant]))
-        means = ["" if end > made else say("{:.3f}", mean(found.after(variant, end))) for end in ends]
-        seeds = list_of("{:.3f}", found.after(variant, found.small))
-        lines.append([name, say("{:g}", found.rates[variant]), seeds, means[0], told, *means[1:]])
-    first, second, third = map(found.seen, ends)
+        row, against = found.rows[variant], found.rows[variant].get("against_stock", {})
+        (rate,), (updates,) = ({run[key] for run in found.runs[variant]} for key in ("lr0", "updates"))
+        told = [say("{:g}", rate), say("{:,}", updates), list_of("{:.3f}", row["map"])]
+        told += [say("{:.3f}", row[key]) for key in ("mean", "sd")]
+        lines.append([name, *told, say("{difference:+.3f} ± {interval:.3f}", **against) if against else ""])
     yield table(
-        f"| | learning rate | mAP50-95 after {first} images, seeds 0, 1, 2 | mean | to `batch={found.batch}`, "
-        f"95 % confidence | mean after {second} images | after {third} |",
+        f"| | learning rate | updates | seeds 0, 1, 2 | mean | standard deviation | to `batch={found.batch}`, "
+        "95 % confidence |",
         lines,
     )
-    words = "after {} of them, this package with `batch=256` is {:.3f} ± {:.3f} below Ultralytics with {}"
-    yield sentence(words, first, *found.below("256"), found.batch)
-    yield sentence("Ultralytics with `batch=256` is {:.3f} ± {:.3f} below", *found.below("stock256"))
-    updates = found.per_epoch // 256, -(-found.per_epoch // found.batch)
-    yield sentence("They make {} updates in an epoch in place of {}", *updates)
+    early, last = 10, settings["epochs"]
+    behind = {variant: found.mean("stock", early) - found.mean(variant, early) for variant in ("256", "256lr")}
+    words = "this package with `batch=256` ends {:.3f} ± {:.3f} below Ultralytics with {}"
+    yield sentence(words, *found.below("256"), found.batch)
+    yield sentence("limit. After {} images, it was {:.3f} below", found.seen(early), behind["256"])
+    (fewer,), (more,) = ({run["updates"] for run in found.runs[variant]} for variant in ("256", "stock"))
+    yield sentence("It makes {:,} updates in place of {:,}, with", fewer, more)
+    yield sentence("twice the learning rate, it ends {:.3f} ± {:.3f} below", *found.below("256lr"))
+    assert found.runs["256lr"][0]["lr0"] == 2 * found.runs["256"][0]["lr0"]
+    yield sentence("Here, it was {:.3f} below after {} images", behind["256lr"], found.seen(early))
+    reached = next(e for e in range(1, last) if found.mean("stock", e) >= found.mean("256lr", last))
+    yield sentence("It ends with what Ultralytics had after {} of {} images", found.seen(reached), found.seen(last))
     yield setting("With the same batch of 256, no difference", "asserted by `to_the_same_batch`")
-    yield sentence("after {} images, it is {:+.3f} ± {:.3f}. One of", second, *found.to_the_same_batch())
-    lowest, *others = sorted(found.after("256", found.large))
+    yield sentence("of trainings that were cut off (2026-11-30, commit {}, part", heads["gpu_long"]["commit"])
+    words = "it is {:+.3f} ± {:.3f} after {} images. One of"
+    yield sentence(words, *found.to_the_same_batch(), found.seen(found.same_until))
+    lowest, *others = sorted(found.same()[0])
     yield sentence("seeds is {:.2f} below the others", min(others) - lowest)
-    assert 0.4 < found.below("256lr")[0] / found.below("256")[0] < 0.6
-    yield sentence("it is {:.3f} ± {:.3f} below after {} images", *found.below("256lr"), first)
-    early = 5
-    behind = mean(found.after("stock", early)) - mean(found.after("256lr", early))
-    yield sentence("after {} it was {:.3f}. After", found.seen(early), behind)
-    values = third, mean(found.after("256lr", found.ours)), found.batch, mean(found.after("stock", found.small)), first
-    yield sentence("After {} images it has {:.3f}; Ultralytics with {} had {:.3f} after {}. The", *values)
+    rises = [found.mean(variant, last) - found.mean(variant, last - 5) for variant in names]
+    yield sentence("in the last five epochs, the means rise by {:.3f} to {:.3f}", min(rises), max(rises))
+    assert not any(run["halvings"] or run["assigner_fallbacks"] for run in runs)
+    engines = [run["engine"] for run in runs if "engine" in run]
+    assert not any(each["out_of_memories"] or each["images_lost"] for each in engines)
+    sizes = min(each["micro_batch_min"] for each in engines), max(each["micro_batch_max"] for each in engines)
+    yield sentence("micro-batches of {} to {} images under", *sizes)

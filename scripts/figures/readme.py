@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from scripts.figures.cards import README, readme_rows
 from scripts.figures.exports import augmentation
-from scripts.figures.measured_accuracy import CutOff
+from scripts.figures.measured_accuracy import Longer
 from scripts.figures.measured_steps import HOW, graph_errors, limits_of, list_of, made_alike, sizes
 from scripts.figures.pages import Passage, result, say, section, sentence, setting, table
 
@@ -122,15 +122,17 @@ def chinese_picture() -> Iterator[Passage]:
 @section(ENGLISH, "What is not verified", is_whole=False)
 def not_verified() -> Iterator[Passage]:
     """Yield with which code GPUs ran what, and how mAP differs from Ultralytics' in short trainings."""
-    steps, late, epochs, middle, early, passed, tests = _on_gpu()
-    words = "{} steps with injected failures and the tests of CUDA graphs (commit {}), steps at seven limits, {} epochs"
-    yield sentence(words, steps, late, epochs)
+    newest, steps, late, epochs, middle, early, passed, tests = _on_gpu()
+    words = (
+        "nine longer trainings (commit {}), trainings in the memory of an A10 and an A100 and {} steps with injected "
+    )
+    yield sentence(words + "failures ({}), steps at seven limits, {} epochs", newest, steps, late, epochs)
     yield sentence("kernels compiled ahead ({}), and the smoke run ({}); the other", middle, early)
     yield sentence("([{} of {}](benchmarks/results/smoke.json) passed", passed, tests)
     yield setting("95 % intervals of the difference", "a confidence")
     yield from _accuracy(
-        "after {} images, `batch=256` is {:.3f} ± {:.3f} below Ultralytics with {}, and {:.3f} ± {:.3f} with twice",
-        "from Ultralytics with `batch=256` it differs by {:+.3f} ± {:.3f} after {}; in",
+        "end of {} images: `batch=256` is {:.3f} ± {:.3f} below Ultralytics with {}, and {:.3f} ± {:.3f} with twice",
+        "from Ultralytics with `batch=256` it differs by {:+.3f} ± {:.3f} after {}, where",
         "contain zero (± {:.3f} to {:.3f} mAP, three seeds)",
         "they end lower by {:.2f} to {:.2f}",
     )
@@ -139,25 +141,26 @@ def not_verified() -> Iterator[Passage]:
 @section(CHINESE, "尚未验证", is_whole=False)
 def chinese_not_verified() -> Iterator[Passage]:
     """Yield with which code GPUs ran what, and how mAP differs from Ultralytics' in short trainings."""
-    steps, late, epochs, middle, early, passed, tests = _on_gpu()
-    words = "注入分配失败的 {} 步和 CUDA graph 测试（提交 {}），七种显存限制下的训练步、{} 个 epoch"
-    yield sentence(words, steps, late, epochs)
+    newest, steps, late, epochs, middle, early, passed, tests = _on_gpu()
+    words = "九次较长的训练（提交 {}）、显存相当于 A10 和 A100 的训练和注入分配失败的 {} 步（{}），"
+    yield sentence(words + "七种显存限制下的训练步、{} 个 epoch", newest, steps, late, epochs)
     yield sentence("提前编译 kernel 的测试（{}），以及冒烟测试（{}）；其余", middle, early)
     yield sentence("（当时 {} 个中 [{} 个](benchmarks/results/smoke.json)通过", tests, passed)
     yield setting("差值在 95 % 区间内", "a confidence")
     yield from _accuracy(
-        "在 {} 张图像之后，`batch=256` 比 Ultralytics 低 {:.3f} ± {:.3f}（其 batch 为 {}），"
+        "训练 {} 张图像结束时，`batch=256` 比 Ultralytics 低 {:.3f} ± {:.3f}（其 batch 为 {}），"
         "学习率加倍后低 {:.3f} ± {:.3f}",
-        "与 Ultralytics 的 `batch=256` 相差 {:+.3f} ± {:.3f}（{} 张图像之后）",
+        "与 Ultralytics 的 `batch=256` 相差 {:+.3f} ± {:.3f}（{} 张图像之后，",
         "包含零（± {:.3f} 到 {:.3f} mAP）",
         "`batch=256` 时低 {:.2f} 到 {:.2f}",
     )
 
 
 def _accuracy(small: str, large: str, same: str, short: str) -> Iterator[Passage]:
-    found = CutOff()
-    yield sentence(small, found.seen(found.small), *found.below("256"), found.batch, *found.below("256lr"))
-    yield sentence(large, *found.to_the_same_batch(), found.seen(found.large))
+    found = Longer()
+    seen = found.seen(found.settings["epochs"])
+    yield sentence(small, seen, *found.below("256"), found.batch, *found.below("256lr"))
+    yield sentence(large, *found.to_the_same_batch(), found.seen(found.same_until))
     rows = [row for row in result("accuracy")["gpu"]["table"] if "against_stock" in row]
     widths = [row["against_stock"]["interval"] for row in rows if row["variant"] == "same"]
     yield sentence(same, min(widths), max(widths))
@@ -165,16 +168,19 @@ def _accuracy(small: str, large: str, same: str, short: str) -> Iterator[Passage
     yield sentence(short, min(lower), max(lower))
 
 
-def _on_gpu() -> tuple[int, str, int, str, str, int, int]:
+def _on_gpu() -> tuple[str, int, str, int, str, str, int, int]:
     tests, limits, dense = result("smoke")["marked_gpu"], result("limits_h200"), result("cards_100")
     graphs, ahead = tests["graphs_of_2026_11_30"]["runs"], tests["kernels_ahead_of_2026_11_30"]["runs"]
     cards, memory = (result(name)["measured_on"] for name in ("cards", "memory"))
-    (late,) = {head["commit"] for head in (cards["a10"], cards["a100"], memory["failures"], graphs[-1])}
+    trainings = result("accuracy")["measured_on"]["gpu_long_2"]
+    (newest,) = {head["commit"] for head in (trainings, graphs[-1])}
+    assert len(result("accuracy")["gpu_long_2"]["runs"]) == 9
+    (late,) = {head["commit"] for head in (cards["a10"], cards["a100"], memory["failures"])}
     (middle,) = {head["commit"] for head in (limits["measured_on"]["ours-s"], dense["measured_on"]["t4"], ahead[-1])}
     assert len(limits["ours-s"]) == 7
     passed, failed = (tests["kernels_of_2026_11_29"][key] for key in ("passed", "failed"))
     steps = result("memory")["failures"]["disturbed"]["steps"]
-    return steps, late, dense["t4"]["epochs"], middle, graphs[0]["commit"], passed, passed + failed
+    return newest, steps, late, dense["t4"]["epochs"], middle, graphs[0]["commit"], passed, passed + failed
 
 
 def _run() -> tuple[int, float, int]:
