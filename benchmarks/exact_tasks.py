@@ -6,8 +6,8 @@
 YOLO12-S with a head for masks or keypoints, 64 images of 640 pixels, in BatchNorm groups of 16. The batch runs as
 4 × 16 with `exact=True` and with `exact=False`, and at once. The variants take turns on one model in one process. A
 step is the forward and backward pass and an optimizer step, in fp16 with a gradient scaler on a GPU and in fp32 on a
-CPU. `peak_mib` is the peak of allocated memory of a step. `gradient_error` is |difference| / |gradient| against the
-batch at once, in fp32, with the weights of the end.
+CPU. `peak_mib` is the peak of allocated memory of a step, with one variant at a time, as CUDA graphs of the others hold
+memory. `gradient_error` is |difference| / |gradient| against the batch at once, in fp32, with the weights of the end.
 """
 
 from __future__ import annotations
@@ -71,10 +71,9 @@ def measure(task: str, *, small: bool, device: str) -> dict[str, Any]:
         scaler.update()
         optimizer.zero_grad()
 
-    engines = {}
-    for name, settings in VARIANTS.items():
+    def made(settings: dict[str, Any]) -> Any:
         sizes = {"micro_batch": settings["micro_batch"] * images // 64, "bn_group": images // 4}
-        engines[name] = engine_of(model, detection_task(device), scaler, {**settings, **sizes})
+        return engine_of(model, detection_task(device), scaler, {**settings, **sizes})
 
     def step(engine: Any) -> Any:
         with autocast(device):
@@ -83,21 +82,18 @@ def measure(task: str, *, small: bool, device: str) -> dict[str, Any]:
         return result
 
     rows: dict[str, Any] = {}
-    for name, engine in engines.items():
-        for _ in range(2):  # libraries search kernels, and the engine sees the loss
-            result = step(engine)
-        rows[name] = {"micro_batches": result.micro_batches}
-
-    def timed(engine: Any) -> tuple[float, float]:
-        ms = median_ms(lambda: step(engine), steps)
-        return ms, engine.latest.peak_bytes / 2**20
-
-    found = in_turn({name: functools.partial(timed, engine) for name, engine in engines.items()}, rounds)
-    times_ms = {name: [ms for ms, _ in each] for name, each in found.items()}
+    for name, settings in VARIANTS.items():
+        with made(settings) as engine:
+            # Libraries search kernels, the engine sees the loss and captures graphs: all before the last step.
+            results = [step(engine) for _ in range(2 if small else 8)]
+            peak_mib = engine.latest.peak_bytes / 2**20
+        rows[name] = {"micro_batches": results[-1].micro_batches, "peak_mib": round(peak_mib, 1)}
+    engines = {name: made(settings) for name, settings in VARIANTS.items()}
+    timed = {name: functools.partial(median_ms, functools.partial(step, each), steps) for name, each in engines.items()}
+    found = in_turn(timed, rounds, warm_up=1)
     for name, row in rows.items():
-        ms = statistics.median(times_ms[name])
-        row["times_ms"] = [round(each, 2) for each in times_ms[name]]
-        row |= {"peak_mib": round(max(mib for _, mib in found[name]), 1)}
+        ms = statistics.median(found[name])
+        row["times_ms"] = [round(each, 2) for each in found[name]]
         row |= {"ms": round(ms, 2), "images_per_s": round(1000 * images / ms, 1)}
     torch.backends.cudnn.allow_tf32 = False
     gradients = {}
@@ -109,7 +105,7 @@ def measure(task: str, *, small: bool, device: str) -> dict[str, Any]:
     whole = gradients["at once"]
     for name, gradient in gradients.items():
         rows[name]["gradient_error"] = float((gradient - whole).norm() / whole.norm())
-    rows["exact_over_by_images"] = round(median_ratio(times_ms["exact"], times_ms["by images"]), 3)
+    rows["exact_over_by_images"] = round(median_ratio(found["exact"], found["by images"]), 3)
     return rows
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,31 @@ def command(words: Iterable[str]) -> str:
 
 
 def write(out: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file in such a way that no reader sees half of it."""
+    """Write a JSON file in such a way that no reader sees half of it.
+
+    Args:
+        out: The file.
+        content: Its content.
+
+    Raises:
+        ValueError: A figure is infinite or not a number. A file that exists stays as it is.
+    """
+    if places := list(_not_finite(content)):
+        raise ValueError(f"{out.name} is not written: " + ", ".join(places))
     unfinished = out.with_suffix(".new")
     unfinished.write_text(json.dumps(content, indent=1) + "\n")
     unfinished.replace(out)
+
+
+def _not_finite(content: Any, place: str = "") -> Iterator[str]:
+    if isinstance(content, float) and not math.isfinite(content):
+        yield f"{place} is {content}"
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _not_finite(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            yield from _not_finite(value, f"{place}[{index}]")
 
 
 class Report(dict[str, Any]):
@@ -113,11 +135,14 @@ class Report(dict[str, Any]):
             part: Name of the part.
             found: Its content.
             more: Further fields of the description of the machine.
+
+        Raises:
+            ValueError: A figure of the part is infinite or not a number. The report and its file stay as they are.
         """
-        self[part] = found
         head = {"command": self["command"], **machine(self._device), **more}
-        self.setdefault("measured_on", {})[part] = head
-        self.write()
+        content = {**self, part: found, "measured_on": {**self.get("measured_on", {}), part: head}}
+        write(self._out, content)
+        self |= content
 
     def write(self) -> None:
         """Write the whole file."""

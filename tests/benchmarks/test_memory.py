@@ -1,11 +1,13 @@
 """What benchmarks/memory.py makes of the rows of memory.csv, and its small variant on the CPU."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from benchmarks import memory_trainings
+from benchmarks import memory, memory_trainings
 from benchmarks.common.processes import ROOT
 from benchmarks.memory_trainings import CASES, epoch_seconds, new_sizes, prediction_errors
 
@@ -65,6 +67,22 @@ def test_first_epochs_share_kernels_and_no_stored_plans(monkeypatch):
     assert list(memory_trainings.first_epoch()) == ["stock", "empty cache", "filled cache"]
     assert len({each["YOLO_CONFIG_DIR"] for each in given}) == 3
     assert len({each["TRITON_CACHE_DIR"] for each in given}) == 1
+
+
+@pytest.mark.deep
+def test_an_update_whose_gradient_overflows_is_left_out(monkeypatch):
+    """On a GPU, gradients of weights are fp16, and those of 256 images of an untrained model can exceed it."""
+
+    def prepare(size):
+        model, task, _, batch = memory.original(size)
+        return model, task, torch.amp.GradScaler("cpu", init_scale=2.0**124), batch
+
+    monkeypatch.setattr(memory, "original", memory._prepare, raising=False)
+    monkeypatch.setattr(memory, "_prepare", prepare)
+    found = memory.gradient("cpu", small=True)
+    runs = found["runs"].values()
+    assert all(run["scale"] < 2.0**124 and math.isfinite(run["loss"]) for run in runs)
+    assert 0 < max(found["relative_difference"].values()) < 1e-3
 
 
 @pytest.mark.deep

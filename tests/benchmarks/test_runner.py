@@ -1,6 +1,7 @@
 """`python -m benchmarks` finds all benchmarks, and what they share: processes, turns, and the JSON file."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -87,6 +88,20 @@ def test_a_report_says_how_it_was_made_and_keeps_other_parts(tmp_path):
     assert found["command"] != "earlier"
     assert "calm" not in Report(out, "cpu")
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -math.inf])
+def test_a_figure_that_is_not_a_number_is_refused_and_other_parts_stay(tmp_path, wrong):
+    out = tmp_path / "part.json"
+    result = Report(out, "cpu")
+    result.add("calm", [1.0])
+    before = out.read_text()
+    with pytest.raises(ValueError, match=r"part\.json is not written: loud\.runs\[1\]\.loss is (nan|-inf)$"):
+        result.add("loud", {"runs": [{"loss": 1.0}, {"loss": wrong}]})
+    assert out.read_text() == before
+    result.add("late", [2.0])
+    assert json.loads(out.read_text()) == result
+    assert set(result["measured_on"]) == {"calm", "late"}
 
 
 def test_options_that_benchmarks_share():
