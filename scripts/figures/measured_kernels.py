@@ -34,6 +34,13 @@ def exact_tasks() -> Iterator[Passage]:
     ratios = [found[task]["exact_over_by_images"] for task in ("segment", "pose")]
     yield sentence("takes {:.2f} times as long for segmentation and {:.2f} times for pose", *ratios)
     yield setting("micro-batches of 16 images are launch-bound", HOW)
+    again = result("exact_tasks")["again"]
+    yield sentence("of segmentation (2026-12-01, at commit {}, `again` in the JSON)", again["commit"])
+    rows = again["tasks"]["segment"]
+    exact, by_images, ratio = rows["exact"], rows["by images"], rows["exact_over_by_images"]
+    words = "{:.0f} ms with `exact=True` and {:.0f} ms without it, {:.2f} times as long"
+    yield sentence(words, exact["ms"], by_images["ms"], ratio)
+    yield sentence("The error of `exact=True` was {:.1f} % there", 100 * exact["gradient_error"])
 
 
 @measured("Importing Ultralytics")

@@ -117,6 +117,7 @@ def memory() -> Iterator[Passage]:
     assert commits["failures"] == commits["overhead"]
     words = "at commit {}, `failures` and `overhead` at {}, `neighbour`"
     yield sentence(words, commits["limits"], commits["overhead"])
+    yield sentence("`first_times` of 2026-12-01, at commit {}. The parts", commits["first_times"])
     assert {head["device"] for head in parts.values()} == {"NVIDIA H200"}
     first, second = ([row[key] for row in found["first_times"]] for key in ("first_s", "second_s"))
     yield sentence("takes {:.1f} to {:.1f} seconds, because cuDNN", min(first), max(first))

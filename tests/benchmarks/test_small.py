@@ -20,6 +20,7 @@ def test_exact_gradients_of_both_tasks_are_compared(run_small):
     for rows in tasks.values():
         assert rows["exact"]["micro_batches"] == rows["by images"]["micro_batches"] == [2] * 4
         assert rows["exact"]["gradient_error"] < 1e-5 < 0.01 < rows["by images"]["gradient_error"]
+        assert 0 < rows["rounding_error"] < 1e-3
 
 
 @pytest.mark.deep
