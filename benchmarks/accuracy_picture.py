@@ -43,6 +43,7 @@ def draw(part: Mapping[str, Any]) -> Figure:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     runs = [{**run, "map": curve} for run in part["runs"] if (curve := run.get("map") or run.get("map_so_far"))]
     panels = list(dict.fromkeys((run["data"], run["model"]) for run in runs))
@@ -66,6 +67,7 @@ def draw(part: Mapping[str, Any]) -> Figure:
                 named[told] = axes.plot(images[: len(means)], means, color=colour, linestyle=dashes)[0]
         axes.set_title(f"{model}, {data}")
         axes.set_xlabel("images seen")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_ylabel("mAP50-95")
         axes.set_ylim(bottom=0)
         axes.grid(color="0.92")
