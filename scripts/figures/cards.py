@@ -28,8 +28,8 @@ MEASURED += "| peak of a step, MiB: mean ± standard deviation | of all steps | 
 RATIOS = "| imitated card | images/s | without the first epoch | standard deviation of the peak | of all steps |"
 SEARCH = "| imitated card | Ultralytics: held | failed | all layers recomputed: held | failed |"
 README = {
-    "label-dense data, 100 epochs of 1,536 images, memory of a T4: YOLO12-S, images/s": (
-        "标注密集的数据，1,536 张图像训练 100 个 epoch，显存相当于 T4：YOLO12-S，图像/秒"
+    "label-dense data, 100 epochs of 1,536 images without validation, memory of a T4: YOLO12-S, images/s": (
+        "标注密集的数据，1,536 张图像训练 100 个 epoch，不做验证，显存相当于 T4：YOLO12-S，图像/秒"
     ),
     "the same in 16 epochs, memory of a T4 (on another host), an A10 and an A100 40 GB": (
         "同上，16 个 epoch，显存相当于 T4（另一台主机）、A10 和 A100 40 GB"

@@ -150,6 +150,7 @@ def pressure() -> Iterator[Passage]:
     taken = 100 * max(fraction for _, fraction in found["ours"]["card_taken"])
     yield sentence("took and released up to {:.0f} % of the card at random times", taken)
     yield sentence("All {} updates were made and no allocation failed", found["ours"]["summary"]["updates"])
+    yield sentence("its {} images do not fit on this card", found["batch"])
 
 
 @explained("docs/explanation/engine.md", "Small micro-batches")

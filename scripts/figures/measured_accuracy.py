@@ -198,8 +198,7 @@ def accuracy_on_gpu() -> Iterator[Passage]:
     yield sentence("the intervals are up to {:.2f} wide to each side", max(each["interval"] for each in same))
     yield sentence("by {:.2f} to {:.2f}. It makes", min(large), max(large))
     yield sentence("It makes {} updates, with", updates["demo", "n", "256"])
-    yield setting("chosen for 64 images", "nbs")
-    yield sentence("in place of {} or {:,}", updates["demo", "s", "stock"], updates["demo", "n", "stock"])
+    yield sentence("batch, in place of {} or {:,}", updates["demo", "s", "stock"], updates["demo", "n", "stock"])
     assert all(max(run["map"][-2:]) == max(run["map"]) for run in runs)  # still get better
     yield sentence(
         "Ultralytics ends at {:.3f} in place of {:.3f}. This package with `batch=256` ends at {:.3f}",
@@ -304,7 +303,7 @@ def longer_accuracy_on_gpu() -> Iterator[Passage]:
     behind = {variant: found.mean("stock", early) - found.mean(variant, early) for variant in ("256", "256lr")}
     words = "this package with `batch=256` ends {:.3f} ± {:.3f} below Ultralytics with {}"
     yield sentence(words, *found.below("256"), found.batch)
-    yield sentence("limit. After {} images, it was {:.3f} below", found.seen(early), behind["256"])
+    yield sentence("a larger one may fit. After {} images, it was {:.3f} below", found.seen(early), behind["256"])
     (fewer,), (more,) = ({run["updates"] for run in found.runs[variant]} for variant in ("256", "stock"))
     yield sentence("It makes {:,} updates in place of {:,}, with", fewer, more)
     yield sentence("twice the learning rate, it ends {:.3f} ± {:.3f} below", *found.below("256lr"))
@@ -320,6 +319,13 @@ def longer_accuracy_on_gpu() -> Iterator[Passage]:
     yield sentence("seeds is {:.2f} below the others", min(others) - lowest)
     rises = [found.mean(variant, last) - found.mean(variant, last - 5) for variant in names]
     yield sentence("in the last five epochs, the means rise by {:.3f} to {:.3f}", min(rises), max(rises))
+    yield setting("last four, there is no mosaic", "close_mosaic")
+    yield setting("In the last 20, they rise", "half of the epochs, asserted below")
+    assert settings["close_mosaic"] == 4
+    assert last == 40
+    half = [found.mean(variant, last) - found.mean(variant, last // 2) for variant in names]
+    words = "they rise by {:.3f} with {}, {:.3f} with 256 and {:.3f} with twice"
+    yield sentence(words, half[0], found.batch, *half[1:])
     assert not any(run["halvings"] or run["assigner_fallbacks"] for run in runs)
     engines = [run["engine"] for run in runs if "engine" in run]
     assert not any(each["out_of_memories"] or each["images_lost"] for each in engines)

@@ -40,7 +40,8 @@ def exact_tasks() -> Iterator[Passage]:
     exact, by_images, ratio = rows["exact"], rows["by images"], rows["exact_over_by_images"]
     words = "{:.0f} ms with `exact=True` and {:.0f} ms without it, {:.2f} times as long"
     yield sentence(words, exact["ms"], by_images["ms"], ratio)
-    yield sentence("The error of `exact=True` was {:.1f} % there", 100 * exact["gradient_error"])
+    before = found["segment"]["exact"]["gradient_error"]
+    yield sentence("of `exact=True` was {:.1f} % there, in place of {:.0e}", 100 * exact["gradient_error"], before)
 
 
 @measured("Importing Ultralytics")

@@ -104,9 +104,18 @@ def memory() -> Iterator[Passage]:
     yield sentence("This package made all {} updates, and no allocation failed", ours["summary"]["updates"])
     assert ours["summary"]["out_of_memories"] == 0
     assert set(once[4:]) == {256, 512}
-    yield setting("While 512 images did not fit, the engine ran 256 at once", HOW)
+    assert [sizes(row)[0] for row in ours["rows"][:3]] == [32, 128, 256]
+    yield setting("It ran 32 and 128 images at once in the first two steps, then 256", "asserted above")
     yield sentence("the engine ran 512 at once, for {} steps", once.count(512))
-    yield setting("the engine went back to 256", HOW)
+    yield setting("and the engine went back to 256", HOW)
+    budgets = [float(row["budget_mib"]) for row in ours["rows"]]
+    needed = max(float(row["peak_mib"]) for row in ours["rows"])
+    last = max(index for index, size in enumerate(once) if size == 512)
+    roomy = sum(budget > needed for budget in budgets[last + 1 :])
+    yield sentence("there was room for 512 again for {} steps, in which it stayed at 256", roomy)
+    steps = {row["batch"]: row["peak_mib"] for row in result("limits_h200")["stock-s"]}
+    yield sentence("each further image, so {} images need more", found["neighbour"]["batch"])
+    yield sentence("need {:.0f} MiB for", (steps[max(steps)] - steps[min(steps)]) / (max(steps) - min(steps)))
     yield sentence("The predicted peaks were {:.1f} % off (median)", ours["summary"]["prediction_error_percent"])
     assert "Reducing to batch=256" in stock["out_of_memory_lines"][0]
     yield setting("so it continued with 256", HOW)

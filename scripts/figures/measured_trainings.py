@@ -277,7 +277,9 @@ def line() -> Iterator[Passage]:
     )
     fall = max(told["table"]["classes"], key=lambda row: (row["serving"] or 0) - row["candidate"])
     assert fall is connector
-    yield sentence("The `margin` by which a class may fall is {}", asked["margin"])
+    yield sentence("The `margin` by which a class may fall was {}; with", asked["margin"])
+    assert 0.02 < connector["serving"] - connector["candidate"] < asked["margin"]
+    yield setting("with the default of 0.02, this candidate", "a default, asserted above")
     yield sentence("from {:.3f} to {:.3f}", connector["serving"], connector["candidate"])
     yield sentence("There, `connector` fell to {:.3f}", forgotten["candidate"])
     yield sentence("The kill cost {:.1f} s", told["seconds_lost_to_the_kill"])
