@@ -19,7 +19,7 @@ from yolov12.mas.checkpointing.layers import candidates
 from yolov12.mas.config import Config
 from yolov12.mas.data_times import DataTimes
 from yolov12.mas.distributed.ranks import ALONE, Ranks
-from yolov12.mas.distributed.replicas import checksum
+from yolov12.mas.distributed.replicas import keep_alike
 from yolov12.mas.journal.journal import Journal, Summary
 from yolov12.mas.memory.meter import meter_for
 from yolov12.mas.memory.reading import Meter
@@ -246,20 +246,13 @@ class Engine:
             failures = survive_first_update(update or plain, optimizer, self._step.replays.release, remember, self.note)
         self._updates += 1
         if self._ranks.size > 1 and self._updates % _CHECK_EVERY == 0:
-            self._keep_replicas_alike()
+            self._checksum = keep_alike(self._step.model, self._step.norms.layers, self._ranks)
         if self._records.pending:
             self._records.updated(epoch, ("out-of-memory in the optimizer",) * failures)
 
     def make_room(self) -> None:
         """Return memory that a validation may need: that of CUDA graphs, unless it is small."""
         self._step.replays.make_room()
-
-    def _keep_replicas_alike(self) -> None:
-        model = self._step.model
-        if self._ranks.alike:
-            self._checksum = checksum(model)
-        else:
-            self._ranks.copy_from_first([tensor.detach() for tensor in (*model.parameters(), *model.buffers())])
 
     def would_fit(self, height: int, width: int, *, whole_group: bool) -> bool:
         """Return whether images of a size are predicted to fit into the memory that is free now, on every rank.

@@ -76,11 +76,11 @@ def run(bench: Any, ranks: ProcessRanks, case: dict[str, Any]) -> dict[str, Any]
         planner.plan = raising({"fit": DoesNotFitError, "other": ValueError}[kind](words))
     if case.get("flip") == ranks.rank:
         next(bench.model.parameters()).data.view(-1)[7] += 1e-12
-    status = RankStatus(checksum=checksum(bench.model) if "flip" in case else 0)
+    status = RankStatus(checksum=checksum([*bench.model.parameters(), *bench.model.buffers()]) if "flip" in case else 0)
     result = bench.step.run(share, images, planner, Share(len(case["boxes"]), is_padding=not counts), status)
     outcome = bench.outcome(result, case["before"])
     return {
-        "checksum": checksum(bench.model),
+        "checksum": checksum([*bench.model.parameters(), *bench.model.buffers()]),
         "gradient": outcome.gradient,
         "buffers": outcome.buffers,
         "loss": result.loss,

@@ -18,7 +18,7 @@ cannot run in groups (ungrouped.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -31,9 +31,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from yolov12.mas.batchnorm import fused as fused_kernels
 from yolov12.mas.batchnorm.joined import Join, Slot, adds_up
 from yolov12.mas.batchnorm.pairs import Pairs
-from yolov12.mas.batchnorm.plain import momentum_of, normalize, normalize_again
+from yolov12.mas.batchnorm.plain import normalize, normalize_again
 from yolov12.mas.batchnorm.protocol import Again, Kernels
-from yolov12.mas.batchnorm.statistics import Statistics
+from yolov12.mas.batchnorm.statistics import Statistics, move_running_statistics
 from yolov12.mas.batchnorm.ungrouped import UngroupedBatchNorm, is_plain
 from yolov12.mas.modules import has_global_hooks, has_hooks, overridden
 
@@ -50,7 +50,7 @@ class GroupedBatchNorm:
     The model is changed only inside `within`. At any other time it can be copied, saved and evaluated.
 
     A layer that is called several times in a forward pass keeps the statistics of its last call. A layer that is not
-    called in some micro-batch counts there as if it had seen zeros.
+    called in some micro-batch, on this rank or another, counts there as if it had seen zeros.
 
     Args:
         model: Model that contains the layers.
@@ -93,6 +93,16 @@ class GroupedBatchNorm:
         return len(self._statistics.fused)
 
     @property
+    def layers(self) -> Sequence[_BatchNorm]:
+        """Layers that run in groups in this batch."""
+        return self._layers
+
+    @property
+    def was_called(self) -> Sequence[bool]:
+        """For each of `layers`, whether it was called in this batch, on this rank."""
+        return [index in self._statistics.called for index in range(len(self._layers))]
+
+    @property
     def ungrouped(self) -> Sequence[_BatchNorm]:
         """Layers that do not run in groups in this batch."""
         return self._ungrouped.layers
@@ -114,10 +124,8 @@ class GroupedBatchNorm:
             widths = [-(-layer.num_features // _ALIGNED) * _ALIGNED for layer in layers]
             starts = [end - width for end, width in zip(accumulate(widths), widths, strict=True)]
             columns = [slice(at, at + layer.num_features) for at, layer in zip(starts, layers, strict=True)]
-            tensors = [
-                tensor for layer in layers for tensor in (layer.running_mean, layer.weight) if tensor is not None
-            ]
-            like = next(iter([*tensors, *self._model.parameters()]), torch.empty(0))
+            own = [each for layer in layers for each in (layer.running_mean, layer.weight) if each is not None]
+            like = next(iter([*own, *self._model.parameters()]), torch.empty(0))
             self._statistics = Statistics(columns, like.new_zeros(0, sum(widths)))
             self._layers = layers  # only now, as an allocation may have failed
         self._statistics.clear()
@@ -199,30 +207,17 @@ class GroupedBatchNorm:
         """
         return self._statistics.averages(groups, images) if self._layers else []
 
-    def commit(self, averages: Sequence[Tensor], groups: int) -> None:
+    def commit(self, averages: Sequence[Tensor], groups: int, called: Collection[int] | None = None) -> None:
         """Finish a batch: update the running statistics.
 
         Args:
             averages: What `averages` returned, summed over all ranks.
             groups: Number of groups in the batch, over all ranks.
+            called: Indices of the layers that were called, over all ranks; None for those that were called here.
         """
-        called = [(index, self._layers[index]) for index in sorted(self._statistics.called)]
-        called = [(index, layer) for index, layer in called if layer.training and layer.track_running_stats]
-        counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
-        kept = [(index, layer) for index, layer in called if layer.running_mean is not None]
-        momenta = [momentum_of(layer, groups) for _, layer in kept]
-        # An allocation may fail, and this runs again: so everything is allocated before anything is changed.
-        moves = []
-        for average in averages if kept else ():
-            mean = self._statistics.by_layer(average)
-            moves.append(torch._foreach_mul([mean[index] for index, _ in kept], momenta))
+        layers = {index: self._layers[index] for index in sorted(self._statistics.called if called is None else called)}
+        move_running_statistics(layers, [self._statistics.by_layer(average) for average in averages], groups)
         self._ungrouped.commit()
-        if counts:
-            torch._foreach_add_(counts, groups)
-        for name, move in zip(("running_mean", "running_var"), moves, strict=False):
-            running: list[Tensor] = [getattr(layer, name) for _, layer in kept]
-            torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
-            torch._foreach_add_(running, list(move))
 
     def joined(
         self,

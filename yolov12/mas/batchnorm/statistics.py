@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["Statistics"]
+from yolov12.mas.batchnorm.plain import momentum_of
+
+__all__ = ["Statistics", "move_running_statistics"]
 
 
 class Statistics:
@@ -75,3 +78,29 @@ class Statistics:
             torch.stack(torch._foreach_mul(list(each[rows].unbind()), weights)).sum(0)
             for each in (self.means, self.variances)
         ]
+
+
+def move_running_statistics(
+    layers: Mapping[int, _BatchNorm], averages: Sequence[Sequence[Tensor]], groups: int
+) -> None:
+    """Move the running statistics of layers towards the statistics of a batch. A failed allocation changes nothing.
+
+    Args:
+        layers: Index → layer that was called in the batch.
+        averages: Means and variances of the batch, of shape (channels,) at the index of each layer.
+        groups: Number of groups in the batch.
+    """
+    called = [(index, layer) for index, layer in layers.items() if layer.training and layer.track_running_stats]
+    counts = [layer.num_batches_tracked for _, layer in called if layer.num_batches_tracked is not None]
+    kept = [(index, layer) for index, layer in called if layer.running_mean is not None]
+    momenta = [momentum_of(layer, groups) for _, layer in kept]
+    # An allocation may fail, and this runs again: so everything is allocated before anything is changed.
+    moves = []
+    for average in averages if kept else ():
+        moves.append(torch._foreach_mul([average[index] for index, _ in kept], momenta))
+    if counts:
+        torch._foreach_add_(counts, groups)
+    for name, move in zip(("running_mean", "running_var"), moves, strict=False):
+        running: list[Tensor] = [getattr(layer, name) for _, layer in kept]
+        torch._foreach_mul_(running, [1.0 - momentum for momentum in momenta])
+        torch._foreach_add_(running, list(move))

@@ -49,10 +49,12 @@ class RankStatus:
     """Checksum of the rank's weights; 0 if it was not computed."""
     groups: int = 0
     """Number of BatchNorm groups in the rank's share of this batch."""
+    reached: int = 0
+    """Digest of the parameters and layers that the rank's share has reached, see `reached.Reached`."""
 
-    def after(self, groups: int) -> RankStatus:
-        """Return the report after a share of so many BatchNorm groups."""
-        return replace(self, groups=groups)
+    def after(self, groups: int, reached: int) -> RankStatus:
+        """Return the report after a share of so many BatchNorm groups, which has reached what this digest says."""
+        return replace(self, groups=groups, reached=reached)
 
 
 NO_NEWS = RankStatus()
@@ -89,8 +91,14 @@ class Ranks(Protocol):
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         """Give tensors the values that they have on rank 0."""
 
+    def from_first(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that rank 0 gives, which are on the host."""
+
     def all(self, flag: bool) -> bool:
         """Return whether the flag is true on every rank."""
+
+    def any(self, flags: Sequence[int]) -> Sequence[int]:
+        """Return for each flag, 0 or 1, whether it is 1 on any rank; all ranks give the same number of flags."""
 
     def least(self, number: int) -> int:
         """Return the smallest number that a rank gives."""
@@ -116,8 +124,14 @@ class _Alone:
     def copy_from_first(self, tensors: Sequence[Tensor]) -> None:
         pass
 
+    def from_first(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        return value
+
     def all(self, flag: bool) -> bool:
         return flag
+
+    def any(self, flags: Sequence[int]) -> Sequence[int]:
+        return flags
 
     def least(self, number: int) -> int:
         return number
@@ -181,10 +195,9 @@ class ProcessRanks:
         outcome = _DONE if failure is None else _DOES_NOT_FIT if isinstance(failure, DoesNotFitError) else _FAILED
         if failure is not None:
             self._watchdog.tell(str(failure) or type(failure).__name__)
-        table = torch.zeros(self.size, 6, dtype=torch.float64)  # all rows but one's own are zeros: the sum is exact
-        table[self.rank] = torch.tensor(
-            [outcome, status.images, status.ms, status.stop, status.checksum, status.groups], dtype=torch.float64
-        )
+        row = outcome, status.images, status.ms, status.stop, status.checksum, status.groups, status.reached
+        table = torch.zeros(self.size, len(row), dtype=torch.float64)
+        table[self.rank] = torch.tensor(row, dtype=torch.float64)  # all other rows are zeros: the sum is exact
         with self._naming_the_lost():
             dist.all_reduce(table)
         outcomes, rows = table[:, 0].tolist(), table[:, 1:].tolist()
@@ -228,6 +241,13 @@ class ProcessRanks:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
 
+    def from_first(self, value: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Ranks.from_first`."""
+        box: list[Any] = [value]
+        with self._naming_the_lost():
+            dist.broadcast_object_list(box, 0)
+        return dict(box[0])
+
     def _buffer(self, kind: _Kind, tensors: Sequence[Tensor]) -> Tensor:
         numbers = [tensor.numel() for tensor in tensors]
         most = max(*numbers, min(sum(numbers), BUCKET_BYTES // tensors[0].element_size()))
@@ -238,6 +258,13 @@ class ProcessRanks:
     def all(self, flag: bool) -> bool:
         """See `Ranks.all`."""
         return bool(self.least(int(flag)))
+
+    def any(self, flags: Sequence[int]) -> Sequence[int]:
+        """See `Ranks.any`."""
+        found = torch.tensor(flags, dtype=torch.uint8)
+        with self._naming_the_lost():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(flag) for flag in found.tolist()]
 
     def least(self, number: int) -> int:
         """See `Ranks.least`."""

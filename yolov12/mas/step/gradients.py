@@ -1,4 +1,4 @@
-"""Operations on the gradients of many parameters at once: take, give back, add, scale."""
+"""Operations on the gradients of many parameters at once: take, give back, add, scale, sum over ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["add", "give", "scale", "take"]
+from yolov12.mas.distributed.ranks import Ranks
+
+__all__ = ["add", "give", "scale", "sum_over", "take"]
 
 Gradients = list[Tensor | None]
 
@@ -47,3 +49,18 @@ def scale(gradients: Gradients, factor: Tensor) -> None:
     there = [gradient for gradient in gradients if gradient is not None]
     if there:
         torch._foreach_mul_(there, factor.to(there[0].dtype))
+
+
+def sum_over(ranks: Ranks, total: Gradients, statistics: Sequence[Tensor], *, is_padding: bool) -> None:
+    """Sum gradients and BatchNorm statistics over all ranks, in place.
+
+    Args:
+        ranks: Processes that share the batch; all of them call this.
+        total: Gradients of this rank's share; None for the same parameters on all ranks.
+        statistics: Statistics of this rank's share.
+        is_padding: True if the share has weight zero.
+    """
+    summed = [*(gradient for gradient in total if gradient is not None), *statistics]
+    if is_padding:
+        torch._foreach_zero_(summed)
+    ranks.sum(summed)

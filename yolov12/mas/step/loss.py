@@ -158,6 +158,10 @@ class Total:
             gradients.scale(self._gradients, self._estimate / self.normaliser())
         return self._gradients
 
+    def has_gradient(self) -> list[bool]:
+        """Return for each parameter whether it has a gradient from the parts that were added."""
+        return [gradient is not None for gradient in self._gradients or ()]
+
     def loss(self) -> Tensor:
         """Return the loss of the batch, in the shape of `Loss.value`."""
         return self._with_factors(self._unfactored())

@@ -25,6 +25,7 @@ from yolov12.errors import ConfigError
 from yolov12.mas.batchnorm.grouped import GroupedBatchNorm
 from yolov12.mas.checkpointing.checkpointing import KEEP_ALL, Checkpointing, Plan
 from yolov12.mas.distributed.ranks import ALONE, NO_NEWS, Ranks, RankStatus, telling
+from yolov12.mas.distributed.reached import Reached
 from yolov12.mas.memory.reading import Meter
 from yolov12.mas.modules import Structure
 from yolov12.mas.oom import Failure, is_out_of_memory
@@ -161,13 +162,13 @@ class Step:
                 statistics = self._retry(lambda: self.norms.averages(groups_done, share.batch_images))
                 # Reserved now, while a failed allocation still concerns only this rank.
                 self._retry(lambda: self._ranks.reserve([*self._parameters, *statistics]))
-            statuses = self._ranks.agree(status.after(groups=0 if share.is_padding else len(groups_done)))
+            reached = Reached(total.has_gradient(), self.norms.was_called, is_padding=share.is_padding)
+            statuses = self._ranks.agree(status.after(0 if share.is_padding else len(groups_done), reached.digest))
+            reached.join(self._ranks, statuses)
             total.sum_over(self._ranks, self._retry, is_padding=share.is_padding)
-            finished = self._retry(total.finished_gradients)
-            summed = [*(gradient for gradient in finished if gradient is not None), *statistics]
-            if share.is_padding:
-                torch._foreach_zero_(summed)
-            self._ranks.sum(summed)
+            scaled = self._retry(total.finished_gradients)
+            finished = self._retry(lambda: reached.completed(scaled, self._parameters))
+            gradients.sum_over(self._ranks, finished, statistics, is_padding=share.is_padding)
             loss, items = self._retry(total.loss), self._retry(total.items)
             result = Result(
                 loss, items, tuple(ran), watch, ahead_watch if ahead else None, statuses,
@@ -175,7 +176,7 @@ class Step:
                 waits_for_capture=self.replays.waits, usual_ms=self.replays.usual_ms,
             )  # fmt: skip
             self._per_image = None if self._has_terms else self._retry(lambda: total.normaliser() / share.batch_images)
-            self._retry(lambda: self.norms.commit(statistics, sum(each.groups for each in statuses)))
+            self._retry(lambda: self.norms.commit(statistics, sum(each.groups for each in statuses), reached.called))
         except BaseException:
             parts.drop()
             gradients.give(self._parameters, before)
