@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from yolov12.training.run import process_group
+from yolov12.training.run import process_group, run_state
 from yolov12.training.run.interruption import Interruption
 
 
@@ -145,3 +145,51 @@ def test_a_handler_that_raises_at_the_end_of_a_training_leaves_nothing_open(trai
     trainings.train(tmp_path, callbacks=[begin], raises=InterruptedError)
     assert order == ["disband", "disband", "handler"]  # the first tells other processes of the error
     assert signal.getsignal(signal.SIGTERM) is handle
+
+
+@pytest.mark.parametrize("impatient", [False, True])
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_run_that_a_signal_ends_says_how_it_goes_on_and_tells_the_other_processes(
+    trainings, signals, monkeypatch, tmp_path, number, error, impatient
+):
+    """It is saved after the signal, as it was not just before. A second signal does not cut that short."""
+    batches, told = [], []
+    save, disband = run_state.RunSaver._save, process_group.disband
+
+    def saved(saver):
+        if impatient:
+            signal.raise_signal(number)
+        save(saver)
+
+    def look(_):
+        batches.append(1)
+        if len(batches) == 2:
+            signal.raise_signal(number)
+
+    signals(signal.SIGINT, signal.default_int_handler)
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    monkeypatch.setattr(run_state.RunSaver, "_save", saved)
+    monkeypatch.setattr(process_group, "disband", lambda *errors: (told.extend(errors), disband(*errors)))
+    run = trainings.train(tmp_path, save_every="5min", callbacks=[("on_train_batch_end", look)], raises=error)
+    assert len(batches) == 2
+    assert (run.folder / "weights" / "state.pt").exists()
+    assert run.log.count("this run is saved: it goes on with") == 1
+    assert [type(each) for each in told] == [error]
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+
+
+def test_signals_that_are_kept_raise_nothing_until_they_are_asked_for(signals):
+    interruption, seen = Interruption(), []
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    signals(signal.SIGINT, lambda *_: seen.append(1))
+    interruption.watch()
+    with interruption.kept():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert not seen
+    with pytest.raises(SystemExit, match="143"):
+        interruption.check()
+    assert seen == [1]
+    with pytest.raises(SystemExit, match="143"):
+        signal.raise_signal(signal.SIGTERM)  # one that comes later is heeded as always
+    interruption.stop()

@@ -64,6 +64,18 @@ class Interruption:
             self._deferrals -= 1
         self._heed()
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Return a context that keeps signals, and raises nothing at its end: an exception ends the training already.
+
+        A signal that arrives in it is left to `check` or `stop`.
+        """
+        self._deferrals += 1
+        try:
+            yield
+        finally:
+            self._deferrals -= 1
+
     def check(self) -> None:
         """Raise the exception of a signal that has arrived, or call the user's own handler, which may raise another.
 

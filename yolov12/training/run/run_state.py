@@ -115,18 +115,21 @@ class RunSaver:
         self.interruption.stop()
 
     def save_at_last(self) -> None:
-        """Save a run that ends early, unless it ended in the middle of an optimizer step, and say how it goes on."""
-        if self._saves and self._whole and self._steps:
-            with self.interruption.deferred():
-                self._save_or_warn()
-        last = self._trainer.last
-        if self._is_saved and last.exists():
-            from ultralytics.utils import LOGGER
+        """Save a run that ends early, unless it ended in the middle of an optimizer step, and say how it goes on.
 
-            LOGGER.info(
-                f"resume: this run is saved: it goes on with the same command and resume=auto, or with model={last} "
-                "resume=True"
-            )
+        The exception of a signal is not raised here, so that what ends the run reaches the other ranks.
+        """
+        with self.interruption.kept():
+            if self._saves and self._whole and self._steps:
+                self._save_or_warn()
+            last = self._trainer.last
+            if self._is_saved and last.exists():
+                from ultralytics.utils import LOGGER
+
+                LOGGER.info(
+                    "resume: this run is saved: it goes on with the same command and resume=auto, or with "
+                    f"model={last} resume=True"
+                )
 
     def _take_note(self) -> None:
         if not self._saves:
