@@ -160,7 +160,7 @@ def test_a_training_without_data_is_the_first_run_unless_it_goes_on_with_a_run(
     monkeypatch.setattr(cli, "_model", make)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("yolov12.mas.memory.meter.shares_memory", lambda device: True)
-    monkeypatch.setattr("yolov12.training.run.resume.latest_interrupted", lambda arguments, task: tmp_path / "last.pt")
+    monkeypatch.setattr("yolov12.training.run.resume.latest_interrupted", lambda *_, **__: tmp_path / "last.pt")
     cli._train(dict(given))
     assert seen["model"] == model
     assert {key: seen.get(key) for key in expected} == expected

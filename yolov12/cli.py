@@ -253,7 +253,9 @@ def _resumes(options: dict[str, Any], task: str) -> bool:
     from yolov12.training.run.resume import latest_interrupted
 
     resume = options.get("resume")
-    return bool(resume) if str(resume).lower() != "auto" else latest_interrupted(options, task) is not None
+    if str(resume).lower() != "auto":
+        return bool(resume)
+    return latest_interrupted(options, task, quiet=True) is not None  # the training looks again, and warns
 
 
 def _check_batch(options: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Resuming runs: which run `resume=auto` continues, and what goes on as it was."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils import YAML
 from ultralytics.utils.torch_utils import strip_optimizer
 
-from yolov12.errors import ConfigError, DataError
+from yolov12.errors import ConfigError, DataError, UnreadableWeightsError, UntrustedWeightsError
 from yolov12.files import lock
 from yolov12.mas import Engine, compile_ahead
 from yolov12.models import weights
@@ -49,6 +51,59 @@ def test_auto_goes_on_with_the_run_that_was_interrupted_last(trainings, interrup
     anew = trainings.train(bn_group=8, resume="auto", **name, **trainings.TINY)
     assert anew.folder.name == "line-4"
     assert "starting anew" in anew.log
+
+
+@pytest.mark.parametrize("trust", ["0", "1"])
+def test_auto_leaves_out_a_checkpoint_that_is_damaged(trainings, interrupted, tmp_path, monkeypatch, caplog, trust):
+    """A full disk or a power cut may leave one, and nobody may be there when the job is started again."""
+    monkeypatch.setenv("YOLOV12_TRUST_WEIGHTS", trust)
+    name = {"project": tmp_path, "name": "line"}
+    first = interrupted() / "weights" / "last.pt"
+    empty, half = (tmp_path / f"line-{number}" / "weights" / "last.pt" for number in (2, 3))
+    for file, content in ((half, first.read_bytes()[:5000]), (empty, b"")):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+    half.with_name("state.pt").touch()
+    for number, file in enumerate((first.with_name("state.pt"), first, half, half.with_name("state.pt"), empty)):
+        os.utime(file, (number, number))  # the latest is the empty one
+    assert latest_interrupted(name, "detect", quiet=True) == first
+    assert not caplog.records
+
+    again = trainings.train(resume="auto", **name, **trainings.TINY)
+    assert again.folder == first.parents[1]
+    assert len(again.results) == 2
+    told = [line for line in again.log.splitlines() if "left out" in line]
+    assert len(told) == 2
+    assert f"resume=auto: the newest run of this name is left out: {empty} cannot be read" in told[0]
+    assert f"resume=auto: a run of this name is left out: {half} cannot be read" in told[1]
+
+
+def test_auto_stops_at_a_checkpoint_that_may_be_whole_or_whose_folder_it_would_take(interrupted, tmp_path, monkeypatch):
+    name = {"project": tmp_path, "name": "line"}
+    last = interrupted() / "weights" / "last.pt"
+    os.utime(interrupted(name="line-2") / "weights" / "last.pt", (0, 0))
+    os.utime(tmp_path / "line-2" / "weights" / "state.pt", (0, 0))
+    read, causes = weights.read, [OSError(errno.EIO, "Input/output error"), MemoryError()]
+    failures = [UntrustedWeightsError("code"), *(UnreadableWeightsError("unreadable") for _ in causes)]
+    for error, cause in zip(failures, [None, *causes], strict=True):
+        error.__cause__ = cause
+
+        def fail(file, error=error):
+            if file == last:
+                raise error
+            return read(file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "read", fail)
+            with pytest.raises(type(error)):
+                latest_interrupted(name, "detect")
+    last.write_bytes(b"")
+    assert latest_interrupted({**name, "exist_ok": True}, "detect") == tmp_path / "line-2" / "weights" / "last.pt"
+    shutil.rmtree(tmp_path / "line-2")
+    assert latest_interrupted(name, "detect") is None  # a new run has a folder of its own
+    for choice in ({"exist_ok": True}, {"save_dir": str(tmp_path / "line")}):
+        with pytest.raises(UnreadableWeightsError, match=r"last\.pt cannot be read"):
+            latest_interrupted({**name, **choice}, "detect")
 
 
 def test_auto_begins_anew_in_the_folder_of_a_run_that_was_killed_before_its_first_checkpoint(trainings, tmp_path):
