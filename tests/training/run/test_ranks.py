@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from ultralytics import YOLO
+from ultralytics.utils import DEFAULT_CFG
 
 from yolov12.errors import ConfigError
 from yolov12.training.classes import table
@@ -291,6 +293,25 @@ def test_sigterm_ends_all_ranks_and_keeps_their_steps(start, settings, weights, 
 def test_what_cannot_be_shared_is_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         process_group.check_batch(arguments, 2)
+
+
+ONE = [None, "", 0, "0", "0,", (0,), [0], ["0"], "cuda:0", "cpu", "mps", -1, "-1", [-1]]
+ONE += [torch.device("cpu"), torch.device("cuda"), torch.device("cuda:1")]
+TWO = ["0,1", "0, 1", "0,1,", [0, 1], (0, 1), ["0", "1"], "cuda:0,cuda:1", "npu:0,1", "-1,-1", [-1, -1], [0, -1]]
+
+
+@pytest.mark.parametrize("device", [*ONE, *TWO], ids=repr)
+def test_a_batch_of_one_image_is_refused_where_ultralytics_starts_several_processes(device):
+    """Ultralytics starts one for each device that it reads in the argument."""
+    given = []
+
+    def stock_init(trainer, cfg=DEFAULT_CFG, overrides=None, _callbacks=None):
+        given.append(overrides["device"])
+
+    refused = pytest.raises(ConfigError, match="each of 2 processes") if device in TWO else nullcontext()
+    with refused:
+        process_group.gather(stock_init, object(), overrides={"device": device, "batch": 1})
+    assert given == ([] if device in TWO else [device])
 
 
 def test_it_is_refused_before_anything_is_written(start, settings, weights, tmp_path):

@@ -143,7 +143,7 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     given = inspect.signature(stock_init).bind(trainer, *args, **kwargs)
     given.apply_defaults()
     settings = {**vars(get_cfg(given.arguments["cfg"])), **(given.arguments["overrides"] or {})}
-    processes = WORLD_SIZE if RANK != -1 else str(settings.get("device")).count(",") + 1  # "0,1", [0, 1]
+    processes = WORLD_SIZE if RANK != -1 else _devices(settings.get("device"))
     shared = processes > 1 and settings.get("mas", True)
     if shared and not settings.get("resume"):
         check_batch(settings, processes)
@@ -161,6 +161,15 @@ def gather(stock_init: Callable[..., None], trainer: Any, /, *args: Any, **kwarg
     trainer.device, trainer.world_size = _group.device, _group.ranks.size
     # All processes begin with the same weights and draw the same batches, like one process.
     init_seeds(trainer.args.seed, deterministic=trainer.args.deterministic)
+
+
+def _devices(argument: Any) -> int:
+    """Return the number of devices that Ultralytics' argument `device` asks for, as Ultralytics reads it."""
+    from ultralytics.utils.torch_utils import parse_device
+
+    # Each -1 is an idle GPU. Ultralytics chooses them later, and only once.
+    named = parse_device(argument if isinstance(argument, torch.device) else str(argument).replace("-1", "0"))
+    return len(named.split(","))
 
 
 def launch(stock_train: Callable[..., None], trainer: Any, /) -> None:
