@@ -224,6 +224,35 @@ def test_images_of_a_batch_that_fails_are_counted_as_lost(tmp_path, batches):
     assert world.engine.close().images_lost == 16
 
 
+def test_images_whose_gradient_reaches_no_update_are_counted_as_lost(tmp_path):
+    world = World(folder=tmp_path, bn_group=4)
+    world.run(1)
+    world.engine.step(world.data(1, 12))
+    world.optimizer.zero_grad()
+    world.step(2)
+    world.engine.step(world.data(3))
+    summary = world.engine.close()
+    assert (summary.updates, summary.images, summary.images_lost) == (2, 32, 12 + 16)
+
+
+@pytest.mark.parametrize(("expected", "lost"), [(1, 0), (2, 16), (None, 16)])
+def test_images_that_wait_at_the_end_are_lost_if_an_update_of_them_was_expected(tmp_path, expected, lost):
+    """Ultralytics makes no update for an accumulation that the end of a training cuts short."""
+    world = World(folder=tmp_path, bn_group=4)
+    world.run(1)
+    world.engine.step(world.data(1))
+    assert world.engine.close(updates_expected=expected).images_lost == lost
+
+
+def test_images_of_the_batch_before_are_not_lost_if_a_batch_cannot_be_read(tmp_path):
+    world = World(folder=tmp_path, bn_group=4)
+    world.run(1)
+    world.engine._task.workload = lambda batch: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        world.step()
+    assert world.engine.close().images_lost == 0
+
+
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_first_update_that_runs_out_of_memory(tmp_path, skipped):
     """A `GradScaler` skips updates until its scale fits. The optimizer creates its state only after them."""

@@ -172,7 +172,7 @@ class Engine:
         if self._records.pending and all(parameter.grad is None for parameter in self._parameters):
             self._records.drop()  # Ultralytics drops the gradients when it finds a NaN
         try:
-            hopeful = True
+            hopeful, self._work = True, None  # the previous batch is not lost
             while smaller is not None:
                 with suppress(DoesNotFitError):
                     return self._run(batch, share, _PATIENCE_S, stop_requested)
@@ -207,7 +207,7 @@ class Engine:
         ran = self._step.run(batch, work.images, self._planner, share, status)
         report = self._planner.complete()
         plan, level = str(self._step.plans[report.level]), self._planner.speed.levels[report.level]
-        self._records.add(DoneBatch(work, report, ran, share.is_padding, fits, plan, level))
+        self._records.add(DoneBatch(work, report, ran, share, fits, plan, level))
         self.latest = replace(
             ran,
             level=report.level,
@@ -286,7 +286,7 @@ class Engine:
         """Restore the limit of PyTorch's allocator, and finish the journal, if there is one.
 
         Args:
-            updates_expected: Number of updates that the run should have made, for the summary.
+            updates_expected: Number of updates that the run should have made, for the summary; see `Summary`.
             is_exact: True if the summary may say that a split batch had the gradient of the whole batch.
 
         Returns:

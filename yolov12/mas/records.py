@@ -16,7 +16,7 @@ from yolov12.mas.scheduling.peak_model import Level
 from yolov12.mas.scheduling.planner import BatchReport
 from yolov12.mas.scheduling.time_model import SpeedModel
 from yolov12.mas.step.result import Result
-from yolov12.mas.task import Workload
+from yolov12.mas.task import Share, Workload
 
 __all__ = ["DoneBatch", "Records"]
 
@@ -31,8 +31,8 @@ class DoneBatch:
     """Plan of the batch, and the memory it took."""
     ran: Result
     """What the step returned: micro-batches, and stopwatches of its own work."""
-    is_padding: bool
-    """True for a padding image, see `task.Share.is_padding`."""
+    share: Share
+    """Description of the whole batch over all ranks."""
     fits: bool
     """False if the batch was not expected to fit at once with everything kept."""
     plan: str
@@ -100,7 +100,8 @@ class Records:
             self.note((SHARE_DID_NOT_FIT if self._shares else DID_NOT_FIT).format(work.images))
 
     def drop(self) -> None:
-        """Forget the batches since the last update, because their gradients were dropped."""
+        """Count the batches since the last update as lost, because their gradients were dropped."""
+        self.lost(sum(done.share.batch_images for done in self._done))
         self._done.clear()
         self._loaded.clear()
 
@@ -122,7 +123,7 @@ class Records:
         row = Row(
             step=self.journal.next_step + len(self._rows) if self.journal is not None else self._rows_made,
             epoch=epoch,
-            images=sum(done.work.images for done in self._done if not done.is_padding),
+            images=sum(done.work.images for done in self._done if not done.share.is_padding),
             micro_batches=tuple(size for done in self._done for size in done.ran.micro_batches),
             plan=self._done[-1].plan,
             image_size=f"{works[-1].height}x{works[-1].width}",
@@ -166,7 +167,8 @@ class Records:
         """Write all rows and finish the journal, if there is one.
 
         Args:
-            updates_expected: Number of updates that the run should have made, for the summary.
+            updates_expected: Number of updates that this process should have made, for the summary. If it made them,
+                batches that still wait for one are not lost: the training loop has left them over.
             is_exact: True if the gradient of a batch does not depend on how it is split into BatchNorm groups.
             bn_group: Number of images that BatchNorm normalises together.
 
@@ -175,6 +177,8 @@ class Records:
         """
         if self.journal is None:
             return None
+        if updates_expected is None or self._rows_made < updates_expected:
+            self.drop()
         self._write(final=True)
         try:
             if self.journal is None:  # it could not be written
@@ -222,7 +226,7 @@ class Records:
             return
         replays = done.report.replays and not ran.waits_for_capture
         usual = all(self.speed.seen(size, work.height, work.width, level, replays) for size in ran.micro_batches)
-        if usual and self._shares and not done.is_padding:
+        if usual and self._shares and not done.share.is_padding:
             self._status = RankStatus(max(work.images, self._images_as_fast(done)), ms)
         ahead_ms = (ran.ahead.elapsed_ms() or 0.0) if ran.ahead is not None else 0.0
         self.speed.observe(ran.micro_batches, work.height, work.width, level, ms - ahead_ms, ahead_ms, replays=replays)

@@ -78,3 +78,14 @@ def test_an_epoch_collects_no_garbage(trainings, tmp_path, monkeypatch):
         trainings.train(tmp_path, bn_group=8, epochs=epochs)
         counts.append(len(collections))
     assert counts[0] == counts[1]
+
+
+def test_images_of_an_accumulation_that_the_end_cuts_short_are_not_lost_as_stock_makes_no_update_of_them(
+    trainings, tmp_path
+):
+    """Three of the eight batches make an update."""
+    runs = [trainings.train(tmp_path / str(mas), mas=mas, nbs=24, bn_group=None) for mas in (True, False)]
+    assert [run.steps for run in runs] == [2, 2]
+    summary = runs[0].summary
+    assert (summary["updates"], summary["updates_expected"]) == (2, 2)
+    assert (summary["images"], summary["images_lost"]) == (48, 0)

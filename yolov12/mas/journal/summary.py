@@ -43,7 +43,12 @@ class Summary:
     images: int
     """Images of the updates in `updates`."""
     images_lost: int | None
-    """Images that entered a step but did not reach an update; None in `ranks`."""
+    """Images that entered a step but did not reach an update; None in `ranks`.
+
+    The batch failed, its gradient was dropped, or the run ended before an update that it should have made. Images after
+    the last of all expected updates do not count: Ultralytics makes none for an accumulation that the last batch of a
+    training cuts short, with this package or without.
+    """
     out_of_memories: int
     """Allocation failures that the run survived."""
     retries: int
