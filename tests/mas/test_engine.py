@@ -1,5 +1,6 @@
 """The engine with a small convolutional model on a simulated card, on which an image takes 100 MiB."""
 
+import errno
 import functools
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.mas.world import IMAGE, World, assert_same_weights
 from yolov12.errors import DoesNotFitError
-from yolov12.mas import Config, Engine, Loss, TensorTask
+from yolov12.mas import Config, Engine, Loss, TensorTask, records
 from yolov12.mas.distributed.ranks import ALONE
 from yolov12.mas.journal.journal import read_rows
 from yolov12.mas.memory.replay import ReplayMeter
@@ -388,3 +389,51 @@ def test_times_under_plans_that_were_replaced_since_teach_nothing(monkeypatch, m
     known = speed.state_dict()
     world.engine.update(world.optimizer)
     assert speed.state_dict() == known
+
+
+class Behind:
+    """Stopwatch of a device that is still at work for the first looks at it."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    def stop(self):
+        pass
+
+    def elapsed_ms(self):
+        self.looks -= 1
+        return 7.0 if self.looks < 0 else None
+
+
+@pytest.mark.parametrize("end", [Engine.flush, Engine.close])
+@pytest.mark.parametrize(("looks", "step_ms"), [(5, "7.0"), (10**9, "")])
+def test_the_last_rows_wait_for_their_times_but_not_for_a_device_that_hangs(tmp_path, monkeypatch, end, looks, step_ms):
+    monkeypatch.setattr(records, "_PATIENCE_S", 60.0 if step_ms else 0.01)
+    world, watches = World(folder=tmp_path, bn_group=4), []
+    world.run(1)
+    world.meter.stopwatch = lambda: watches.append(Behind(looks)) or watches[-1]
+    world.step()
+    world.journal.flush()
+    assert [row["step_ms"] for row in read_rows(tmp_path / "memory.csv")] == ["16.0"]  # no update waits
+    end(world.engine)
+    assert [row["step_ms"] for row in read_rows(tmp_path / "memory.csv")] == ["16.0", step_ms]
+    world.journal._file.close()
+
+
+def test_a_full_disk_while_rows_are_passed_on_does_not_end_a_training(tmp_path, monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    world = World(folder=tmp_path, bn_group=4)
+    world.run(1)
+    monkeypatch.setattr(world.journal, "flush", full)
+    world.engine.flush()
+    assert world.lines[-1] == (
+        "memory: the journal ends here, as it cannot be written: [Errno 28] No space left on device. "
+        "The training continues"
+    )
+    assert world.engine.journal is None
+    world.run(1)
+    world.engine.flush()
+    assert world.engine.close() is None
+    world.journal._file.close()

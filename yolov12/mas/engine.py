@@ -279,7 +279,7 @@ class Engine:
         self._records.loaded(times)
 
     def flush(self) -> None:
-        """Write all rows to the journal; this waits for the device until their times are known."""
+        """Write all rows to the journal; this waits for the device until their times are known, at most a minute."""
         self._records.flush()
 
     def close(self, updates_expected: int | None = None, *, is_exact: bool = False) -> Summary | None:

@@ -20,6 +20,9 @@ from yolov12.mas.task import Share, Workload
 
 __all__ = ["DoneBatch", "Records"]
 
+_PATIENCE_S = 60.0
+"""Most seconds to wait for the device at the end. It may hang, as in a collective whose other rank is gone."""
+
 
 @dataclass(frozen=True)
 class DoneBatch:
@@ -158,13 +161,16 @@ class Records:
             self.journal.lost(images)
 
     def flush(self) -> None:
-        """Write all rows to the journal; this waits for the device until their times are known."""
+        """Write all rows to the journal; this waits for the device until their times are known, at most a minute."""
         self._write(final=True)
-        if self.journal is not None:
-            self.journal.flush()
+        try:
+            if self.journal is not None:
+                self.journal.flush()
+        except OSError as error:
+            self._end_journal(error)
 
     def close(self, updates_expected: int | None, *, is_exact: bool, bn_group: int | None) -> Summary | None:
-        """Write all rows and finish the journal, if there is one.
+        """Write all rows, like `flush`, and finish the journal, if there is one.
 
         Args:
             updates_expected: Number of updates that this process should have made, for the summary. If it made them,
@@ -189,13 +195,18 @@ class Records:
             return None
 
     def _write(self, *, final: bool) -> None:
-        """Write the rows whose times are known, in order; with `final`, all rows."""
+        """Write the rows whose times are known, in order; with `final`, all rows, after a wait for their times."""
+        end_s = time.monotonic() + _PATIENCE_S if final else 0.0
         while self._rows:
             row, batches, loaded = self._rows[0]
             times = [done.ran.watch.elapsed_ms() for done in batches]
             step_ms, wait_ms = _sum(times), _sum([each.wait.elapsed_ms() for each in loaded])
-            if (step_ms is None or (wait_ms is None and loaded)) and not final:
-                return
+            if step_ms is None or (wait_ms is None and loaded):
+                if not final:
+                    return
+                if time.monotonic() < end_s:
+                    time.sleep(1e-3)  # the device is still at work
+                    continue
             del self._rows[0]
             for done, time_ms in zip(batches, times, strict=True):
                 if time_ms is not None and done.report.undisturbed:
@@ -210,11 +221,13 @@ class Records:
                             row, step_ms=step_ms, data_wait_ms=wait_ms, power_w=power_w, temperature_c=temperature_c
                         )
                     )
-                except OSError as error:  # a full disk does not end a training
-                    self._log(
-                        f"memory: the journal ends here, as it cannot be written: {error}. The training continues"
-                    )
-                    self.journal = None
+                except OSError as error:
+                    self._end_journal(error)
+
+    def _end_journal(self, error: OSError) -> None:
+        """Go on without the journal, as a full disk does not end a training."""
+        self._log(f"memory: the journal ends here, as it cannot be written: {error}. The training continues")
+        self.journal = None
 
     def _learn(self, done: DoneBatch, ms: float) -> None:
         work, level, ran = done.work, done.report.level, done.ran
