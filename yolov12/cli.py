@@ -118,7 +118,7 @@ def main(args: list[str] | None = None) -> int:
         options = parse(words)
         if options.pop("mode", verb) != verb:
             raise ConfigError(f"mode= contradicts the command, which is {verb}")
-        VERBS[verb](options)
+        VERBS[verb]({**reference.DEFAULTS.get(verb, {}), **options})
     except USER_ERRORS as error:
         return failed(error)
     except KeyboardInterrupt:
@@ -276,14 +276,12 @@ def _predict(options: dict[str, Any]) -> None:
     model = _model(options)
     if "source" not in options:
         options["source"] = _validation_images(model)
-    options.setdefault("save", True)
     with refusals():
         for _ in model.predict(stream=True, **options):  # a stream: the results of a long video would fill memory
             pass
 
 
 def _export(options: dict[str, Any]) -> None:
-    options.setdefault("format", "onnx")
     _check_batch(options)
     with refusals():
         _model(options).export(**options)

@@ -8,7 +8,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT
 from scripts.reference import FOLDER, pages
 from yolov12 import cli
 from yolov12.cfg.arguments import ARGUMENTS
-from yolov12.cfg.reference import COMMANDS, help_text, ultralytics_arguments
+from yolov12.cfg.reference import COMMANDS, DEFAULTS, help_text, ultralytics_arguments
 
 
 @pytest.mark.parametrize("name", ["arguments.md", "exit-status.md", "journal.md"])
@@ -25,6 +25,19 @@ def test_help_lists_the_arguments_of_the_command(command, capsys):
     for argument in ARGUMENTS:
         assert (f"\n  {argument.name}={argument.default}\n" in text) is (command in argument.commands)
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_defaults_of_the_command_line_are_those_that_it_uses(monkeypatch):
+    given = {}
+    for command, defaults in DEFAULTS.items():
+        monkeypatch.setitem(cli.VERBS, command, given.update)
+        given.clear()
+        assert cli.main([command, "model=yolov12n.yaml"]) in (0, None)
+        assert defaults.items() <= given.items()
+        for name, value in defaults.items():
+            assert f" {name}={value} " in help_text(command).replace("\n", " ")
+            cli.main([command, "model=yolov12n.yaml", f"{name}=torchscript"])
+            assert given[name] == "torchscript"
 
 
 def test_every_command_that_trains_or_uses_a_model_has_help():

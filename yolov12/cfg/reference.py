@@ -16,10 +16,10 @@ from typing import Any
 
 from yolov12.cfg.arguments import ARGUMENTS, DATA, ENGINE, EXPORT, RUN, Argument
 
-__all__ = ["COMMANDS", "arguments_page", "help_text", "ultralytics_arguments"]
+__all__ = ["COMMANDS", "DEFAULTS", "arguments_page", "help_text", "ultralytics_arguments"]
 
 COMMANDS: Mapping[str, str] = {
-    "train": "Train a model. Without data= and model=, teach the weights of this package two classes.",
+    "train": "Train a model (yolov12n.yaml). Without data=, teach the weights of this package two classes.",
     "val": "Validate a model. Without model=, validate the weights that were trained last, on their own data.",
     "predict": "Run a model on images or videos. Without source=, on the validation images of its training.",
     "export": "Export a model. Without format=, to ONNX.",
@@ -60,6 +60,9 @@ _SECTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _FOR_ALL = ("model", "data", "imgsz", "batch", "device", "workers", "project", "name", "exist_ok", "verbose", "cfg")
 """Arguments of Ultralytics that most commands read; its file has them among those of training."""
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"predict": {"save": True}, "export": {"format": "onnx"}}
+"""Command → values of Ultralytics' arguments that the command line gives in place of its defaults."""
 
 
 def help_text(command: str) -> str:
@@ -109,7 +112,11 @@ def arguments_page() -> str:
         "|---|---|---|",
         *(f"| `{value}` | {effect} | {_code(commands)} |" for value, (commands, effect) in _MORE_VALUES.items()),
         "",
-        "These are the names and defaults. [Ultralytics explains them](https://docs.ultralytics.com/usage/cfg).",
+        "On the command line of `yolov12`, these defaults differ:",
+        "",
+        *(f"- `yolov12 {command}`: {told}" for command, told in COMMANDS.items()),
+        "",
+        "These are Ultralytics' names and defaults. [It explains them](https://docs.ultralytics.com/usage/cfg).",
         "",
     ]
     for title, names in ultralytics_arguments().items():
@@ -144,7 +151,8 @@ def _of_command(command: str) -> Iterator[tuple[str, Any]]:
     everything = {name: default for names in sections.values() for name, default in names.items()}
     titles, more = _SECTIONS[command]
     names = dict.fromkeys([*_FOR_ALL, *(name for title in titles for name in sections[title]), *more])
-    return ((name, everything[name]) for name in names)
+    found = {**everything, **DEFAULTS.get(command, {})}
+    return ((name, found[name]) for name in names)
 
 
 def _row(argument: Argument) -> str:
