@@ -55,7 +55,8 @@ def _generators():
 @pytest.mark.parametrize("most", [8, 2, 0])
 def test_warm_up_and_profile_leave_no_trace(most):
     noise = Noise(most)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), noise, nn.Conv2d(4, 4, 3), nn.Flatten())
+    norms = nn.BatchNorm2d(4), nn.InstanceNorm2d(4, track_running_stats=True)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *norms, noise, nn.Conv2d(4, 4, 3), nn.Flatten())
     task = mas.TensorTask(lambda model, x: model(x).square().mean())
     batch = (torch.rand(8, 3, 8, 8),)
     engine = mas.Engine(model, task, mas.Config())

@@ -241,6 +241,22 @@ def test_other_errors_leave_no_trace(tools, detector, where, attempt):
     )
 
 
+@pytest.mark.parametrize("tries", [False, True])
+def test_what_fails_before_the_first_part_loses_no_gradient_of_earlier_batches(tools, detector, monkeypatch, tries):
+    """On a GPU, a stream or an event may fail."""
+    batch = tools.batch([3, 0, 50, 7])
+    detector.reset([], True)
+    before = [parameter.grad.clone() for parameter in detector.parameters]
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: invalid resource handle")
+
+    monkeypatch.setattr("yolov12.mas.step.step.Prefetch", fail)
+    with pytest.raises(RuntimeError, match="invalid resource handle"):
+        detector.step.try_out(batch, 0, 2) if tries else detector.step.run(batch, 4, tools.Scripted((2, 2)))
+    assert all(torch.equal(p.grad, old) for p, old in zip(detector.parameters, before, strict=True))
+
+
 # Images of randomly drawn sizes
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["ModuleState", "RandomState"]
 
-_KNOWN = ("torch", "ultralytics", "yolov12")  # their buffers are BatchNorm's statistics, or constants
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -49,9 +49,10 @@ class RandomState:
 
 
 class ModuleState:
-    """State of the modules of a model besides parameters: their attributes, and buffers of layers of a user's own.
+    """State of the modules of a model besides parameters: their attributes, and buffers of all but PyTorch's BatchNorm.
 
-    Such a layer, or a hook on any layer, may count calls, or keep what it saw in a list, set or dictionary.
+    A layer of a user's own, or a hook on any layer, may count calls, or keep what it saw in a list, set or dictionary.
+    PyTorch's InstanceNorm may keep running statistics. Those of BatchNorm are not changed before the end of a batch.
 
     Args:
         model: Model whose modules may change.
@@ -89,8 +90,8 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
 
 
 def _buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return each buffer of a layer of a user's own, with a copy."""
-    if type(module).__module__.partition(".")[0] in _KNOWN:
+    """Return each buffer of a layer with a copy; none for PyTorch's BatchNorm."""
+    if isinstance(module, _BatchNorm) and type(module).__module__.startswith("torch."):
         return {}
     buffers = module._buffers.items()
     return {name: (buffer, buffer.detach().clone()) for name, buffer in buffers if buffer is not None}

@@ -137,10 +137,10 @@ class Step:
         self, batch: Any, images: int, planner: Planner, share: Share, status: RankStatus, *, restarts: bool
     ) -> Result:
         self._retry(self._begin)
-        before, state = gradients.take(self._parameters), RandomState(self._device)
+        state, watch = RandomState(self._device), self._meter.stopwatch()
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop), self._note)
-        watch = self._meter.stopwatch()
         looks_ahead, ahead, ahead_watch = self._exact and self._has_terms, None, None
+        before = gradients.take(self._parameters)  # last, as what fails above would lose them
         try:
             with telling(self._ranks, NO_NEWS if looks_ahead else status, UnknownNormalisersError):
                 plan = planner.plan(0, None)
@@ -293,9 +293,9 @@ class Step:
         """
         self._retry(self._begin)
         self.replays.drop()
-        before = gradients.take(self._parameters)
         parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last), self._note)
         states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
+        before = gradients.take(self._parameters)
         try:
             allocated_bytes = self._meter.mark()
             total, span = Total(stop, self._task.floor, exact=False), (start, stop, stop)
