@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.mas.world import IMAGE, World, assert_same_weights
 from yolov12.errors import DoesNotFitError
@@ -33,6 +34,20 @@ def test_what_workers_take_of_a_pool_is_missing_for_the_model(pressure, monkeypa
     read = ReplayMeter.read
     monkeypatch.setattr(ReplayMeter, "read", lambda meter: replace(read(meter), outside_bytes=0, free_bytes=20 * IMAGE))
     assert failures(World(batch=16, workers=workers, bn_group=1, **pressure))  # it can fail
+
+
+def test_layers_that_are_unfrozen_later_count():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 9, 2))
+    model[0].requires_grad_(False)
+    task = TensorTask(lambda model, x: model(x).square().mean())
+    batch, seen = (torch.rand(4, 3, 5, 5),), []
+    with Engine(model, task, Config(bn_group=2)) as engine:
+        for _ in range(2):
+            engine.step(batch)
+            seen.append(engine._planner.gradient_bytes)
+            model.requires_grad_(True)
+    of_the_first, of_all = (sum(part.numel() for part in each.parameters()) * 4 for each in (model[0], model))
+    assert seen == [of_all - of_the_first, of_all]
 
 
 def test_weights_after_a_training_under_pressure_are_those_of_one_without():

@@ -31,6 +31,7 @@ from yolov12.mas.scheduling.peak_model import CostModel, Features
 from yolov12.mas.scheduling.planner import WAIT_S, BatchPlanner
 from yolov12.mas.scheduling.scheduler import History
 from yolov12.mas.scheduling.time_model import NEW_SIZE_MS, SpeedModel
+from yolov12.mas.step import gradients
 from yolov12.mas.step.first_update import Undo, survive_first_update
 from yolov12.mas.step.graphs.recorder import graphs_for
 from yolov12.mas.step.result import Result
@@ -98,10 +99,9 @@ class Engine:
         """The latest batch that was run."""
         self._task, self._ranks, self._log = task, ranks, log
         self._device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # On the host, libraries do not search kernels for a new size.
         speed = SpeedModel(new_size_ms=0.0 if self.meter.kind == "host" else NEW_SIZE_MS)
-        gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters)
+        gradient_bytes = gradients.bytes_of(model.parameters())
         self._planner = BatchPlanner(
             self.config, CostModel(), speed, self.meter, gradient_bytes=gradient_bytes, advice=advice, log=log
         )
@@ -169,8 +169,9 @@ class Engine:
             RankError: Another rank failed or is gone.
         """
         self.hold_limit()
-        if self._records.pending and all(parameter.grad is None for parameter in self._parameters):
+        if self._records.pending and all(parameter.grad is None for parameter in self._step.parameters):
             self._records.drop()  # Ultralytics drops the gradients when it finds a NaN
+        self._planner.gradient_bytes = gradients.bytes_of(self._step.parameters)  # a callback may have unfrozen layers
         try:
             hopeful, self._work = True, None  # the previous batch is not lost
             while smaller is not None:

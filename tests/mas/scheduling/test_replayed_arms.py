@@ -151,6 +151,19 @@ def test_a_crowded_image_changes_nothing_for_the_next_batch():
     assert (crowded.replays, crowded.history, crowded.fits) == (False, now.history, True)
 
 
+@pytest.mark.parametrize(("mib", "replays"), [(1400, True), (1100, False)])
+def test_a_size_that_the_user_fixed_is_predicted_with_its_graph(mib, replays):
+    cost, speed = CostModel(LADDER[:1]), SpeedModel()
+    for boxes in (10, 100):
+        for _ in range(3):
+            cost.observe(Features(8, 640, 640, boxes), (1000 + boxes) * MIB)
+    now = State((Group(8, 10),) * 4, 640, 640, mib * MIB, 0, 0, graph_reserve=GRAPH_RESERVE, fixed=8)
+    found = decide(now, cost, speed)
+    assert (found.micro_batches, found.replays, found.history.replays) == ((1,) * 4, replays, replays)
+    assert found.fits
+    assert not decide(replace(now, graph_reserve=None), cost, speed).replays
+
+
 def after_slow_batches(slow, gap=0.03, batches=300, seen=16):
     """Return how often the slower of two arms ran, if it was `seen` before.
 

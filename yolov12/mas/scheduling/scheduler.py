@@ -176,11 +176,14 @@ def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int)
     """Use the user's size under the first plan that fits; if none fits, under the last, unless it failed recently."""
     levels = range(len(cost.levels))
     for split in even_splits(state.groups, every=True, most=images):
-        arms = [arm_of(state, cost, speed, split, each) for each in levels if under_ceiling(state, cost, split, each)]
+        roomy = {each: has_room(state, cost, split, each, state.budget_bytes) for each in levels}
+        under = [each for each in levels if under_ceiling(state, cost, split, each)]
+        arms = [arm_of(state, cost, speed, split, each, replays=roomy[each]) for each in under]
         fitting = [arm for arm in arms if arm.upper_bytes <= state.budget_bytes]
         failed = bool(arms) and any(cost.failed(each) for each in features_of(state, split, arms[-1].level))
         for arm in fitting[:1] or ([] if failed else arms[-1:]):
-            return _decision(arm, History(max(arm.split.largest, state.history.images), arm.level))
+            history = History(max(arm.split.largest, state.history.images), arm.level, replays=arm.replays)
+            return _decision(arm, history)
     single = split_micro_batches(state.groups, len(state.groups))
     return _decision(arm_of(state, cost, speed, single, levels[-1]), state.history, fits=False)
 

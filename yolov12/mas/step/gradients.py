@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from yolov12.mas.distributed.ranks import Ranks
 
-__all__ = ["add", "give", "scale", "sum_over", "take"]
+__all__ = ["add", "bytes_of", "give", "scale", "sum_over", "take"]
 
 Gradients = list[Tensor | None]
 
@@ -42,6 +42,12 @@ def add(total: Gradients, more: Gradients, *, is_lent: bool = False) -> Gradient
     if both:
         torch._foreach_add_([a for a, _ in both], [b for _, b in both])
     return [b if a is None else a for a, b in zip(total, more, strict=True)]
+
+
+def bytes_of(parameters: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of the gradients of those parameters that are trained."""
+    trained = (parameter for parameter in parameters if parameter.requires_grad)
+    return sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
 
 def scale(gradients: Gradients, factor: Tensor) -> None:

@@ -83,9 +83,9 @@ class Step:
         self.model, self._task, self._meter, self._backward = model, task, meter, backward
         self._note = note
         self.notes_tries = True  # False while `try_out` repeats what has failed before
-        self._all = list(model.parameters())  # to walk through a model takes a millisecond of host time
+        self.parameters = list(model.parameters())  # to walk through a model takes a millisecond of host time
         self._structure = Structure(model)
-        self._device = self._all[0].device
+        self._device = self.parameters[0].device
         self.norms = GroupedBatchNorm(model, activations, log=log)
         """BatchNorm layers of the model."""
         self._upsampling = Upsampling(model)
@@ -188,11 +188,11 @@ class Step:
     def _begin(self) -> None:
         """Look at the model as it is now: users may have replaced layers, frozen or switched them."""
         if self._structure.changed():
-            self._all = list(self.model.parameters())
+            self.parameters = list(self.model.parameters())
             self.norms.find_layers()
             self._upsampling.find_layers()
             self.checkpointing.find_activations()
-        self._parameters = [parameter for parameter in self._all if parameter.requires_grad]
+        self._parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
         self.norms.begin()
         self._upsampling.begin()
         self.replays.begin(self._parameters)
