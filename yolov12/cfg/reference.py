@@ -19,7 +19,7 @@ from yolov12.cfg.arguments import ARGUMENTS, DATA, ENGINE, EXPORT, RUN, Argument
 __all__ = ["COMMANDS", "DEFAULTS", "arguments_page", "help_text", "ultralytics_arguments"]
 
 COMMANDS: Mapping[str, str] = {
-    "train": "Train a model (yolov12n.yaml). Without data=, teach the weights of this package two classes.",
+    "train": "Train a model. Without data= and model=, teach the weights of this package two classes.",
     "val": "Validate a model. Without model=, validate the weights that were trained last, on their own data.",
     "predict": "Run a model on images or videos. Without source=, on the validation images of its training.",
     "export": "Export a model. Without format=, to ONNX.",
@@ -115,6 +115,7 @@ def arguments_page() -> str:
         "On the command line of `yolov12`, these defaults differ:",
         "",
         *(f"- `yolov12 {command}`: {told}" for command, told in COMMANDS.items()),
+        "- With `data=` and without `model=`, a training begins with `model=yolov12n.yaml`.",
         "",
         "These are Ultralytics' names and defaults. [It explains them](https://docs.ultralytics.com/usage/cfg).",
         "",
