@@ -275,7 +275,7 @@ def design() -> Iterator[Passage]:
             speed >= 2,
         ),
         (
-            "the same on label-dense data: at least 2.5 times",
+            "the same on label-dense data, without validation: at least 2.5 times",
             say("{:.2f} in 100 epochs, {:.2f} in 16", *dense[:2]),
             "in 100 epochs",
         ),

@@ -176,9 +176,11 @@ def _decide_fixed(state: State, cost: CostModel, speed: SpeedModel, images: int)
     """Use the user's size under the first plan that fits; if none fits, under the last, unless it failed recently."""
     levels = range(len(cost.levels))
     for split in even_splits(state.groups, every=True, most=images):
-        roomy = {each: has_room(state, cost, split, each, state.budget_bytes) for each in levels}
-        under = [each for each in levels if under_ceiling(state, cost, split, each)]
-        arms = [arm_of(state, cost, speed, split, each, replays=roomy[each]) for each in under]
+        arms = [
+            arm_of(state, cost, speed, split, each, replays=has_room(state, cost, split, each, state.budget_bytes))
+            for each in levels
+            if under_ceiling(state, cost, split, each)
+        ]
         fitting = [arm for arm in arms if arm.upper_bytes <= state.budget_bytes]
         failed = bool(arms) and any(cost.failed(each) for each in features_of(state, split, arms[-1].level))
         for arm in fitting[:1] or ([] if failed else arms[-1:]):
