@@ -15,10 +15,10 @@ import torch
 from ultralytics import YOLO
 from ultralytics.nn.tasks import BaseModel
 
-before, after, stock, fails = set(), set(), BaseModel.predict, [0]
+before, after, stock, fails, engines = set(), set(), BaseModel.predict, [0], []
 
 def predict(self, x, *args, **kwargs):
-    if len(x) > 2:
+    if len(x) > 2 or (len(x) == 2 and torch.is_grad_enabled() and not engines[0]._planner.level):
         fails[0] += 1
         before.update(set() if before else sys.modules)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
@@ -26,6 +26,7 @@ def predict(self, x, *args, **kwargs):
 
 def break_it(trainer):
     if trainer.epoch:
+        engines[:] = [trainer.yolov12_engine]
         BaseModel.predict = predict
 
 def note(trainer):
