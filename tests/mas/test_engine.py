@@ -154,6 +154,19 @@ def test_nothing_fits():
     assert all(parameter.grad is None for parameter in world.model.parameters())
 
 
+def test_an_error_that_remains_with_one_image_is_quoted_if_that_should_fit():
+    """Libraries say this for lack of memory, and for other reasons."""
+    world = World(bn_group=1)
+    world.step()
+
+    def fail(module, inputs):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+
+    world.model.register_forward_pre_hook(fail)
+    with pytest.raises(DoesNotFitError, match=r"What failed: CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling"):
+        world.step(1)
+
+
 def test_fixed_micro_batch_is_kept_under_pressure():
     world = World(bn_group=2, micro_batch=4, others=[0, 0, 30, 0])
     world.run(20)

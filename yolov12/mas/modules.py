@@ -6,8 +6,9 @@ over tensors in nested containers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["LIBRARIES", "Structure", "each_tensor", "has_global_hooks", "has_hooks", "module_of", "overridden"]
+__all__ = ["LIBRARIES", "Structure", "each_tensor", "forward_of", "has_global_hooks", "has_hooks", "module_of"]
+__all__ += ["overridden", "with_own_code"]
 
 LIBRARIES = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
 """How the names of modules begin whose code is no user's, see `module_of`."""
@@ -72,6 +74,32 @@ def module_of(value: Any) -> str:
     if names is not None:
         return str(names.get("__name__") or "")
     return str(getattr(value, "__module__", None) or type(value).__module__)
+
+
+def forward_of(module: nn.Module) -> Any:
+    """Return the forward pass of a module, without what the engine does around it, see `overridden`."""
+    forward = module.forward
+    while isinstance(forward, partial) and module_of(forward.func).startswith("yolov12."):
+        forward = forward.args[-1]
+    return forward
+
+
+def with_own_code(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules with hooks, and those whose class or forward pass is the user's own.
+
+    Args:
+        modules: Modules to look at, between batches or in them.
+    """
+    own = {kind for kind in set(map(type, modules)) if not _is_of_a_library(kind)}
+    return [each for each in modules if type(each) in own or has_hooks(each) or _has_own_forward(each)]
+
+
+def _is_of_a_library(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith(LIBRARIES) and module_of(kind.forward).startswith(LIBRARIES)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    return "forward" in vars(module) and not module_of(forward_of(module)).startswith(LIBRARIES)
 
 
 class Structure:

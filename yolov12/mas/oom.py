@@ -15,10 +15,12 @@ __all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tell_wait", "tried_to
 # Messages of libraries that allocate memory without PyTorch's allocator, of PyTorch's host allocator, and of C++. What
 # oneDNN calls a descriptor needs no memory: without one, it does not know the operation. Where NVML does not work, as
 # on a Jetson, PyTorch's allocator fails while it composes its message (github.com/pytorch/pytorch/issues/122068).
+# cuBLAS and cuDNN are not initialised if their handles find no memory (github.com/haotian-liu/LLaVA/issues/392), or for
+# another reason: then one image fails, too, and the error that ends the run quotes it.
 _SIGNS = re.compile(
     "out of memory"
-    "|CUBLAS_STATUS_ALLOC_FAILED"
-    "|CUDNN_STATUS_ALLOC_FAILED"
+    "|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    "|CUDNN_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
     "|CUDNN_STATUS_INTERNAL_ERROR"
     "|unable to find an engine"
     "|NVML_SUCCESS == .*CUDACachingAllocator"

@@ -19,7 +19,7 @@ from yolov12.mas.profiling.ladder import make_ladder
 from yolov12.mas.profiling.warmup import profile, warm_up
 from yolov12.mas.scheduling.peak_model import CostModel
 from yolov12.mas.scheduling.time_model import SpeedModel
-from yolov12.mas.step.snapshots import ModuleState
+from yolov12.mas.step.snapshots import PassState
 
 
 class Noise(nn.Module):
@@ -119,11 +119,12 @@ def test_a_group_is_tried_first_and_nothing_tells_that_it_did_not_fit(fits, pass
         yield
         held.clear()
 
-    def copy_state(model):
+    def copy_state(device, modules):
+        assert modules  # as the model has a hook
         assert not held  # a failure of this would end the run
-        return ModuleState(model)
+        return PassState(device, modules)
 
-    monkeypatch.setattr("yolov12.mas.step.step.ModuleState", copy_state)
+    monkeypatch.setattr("yolov12.mas.step.step.PassState", copy_state)
     model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten())
     model.register_forward_pre_hook(forward)
     task = mas.TensorTask(lambda model, x: model(x).square().mean())

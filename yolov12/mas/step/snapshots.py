@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["ModuleState", "RandomState"]
+from yolov12.mas.modules import has_global_hooks, with_own_code
+
+__all__ = ["ModuleState", "PassState", "RandomState", "changing"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -55,11 +58,11 @@ class ModuleState:
     PyTorch's InstanceNorm may keep running statistics. Those of BatchNorm are not changed before the end of a batch.
 
     Args:
-        model: Model whose modules may change.
+        modules: Modules that may change, see `changing`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _attributes(module), _buffers(module)) for module in model.modules()]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = [(module, _attributes(module), _copies(module)) for module in modules]
 
     def restore(self) -> None:
         """Set the modules back to this state."""
@@ -80,6 +83,40 @@ class ModuleState:
                     buffer.copy_(content)
 
 
+class PassState:
+    """State of all that a forward pass may change besides gradients and BatchNorm's statistics.
+
+    Args:
+        device: Device of the model.
+        modules: Modules that may change, see `changing`.
+    """
+
+    def __init__(self, device: torch.device, modules: Sequence[nn.Module]) -> None:
+        self._states = RandomState(device), ModuleState(modules)
+
+    def restore(self) -> None:
+        """Set everything back to this state."""
+        for state in self._states:
+            state.restore()
+
+
+def changing(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return the modules that a forward pass may change, none for a model of PyTorch's and Ultralytics' usual layers.
+
+    They are the layers of a user's own, those with hooks, and those that keep buffers. As these may also leave
+    something in the model itself, it is among them.
+
+    Args:
+        modules: Modules of a model, the model first.
+    """
+    if has_global_hooks():
+        return list(modules)
+    norms = {kind for kind in set(map(type, modules)) if _is_norm(kind)}
+    keeping = [each for each in modules if each._buffers and type(each) not in norms and _buffers(each)]
+    found = [*with_own_code(modules), *keeping]
+    return list(dict.fromkeys([modules[0], *found])) if found else []
+
+
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """Return each attribute of a module with a copy of its content, for a container."""
     own = {name: value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE}
@@ -89,9 +126,15 @@ def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _buffers(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return each buffer of a layer with a copy; none for PyTorch's BatchNorm."""
-    if isinstance(module, _BatchNorm) and type(module).__module__.startswith("torch."):
-        return {}
-    buffers = module._buffers.items()
-    return {name: (buffer, buffer.detach().clone()) for name, buffer in buffers if buffer is not None}
+def _copies(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return each of the `_buffers` with a copy."""
+    return {name: (buffer, buffer.detach().clone()) for name, buffer in _buffers(module).items()}
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of a layer; none for PyTorch's BatchNorm."""
+    return {name: each for name, each in module._buffers.items() if each is not None and not _is_norm(type(module))}
+
+
+def _is_norm(kind: type[nn.Module]) -> bool:
+    return issubclass(kind, _BatchNorm) and kind.__module__.startswith("torch.")

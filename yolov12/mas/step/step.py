@@ -6,8 +6,8 @@ The gradient is that of the whole batch at once, however the batch was split and
   normalisers, a batch that is split runs ahead without gradients, which gives their sums;
 - BatchNorm normalises fixed groups of images (batchnorm/grouped.py);
 - the gradient of a micro-batch is computed separately, and added when it is complete. After a failed allocation, the
-  gradient of that micro-batch is dropped, the random generators are restored, and the remaining images run again in
-  smaller micro-batches;
+  gradient of that micro-batch is dropped, random generators and what layers of the user's own keep are restored, and
+  the remaining images run again in smaller micro-batches;
 - several ranks exchange nothing until all of them have run their shares, or have run ahead, and then only sums
   (distributed/ranks.py).
 """
@@ -38,7 +38,7 @@ from yolov12.mas.step.planner import MicroBatches, Planner, groups_of
 from yolov12.mas.step.prefetch import Prefetch
 from yolov12.mas.step.result import Result
 from yolov12.mas.step.retry import IN_A_WARM_UP, Note, Retry, no_note
-from yolov12.mas.step.snapshots import ModuleState, RandomState
+from yolov12.mas.step.snapshots import PassState, changing
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.mas.task import Share, Task
 
@@ -84,6 +84,7 @@ class Step:
         self._note = note
         self.notes_tries = True  # False while `try_out` repeats what has failed before
         self.parameters = list(model.parameters())  # to walk through a model takes a millisecond of host time
+        self._modules = list(model.modules())
         self._structure = Structure(model)
         self._device = self.parameters[0].device
         self.norms = GroupedBatchNorm(model, activations, log=log)
@@ -96,6 +97,7 @@ class Step:
         """Checkpoint plans. The level of a planner is an index into them."""
         self._ranks = ranks
         self._parameters: list[nn.Parameter] = []
+        self._changing: list[nn.Module] = []
         self._per_image: Tensor | None = None  # normaliser per image of the previous batch
         self._exact, self._has_terms = exact, False  # whether the latest loss had several normalisers
 
@@ -120,8 +122,8 @@ class Step:
             Loss and items of the whole batch, and the micro-batches that ran here.
 
         Raises:
-            DoesNotFitError: The planner found no way to run the batch, here or on another rank. Gradients and running
-                statistics are as before.
+            DoesNotFitError: The planner found no way to run the batch, here or on another rank. Gradients, buffers and
+                attributes of layers are as before.
             RankError: Another rank failed or is gone.
         """
         share = share or Share(images)
@@ -137,7 +139,7 @@ class Step:
         self, batch: Any, images: int, planner: Planner, share: Share, status: RankStatus, *, restarts: bool
     ) -> Result:
         self._retry(self._begin)
-        state, watch = RandomState(self._device), self._meter.stopwatch()
+        state, watch = self._state(), self._meter.stopwatch()
         parts = Prefetch(self._device, lambda start, stop: self._task.part(batch, start, stop), self._note)
         looks_ahead, ahead, ahead_watch = self._exact and self._has_terms, None, None
         before = gradients.take(self._parameters)  # last, as what fails above would lose them
@@ -188,11 +190,12 @@ class Step:
     def _begin(self) -> None:
         """Look at the model as it is now: users may have replaced layers, frozen or switched them."""
         if self._structure.changed():
-            self.parameters = list(self.model.parameters())
+            self.parameters, self._modules = list(self.model.parameters()), list(self.model.modules())
             self.norms.find_layers()
             self._upsampling.find_layers()
             self.checkpointing.find_activations()
         self._parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
+        self._changing = changing(self._modules)
         self.norms.begin()
         self._upsampling.begin()
         self.replays.begin(self._parameters)
@@ -201,6 +204,9 @@ class Step:
                 f"{type(self.norms.ungrouped[0]).__name__} is not PyTorch's BatchNorm, so several processes cannot "
                 "share a batch: train in one, or with mas=False"
             )
+
+    def _state(self) -> PassState:
+        return self._retry(lambda: PassState(self._device, self._changing))
 
     def _run_share(
         self, parts: Prefetch, images: int, plan: MicroBatches, planner: Planner, total: Total, *, restarts: bool
@@ -216,10 +222,12 @@ class Step:
                 stop = start + sum(groups)
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
                 layers = self.plans[planner.level] if with_gradients else KEEP_ALL
+                state = self._state()
                 while True:
                     allocated_bytes = self.replays.prepare(groups, layers, start, stop)
                     around = self.checkpointing.within(layers)
-                    failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, around)
+                    span, first = (start, stop, following), len(groups_done)
+                    failure = self._attempt(parts, span, groups, first, total, state, around)
                     if failure is None or not self.replays.give_way(failure):
                         break
                 if failure is not None:
@@ -254,7 +262,7 @@ class Step:
         """
         if restarts and len(plan) == 1 and self._ranks.size == 1:
             return plan, None
-        states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
+        state = self._state()
         try:
             for _ in range(_LOOKS):
                 ahead = Total(share.batch_images, self._task.floor)
@@ -262,7 +270,7 @@ class Step:
                     ran, groups = self._run_share(parts, images, plan, planner, ahead, restarts=False)
                 if not self._has_terms or ran == [sum(groups) for groups in plan]:
                     break
-                states[0].restore()
+                state.restore()
                 self.norms.begin()
                 plan = planner.plan(0, None)  # there was a failure
                 if groups_of(plan) == groups:
@@ -270,8 +278,7 @@ class Step:
             return plan, ahead if self._has_terms else None
         finally:
             parts.drop()
-            for state in states:
-                state.restore()
+            state.restore()
             self.norms.begin()  # a layer that does not run in groups goes on from its latest statistics
             torch.clear_autocast_cache()  # its copies of weights were made without gradients
 
@@ -294,32 +301,25 @@ class Step:
         self._retry(self._begin)
         self.replays.drop()
         parts = Prefetch(self._device, lambda first, last: self._task.part(batch, first, last), self._note)
-        states = RandomState(self._device), self._retry(lambda: ModuleState(self.model))
+        state = self._state()
         before = gradients.take(self._parameters)
         try:
             allocated_bytes = self._meter.mark()
             total, span = Total(stop, self._task.floor, exact=False), (start, stop, stop)
             with held or nullcontext():
-                failure = self._attempt(parts, span, (stop - start,), 0, total, around or nullcontext())
+                failure = self._attempt(parts, span, (stop - start,), 0, total, state, around or nullcontext())
             if failure is not None and self.notes_tries:
                 self._note(IN_A_WARM_UP)
             return failure or (allocated_bytes, self._meter.peak_bytes())
         finally:
-            for state in states:
-                state.restore()
+            state.restore()
             gradients.give(self._parameters, before)
 
     def _attempt(
-        self,
-        parts: Prefetch,
-        span: tuple[int, int, int],
-        groups: tuple[int, ...],
-        first_group: int,
-        total: Total,
-        around: AbstractContextManager[None],
-    ) -> Failure | None:
+        self, parts: Prefetch, span: tuple[int, int, int], groups: tuple[int, ...], first_group: int, total: Total,
+        state: PassState, around: AbstractContextManager[None],
+    ) -> Failure | None:  # fmt: skip
         start, stop, following = span
-        state = RandomState(self._device)
         try:
             part = parts.get(start, stop)
             if following > stop:

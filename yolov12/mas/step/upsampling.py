@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from yolov12.mas.batchnorm.fused import row_stride
 from yolov12.mas.batchnorm.joined import Slot
-from yolov12.mas.modules import LIBRARIES, has_global_hooks, has_hooks, module_of, overridden
+from yolov12.mas.modules import has_global_hooks, has_hooks, overridden, with_own_code
 from yolov12.mas.triton_launch import compiles, launch, launches_on, unfilled, unit_of
 
 try:
@@ -59,26 +58,19 @@ class Upsampling:
     def begin(self) -> None:
         """Start a batch: read how the layers are switched, and whether there are hooks."""
         self._layers: list[nn.Upsample] = []
-        if self._upsamplings and not has_global_hooks() and not any(map(self._may_see, self._modules)):
+        if self._upsamplings and not has_global_hooks() and not self._may_be_seen():
             layers = [layer for layer in self._upsamplings if layer.mode == "nearest"]
             self._layers = [layer for layer in layers if "forward" not in vars(layer)]  # or it is the user's own
 
-    def _may_see(self, module: nn.Module) -> bool:
+    def _may_be_seen(self) -> bool:
         """Return whether code of the user's own may look at what goes into a module."""
-        return has_hooks(module) or not (module in self._above or _is_known(module.forward))
+        return any(has_hooks(module) or module not in self._above for module in with_own_code(self._modules))
 
     @contextmanager
     def within(self) -> Iterator[None]:
         """Give the layers their other forward pass while one micro-batch runs forward and backward."""
         with overridden({layer: _Forward(layer, layer.forward) for layer in self._layers}):
             yield
-
-
-def _is_known(forward: Any) -> bool:
-    """Return whether a forward pass is of a library whose modules take any floating-point type."""
-    while isinstance(forward, partial) and module_of(forward.func).startswith("yolov12."):
-        forward = forward.args[-1]  # what the engine does around it, see `overridden`
-    return module_of(forward).startswith(LIBRARIES)
 
 
 class _Forward:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from yolov12.errors import ConfigError
-from yolov12.mas.modules import LIBRARIES, module_of
+from yolov12.mas.modules import LIBRARIES, forward_of, module_of
 from yolov12.mas.oom import is_out_of_memory
 from yolov12.mas.step.snapshots import RandomState
 from yolov12.training.adapter.logical_batch import LogicalBatch
@@ -33,14 +32,6 @@ def is_ultralytics(function: Any) -> bool:
     A function of the user's may bear the name and the module of the one that it replaces, as with `functools.wraps`.
     """
     return module_of(function).startswith("ultralytics.")
-
-
-def forward_of(module: nn.Module) -> Any:
-    """Return the forward pass of a module, without what the engine does around it, see `mas.modules.overridden`."""
-    forward = module.forward
-    while isinstance(forward, functools.partial) and module_of(forward.func).startswith("yolov12."):
-        forward = forward.args[-1]
-    return forward
 
 
 def has_own_layers(model: nn.Module) -> bool:
