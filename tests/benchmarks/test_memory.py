@@ -111,8 +111,9 @@ def test_the_small_variant_has_all_parts(run_small):
     for run in found["first_epoch"].values():
         assert run["exit_status"] == 0, run["log_tail"]
         assert len(run["epoch_s"]) == 2
-    for who in ("ours", "stock"):
+    for who in ("ours", "stock", "stock_alone"):
         run = found["neighbour"][who]
         assert run["exit_status"] == 0, run["log_tail"]
+        assert bool(run["card_taken"]) == (who != "stock_alone")
         assert all(0 <= taken < 0.5 for _, taken in run["card_taken"])
     assert found["neighbour"]["ours"]["summary"]["images_lost"] == 0
