@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # docker run IMAGE COMMAND key=value...  runs the script of a command: train, val, predict, export, plan, watch, monitor, check
 # docker run IMAGE PROGRAM...            runs any other program
-# docker run IMAGE --help                says what there is
+# docker run IMAGE --help                says what there is; --version names the versions
 # docker run -it IMAGE                   starts a shell
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -37,6 +37,13 @@ case "${1:-}" in
     show_help
     printf '\nThis container:\n'
     exec "$root/scripts/check.sh"
+    ;;
+  --version)
+    exec yolov12 --version
+    ;;
+  -*)
+    echo "yolov12: unknown option '$1' before a command: see docker run IMAGE --help" >&2
+    exit 2
     ;;
   *)
     exec "$@"

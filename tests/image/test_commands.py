@@ -77,6 +77,7 @@ def test_help_is_that_of_the_image(image):
     for word in ("--help", "-h", "help"):
         assert "docker run --gpus all --shm-size=8g" in image.run(word, check=0).stdout
     assert "usage: yolov12 train key=value" in image.run("train", "--help", check=0).stdout
+    assert image.run("--version", check=0).stdout.startswith("yolov12 ")
 
 
 def test_exit_statuses_reach_the_outside(image):

@@ -120,7 +120,10 @@ def test_no_command_without_a_terminal_says_what_there_is(tmp_path):
         script = tmp_path / f"{name}.sh"
         script.write_text('#!/bin/sh\necho "$(basename $0)" "$@"\n')
         script.chmod(0o755)
-    run = lambda *words: subprocess.check_output([entrypoint, *words], stdin=subprocess.DEVNULL, text=True)  # noqa: E731
+    (tmp_path / "yolov12").write_text('#!/bin/sh\necho yolov12 "$@"\n')
+    (tmp_path / "yolov12").chmod(0o755)
+    alike = {"stdin": subprocess.DEVNULL, "text": True, "env": {"PATH": f"{tmp_path}:{os.environ['PATH']}"}}
+    run = lambda *words: subprocess.check_output([entrypoint, *words], **alike)  # noqa: E731
     assert run().endswith("This container:\ncheck.sh\n")
     assert run("val", "a b", "c") == "val.sh a b c\n"
     assert run("watch", "inbox=a b") == "preflight.sh inbox=a b\nwatch.sh inbox=a b\n"
@@ -128,6 +131,9 @@ def test_no_command_without_a_terminal_says_what_there_is(tmp_path):
     for word in ("--help", "-h", "help"):
         assert "docker run --gpus all --shm-size=8g" in run(word)
         assert "check.sh" not in run(word)
+    assert run("--version") == "yolov12 --version\n"
+    done = subprocess.run([entrypoint, "-m", "yolov12"], stderr=subprocess.PIPE, check=False, **alike)
+    assert (done.returncode, done.stderr.count("unknown option '-m' before a command")) == (2, 1)
 
 
 def test_the_image_agrees_with_the_rest_of_the_project():
