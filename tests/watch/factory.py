@@ -22,7 +22,8 @@ class Work:
         self.started.append(task)
         self.status = self.statuses.pop(0) if self.statuses else 0
         if self.status:
-            log.write_text("yolov12: error: it did not work\nbye\n")
+            with log.open("a") as output:
+                output.write("yolov12: error: it did not work\nbye\n" if self.status > 0 else "all 9 138\n")
         elif task == "training":
             (attempt / "candidate.pt").write_text(f"candidate of {attempt.name}")
         elif task == "judging":
@@ -31,7 +32,8 @@ class Work:
             verdict["candidate"] = digest
             (attempt / "verdict.json").write_text(json.dumps(verdict))
         elif task == "reporting":
-            shutil.copy(attempt / "outcome.json", attempt / "report.json")
+            for name in ("report.json", "report.md"):
+                shutil.copy(attempt / "outcome.json", attempt / name)
         return self
 
     def poll(self):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from yolov12 import files
-from yolov12.watch.children import Process, last_error
+from yolov12.watch import children
+from yolov12.watch.children import Process, why
 
 START = """
 import sys, time
@@ -79,7 +80,7 @@ def test_a_process_that_writes_nothing_is_stopped_and_one_that_does_is_not(tmp_p
         time.sleep(0.05)
     wait_until(lambda: process.poll() is not None)
     assert process.poll() == -signal.SIGTERM
-    assert "had written nothing" in last_error(log)
+    assert "had written nothing" in why(1, log)
     with log.open("ab") as output:
         patient = Process(["sleep", "3600"], output, longest_s=0.0)
     assert patient.poll() is None
@@ -104,10 +105,28 @@ def test_a_process_that_cannot_be_killed_does_not_stop_the_watch(tmp_path, monke
     assert stock(60) == -signal.SIGTERM
 
 
-def test_the_last_error_of_a_log_is_found(tmp_path):
+@pytest.mark.parametrize("task", ["training", "judging", "exporting", "reporting"])
+def test_every_process_is_stopped_that_writes_nothing(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "command", lambda *words: ["sleep", "3600"])
+    monkeypatch.setattr(children.Process.__init__, "__defaults__", ((), 0.3))
+    process = children.Processes().start(task, tmp_path, tmp_path / "log.txt")
+    wait_until(lambda: process.poll() is not None)
+    assert "had written nothing" in why(1, tmp_path / "log.txt")
+
+
+def test_the_reason_of_an_end_is_found(tmp_path):
     log = tmp_path / "log.txt"
-    assert last_error(log) == ""
+    assert why(1, log) == ""
     log.write_text("first\nyolov12: error: no images\nGoodbye\n\n")
-    assert last_error(log) == "no images"
+    assert why(1, log) == "no images"
     log.write_bytes(b"Killed \xff\n")
-    assert last_error(log) == "Killed \ufffd"
+    assert why(1, log) == "Killed \ufffd"
+    log.write_text("yolov12: error: of the process before\n")
+    start = log.stat().st_size
+    assert why(1, log, start) == ""
+    with log.open("a") as output:
+        output.write("all 9 138 0.0196\n")
+    assert why(1, log, start) == "all 9 138 0.0196"
+    assert why(-9, log, start) == "killed by SIGKILL, as the kernel does when memory runs out"
+    assert why(-15, log, start) == "killed by SIGTERM"
+    assert why(-15, log) == "of the process before"  # such as what a signal has interrupted

@@ -13,8 +13,8 @@ import yaml
 
 from tests.watch.factory import Work, go_to, put
 from yolov12.errors import DataError, UnreadableWeightsError
-from yolov12.watch import child, damage, moves, states
-from yolov12.watch.states import Phase, State
+from yolov12.watch import child, damage, moves, state_file
+from yolov12.watch.phases import Phase, State
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EPIPE])
@@ -77,7 +77,7 @@ def test_an_attempt_with_a_file_that_is_gone_or_empty_begins_again(name, phase, 
     (watch.attempt / name).write_bytes(b"")
     run = watch.attempt / "run"
     run.mkdir()
-    states.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": phase}))
+    state_file.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": phase}))
     work = Work()
     assert factory.watch(work).run() == 0
     assert factory.serving.read_text().startswith("candidate")
@@ -104,7 +104,7 @@ def test_a_candidate_whose_verdict_is_gone_is_not_promoted_without_another(facto
     watch = factory.watch(Work())
     go_to(watch, Phase.JUDGING)
     (watch.attempt / "verdict.json").write_bytes(b"")
-    states.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": Phase.PROMOTING}))
+    state_file.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": Phase.PROMOTING}))
     watch = factory.watch(work := Work(better=False))
     assert watch.run() == 0
     assert work.started == ["training", "judging", "reporting"]
@@ -214,7 +214,7 @@ def test_a_candidate_that_is_no_longer_the_one_that_was_judged_is_not_promoted(f
     verdict = {"promote": True, "reasons": [], "classes": [], "candidate": moves.digest(candidate)}
     (watch.attempt / "verdict.json").write_text(json.dumps(verdict))
     candidate.write_text("half of a file")
-    states.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": Phase.PROMOTING}))
+    state_file.save(factory.work / "state.json", State(**{**vars(watch.state), "phase": Phase.PROMOTING}))
     work = Work()
     assert factory.watch(work).run() == 0
     assert work.started == ["training", "judging", "reporting"]

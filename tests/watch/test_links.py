@@ -1,7 +1,7 @@
 """Links to the model and the inbox may be changed while a watch runs."""
 
 from tests.watch.factory import Work, go_to
-from yolov12.watch.states import Outcome, Phase
+from yolov12.watch.phases import Outcome, Phase
 
 
 def test_a_link_to_the_model_that_leads_elsewhere_is_a_replaced_model(factory):

@@ -12,8 +12,8 @@ from tests.watch.factory import Factory, Work
 from yolov12.errors import ConfigError, MissingWeightsError
 from yolov12.watch import moves
 from yolov12.watch.arguments import check_inbox, parse
+from yolov12.watch.phases import Kind, Phase
 from yolov12.watch.promotion import promote
-from yolov12.watch.states import Kind, Phase
 
 
 def test_a_better_candidate_serves_and_the_one_before_is_kept(factory):

@@ -53,6 +53,15 @@ def test_a_report_says_what_arrived_what_was_trained_and_why_it_was_promoted():
     assert "What to do next" not in text
 
 
+def test_a_report_says_that_an_export_or_a_whole_attempt_is_tried_again():
+    detail = "the export failed with status 1: no room"
+    text = report.as_markdown({**ATTEMPT, "outcome": "promoted", "detail": detail}, decide(BETTER, 0.02), RUN)
+    assert "serves now. It could not be exported, so an exported file is of an earlier model." in text
+    assert detail in text
+    text = report.as_markdown({**ATTEMPT, "outcome": "failed", "detail": "the training failed"}, None, {})
+    assert "1. Read the reason above, and mend what it names. The watch tries again by itself: after an hour" in text
+
+
 def test_a_report_of_a_worse_candidate_names_the_class_and_what_to_do():
     text = report.as_markdown(ATTEMPT, decide(FELL, 0.02), RUN)
     assert text.startswith("# Attempt 3: not promoted\n\nThe serving model is the same as before.")

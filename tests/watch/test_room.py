@@ -3,7 +3,7 @@
 import shutil
 
 from tests.watch.factory import Work, go_to
-from yolov12.watch.states import Outcome, Phase
+from yolov12.watch.phases import Outcome, Phase
 
 
 def test_weights_of_a_training_that_is_over_do_not_fill_the_disk(factory):

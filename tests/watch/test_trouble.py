@@ -11,10 +11,10 @@ import yaml
 
 from tests.watch.factory import Work, go_to
 from yolov12.errors import ConfigError
-from yolov12.watch import child, command, loop, moves, states
+from yolov12.watch import child, command, loop, moves, state_file
 from yolov12.watch.collection import Collection
+from yolov12.watch.phases import Kind, Phase, State
 from yolov12.watch.promotion import promote
-from yolov12.watch.states import Kind, Phase
 
 
 def test_images_of_a_new_class_that_others_used_up_count_until_it_has_enough(factory):
@@ -332,7 +332,7 @@ def test_a_check_counts_in_the_middle_of_an_attempt_as_long_as_the_data_set_is_t
     monkeypatch.setattr(command.subprocess, "run", run)
     for phase, runs in ((Phase.IDLE, 2), (Phase.TRAINING, 2)):
         request.work.mkdir(exist_ok=True)
-        states.save(request.work / "state.json", states.State(phase))
+        state_file.save(request.work / "state.json", State(phase))
         for _ in range(2):
             assert command._check(request) == (0, {"names": ["names: [missing]"]})
         assert len(ran) == runs

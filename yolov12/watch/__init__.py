@@ -13,13 +13,14 @@ val_fraction=0.2        fraction of the collected images that is for validation
 export=onnx             export what was promoted, beside the model: onnx, engine or torchscript; default: no export
 settle=10s              a file is complete if it has not changed for this time
 poll=5s                 time between two looks at the inbox
-restarts=5              a training that fails is started again this many times
+restarts=5              a training that fails is started again this many times without a new step
 --once                  end when nothing is left to do
 
 All other arguments are those of the training, such as epochs=50 batch=128 imgsz=640 mem_limit=16GiB device=0: see
 `yolov12 train --help`. `replay_fraction` is 0.3. The guide docs/guides/watch.md explains the folders.
 
-Exit status: 0 after --once, if no attempt failed; 1 after --once, if an attempt failed or the disk is full; 2 if an
+Exit status: 0 after --once, if no attempt failed; 1 if another watch uses the folders, and after --once, if an attempt
+or an export failed, a file had to stay in the inbox, the disk is full, or the data set or the inbox is away; 2 if an
 argument, the data set or the model cannot be used; 143 after SIGTERM and 130 after Ctrl-C, which both let a training
 save its state. The next start continues where this one ended, also after a kill or a power loss.
 """

@@ -12,7 +12,7 @@ from typing import Any
 from yolov12.cfg.arguments import ARGUMENTS
 from yolov12.cfg.reference import ultralytics_arguments
 from yolov12.errors import ConfigError, MissingWeightsError
-from yolov12.watch.states import Rules
+from yolov12.watch.phases import Rules
 
 __all__ = ["Request", "check_inbox", "parse", "split"]
 

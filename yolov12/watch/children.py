@@ -16,10 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-__all__ = ["Child", "Children", "Processes", "command", "last_error"]
+__all__ = ["Child", "Children", "Processes", "command", "why"]
 
 _PATIENCE_S = 60.0  # for a training to save its state
-_STALLED_S = 6 * 3600.0  # a training writes a row each second, but compiles and scans large data sets before
+_STALLED_S = 6 * 3600.0  # a training writes a row each second, but compiles and scans large data sets before; and
+# to build an engine may take an hour
+_ERROR = "yolov12: error: "
 _WRITTEN = ("memory.csv", "results.csv", "weights/last.pt", "weights/state.pt")
 
 
@@ -60,7 +62,7 @@ class Processes:
 
     def start(self, task: str, attempt: Path, log: Path) -> Child:
         """Start work: see `Children`."""
-        shown = (log, *(attempt / "run" / name for name in _WRITTEN)) if task == "training" else ()
+        shown = (log, *(attempt / "run" / name for name in _WRITTEN if task == "training"))
         with log.open("ab") as output:
             return Process(command(task, str(attempt)), output, shown)
 
@@ -126,15 +128,27 @@ def _versions(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return found
 
 
-def last_error(log: Path) -> str:
-    """Return the last error in a log, or its last line if there is none; empty if there is no log.
+def why(status: int, log: Path, start: int = 0) -> str:
+    """Return why a process has ended.
 
     Args:
-        log: Output of a process.
+        status: Its exit status, negative for a signal.
+        log: File with its output.
+        start: Size of the log when it began.
+
+    Returns:
+        Its last error, its last line if there is none, or the signal; empty if nothing is known.
     """
+    lines = _lines(log, start)
+    errors = [line.removeprefix(_ERROR) for line in lines if line.startswith(_ERROR)]
+    if status < 0 and not errors:
+        name = {each.value: each.name for each in signal.Signals}.get(-status, f"signal {-status}")
+        return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
+    return (errors or lines or [""])[-1][:500]
+
+
+def _lines(log: Path, start: int) -> list[str]:
     with suppress(OSError), log.open("rb") as file:
-        file.seek(max(log.stat().st_size - 20_000, 0))
-        lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("yolov12: error: ")]
-        return (errors or lines or [""])[-1].removeprefix("yolov12: error: ")[:500]
-    return ""
+        file.seek(max(log.stat().st_size - 20_000, start, 0))
+        return [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
+    return []

@@ -205,6 +205,18 @@ class Collection:
             if (entry := self.new.pop(digest, None)) is not None:
                 self._new_counts.subtract(entry.objects.keys())
 
+    def mark_new(self, digests: Iterable[str]) -> None:
+        """Note that no attempt has used images after all.
+
+        Args:
+            digests: Digests, as in names of files.
+        """
+        for digest in digests:
+            self.used.discard(digest)
+            if digest not in self.new and (entry := self.entries.get(digest)) is not None:
+                self.new[digest] = entry
+                self._new_counts.update(entry.objects.keys())
+
     def new_by_class(self) -> dict[str, int]:
         """Return for each class the number of images with it that no attempt has used."""
         return {self.names[index]: count for index, count in self._new_counts.items() if count}

@@ -15,11 +15,12 @@ from yolov12 import files
 from yolov12.errors import ConfigError, FolderInUseError
 from yolov12.printable import printable
 from yolov12.training.classes.names import listed, match
-from yolov12.watch import moves, states
+from yolov12.watch import moves, state_file
 from yolov12.watch.arguments import Request, check_inbox, parse
 from yolov12.watch.children import Processes, command
 from yolov12.watch.log import tell
 from yolov12.watch.loop import Line, Watch
+from yolov12.watch.phases import Phase
 
 __all__ = ["main"]
 
@@ -65,8 +66,8 @@ def _check(request: Request) -> tuple[int, dict[str, Any] | None]:
 
 
 def _checked_before(work: Path, file: Path, key: list[str]) -> dict[str, Any] | None:
-    state = states.load(work / "state.json")
-    if state is None or state.phase is states.Phase.IDLE:
+    state = state_file.load(work / "state.json")
+    if state is None or state.phase is Phase.IDLE:
         return None
     try:
         last = json.loads(file.read_text("utf-8"))

@@ -14,19 +14,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from yolov12.printable import printable
-from yolov12.watch import damage, moves, states
+from yolov12.watch import attempts, damage, moves, state_file, states
 from yolov12.watch.arguments import Request
-from yolov12.watch.children import Child, Children, last_error
-from yolov12.watch.collection import Collection, digests_in
+from yolov12.watch.children import Child, Children, why
+from yolov12.watch.collection import Collection, digest_of, digests_in
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.log import say
-from yolov12.watch.promotion import is_judged, promote
-from yolov12.watch.room import obstacle
+from yolov12.watch.phases import SPEC, Action, Facts, Kind, Outcome, Phase, State
+from yolov12.watch.promotion import promote, serves
+from yolov12.watch.room import explained, obstacle
 from yolov12.watch.samples import LARGEST_IMAGE, LARGEST_LABEL, UnusableError, check_image, read, read_label
-from yolov12.watch.states import Action, Facts, Kind, Outcome, Phase, State
 from yolov12.watch.stuck import Stuck
 
 __all__ = ["Line", "Watch"]
@@ -71,22 +70,24 @@ class Watch:
         request.work.mkdir(parents=True, exist_ok=True)
         self.inbox = Inbox(request.inbox, dict(enumerate(line.names)), request.settle_s)
         self._state_file, self._used_file = request.work / "state.json", request.work / "used.txt"
-        state = states.load(self._state_file)
+        state = state_file.load(self._state_file)
         if state is None:  # somebody moved it away, to start anew with all images
             self._used_file.unlink(missing_ok=True)
             state = State(number=damage.last_number(request.work / "history"), started=clock())
-        self.state = state
-        states.save(self._state_file, self.state)
-        for name in (states.SPEC, "verdict.json"):
+        self.state = states.started(state)
+        state_file.save(self._state_file, self.state)
+        for name in (SPEC, "verdict.json"):
             damage.drop_damaged(self.attempt / name)
         self.collection = Collection(request.work, line.names, request.val_fraction, digests_in(self._used_file))
         self._child: Child | None = None
+        self._log_bytes = 0  # of the log of the attempt when this process began
+        self._has_told = False  # that an attempt keeps its arguments
         self._is_interrupted = True  # a previous watch may have been killed between two moves
         self._is_complete = True  # False if the inbox has more complete pairs than were taken
         self._stuck = Stuck()
         self._said: set[str] = set()
         self.failed = 0
-        """Number of attempts that failed."""
+        """Number of attempts and exports that failed."""
 
     def run(self) -> int:
         """Watch until a signal, or with `once` until nothing is left to do.
@@ -128,7 +129,7 @@ class Watch:
                 is_collected = True
             except OSError as error:  # an attempt goes on without its inbox
                 self._is_interrupted = True
-                problems.add(self._explain(error))
+                problems.add(self._explained(error))
             self._look_at_child()
             self._mend()
             action = states.decide(self.state, self._facts(), self._request.rules)
@@ -144,7 +145,7 @@ class Watch:
             return action.kind
         except OSError as error:
             self._is_interrupted = True
-            problems.add(self._explain(error))
+            problems.add(self._explained(error))
             return Kind.WAIT_FOR_ROOM
         finally:
             for problem in sorted(problems - self._said):
@@ -208,8 +209,9 @@ class Watch:
 
     @property
     def attempt(self) -> Path:
-        """Folder of the current attempt."""
-        return self._request.work / "history" / self.state.attempt
+        """Folder of the attempt at work."""
+        is_late = self.state.phase is Phase.EXPORTING_LATE
+        return self._request.work / "history" / (self.state.unexported if is_late else self.state.attempt)
 
     def _facts(self) -> Facts:
         return Facts(
@@ -219,12 +221,16 @@ class Watch:
             new_images=len(self.collection.new),
             trainable=self.collection.is_trainable,
             is_running=self._child is not None,
-            has_saved=(self.attempt / "run" / "weights" / "last.pt").exists(),
+            has_saved=attempts.has_saved(self.attempt),
+            progress=attempts.progress(self.attempt) if self.state.phase is Phase.TRAINING else 0,
             has_room=self._obstacle() is None,
         )
 
     def _obstacle(self) -> OSError | None:
         return obstacle(self._line.places, self._request.work, self._request.model)
+
+    def _explained(self, error: OSError) -> str:
+        return explained(error, self._request.work, self._request.model, self._request.poll_s)
 
     def _is_model_changing(self) -> bool:
         """Return whether somebody may be writing the serving model."""
@@ -232,18 +238,14 @@ class Watch:
 
     def _mend(self) -> None:
         """Start the attempt again if somebody has removed its folder, or a file of it is gone or empty."""
-        needed = states.FILES.get(self.state.phase, ())
-        lost = [self.attempt / name for name in needed if not damage.has_content(self.attempt / name)]
-        candidate = self.attempt / "candidate.pt"
-        if self.state.phase is Phase.PROMOTING and not lost and not is_judged(candidate, self._verdict()):
-            lost = [candidate]
-        if not lost:
+        if (lost := attempts.lost_file(self.attempt, self.state.phase)) is None:
             return
         self.stop()
-        spec = self.attempt / states.SPEC
+        spec = self.attempt / SPEC
         what = "a file" if spec.exists() else "the folder"
-        say(f"{what} of attempt {self.state.number} is gone: {lost[0]}")
-        spec.unlink(missing_ok=True)  # nothing of the attempt counts then
+        say(f"{what} of attempt {damage.number_of(self.attempt)} is gone: {lost}")
+        if self.state.phase is not Phase.EXPORTING_LATE:
+            spec.unlink(missing_ok=True)  # nothing of the attempt counts then
         self._go_to(states.lost(self.state))
 
     def _perform(self, action: Action) -> None:
@@ -256,95 +258,92 @@ class Watch:
             self._prepare()
             self._go_to(states.prepared(self.state))
         elif action.kind is Kind.START:
-            spec = self._spec()
-            if spec["data"] != self._line.data:  # the data set was moved, and this watch was started with its new place
-                moves.save_text(self.attempt / states.SPEC, json.dumps({**spec, "data": self._line.data}, indent=1))
-            if self.state.phase is Phase.REPORTING:
-                state = self.state
-                outcome = {"outcome": state.outcome.value, "detail": state.detail, "ended": self._clock()}
-                moves.save_text(self.attempt / "outcome.json", json.dumps(outcome))
-            self._child = self._children.start(self.state.phase.value, self.attempt, self.attempt / "log.txt")
+            self._start()
         elif action.kind is Kind.PROMOTE:
-            model = Path(self._spec()["model"])
+            model = Path(attempts.spec(self.attempt)["model"])
             why_not = promote(self.attempt / "candidate.pt", model, self.attempt / "before.pt")
             say(why_not or f"attempt {self.state.number} is promoted: {model}")
             self._go_to(states.promoted(self.state, self._request.rules, obstacle=why_not))
+        elif action.kind is Kind.EXPORT:
+            candidate = self._request.work / "history" / self.state.unexported / "candidate.pt"
+            is_wanted = bool(self._request.export) and candidate.exists() and serves(candidate, self._request.model)
+            self._go_to(states.export_again(self.state, serves=is_wanted))
+
+    def _start(self) -> None:
+        """Start the process of this phase."""
+        folder, request, state = self.attempt, self._request, self.state
+        given = {"data": self._line.data, "margin": request.margin, "export": request.export}  # may be new
+        training = request.training if state.phase is Phase.TRAINING else None
+        if attempts.renew(folder, training, **given) and not self._has_told:
+            self._has_told = True
+            words = " ".join(attempts.spec(folder)["training"])
+            say(
+                f"attempt {state.number} goes on with the arguments with which it began: {words or 'none'}. To begin "
+                f"it again with those of now, remove {folder}"
+            )
+        if state.phase is Phase.REPORTING:
+            outcome = {"outcome": state.outcome.value, "detail": state.detail, "ended": self._clock()}
+            moves.save_text(folder / "outcome.json", json.dumps(outcome))
+        log, task = folder / "log.txt", Phase.EXPORTING if state.phase is Phase.EXPORTING_LATE else state.phase
+        self._log_bytes = log.stat().st_size if log.exists() else 0
+        self._child = self._children.start(task.value, folder, log)
 
     def _prepare(self) -> None:
         """Fix the images of the attempt and the model that it starts from."""
-        spec = self.attempt / states.SPEC
         if not damage.has_content(self._request.model):
             raise FileNotFoundError(errno.ENOENT, "the serving model is empty", str(self._request.model))
-        if not spec.exists():
+        if not (self.attempt / SPEC).exists():
             self.attempt.mkdir(parents=True, exist_ok=True)
             for name in ("candidate.pt", "verdict.json"):  # of other images, if somebody has removed attempt.json
                 (self.attempt / name).unlink(missing_ok=True)
             shutil.rmtree(self.attempt / "run", ignore_errors=True)
             self.collection.snapshot(self.attempt)
             moves.copy(self._request.model, self.attempt / "before.pt")
-            new = sorted(self.collection.new.values(), key=lambda entry: entry.image)
-            content = {
-                "number": self.state.number,
-                "started": self.state.started,
-                "reason": self.state.reason,
-                "model": str(self._request.model),
-                "data": self._line.data,
-                "images": len(new),
-                "objects": self.collection.objects_by_class(new),
-                "set_aside": self.collection.set_aside_since(self.state.previous),
-                "new_images": [str(entry.image) for entry in new],
-                "margin": self._request.margin,
-                "export": self._request.export,
-                "training": list(self._request.training),
-            }
-            moves.save_text(spec, json.dumps(content, indent=1) + "\n")
+            content = attempts.described(self.state, self._request, self._line.data, self.collection)
+            attempts.save_spec(self.attempt, content)
         used = digests_in(self.attempt / "train.txt") | digests_in(self.attempt / "val.txt")
-        everything = sorted(self.collection.used | used)
-        moves.save_text(self._used_file, "".join(f"{digest}\n" for digest in everything))
+        self._save_used(self.collection.used | used)
         self.collection.mark_used(used)
+
+    def _save_used(self, digests: set[str]) -> None:
+        moves.save_text(self._used_file, "".join(f"{digest}\n" for digest in sorted(digests)))
 
     def _look_at_child(self) -> None:
         if self._child is None or (status := self._child.poll()) is None:
             return
         self._child = None
-        number, message = self.state.number, last_error(self.attempt / "log.txt") if status else ""
-        verdict = self._verdict() if self.state.phase is Phase.JUDGING and not status else None
+        phase, number = self.state.phase, damage.number_of(self.attempt)
+        verdict = attempts.verdict(self.attempt) if phase is Phase.JUDGING and not status else None
         if verdict is not None:
             self._go_to(states.judged(self.state, promote=verdict["promote"]))
             say(f"attempt {number}: {' '.join(verdict['reasons'])}")
             return
-        status = 1 if self.state.phase is Phase.JUDGING and not status else status
+        status = 1 if phase is Phase.JUDGING and not status else status
+        message = why(status, self.attempt / "log.txt", self._log_bytes) if status else ""
         if status:
-            say(f"attempt {number}: {self.state.phase.value} ended with status {status}: {message}")
-        is_copied = self.state.phase is Phase.REPORTING and (self.attempt / "candidate.pt").exists()
+            say(f"attempt {number}: {phase.value} ended with status {status}: {message}")
+        is_copied = phase is Phase.REPORTING and (self.attempt / "candidate.pt").exists()
         if is_copied:  # history/ grows for years
             shutil.rmtree(self.attempt / "run" / "weights", ignore_errors=True)
-        self._go_to(states.ended(self.state, status, self._facts(), self._request.rules, message))
-        if self.state.phase is Phase.IDLE:
-            self.failed += self.state.outcome is Outcome.FAILED
-            say(f"attempt {number}: {self.state.outcome.value}. {self.state.detail}")
-            say(f"report: {self.attempt / 'report.md'}")
+        state = states.ended(self.state, status, self._facts(), self._request.rules, message)
+        if phase is Phase.REPORTING and state.phase is Phase.IDLE:
+            self._finish(state)
+        elif phase is Phase.EXPORTING_LATE and state.phase is Phase.IDLE:
+            self.failed += bool(status)
+            say(f"attempt {number}: the model that serves is {'not ' if status else ''}exported")
+        self._go_to(state)
 
-    def _verdict(self) -> dict[str, Any] | None:
-        try:
-            found: dict[str, Any] = json.loads((self.attempt / "verdict.json").read_text("utf-8"))
-            return found
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def _spec(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.attempt / states.SPEC).read_text("utf-8"))
-        return found
+    def _finish(self, state: State) -> None:
+        """Tell how an attempt has ended. If it came to no result, its images are new again."""
+        if states.is_inconclusive(state):
+            images = {digest_of(Path(image)) for image in attempts.spec(self.attempt)["new_images"]}
+            self._save_used(self.collection.used - images)  # first: after a kill, this is done again
+            self.collection.mark_new(images)
+        self.failed += state.outcome is Outcome.FAILED or state.unexported == state.attempt
+        say(f"attempt {state.number}: {state.outcome.value}. {state.detail}")
+        report = self.attempt / "report.md"
+        say(f"report: {report}" if report.exists() else f"no report could be written, see {self.attempt / 'log.txt'}")
 
     def _go_to(self, state: State) -> None:
-        states.save(self._state_file, state)
+        state_file.save(self._state_file, state)
         self.state = state
-
-    def _explain(self, error: OSError) -> str:
-        if error.errno not in moves.FULL:
-            return f"{error}. Trying again every {self._request.poll_s:g} s"
-        history = self._request.work / "history"
-        return (
-            f"the disk is full: {error}. Nothing was lost. Free some space, for example by removing old folders of "
-            f"{history} and of {self.collection.rejected}; the watch then goes on"
-        )

@@ -88,7 +88,7 @@ def as_markdown(
     """
     outcome = str(attempt.get("outcome") or ("not promoted" if verdict is None or not verdict.promote else "promoted"))
     parts = [
-        [f"# Attempt {attempt.get('number', '')}: {outcome}".replace(" :", ":"), _headline(outcome)],
+        [f"# Attempt {attempt.get('number', '')}: {outcome}".replace(" :", ":"), _headline(outcome, attempt)],
         ["## What arrived", *_arrived(attempt)],
         ["## What was trained", *_trained(attempt, run)],
         ["## Why" if verdict is None or outcome != "promoted" else "## Why it was promoted", *_why(attempt, verdict)],
@@ -102,9 +102,13 @@ def as_markdown(
     return "\n\n".join(paragraph for part in parts for paragraph in part if paragraph) + "\n"
 
 
-def _headline(outcome: str) -> str:
+def _headline(outcome: str, attempt: Mapping[str, Any]) -> str:
     if outcome == "promoted":
-        return "The candidate, which is the model that this attempt trained, serves now."
+        late = (
+            " It could not be exported, so an exported file is of an earlier model. Each hour, the watch tries again."
+        )
+        serves = "The candidate, which is the model that this attempt trained, serves now."
+        return serves + (late if attempt.get("detail") else "")
     return "The serving model is the same as before. The new images are kept for the next attempt."
 
 
@@ -181,7 +185,10 @@ def _picture(picture: Picture) -> str:
 def _next(attempt: Mapping[str, Any], verdict: Verdict | None) -> Iterable[str]:
     steps = []
     if verdict is None or verdict.promote:
-        steps.append("Read the reason above, and mend what it names. The watch tries again when more images arrive.")
+        steps.append(
+            "Read the reason above, and mend what it names. The watch tries again by itself: after an hour, then after "
+            "longer and longer, up to a day. Started again, it tries at once."
+        )
     else:
         fell = [row for row in verdict.classes if row.serving is not None and _fell(row, verdict.margin)]
         if fell:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from yolov12.watch import moves
 from yolov12.watch.damage import number_of
 from yolov12.watch.log import say
 
-__all__ = ["obstacle"]
+__all__ = ["explained", "obstacle"]
 
 _KEPT_ATTEMPTS = 10
 _WEIGHTS = (".engine", ".onnx", ".pt", ".torchscript")
 _FOLDERS = ("", "run/weights/")  # not the many pictures: on a full disk this looks again and again
 _LEAST_FREE_BYTES = 128 << 20
 _FREE_MODELS = 8  # a training writes several checkpoints, with the state of the optimizer
+_LEAST_FREE_FILES = 1000
 
 
 def obstacle(places: Sequence[str], work: Path, model: Path) -> OSError | None:
@@ -36,13 +39,38 @@ def obstacle(places: Sequence[str], work: Path, model: Path) -> OSError | None:
     """
     for place in places:
         if not Path(place).exists():
-            return FileNotFoundError(errno.ENOENT, "the data set is not there", place)
+            reason = "the data set is not there; if data= has another place now, start the watch again"
+            return FileNotFoundError(errno.ENOENT, reason, place)
     needed = max(_LEAST_FREE_BYTES, _FREE_MODELS * model.stat().st_size)
     while shutil.disk_usage(work).free < needed:
         if _delete_oldest_weights(work / "history", model):
             continue
         return OSError(errno.ENOSPC, f"a training needs {needed >> 20} MiB", str(work))
+    files = os.statvfs(work)
+    if files.f_files and files.f_favail < _LEAST_FREE_FILES:  # 0 files: the file system has no such limit
+        return OSError(errno.ENOSPC, f"a training needs room for {_LEAST_FREE_FILES} files (inodes)", str(work))
+    promoted = 2 * model.stat().st_size  # beside the serving model, and an export
+    if shutil.disk_usage(model.parent).free < promoted:
+        return OSError(errno.ENOSPC, f"a promotion needs {max(promoted >> 20, 1)} MiB", str(model.parent))
     return None
+
+
+def explained(error: OSError, work: Path, model: Path, poll_s: float) -> str:
+    """Return what is in the way, and what to do.
+
+    Args:
+        error: The error.
+        work: The work folder.
+        model: The serving model.
+        poll_s: Seconds until the watch tries again.
+    """
+    if error.errno not in moves.FULL:
+        return f"{error}. Trying again every {poll_s:g} s"
+    if error.filename is not None and Path(error.filename) in (model, model.parent):
+        advice = f"beside {model}"
+    else:
+        advice = f"for example by removing old folders of {work / 'history'} and of {work / 'rejected'}"
+    return f"the disk is full: {error}. Nothing was lost. Free some space, {advice}; the watch then goes on"
 
 
 def _delete_oldest_weights(history: Path, model: Path) -> bool:

@@ -6,162 +6,27 @@ phase in its state file.
 IDLE -> PREPARING -> TRAINING -> JUDGING -> PROMOTING -> EXPORTING -> REPORTING -> IDLE
                         |           |          |                         ^
                         +-----------+----------+-------------------------+   failed, not promoted, or superseded
+
+An attempt that came to no result has not used its images: they begin another one, after a pause. If the export of a
+model that serves has failed, IDLE -> EXPORTING_LATE -> IDLE repeats it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from enum import Enum
-from pathlib import Path
+import re
+from dataclasses import replace
 
-from yolov12.errors import DataError
-from yolov12.watch.damage import has_content
-from yolov12.watch.moves import save_text
+from yolov12.watch.phases import Action, Facts, Kind, Outcome, Phase, Rules, State
 
-__all__ = [
-    "FILES",
-    "SPEC",
-    "Action",
-    "Facts",
-    "Kind",
-    "Outcome",
-    "Phase",
-    "Rules",
-    "State",
-    "begin",
-    "decide",
-    "ended",
-    "judged",
-    "load",
-    "lost",
-    "prepared",
-    "promoted",
-    "save",
-]
+__all__ = ["begin", "decide", "ended", "export_again", "is_inconclusive", "judged", "lost", "prepared", "promoted"]
+__all__ += ["started"]
 
-_VERSION = 1
 _FIRST_RETRY_S, _LONGEST_RETRY_S = 30.0, 600.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 3600.0, 24 * 3600.0
+"""Seconds between an attempt that came to no result and the next."""
+_EXPORT_PAUSE_S = 3600.0
+_FULL = re.compile(r"\[Errno (28|122)\]")  # ENOSPC and EDQUOT: also inodes, a quota, shared memory
 _REFUSED = 2  # exit status of a command that another attempt would end in the same way
-
-
-class Phase(str, Enum):
-    """Phase of the current attempt."""
-
-    IDLE = "idle"
-    PREPARING = "preparing"
-    TRAINING = "training"
-    JUDGING = "judging"
-    PROMOTING = "promoting"
-    EXPORTING = "exporting"
-    REPORTING = "reporting"
-
-
-class Outcome(str, Enum):
-    """Outcome of an attempt."""
-
-    OPEN = "open"
-    PROMOTED = "promoted"
-    NOT_PROMOTED = "not promoted"
-    FAILED = "failed"
-
-
-SPEC = "attempt.json"
-"""Name of the file in the folder of an attempt that says all that its processes need."""
-_DATA = ("data.yaml", "train.txt", "val.txt")
-FILES: Mapping[Phase, tuple[str, ...]] = {
-    Phase.TRAINING: (SPEC, "before.pt", *_DATA),
-    Phase.JUDGING: (SPEC, "before.pt", *_DATA, "candidate.pt"),
-    Phase.PROMOTING: (SPEC, "before.pt", "candidate.pt", "verdict.json"),
-    Phase.EXPORTING: (SPEC,),
-    Phase.REPORTING: (SPEC,),
-}
-"""Names of the files in the folder of an attempt without which a phase cannot go on."""
-CHILD_PHASES = (Phase.TRAINING, Phase.JUDGING, Phase.EXPORTING, Phase.REPORTING)
-"""Phases whose work is done in a process of its own."""
-
-
-@dataclass(frozen=True)
-class State:
-    """Content of the state file."""
-
-    phase: Phase = Phase.IDLE
-    number: int = 0
-    """Number of the current attempt, or of the last one if the phase is IDLE. The first is 1."""
-    attempt: str = ""
-    """Name of its folder in `history/`; empty before the first."""
-    started: float = 0.0
-    """Time at which it started, or before the first attempt the first start of the watch, in seconds since 1970."""
-    previous: float = 0.0
-    """`started` of the attempt before."""
-    reason: str = ""
-    """Why it was started."""
-    failures: int = 0
-    """Number of times that the work of this phase has failed."""
-    retry_at: float = 0.0
-    """Time before which the work of this phase does not start again."""
-    outcome: Outcome = Outcome.OPEN
-    detail: str = ""
-    """Why the attempt failed, or what went wrong after it."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """Settings that decide when something happens."""
-
-    min_images: int = 20
-    every_s: float | None = None
-    restarts: int = 5
-    """Number of times that a training or another process of an attempt is started again after a failure."""
-    exports: bool = False
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a decision depends on, besides the state."""
-
-    now: float
-    """Seconds since 1970."""
-    new: Mapping[str, int]
-    """Class → number of images with it that no attempt has used yet."""
-    new_images: int = 0
-    """Number of images that no attempt has used yet."""
-    used: Mapping[str, int] = field(default_factory=dict)
-    """Class that the line's data set does not have → number of images with it that attempts have used."""
-    trainable: bool = True
-    """True if there are images for training and for validation."""
-    is_running: bool = False
-    """True if the process of this phase runs."""
-    has_saved: bool = False
-    """True if the training of this attempt has saved a checkpoint, so its arguments could be used at that time."""
-    has_room: bool = True
-    """True if the disk has room for an attempt, and the data set is there."""
-
-
-class Kind(str, Enum):
-    """Kind of an action."""
-
-    WAIT = "wait"
-    """Nothing is left to do until images arrive or time passes."""
-    WAIT_FOR_WORK = "wait for work"
-    """A process runs, or starts again later."""
-    WAIT_FOR_ROOM = "wait for room"
-    """The disk is full, or the data set is not there."""
-    BEGIN = "begin"
-    PREPARE = "prepare"
-    START = "start"
-    """Start the process of this phase."""
-    PROMOTE = "promote"
-
-
-@dataclass(frozen=True)
-class Action:
-    """What to do next."""
-
-    kind: Kind
-    reason: str = ""
-    """Why an attempt begins."""
 
 
 def decide(state: State, facts: Facts, rules: Rules) -> Action:
@@ -173,7 +38,9 @@ def decide(state: State, facts: Facts, rules: Rules) -> Action:
         rules: Settings of the watch.
     """
     if state.phase is Phase.IDLE:
-        reason = _due(state, facts, rules)
+        if state.unexported and not _is_early(state.export_at, facts.now, _EXPORT_PAUSE_S):
+            return Action(Kind.EXPORT)
+        reason = "" if _is_early(state.retry_at, facts.now, _LONGEST_PAUSE_S) else _due(state, facts, rules)
         if not reason:
             return Action(Kind.WAIT)
         return Action(Kind.BEGIN, reason) if facts.has_room else Action(Kind.WAIT_FOR_ROOM)
@@ -181,12 +48,25 @@ def decide(state: State, facts: Facts, rules: Rules) -> Action:
         return Action(Kind.PREPARE)
     if state.phase is Phase.PROMOTING:
         return Action(Kind.PROMOTE)
-    # A clock that was set back must not delay a retry for ever.
-    if facts.is_running or facts.now < state.retry_at <= facts.now + _LONGEST_RETRY_S:
+    if facts.is_running or _is_early(state.retry_at, facts.now, _LONGEST_RETRY_S):
         return Action(Kind.WAIT_FOR_WORK)
     if state.phase is Phase.TRAINING and not facts.has_room:
         return Action(Kind.WAIT_FOR_ROOM)
     return Action(Kind.START)
+
+
+def _is_early(at: float, now: float, longest_s: float) -> bool:
+    """Return whether a time has not come. A clock that was set back must not delay anything for ever."""
+    return now < at <= now + longest_s
+
+
+def started(state: State) -> State:
+    """Return the state when a watch starts: whoever has started it may have mended something, so nothing is early.
+
+    Args:
+        state: The state of the watch before.
+    """
+    return replace(state, retry_at=0.0, export_at=0.0) if state.phase is Phase.IDLE else state
 
 
 def _due(state: State, facts: Facts, rules: Rules) -> str:
@@ -217,7 +97,20 @@ def begin(state: State, reason: str, now: float, stamp: str) -> State:
         stamp: Date and time as text, for the name of its folder.
     """
     number = state.number + 1
-    return State(Phase.PREPARING, number, f"{number:04d}-{stamp}", now, state.started, reason)
+    return replace(
+        state,
+        phase=Phase.PREPARING,
+        number=number,
+        attempt=f"{number:04d}-{stamp}",
+        started=now,
+        previous=state.started,
+        reason=reason,
+        failures=0,
+        retry_at=0.0,
+        outcome=Outcome.OPEN,
+        detail="",
+        progress=0,
+    )
 
 
 def prepared(state: State) -> State:
@@ -236,21 +129,55 @@ def ended(state: State, status: int, facts: Facts, rules: Rules, message: str = 
         message: Last error of the process.
     """
     if status == 0:
-        return _next(state, rules)
-    if not facts.has_room:  # a full or missing disk is no failure of the attempt: it goes on afterwards
-        return replace(state, retry_at=facts.now + _FIRST_RETRY_S)
+        if state.phase in (Phase.EXPORTING, Phase.EXPORTING_LATE):
+            state = replace(state, unexported="")
+        return _over(state, facts.now) if state.phase is Phase.REPORTING else _next(state, rules)
+    if not facts.has_room or _FULL.search(message):  # no failure of the attempt: it goes on when there is room
+        return replace(state, retry_at=facts.now + (_LONGEST_RETRY_S if facts.has_room else _FIRST_RETRY_S))
+    if state.phase is Phase.EXPORTING_LATE:
+        return _phase(replace(state, export_at=facts.now + _EXPORT_PAUSE_S), Phase.IDLE)
+    failures = state.failures if facts.progress <= state.progress else 0
     # What could be used before may come back: after a power loss, a GPU may come later than the watch.
     may_come_back = facts.has_saved and state.phase in (Phase.TRAINING, Phase.JUDGING)
-    if (status == _REFUSED and not may_come_back) or state.failures >= rules.restarts:
-        what = {Phase.TRAINING: "training", Phase.JUDGING: "comparison", Phase.EXPORTING: "export"}
-        if state.phase is Phase.REPORTING:
-            return _next(state, rules)
-        tried = f" after {state.failures + 1} tries" if state.failures else ""
-        detail = f"the {what[state.phase]} failed{tried} with status {status}: {message or 'no message'}"
-        outcome = state.outcome if state.phase is Phase.EXPORTING else Outcome.FAILED
-        return _phase(replace(state, outcome=outcome, detail=detail), Phase.REPORTING)
-    pause = min(_FIRST_RETRY_S * 2**state.failures, _LONGEST_RETRY_S)
-    return replace(state, failures=state.failures + 1, retry_at=facts.now + pause)
+    if (status == _REFUSED and not may_come_back) or failures >= rules.restarts:
+        return _given_up(state, status, facts.now, failures + 1, message)
+    pause = min(_FIRST_RETRY_S * 2**failures, _LONGEST_RETRY_S)
+    progress = max(facts.progress, state.progress)
+    return replace(state, failures=failures + 1, progress=progress, retry_at=facts.now + pause)
+
+
+def _given_up(state: State, status: int, now: float, tries: int, message: str) -> State:
+    if state.phase is Phase.REPORTING:
+        return _over(state, now)
+    what = {Phase.TRAINING: "training", Phase.JUDGING: "comparison", Phase.EXPORTING: "export"}
+    tried = f" after {tries} tries" if tries > 1 else ""
+    detail = f"the {what[state.phase]} failed{tried} with status {status}: {message or 'no message'}"
+    state = replace(state, detail=detail)
+    if state.phase is Phase.EXPORTING:
+        state = replace(state, unexported=state.attempt, export_at=now + _EXPORT_PAUSE_S)
+    else:
+        state = replace(state, outcome=Outcome.FAILED)
+    return _phase(state, Phase.REPORTING)
+
+
+def is_inconclusive(state: State) -> bool:
+    """Return whether an attempt that is over has told nothing about its images.
+
+    It has failed, or the serving model was replaced meanwhile.
+
+    Args:
+        state: A state in the phase IDLE, after an attempt.
+    """
+    return state.outcome is Outcome.FAILED or (state.outcome is Outcome.NOT_PROMOTED and bool(state.detail))
+
+
+def _over(state: State, now: float) -> State:
+    """Return the state after the report of an attempt."""
+    state = _phase(state, Phase.IDLE)
+    if not is_inconclusive(state):
+        return replace(state, setbacks=0)
+    pause_s = min(_FIRST_PAUSE_S * 2**state.setbacks, _LONGEST_PAUSE_S)
+    return replace(state, setbacks=state.setbacks + 1, retry_at=now + pause_s)
 
 
 def lost(state: State) -> State:
@@ -259,7 +186,9 @@ def lost(state: State) -> State:
     Args:
         state: A state in a phase after PREPARING.
     """
-    is_over = state.phase in (Phase.EXPORTING, Phase.REPORTING)
+    if state.phase is Phase.EXPORTING_LATE:
+        state = replace(state, unexported="")
+    is_over = state.phase in (Phase.EXPORTING, Phase.REPORTING, Phase.EXPORTING_LATE)
     return _phase(state, Phase.IDLE if is_over else Phase.PREPARING)
 
 
@@ -285,12 +214,22 @@ def promoted(state: State, rules: Rules, *, obstacle: str = "") -> State:
     """
     if obstacle:
         return _phase(replace(state, outcome=Outcome.NOT_PROMOTED, detail=obstacle), Phase.REPORTING)
-    return _next(replace(state, outcome=Outcome.PROMOTED), rules)
+    return _next(replace(state, outcome=Outcome.PROMOTED, unexported=""), rules)
+
+
+def export_again(state: State, *, serves: bool) -> State:
+    """Return the state in which the export that has failed is tried again.
+
+    Args:
+        state: A state in the phase IDLE.
+        serves: True if the model that could not be exported still serves, and is still to be exported.
+    """
+    return _phase(state, Phase.EXPORTING_LATE) if serves else replace(state, unexported="")
 
 
 def _next(state: State, rules: Rules) -> State:
     order = list(Phase)
-    following = order[(order.index(state.phase) + 1) % len(order)]
+    following = order[(order.index(state.phase) + 1) % len(order)]  # the first after the last
     if following is Phase.EXPORTING and not rules.exports:
         following = Phase.REPORTING
     return _phase(state, following)
@@ -298,38 +237,3 @@ def _next(state: State, rules: Rules) -> State:
 
 def _phase(state: State, phase: Phase) -> State:
     return replace(state, phase=phase, failures=0, retry_at=0.0)
-
-
-def save(file: Path, state: State) -> None:
-    """Write the state file in one step.
-
-    Args:
-        file: The file.
-        state: The state.
-    """
-    save_text(file, json.dumps({"version": _VERSION, **asdict(state)}, indent=1) + "\n")
-
-
-def load(file: Path) -> State | None:
-    """Read the state file.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The state; None if there is no such file yet, or a power loss has left it without content.
-
-    Raises:
-        DataError: The file is damaged, or another version wrote it.
-    """
-    if not has_content(file):
-        return None
-    try:
-        found = json.loads(file.read_text("utf-8"))
-        if found.pop("version") != _VERSION:
-            raise ValueError("another version wrote it")
-        return State(**{**found, "phase": Phase(found["phase"]), "outcome": Outcome(found["outcome"])})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{file} cannot be read ({error}). Move it away: the watch then starts anew with all collected images"
-        ) from error
