@@ -21,8 +21,9 @@ from yolov12.training.classes.names import match
 from yolov12.watch import moves
 from yolov12.watch.damage import has_content, names_of_attempts
 from yolov12.watch.inbox import Inbox, Pair
+from yolov12.watch.jpeg import end_jpeg
 from yolov12.watch.rejected import REASON, set_aside
-from yolov12.watch.samples import IMAGES, Box, end_jpeg
+from yolov12.watch.samples import IMAGES, Box
 
 __all__ = ["Collection", "Entry", "digest_of", "digests_in"]
 
