@@ -16,6 +16,7 @@ from yolov12.errors import DataError
 from yolov12.printable import printable
 from yolov12.watch.leftovers import Leftovers, Version, version
 from yolov12.watch.pairing import CLASSES, Folder, folders, match
+from yolov12.watch.remainder import Reporter
 
 __all__ = ["Inbox", "Pair"]
 
@@ -45,7 +46,7 @@ class Inbox:
         self.folder, self._names, self._settle_s = folder, names, settle_s
         self._seen: dict[Path, tuple[Version, float]] = {}
         self._texts: dict[Path, tuple[bytes, float]] = {}  # list of names → content, and since when
-        self._leftovers = Leftovers()
+        self._leftovers, self._reporter = Leftovers(), Reporter(settle_s)
         self.waiting = 0
         """Number of pairs in the last `complete` that had changed shortly before."""
         self.problems: list[str] = []
@@ -103,10 +104,22 @@ class Inbox:
         for each in folders(self.folder.resolve()):
             yield from (each.images / name for name in match(each).images)
 
+    def report(self, now: float, is_last: bool = False) -> None:
+        """Say in the log what stays in the inbox without a partner or is not read, if it is time to do so.
+
+        Args:
+            now: Seconds since 1970.
+            is_last: True if the watch ends.
+        """
+        self._reporter.report(self.folder.resolve(), now, is_last)
+
     def _explain(self, shared: set[str], leftovers: set[str]) -> None:
         """Add the reasons for which label files and their images stay where they are."""
         if shared:
-            self.problems.append(f"{len(shared)} label files belong to two images each: rename the images")
+            first = printable(min(shared))
+            self.problems.append(
+                f"{len(shared)} label files belong to two images each (first: {first}): rename the images"
+            )
         if leftovers:
             self.problems.append(
                 f"{len(leftovers)} label files (first: {printable(min(leftovers))}) were in the inbox for more than an "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ def folders(root: Path) -> list[Folder]:
 def match(folder: Folder) -> Matches:
     """Find the label file of each image. Links and hidden files are left out.
 
+    Names are the same if their Unicode normal forms (NFC) are: macOS may decompose the letters of one of them.
+
     Args:
         folder: The folder to read.
 
@@ -59,9 +62,12 @@ def match(folder: Folder) -> Matches:
     """
     labels = sorted(name for name in names_in(folder.labels) if name[-4:].lower() == ".txt" and name != CLASSES)
     exact = {_stem(name): name for name in labels}  # of a.TXT and a.txt, the latter
+    normal = {_normal(stem): name for stem, name in exact.items()}
     pairs, alone = list[tuple[str, str]](), list[str]()
     for image in sorted(name for name in names_in(folder.images) if os.path.splitext(name)[1].lower() in IMAGES):  # noqa: PTH122
-        if label := exact.get(_stem(image)):
+        stem = _stem(image)
+        label = exact.get(stem) or normal.get(_normal(stem))
+        if label:
             pairs.append((image, label))
         else:
             alone.append(image)
@@ -84,3 +90,7 @@ def names_in(folder: Path) -> Iterator[str]:
 
 def _stem(name: str) -> str:
     return os.path.splitext(name)[0]  # noqa: PTH122 - paths of 100,000 names take a second
+
+
+def _normal(stem: str) -> str:
+    return stem if stem.isascii() else unicodedata.normalize("NFC", stem)
