@@ -163,6 +163,9 @@ class Collection:
             OSError: The disk is full, or a folder cannot be read.
         """
         self.rejected.mkdir(exist_ok=True)
+        moves.end_trial(inbox.folder)
+        if not (alone := [*inbox.alone()]):
+            return []
         there = {path.stem for path in self.rejected.iterdir() if path.suffix in IMAGES}
         stems = (note.name.removesuffix(REASON) for note in self.rejected.glob(f"*{REASON}"))
         notes = {digest_of(Path(stem)): stem for stem in stems if stem not in there}
@@ -170,7 +173,7 @@ class Collection:
         labels = {key: label for key, label in self._unfinished.items() if (self._received / label.name).exists()}
         places = [*(label.stem for label in labels.values()), *notes.values()]
         copies: dict[str, list[Path]] = {}
-        if not moves.same_file_system(inbox.folder, self.folder):
+        if not moves.can_rename(inbox.folder, self.folder):
             for path in (*(entry.image for entry in self.entries.values()), *self.rejected.iterdir()):
                 if path.suffix in IMAGES:
                     copies.setdefault(digest_of(path), []).append(path)
@@ -178,7 +181,7 @@ class Collection:
         names = {place.partition("-")[2] for place in places}
         names |= {_NUMBER.sub("", name) for name in names}
         stuck = []
-        for image in inbox.alone() if names else ():
+        for image in alone:
             if _plain(image.stem) not in names:
                 continue  # to read all images that wait for a label could take hours
             try:
