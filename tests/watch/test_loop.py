@@ -10,7 +10,6 @@ import pytest
 
 from tests.watch.factory import Factory, Work
 from yolov12.errors import ConfigError, MissingWeightsError
-from yolov12.watch import moves
 from yolov12.watch.arguments import check_inbox, parse
 from yolov12.watch.phases import Kind, Phase
 from yolov12.watch.promotion import promote
@@ -190,7 +189,6 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(copies, tmp_path, monkey
         with monkeypatch.context() as patch:
             if copies:
                 patch.setattr(os, "rename", rename_except_from(factory.inbox))
-                patch.setattr(moves, "same_file_system", lambda one, other: False)
             full = Full(patch, writes)
             try:
                 watch = factory.watch(Work())

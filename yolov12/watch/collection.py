@@ -21,8 +21,10 @@ from yolov12.training.classes.names import match
 from yolov12.watch import moves
 from yolov12.watch.damage import has_content, names_of_attempts
 from yolov12.watch.inbox import Inbox, Pair
+from yolov12.watch.jpeg import end_jpeg
 from yolov12.watch.rejected import REASON, set_aside
-from yolov12.watch.samples import IMAGES, Box, end_jpeg
+from yolov12.watch.samples import IMAGES, Box, count_objects
+from yolov12.watch.tally import Tally
 
 __all__ = ["Collection", "Entry", "digest_of", "digests_in"]
 
@@ -67,10 +69,7 @@ class Collection:
         self.entries: dict[str, Entry] = {}
         self.new: dict[str, Entry] = {}
         """Digest → image that no attempt has used yet."""
-        # Counted as images come and are used: the collection may be large, and is asked several times a minute.
-        self._counts, self._new_counts = Counter[int](), Counter[int]()  # class id → number of images with it
-        self._splits: dict[int, set[str]] = {}  # class id → splits with an image of it
-        self._filled: set[str] = set()  # splits with an image
+        self._counts, self._new_counts = Tally(), Tally()
         for split in _SPLITS:
             for image in sorted((self.folder / "images" / split).iterdir()):
                 if image.suffix in IMAGES and printable(image.name) == image.name:  # others cannot stand in a list
@@ -101,12 +100,20 @@ class Collection:
         return [index for index in found if index is not None]
 
     def find(self, digest: str) -> Entry | None:
-        """Return the image of the collection with a content, or None.
+        """Return the image of the collection with a content, or None. It is forgotten if somebody has deleted it.
 
         Args:
             digest: SHA-256 of the image.
         """
-        return self.entries.get(digest[:_DIGITS])
+        entry = self.entries.get(digest[:_DIGITS])
+        if (
+            entry is None or entry.image.exists() or not entry.image.parent.exists()
+        ):  # without its folder, a disk is away
+            return entry
+        self._forget(digest[:_DIGITS])
+        if (label := self._label(entry.split, entry.image.stem)).exists():
+            self._unfinished[digest[:_DIGITS]] = label
+        return None
 
     def accept(self, pair: Pair, digest: str, boxes: Sequence[Box]) -> str:
         """Move a pair into the collection, its class ids changed to those of the collection.
@@ -162,6 +169,9 @@ class Collection:
             OSError: The disk is full, or a folder cannot be read.
         """
         self.rejected.mkdir(exist_ok=True)
+        moves.end_trial(inbox.folder)
+        if not (alone := [*inbox.alone()]):
+            return []
         there = {path.stem for path in self.rejected.iterdir() if path.suffix in IMAGES}
         stems = (note.name.removesuffix(REASON) for note in self.rejected.glob(f"*{REASON}"))
         notes = {digest_of(Path(stem)): stem for stem in stems if stem not in there}
@@ -169,7 +179,7 @@ class Collection:
         labels = {key: label for key, label in self._unfinished.items() if (self._received / label.name).exists()}
         places = [*(label.stem for label in labels.values()), *notes.values()]
         copies: dict[str, list[Path]] = {}
-        if not moves.same_file_system(inbox.folder, self.folder):
+        if not moves.can_rename(inbox.folder, self.folder):
             for path in (*(entry.image for entry in self.entries.values()), *self.rejected.iterdir()):
                 if path.suffix in IMAGES:
                     copies.setdefault(digest_of(path), []).append(path)
@@ -177,7 +187,7 @@ class Collection:
         names = {place.partition("-")[2] for place in places}
         names |= {_NUMBER.sub("", name) for name in names}
         stuck = []
-        for image in inbox.alone() if names else ():
+        for image in alone:
             if _plain(image.stem) not in names:
                 continue  # to read all images that wait for a label could take hours
             try:
@@ -203,7 +213,7 @@ class Collection:
         for digest in digests:
             self.used.add(digest)
             if (entry := self.new.pop(digest, None)) is not None:
-                self._new_counts.subtract(entry.objects.keys())
+                self._new_counts.add(entry.split, entry.objects, -1)
 
     def mark_new(self, digests: Iterable[str]) -> None:
         """Note that no attempt has used images after all.
@@ -219,12 +229,13 @@ class Collection:
 
     def new_by_class(self) -> dict[str, int]:
         """Return for each class the number of images with it that no attempt has used."""
-        return {self.names[index]: count for index, count in self._new_counts.items() if count}
+        return {self.names[index]: count for index, count in self._new_counts.by_class().items()}
 
     def used_by_new_class(self) -> dict[str, int]:
         """Return for each class that the line's data set does not have the number of its images that were used."""
-        new_ids = self._counts.keys() - self._old_ids
-        return {self.names[index]: self._counts[index] - self._new_counts[index] for index in new_ids}
+        new = self._new_counts.by_class()
+        counts = {index: count for index, count in self._counts.by_class().items() if index not in self._old_ids}
+        return {self.names[index]: count - new.get(index, 0) for index, count in counts.items()}
 
     def objects_by_class(self, entries: Iterable[Entry]) -> dict[str, int]:
         """Return for each class its number of objects.
@@ -248,7 +259,7 @@ class Collection:
     @property
     def is_trainable(self) -> bool:
         """True if there are images for training and for validation."""
-        return self._filled == set(_SPLITS)
+        return self._counts.splits() == set(_SPLITS)
 
     def snapshot(self, folder: Path) -> Path:
         """Write a data set yaml that names the images that are in the collection now.
@@ -279,21 +290,25 @@ class Collection:
         self._unfinished.pop(digest_of(label), None)
 
     def _add(self, image: Path, label: Path) -> None:
-        entry, digest = Entry(image, label.parent.name, _objects(label, len(self.names))), digest_of(image)
-        self._filled.add(entry.split)
-        for index in entry.objects:
-            self._splits.setdefault(index, set()).add(entry.split)
-        if digest not in self.entries:
-            self._counts.update(entry.objects.keys())
-            if digest not in self.used:
-                self.new[digest] = entry
-                self._new_counts.update(entry.objects.keys())
+        entry, digest = Entry(image, label.parent.name, count_objects(label, len(self.names))), digest_of(image)
+        if digest in self.entries:  # in both splits
+            self._forget(digest)
         self.entries[digest] = entry
+        self._counts.add(entry.split, entry.objects)
+        if digest not in self.used:
+            self.new[digest] = entry
+            self._new_counts.add(entry.split, entry.objects)
+
+    def _forget(self, digest: str) -> None:
+        entry = self.entries.pop(digest)
+        self._counts.add(entry.split, entry.objects, -1)
+        if self.new.pop(digest, None) is not None:
+            self._new_counts.add(entry.split, entry.objects, -1)
 
     def _split(self, digest: str, classes: Iterable[int]) -> str:
         """Choose by the digest, but so that a class with two images has one in each split."""
         for index in sorted(classes):
-            there = self._splits.get(index, set())
+            there = self._counts.splits(index)
             if len(there) < len(_SPLITS):
                 return "val" if "train" in there else "train"
         return "val" if int(digest[:8], 16) < self._val_fraction * 16**8 else "train"
@@ -344,12 +359,3 @@ def digests_in(file: Path) -> set[str]:
 
 def _plain(stem: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", stem)[:80]
-
-
-def _objects(label: Path, classes: int) -> Counter[int]:
-    """Count objects by class id. A line that somebody has damaged is none, as in the training."""
-    try:
-        words = [line.split(maxsplit=1)[0] for line in label.read_text("utf-8", "replace").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return Counter()
-    return Counter(int(word) for word in words if word.isdecimal() and int(word) < classes)

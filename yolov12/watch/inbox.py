@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 import sys
 from collections import Counter
@@ -14,12 +13,13 @@ from typing import Any
 import yaml
 
 from yolov12.errors import DataError
-from yolov12.watch.samples import IMAGES
+from yolov12.printable import printable
+from yolov12.watch.leftovers import Leftovers, Version, version
+from yolov12.watch.pairing import CLASSES, Folder, folders, match
+from yolov12.watch.remainder import Reporter
 
-__all__ = ["Folder", "Inbox", "Pair"]
+__all__ = ["Inbox", "Pair"]
 
-_Version = tuple[int, int, int]
-_CLASSES = "classes.txt"
 _UNREADABLE: Mapping[int, str] = {}
 
 
@@ -33,14 +33,6 @@ class Pair:
     """Class id → name, for the ids in the label file."""
 
 
-@dataclass(frozen=True)
-class Folder:
-    """Two folders of the inbox: one with images, one with label files. They may be the same."""
-
-    images: Path
-    labels: Path
-
-
 class Inbox:
     """Reader of an inbox. It changes nothing there.
 
@@ -52,8 +44,9 @@ class Inbox:
 
     def __init__(self, folder: Path, names: Mapping[int, str], settle_s: float) -> None:
         self.folder, self._names, self._settle_s = folder, names, settle_s
-        self._seen: dict[Path, tuple[_Version, float]] = {}
+        self._seen: dict[Path, tuple[Version, float]] = {}
         self._texts: dict[Path, tuple[bytes, float]] = {}  # list of names → content, and since when
+        self._leftovers, self._reporter = Leftovers(), Reporter(settle_s)
         self.waiting = 0
         """Number of pairs in the last `complete` that had changed shortly before."""
         self.problems: list[str] = []
@@ -72,16 +65,18 @@ class Inbox:
         before, self._seen = self._seen, {}
         self.waiting, self.problems, found = 0, [], list[Pair]()
         root = self.folder.resolve()  # one folder for a pair and its names, even if a link changes now
-        for each in _folders(root):
-            labels = _labels(each.labels)
-            pairs = [(name, label) for name in _images(each.images) if (label := labels.get(_stem(name)))]
-            counts = Counter(label for _, label in pairs)
-            if shared := sum(count > 1 for count in counts.values()):
-                self.problems.append(f"{shared} label files belong to two images each: rename the images")
-            names = self._names_for(root, each, now, before) if len(counts) > shared else None
+        there = folders(root)
+        self._leftovers.keep(there)
+        for each in there:
+            matches = match(each)
+            counts = Counter(label for _, label in matches.pairs)
+            shared = {label for label, count in counts.items() if count > 1}
+            leftovers = self._leftovers.find(each, matches, now) - shared
+            self._explain(shared, leftovers)
+            unclear = shared | leftovers
+            pairs = [names for names in matches.pairs if names[1] not in unclear]
+            names = self._names_for(root, each, now, before) if pairs else None
             for image_name, label_name in pairs if names is not _UNREADABLE else []:
-                if counts[label_name] > 1:
-                    continue
                 if len(found) >= most:
                     self._seen = {**before, **self._seen}
                     return found
@@ -102,19 +97,41 @@ class Inbox:
         Raises:
             FileNotFoundError: Somebody has removed a file.
         """
-        return any(_version(path.lstat()) != self._seen[path][0] for path in (pair.image, pair.label))
+        return any(version(path.lstat()) != self._seen[path][0] for path in (pair.image, pair.label))
 
     def alone(self) -> Iterator[Path]:
         """Return the images that have no label file."""
-        for each in _folders(self.folder.resolve()):
-            labels = _labels(each.labels)
-            yield from (each.images / name for name in _images(each.images) if _stem(name) not in labels)
+        for each in folders(self.folder.resolve()):
+            yield from (each.images / name for name in match(each).images)
+
+    def report(self, now: float, is_last: bool = False) -> None:
+        """Say in the log what stays in the inbox without a partner or is not read, if it is time to do so.
+
+        Args:
+            now: Seconds since 1970.
+            is_last: True if the watch ends.
+        """
+        self._reporter.report(self.folder.resolve(), now, is_last)
+
+    def _explain(self, shared: set[str], leftovers: set[str]) -> None:
+        """Add the reasons for which label files and their images stay where they are."""
+        if shared:
+            first = printable(min(shared))
+            self.problems.append(
+                f"{len(shared)} label files belong to two images each (first: {first}): rename the images"
+            )
+        if leftovers:
+            self.problems.append(
+                f"{len(leftovers)} label files (first: {printable(min(leftovers))}) were in the inbox for more than an "
+                "hour before an image of the same name came, so they may belong to earlier images: save them again to "
+                "use them, or delete them"
+            )
 
     def _names_for(
         self, root: Path, folder: Folder, now: float, before: Mapping[Path, Any]
     ) -> Mapping[int, str] | None:
         """Return the names of the class ids; None while their list changes, `_UNREADABLE` if it cannot be read."""
-        for file in (folder.labels / _CLASSES, root / _CLASSES, root / "data.yaml"):
+        for file in (folder.labels / CLASSES, root / CLASSES, root / "data.yaml"):
             if not _is_regular(file):
                 continue
             text = file.read_bytes()  # first: if the file changes from now on, this is still the old text
@@ -127,15 +144,15 @@ class Inbox:
                 return _UNREADABLE
         return self._names
 
-    def _is_settled(self, path: Path, now: float, before: Mapping[Path, tuple[_Version, float]]) -> bool:
+    def _is_settled(self, path: Path, now: float, before: Mapping[Path, tuple[Version, float]]) -> bool:
         try:
             status = path.lstat()
         except FileNotFoundError:
             return False
-        version = _version(status)
-        seen, since = before.get(path, (version, now))
-        since = since if seen == version and since <= now else now  # later only if the clock was set back
-        self._seen[path] = version, since
+        current = version(status)
+        seen, since = before.get(path, (current, now))
+        since = since if seen == current and since <= now else now  # later only if the clock was set back
+        self._seen[path] = current, since
         # The writer's clock may differ from ours, so watching the file counts, too.
         return now - min(since, status.st_mtime) >= self._settle_s
 
@@ -145,18 +162,6 @@ class Inbox:
         since = since if seen == text and since <= now else now
         self._texts[file] = text, since
         return now - since >= self._settle_s
-
-
-def _folders(root: Path) -> list[Folder]:
-    inner = Folder(root / "images", root / "labels")
-    folders = [Folder(root, root)]
-    if all(path.is_dir() and not path.is_symlink() for path in (inner.images, inner.labels)):
-        folders.append(inner)
-    return folders
-
-
-def _version(status: os.stat_result) -> _Version:
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _read_names(suffix: str, text: str) -> Mapping[int, str]:
@@ -172,26 +177,6 @@ def _read_names(suffix: str, text: str) -> Mapping[int, str]:
     if not isinstance(names, dict) or not all(isinstance(index, int) for index in names):
         raise DataError("it has no names: of classes")
     return {index: str(name).strip() for index, name in names.items()}
-
-
-def _images(folder: Path) -> list[str]:
-    return sorted(name for name in _regular(folder) if os.path.splitext(name)[1].lower() in IMAGES)  # noqa: PTH122
-
-
-def _labels(folder: Path) -> dict[str, str]:
-    """Return the names of the label files in a folder by their stems. Some systems write `NAME.TXT`."""
-    names = (name for name in _regular(folder) if name[-4:].lower() == ".txt" and name != _CLASSES)
-    return {_stem(name): name for name in sorted(names)}  # of a.TXT and a.txt, the latter
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]  # noqa: PTH122 - paths of 100,000 names take a second
-
-
-def _regular(folder: Path) -> set[str]:
-    """Return the names of the ordinary files in a folder, without links and hidden files."""
-    with os.scandir(folder) as entries:
-        return {each.name for each in entries if each.is_file(follow_symlinks=False) and each.name[0] != "."}
 
 
 def _is_regular(path: Path) -> bool:

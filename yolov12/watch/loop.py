@@ -100,10 +100,10 @@ class Watch:
                 kind = self.step()
                 if kind is Kind.WAIT and not self._is_complete:
                     continue  # more images are there
-                if self._request.once and kind is Kind.WAIT_FOR_ROOM:
-                    return 1
-                if self._request.once and kind is Kind.WAIT and not self.inbox.waiting:
-                    return int(self.failed > 0 or bool(self._said))
+                ends = kind is Kind.WAIT_FOR_ROOM or (kind is Kind.WAIT and not self.inbox.waiting)
+                if self._request.once and ends:
+                    self.inbox.report(self._clock(), is_last=True)
+                    return int(kind is Kind.WAIT_FOR_ROOM or self.failed > 0 or bool(self._said))
                 if kind in (Kind.WAIT, Kind.WAIT_FOR_WORK, Kind.WAIT_FOR_ROOM):
                     self._sleep(self._request.poll_s)
         finally:
@@ -160,13 +160,13 @@ class Watch:
         self._is_interrupted = bool(stuck)
         now = self._clock()
         pairs = self.inbox.complete(now, _PAIRS_AT_ONCE + len(self._stuck) + 1)
+        self.inbox.report(now)
         self._stuck.keep(pair.image for pair in pairs)
         pairs.sort(key=lambda pair: self._stuck.rank(pair.image, now))  # they must not keep others from being taken
         self._is_complete = all(pair.image in self._stuck for pair in pairs[_PAIRS_AT_ONCE:])
         accepted = Counter[str]()
-        for pair in pairs[:_PAIRS_AT_ONCE]:
-            if self._stuck.waits(pair.image, now):
-                continue
+        due = [pair for pair in pairs[:_PAIRS_AT_ONCE] if not self._stuck.waits(pair.image, now)]
+        for pair in due:
             try:
                 accepted.update(self._take(pair))
             except (OSError, MemoryError) as error:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from yolov12 import files
 
-__all__ = ["FULL", "copy", "digest", "move", "same", "same_file_system", "save_text", "sync_folder"]
+__all__ = ["FULL", "can_rename", "copy", "digest", "end_trial", "move", "same", "save_text", "sync_folder"]
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk."""
+
+_PROBE = ".yolov12-watch.probe"
 
 
 def move(source: Path, target: Path) -> None:
@@ -80,14 +82,39 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def same_file_system(one: Path, other: Path) -> bool:
-    """Return whether a file can be moved from one path to the other without a copy.
+def can_rename(source: Path, target: Path) -> bool:
+    """Return whether files can be moved from one folder to another without a copy, by doing so with an empty file.
+
+    Devices say less: two bind mounts of one file system, such as volumes of a container, have the same one, and so have
+    two quotas of one disk, but neither can be crossed by a rename.
 
     Args:
-        one: An existing file or folder.
-        other: Another.
+        source: An existing folder.
+        target: Another.
+
+    Returns:
+        False also if it is unknown, such as in a folder that cannot be written.
     """
-    return one.stat().st_dev == other.stat().st_dev
+    probe, moved = source / _PROBE, target / _PROBE
+    end_trial(source)
+    try:
+        probe.open("xb").close()  # follows no link
+        os.rename(probe, moved)  # noqa: PTH104 - like that of `move`
+        moved.unlink()
+    except OSError:
+        end_trial(source)
+        return False
+    return True
+
+
+def end_trial(source: Path) -> None:
+    """Remove what a kill within `can_rename` has left.
+
+    Args:
+        source: Its first folder.
+    """
+    with suppress(OSError):
+        (source / _PROBE).unlink(missing_ok=True)
 
 
 def same(one: Path, other: Path) -> bool:

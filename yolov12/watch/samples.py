@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from yolov12 import files
 from yolov12.printable import printable
+from yolov12.watch.jpeg import has_end
 
 __all__ = [
     "IMAGES",
@@ -20,7 +21,7 @@ __all__ = [
     "Box",
     "UnusableError",
     "check_image",
-    "end_jpeg",
+    "count_objects",
     "read",
     "read_label",
 ]
@@ -36,7 +37,10 @@ LARGEST_LABEL = 16 << 20
 """Bytes of a label file that are read at most."""
 
 _FORMATS = {"BMP", "JPEG", "MPO", "PNG", "TIFF", "WEBP"}
-_JPEG_END = b"\xff\xd9"
+_JPEG = {"JPEG", "MPO"}
+_INCOMPLETE = (
+    "the image is incomplete: its JPEG data have no end marker, so the file was cut, or ends in zeros. Send it again"
+)
 _SMALLEST = 10  # pixels; Ultralytics leaves smaller images out
 _VARIED = {"BMP", "TIFF"}  # formats of which Pillow reads more variants than OpenCV, with which a training reads
 _LONGEST_NAME = 100  # characters
@@ -92,8 +96,10 @@ def check_image(data: bytes) -> None:
                 image.verify()  # checksums, and the end of the file
             with Image.open(io.BytesIO(data)) as image:
                 kind, size = image.format, image.size
+                if kind in _JPEG and not has_end(data):
+                    raise UnusableError(_INCOMPLETE)
                 image.load()
-    except MemoryError:  # says nothing about the image
+    except (MemoryError, UnusableError):  # running out of memory says nothing about the image
         raise
     except (UnidentifiedImageError, ModuleNotFoundError) as error:
         # Pillow's message names a Python object. Ultralytics, if it is imported, then looks for a plugin for HEIF.
@@ -123,27 +129,6 @@ def _opencv_reads(data: bytes) -> bool:
         return False
 
 
-def end_jpeg(path: Path) -> None:
-    """Add the end marker to a JPEG file that has other data after its image, as some cameras write it.
-
-    Without it, Ultralytics encodes the image anew and replaces the file.
-
-    Args:
-        path: An image of any format.
-
-    Raises:
-        OSError: The file cannot be read or written.
-    """
-    with path.open("rb") as file:
-        is_jpeg = file.read(2) == b"\xff\xd8"
-        file.seek(-2, os.SEEK_END)
-        if not is_jpeg or file.read() == _JPEG_END:
-            return
-        file.seek(0)
-        data = file.read()
-    files.write(path, lambda file: file.write(data + _JPEG_END))  # a new file: this one may have other names
-
-
 def read_label(data: bytes, names: Mapping[int, str], task: str) -> tuple[Box, ...]:
     """Read a label file in YOLO format. An empty one says that the image shows no object.
 
@@ -165,6 +150,20 @@ def read_label(data: bytes, names: Mapping[int, str], task: str) -> tuple[Box, .
     if any(len(box.values) == 4 for box in boxes):
         boxes = [box if len(box.values) == 4 else Box(box.name, _around(box.values)) for box in boxes]
     return tuple(boxes)
+
+
+def count_objects(label: Path, classes: int) -> Counter[int]:
+    """Count objects by class id. A line that somebody has damaged is none, as in the training.
+
+    Args:
+        label: A label file of the collection. One that is not there has no objects.
+        classes: Number of classes.
+    """
+    try:
+        words = [line.split(maxsplit=1)[0] for line in label.read_text("utf-8", "replace").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return Counter()
+    return Counter(int(word) for word in words if word.isdecimal() and int(word) < classes)
 
 
 def _around(points: tuple[float, ...]) -> tuple[float, ...]:
