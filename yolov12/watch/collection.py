@@ -20,13 +20,14 @@ from yolov12.printable import printable
 from yolov12.training.classes.names import match
 from yolov12.watch import moves
 from yolov12.watch.damage import has_content, names_of_attempts
+from yolov12.watch.digests import digest_of
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.jpeg import end_jpeg
 from yolov12.watch.rejected import REASON, set_aside
 from yolov12.watch.samples import IMAGES, Box, count_objects
 from yolov12.watch.tally import Tally
 
-__all__ = ["Collection", "Entry", "digest_of", "digests_in"]
+__all__ = ["Collection", "Entry"]
 
 _SPLITS = ("train", "val")
 _DIGITS = 32  # of the digest, in names of files
@@ -106,9 +107,7 @@ class Collection:
             digest: SHA-256 of the image.
         """
         entry = self.entries.get(digest[:_DIGITS])
-        if (
-            entry is None or entry.image.exists() or not entry.image.parent.exists()
-        ):  # without its folder, a disk is away
+        if entry is None or entry.image.exists() or not entry.image.parent.exists():  # without it, a disk is away
             return entry
         self._forget(digest[:_DIGITS])
         if (label := self._label(entry.split, entry.image.stem)).exists():
@@ -225,7 +224,7 @@ class Collection:
             self.used.discard(digest)
             if digest not in self.new and (entry := self.entries.get(digest)) is not None:
                 self.new[digest] = entry
-                self._new_counts.update(entry.objects.keys())
+                self._new_counts.add(entry.split, entry.objects)
 
     def new_by_class(self) -> dict[str, int]:
         """Return for each class the number of images with it that no attempt has used."""
@@ -335,26 +334,6 @@ class Collection:
     def _write_names(self, names: Sequence[str]) -> None:
         content = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
         moves.save_text(self.data, yaml.safe_dump(content, sort_keys=False))
-
-
-def digest_of(path: Path) -> str:
-    """Return the digest in the name of a file of the collection.
-
-    Args:
-        path: Image, label, or reason.
-    """
-    return path.name.partition("-")[0].partition(".")[0]
-
-
-def digests_in(file: Path) -> set[str]:
-    """Return the digests of images in a list of paths or of digests; none if there is no such list.
-
-    Args:
-        file: The list, with one in each line.
-    """
-    if not file.exists():
-        return set()
-    return {digest_of(Path(line)) for line in file.read_text("utf-8", "replace").splitlines() if line}
 
 
 def _plain(stem: str) -> str:

@@ -19,7 +19,8 @@ from yolov12.printable import printable
 from yolov12.watch import attempts, damage, moves, state_file, states
 from yolov12.watch.arguments import Request
 from yolov12.watch.children import Child, Children, why
-from yolov12.watch.collection import Collection, digest_of, digests_in
+from yolov12.watch.collection import Collection
+from yolov12.watch.digests import digest_of, digests_in
 from yolov12.watch.inbox import Inbox, Pair
 from yolov12.watch.log import say
 from yolov12.watch.phases import SPEC, Action, Facts, Kind, Outcome, Phase, State
