@@ -76,6 +76,17 @@ def test_not_even_one_image_fits():
         card.run(16)
 
 
+def test_an_error_that_is_not_for_lack_of_memory_is_quoted():
+    card = Card(room=100)
+
+    def work(start, stop):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    card.work = work
+    with pytest.raises(DoesNotFitError, match=r"What failed: cuDNN error: CUDNN_STATUS_NOT_INITIALIZED$"):
+        card.run(16)
+
+
 def test_the_limit_to_give_has_room_for_the_margin_and_for_loader_workers():
     meter = ReplayMeter(1000 * MIB, [0], limit=200 * MIB, outside_bytes=[100 * MIB])
     slices = Slices(Config(limit=200 * MIB, safety_ratio=0.1), meter)

@@ -164,8 +164,8 @@ class Engine:
             Loss and items of the batch, and how it was run.
 
         Raises:
-            DoesNotFitError: Not even one image fits, here or on another rank. Gradients and running statistics are as
-                before.
+            DoesNotFitError: Not even one image fits, here or on another rank. Gradients, buffers and attributes of
+                layers are as before.
             RankError: Another rank failed or is gone.
         """
         self.hold_limit()

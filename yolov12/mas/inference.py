@@ -121,6 +121,7 @@ class Slices:
             if self._config.limit is not None:
                 roomy_bytes = (needed_bytes + reading.outside_bytes) / (1 - self._config.safety_ratio)
                 ways.insert(0, f"a mem_limit above {roomy_bytes / 2**20:,.0f} MiB")
-            raise does_not_fit(needed_bytes, budget_bytes, reading.free_bytes, ways)
+            cause = failure if needed_bytes <= budget_bytes else ""
+            raise does_not_fit(needed_bytes, budget_bytes, reading.free_bytes, ways, cause)
         if self._cost.largest:
             self._cost.observe_failure(features, budget_bytes - reading.allocated_bytes)

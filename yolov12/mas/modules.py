@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from operator import is_
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ __all__ += ["overridden", "with_own_code"]
 LIBRARIES = ("torch.", "torchvision.", "ultralytics.", "yolov12.")
 """How the names of modules begin whose code is no user's, see `module_of`."""
 
+_CODE = (FunctionType, property, classmethod, staticmethod)
 _PLAIN = frozenset((str, int, float, bool, type(None)))
 """Most frequent types in batches; `each_tensor` returns them unchanged at once."""
 
@@ -85,7 +87,7 @@ def forward_of(module: nn.Module) -> Any:
 
 
 def with_own_code(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return the modules with hooks, and those whose class or forward pass is the user's own.
+    """Return the modules with hooks, and those with a forward pass or a method of the user's own.
 
     Args:
         modules: Modules to look at, between batches or in them.
@@ -95,7 +97,10 @@ def with_own_code(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def _is_of_a_library(kind: type[nn.Module]) -> bool:
-    return kind.__module__.startswith(LIBRARIES) and module_of(kind.forward).startswith(LIBRARIES)
+    """Return whether a class computes as one of a library does: it has no function of its own but `__init__`."""
+    own = (vars(each) for each in kind.__mro__[:-1] if not each.__module__.startswith((*LIBRARIES, "abc", "typing")))
+    is_like = all(name == "__init__" or not isinstance(value, _CODE) for each in own for name, value in each.items())
+    return is_like and module_of(getattr(kind, "forward", None)).startswith(LIBRARIES)
 
 
 def _has_own_forward(module: nn.Module) -> bool:

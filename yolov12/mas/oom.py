@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from yolov12.errors import DoesNotFitError, YOLOv12Error
+from yolov12.errors import DoesNotFitError, YOLOv12Error, plain
 
 __all__ = ["Failure", "does_not_fit", "is_out_of_memory", "tell_wait", "tried_to_allocate"]
 
@@ -71,7 +71,9 @@ def tried_to_allocate(message: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]]) if found else 0
 
 
-def does_not_fit(needed_bytes: int, budget_bytes: int, free_bytes: int, ways_out: Sequence[str]) -> DoesNotFitError:
+def does_not_fit(
+    needed_bytes: int, budget_bytes: int, free_bytes: int, ways_out: Sequence[str], cause: str = ""
+) -> DoesNotFitError:
     """Compose the error of a run that cannot continue.
 
     Args:
@@ -79,14 +81,16 @@ def does_not_fit(needed_bytes: int, budget_bytes: int, free_bytes: int, ways_out
         budget_bytes: Memory that this process may use.
         free_bytes: Free memory of the device now.
         ways_out: Things that the user can do, cheapest first. The message names the first three.
+        cause: Message of what has failed, if that may have another reason than memory. Its first line is quoted.
 
     Returns:
         The error, with all sizes in MiB.
     """
     needed, budget, free = (f"{count / 2**20:,.0f} MiB" for count in (needed_bytes, budget_bytes, free_bytes))
     ways = "; or ".join(ways_out[:3])
+    quoted = f". What failed: {plain(cause).strip().splitlines()[0]}" if cause else ""
     return DoesNotFitError(
-        f"one image needs {needed} at its peak, the budget is {budget} ({free} free). Ways out: {ways}"
+        f"one image needs {needed} at its peak, the budget is {budget} ({free} free). Ways out: {ways}{quoted}"
     )
 
 

@@ -103,6 +103,13 @@ def last_nodes(outputs):
     return {node for node in found if node.name() == "torch::autograd::AccumulateGrad"}
 
 
+def test_a_capture_does_not_move_running_statistics():
+    trainer = Trainer(nn.InstanceNorm2d(4, track_running_stats=True))
+    for _ in range(4):
+        trainer.run((2,), (2,))  # compares buffers with those of usual passes
+    assert trainer.replayed == 2
+
+
 def test_a_capture_ends_at_nodes_of_its_own(monkeypatch):
     """Autograd would run a parameter's node on the default stream, which must not wait for a capture."""
     trainer, ends, grad = Trainer(plans=PLANS), [], torch.autograd.grad

@@ -1,14 +1,16 @@
 """What layers and hooks of a user's own keep: after failed allocations it is as if they had never run."""
 
 from types import SimpleNamespace
+from weakref import ref
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.immutable_collections import immutable_dict
 
 from tests.mas.world import World
 from yolov12.errors import DoesNotFitError
-from yolov12.mas.step.snapshots import changing
+from yolov12.mas.step.snapshots import ModuleState, changing
 
 OOM = "CUDA out of memory. Tried to allocate 2.00 MiB"
 
@@ -131,3 +133,98 @@ def test_usual_models_have_nothing_to_copy(tools, task, name):
     conv = next(module for module in modules if isinstance(module, nn.Conv2d))
     conv.register_forward_hook(lambda *_: None)
     assert changing(modules) == [modules[0], conv]
+
+
+class Changing(nn.Module):
+    """Changes what it holds in ways that are not plain attributes or buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.norm, self.proj = nn.Dropout(0.0), nn.BatchNorm2d(3).double(), None
+        self.register_buffer("spread", torch.ones(1).expand(3))
+        self.register_buffer("range", torch.empty(0))
+        self.register_buffer("last", None)
+        with torch.inference_mode():
+            self.register_buffer("encoding", torch.ones(2))
+        self.norm.register_buffer("calls", torch.zeros(()))
+        self.fixed = immutable_dict({"a": 1})
+
+    def forward(self, x):
+        self.drop.p += 0.01
+        self.norm.calls += 1
+        self.range.resize_(3).copy_(self.range + 1 if self.range.numel() else torch.ones(3))
+        self.last = torch.ones(()) if self.last is None else self.last + 1
+        if not hasattr(self, "made"):
+            self.register_buffer("made", torch.zeros(()))
+        self.made += 1
+        self.proj = self.proj or nn.Identity()
+        was = self.drop.training
+        self.drop.eval()
+        if len(x) > 8:
+            raise torch.cuda.OutOfMemoryError(OOM)
+        self.drop.train(was)
+        return self.proj(x)
+
+    def kept(self):
+        counts = self.norm.calls, self.range[0], self.last, self.made
+        return round(self.drop.p, 6), self.drop.training, *map(float, counts)
+
+
+def test_layers_in_layers_and_buffers_of_every_kind_are_set_back():
+    world = make_world()
+    layer = Changing()
+    world.model.insert(0, layer)
+    world.step(1)
+    assert layer.kept() == (0.02, True, 2, 2, 2, 2)
+    assert isinstance(layer.proj, nn.Identity)
+    assert list(layer._modules) == ["drop", "norm", "proj"]
+    assert torch.equal(layer.spread, torch.ones(3))
+
+
+def test_a_container_that_has_not_changed_is_not_written():
+    """Another thread may be reading it."""
+
+    class Read(dict):
+        def clear(self):
+            raise AssertionError
+
+    module = nn.Identity()
+    module.names, module.seen = Read(a=1), {"b", "c"}
+    state = ModuleState([module])
+    module.seen.add("d")
+    state.restore()
+    assert (module.names, module.seen) == ({"a": 1}, {"b", "c"})
+
+
+def test_feature_maps_that_a_layer_keeps_are_not_kept_alive_by_snapshots():
+    alive, counts = [], []
+
+    def keep(module, inputs, output):
+        module.feature = output
+        alive.append(ref(output))
+        counts.append(sum(each() is not None for each in alive))
+
+    world = make_world(micro_batch=4)
+    world.model[0].register_forward_hook(keep)
+    for step in range(1, 4):
+        world.step(step)
+    assert counts == [1] * 12
+
+
+def test_a_copy_for_which_memory_lacks_is_a_failure_like_any_other(monkeypatch):
+    world = make_world()
+    layer = Keeping(world.model)
+    world.model.insert(0, layer)
+    fails, stock = [True] * 3, torch.Tensor.clone
+
+    def clone(tensor, *args, **kwargs):
+        if tensor is layer.calls and world.engine._step._parameters and layer.images == 8 and fails:
+            fails.pop()
+            raise torch.cuda.OutOfMemoryError(OOM)
+        return stock(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(layer.calls, "detach", lambda: layer.calls)
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    world.step(1)
+    assert fails == []
+    assert layer.kept() == (2, 16, [8, 8], {8}, 8)

@@ -48,6 +48,22 @@ def test_half_precision_stays_and_values_are_those_of_fp32():
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+class Wide(nn.Conv2d):
+    """Class of the user's own, which computes as PyTorch's."""
+
+    def __init__(self):
+        super().__init__(7, 2, 1)
+
+
+def test_a_class_with_other_defaults_only_is_like_that_of_the_library():
+    model = Neck()
+    model.last = Wide()
+    assert Upsampling(model)._layers == [model.up]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wide, "_conv_forward", lambda layer, *inputs: None, raising=False)
+        assert Upsampling(model)._layers == []
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from yolov12.errors import DoesNotFitError, plain
+from yolov12.errors import DoesNotFitError
 from yolov12.mas.config import Config
 from yolov12.mas.memory.reading import Meter, Reading
 from yolov12.mas.oom import Failure, does_not_fit, tell_wait, tried_to_allocate
@@ -319,10 +319,8 @@ class BatchPlanner:
         fraction = (self.budget_bytes - beside) / (needed - beside)
         ways += self._advice.ways_out(min(max(fraction, 0.0), 1.0))
         ways += ["smaller images", "a smaller model", "a larger device"]
-        error = does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways)
-        if failure is not None and fits:
-            error.args = (f"{error}. What failed: {plain(failure.message).strip().splitlines()[0]}",)
-        return error
+        cause = failure.message if failure is not None and fits else ""
+        return does_not_fit(needed, self.budget_bytes, reading.free_bytes, ways, cause)
 
     def _state(self, start: int, sizes: tuple[int, ...]) -> State:
         ends = [start + end for end in accumulate(sizes)]

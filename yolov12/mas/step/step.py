@@ -222,12 +222,10 @@ class Step:
                 stop = start + sum(groups)
                 following = stop + sum(plan[index + 1]) if index + 1 < len(plan) else stop
                 layers = self.plans[planner.level] if with_gradients else KEEP_ALL
-                state = self._state()
                 while True:
                     allocated_bytes = self.replays.prepare(groups, layers, start, stop)
                     around = self.checkpointing.within(layers)
-                    span, first = (start, stop, following), len(groups_done)
-                    failure = self._attempt(parts, span, groups, first, total, state, around)
+                    failure = self._attempt(parts, (start, stop, following), groups, len(groups_done), total, around)
                     if failure is None or not self.replays.give_way(failure):
                         break
                 if failure is not None:
@@ -307,7 +305,7 @@ class Step:
             allocated_bytes = self._meter.mark()
             total, span = Total(stop, self._task.floor, exact=False), (start, stop, stop)
             with held or nullcontext():
-                failure = self._attempt(parts, span, (stop - start,), 0, total, state, around or nullcontext())
+                failure = self._attempt(parts, span, (stop - start,), 0, total, around or nullcontext(), state)
             if failure is not None and self.notes_tries:
                 self._note(IN_A_WARM_UP)
             return failure or (allocated_bytes, self._meter.peak_bytes())
@@ -317,10 +315,11 @@ class Step:
 
     def _attempt(
         self, parts: Prefetch, span: tuple[int, int, int], groups: tuple[int, ...], first_group: int, total: Total,
-        state: PassState, around: AbstractContextManager[None],
+        around: AbstractContextManager[None], state: PassState | None = None,
     ) -> Failure | None:  # fmt: skip
         start, stop, following = span
         try:
+            state = state or self._state()
             part = parts.get(start, stop)
             if following > stop:
                 parts.prefetch(stop, following)
@@ -345,6 +344,7 @@ class Step:
         part = loss = None  # type: ignore[assignment]
         parts.drop()
         gradients.take(self._parameters)
-        state.restore()
+        if state is not None:
+            state.restore()
         self._meter.release()
         return failure

@@ -36,7 +36,7 @@ class Upsampling:
     """Runs the nearest upsampling layers of a model in the type of their inputs.
 
     The model is changed only inside `within`. If a module of the model has a hook, or if one that holds no such layer
-    has a forward pass of the user's own, all layers are left alone: either may see that type.
+    has code of the user's own, all layers are left alone: either may see that type.
 
     Args:
         model: Model with the layers.

@@ -34,6 +34,7 @@ from yolov12.mas.step.graphs.size import RUNS, Size, is_hopeless
 from yolov12.mas.step.graphs.waiting import Waiting
 from yolov12.mas.step.graphs.watch import ModelWatch, settings
 from yolov12.mas.step.retry import IN_A_CAPTURE, Note
+from yolov12.mas.step.snapshots import ModuleState, changing
 from yolov12.mas.step.upsampling import Upsampling
 from yolov12.mas.task import Task
 
@@ -293,16 +294,19 @@ class Replays:
         self, recorder: Recorder, example: Example, size: Size, groups: tuple[int, ...], plan: Plan
     ) -> GraphedNetwork:
         drafts, leaves = self._norms.drafts(), Leaves(self._model, self._parameters)
+        kept = ModuleState(changing([*self._model.modules()]))  # as those of InstanceNorm: a capture runs the network
 
         @contextmanager
         def passes() -> Iterator[None]:
-            norms = self._norms
-            with leaves.within(), norms.aside(drafts), norms.within(groups, 0), self._upsampling.within():
+            with leaves.within(), self._norms.aside(drafts), self._norms.within(groups, 0), self._upsampling.within():
                 yield
 
         around = Around(passes, lambda: self._checkpointing.within(plan), drafts)
-        forward = partial(size.context.run, self._model.forward)
-        return GraphedNetwork(forward, around, example, leaves, size.wanted, recorder, self._meter)
+        try:
+            run = partial(size.context.run, self._model.forward)
+            return GraphedNetwork(run, around, example, leaves, size.wanted, recorder, self._meter)
+        finally:
+            kept.restore()
 
     def _call(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Stand in place of the model's forward pass."""
