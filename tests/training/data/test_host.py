@@ -2,6 +2,7 @@
 
 import gc
 import os
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -236,3 +237,25 @@ def test_a_worker_does_not_collect_garbage_of_its_parent_which_may_hold_tensors_
         gc.enable()
     gc.collect()
     assert [file.name for file in tmp_path.iterdir()] == [str(os.getpid())]
+
+
+def test_the_room_of_one_training_is_not_that_of_another_thread(data, tmp_path, warnings):
+    """A service may train several models at once. The end of one set-up leaves the limit of another."""
+    memory, trainer = a_host(tmp_path, 2 * GIB), a_trainer(cache="ram", mem_safety_ratio=0.0)
+    trainer.device = torch.device("cpu")
+    (memory.proc / "self").mkdir()
+    (memory.proc / "self/status").write_text(f"VmRSS: {MIB} kB\n")
+    trainer.args.mem_limit = GIB + (200 << 10)
+
+    def set_up():
+        with host.data_room(trainer, memory):
+            pass
+
+    with host.data_room(trainer, memory):
+        other = threading.Thread(target=set_up)
+        other.start()
+        other.join()
+        set_up()
+        dataset = build_yolo_dataset(get_cfg(overrides={"imgsz": 64, "cache": "ram"}), data["train"], 4, data)
+    assert dataset.cache is None
+    assert "that are left for this run" in warnings[0]

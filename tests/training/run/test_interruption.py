@@ -1,8 +1,11 @@
 """Signals in a training: they wait for what must not be cut, and handlers of the user's own decide."""
 
+import os
 import signal
+import time
 
 import pytest
+from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolov12.training.run import process_group, run_state
 from yolov12.training.run.interruption import Interruption
@@ -193,3 +196,101 @@ def test_signals_that_are_kept_raise_nothing_until_they_are_asked_for(signals):
     with pytest.raises(SystemExit, match="143"):
         signal.raise_signal(signal.SIGTERM)  # one that comes later is heeded as always
     interruption.stop()
+
+
+def test_a_signal_that_was_kept_to_the_end_is_raised_then(signals):
+    """Such as one that came while a run that had failed was saved."""
+    for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        signals(signal.SIGINT, signal.default_int_handler)
+        signals(signal.SIGTERM, signal.SIG_DFL)
+        interruption = Interruption()
+        interruption.watch()
+        with interruption.kept():
+            signal.raise_signal(number)
+        with pytest.raises(error):
+            interruption.stop()
+        interruption.stop()  # once
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_save_of_a_run_that_failed_is_not_lost(trainings, signals, monkeypatch, tmp_path, number):
+    save = run_state.RunSaver._save
+
+    def saved(saver):
+        signal.raise_signal(number)
+        save(saver)
+
+    def fail(_):
+        monkeypatch.setattr(run_state.RunSaver, "_save", saved)
+        raise RuntimeError("a callback failed")
+
+    signals(signal.SIGINT, signal.default_int_handler)
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    error = SystemExit if number == signal.SIGTERM else KeyboardInterrupt
+    run = trainings.train(tmp_path, save_every="5min", callbacks=[("on_train_batch_end", fail)], raises=error)
+    assert (run.folder / "weights" / "state.pt").exists()
+
+
+def test_a_ctrl_c_that_a_callback_catches_does_not_end_the_training(trainings, signals, tmp_path):
+    signals(signal.SIGINT, signal.default_int_handler)
+    caught = []
+
+    def wait(_):
+        try:
+            if not caught:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            caught.append(1)
+
+    run = trainings.train(tmp_path, callbacks=[("on_train_batch_end", wait)])
+    assert caught == [1]
+    assert run.calls["on_train_end"] == 1
+
+
+def test_a_sigterm_that_a_callback_swallows_ends_the_training(trainings, signals, tmp_path):
+    """Without this package, nothing could swallow it."""
+    signals(signal.SIGTERM, signal.SIG_DFL)
+
+    def swallow(_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            return
+
+    trainings.train(tmp_path, callbacks=[("on_train_batch_end", swallow)], raises=SystemExit)
+
+
+@pytest.mark.parametrize("defers", [False, True])
+def test_a_forked_process_is_no_part_of_the_training(signals, tmp_path, defers):
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    interruption = Interruption()
+    interruption.watch()
+    interruption._deferrals = int(defers)  # another thread forks in an optimizer step
+    child = os.fork()
+    if not child:
+        try:
+            time.sleep(60)
+        finally:
+            os._exit(3)
+    os.kill(child, signal.SIGTERM)
+    _, status = os.waitpid(child, 0)
+    interruption._deferrals = 0
+    interruption.stop()
+    assert os.WTERMSIG(status) == signal.SIGTERM
+    assert not interruption.due
+
+
+def test_to_look_at_the_loaders_of_a_training_takes_no_signals(trainings, signals, tiny_model, tmp_path):
+    signals(signal.SIGINT, signal.default_int_handler)
+    signals(signal.SIGTERM, signal.SIG_DFL)
+    trainer = DetectionTrainer(overrides={**trainings.TINY, "model": tiny_model, "project": str(tmp_path)})
+    trainer._setup_train()
+    assert len(trainer.train_loader)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    seen = []
+    trainer.add_callback("on_train_batch_end", lambda _: seen.append(signal.getsignal(signal.SIGTERM)))
+    trainer.train()
+    assert seen
+    assert signal.SIG_DFL not in seen
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

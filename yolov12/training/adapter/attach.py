@@ -18,7 +18,7 @@ from yolov12.models.layer_names import layer_names
 from yolov12.training.adapter.detection import DetectionTask, criterion_of, knows_loss
 from yolov12.training.adapter.known import why_not_split
 from yolov12.training.adapter.memory_needs import optimizer_bytes, ways_out
-from yolov12.training.adapter.trainer import SAVER, TrainerAdapter
+from yolov12.training.adapter.trainer import RUNS, SAVER, TrainerAdapter
 from yolov12.training.adapter.users_code import is_ultralytics
 from yolov12.training.data.loader import ResumableLoader, resumable
 from yolov12.training.data.random_state import random_state
@@ -29,7 +29,7 @@ from yolov12.training.run.first_checkpoint import RESUMED
 from yolov12.training.run.result_rows import drop_rows
 from yolov12.training.run.saved_state import FILE, find
 
-__all__ = ["STATE", "attach", "do_train", "end", "resume", "why_not"]
+__all__ = ["STATE", "attach", "begin", "do_train", "end", "resume", "why_not"]
 
 STATE = "mas_state"
 """Attribute of a trainer, and key of a checkpoint's `optimizer`: state of the engine when the checkpoint was saved."""
@@ -198,6 +198,7 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
     Raises:
         RankError: Another rank failed or is gone.
     """
+    begin(trainer)
     group = process_group.current()
     try:
         done = stock_train(trainer)
@@ -220,12 +221,24 @@ def do_train(stock_train: Callable[..., Any], trainer: Any) -> Any:
         end(trainer)  # at last, as it may call a handler of the user's own, which may raise
 
 
-def end(trainer: Any) -> None:
-    """Release the signals and the limit of the allocator that `attach` took, unless that was done.
+def begin(trainer: Any) -> None:
+    """Note that a training runs: the engine handles signals until `end`, from when there is a loader.
 
     Args:
         trainer: Ultralytics trainer.
     """
+    setattr(trainer, RUNS, True)
+    if (saver := getattr(trainer, SAVER, None)) is not None:
+        saver.begin()
+
+
+def end(trainer: Any) -> None:
+    """Release the signals and the limit of the allocator that were taken, unless that was done.
+
+    Args:
+        trainer: Ultralytics trainer.
+    """
+    setattr(trainer, RUNS, False)
     if (engine := getattr(trainer, _ENGINE, None)) is not None:
         engine.lift_limit()  # an error or a signal ends a run without its teardown
     if (saver := getattr(trainer, SAVER, None)) is not None:

@@ -48,9 +48,9 @@ from yolov12.training.run.interruption import Interruption
 from yolov12.training.run.options import Interval
 from yolov12.training.run.run_state import RunSaver
 
-__all__ = ["SAVER", "TrainerAdapter"]
+__all__ = ["RUNS", "SAVER", "TrainerAdapter"]
 
-SAVER = "yolov12_saver"
+RUNS, SAVER = "yolov12_runs", "yolov12_saver"
 """Name of the trainer's attribute that holds its `RunSaver`."""
 
 
@@ -80,14 +80,13 @@ class TrainerAdapter:
         self.saver: RunSaver | None = None  # None for a loader of the user's own, which cannot be resumed
         self._loader: ResumableLoader | None = None
         self._choose_workers: Callable[[], None] = lambda: None
-        self._interruption: Interruption | None = None
+        self._interruption = Interruption()
         self._sharing: Sharing | None = None
         self._display = Display(trainer.csv)
         self._updates_asked = 0
         self._has_run = False  # True if the engine ran a batch after the last update
         self._is_due = False  # True if the next call of `preprocess_batch` comes from the training loop
-        self._notices = Notices(silent=ranks.rank > 0)
-        self._knows_preprocess = is_ultralytics(trainer.preprocess_batch)
+        self._notices, self._knows_preprocess = Notices(silent=ranks.rank > 0), is_ultralytics(trainer.preprocess_batch)
         self._stock_update, self._stock_validate = trainer.optimizer_step, trainer.validate
         self._stock_memory, self._stock_header = trainer._get_memory, trainer.progress_string
         self._stock_plot, self._stock_warmup = trainer.plot_training_samples, trainer._get_warmup_iterations
@@ -121,13 +120,16 @@ class TrainerAdapter:
         augmentation = chosen(trainer, self._knows_preprocess)
         trainer.train_loader = self._loader = loader.take_over(augmentation)
         self._choose_workers = WorkersControl(trainer, loader, ranks, engine.note).epoch_ends
+        if (before := getattr(trainer, SAVER, None)) is not None:
+            before.end()
         self._interruption = Interruption()
         interval = Interval.parse(trainer.args.save_every)
         states = self._resolution, self._display.of_epoch, self._interruption
         self.saver = RunSaver(trainer, self._model, engine, loader, interval, *states, ranks)
-        self.saver.begin()
-        self._hooks |= {"on_train_batch_end": loader.batch_ends, "on_fit_epoch_end": self.saver.epoch_ends}
         setattr(trainer, SAVER, self.saver)
+        if getattr(trainer, RUNS, False):  # not if a user only looks at its loaders
+            self.saver.begin()
+        self._hooks |= {"on_train_batch_end": loader.batch_ends, "on_fit_epoch_end": self.saver.epoch_ends}
 
     def take_over(self) -> None:
         """Replace the trainer's methods with those of this adapter, until its training ends."""
@@ -150,7 +152,8 @@ class TrainerAdapter:
         loader = self._loader
         if loader is not None:
             is_loops, loader.is_loops = loader.is_loops, False
-        self._stock_callbacks(event)
+        with self._interruption.users_code():
+            self._stock_callbacks(event)
         if event == "on_train_epoch_start":
             loader = self._followed_loader()
         self._is_due = event == "on_train_batch_start"
@@ -167,7 +170,6 @@ class TrainerAdapter:
         trainer = self._trainer
         if self.saver is not None and resumable(trainer.train_loader) and self._ranks.size == 1:
             self.saver.complete()  # its state is of the old loader
-            self.saver.end()
             self._resolution.join(trainer.train_loader.dataset, trainer.args)
             self.take_over_loader()
         return self._loader
@@ -206,7 +208,7 @@ class TrainerAdapter:
             # The loop uses the criterion at the end of an epoch, even if all batches of the epoch were skipped.
             criterion_of(model)
             return self.saver.skip()
-        if self._interruption is not None and share is None:
+        if share is None:
             self._interruption.check()
         if not self._knows_preprocess:
             show_whole(batch, trainer.device, self._engine.meter.release, self._notices)
@@ -232,7 +234,7 @@ class TrainerAdapter:
             host,
             share,
             smaller=None if trainer.args.mas_data == "off" else smaller,
-            stop_requested=lambda: self._interruption is not None and self._interruption.due,
+            stop_requested=lambda: self._interruption.due,
         )
         self._has_run = True
         if len(result.micro_batches) > 1 and (key := self._task.unknown(host)):
@@ -259,7 +261,6 @@ class TrainerAdapter:
         if share is None or self._sharing is None:
             return
         if any(status.stop for status in statuses):
-            assert self._interruption is not None
             self._interruption.check()
             raise SystemExit(128 + signal.SIGTERM)
         self._sharing.observe(statuses)
@@ -320,10 +321,9 @@ class TrainerAdapter:
         self._heed_signals(at_once=True)
 
     def _heed_signals(self, *, at_once: bool) -> None:
-        if self._interruption is not None:
-            self._interruption.at_once = at_once
-            if at_once:
-                self._interruption.check()
+        self._interruption.at_once = at_once
+        if at_once:
+            self._interruption.check()
 
     def _memory(self, fraction: bool = False) -> float:
         shows_ours = not fraction and is_ultralytics(self._stock_memory)

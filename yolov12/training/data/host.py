@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,13 @@ class _DataRoom:
         return _SHARED_FRACTION if self.is_shared else _FRACTION
 
 
-_room: _DataRoom | None = None  # of the training whose loaders are being built
+class _Building(threading.local):
+    """The training whose loaders this thread is building."""
+
+    room: _DataRoom | None = None
+
+
+_building = _Building()
 
 
 def _room_of(trainer: Any, memory: HostMemory) -> _DataRoom:
@@ -79,8 +86,8 @@ def data_room(trainer: Any, memory: HostMemory | None = None) -> Iterator[None]:
     """
     from ultralytics.utils import LOGGER
 
-    global _room
-    _room = room = _room_of(trainer, memory or HostMemory())
+    before, room = _building.room, _room_of(trainer, memory or HostMemory())
+    _building.room = room
     if room.is_shared and (trainer.device.type == "cuda" or is_cached(trainer.args) or trainer.args.workers):
         part = _mib(room.fraction * room.free_bytes)
         LOGGER.info(
@@ -90,7 +97,7 @@ def data_room(trainer: Any, memory: HostMemory | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        _room = None
+        _building.room = before
 
 
 def affordable_workers(
@@ -241,7 +248,7 @@ def cache_fits(
 
     some = range(0, dataset.ni, max(dataset.ni // 30, 1))
     needed = sum(dataset.load_image(index)[0].nbytes for index in some) * dataset.ni // len(some)
-    room = _room or _DataRoom((memory or HostMemory()).room_bytes()[1], is_shared=False)
+    room = _building.room or _DataRoom((memory or HostMemory()).room_bytes()[1], is_shared=False)
     if room.is_shared:
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each process on this machine has a cache
     if needed + room.cached_bytes <= room.fraction * room.free_bytes:

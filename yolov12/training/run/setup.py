@@ -50,6 +50,7 @@ def train(stock: Callable[..., None], trainer: Any, /) -> None:
     """
     workers.keep_changed(trainer)
     with run_folder.locked(trainer), session.no_false_start(trainer):
+        adapter.begin(trainer)
         try:
             process_group.launch(stock, trainer)
         finally:
